@@ -1,0 +1,55 @@
+"""Look inside LLaVA: ask a model about a picture, and see which patches each word came from.
+
+    import llava_lab as ll
+    lab = ll.load("tiny")
+    run = lab.ask("picture.png", "What color is the car?")
+    relevance = ll.attribute(lab, run, method="rollout")
+
+Names are resolved on first use (PEP 562), so this import costs nothing and loads no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llava_lab.attribution import METHODS as METHODS
+    from llava_lab.attribution import ask_without as ask_without
+    from llava_lab.attribution import attribute as attribute
+    from llava_lab.errors import LabError as LabError
+    from llava_lab.geometry import PictureMap as PictureMap
+    from llava_lab.models import Lab as Lab
+    from llava_lab.models import load as load
+    from llava_lab.results import Relevance as Relevance
+    from llava_lab.results import Run as Run
+    from llava_lab.results import Target as Target
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "load": "llava_lab.models",
+    "Lab": "llava_lab.models",
+    "attribute": "llava_lab.attribution",
+    "METHODS": "llava_lab.attribution",
+    "ask_without": "llava_lab.attribution",
+    "Run": "llava_lab.results",
+    "Relevance": "llava_lab.results",
+    "Target": "llava_lab.results",
+    "PictureMap": "llava_lab.geometry",
+    "LabError": "llava_lab.errors",
+}
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"llava_lab has no {name!r}; its public names are {', '.join(_HOMES)}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value  # the next use finds it without coming here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

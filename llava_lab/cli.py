@@ -1,0 +1,155 @@
+"""``llava-lab``: the public functions from a terminal.
+
+Parses, calls, prints; every decision is made in the functions it calls (`llava_lab.cli_commands`).
+With ``--json`` standard output holds exactly one JSON object and everything else goes to standard
+error. Exit codes: 0 done, 2 a mistake the user can mend (one line on standard error), 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from llava_lab import cli_commands as commands
+from llava_lab.errors import LabError
+
+DEFAULT_MODEL = "tiny"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit code (argparse leaves by SystemExit, with 0 for help and 2 for a mistake)."""
+    try:
+        args = build_parser().parse_args(argv)
+        level = logging.INFO if args.verbose else logging.WARNING
+        logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+        if args.json:
+            with contextlib.redirect_stdout(sys.stderr):
+                reply = args.run(args)
+        else:
+            reply = args.run(args)
+        _print(reply, as_json=args.json)
+    except LabError as error:
+        print(f"llava-lab: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return reply.code
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, like all of ours."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"llava-lab: {message}; see `{self.prog} --help`\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every command with its options; needs neither torch nor matplotlib."""
+    parser = _Parser(prog="llava-lab", description="Ask LLaVA about a picture, and see where the answer came from.")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def add(name: str, run: Callable[..., Any], about: str) -> argparse.ArgumentParser:
+        command = subparsers.add_parser(name, help=about, description=about, parents=[_common()])
+        command.set_defaults(run=run)
+        return command
+
+    ask = add("ask", commands.ask, "answer a question about a picture")
+    _question(ask)
+    ask.add_argument("--save", metavar="FILE", help="keep the run in one .npz file")
+
+    explain = add("explain", commands.explain, "answer, and say which patches the answer came from")
+    _question(explain)
+    explain.add_argument("--method", default="rollout", help="one of `llava-lab methods` (default: rollout)")
+    explain.add_argument(
+        "--target",
+        action="append",
+        metavar="WHAT",
+        help="words (default), answer, a word of the answer, RED/BLUE for a contrast, or #N for an answer token; repeatable",
+    )
+    explain.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the method; repeatable"
+    )
+    explain.add_argument("--out", metavar="FILE", help="draw the map on the picture (.png, .svg, .pdf)")
+    explain.add_argument("--save", metavar="FILE", help="keep the map in one .npz file")
+
+    add("methods", commands.methods, "list the attribution methods, each with its one-sentence truth")
+    _add_data_commands(add)
+    bench = add("bench", commands.bench, "measure speed and memory against a floor and a peer")
+    bench.add_argument("name", help="which measurement, e.g. start")
+    bench.add_argument("--quick", action="store_true", help="fewer repeats")
+    add("doctor", commands.doctor, "versions, device, memory, and whether each optional part is usable")
+    lab = add("lab", commands.lab, "open JupyterLab with the lessons")
+    lab.add_argument("--port", type=int, help="default: 8888, or the next free one")
+    lab.add_argument("--no-browser", action="store_true", help="only print the address")
+    lab.add_argument("--check", action="store_true", help="start, run the first lesson, stop")
+    return parser
+
+
+def _add_data_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
+    evaluate = add("evaluate", commands.evaluate, "score a model on a data set, beside its controls")
+    evaluate.add_argument("--data", default="picturebook", help="picturebook (default), or a .json file in LLaVA's format")
+    evaluate.add_argument("--split", default="test", help="default: test")
+    evaluate.add_argument("--n", type=_positive, default=2000, help="pictures (default: 2000)")
+    evaluate.add_argument("--no-controls", action="store_true", help="leave out blind, shuffled and majority")
+
+    data = add("data", commands.data, "write a data set in LLaVA's format")
+    data.add_argument("world", choices=("picturebook",), help="which world to draw")
+    data.add_argument("--n", type=_positive, required=True, help="pictures")
+    data.add_argument("--split", default="train", help="default: train")
+    data.add_argument("--out", required=True, metavar="DIR", help="folder to write to")
+
+    train = add("train", commands.train, "train the shipped model from nothing")
+    train.add_argument("name", choices=("tiny",), help="which recipe")
+    train.add_argument("--out", required=True, metavar="DIR", help="folder for checkpoints, logs and the finished model")
+    train.add_argument("--stage", action="append", metavar="NAME", help="only this stage; repeatable (default: all, in order)")
+    train.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
+    train.add_argument("--steps-scale", type=float, default=1.0, metavar="X", help="times the recipe's steps (default: 1)")
+
+
+def _common() -> _Parser:
+    """What every command takes, whether or not it loads a model, so that scripts can be uniform."""
+    common = _Parser(add_help=False)
+    common.add_argument("--model", default=DEFAULT_MODEL, help=f"tiny, a folder, or a hub name (default: {DEFAULT_MODEL})")
+    common.add_argument("--seed", type=int, default=0, help="same seed, same numbers (default: 0)")
+    common.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    common.add_argument("--device", help="cpu, cuda, mps (default: chosen, see `llava-lab doctor`)")
+    common.add_argument("--dtype", help="float32, bfloat16, float16 (default: chosen)")
+    common.add_argument("-v", "--verbose", action="store_true", help="say on standard error what is going on")
+    return common
+
+
+def _question(command: argparse.ArgumentParser) -> None:
+    command.add_argument("picture", help="an image file")
+    command.add_argument("question")
+    command.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="longest answer (default: 64)")
+    command.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
+    command.add_argument("--prompt", default="llava-1.5", help="form of the prompt: llava-1.5 (default), hf, or chat")
+    command.add_argument("--fit", help="how the picture becomes square: pad or crop (default: the model's own)")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {number}")
+    return number
+
+
+def _print(reply: commands.Reply, *, as_json: bool) -> None:
+    if as_json and reply.data is not None:
+        print(json.dumps(commands.plain(reply.data), ensure_ascii=False, allow_nan=False))
+    elif not as_json and reply.text:
+        print(reply.text)
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

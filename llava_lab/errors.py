@@ -1,0 +1,29 @@
+"""Errors a user can cause and mend. Each message is one line: expected, got, what to do.
+
+All derive from ``ValueError`` through `LabError`, so `except ValueError` works and the
+command line can turn any of them into exit code 2. Our own bugs stay `AssertionError`.
+"""
+
+
+class LabError(ValueError):
+    """Base of every mistake a user can make and mend."""
+
+
+class PictureError(LabError):
+    """A picture that cannot be read, is empty, or is far too large."""
+
+
+class CheckpointError(LabError):
+    """A model name or folder that cannot be loaded exactly as it was saved."""
+
+
+class OptionError(LabError):
+    """An unknown option, or a value outside its range; the message lists the choices."""
+
+
+class TargetError(LabError):
+    """A target that does not occur in the answer; the message lists what does."""
+
+
+class DataError(LabError):
+    """A data file or world request that does not make sense."""
