@@ -1,0 +1,169 @@
+"""From the original picture to the model's square to its patch grid, and back.
+
+LLaVA-1.5 shows the model either a padded square (its own training, ``pad``) or the central
+crop (the hub's default, ``crop``). Every map we draw must travel back through the very same
+transform, or it sits beside what it explains. `PictureMap` is that transform as plain numbers.
+
+It does not touch pixels of the model's input; `llava_lab.models.pictures` builds it from what
+the image processor really did.
+
+Sources: haotian-liu/LLaVA @ c121f04 ``llava/mm_utils.py`` (expand2square);
+transformers ``CLIPImageProcessor`` (resize shortest edge, centre crop).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import numpy as np
+
+from llava_lab.errors import OptionError
+
+Mode = Literal["pad", "crop"]
+MODES: tuple[Mode, ...] = ("pad", "crop")
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+@dataclass(frozen=True)
+class PictureMap:
+    """Affine map between an upright RGB picture and a ``rows x cols`` patch grid.
+
+    ``model = picture * scale + offset`` per axis, in pixels, with (0, 0) the top left corner
+    of the top left pixel. The model's square runs from 0 to `size`; the grid divides it evenly.
+    """
+
+    width: int  # picture, pixels
+    height: int
+    size: int  # side of the model's square input, pixels
+    rows: int
+    cols: int
+    mode: Mode
+    scale_x: float
+    scale_y: float
+    offset_x: float
+    offset_y: float
+
+    @classmethod
+    def make(cls, width: int, height: int, *, size: int, rows: int, cols: int, mode: Mode) -> PictureMap:
+        """The map LLaVA's preprocessing implies for a picture of ``width x height``."""
+        if mode not in MODES:
+            raise OptionError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+        if min(width, height, size, rows, cols) < 1:
+            raise OptionError(f"sizes must be at least 1, got picture {width}x{height}, square {size}, grid {rows}x{cols}")
+        if mode == "pad":
+            side = max(width, height)
+            scale = size / side
+            left, top = (side - width) // 2, (side - height) // 2
+            return cls(width, height, size, rows, cols, mode, scale, scale, left * scale, top * scale)
+        # transformers: the short side becomes `size`, the long side int(size * long / short), then centre crop
+        short, long = min(width, height), max(width, height)
+        new_long = int(size * long / short)
+        new_w, new_h = (size, new_long) if width <= height else (new_long, size)
+        left, top = (new_w - size) // 2, (new_h - size) // 2
+        return cls(width, height, size, rows, cols, mode, new_w / width, new_h / height, -float(left), -float(top))
+
+    # -- points and boxes -------------------------------------------------------------------
+
+    def to_model(self, x: float, y: float) -> tuple[float, float]:
+        """Picture pixel coordinates -> model square coordinates."""
+        return x * self.scale_x + self.offset_x, y * self.scale_y + self.offset_y
+
+    def to_picture(self, x: float, y: float) -> tuple[float, float]:
+        """Model square coordinates -> picture pixel coordinates (may lie outside the picture)."""
+        return (x - self.offset_x) / self.scale_x, (y - self.offset_y) / self.scale_y
+
+    def patch_box(self, row: int, col: int) -> Box:
+        """A patch's box in picture pixels; it may reach outside the picture where the input was padded."""
+        if not (0 <= row < self.rows and 0 <= col < self.cols):
+            raise OptionError(f"patch must lie in a {self.rows}x{self.cols} grid, got row {row}, column {col}")
+        step_x, step_y = self.size / self.cols, self.size / self.rows
+        left, top = self.to_picture(col * step_x, row * step_y)
+        right, bottom = self.to_picture((col + 1) * step_x, (row + 1) * step_y)
+        return left, top, right, bottom
+
+    def patch_at(self, x: float, y: float) -> tuple[int, int] | None:
+        """The (row, col) that sees picture point (x, y), or None where the model never looked."""
+        mx, my = self.to_model(x, y)
+        if not (0 <= mx < self.size and 0 <= my < self.size and 0 <= x < self.width and 0 <= y < self.height):
+            return None
+        return int(my * self.rows / self.size), int(mx * self.cols / self.size)
+
+    @property
+    def seen_box(self) -> Box:
+        """The part of the picture the model saw, in picture pixels."""
+        left, top = self.to_picture(0, 0)
+        right, bottom = self.to_picture(self.size, self.size)
+        return max(left, 0.0), max(top, 0.0), min(right, float(self.width)), min(bottom, float(self.height))
+
+    # -- grids ------------------------------------------------------------------------------
+
+    def coverage(self) -> np.ndarray:
+        """Share of each patch that lies on the picture, float32 (rows, cols) in 0..1; 0 is all padding."""
+        return self.mask_to_patches(np.ones((self.height, self.width), bool))
+
+    def mask_to_patches(self, mask: np.ndarray) -> np.ndarray:
+        """Share of each patch covered by a picture-sized mask, float32 (rows, cols) in 0..1.
+
+        Exact area integration: fractional pixel overlaps count by their area.
+        """
+        if mask.shape != (self.height, self.width):
+            raise OptionError(f"mask must be {self.height}x{self.width} like the picture, got {mask.shape}")
+        rows = self._overlap(self.rows, self.height, self.scale_y, self.offset_y)  # rows x height
+        cols = self._overlap(self.cols, self.width, self.scale_x, self.offset_x)  # cols x width
+        return (rows @ mask.astype(np.float64) @ cols.T).astype(np.float32)
+
+    def project(self, values: np.ndarray, *, smooth: bool = False) -> np.ndarray:
+        """Paint grid values on the picture: float32 (height, width), NaN where the model never looked.
+
+        ``smooth=False`` is nearest, the honest grid; True is bilinear between patch centres.
+        """
+        if values.shape != (self.rows, self.cols):
+            raise OptionError(f"values must be {self.rows}x{self.cols} like the grid, got {values.shape}")
+        my = (np.arange(self.height) + 0.5) * self.scale_y + self.offset_y
+        mx = (np.arange(self.width) + 0.5) * self.scale_x + self.offset_x
+        gy, gx = my * self.rows / self.size, mx * self.cols / self.size
+        seen = ((gy >= 0) & (gy < self.rows))[:, None] & ((gx >= 0) & (gx < self.cols))[None, :]
+        grid = np.asarray(values, np.float32)
+        if smooth:
+            painted = _bilinear(grid, gy - 0.5, gx - 0.5)
+        else:
+            iy = np.clip(np.floor(gy).astype(int), 0, self.rows - 1)
+            ix = np.clip(np.floor(gx).astype(int), 0, self.cols - 1)
+            painted = grid[iy][:, ix]
+        return np.where(seen, painted, np.float32(np.nan)).astype(np.float32)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict) -> PictureMap:
+        return cls(**data)
+
+    def _overlap(self, cells: int, pixels: int, scale: float, offset: float) -> np.ndarray:
+        """(cells, pixels): share of each cell's length covered by each picture pixel."""
+        step = self.size / cells
+        lo = (np.arange(pixels) * scale + offset)[None, :]
+        hi = lo + scale
+        cell_lo = (np.arange(cells) * step)[:, None]
+        covered = np.minimum(hi, cell_lo + step) - np.maximum(lo, cell_lo)
+        return np.clip(covered, 0, None) / step
+
+
+def _bilinear(grid: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Separable bilinear sampling of `grid` at row coordinates y and column coordinates x, edges held."""
+
+    def weights(at: np.ndarray, n: int) -> np.ndarray:  # (len(at), n)
+        at = np.clip(at, 0, n - 1)
+        lo = np.minimum(np.floor(at).astype(int), max(n - 2, 0))
+        out = np.zeros((len(at), n))
+        frac = at - lo
+        out[np.arange(len(at)), lo] += 1 - frac
+        if n > 1:
+            out[np.arange(len(at)), lo + 1] += frac
+        return out
+
+    return weights(y, grid.shape[0]) @ grid @ weights(x, grid.shape[1]).T
+
+

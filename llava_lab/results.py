@@ -1,0 +1,256 @@
+"""What the lab finds out, as frozen dataclasses over numpy arrays and strings.
+
+A result knows its labels, its options and its picture geometry; it saves to one ``.npz`` file
+(no pickle inside) and loads again without torch, transformers or the model. It knows nothing
+about how it is shown: `llava_lab.plots` and `widgets` do that.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import zipfile
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from llava_lab.errors import DataError, TargetError
+from llava_lab.geometry import PictureMap
+
+FORMAT = 1  # raised when a saved file's meaning changes
+
+Span = tuple[int, int]  # [start, stop) positions in the sequence
+
+
+def save_npz(path: str | os.PathLike, kind: str, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> Path:
+    """Write one result to `path` by way of a temporary name, so a crash leaves no half file."""
+    path = Path(path)
+    text = json.dumps({"llava_lab": FORMAT, "kind": kind, **header}, ensure_ascii=False)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, header=np.frombuffer(text.encode(), np.uint8), **arrays)  # type: ignore[arg-type]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    try:
+        temporary.write_bytes(buffer.getvalue())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def load_npz(path: str | os.PathLike, kind: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Read what `save_npz` wrote. Raises DataError with one line on anything else."""
+    try:
+        with np.load(Path(path), allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        header = json.loads(arrays.pop("header").tobytes().decode())
+    except FileNotFoundError:
+        raise DataError(f"no such file: {path}") from None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} is not a saved {kind} ({type(error).__name__}: {error})") from None
+    if header.get("kind") != kind or header.get("llava_lab") != FORMAT:
+        found = f"{header.get('kind')} of format {header.get('llava_lab')}"
+        raise DataError(f"{path} holds a {found}; expected a {kind} of format {FORMAT}")
+    return header, arrays
+
+
+@dataclass(frozen=True)
+class Word:
+    """One word of the answer and the token positions that spell it."""
+
+    text: str
+    start: int  # absolute position of its first token in the sequence
+    stop: int  # one past its last
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is explained, always resolved to predicting positions, one before each token.
+
+    `positions` predict `token_ids`; a contrast also holds the `against_ids` whose logits are
+    subtracted at the same positions.
+    """
+
+    kind: str  # "token" | "word" | "answer" | "contrast"
+    text: str
+    positions: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    against_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Run:
+    """One picture, one question, one answer, with every position found rather than assumed."""
+
+    picture: np.ndarray  # uint8 (height, width, 3), upright RGB, as the user gave it
+    question: str
+    answer: str
+    prompt: str  # the exact text given to the tokenizer, one <image> in it
+    token_ids: np.ndarray  # int64 (T,), prompt with expanded image tokens, then the answer
+    tokens: tuple[str, ...]  # T readable pieces
+    segments: dict[str, Span]  # system, image, question, cue ("ASSISTANT:"), answer
+    words: tuple[Word, ...]  # of the answer
+    logprobs: np.ndarray  # float32 (answer tokens,), natural log, of each token the model gave
+    map: PictureMap
+    model: str  # the name it was loaded by
+    fingerprint: str  # of the weights; an explanation by another checkpoint is refused
+    seed: int = 0
+    options: dict[str, Any] = field(default_factory=dict)  # max_new_tokens, temperature, prompt form, stopped
+
+    @property
+    def image_positions(self) -> np.ndarray:
+        """Positions of the image tokens, int64 (rows*cols,), row-major."""
+        return np.arange(*self.segments["image"])
+
+    @property
+    def answer_positions(self) -> np.ndarray:
+        return np.arange(*self.segments["answer"])
+
+    def word(self, text: str, occurrence: int = 0) -> Word:
+        """The answer's word `text` (case and final punctuation do not matter)."""
+        want = _bare(text)
+        found = [w for w in self.words if _bare(w.text) == want]
+        if len(found) <= occurrence:
+            said = ", ".join(repr(w.text) for w in self.words) or "no words"
+            raise TargetError(f"the answer has no word {text!r} (occurrence {occurrence}); it has {said}")
+        return found[occurrence]
+
+    def target(self, what: str | int | Word | Target | tuple[str, str] | None = None) -> Target:
+        """Resolve a target: None or "answer" the whole answer, an int an answer token, a str a word.
+
+        The contrast of two words needs the vocabulary, so it is resolved by the Lab
+        (`llava_lab.attribution.resolve_target`).
+        """
+        start, stop = self.segments["answer"]
+        if isinstance(what, Target):
+            return what
+        if what is None or what == "answer":
+            return self._target("answer", self.answer, start, stop)
+        if isinstance(what, int):
+            if not 0 <= what < stop - start:
+                raise TargetError(f"answer tokens run from 0 to {stop - start - 1}, got {what}")
+            return self._target("token", self.tokens[start + what], start + what, start + what + 1)
+        if isinstance(what, str):
+            what = self.word(what)
+        if isinstance(what, Word):
+            return self._target("word", what.text, what.start, what.stop)
+        raise TargetError(f"a target is None, an answer token number, a word, or a pair of words; got {what!r}")
+
+    def word_targets(self) -> tuple[Target, ...]:
+        """One target per word of the answer, in order."""
+        return tuple(self.target(word) for word in self.words)
+
+    def _target(self, kind: str, text: str, start: int, stop: int) -> Target:
+        positions = tuple(range(start - 1, stop - 1))
+        return Target(kind, text, positions, tuple(int(i) for i in self.token_ids[start:stop]))
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write to one ``.npz`` file; `Run.load` gives it back exactly, without the model."""
+        header = {
+            "question": self.question,
+            "answer": self.answer,
+            "prompt": self.prompt,
+            "tokens": list(self.tokens),
+            "segments": {name: list(span) for name, span in self.segments.items()},
+            "words": [asdict(word) for word in self.words],
+            "map": self.map.to_dict(),
+            "model": self.model,
+            "fingerprint": self.fingerprint,
+            "seed": self.seed,
+            "options": self.options,
+        }
+        arrays = {"picture": self.picture, "token_ids": self.token_ids, "logprobs": self.logprobs}
+        return save_npz(path, "run", header, arrays)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Self:
+        header, arrays = load_npz(path, "run")
+        return cls(
+            picture=arrays["picture"],
+            question=header["question"],
+            answer=header["answer"],
+            prompt=header["prompt"],
+            token_ids=arrays["token_ids"],
+            tokens=tuple(header["tokens"]),
+            segments={name: (span[0], span[1]) for name, span in header["segments"].items()},
+            words=tuple(Word(**word) for word in header["words"]),
+            logprobs=arrays["logprobs"],
+            map=PictureMap.from_dict(header["map"]),
+            model=header["model"],
+            fingerprint=header["fingerprint"],
+            seed=header["seed"],
+            options=header["options"],
+        )
+
+
+@dataclass(frozen=True)
+class Relevance:
+    """One map per target over the patch grid, with what made it and what to know before reading it."""
+
+    values: np.ndarray  # float32 (targets, rows, cols); scale and sign as `method` defines
+    targets: tuple[Target, ...]
+    method: str
+    options: dict[str, Any]
+    map: PictureMap
+    model: str
+    fingerprint: str
+    seconds: float
+    passes: dict[str, int]  # {"forward": n, "backward": m}
+    notes: tuple[str, ...] = ()  # what the reader must see, one sentence each
+    extras: dict[str, Any] = field(default_factory=dict)  # JSON-able numbers: mass per segment, lost CLS mass, ...
+
+    def __post_init__(self) -> None:
+        want = (len(self.targets), self.map.rows, self.map.cols)
+        if self.values.shape != want:
+            raise DataError(f"relevance must be {want} (targets, rows, cols), got {self.values.shape}")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.map.rows, self.map.cols
+
+    def on_picture(self, target: int = 0, *, smooth: bool = False) -> np.ndarray:
+        """The map of one target painted on the original picture, float32 (height, width), NaN where unseen."""
+        return self.map.project(self.values[target], smooth=smooth)
+
+    def top(self, k: int = 5, target: int = 0) -> list[tuple[int, int, float]]:
+        """The k strongest patches as (row, col, value), strongest first."""
+        flat = self.values[target].ravel()
+        best = np.argsort(-flat, kind="stable")[:k]
+        return [(int(i) // self.map.cols, int(i) % self.map.cols, float(flat[i])) for i in best]
+
+    def with_notes(self, *notes: str) -> Relevance:
+        return replace(self, notes=(*self.notes, *notes))
+
+    def save(self, path: str | os.PathLike) -> Path:
+        header = {
+            "targets": [asdict(target) for target in self.targets],
+            "method": self.method,
+            "options": self.options,
+            "map": self.map.to_dict(),
+            "model": self.model,
+            "fingerprint": self.fingerprint,
+            "seconds": self.seconds,
+            "passes": self.passes,
+            "notes": list(self.notes),
+            "extras": self.extras,
+        }
+        return save_npz(path, "relevance", header, {"values": self.values})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Self:
+        header, arrays = load_npz(path, "relevance")
+        targets = tuple(Target(**_tuples(t)) for t in header["targets"])
+        names = ("method", "options", "model", "fingerprint", "seconds", "passes", "extras")
+        fields = {name: header[name] for name in names}
+        return cls(arrays["values"], targets, map=PictureMap.from_dict(header["map"]), notes=tuple(header["notes"]), **fields)
+
+
+def _bare(text: str) -> str:
+    return text.strip().strip(".,!?;:\"'").casefold()
+
+
+def _tuples(data: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
