@@ -1,0 +1,234 @@
+"""Watch attention while a forward runs, without changing the forward.
+
+The layer's output still comes from sdpa, so logits stay what they were. Beside it the attention
+weights are computed again in float32, a few query rows at a time, and handed to a *reducer*, which
+keeps only its reduction: a sum, some rows, a running product. The full ``layers x heads x S x S``
+never exists (1.6 GB at LLaVA-1.5-7B).
+
+It knows transformers' attention interface and nothing about LLaVA, targets or pictures. Any layer
+with a ``self_attn`` that goes through that interface can be watched: Llama and CLIP alike.
+
+Two registrations are needed. With only the attention function registered, transformers builds no
+mask for the unknown name, and a causal decoder silently looks into the future.
+
+Sources: transformers 5.x ``AttentionInterface``, ``AttentionMaskInterface``, ``integrations/sdpa_attention.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from llava_lab.errors import LabError
+
+NAME = "llava_lab_watch"  # in transformers' registries; plain sdpa for every module that is not watched
+CHUNK = 64  # query rows at a time: small enough to stay in cache, large enough for the matmul
+CHANGES_SCORES = ("softcap", "position_bias", "s_aux")  # options that change the weights in ways not repeated here
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Sizes of the two things a layer adds at its attention step, per position."""
+
+    branch: Float[Tensor, "B Q"]  # the attention output, after its out projection
+    stream: Float[Tensor, "B Q"]  # the residual stream it is added to
+
+
+class Reducer:
+    """What is kept of the attention. Override what you need; the default keeps nothing.
+
+    `rows` names the query positions wanted (None: all). `norms` asks for `Norms` in `close`.
+    """
+
+    rows: tuple[int, ...] | None = None
+    norms: bool = False
+
+    def open(self, layer: int, keys: int) -> None:
+        """A layer starts; its attention has `keys` columns."""
+
+    def add(self, layer: int, rows: slice | Tensor, attention: Float[Tensor, "B H Q K"]) -> None:
+        """Some rows of a layer, float32, after softmax. Columns the causal mask makes zero may be left off the end."""
+
+    def close(self, layer: int, norms: Norms | None) -> None:
+        """All rows of the layer have been given."""
+
+
+@dataclass
+class _Session:
+    """One `watch_attention` in progress."""
+
+    reducer: Reducer
+    layers: dict[nn.Module, int]  # attention module -> layer number
+    chunk: int
+    calls: list[int] = field(default_factory=list)
+    streams: dict[int, Tensor] = field(default_factory=dict)  # layer -> norm of the residual stream, until it is used
+
+    def report(self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, causal: bool) -> None:
+        layer = self.layers[module]
+        with torch.no_grad():
+            self.reducer.open(layer, key.shape[2])
+            for rows, attention in attention_rows(
+                query, key, mask, scaling, causal=causal, rows=self.reducer.rows, chunk=self.chunk
+            ):
+                self.reducer.add(layer, rows, attention)
+        self.calls[layer] += 1
+        if not self.reducer.norms:
+            self.reducer.close(layer, None)
+
+    def before_layer(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        stream = args[0] if args else kwargs["hidden_states"]
+        self.streams[self.layers[attention_module(module)]] = stream.detach().float().norm(dim=-1)
+
+    def after_attention(self, module: nn.Module, args: tuple, output: Any) -> None:
+        layer = self.layers[module]
+        branch = output[0] if isinstance(output, tuple) else output
+        self.reducer.close(layer, Norms(branch.detach().float().norm(dim=-1), self.streams.pop(layer)))
+
+
+AnyReducer = TypeVar("AnyReducer", bound=Reducer)
+
+_ACTIVE: dict[nn.Module, _Session] = {}  # attention module -> who watches it; empty outside `watch_attention`
+
+
+@contextmanager
+def watch_attention(
+    layers: Sequence[nn.Module], reducer: AnyReducer, *, chunk: int = CHUNK, calls: int = 1
+) -> Iterator[AnyReducer]:
+    """Give `reducer` the attention of `layers` (numbered in this order) for every forward inside the block.
+
+    On leaving, also by an exception or Ctrl-C, the attention implementation is what it was and no hook
+    remains. Leaving normally checks that each layer reported `calls` times.
+
+    Raises LabError when a layer has no attention to watch, is already watched, or did not report.
+    """
+    if not layers:
+        raise LabError("expected at least one layer to watch, got none")
+    attentions = [attention_module(layer) for layer in layers]
+    taken = [module for module in attentions if module in _ACTIVE]
+    if taken or len(set(attentions)) < len(attentions):
+        raise LabError("expected layers that nobody watches, got one that is watched already; leave the other block first")
+    session = _Session(reducer, {module: i for i, module in enumerate(attentions)}, chunk, [0] * len(attentions))
+    configs = list({id(module.config): module.config for module in attentions}.values())
+    before = [config._attn_implementation for config in configs]
+    handles = []
+    AttentionInterface.register(NAME, _attend)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    try:
+        for config in configs:
+            config._attn_implementation_internal = NAME  # the public setter would also reach into sub-configs
+        _ACTIVE.update(dict.fromkeys(attentions, session))
+        if reducer.norms:
+            handles += [layer.register_forward_pre_hook(session.before_layer, with_kwargs=True) for layer in layers]
+            handles += [module.register_forward_hook(session.after_attention) for module in attentions]
+        yield reducer
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in attentions:
+            _ACTIVE.pop(module, None)
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation_internal = name
+    if any(count != calls for count in session.calls):
+        raise LabError(
+            f"expected each of {len(layers)} layers to report its attention {calls} time(s), got {session.calls}; "
+            "the model's attention does not go through transformers' attention interface, or no forward ran"
+        )
+
+
+def attention_module(layer: nn.Module) -> nn.Module:
+    """The attention of a transformer layer."""
+    module = getattr(layer, "self_attn", None)
+    if not isinstance(module, nn.Module) or not hasattr(module, "config"):
+        raise LabError(f"expected a transformer layer with a self_attn that has a config, got {type(layer).__name__}")
+    return module
+
+
+def attention_rows(
+    query: Float[Tensor, "B H Q D"],
+    key: Float[Tensor, "B G K D"],
+    mask: Tensor | None,
+    scaling: float,
+    *,
+    causal: bool,
+    rows: Sequence[int] | None = None,
+    chunk: int = CHUNK,
+) -> Iterator[tuple[slice | Tensor, Float[Tensor, "B H q k"]]]:
+    """Attention weights in float32, `chunk` query rows at a time, with the sequence positions of those rows.
+
+    Keys of fewer heads than queries are shared by groups. With ``causal`` and no mask, columns after
+    the last row of a chunk are zero and left off. While decoding, rows count from the cached length.
+    """
+    queries, keys = query.shape[2], key.shape[2]
+    first = keys - queries  # position of the first query row; 0 unless a cache holds earlier keys
+    triangular = causal and mask is None and queries > 1
+    if triangular and first:
+        raise LabError(f"expected a mask for {queries} new rows over {keys} keys, got none; pass an attention_mask")
+    query32, key32 = query.float() * scaling, key.float()
+    for where in _blocks(first, keys, rows, chunk, key.device):
+        local = where if not first else _shifted(where, first)
+        stop = int(where.stop if isinstance(where, slice) else where[-1] + 1) if triangular else keys
+        scores = _scores(query32[:, :, local], key32[:, :, :stop])
+        if triangular:
+            at = torch.arange(where.start, where.stop, device=key.device) if isinstance(where, slice) else where
+            start = int(at[0])  # every row of the chunk may look at the columns before its first
+            hidden = torch.arange(start, stop, device=key.device) > at[:, None]
+            scores[..., start:].masked_fill_(hidden, -torch.inf)
+        elif mask is not None:
+            part = mask[:, :, local, :keys]
+            scores = scores.masked_fill_(~part, -torch.inf) if part.dtype == torch.bool else scores.add_(part)
+        weights = scores.softmax(dim=-1)
+        # a row that may look nowhere (left padding) has no weights, where softmax would say NaN
+        yield where, weights if mask is None else weights.nan_to_num_(0.0)
+
+
+def _blocks(first: int, stop: int, rows: Sequence[int] | None, chunk: int, device: torch.device) -> Iterator[slice | Tensor]:
+    if rows is None:
+        for start in range(first, stop, chunk):
+            yield slice(start, min(start + chunk, stop))
+    else:
+        wanted = sorted(row for row in set(rows) if first <= row < stop)
+        for start in range(0, len(wanted), chunk):
+            yield torch.tensor(wanted[start : start + chunk], device=device)
+
+
+def _shifted(where: slice | Tensor, by: int) -> slice | Tensor:
+    return slice(where.start - by, where.stop - by) if isinstance(where, slice) else where - by
+
+
+def _scores(query: Float[Tensor, "B H q D"], key: Float[Tensor, "B G k D"]) -> Float[Tensor, "B H q k"]:
+    batch, heads, rows, width = query.shape
+    groups = key.shape[1]
+    if groups == heads:
+        return query @ key.transpose(2, 3)
+    grouped = query.reshape(batch, groups, (heads // groups) * rows, width)  # heads that share a key lie side by side
+    return (grouped @ key.transpose(2, 3)).reshape(batch, heads, rows, key.shape[2])
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """sdpa, and beside it the weights for whoever watches this module."""
+    session = _ACTIVE.get(module)
+    if session is not None:
+        unknown = [name for name in CHANGES_SCORES if kwargs.get(name) is not None]
+        if unknown:
+            raise LabError(f"expected plain scaled dot-product attention, got {', '.join(unknown)}; it cannot be watched")
+        causal = kwargs.get("is_causal")
+        causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
+        session.report(module, query, key, attention_mask, scaling or query.shape[-1] ** -0.5, causal)
+    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
