@@ -1,0 +1,242 @@
+"""Lab: a loaded LLaVA and everything needed to ask it and to explain its answers.
+
+It asks (`ask`) and gives back the finished sequence as model input (`inputs`); it does not explain,
+train or change the model. The same code serves the shipped model and the 7B: sizes are data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from llava_lab.errors import CheckpointError, OptionError, PictureError
+from llava_lab.models import layout, prompts
+from llava_lab.models.card import Card, make_card
+from llava_lab.models.fingerprint import fingerprint
+from llava_lab.models.generation import Generated, generate
+from llava_lab.models.pictures import PictureLike, read_picture
+from llava_lab.models.preprocess import Preprocessing
+from llava_lab.models.sequence import Sequence, encode, pieces, refuse_special_text
+from llava_lab.models.words import decode, finished, group_words
+from llava_lab.results import Run
+
+
+class Lab:
+    """A LLaVA model with its processor, its card and its patch grid."""
+
+    def __init__(
+        self, model: LlavaForConditionalGeneration, processor: LlavaProcessor, *, name: str = "model", card: Card | None = None
+    ) -> None:
+        """Wrap a model already in memory; `llava_lab.load` is the way from a name."""
+        self.name = name
+        self.model = model
+        self.processor = processor
+        self.grid = layout.patch_grid(model)
+        vision: Any = model.config.vision_config
+        self.preprocessing = Preprocessing.of(
+            processor.image_processor, image_size=vision.image_size, patch=vision.patch_size, grid=self.grid
+        )
+        self.image_id = _image_id(model, processor)
+        self.eos_ids = _eos_ids(model, processor)
+        self.card = card or make_card(
+            model,
+            name=name,
+            source="in memory",
+            fit=self.preprocessing.own,
+            why="as the model was given",
+            attention=str(model.config._attn_implementation),
+        )
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.processor.tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def fingerprint(self) -> str:
+        """The name of the weights as they are now; it changes when they do."""
+        return fingerprint(self.model)
+
+    @property
+    def context(self) -> int:
+        """The longest sequence the language model was made for, tokens."""
+        return int(self.model.config.text_config.max_position_embeddings)
+
+    def __repr__(self) -> str:
+        rows, cols = self.grid
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"Lab({self.name!r}, {self.card.parameters / 1e6:.1f}M parameters, {rows}x{cols} patches, {dtype} on {self.device})"
+        )
+
+    def ask(
+        self,
+        picture: PictureLike,
+        question: str,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        seed: int = 0,
+        prompt: str = "llava-1.5",
+        fit: str | None = None,
+        history: prompts.History = (),
+        on_token: Callable[[str], None] | None = None,
+    ) -> Run:
+        """Ask about a picture and get the answer with every position, probability and the picture's map.
+
+        `fit`: None is the checkpoint's own way, else "pad" or "crop". `history`: earlier (question, answer)
+        pairs about the same picture. `on_token` receives the answer's text as it grows, whole characters only.
+        Interrupting (KeyboardInterrupt) gives the answer so far, with ``options["stopped"] == "interrupted"``.
+        """
+        _check_options(max_new_tokens, temperature)
+        pixels = read_picture(picture)
+        sequence = self.sequence(question, prompt=prompt, history=history)
+        limit = min(max_new_tokens, self.context - len(sequence.token_ids))
+        if limit < 1:
+            raise OptionError(
+                f"the prompt has {len(sequence.token_ids)} tokens and the model's context is {self.context}; "
+                "ask a shorter question or give less history"
+            )
+        stream = _Stream(self.tokenizer, on_token) if on_token else None
+        generated = generate(
+            self.model,
+            torch.from_numpy(sequence.token_ids)[None].to(self.device),
+            self.pixels(pixels, fit),
+            limit=limit,
+            eos=self.eos_ids,
+            image_id=self.image_id,
+            temperature=temperature,
+            seed=seed,
+            on_id=stream.add if stream else None,
+        )
+        if stream:
+            stream.close()
+        options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "prompt": prompt}
+        options |= {"fit": self.preprocessing.mode(fit), "stopped": generated.stopped}
+        return self._run(pixels, question.strip(), sequence, generated, seed, options)
+
+    def sequence(self, question: str, *, prompt: str = "llava-1.5", history: prompts.History = ()) -> Sequence:
+        """The prompt for a question as the model reads it, with its segments, before any answer."""
+        prompts.check_form(prompt)
+        texts = [text for turn in prompts.turns(question, history) for text in turn if text is not None]
+        refuse_special_text(self.tokenizer, *texts)
+        if prompt == "chat":
+            text = self._chat(question, history)
+        else:
+            text = prompts.build_prompt(question, prompt, history)
+        count = layout.image_token_count(self.model)
+        return encode(self.tokenizer, text, question.strip(), image_id=self.image_id, image_tokens=count, history=bool(history))
+
+    def inputs(self, run: Run, *, picture: np.ndarray | None = None) -> dict[str, Tensor]:
+        """The finished sequence as model input (teacher forcing): input_ids, attention_mask (1, T), pixel_values.
+
+        `picture` stands in for the run's own, at the same size. Raises CheckpointError for another model's run.
+        """
+        mine = self.fingerprint
+        if run.fingerprint != mine:
+            raise CheckpointError(
+                f"this run was answered by {run.model!r} with weights {run.fingerprint}; "
+                f"{self.name!r} now has {mine}; ask again with this lab"
+            )
+        layout.image_span(run.token_ids, self.image_id, layout.image_token_count(self.model))
+        if picture is not None and picture.shape != run.picture.shape:
+            raise PictureError(f"the other picture must be {run.picture.shape} like the run's, got {picture.shape}")
+        ids = torch.from_numpy(run.token_ids)[None].to(self.device)
+        pixels = self.pixels(run.picture if picture is None else picture, run.map.mode)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+
+    def pixels(self, picture: np.ndarray, fit: str | None = None) -> Tensor:
+        """A picture as the vision tower takes it: (1, 3, size, size) in the model's dtype, on its device."""
+        return self.preprocessing.pixels(picture, fit).to(self.device, self.dtype)
+
+    def _chat(self, question: str, history: prompts.History) -> str:
+        if not self.processor.chat_template:
+            raise OptionError(f"prompt='chat' needs a chat template and {self.name!r} has none; use 'llava-1.5' or 'hf'")
+        messages = prompts.chat_messages(question, history)
+        return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+    def _run(
+        self, picture: np.ndarray, question: str, sequence: Sequence, generated: Generated, seed: int, options: dict[str, Any]
+    ) -> Run:
+        start = len(sequence.token_ids)
+        token_ids = np.concatenate([sequence.token_ids, generated.token_ids])
+        height, width = picture.shape[:2]
+        return Run(
+            picture=picture,
+            question=question,
+            answer=decode(self.tokenizer, generated.token_ids.tolist()).strip(),
+            prompt=sequence.text,
+            token_ids=token_ids,
+            tokens=pieces(self.tokenizer, token_ids),
+            segments={**sequence.segments, "answer": (start, len(token_ids))},
+            words=group_words(self.tokenizer, generated.token_ids.tolist(), start),
+            logprobs=generated.logprobs,
+            map=self.preprocessing.map(width, height, options["fit"]),
+            model=self.name,
+            fingerprint=self.fingerprint,
+            seed=seed,
+            options=options,
+        )
+
+
+class _Stream:
+    """Turns token ids into growing text and passes on whole characters only."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        self.tokenizer, self.on_text = tokenizer, on_text
+        self.ids: list[int] = []
+        self.sent = 0  # characters passed on
+
+    def add(self, token: int) -> None:
+        self.ids.append(token)
+        self._pass_on(finished(decode(self.tokenizer, self.ids)))
+
+    def close(self) -> None:
+        """Bytes that never became a character are shown as they decode."""
+        self._pass_on(decode(self.tokenizer, self.ids))
+
+    def _pass_on(self, text: str) -> None:
+        piece = text[self.sent :] if self.sent else text.lstrip()
+        if piece:
+            self.sent = len(text)
+            self.on_text(piece)
+
+
+def _check_options(max_new_tokens: int, temperature: float) -> None:
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
+        raise OptionError(f"max_new_tokens must be a whole number of at least 1, got {max_new_tokens!r}")
+    if not 0 <= temperature < float("inf"):
+        raise OptionError(f"temperature must be 0 (greedy) or a positive number, got {temperature!r}")
+
+
+def _image_id(model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> int:
+    """The image token's id, which the configuration and the tokenizer must agree on."""
+    configured = int(model.config.image_token_index)
+    spelled = processor.tokenizer.convert_tokens_to_ids(prompts.IMAGE)
+    if configured != spelled:
+        raise CheckpointError(
+            f"config.json says image_token_index {configured}, the tokenizer's {prompts.IMAGE} is {spelled}; "
+            "the two files of this checkpoint do not belong together"
+        )
+    return configured
+
+
+def _eos_ids(model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> frozenset[int]:
+    """What ends an answer: the generation config's tokens, as in ``generate``, and the tokenizer's own."""
+    ids: set[int] = set()
+    for value in (getattr(model.generation_config, "eos_token_id", None), processor.tokenizer.eos_token_id):
+        ids.update([value] if isinstance(value, int) else value or [])
+    return frozenset(ids)

@@ -1,0 +1,144 @@
+"""Where the parts of a LLaVA model are, and where the picture sits in its sequence.
+
+Module paths differ between transformers versions and between vision towers, so each part is
+looked up among the known places and its absence is an error, never a guess. Image tokens are
+found by their id; their number and contiguity are checked, never assumed.
+
+Source: transformers ``LlavaModel`` (5.x has no ``vision_model`` level in the CLIP tower, earlier ones do).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import nn
+from transformers import LlavaConfig
+
+from llava_lab.errors import CheckpointError
+
+VISION_PATHS = ("model.vision_tower", "vision_tower")
+PROJECTOR_PATHS = ("model.multi_modal_projector", "multi_modal_projector")
+LANGUAGE_PATHS = ("model.language_model", "language_model")
+INNER_PATHS = ("", "vision_model", "model")  # wrappers around the stack of layers
+LAYER_PATHS = ("encoder.layers", "layers")
+
+
+def vision_tower(model: nn.Module) -> nn.Module:
+    """The picture encoder, class token and all."""
+    return _find(model, VISION_PATHS, "vision tower")
+
+
+def projector(model: nn.Module) -> nn.Module:
+    """The connector from the vision width to the language width."""
+    return _find(model, PROJECTOR_PATHS, "projector")
+
+
+def language_model(model: nn.Module) -> nn.Module:
+    """The decoder stack with its embeddings and final norm, without the output head."""
+    return _find(model, LANGUAGE_PATHS, "language model")
+
+
+def vision_layers(model: nn.Module) -> list[nn.Module]:
+    """Every encoder layer of the vision tower, in order."""
+    return _layers(vision_tower(model), "vision tower")
+
+
+def language_layers(model: nn.Module) -> list[nn.Module]:
+    """Every decoder layer of the language model, in order."""
+    return _layers(language_model(model), "language model")
+
+
+def used_vision_layers(model: nn.Module) -> list[nn.Module]:
+    """The vision layers whose output can reach the answer: those that feed hidden_states[feature_layer].
+
+    LLaVA reads the states before the last layer (-2), so the last layer runs for nothing.
+    """
+    layers = vision_layers(model)
+    return layers[: last_feature_state(model.config, len(layers))]
+
+
+def feature_layers(config: LlavaConfig) -> list[int]:
+    """The configured feature layers as a list, as they are written (negative ones count from the end)."""
+    chosen = config.vision_feature_layer
+    return [chosen] if isinstance(chosen, int) else list(chosen)
+
+
+def last_feature_state(config: LlavaConfig, layers: int) -> int:
+    """Index of the deepest hidden state the connector reads; state 0 is the embedding, state n follows layer n."""
+    states = layers + 1
+    chosen = feature_layers(config)
+    if not chosen or not all(-states <= layer < states for layer in chosen):
+        raise CheckpointError(f"vision_feature_layer {chosen} must lie within the {states} hidden states of the vision tower")
+    return max(layer % states for layer in chosen)
+
+
+def has_class_token(model: nn.Module) -> bool:
+    """Whether the vision tower puts a class token before the patches (CLIP does, SigLIP does not)."""
+    tower = vision_tower(model)
+    embeddings = next((found for path in INNER_PATHS if (found := _get(_get(tower, path), "embeddings")) is not None), None)
+    return getattr(embeddings, "class_embedding", None) is not None
+
+
+def image_token_count(model: nn.Module) -> int:
+    """How many tokens the model makes of one picture, from its configuration."""
+    config: LlavaConfig = model.config
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    dropped = config.vision_feature_select_strategy == "default"
+    return side * side + int(has_class_token(model)) - int(dropped)
+
+
+def patch_grid(model: nn.Module) -> tuple[int, int]:
+    """(rows, cols) of the patches behind the image tokens. Raises CheckpointError when tokens are not patches."""
+    config: LlavaConfig = model.config
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    count = image_token_count(model)
+    if count != side * side:
+        strategy = config.vision_feature_select_strategy
+        raise CheckpointError(
+            f"the model makes {count} image tokens of {side}x{side} patches (vision_feature_select_strategy={strategy!r}); "
+            "a map needs one token per patch, so the class token must be dropped: use a checkpoint that does"
+        )
+    return side, side
+
+
+def image_span(token_ids: np.ndarray, image_id: int, count: int) -> tuple[int, int]:
+    """[start, stop) of the image tokens in an expanded sequence; they must be `count` in one block."""
+    where = np.flatnonzero(token_ids == image_id)
+    if len(where) != count:
+        raise CheckpointError(f"expected {count} image tokens (id {image_id}) in the sequence, found {len(where)}")
+    start, stop = int(where[0]), int(where[-1]) + 1
+    if stop - start != count:
+        raise CheckpointError(f"the {count} image tokens must stand in one block, found them spread over {start}..{stop - 1}")
+    return start, stop
+
+
+def expand_image(token_ids: np.ndarray, image_id: int, count: int) -> np.ndarray:
+    """The sequence with `count` image tokens, given one with a single image token or one already expanded."""
+    where = np.flatnonzero(token_ids == image_id)
+    if len(where) == 1 and count != 1:
+        at = int(where[0])
+        token_ids = np.concatenate([token_ids[:at], np.full(count, image_id, token_ids.dtype), token_ids[at + 1 :]])
+    image_span(token_ids, image_id, count)
+    return token_ids
+
+
+def _layers(part: nn.Module, name: str) -> list[nn.Module]:
+    for inner in INNER_PATHS:
+        for path in LAYER_PATHS:
+            found = _get(_get(part, inner), path)
+            if isinstance(found, nn.ModuleList):
+                return list(found)
+    raise CheckpointError(f"the {name} ({type(part).__name__}) has no list of layers at {', '.join(LAYER_PATHS)}")
+
+
+def _find(model: nn.Module, paths: tuple[str, ...], name: str) -> nn.Module:
+    for path in paths:
+        found = _get(model, path)
+        if isinstance(found, nn.Module):
+            return found
+    raise CheckpointError(f"{type(model).__name__} has no {name} at {' or '.join(paths)}; expected a LLaVA model")
+
+
+def _get(module: nn.Module | None, path: str) -> nn.Module | None:
+    for name in path.split(".") if path else []:
+        module = getattr(module, name, None)
+    return module

@@ -1,0 +1,176 @@
+"""Any picture a user has, as upright 8-bit RGB. One rule per kind of picture, stated here.
+
+- a file is read to its end, so a truncated one is noticed; an animated file gives its first frame
+  (a PIL image gives the frame it stands on);
+- EXIF rotation is applied; colour profiles are ignored (the vision tower was trained that way);
+- transparency (RGBA, LA, a palette's transparent colour) is laid on white;
+- grey becomes three equal channels; palette, CMYK, YCbCr and the like are converted by Pillow;
+- 16-bit values are scaled by 1/257, floating point must lie in 0..1 and is scaled by 255;
+- anything above `MAX_PIXELS` is refused before its pixels are decoded.
+
+Nothing here knows a model; `llava_lab.models.preprocess` turns the result into model input.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+
+from llava_lab.errors import PictureError
+
+MAX_PIXELS = 89_478_485  # Pillow's own warning limit (a 256 MB RGB picture); here it is an error
+
+PictureLike = str | os.PathLike | bytes | Image.Image | np.ndarray
+
+WIDE_GREY = {"I", "I;16", "I;16L", "I;16B", "I;16N"}  # Pillow's modes for 16-bit (and 32-bit) grey
+
+
+def read_picture(source: PictureLike) -> np.ndarray:
+    """Read a path, encoded bytes, a PIL image or a numpy array as uint8 (height, width, 3), upright RGB.
+
+    Raises PictureError with one line on anything that is not a sound picture of a sensible size.
+    """
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    if isinstance(source, Image.Image):
+        return _from_pil(source, "the picture")
+    if isinstance(source, bytes | bytearray | memoryview):
+        return _from_file(io.BytesIO(source), "the picture's bytes", len(source))
+    if isinstance(source, str | os.PathLike):
+        return _from_path(source)
+    raise PictureError(f"a picture is a path, bytes, a PIL image or a numpy array, got {type(source).__name__}")
+
+
+def _from_path(source: str | os.PathLike) -> np.ndarray:
+    text = os.fspath(source)
+    if isinstance(text, str) and text.startswith(("http://", "https://", "data:")):
+        raise PictureError(f"pictures are read from disk, got the address {text[:60]!r}; download it first and give the path")
+    path = Path(os.fsdecode(text)).expanduser()
+    if path.is_dir():
+        raise PictureError(f"{path} is a folder; give the path of a picture in it")
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            return _from_file(file, str(path), size)
+    except FileNotFoundError:
+        raise PictureError(f"no such picture: {path}") from None
+    except OSError as error:
+        raise PictureError(f"{path} cannot be read ({_one_line(error)})") from None
+
+
+def _from_file(file: io.BufferedIOBase, name: str, size: int) -> np.ndarray:
+    if size == 0:
+        raise PictureError(f"{name} is empty (0 bytes); expected a picture file such as PNG or JPEG")
+    with _sound_decoding(name), Image.open(file) as image:  # type: ignore[arg-type]
+        return _to_rgb(image, name)
+
+
+def _from_pil(image: Image.Image, name: str) -> np.ndarray:
+    with _sound_decoding(name):
+        return _to_rgb(image.copy(), name)
+
+
+@contextmanager
+def _sound_decoding(name: str) -> Iterator[None]:
+    """Pillow's warnings and decoder errors become one PictureError; damage is never read over."""
+    lenient = ImageFile.LOAD_TRUNCATED_IMAGES  # other libraries switch this on for the whole process
+    try:
+        ImageFile.LOAD_TRUNCATED_IMAGES = False
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd metadata (a phone's EXIF) does not make a picture unsound
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    except PictureError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise PictureError(f"{name} unpacks to more than the limit of {MAX_PIXELS:,} pixels; give a smaller copy") from None
+    except UnidentifiedImageError:
+        raise PictureError(f"{name} is not a picture Pillow can read; expected PNG, JPEG, GIF, WebP, TIFF or BMP") from None
+    except (OSError, SyntaxError, ValueError, EOFError, MemoryError, struct.error) as error:  # what Pillow's decoders raise
+        raise PictureError(f"{name} is damaged or cut short ({_one_line(error)}); save it again") from None
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = lenient
+
+
+def _to_rgb(image: Image.Image, name: str) -> np.ndarray:
+    _check_size(image.width, image.height, name)
+    image.load()
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode in WIDE_GREY:
+        return _grey_to_rgb(_from_16_bit(np.asarray(upright), name))
+    if upright.mode == "F":
+        return _grey_to_rgb(_from_float(np.asarray(upright), name))
+    if upright.has_transparency_data:
+        layer = upright.convert("RGBA")
+        upright = Image.alpha_composite(Image.new("RGBA", layer.size, (255, 255, 255, 255)), layer)
+    return np.array(upright.convert("RGB"), np.uint8)
+
+
+def _from_array(array: np.ndarray) -> np.ndarray:
+    shape = "x".join(map(str, array.shape))
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or array.shape[2] not in (1, 3, 4):
+        hint = "; move the channels last" if array.ndim == 3 and array.shape[0] in (1, 3, 4) else ""
+        raise PictureError(f"an array picture is (height, width) or (height, width, 1|3|4), got {shape}{hint}")
+    _check_size(array.shape[1], array.shape[0], "the array")
+    pixels = _to_8_bit(array, "the array")
+    if pixels.shape[2] == 4:
+        return _from_pil(Image.fromarray(pixels, "RGBA"), "the array")
+    return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else np.ascontiguousarray(pixels)
+
+
+def _to_8_bit(array: np.ndarray, name: str) -> np.ndarray:
+    if array.dtype == np.uint8:
+        return array.copy()
+    if array.dtype == bool:
+        return array.astype(np.uint8) * 255
+    if array.dtype == np.uint16:
+        return _from_16_bit(array, name)
+    if np.issubdtype(array.dtype, np.floating):
+        return _from_float(array, name)
+    if np.issubdtype(array.dtype, np.integer):
+        low, high = int(array.min()), int(array.max())
+        if low < 0 or high > 255:
+            raise PictureError(f"{name} of {array.dtype} must lie in 0..255, got {low}..{high}")
+        return array.astype(np.uint8)
+    raise PictureError(f"{name} must be uint8, uint16 or floating point in 0..1, got {array.dtype}")
+
+
+def _from_16_bit(values: np.ndarray, name: str) -> np.ndarray:
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 65535:
+        raise PictureError(f"{name} has grey values {low}..{high}; expected 16 bits, 0..65535")
+    return np.round(values.astype(np.float64) / 257).astype(np.uint8)
+
+
+def _from_float(values: np.ndarray, name: str) -> np.ndarray:
+    if not np.isfinite(values).all():
+        raise PictureError(f"{name} has values that are not finite; floating point pictures lie in 0..1")
+    low, high = float(values.min()), float(values.max())
+    if low < 0 or high > 1:
+        raise PictureError(f"{name} has values {low:g}..{high:g}; floating point pictures lie in 0..1 (divide by 255?)")
+    return np.round(values.astype(np.float64) * 255).astype(np.uint8)
+
+
+def _grey_to_rgb(grey: np.ndarray) -> np.ndarray:
+    return np.repeat(grey[..., None], 3, axis=2)
+
+
+def _check_size(width: int, height: int, name: str) -> None:
+    if width < 1 or height < 1:
+        raise PictureError(f"{name} is empty ({width}x{height} pixels)")
+    if width * height > MAX_PIXELS:
+        raise PictureError(f"{name} has {width}x{height} pixels, more than the limit of {MAX_PIXELS:,}; give a smaller copy")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
