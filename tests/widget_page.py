@@ -1,0 +1,139 @@
+"""A widget's own module in a bare page of a real Chromium, without Jupyter.
+
+`WidgetPage` serves the module by request interception, mounts it with a stand-in for the kernel's
+model that records what the module does, and reads back pixels. Pure helpers are called by name.
+"""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+from playwright.sync_api import Browser, Locator, Page, Route
+
+from widgets import PatchExplorer
+
+ADDRESS = "http://widget.test/"
+SYNCED = ("spec", "selected", "word", "method", "layer", "reply")
+BINARY = ("picture", "maps", "scales")
+
+MOUNT = """async ({ state, data, css }) => {
+  const style = document.createElement('style');
+  style.textContent = css;
+  document.head.append(style);
+  const values = { ...state };
+  for (const [name, text] of Object.entries(data)) {
+    const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+    values[name] = new DataView(bytes.buffer);  // as the widget protocol hands bytes over
+  }
+  const heard = {};
+  const sent = [];
+  let saves = 0;
+  const model = {
+    get: (name) => values[name],
+    set: (name, value) => { values[name] = value; for (const call of heard[`change:${name}`] ?? []) call(); },
+    save_changes: () => { saves += 1; },
+    send: (content) => sent.push(content),
+    on: (name, call) => (heard[name] ??= new Set()).add(call),
+    off: (name, call) => heard[name]?.delete(call),
+  };
+  const el = document.querySelector('main');
+  const module = await import('/module.js');
+  const close = module.default.render({ model, el });
+  window.test = { model, values, sent, close, saves: () => saves,
+    listeners: () => Object.values(heard).reduce((sum, calls) => sum + calls.size, 0) };
+}"""
+FRAMES = "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
+PIXELS = """(canvas, points) => {
+  const ctx = canvas.getContext('2d');
+  return points.map(([x, y]) => [...ctx.getImageData(x * canvas.width, y * canvas.height, 1, 1).data]);
+}"""
+
+
+class WidgetPage:
+    """One page; `mount` shows a widget in it."""
+
+    def __init__(self, browser: Browser, **context: Any) -> None:
+        options = {"viewport": {"width": 900, "height": 1100}, **context}
+        self.context = browser.new_context(**options)
+        self.page: Page = self.context.new_page()
+        self.errors: list[str] = []
+        self.outside: list[str] = []
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("console", lambda line: self.errors.append(line.text) if line.type == "error" else None)
+        self.page.set_default_timeout(10_000)
+        self.page.route("**/*", self._serve)
+        self.page.goto(ADDRESS)
+
+    def _serve(self, route: Route) -> None:
+        name = route.request.url.removeprefix(ADDRESS)
+        if name == "":
+            route.fulfill(content_type="text/html", body="<!doctype html><title>widget</title><main></main>")
+        elif name == "module.js":
+            route.fulfill(content_type="text/javascript", body=PatchExplorer._esm)
+        else:
+            self.outside.append(route.request.url)
+            route.abort()
+
+    def mount(self, widget: PatchExplorer) -> Locator:
+        """Show the widget and wait until its picture is painted."""
+        state = {name: getattr(widget, name) for name in SYNCED}
+        data = {name: base64.b64encode(getattr(widget, name)).decode("ascii") for name in BINARY}
+        self.page.evaluate(MOUNT, {"state": state, "data": data, "css": PatchExplorer._css})
+        self.page.wait_for_function("() => document.querySelector('canvas.lab-canvas').width !== 300")  # 300: not sized yet
+        self.settle()
+        return self.page.locator(".lab-explorer")
+
+    def settle(self) -> None:
+        """Let the next frame be painted."""
+        self.page.evaluate(FRAMES)
+
+    def call(self, name: str, *args: Any) -> Any:
+        """One of the module's pure helpers; arrays travel as lists."""
+        code = """async ([name, args]) => {
+          const plain = (value) => ArrayBuffer.isView(value) ? [...value] : value instanceof Set ? [...value] : value;
+          return plain((await import('/module.js'))[name](...args));
+        }"""
+        return self.page.evaluate(code, [name, list(args)])
+
+    def get(self, name: str) -> Any:
+        """A value of the model as the kernel would see it."""
+        return self.page.evaluate("(name) => window.test.values[name]", name)
+
+    def set(self, name: str, value: Any) -> None:
+        """What the kernel would do."""
+        self.page.evaluate("([name, value]) => window.test.model.set(name, value)", [name, value])
+        self.settle()
+
+    def sent(self) -> list[dict]:
+        return self.page.evaluate("() => window.test.sent")
+
+    def pixels(self, points: list[tuple[float, float]]) -> list[list[int]]:
+        """RGBA at places given as shares of the canvas (x, y), after the next frame."""
+        self.settle()
+        return self.page.locator("canvas.lab-canvas").evaluate(PIXELS, points)
+
+    def at(self, x: float, y: float) -> dict:
+        """A place on the canvas, given as shares, for clicks."""
+        box = self.page.locator("canvas.lab-canvas").bounding_box()
+        assert box is not None
+        return {"x": x * box["width"], "y": y * box["height"]}
+
+    def move(self, x: float, y: float) -> None:
+        """The mouse to a place on the canvas."""
+        box = self.page.locator("canvas.lab-canvas").bounding_box()
+        assert box is not None
+        self.page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"], steps=3)
+
+    def close(self) -> None:
+        self.context.close()
+
+
+def center(patch: int, cols: int = 12) -> tuple[float, float]:
+    """The middle of a patch of a square picture, as shares of the canvas."""
+    return (patch % cols + 0.5) / cols, (patch // cols + 0.5) / cols
+
+
+def difference(a: list[int], b: list[int]) -> int:
+    """How far apart two colours are, summed over channels."""
+    return sum(abs(x - y) for x, y in zip(a, b, strict=True))

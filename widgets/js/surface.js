@@ -1,0 +1,122 @@
+// @ts-check
+/**
+ * The canvas in the page: it follows its size, keeps what is costly to draw again, and paints a view.
+ */
+
+import { blankCanvas, contextOf, meanColor, paintBase, paintFigure, paintGround, paintHeat, paintScene } from "./canvas.js";
+import { make } from "./dom.js";
+import { colorTable, formatValue, levelsOf } from "./maps.js";
+
+/**
+ * @typedef {import("./view.js").Spec} Spec
+ * @typedef {import("./view.js").View} View
+ * @typedef {import("./gestures.js").Pointing} Pointing
+ */
+
+const TALLEST = 460; // CSS pixels; a tall picture gets narrower rather than longer
+const SAVED = 1200; // pixels across the picture in a saved figure
+const HELP = "Arrow keys move, space selects, shift with arrows selects a block, escape clears.";
+
+export class Surface {
+  /** @param {Spec} spec @param {import("./maps.js").Maps} maps @param {Record<string, Uint8Array>} palettes
+   * @param {() => void} changed called when the view must be painted again */
+  constructor(spec, maps, palettes, changed) {
+    this.map = spec.map;
+    this.maps = maps;
+    this.palettes = palettes;
+    this.changed = changed;
+    this.canvas = patchCanvas(this.map);
+    this.picture = /** @type {ImageBitmap | null} */ (null);
+    this.base = this.ground = blankCanvas(1, 1);
+    this.heat = blankCanvas(1, 1);
+    this.heatKey = "";
+    this.mean = "#ffffff";
+    this.dot = 1;
+    this.resized = new ResizeObserver(() => this.resize());
+    this.resized.observe(this.canvas);
+  }
+
+  /** @param {Blob} file */
+  async load(file) {
+    this.picture = await createImageBitmap(file);
+    this.resize();
+  }
+
+  close() {
+    this.resized.disconnect();
+    this.picture?.close();
+    this.picture = null;
+  }
+
+  resize() {
+    const { clientWidth: width, clientHeight: height } = this.canvas;
+    if (!width || !height || !this.picture) return;
+    this.dot = Math.min(2, window.devicePixelRatio || 1); // the reader may have zoomed
+    this.canvas.width = Math.round(width * this.dot);
+    this.canvas.height = Math.round(height * this.dot);
+    this.base = paintBase(this.map, this.picture, this.canvas.width, this.canvas.height);
+    this.ground = paintGround(this.base);
+    this.mean = meanColor(this.ground);
+    this.changed();
+  }
+
+  /** @param {View} view @param {Pointing} pointing */
+  paint(view, pointing) {
+    const { found, lo, hi, display } = view;
+    const key = found ? [found.index, lo, hi, display.smooth, view.palette].join() : "";
+    if (found && key !== this.heatKey) {
+      const table = colorTable(this.palettes[view.palette], view.offset, view.step, lo, hi);
+      paintHeat(this.heat, levelsOf(this.maps, found.index), table, this.map.rows, this.map.cols, display.smooth);
+    }
+    this.heatKey = key;
+    paintScene(contextOf(this.canvas), this.scene(view, pointing), this.dot);
+  }
+
+  /** The figure to save. `paint` must have shown this view.
+   * @param {Spec} spec @param {View} view */
+  figure(spec, view) {
+    const base = paintBase(this.map, this.picture, SAVED, (SAVED * this.map.height) / this.map.width);
+    const scene = { ...this.scene(view, { hover: -1, cursor: -1, dragging: [] }), base, ground: paintGround(base) };
+    const ends = [view.lo, view.hi].map((value) => formatValue(value, (view.hi - view.lo) / 255));
+    return paintFigure(scene, {
+      question: spec.question,
+      answer: spec.answer,
+      title: view.title,
+      caption: `${spec.model} · seed ${spec.seed} · ${view.method.caption}`,
+      ends,
+      colors: this.palettes[view.palette],
+      mean: view.mean,
+    });
+  }
+
+  /** @param {View} view @param {Pointing} pointing @returns {import("./canvas.js").Scene} */
+  scene(view, pointing) {
+    const { display, selected, map } = view;
+    return { map, base: this.base, ground: this.ground, heat: view.found ? this.heat : null, ...display, selected, ...pointing };
+  }
+}
+
+/** How wide the picture may become, CSS pixels.
+ * @param {import("./grid.js").PictureMap} map */
+export function widest(map) {
+  return Math.round((TALLEST * map.width) / map.height);
+}
+
+/** @param {string} title */
+export function fileName(title) {
+  const bare = title.replaceAll(/[^\p{L}\p{N}]+/gu, "-").replaceAll(/^-+|-+$/g, "");
+  return `patches-${bare || "map"}.png`;
+}
+
+/** @param {import("./grid.js").PictureMap} map */
+function patchCanvas(map) {
+  const attributes = {
+    tabindex: "0",
+    role: "application",
+    "aria-roledescription": "patch grid",
+    "aria-label": `The picture in ${map.rows} by ${map.cols} patches. ${HELP}`,
+  };
+  const canvas = /** @type {HTMLCanvasElement} */ (make("canvas", "lab-canvas", [], attributes));
+  canvas.style.aspectRatio = `${map.width} / ${map.height}`;
+  return canvas;
+}

@@ -1,0 +1,213 @@
+"""Results as the plain data a page can hold: one small dict, the picture once, the maps once as bytes.
+
+A map travels as uint8 levels with its own offset and step (``value = offset + level * step``), so a
+64-word, 32-layer, 24x24 answer is 1.2 MB and needs no decoding in the browser. Levels are exact to
+1/255 of that map's range; the real numbers stay in Python. Colours are shared: every method has one
+low and one high over all its maps.
+
+Knows nothing of Jupyter or of pages.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from widgets.palette import palettes
+
+if TYPE_CHECKING:
+    from llava_lab.results import Relevance, Run, Target
+
+Layers = list[tuple[str, "Relevance"]]
+
+PICTURE_SIDE = 1000  # the longest side sent to the page, pixels
+PNG_LIMIT = 400_000  # bytes; beyond it a photograph travels as JPEG
+LEVELS = 255
+SIGNED_STEPS = 127  # steps either side of zero, so that zero is exact
+CONTROLS = ("random", "shuffled")  # methods whose name starts so know nothing of the model
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What the page is given: `spec` (JSON-able), the picture file, all levels, and (offset, step) per map."""
+
+    spec: dict[str, Any]
+    picture: bytes
+    maps: bytes  # uint8 (methods, layers, targets, rows, cols), methods one after the other
+    scales: bytes  # little-endian float32 (maps, 2)
+
+
+def pack(run: Run, relevance: Mapping[str, Relevance | Sequence[tuple[str, Relevance]]]) -> Packed:
+    """Check that the maps belong to the run, and pack both."""
+    methods = {name: as_layers(name, given) for name, given in _named(relevance).items()}
+    for name, layers in methods.items():
+        _check(run, name, layers)
+    chips = chips_of(run, methods)
+    parts, scales, described, first = [], [], [], 0
+    for name, layers in methods.items():
+        values = np.stack([rel.values for _, rel in layers]).astype(np.float64)  # layers, targets, rows, cols
+        levels, scale, lo, hi = quantize(values)
+        described.append(_method(name, layers, chips, first, lo, hi))
+        parts.append(levels.tobytes())
+        scales.append(scale.astype("<f4").tobytes())
+        first += values.shape[0] * values.shape[1]
+    picture, kind = encode_picture(run.picture)
+    spec = {
+        "question": run.question,
+        "answer": run.answer,
+        "model": run.model,
+        "seed": run.seed,
+        "chips": [{"text": chip.text, "kind": chip.kind, "p": _chip_probability(run, chip)} for chip in chips],
+        "map": run.map.to_dict(),
+        "methods": described,
+        "picture": kind,
+        "palettes": {name: colors.tobytes().hex() for name, colors in palettes().items()},
+    }
+    return Packed(spec, picture, b"".join(parts), b"".join(scales))
+
+
+def as_layers(name: str, given: Relevance | Sequence[tuple[str, Relevance]]) -> Layers:
+    """One relevance, or (layer label, relevance) pairs, always as pairs."""
+    if hasattr(given, "values") and hasattr(given, "targets"):
+        return [("", given)]  # type: ignore[list-item]
+    pairs = [(str(label), rel) for label, rel in given]  # type: ignore[union-attr]
+    if not pairs:
+        raise ValueError(f"{name!r} has no layers; give a Relevance or a list of (layer label, Relevance)")
+    if len({rel.targets for _, rel in pairs}) > 1:
+        raise ValueError(f"the layers of {name!r} explain different targets; explain the same ones in every layer")
+    return pairs
+
+
+def chips_of(run: Run, methods: Mapping[str, Layers]) -> list[Target]:
+    """What can be pointed at: the answer's words, then whatever else some method explains."""
+    chips = list(run.word_targets())
+    for layers in methods.values():
+        for target in layers[0][1].targets:
+            if _find(chips, target) < 0:
+                chips.append(target)
+    return chips
+
+
+def quantize(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, float]:
+    """Levels, (offset, step) per map, and the colour range over all maps.
+
+    `values` is float (..., rows, cols). Where anything is negative the range is centred on zero.
+    """
+    flat = values.reshape(-1, *values.shape[-2:])
+    if float(flat.min()) < 0:
+        peak = np.abs(flat).max(axis=(1, 2))
+        step, zero = peak / SIGNED_STEPS, SIGNED_STEPS + 1.0
+        offset, reach = -zero * step, float(peak.max())
+        lo, hi = -reach, reach
+    else:
+        offset, top = flat.min(axis=(1, 2)), flat.max(axis=(1, 2))
+        step = (top - offset) / LEVELS
+        lo, hi = float(offset.min()), float(top.max())
+    safe = np.where(step > 0, step, 1.0)[:, None, None]
+    levels = np.rint((flat - offset[:, None, None]) / safe).astype(np.uint8)
+    return levels, np.stack([offset, step], axis=1), lo, hi
+
+
+def encode_picture(picture: np.ndarray) -> tuple[bytes, str]:
+    """The picture as a file no longer than `PICTURE_SIDE` on a side, and its media type."""
+    image = Image.fromarray(picture)
+    if max(image.size) > PICTURE_SIDE:
+        image.thumbnail((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    if buffer.tell() <= PNG_LIMIT:
+        return buffer.getvalue(), "image/png"
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=90)
+    return buffer.getvalue(), "image/jpeg"
+
+
+def answer_words(run: Run) -> list[dict[str, Any]]:
+    """The answer's words with the probability the model gave each."""
+    return [{"text": word.text, "p": probability(run, word.start, word.stop)} for word in run.words]
+
+
+def probability(run: Run, start: int, stop: int) -> float | None:
+    """Product of the token probabilities at sequence positions [start, stop); None where none are known."""
+    first = run.segments["answer"][0]
+    some = np.asarray(run.logprobs, np.float64)[start - first : stop - first]
+    return float(np.exp(some.sum())) if len(some) else None
+
+
+def is_control(name: str, method: str) -> bool:
+    return name.casefold().startswith(CONTROLS) or method.casefold().startswith(CONTROLS)
+
+
+# -- private ----------------------------------------------------------------------------------
+
+
+def _named(relevance: Any) -> Mapping[str, Any]:
+    if not isinstance(relevance, Mapping) or not relevance:
+        got = "an empty mapping" if isinstance(relevance, Mapping) else type(relevance).__name__
+        raise TypeError(f'expected the maps by name, as {{"rollout": rel}}, got {got}')
+    return relevance
+
+
+def _check(run: Run, name: str, layers: Layers) -> None:
+    for _, rel in layers:
+        if rel.fingerprint != run.fingerprint:
+            raise ValueError(
+                f"{name!r} explains another checkpoint ({rel.model}) than the run's ({run.model}); attribute this run"
+            )
+        if rel.map != run.map:
+            raise ValueError(f"{name!r} was made on another picture geometry than the run's; attribute this run")
+        if not np.isfinite(rel.values).all():
+            raise ValueError(f"{name!r} holds values that are not finite; a map cannot be drawn from them")
+        if not rel.targets:
+            raise ValueError(f"{name!r} explains no target; a map cannot be drawn from it")
+
+
+def _method(name: str, layers: Layers, chips: list[Target], first: int, lo: float, hi: float) -> dict[str, Any]:
+    rel = layers[0][1]
+    targets = list(rel.targets)
+    kinds = [target.kind for target in targets]
+    return {
+        "name": name,
+        "control": is_control(name, rel.method),
+        "signed": lo < 0,
+        "lo": lo,
+        "hi": hi,
+        "first": first,
+        "targets": len(targets),
+        "layers": [label for label, _ in layers],
+        "chips": [_find(targets, chip) for chip in chips],
+        "whole": kinds.index("answer") if "answer" in kinds else -1,
+        "caption": _caption(rel),
+        "notes": list(rel.notes),
+    }
+
+
+def _find(targets: list[Target], wanted: Target) -> int:
+    """A target's place by what it means, so that a word found twice is told apart by position."""
+    for index, target in enumerate(targets):
+        if (target.kind, target.positions, target.against_ids) == (wanted.kind, wanted.positions, wanted.against_ids):
+            return index
+    return -1
+
+
+def _caption(rel: Relevance) -> str:
+    options = [f"{key} {_plain(value)}" for key, value in rel.options.items() if value is not None]
+    cost = [f"{count} {name} pass{'' if count == 1 else 'es'}" for name, count in rel.passes.items() if count]
+    return " · ".join([rel.method, *options, *cost, f"{rel.seconds:.2g} s"])
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _chip_probability(run: Run, chip: Target) -> float | None:
+    if chip.kind == "contrast" or not chip.positions:
+        return None
+    return probability(run, chip.positions[0] + 1, chip.positions[-1] + 2)

@@ -1,0 +1,56 @@
+"""The two colour scales, made once here and used by the page and by the PNG alike.
+
+Each is 256 RGBA colours, with the alpha part of the scale: the picture shows through where a map
+says little. Sequential is viridis; diverging runs from blue through nothing to orange; both can be
+read without full colour vision. The two lights are shades instead of colours: the picture itself,
+dark where the map is low.
+
+Source: matplotlib's viridis (CC0), 33 samples. The diverging scale is our own.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+VIRIDIS = (
+    "440154470d6048186a482374472d7b4537814240863e49893b528b375b8d33638d2f6b8e2c728e297a8e26828e23898e21918c"
+    "1f988b1fa08822a78528ae8032b67a3fbc734ec36b5ec96270cf5784d44b98d83eaddc30c2df23d8e219ece51bfde725"
+)
+BLUE_ORANGE = "06308f0f4fd64b8bf08fbdf7cfe0f7f2f2f2ffe2bdfdbb6bf98a1ee05a02a33400"
+NIGHT = "0b0d14" * 2
+FAINTEST = 0.1  # alpha of the lowest sequential value, before the reader's opacity
+COLORS = 256
+
+
+def sequential() -> np.ndarray:
+    """Viridis, low values fainter; uint8 (256, 4)."""
+    alpha = FAINTEST + (1 - FAINTEST) * np.linspace(0, 1, COLORS)
+    return _with_alpha(VIRIDIS, alpha)
+
+
+def diverging() -> np.ndarray:
+    """Blue below zero, orange above, clear at zero; uint8 (256, 4)."""
+    alpha = np.abs(np.linspace(-1, 1, COLORS)) ** 0.6  # rises fast: small effects stay visible
+    return _with_alpha(BLUE_ORANGE, alpha)
+
+
+def light(signed: bool) -> np.ndarray:
+    """Darkness that lifts as the value rises, from the low end or from zero; uint8 (256, 4)."""
+    value = np.linspace(-1 if signed else 0, 1, COLORS)
+    return _with_alpha(NIGHT, 0.94 * (1 - np.clip(value, 0, 1)))
+
+
+def palettes() -> dict[str, np.ndarray]:
+    """All scales by the names the page uses."""
+    return {"sequential": sequential(), "diverging": diverging(), "light": light(False), "light-diverging": light(True)}
+
+
+def colors_of(signed: bool) -> np.ndarray:
+    return diverging() if signed else sequential()
+
+
+def _with_alpha(samples: str, alpha: np.ndarray) -> np.ndarray:
+    known = np.frombuffer(bytes.fromhex(samples), np.uint8).reshape(-1, 3).astype(np.float64)
+    at = np.linspace(0, len(known) - 1, COLORS)
+    rgb = np.stack([np.interp(at, np.arange(len(known)), known[:, channel]) for channel in range(3)], axis=1)
+    return np.concatenate([rgb, alpha[:, None] * 255], axis=1).round().astype(np.uint8)

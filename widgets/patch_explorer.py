@@ -1,0 +1,223 @@
+"""PatchExplorer: point at a word of the answer, see which patches of the picture it came from.
+
+The maps go to the browser once; hovering and arrowing repaint there. What comes back to Python is
+`selected` (flat patch indices), the kept `word`, `method` and `layer`, and the request to ask again.
+Computes nothing about models: it shows what `llava_lab.results` hold.
+
+The page's part is in ``widgets/js`` (the map, pure helpers, one file per idea) and ``explorer.css``.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import traitlets
+
+from widgets.base import HERE, LabWidget, bundle
+from widgets.html import page
+from widgets.pack import answer_words, as_layers, pack
+from widgets.paint import draw
+
+if TYPE_CHECKING:
+    import os
+
+    from llava_lab.results import Relevance, Run
+
+Patch = tuple[int, int]  # row, column
+Ask = Callable[[list[Patch]], "Run | tuple[str, Sequence[float] | None]"]
+
+MODULES = (
+    "maps.js",
+    "grid.js",
+    "canvas.js",
+    "dom.js",
+    "chips.js",
+    "parts.js",
+    "answers.js",
+    "controls.js",
+    "gestures.js",
+    "view.js",
+    "surface.js",
+    "explorer.js",
+)
+TRACE_LINES = 40  # of a failed callback's traceback, kept for the page
+
+log = logging.getLogger(__name__)
+
+
+class PatchExplorer(LabWidget):
+    """An answer and its maps on the picture, to point at.
+
+    `relevance` gives the maps by name, ``{"rollout": rel}``; a list of ``(layer label, Relevance)``
+    in place of one Relevance adds a layer slider. A method whose name starts with "random" is shown
+    as a control.
+
+    `ask` is called with the selected patches as (row, column) pairs when the reader asks again
+    without them. It returns a Run, or ``(answer, probabilities)`` with one probability per
+    whitespace-separated word, or None for unknown. What it raises is shown in the widget.
+
+    `word` is the first word shown, by position or text (None: the last word with a map); `opacity`
+    is 0 to 1; `smooth` interpolates between patch centres.
+    """
+
+    _esm = bundle(*MODULES)
+    _css = (HERE / "explorer.css").read_text("utf-8")
+
+    spec = traitlets.Dict().tag(sync=True)
+    picture = traitlets.Bytes().tag(sync=True)
+    maps = traitlets.Bytes().tag(sync=True)
+    scales = traitlets.Bytes().tag(sync=True)
+    selected = traitlets.List(traitlets.Int()).tag(sync=True)
+    word = traitlets.Int(0).tag(sync=True)
+    method = traitlets.Unicode().tag(sync=True)
+    layer = traitlets.Int(0).tag(sync=True)
+    reply = traitlets.Dict().tag(sync=True)
+
+    def __init__(
+        self,
+        run: Run,
+        relevance: Mapping[str, Relevance | Sequence[tuple[str, Relevance]]],
+        *,
+        ask: Ask | None = None,
+        word: int | str | None = None,
+        opacity: float = 0.85,
+        smooth: bool = False,
+        **unknown: Any,
+    ) -> None:
+        self.refuse(unknown)
+        if ask is not None and not callable(ask):
+            raise TypeError(f"ask must be a function of the selected patches, got {type(ask).__name__}")
+        if not 0 <= opacity <= 1:
+            raise ValueError(f"opacity must lie in 0..1, got {opacity}")
+        packed = pack(run, relevance)
+        self.run, self.ask = run, ask
+        self.relevance = {name: as_layers(name, given) for name, given in relevance.items()}
+        view = {"opacity": float(opacity), "smooth": bool(smooth), "can_ask": ask is not None}
+        first = packed.spec["methods"][0]
+        super().__init__(
+            spec={**packed.spec, **view, "p": whole_probability(run)},
+            picture=packed.picture,
+            maps=packed.maps,
+            scales=packed.scales,
+            word=_first_word(run, word, first["chips"]),
+            method=first["name"],
+            layer=max(len(method["layers"]) for method in packed.spec["methods"]) - 1,
+        )
+        self.on_msg(self._hear)
+
+    @property
+    def patches(self) -> list[Patch]:
+        """The selected patches as (row, column), row-major."""
+        return [divmod(index, self.run.map.cols) for index in self.selected]
+
+    @property
+    def mask(self) -> np.ndarray:
+        """The selection as bool (rows, cols)."""
+        out = np.zeros(self.run.map.rows * self.run.map.cols, bool)
+        out[self.selected] = True
+        return out.reshape(self.run.map.rows, self.run.map.cols)
+
+    def draw_png(self) -> bytes:
+        """The picture, and one small map per word and method, as PNG bytes."""
+        return draw(self.run, self.relevance)
+
+    def to_html(self, path: str | os.PathLike | None = None, *, title: str | None = None) -> str:
+        """One interactive HTML file that needs nothing else; written to `path` when given. Asking again stays in the notebook."""
+        state = {name: getattr(self, name) for name in ("selected", "word", "method", "layer")}
+        state |= {"spec": {**self.spec, "can_ask": False}, "reply": {}}
+        data = {name: getattr(self, name) for name in ("picture", "maps", "scales")}
+        text = page(title or self.run.question, self._esm, self._css, state, data)
+        if path is not None:
+            Path(path).write_text(text, "utf-8")
+        return text
+
+    def __repr__(self) -> str:
+        return f"PatchExplorer({self.run.question!r} → {self.run.answer!r}; {', '.join(self.relevance)})"
+
+    # -- checks on what Python or the page sets ------------------------------------------------
+
+    @traitlets.validate("selected")
+    def _valid_selection(self, proposal: dict) -> list[int]:
+        cells = self.run.map.rows * self.run.map.cols
+        wrong = [index for index in proposal["value"] if not 0 <= index < cells]
+        if wrong:
+            raise traitlets.TraitError(f"selected patches must lie in 0..{cells - 1}, got {wrong[0]}")
+        return sorted(set(proposal["value"]))
+
+    @traitlets.validate("word")
+    def _valid_word(self, proposal: dict) -> int:
+        return _within("word", proposal["value"], len(self.spec["chips"]))
+
+    @traitlets.validate("layer")
+    def _valid_layer(self, proposal: dict) -> int:
+        return _within("layer", proposal["value"], max(len(method["layers"]) for method in self.spec["methods"]))
+
+    @traitlets.validate("method")
+    def _valid_method(self, proposal: dict) -> str:
+        if proposal["value"] not in self.relevance:
+            raise traitlets.TraitError(f"method must be one of {', '.join(self.relevance)}, got {proposal['value']!r}")
+        return proposal["value"]
+
+    # -- asking again --------------------------------------------------------------------------
+
+    def _hear(self, _widget: Any, content: Any, _buffers: Any) -> None:
+        """Answer the page. An error is a reply too; nothing is lost."""
+        if not isinstance(content, dict) or content.get("kind") != "ask" or self.ask is None:
+            return
+        asked = {"id": content.get("id"), "selected": list(content.get("selected", []))}
+        self.reply = {**asked, "state": "busy"}
+        started = time.perf_counter()
+        try:
+            self.selected = asked["selected"]
+            answer = read_answer(self.ask(self.patches))
+            self.reply = {**asked, "state": "done", "seconds": time.perf_counter() - started, **answer}
+        except (Exception, KeyboardInterrupt) as error:  # the page is where the reader is looking
+            log.exception("asking again failed")
+            lines = traceback.format_exc().splitlines()[-TRACE_LINES:]
+            message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            self.reply = {**asked, "state": "error", "message": message, "trace": "\n".join(lines)}
+
+
+def read_answer(given: Any) -> dict[str, Any]:
+    """What the callback returned, as words with probabilities."""
+    if hasattr(given, "words") and hasattr(given, "logprobs"):
+        return {"answer": given.answer, "words": answer_words(given), "p": whole_probability(given)}
+    if not (isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], str)):
+        raise TypeError(f"ask must return a Run or (answer, probabilities per word), got {type(given).__name__}")
+    answer, probabilities = given
+    words = answer.split()
+    if probabilities is None:
+        return {"answer": answer, "words": [{"text": word, "p": None} for word in words], "p": None}
+    known = [float(p) for p in probabilities]
+    if len(known) != len(words):
+        raise ValueError(f"ask returned {len(known)} probabilities for {len(words)} words")
+    paired = [{"text": word, "p": p} for word, p in zip(words, known, strict=True)]
+    return {"answer": answer, "words": paired, "p": float(np.prod(known))}
+
+
+def whole_probability(run: Run) -> float | None:
+    """Probability of the whole answer as given: product over its tokens."""
+    total = np.asarray(run.logprobs, np.float64)
+    return float(np.exp(total.sum())) if len(total) else None
+
+
+def _first_word(run: Run, word: int | str | None, mapped: list[int]) -> int:
+    if isinstance(word, str):
+        return run.words.index(run.word(word))
+    if word is not None:
+        return _within("word", word, len(mapped))
+    own = [chip for chip, target in enumerate(mapped) if target >= 0]
+    words = [chip for chip in own if chip < len(run.words)]
+    return (words or own or [0])[-1]
+
+
+def _within(name: str, value: int, count: int) -> int:
+    if not 0 <= value < count:
+        raise traitlets.TraitError(f"{name} must lie in 0..{count - 1}, got {value}")
+    return value
