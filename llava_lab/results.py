@@ -44,7 +44,7 @@ def save_npz(path: str | os.PathLike, kind: str, header: dict[str, Any], arrays:
 def load_npz(path: str | os.PathLike, kind: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Read what `save_npz` wrote. Raises DataError with one line on anything else."""
     try:
-        with np.load(Path(path), allow_pickle=False) as file:
+        with Path(path).open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         header = json.loads(arrays.pop("header").tobytes().decode())
     except FileNotFoundError:
@@ -122,7 +122,7 @@ class Run:
         """Resolve a target: None or "answer" the whole answer, an int an answer token, a str a word.
 
         The contrast of two words needs the vocabulary, so it is resolved by the Lab
-        (`llava_lab.attribution.resolve_target`).
+        (`llava_lab.attribution.resolve_targets`).
         """
         start, stop = self.segments["answer"]
         if isinstance(what, Target):

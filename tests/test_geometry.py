@@ -1,0 +1,106 @@
+"""PictureMap: where a patch lies on the picture, under pad and under crop, whatever the shape."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from llava_lab.errors import OptionError
+from llava_lab.geometry import MODES, PictureMap
+
+SHAPES = [(640, 480), (480, 640), (336, 336), (101, 37), (37, 101)]
+
+
+def made(width: int, height: int, mode: str, grid: int = 24) -> PictureMap:
+    return PictureMap.make(width, height, size=336, rows=grid, cols=grid, mode=mode)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("mode", MODES)
+def test_going_there_and_back_is_exact(shape: tuple[int, int], mode: str) -> None:
+    at = made(*shape, mode)
+    for point in [(0.0, 0.0), (10.5, 20.25), (float(shape[0]), float(shape[1]))]:
+        assert at.to_picture(*at.to_model(*point)) == pytest.approx(point)
+    assert PictureMap.from_dict(at.to_dict()) == at
+
+
+def test_crop_of_640x480_sees_the_middle_480() -> None:
+    assert made(640, 480, "crop").seen_box == pytest.approx((80, 0, 560, 480), abs=1.0)
+
+
+def test_pad_sees_everything_and_leaves_rows_of_padding() -> None:
+    at = made(640, 480, "pad")
+    assert at.seen_box == (0, 0, 640, 480)
+    coverage = at.coverage()
+    assert coverage.shape == (24, 24)
+    assert (coverage[:3] == 0).all()
+    assert (coverage[3:21] == 1).all()
+    assert (coverage[21:] == 0).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("mode", MODES)
+def test_patch_at_and_patch_box_agree(shape: tuple[int, int], mode: str) -> None:
+    at = made(*shape, mode)
+    seen = 0
+    for row in range(24):
+        for col in range(24):
+            left, top, right, bottom = at.patch_box(row, col)
+            x, y = (left + right) / 2, (top + bottom) / 2
+            inside = 0 <= x < at.width and 0 <= y < at.height
+            assert at.patch_at(x, y) == ((row, col) if inside else None)
+            seen += inside
+    assert seen > 100
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_projected_spike_lands_in_its_patch_box(shape: tuple[int, int], mode: str) -> None:
+    at = made(*shape, mode, grid=6)
+    values = np.zeros((6, 6), np.float32)
+    values[2, 3] = 1
+    ys, xs = np.nonzero(at.project(values) == 1)
+    left, top, right, bottom = at.patch_box(2, 3)
+    assert left - 1 <= xs.min() <= xs.max() <= right + 1
+    assert top - 1 <= ys.min() <= ys.max() <= bottom + 1
+    assert len(xs) == pytest.approx((right - left) * (bottom - top), rel=0.35)
+
+
+def test_unseen_area_is_nan_under_crop_and_nowhere_under_pad() -> None:
+    values = np.ones((24, 24), np.float32)
+    cropped = made(640, 480, "crop").project(values)
+    assert np.isnan(cropped[:, :78]).all()
+    assert not np.isnan(cropped[:, 82:558]).any()
+    assert not np.isnan(made(640, 480, "pad").project(values)).any()
+
+
+def test_mask_shares_conserve_area() -> None:
+    rng = np.random.default_rng(0)
+    for shape in SHAPES:
+        mask = rng.random((shape[1], shape[0])) < 0.3
+        at = made(*shape, "pad")
+        cell = (336 / 24) ** 2 / (at.scale_x * at.scale_y)  # one patch in picture pixels
+        assert at.mask_to_patches(mask).sum() * cell == pytest.approx(mask.sum(), rel=1e-5)
+
+
+def test_smooth_keeps_a_constant_and_stays_between_neighbours() -> None:
+    at = made(101, 37, "pad", grid=6)
+    assert np.nanmax(np.abs(at.project(np.full((6, 6), 2.5, np.float32), smooth=True) - 2.5)) < 1e-6
+    values = np.random.default_rng(0).random((6, 6)).astype(np.float32)
+    smooth = at.project(values, smooth=True)
+    assert np.nanmin(smooth) >= values.min() - 1e-6
+    assert np.nanmax(smooth) <= values.max() + 1e-6
+
+
+def test_wrong_requests_say_what_was_expected() -> None:
+    with pytest.raises(OptionError, match="pad, crop"):
+        made(10, 10, "stretch")
+    with pytest.raises(OptionError, match="at least 1"):
+        made(0, 10, "pad")
+    at = made(10, 20, "pad")
+    with pytest.raises(OptionError, match="24x24 grid"):
+        at.patch_box(24, 0)
+    with pytest.raises(OptionError, match="20x10"):
+        at.mask_to_patches(np.zeros((10, 20), bool))
+    with pytest.raises(OptionError, match="24x24"):
+        at.project(np.zeros((6, 6), np.float32))
