@@ -165,5 +165,3 @@ def _bilinear(grid: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
         return out
 
     return weights(y, grid.shape[0]) @ grid @ weights(x, grid.shape[1]).T
-
-

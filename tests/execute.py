@@ -4,8 +4,8 @@
     python tests/execute.py check [NOTEBOOK ...]    run and compare with what is stored; exit 1 when they differ
     python tests/execute.py answer NOTEBOOK --map map.png    run, print `run.answer`, draw `relevance` on its picture
 
-What differs between runs is left out: timestamps, widget state and views, the interpreter's version
-(a widget's picture or text stays). Comparing allows what another processor or font
+What differs between runs is left out: timestamps, widget state and views, progress bars, the
+interpreter's version (a widget's picture or text stays). Comparing allows what another processor or font
 library may change: the last printed digit of a number, a shade of a pixel. It lives outside
 `llava_lab`, which never imports Jupyter. Usually started by ``run.py notebooks``.
 """
@@ -45,6 +45,7 @@ _axes.figure.savefig(_Path({path!r}), dpi=150)
 print(run.answer)
 """
 NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?", re.IGNORECASE)
+BAR = re.compile(r"\d+%\|.*\|\s*\d+/\d+ \[")  # tqdm's
 ADDRESS = re.compile(r"\bat 0x[0-9a-f]{6,}")
 
 
@@ -189,10 +190,18 @@ def _clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     notebook.metadata["kernelspec"] = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":  # a progress bar shows on slow machines only
+            cell.outputs = [output for output in cell.outputs if not _is_progress(output)]
         for output in cell.get("outputs", []):
             if len(output.get("data", {})) > 1:  # its id is random, and without stored state it shows nothing
                 output.data.pop(WIDGET_VIEW, None)
     return notebook
+
+
+def _is_progress(output: nbformat.NotebookNode) -> bool:
+    text = output.get("text", "") or output.get("data", {}).get("text/plain", "")
+    lines = [line for line in re.split(r"[\r\n]", text) if line.strip()]
+    return bool(lines) and all(BAR.search(line) for line in lines)
 
 
 def _texts(cell: nbformat.NotebookNode) -> list[str]:

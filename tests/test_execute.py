@@ -115,6 +115,12 @@ relevance = Relevance(np.ones((1, 2, 2), np.float32), (run.target(),), "rollout"
     assert not out.exists()  # an old map must not pass for a new one
 
 
+def test_progress_bars_leave_no_trace_however_slow_the_machine(tmp_path: Path) -> None:
+    path = _lesson(tmp_path / "bar.ipynb", "from tqdm.auto import tqdm\nfor _ in tqdm(range(3)):\n    print('kept')")
+    assert execute.main(["store", str(path)]) == 0
+    assert [output.get("text") for output in nbformat.read(path, as_version=4).cells[1].outputs] == ["kept\nkept\nkept\n"]
+
+
 @pytest.mark.parametrize(
     ("stored", "fresh", "same"),
     [

@@ -61,9 +61,8 @@ class Pen:
         self, box: tuple[float, float, float, float], fill: tuple[int, int, int] | None = None, round_: float = 0
     ) -> None:
         (left, top), (right, bottom) = self._xy([(box[0], box[1]), (box[2], box[3])])
-        outline = self.dark if fill is None else INK
-        args = {"fill": fill or self.color, "outline": outline, "width": self.line}
-        self.draw.rounded_rectangle((left, top, right, bottom), radius=round_ * self.side, **args)
+        outline, corner = self.dark if fill is None else INK, round_ * self.side
+        self.draw.rounded_rectangle((left, top, right, bottom), corner, fill or self.color, outline, self.line)
 
     def stroke(self, points: list[Point], width: float, fill: tuple[int, int, int] = INK) -> None:
         self.draw.line(self._xy(points), fill=fill, width=max(1, round(width * self.side)), joint="curve")

@@ -1,0 +1,162 @@
+"""Stage 0b: the language model learns to read and to reason, without any picture.
+
+Three kinds of text. *Descriptions*: sentences about a scene, then questions that the sentences
+answer. *Written maps*: the scene laid out on the patch grid in words, each cell holding the words
+for what is there (" large", " red", " car"; the cell's vector is the sum of their embeddings)
+with marks for where the cell lies; then questions or a caption. A written map is how the model
+learns, before it sees, to look things up in a grid; the marks are thrown away after, and the
+connector has to find words and marks by itself in stages 1 and 2. The card says so.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerFast
+
+from llava_lab.training.masks import encode
+from llava_lab.training.pool import NOTHING, Pool
+from llava_lab.training.statements import statements
+from llava_lab.training.turns import (
+    SHORT_SHARE,
+    Apart,
+    Joined,
+    apart,
+    apart_loss,
+    facts,
+    joined,
+    joined_loss,
+    plain,
+    question_turns,
+)
+from llava_lab.worlds.picturebook import REQUESTS, ask_about, caption, description
+from llava_lab.worlds.questions import TYPES
+from llava_lab.worlds.scenes import COLOR_NAMES, KIND_NAMES, Scene
+
+TEXT_TYPES = tuple(name for name in TYPES if name != "relation")  # sentences give places too coarse for directions
+FEW_CELLS = ((4, 16), (20, 60))  # most written maps have only some of their cells, few or more in turn, to be cheap
+FULL_SHARE = 0.15
+FORMS = ("text", "map", "plain", "fact", "terse")
+# ten batches at a time: first mostly single facts, later mostly whole questions
+EARLY = ("fact", "fact", "terse", "fact", "fact", "terse", "fact", "fact", "plain", "map")
+LATE = ("map", "fact", "terse", "map", "map", "plain", "map", "fact", "map", "text")
+MARK_SCALE = 0.7  # standard deviation of a fresh mark, a little under a word's
+MAP_NOISE = 0.05  # standard deviation added to every cell, in units of an embedding's own scale
+
+
+class Marks(nn.Module):
+    """Where a cell lies and where its thing's centre is, as one vector; and blank paper."""
+
+    def __init__(self, grid: int, width: int) -> None:
+        super().__init__()
+        self.grid = grid
+        self.row_embed = nn.Embedding(grid, width)
+        self.col_embed = nn.Embedding(grid, width)
+        self.paper = nn.Parameter(torch.randn(width))
+        self.place_head = nn.Linear(5, width, bias=False)
+        for weight in (self.row_embed.weight, self.col_embed.weight, self.place_head.weight):
+            nn.init.normal_(weight, std=MARK_SCALE)
+
+    def forward(self, embed: nn.Embedding, batch: dict[str, Tensor]) -> Tensor:
+        """cells (B, K) and words (B, K, 3) with -1 for paper, places (B, K, 5) -> (B, K, D)."""
+        words, cells = batch["words"], batch["cells"]
+        thing = (words >= 0).all(-1, keepdim=True)
+        vectors = torch.where(thing, embed(words.clamp(min=0)).sum(2), self.paper)
+        vectors = (
+            vectors + self.row_embed(cells // self.grid) + self.col_embed(cells % self.grid) + self.place_head(batch["places"])
+        )
+        return vectors + MAP_NOISE * vectors.detach().std() * torch.randn_like(vectors)
+
+
+def word_ids(tokenizer: PreTrainedTokenizerFast, words: tuple[str, ...]) -> np.ndarray:
+    """The single token of each word with its leading space; raises if a word takes several."""
+    ids = [tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in words]
+    assert all(len(i) == 1 for i in ids), f"not single tokens: {[w for w, i in zip(words, ids, strict=True) if len(i) != 1]}"
+    return np.array([i[0] for i in ids], np.int64)
+
+
+class LanguageData(Dataset):
+    """Batch number -> written maps with questions or captions, or descriptions with questions."""
+
+    def __init__(
+        self, pool: Pool, tokenizer: PreTrainedTokenizerFast, *, batch: int, turns: int, early: int, grid: int, seed: int
+    ) -> None:
+        self.pool, self.tokenizer, self.batch, self.turns, self.grid, self.seed = pool, tokenizer, batch, turns, grid, seed
+        self.early = early  # steps before whole questions take over
+        names = (KIND_NAMES, COLOR_NAMES, ("small", "large"))
+        self.kinds, self.colors, self.sizes = (word_ids(tokenizer, words) for words in names)
+        self.image_id = int(tokenizer.convert_tokens_to_ids("<image>"))
+
+    def __getitem__(self, step: int) -> tuple[str, Any, Any]:
+        rng = np.random.default_rng((self.seed, 21, step))
+        chosen = np.sort(rng.choice(len(self.pool), self.batch, replace=False))
+        scenes = [self.pool.scene(int(i)) for i in chosen]
+        form = (EARLY if step < self.early else LATE)[step % 10]
+        system = bool(rng.random() < 0.5)
+        if form == "text":
+            return "text", self._text(scenes, rng, system), None
+        cells = self.grid**2 if rng.random() < FULL_SHARE else int(rng.integers(*FEW_CELLS[step % 2]))
+        layout = self.layout(self.pool.owners[chosen], self.pool.things[chosen], min(cells, self.grid**2), rng)
+        return form, self._asked(form, scenes, rng, system), layout
+
+    def _asked(self, form: str, scenes: list[Scene], rng: np.random.Generator, system: bool) -> Apart:
+        if form == "plain":
+            return plain(self.tokenizer, [[caption(s), description(s, rng)] for s in scenes], self.image_id)
+        if form == "fact":
+            return facts(self.tokenizer, [statements(s, rng, 3 * self.turns) for s in scenes], self.image_id)
+        if form == "terse":
+            asked = [ask_about(s, rng, 2 * self.turns) for s in scenes]
+            return facts(self.tokenizer, [[(f" {q.text}", f" {q.short}.") for q in row] for row in asked], self.image_id)
+        short = bool(rng.random() < SHORT_SHARE)
+        samples = [question_turns(s, rng, self.turns, short=short)[0] for s in scenes]
+        if rng.random() < 0.1:
+            samples = [[(str(rng.choice(REQUESTS)), caption(s)), *pairs[:3]] for pairs, s in zip(samples, scenes, strict=True)]
+        return apart(self.tokenizer, samples, system=system)
+
+    def layout(self, owners: np.ndarray, things: np.ndarray, cells: int, rng: np.random.Generator) -> dict[str, Tensor]:
+        """`cells` cells of each scene in reading order: thing centres first, then other thing cells, then paper."""
+        empty = owners == NOTHING
+        rows = np.take_along_axis(things, np.where(empty, 0, owners)[:, :, None].astype(np.int64), axis=1)
+        centres = (
+            np.stack(np.meshgrid(np.arange(self.grid), np.arange(self.grid), indexing="xy"), -1).reshape(-1, 2) + 0.5
+        ) / self.grid
+        offset = (rows[:, :, 3:5] - centres) * 3 * ~empty[:, :, None]
+        here = (np.abs(rows[:, :, 3:5] - centres).max(-1) <= 0.5 / self.grid) & ~empty
+        score = rng.random(owners.shape) + 2.0 * here + 0.4 * ~empty
+        kept = np.sort(np.argsort(-score, axis=1)[:, :cells], axis=1)
+        words = np.stack(
+            [
+                self.kinds[rows[:, :, 0].astype(int)],
+                self.colors[rows[:, :, 1].astype(int)],
+                self.sizes[rows[:, :, 2].astype(int)],
+            ],
+            -1,
+        )
+        words[empty] = -1
+        own = np.broadcast_to(centres * 2 - 1, offset.shape)
+        places = np.concatenate([own, offset, here[:, :, None]], -1).astype(np.float32)
+        take = {"words": words, "places": places}
+        layout = {name: torch.from_numpy(np.take_along_axis(value, kept[:, :, None], axis=1)) for name, value in take.items()}
+        return layout | {"cells": torch.from_numpy(kept)}
+
+    def _text(self, scenes: list[Any], rng: np.random.Generator, system: bool) -> Joined:
+        samples = []
+        for scene in scenes:
+            pairs = [(q.text, q.answer) for q in ask_about(scene, rng, self.turns, TEXT_TYPES)]
+            samples.append(encode(self.tokenizer, pairs, system=system, picture=description(scene, rng)))
+        return joined(self.tokenizer, samples)
+
+
+def language_loss(model: nn.Module, marks: Marks, item: tuple[str, Any, Any], image_id: int) -> tuple[Tensor, dict[str, float]]:
+    """Loss of one batch, whatever its form; for questions also the share answered right in every token."""
+    form, batch, layout = item
+    if form == "text":
+        return joined_loss(model, batch, None, image_id), {"form": float(FORMS.index(form))}
+    maps = marks(model.model.language_model.embed_tokens, layout)
+    loss, right = apart_loss(model, batch, maps, image_id)
+    asked = (batch.labels != -100).any(-1)
+    return loss, {"form": float(FORMS.index(form)), "right": round(float(right.sum() / asked.sum()), 4)}
