@@ -209,10 +209,11 @@ def test_nothing_is_left_behind(
 def test_bfloat16_weights_give_nearly_the_same_map(planted: Lab, method: str) -> None:
     run = scripted_run(planted, red_picture(96, 96, (12, 60, 36, 84)), "The car is red.")
     exact = attribute(planted, run, method=method, target="red").values
+    before = {name: value.clone() for name, value in planted.model.state_dict().items()}
     planted.model.to(torch.bfloat16)
     try:
         rough = attribute(planted, replace(run, fingerprint=planted.fingerprint), method=method, target="red").values
     finally:
-        planted.model.to(torch.float32)
+        planted.model.to(torch.float32).load_state_dict(before)
     # the hand-written weights are exact in bfloat16 but for one; what is left is rounding in the forward
     np.testing.assert_allclose(rough, exact, atol=0.02 * np.abs(exact).max())

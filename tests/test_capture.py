@@ -184,11 +184,12 @@ def test_norms_are_those_of_the_branch_and_of_the_stream_it_joins(model: LlavaFo
 def test_bfloat16_is_captured_in_float32(model: LlavaForConditionalGeneration) -> None:
     inputs = _inputs(model)
     exact, _, _ = _capture(model, inputs)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     model.to(torch.bfloat16)
     try:
         text, _, _ = _capture(model, inputs | {"pixel_values": inputs["pixel_values"].bfloat16()})
     finally:
-        model.to(torch.float32)
+        model.to(torch.float32).load_state_dict(before)
     assert text.attention[0].dtype == torch.float32
     # 8 bits of mantissa in the scores, and sharp attention: rows agree to about a percent
     assert (text.attention[0] - exact.attention[0]).abs().mean() < 1e-3

@@ -66,8 +66,8 @@ def train(
         recipe = replace(recipe, seed=seed)
     work = _Work(recipe, folder, steps_scale)
     for stage in recipe.stages:
-        work.load_before(stage)
         if stages is None or stage.name in stages:
+            work.load(STAGES[: STAGES.index(stage.name)])
             work.run(stage)
     return work.finish()
 
@@ -120,18 +120,18 @@ class _Work:
         parts = {"projector": inner.multi_modal_projector, "language": inner.language_model, "head": model.lm_head}
         return parts, InstructData(self.pool, self.tokenizer, turns=stage.turns, **common), loss
 
-    def load_before(self, stage: Stage) -> None:
-        """Put the states of the stages before `stage` into the model; a missing one is named."""
+    def load(self, stages: Sequence[str]) -> None:
+        """Put the states of finished stages into the model, in order; a missing one is named."""
         places = {
             "tower": self.model.model.vision_tower,
             "projector": self.model.model.multi_modal_projector,
             "language": self.model.model.language_model,
             "head": self.model.lm_head,
         }
-        for earlier in STAGES[: STAGES.index(stage.name)]:
-            path = self.folder / f"{earlier}.pt"
+        for stage in stages:
+            path = self.folder / f"{stage}.pt"
             if not path.exists():
-                raise OptionError(f"stage {stage.name} needs {path}, which is missing; train stage {earlier} first")
+                raise OptionError(f"{path} is missing; train stage {stage} first")
             saved = torch.load(path, weights_only=True)["modules"]
             for name, module in places.items():
                 if name in saved:
@@ -139,10 +139,10 @@ class _Work:
 
     def finish(self) -> Path:
         """Save the model as an ordinary transformers folder, bfloat16."""
-        last = self.folder / f"{STAGES[-1]}.pt"
-        if not last.exists():
-            log.info("no model saved yet: stage %s is still to come", STAGES[-1])
+        if missing := [stage for stage in STAGES if not (self.folder / f"{stage}.pt").exists()]:
+            log.info("no model saved yet; still to come: %s", ", ".join(missing))
             return self.folder
+        self.load(STAGES)
         target = self.folder / "model"
         self.model.set_attn_implementation("sdpa")
         self.model.requires_grad_(True).to(torch.bfloat16).save_pretrained(target)
