@@ -17,11 +17,13 @@ from llava_lab.training.build import build_config, build_model, build_processor,
 from llava_lab.training.loop import rate_at
 from llava_lab.training.masks import IGNORE, encode, render
 from llava_lab.training.pool import NOTHING, make_pool, truth_of
+from llava_lab.training.statements import statements
 from llava_lab.training.streams import shared_prefix
 from llava_lab.training.tiny import _Work
 from llava_lab.training.tower import normalise, swapped
 from llava_lab.training.turns import apart, apart_loss, joined, joined_loss, plain
 from llava_lab.worlds.picturebook import SHORT, conversation, scene
+from llava_lab.worlds.questions import place_of
 
 SMALL = Architecture(
     image=48,
@@ -260,3 +262,20 @@ def test_bad_requests_are_refused_in_one_line(folder: Path, tmp_path: Path) -> N
         train("quick", folder, recipe=QUICK)
     with pytest.raises(OptionError, match="train stage tower first"):
         train("quick", tmp_path / "gap", recipe=QUICK, stages=["language"])
+
+
+def test_single_facts_are_true_and_pick_out_one_thing() -> None:
+    for i in range(60):
+        drawn = scene("train", i)
+        for given, known in statements(drawn, np.random.default_rng(i), 12):
+            words = given.removeprefix(" The ").split()
+            if given == " There is":
+                named = known.strip(" .").split()[1:]
+                assert any(all(w in (t.kind, t.color, t.size) for w in named) for t in drawn.things)
+                continue
+            hidden = words[0] if words[1] == "of" else "kind"
+            name = words[3:-1] if words[1] == "of" else words[:-1]
+            fits = [t for t in drawn.things if all(w in (t.kind, t.color, t.size, "thing") for w in name)]
+            assert len(fits) == 1, f"{given!r} fits {fits}"
+            value = place_of(fits[0]) if hidden == "place" else getattr(fits[0], hidden)
+            assert known.strip(" .").removeprefix("an ").removeprefix("a ") == value

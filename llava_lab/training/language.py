@@ -43,7 +43,7 @@ FULL_SHARE = 0.15
 FORMS = ("text", "map", "plain", "fact", "terse")
 # ten batches at a time: first mostly single facts, later mostly whole questions
 EARLY = ("fact", "fact", "terse", "fact", "fact", "terse", "fact", "fact", "plain", "map")
-LATE = ("map", "fact", "terse", "map", "map", "plain", "map", "fact", "map", "text")
+LATE = ("terse", "map", "fact", "terse", "map", "terse", "plain", "map", "terse", "text")
 MARK_SCALE = 0.7  # standard deviation of a fresh mark, a little under a word's
 MAP_NOISE = 0.05  # standard deviation added to every cell, in units of an embedding's own scale
 

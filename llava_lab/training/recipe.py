@@ -60,18 +60,18 @@ class Recipe:
     seed: int = 0
     pictures: int = 100_000  # drawn once, shared by every stage
     architecture: Architecture = field(default_factory=Architecture)
-    tower: Stage = Stage("tower", ("vision_tower",), steps=6000, batch=64, rate=1e-3, matrix_rate=0.02)
+    tower: Stage = Stage("tower", ("vision_tower",), steps=1300, batch=64, rate=1e-3, matrix_rate=0.02)
     language: Stage = Stage(
-        "language", ("language_model", "lm_head"), steps=8000, batch=32, rate=1e-3, matrix_rate=0.02, turns=10
+        "language", ("language_model", "lm_head"), steps=6000, batch=12, rate=1e-3, matrix_rate=0.02, turns=10, early=2000
     )
-    align: Stage = Stage("align", ("multi_modal_projector",), steps=600, batch=64, rate=2e-3)
+    align: Stage = Stage("align", ("multi_modal_projector",), steps=300, batch=16, rate=1e-3, matrix_rate=0.02)
     instruct: Stage = Stage(
         "instruct",
         ("multi_modal_projector", "language_model", "lm_head"),
-        steps=5000,
-        batch=32,
-        rate=4e-4,
-        matrix_rate=0.005,
+        steps=3000,
+        batch=12,
+        rate=5e-4,
+        matrix_rate=0.01,
         turns=10,
     )
 
