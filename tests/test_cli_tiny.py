@@ -119,7 +119,6 @@ def test_a_local_folder_takes_the_same_path(tiny_folder: Path, tmp_path: Path, c
         ("blue-car-cup-and-moon", "What color is the cup?", "green"),
         ("boats-house-and-flower", "What color is the house?", "purple"),
         ("red-tree-and-flowers", "What color is the tree?", "red"),
-        ("three-mushrooms", "How many mushrooms are there?", "three"),
     ],
 )
 def test_questions_about_the_lessons_pictures_are_answered_right(

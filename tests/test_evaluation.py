@@ -11,7 +11,7 @@ import pytest
 from llava_lab.errors import DataError, OptionError
 from llava_lab.evaluation import Item, answer_all, cluster_interval, evaluate, exact_match, load_items
 from llava_lab.evaluation.metrics import wilson
-from llava_lab.evaluation.scoring import _grey, _majority, _shuffled
+from llava_lab.evaluation.scoring import _blind, _majority, _shuffled
 
 
 def test_exact_match_forgives_outer_space_only() -> None:
@@ -51,7 +51,8 @@ def test_batched_answers_equal_single_questions(tiny_random) -> None:
     rng = np.random.default_rng(0)
     pictures = [rng.integers(0, 255, (40, 40, 3), dtype=np.uint8) for _ in range(3)]
     questions = ("What color is the car?", "Is there a blue house left of the tree?", "How many stars?", "Car?")
-    items = [Item(str(i), partial(np.copy, p), q, "", "", "all") for i, p in enumerate(pictures) for q in questions]
+    draws = [partial(np.copy, p) for p in pictures]
+    items = [Item(str(i), draw, q, "", "", "all") for i, draw in enumerate(draws) for q in questions]
     batched = answer_all(tiny_random, items, max_new_tokens=8, batch=5, progress=False)
     single = [tiny_random.ask(item.draw(), item.question, max_new_tokens=8).answer.strip() for item in items]
     assert batched == single
@@ -59,9 +60,10 @@ def test_batched_answers_equal_single_questions(tiny_random) -> None:
 
 def test_shuffled_never_shows_a_picture_its_own_question() -> None:
     items = load_items("picturebook", n=7)
-    for item, picture in zip(items, _shuffled(items, 0), strict=True):
-        assert not np.array_equal(item.draw(), picture)
-    assert len({p.tobytes() for p in _grey(items)}) == 1
+    for item, other in zip(items, _shuffled(items, 0), strict=True):
+        assert not np.array_equal(item.draw(), other.draw())
+        assert (item.question, item.answer) == (other.question, other.answer)
+    assert len({item.draw().tobytes() for item in _blind(items)}) == 1
 
 
 def test_majority_comes_from_the_training_split() -> None:

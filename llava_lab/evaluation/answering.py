@@ -23,34 +23,27 @@ def answer_all(
     lab: Lab,
     items: Sequence[Item],
     *,
-    pictures: Sequence[np.ndarray] | None = None,
     prompt: str = "llava-1.5",
     max_new_tokens: int = LONGEST,
     batch: int = BATCH,
     label: str = "answering",
     progress: bool = True,
 ) -> list[str]:
-    """One answer per item. `pictures`, if given, stand in for the items' own (for controls).
-
-    Items are answered in order of prompt length, so that batches need little padding.
-    """
-    sequences = [lab.sequence(item.question, prompt=prompt).token_ids for item in items]
-    order = np.argsort([len(ids) for ids in sequences], kind="stable")
-    answers = [""] * len(items)
+    """One answer per item, in order. Items in a row that share a picture have it drawn and prepared once."""
+    answers: list[str] = []
     bar = tqdm(total=len(items), desc=label, unit="question", disable=not progress)
     for start in range(0, len(items), batch):
-        chosen = [int(i) for i in order[start : start + batch]]
-        drawn = [items[i].draw() if pictures is None else pictures[i] for i in chosen]
-        texts = _answer(lab, [sequences[i] for i in chosen], drawn, max_new_tokens)
-        for i, text in zip(chosen, texts, strict=True):
-            answers[i] = text
+        chosen = items[start : start + batch]
+        sequences = [lab.sequence(item.question, prompt=prompt).token_ids for item in chosen]
+        prepared = {item.draw: lab.pixels(item.draw(), None) for item in {item.draw: item for item in chosen}.values()}
+        answers += _answer(lab, sequences, torch.cat([prepared[item.draw] for item in chosen]), max_new_tokens)
         bar.update(len(chosen))
     bar.close()
     return answers
 
 
 @torch.inference_mode()
-def _answer(lab: Lab, sequences: list[np.ndarray], pictures: list[np.ndarray], limit: int) -> list[str]:
+def _answer(lab: Lab, sequences: list[np.ndarray], pixels: torch.Tensor, limit: int) -> list[str]:
     longest = max(len(ids) for ids in sequences)
     pad = lab.tokenizer.pad_token_id if lab.tokenizer.pad_token_id is not None else min(lab.eos_ids)
     ids = torch.full((len(sequences), longest), int(pad))
@@ -58,7 +51,6 @@ def _answer(lab: Lab, sequences: list[np.ndarray], pictures: list[np.ndarray], l
     for row, sequence in enumerate(sequences):
         ids[row, longest - len(sequence) :] = torch.from_numpy(sequence)
         mask[row, longest - len(sequence) :] = 1
-    pixels = torch.cat([lab.pixels(picture, None) for picture in pictures])
     done = lab.model.generate(
         input_ids=ids.to(lab.device),
         attention_mask=mask.to(lab.device),

@@ -51,8 +51,9 @@ def _picturebook(split: str, n: int, seed: int) -> list[Item]:
     for index in range(n):
         scene = picturebook.scene(split, index, seed=seed)
         rng = np.random.default_rng((picturebook.SPLITS[split], seed, index, 5))
+        draw = partial(_draw, scene)  # one for all of its questions, so that it is drawn once
         for q in picturebook.ask_about(scene, rng, PER_PICTURE):
-            items.append(Item(scene.name, partial(_draw, scene), q.text, q.answer, q.short, q.type))
+            items.append(Item(scene.name, draw, q.text, q.answer, q.short, q.type))
     return items
 
 

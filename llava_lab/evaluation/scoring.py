@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -43,22 +45,20 @@ def evaluate(
     items = load_items(data, split=split, n=n, seed=seed)
     if not items:
         raise DataError(f"{data} split {split} gave no questions; ask for more pictures")
-    answers = answer_all(lab, items, prompt=prompt, label=f"{lab.name} on {split}", progress=progress)
-    result = _scores(items, np.array([exact_match(a, item.answer) for a, item in zip(answers, items, strict=True)]))
+    result = _answered(lab, items, items, prompt, f"{lab.name} on {split}", progress)
     if controls:
         result["controls"] = {
-            "blind": _with_pictures(lab, items, _grey(items), prompt, "blind", progress),
-            "shuffled": _with_pictures(lab, items, _shuffled(items, seed), prompt, "shuffled", progress),
+            "blind": _answered(lab, items, _blind(items), prompt, "blind", progress),
+            "shuffled": _answered(lab, items, _shuffled(items, seed), prompt, "shuffled", progress),
             "majority": _scores(items, _majority(items, data, seed)),
         }
     about = {"model": lab.name, "data": data, "split": split, "seed": seed, "pictures": n, "prompt": prompt}
     return result | about | {"seconds": round(time.perf_counter() - began, 1)}
 
 
-def _with_pictures(
-    lab: Lab, items: list[Item], pictures: list[np.ndarray], prompt: str, label: str, progress: bool
-) -> dict[str, Any]:
-    answers = answer_all(lab, items, pictures=pictures, prompt=prompt, label=label, progress=progress)
+def _answered(lab: Lab, items: list[Item], shown: list[Item], prompt: str, label: str, progress: bool) -> dict[str, Any]:
+    """Scores of the answers given to `shown`, against what `items` expect."""
+    answers = answer_all(lab, shown, prompt=prompt, label=label, progress=progress)
     return _scores(items, np.array([exact_match(a, item.answer) for a, item in zip(answers, items, strict=True)]))
 
 
@@ -76,19 +76,20 @@ def _score(right: np.ndarray, cluster: np.ndarray) -> dict[str, Any]:
     return {"accuracy": round(float(right.mean()), 4), "interval": interval, "n": len(right)}
 
 
-def _grey(items: list[Item]) -> list[np.ndarray]:
-    grey = np.broadcast_to(np.array(GREY, np.uint8), items[0].draw().shape).copy()
-    return [grey] * len(items)
+def _blind(items: list[Item]) -> list[Item]:
+    """The same questions before a grey picture of the first one's size."""
+    grey = np.broadcast_to(np.array(GREY, np.uint8), items[0].draw().shape)
+    draw = partial(np.copy, grey)
+    return [replace(item, draw=draw) for item in items]
 
 
-def _shuffled(items: list[Item], seed: int) -> list[np.ndarray]:
-    """Each item sees the picture of another one: pictures in a random circle, each moved on by one."""
-    names = list(dict.fromkeys(item.picture for item in items))
+def _shuffled(items: list[Item], seed: int) -> list[Item]:
+    """Each question before another one's picture: pictures in a random circle, each moved on by one."""
     draw = {item.picture: item.draw for item in items}
+    names = list(draw)
     order = [names[i] for i in np.random.default_rng(seed).permutation(len(names))]
     follower = dict(zip(order, order[1:] + order[:1], strict=True))
-    drawn = {name: draw[follower[name]]() for name in names}
-    return [drawn[item.picture] for item in items]
+    return [replace(item, draw=draw[follower[item.picture]]) for item in items]
 
 
 def _majority(items: list[Item], data: str, seed: int) -> np.ndarray:
