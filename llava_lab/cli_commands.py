@@ -113,7 +113,7 @@ def bench(args: argparse.Namespace) -> Reply:
     from llava_lab.bench import run
 
     result = run(args.name, model=args.model, quick=args.quick)
-    lines = [f"{args.name} on {result['device']}, {result['threads']} threads; floor: {_pairs(result['floor'])}"]
+    lines = [f"{args.name} on {result['device']}, {result['threads']} threads; floor: {result['floor']:.2f} s"]
     names = ("name", "seconds", "ratio_to_floor", "ratio_to_peer", "extra_mb", "max_error")
     lines += _table(names, [[_short(row.get(name)) for name in names] for row in result["rows"]])
     return Reply(result, "\n".join(lines))
