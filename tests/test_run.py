@@ -253,14 +253,20 @@ def test_the_server_answers_with_its_token_only_and_is_gone_afterwards(monkeypat
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_ctrl_c_and_a_closed_terminal_stop_the_server_and_end_in_order(name: str) -> None:
-    code = "import sys, run; run.install = lambda *_: None; run.FIRST = 'run.py'; run.PYTHON = sys.executable; "
+    # a shell's background jobs inherit ignored signals; a person's terminal does not
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "signal.signal(signal.SIGHUP, signal.SIG_DFL); "
+    code += "import run; run.install = lambda *_: None; run.FIRST = 'run.py'; run.PYTHON = sys.executable; "
     code += "sys.exit(run.main(['lab', '--no-browser', '--json']))"
     with subprocess.Popen([sys.executable, "-c", code], cwd=SOURCE.parent, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         url = json.loads(process.stdout.readline())["url"]
         assert _status(url) == 200
         process.send_signal(getattr(signal, name))
-        assert process.wait(30) == 0
+        try:
+            assert process.wait(30) == 0
+        finally:
+            process.kill()  # a test that fails must not wait for ever
     with pytest.raises(OSError, match="refused"):
         urllib.request.urlopen(url, timeout=5)
 
