@@ -171,15 +171,16 @@ def _answer(path: Path, picture: Path) -> None:
 def _own_jupyter_folders() -> Iterator[None]:
     """The reader's own kernels, profiles and start-up files must not change a lesson."""
     names = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")
-    before = {name: os.environ.get(name) for name in names}
+    before = {name: os.environ.get(name) for name in (*names, "MPLBACKEND")}
     with tempfile.TemporaryDirectory(prefix="lessons-") as folder:
         os.environ.update({name: str(Path(folder) / name.lower()) for name in names})
+        os.environ.pop("MPLBACKEND", None)  # with another one, figures would not be in the lesson
         try:
             yield
         finally:
             for name, value in before.items():
                 if value is None:
-                    del os.environ[name]
+                    os.environ.pop(name, None)
                 else:
                     os.environ[name] = value
 

@@ -147,8 +147,10 @@ def test_pictures_may_differ_by_a_shade_but_not_by_a_patch() -> None:
     assert not execute.same_picture(_png(100), base64.b64encode(small.getvalue()).decode())
 
 
-def test_the_readers_own_jupyter_folders_come_back() -> None:
-    before = {name: value for name, value in os.environ.items() if "JUPYTER" in name or "IPYTHON" in name}
+def test_the_readers_own_jupyter_folders_and_backend_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    before = dict(os.environ)
     with execute._own_jupyter_folders():
         assert "lessons-" in os.environ["IPYTHONDIR"]
-    assert before == {name: value for name, value in os.environ.items() if "JUPYTER" in name or "IPYTHON" in name}
+        assert "MPLBACKEND" not in os.environ
+    assert dict(os.environ) == before
