@@ -112,6 +112,7 @@ def _add_data_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     train.add_argument("--out", required=True, metavar="DIR", help="folder for checkpoints, logs and the finished model")
     train.add_argument("--stage", action="append", metavar="NAME", help="only this stage; repeatable (default: all, in order)")
     train.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
+    train.add_argument("--compile", action="store_true", help="fuse small operations: faster, wants a C++ compiler")
     train.add_argument("--steps-scale", type=float, default=1.0, metavar="X", help="times the recipe's steps (default: 1)")
 
 

@@ -22,6 +22,8 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from llava_lab.models.prompts import SYSTEM
 from llava_lab.training.recipe import Architecture
+from llava_lab.training.retelling import retold
+from llava_lab.training.statements import statements
 from llava_lab.worlds.picturebook import REQUESTS, SHORT, ask_about, caption, description, scene
 
 EMBEDDING_SCALE = 0.5  # standard deviation of a fresh word embedding; at 0.02 words drown in the first layer's output
@@ -71,8 +73,10 @@ def _corpus(samples: int) -> list[str]:
     lines = [f"{SYSTEM} USER: {SHORT} ASSISTANT: {request}" for request in REQUESTS for _ in range(20)]
     for index in range(samples):
         drawn, rng = scene("train", index, seed=9), np.random.default_rng((9, index))
+        drawn = retold(drawn, rng) if index % 3 == 2 else drawn
         lines.append(f" {description(drawn, rng)} {caption(drawn)}")
         lines += [f" {q.text}\n ASSISTANT: {q.answer} {q.short.capitalize()} {q.short}" for q in ask_about(drawn, rng, 8)]
+        lines.append(" ".join(given + known for given, known in statements(drawn, rng, 6)))
     return lines
 
 

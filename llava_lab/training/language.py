@@ -3,7 +3,8 @@
 Three kinds of text. *Descriptions*: sentences about a scene, then questions that the sentences
 answer. *Written maps*: the scene laid out on the patch grid in words, each cell holding the words
 for what is there (" large", " red", " car"; the cell's vector is the sum of their embeddings)
-with marks for where the cell lies; then questions or a caption. A written map is how the model
+with marks for where the cell lies; then questions or a caption. Most scenes are retold in words
+that the pictures do not use (`retelling`). A written map is how the model
 learns, before it sees, to look things up in a grid; the marks are thrown away after, and the
 connector has to find words and marks by itself in stages 1 and 2. The card says so.
 """
@@ -20,8 +21,10 @@ from transformers import PreTrainedTokenizerFast
 
 from llava_lab.training.masks import encode
 from llava_lab.training.pool import NOTHING, Pool
+from llava_lab.training.retelling import ALL_COLORS, ALL_KINDS, retold
 from llava_lab.training.statements import statements
 from llava_lab.training.turns import (
+    ASKED,
     SHORT_SHARE,
     Apart,
     Joined,
@@ -35,15 +38,19 @@ from llava_lab.training.turns import (
 )
 from llava_lab.worlds.picturebook import REQUESTS, ask_about, caption, description
 from llava_lab.worlds.questions import TYPES
-from llava_lab.worlds.scenes import COLOR_NAMES, KIND_NAMES, Scene
+from llava_lab.worlds.scenes import Scene
 
 TEXT_TYPES = tuple(name for name in TYPES if name != "relation")  # sentences give places too coarse for directions
 FEW_CELLS = ((4, 16), (20, 60))  # most written maps have only some of their cells, few or more in turn, to be cheap
 FULL_SHARE = 0.15
 FORMS = ("text", "map", "plain", "fact", "terse")
-# ten batches at a time: first mostly single facts, later mostly whole questions
-EARLY = ("fact", "fact", "terse", "fact", "fact", "terse", "fact", "fact", "plain", "map")
-LATE = ("terse", "map", "fact", "terse", "map", "terse", "plain", "map", "terse", "text")
+# twenty batches at a time: first mostly single facts, later mostly whole questions
+EARLY = ("fact", "fact", "terse", "fact", "fact", "terse", "fact", "fact", "plain", "map") * 2
+LATE = (
+    *("terse", "map", "fact", "terse", "map", "terse", "plain", "map", "terse", "text"),
+    *("terse", "map", "fact", "terse", "map", "terse", "fact", "map", "terse", "map"),
+)
+RETOLD_SHARE = 0.6  # of scenes
 MARK_SCALE = 0.7  # standard deviation of a fresh mark, a little under a word's
 MAP_NOISE = 0.05  # standard deviation added to every cell, in units of an embedding's own scale
 
@@ -87,20 +94,21 @@ class LanguageData(Dataset):
     ) -> None:
         self.pool, self.tokenizer, self.batch, self.turns, self.grid, self.seed = pool, tokenizer, batch, turns, grid, seed
         self.early = early  # steps before whole questions take over
-        names = (KIND_NAMES, COLOR_NAMES, ("small", "large"))
-        self.kinds, self.colors, self.sizes = (word_ids(tokenizer, words) for words in names)
+        names = ALL_KINDS + ALL_COLORS + ("small", "large")
+        self.words = dict(zip(names, word_ids(tokenizer, names).tolist(), strict=True))
         self.image_id = int(tokenizer.convert_tokens_to_ids("<image>"))
 
     def __getitem__(self, step: int) -> tuple[str, Any, Any]:
         rng = np.random.default_rng((self.seed, 21, step))
         chosen = np.sort(rng.choice(len(self.pool), self.batch, replace=False))
         scenes = [self.pool.scene(int(i)) for i in chosen]
-        form = (EARLY if step < self.early else LATE)[step % 10]
+        scenes = [retold(s, rng) if rng.random() < RETOLD_SHARE else s for s in scenes]
+        form = (EARLY if step < self.early else LATE)[step % 20]
         system = bool(rng.random() < 0.5)
         if form == "text":
             return "text", self._text(scenes, rng, system), None
         cells = self.grid**2 if rng.random() < FULL_SHARE else int(rng.integers(*FEW_CELLS[step % 2]))
-        layout = self.layout(self.pool.owners[chosen], self.pool.things[chosen], min(cells, self.grid**2), rng)
+        layout = self.layout(scenes, self.pool.owners[chosen], self.pool.things[chosen], min(cells, self.grid**2), rng)
         return form, self._asked(form, scenes, rng, system), layout
 
     def _asked(self, form: str, scenes: list[Scene], rng: np.random.Generator, system: bool) -> Apart:
@@ -109,15 +117,17 @@ class LanguageData(Dataset):
         if form == "fact":
             return facts(self.tokenizer, [statements(s, rng, 3 * self.turns) for s in scenes], self.image_id)
         if form == "terse":
-            asked = [ask_about(s, rng, 2 * self.turns) for s in scenes]
+            asked = [ask_about(s, rng, 2 * self.turns, ASKED) for s in scenes]
             return facts(self.tokenizer, [[(f" {q.text}", f" {q.short}.") for q in row] for row in asked], self.image_id)
         short = bool(rng.random() < SHORT_SHARE)
-        samples = [question_turns(s, rng, self.turns, short=short)[0] for s in scenes]
+        samples = [question_turns(s, rng, self.turns, short=short, types=ASKED)[0] for s in scenes]
         if rng.random() < 0.1:
             samples = [[(str(rng.choice(REQUESTS)), caption(s)), *pairs[:3]] for pairs, s in zip(samples, scenes, strict=True)]
         return apart(self.tokenizer, samples, system=system)
 
-    def layout(self, owners: np.ndarray, things: np.ndarray, cells: int, rng: np.random.Generator) -> dict[str, Tensor]:
+    def layout(
+        self, scenes: list[Scene], owners: np.ndarray, things: np.ndarray, cells: int, rng: np.random.Generator
+    ) -> dict[str, Tensor]:
         """`cells` cells of each scene in reading order: thing centres first, then other thing cells, then paper."""
         empty = owners == NOTHING
         rows = np.take_along_axis(things, np.where(empty, 0, owners)[:, :, None].astype(np.int64), axis=1)
@@ -128,14 +138,11 @@ class LanguageData(Dataset):
         here = (np.abs(rows[:, :, 3:5] - centres).max(-1) <= 0.5 / self.grid) & ~empty
         score = rng.random(owners.shape) + 2.0 * here + 0.4 * ~empty
         kept = np.sort(np.argsort(-score, axis=1)[:, :cells], axis=1)
-        words = np.stack(
-            [
-                self.kinds[rows[:, :, 0].astype(int)],
-                self.colors[rows[:, :, 1].astype(int)],
-                self.sizes[rows[:, :, 2].astype(int)],
-            ],
-            -1,
-        )
+        names = np.full((*things.shape[:2], 3), -1)
+        for row, scene in zip(names, scenes, strict=True):
+            for i, thing in enumerate(scene.things):
+                row[i] = self.words[thing.kind], self.words[thing.color], self.words[thing.size]
+        words = np.take_along_axis(names, np.where(empty, 0, owners)[:, :, None].astype(np.int64), axis=1)
         words[empty] = -1
         own = np.broadcast_to(centres * 2 - 1, offset.shape)
         places = np.concatenate([own, offset, here[:, :, None]], -1).astype(np.float32)

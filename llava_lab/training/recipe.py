@@ -62,13 +62,13 @@ class Recipe:
     architecture: Architecture = field(default_factory=Architecture)
     tower: Stage = Stage("tower", ("vision_tower",), steps=1300, batch=64, rate=1e-3, matrix_rate=0.02)
     language: Stage = Stage(
-        "language", ("language_model", "lm_head"), steps=6000, batch=12, rate=1e-3, matrix_rate=0.02, turns=10, early=2000
+        "language", ("language_model", "lm_head"), steps=8000, batch=12, rate=1e-3, matrix_rate=0.02, turns=10, early=2000
     )
     align: Stage = Stage("align", ("multi_modal_projector",), steps=300, batch=16, rate=1e-3, matrix_rate=0.02)
     instruct: Stage = Stage(
         "instruct",
         ("multi_modal_projector", "language_model", "lm_head"),
-        steps=3000,
+        steps=2000,
         batch=12,
         rate=5e-4,
         matrix_rate=0.01,

@@ -16,6 +16,13 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import rotate_half
 
 
+def compile_parts() -> None:
+    """Fuse the small operations between the products with torch.compile (needs a C++ compiler; about 1.3 times as fast)."""
+    parts = globals()
+    for name in ("_project", "_attend", "_attend_turns", "_finish"):
+        parts[name] = torch.compile(parts[name], dynamic=True)
+
+
 def shared_prefix(language_model: nn.Module, prefix: Tensor, turns: Tensor) -> Tensor:
     """Hidden states of the turns after the final norm.
 

@@ -24,7 +24,7 @@ from llava_lab.training.masks import IGNORE, encode
 from llava_lab.training.pool import Pool
 from llava_lab.training.statements import statements
 from llava_lab.training.tower import batch_indices, normalise
-from llava_lab.training.turns import SHORT_SHARE, apart, apart_loss, facts, joined, joined_loss, plain, question_turns
+from llava_lab.training.turns import ASKED, SHORT_SHARE, apart, apart_loss, facts, joined, joined_loss, plain, question_turns
 from llava_lab.worlds.picturebook import caption, conversation, description
 
 IMAGE = "<image>"
@@ -72,7 +72,7 @@ class InstructData(Dataset):
             turns = [conversation(s, rng, 1 + int(rng.integers(self.turns // 2))) for s in scenes]
             return "joined", joined(self.tokenizer, [encode(self.tokenizer, t, system=system) for t in turns]), pictures
         short = bool(rng.random() < SHORT_SHARE)
-        samples = [question_turns(s, rng, self.turns, short=short)[0] for s in scenes]
+        samples = [question_turns(s, rng, self.turns, short=short, types=ASKED)[0] for s in scenes]
         return "apart", apart(self.tokenizer, samples, system=system), pictures
 
 

@@ -16,9 +16,11 @@ from transformers import PreTrainedTokenizerFast
 
 from llava_lab.training.masks import IGNORE, Encoded, encode
 from llava_lab.training.streams import shared_prefix
-from llava_lab.worlds.picturebook import SHORT, Scene, ask_about
+from llava_lab.worlds.picturebook import SHORT, TYPES, Scene, ask_about
 
 SHORT_SHARE = 0.15  # of batches want single words
+# the types in training, those that take several steps of thought more often
+ASKED = (*TYPES, "place", "count", "count", "comparison", "relation", "relation")
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,10 @@ class Apart:
 
 
 def question_turns(
-    scene: Scene, rng: np.random.Generator, turns: int, *, short: bool = False
+    scene: Scene, rng: np.random.Generator, turns: int, *, short: bool = False, types: tuple[str, ...] = ()
 ) -> tuple[list[tuple[str, str]], tuple[str, ...]]:
     """(question, answer) pairs asked apart, in sentences or in LLaVA's short form, and their types."""
-    asked = ask_about(scene, rng, turns)
+    asked = ask_about(scene, rng, turns, types)
     pairs = [(f"{q.text}\n{SHORT}", q.short) if short else (q.text, q.answer) for q in asked]
     return pairs, tuple(q.type for q in asked)
 
