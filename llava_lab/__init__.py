@@ -17,13 +17,26 @@ if TYPE_CHECKING:
     from llava_lab.attribution import METHODS as METHODS
     from llava_lab.attribution import ask_without as ask_without
     from llava_lab.attribution import attribute as attribute
+    from llava_lab.attribution import compare as compare
+    from llava_lab.attribution import faithfulness as faithfulness
+    from llava_lab.attribution import ground_truth as ground_truth
+    from llava_lab.attribution import head_maps as head_maps
+    from llava_lab.attribution import image_share as image_share
+    from llava_lab.attribution import sanity as sanity
     from llava_lab.errors import LabError as LabError
+    from llava_lab.evaluation import leaderboard as leaderboard
     from llava_lab.geometry import PictureMap as PictureMap
     from llava_lab.models import Lab as Lab
     from llava_lab.models import load as load
+    from llava_lab.results import HeadMaps as HeadMaps
     from llava_lab.results import Relevance as Relevance
     from llava_lab.results import Run as Run
     from llava_lab.results import Target as Target
+    from llava_lab.scores import Comparison as Comparison
+    from llava_lab.scores import Faithfulness as Faithfulness
+    from llava_lab.scores import GroundTruth as GroundTruth
+    from llava_lab.scores import Leaderboard as Leaderboard
+    from llava_lab.scores_sanity import Sanity as Sanity
 
 __version__ = "0.1.0"
 
@@ -33,9 +46,22 @@ _HOMES = {
     "attribute": "llava_lab.attribution",
     "METHODS": "llava_lab.attribution",
     "ask_without": "llava_lab.attribution",
+    "image_share": "llava_lab.attribution",
+    "head_maps": "llava_lab.attribution",
+    "sanity": "llava_lab.attribution",
+    "faithfulness": "llava_lab.attribution",
+    "ground_truth": "llava_lab.attribution",
+    "compare": "llava_lab.attribution",
+    "leaderboard": "llava_lab.evaluation",
     "Run": "llava_lab.results",
     "Relevance": "llava_lab.results",
     "Target": "llava_lab.results",
+    "HeadMaps": "llava_lab.results",
+    "Faithfulness": "llava_lab.scores",
+    "GroundTruth": "llava_lab.scores",
+    "Comparison": "llava_lab.scores",
+    "Leaderboard": "llava_lab.scores",
+    "Sanity": "llava_lab.scores_sanity",
     "PictureMap": "llava_lab.geometry",
     "LabError": "llava_lab.errors",
 }

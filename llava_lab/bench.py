@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from types import MappingProxyType
 from typing import Any
 
@@ -110,8 +111,21 @@ def measure_start(model: str, repeats: int) -> dict[str, Any]:
     }
 
 
+def _later(module: str) -> Callable[[str, int], dict[str, Any]]:
+    """The `measure` of another module, imported when it is asked for."""
+    return lambda model, repeats: import_module(f"llava_lab.{module}").measure(model, repeats)
+
+
 BENCHES: Mapping[str, Bench] = MappingProxyType(
-    {"start": Bench("seconds from a started kernel to the first answer, over the bare imports", measure_start)}
+    {
+        "start": Bench("seconds from a started kernel to the first answer, over the bare imports", measure_start),
+        "relevancy": Bench(
+            "gradient-weighted relevancy beside plain answering and lvlm-interpret's way", _later("bench_relevancy")
+        ),
+        "occlusion": Bench(
+            "occlusion and its stand-ins beside plain forwards and captum's FeatureAblation", _later("bench_occlusion")
+        ),
+    }
 )
 
 

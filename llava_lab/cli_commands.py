@@ -120,7 +120,8 @@ def bench(args: argparse.Namespace) -> Reply:
 
     result = run(args.name, model=args.model, quick=args.quick)
     lines = [f"{args.name} on {result['device']}, {result['threads']} threads; floor: {result['floor']:.2f} s"]
-    names = ("name", "seconds", "ratio_to_floor", "ratio_to_peer", "extra_mb", "max_error")
+    names: tuple[str, ...] = ("name", "seconds", "ratio_to_floor", "ratio_to_peer", "extra_mb", "max_error")
+    names += tuple(key for row in result["rows"][:1] for key in row if key not in names)  # what only this benchmark has
     lines += _table(names, [[_short(row.get(name)) for name in names] for row in result["rows"]])
     return Reply(result, "\n".join(lines))
 

@@ -248,6 +248,41 @@ class Relevance:
         return cls(arrays["values"], targets, map=PictureMap.from_dict(header["map"]), notes=tuple(header["notes"]), **fields)
 
 
+@dataclass(frozen=True)
+class HeadMaps:
+    """Where every head of every layer looks on the picture when each target is predicted; nothing averaged over heads."""
+
+    values: np.ndarray  # float16 (targets, layers, heads, rows, cols), share of a head's whole attention, 0 to 1
+    targets: tuple[Target, ...]
+    map: PictureMap
+    model: str
+    fingerprint: str
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        shape, want = self.values.shape, (len(self.targets), self.map.rows, self.map.cols)
+        if len(shape) != 5 or (shape[0], *shape[3:]) != want:
+            raise DataError(f"head maps must be (targets, layers, heads, rows, cols) with {want} outside, got {shape}")
+
+    @property
+    def image_share(self) -> np.ndarray:
+        """How much of each head's attention lies on the picture, float32 (targets, layers, heads)."""
+        return self.values.sum((-2, -1), dtype=np.float32)
+
+    def save(self, path: str | os.PathLike) -> Path:
+        header = {name: getattr(self, name) for name in ("model", "fingerprint", "seconds")} | {"notes": list(self.notes)}
+        header |= {"targets": [asdict(target) for target in self.targets], "map": self.map.to_dict()}
+        return save_npz(path, "head maps", header, {"values": self.values})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Self:
+        header, arrays = load_npz(path, "head maps")
+        targets = tuple(Target(**_tuples(t)) for t in header["targets"])
+        fields = {name: header[name] for name in ("model", "fingerprint", "seconds")}
+        return cls(arrays["values"], targets, PictureMap.from_dict(header["map"]), notes=tuple(header["notes"]), **fields)
+
+
 def _bare(text: str) -> str:
     return text.strip().strip(".,!?;:\"'").casefold()
 

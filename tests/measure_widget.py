@@ -17,10 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Locator, Page, sync_playwright
 
 from llava_lab.doctor import find_chromium
 from tests.lab_server import NO_BROWSER, LabPage, LabServer, open_browser
+from tests.widget_page import WidgetPage
 
 HOVERS, REDRAWS, WARM_UP = 60, 12, 3
 EXPLORER_CELLS = [
@@ -62,6 +63,22 @@ PROBE_HOVER = """() => {
     if (at && !at.contains(event.relatedTarget)) window.painted(event.timeStamp);
   };
   document.querySelector('.lab-card').addEventListener('pointerover', heard, { capture: true });
+}"""
+PROBE_FLOOR = """() => {
+  const bare = document.createElement('div');
+  bare.id = 'bare';
+  bare.style.cssText = 'position: fixed; right: 0; bottom: 0; width: 20px; height: 20px';
+  bare.addEventListener('pointermove', (event) => {
+    bare.style.background = bare.style.background ? '' : 'grey';
+    window.painted(event.timeStamp);
+  });
+  document.querySelector('#bare')?.remove();
+  document.body.append(bare);
+}"""
+PROBE_MOVE = """(node) => {
+  if (node.probed) return;
+  node.probed = true;
+  node.addEventListener('pointermove', (event) => window.painted(event.timeStamp), { capture: true });
 }"""
 PROBE_REDRAW = """() => {
   let start = 0;
@@ -121,6 +138,31 @@ def measure_interact(lab: LabPage) -> list[float]:
         _wait_for(page, count)
         page.wait_for_timeout(100)
     return page.evaluate("() => window.times")[WARM_UP:]
+
+
+def hover_times(page: WidgetPage, over: Locator, count: int) -> dict[str, float]:
+    """Milliseconds from moving the mouse over an element's patches, one after the other, to what that paints.
+
+    `floor_ms` is the median of the same for a bare square in the same page that changes its colour, measured by turns:
+    what the browser needs here and now for any change at all.
+    """
+    over.scroll_into_view_if_needed()
+    page.page.evaluate(PROBE)
+    page.page.evaluate(PROBE_FLOOR)
+    over.evaluate(PROBE_MOVE)
+    box, bare = over.bounding_box(), page.page.locator("#bare").bounding_box()
+    assert box is not None
+    assert bare is not None
+    for done in range(1, count + WARM_UP + 1):
+        x, y = (done * 7 % 23 + 0.5) / 24, (done * 5 % 23 + 0.5) / 24
+        page.page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"])
+        _wait_for(page.page, 2 * done - 1)
+        page.page.wait_for_timeout(20)  # a hand is no faster
+        page.page.mouse.move(bare["x"] + 4 + done % 9, bare["y"] + 4)
+        _wait_for(page.page, 2 * done)
+        page.page.wait_for_timeout(20)
+    times = page.page.evaluate("() => window.times")[2 * WARM_UP :]
+    return {**_summary(times[::2]), "floor_ms": _summary(times[1::2])["median_ms"]}
 
 
 def _point(page: Page, boxes: Sequence[Any], count: int) -> list[float]:

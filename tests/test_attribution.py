@@ -64,7 +64,10 @@ def test_several_targets_share_the_passes_and_equal_single_ones(tiny_random: Lab
     wanted: tuple[Any, ...] = ("answer", "blue", 0)
     for i, one in enumerate(wanted):
         alone = attribute(tiny_random, run, method=method, target=one)
-        assert alone.passes == together.passes
+        if method == "greedy":  # its search goes another way for each target; what they have in common is shared
+            assert alone.passes["forward"] < together.passes["forward"]
+        else:
+            assert alone.passes == together.passes
         if method != "random":  # a control draws a new map for each target
             np.testing.assert_allclose(alone.values[0], together.values[i], atol=1e-5)
 
@@ -178,8 +181,18 @@ def _state(lab: Lab) -> dict[str, Any]:
         {"method": "rollout", "sinks": "remove", "through_vision": True},
         {"method": "attention"},
         {"method": "occlusion"},
+        {"method": "occlusion", "at": "vision"},
+        {"method": "occlusion", "at": "projector", "fill": "noise"},
+        {"method": "occlusion_coarse", "at": "projector"},
+        {"method": "token_knockout"},
+        {"method": "rise", "masks": 8},
+        {"method": "shapley", "orders": 2, "regions": 4},
+        {"method": "kernel_shap", "samples": 8, "regions": 4},
+        {"method": "greedy", "regions": 3},
+        {"method": "inverse"},
         {"method": "random"},
         {"method": "center"},
+        {"method": "edges"},
     ],
     ids=str,
 )
@@ -202,7 +215,7 @@ def test_nothing_is_left_behind(
     after = _state(tiny_random)
     tiny_random.model.eval()
     assert after == before
-    assert stopped == (how is not None and call["method"] not in ("random", "center"))
+    assert stopped == (how is not None and call["method"] not in ("random", "center", "edges"))
 
 
 @pytest.mark.parametrize("method", ["rollout", "attention"])

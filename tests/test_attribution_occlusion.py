@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llava_lab.attribution import FILLS, attribute, fill_pixels, target_score
+from llava_lab.attribution.fills import inpaint
 from llava_lab.attribution.occlusion import blocks_of, spread, sweep
 from llava_lab.capture import undisturbed
 from llava_lab.errors import OptionError
@@ -57,7 +58,8 @@ def _naive(lab: Lab, run: Run, block: int, stride: int, fill: Tensor) -> np.ndar
 
 
 @pytest.mark.parametrize(
-    ("block", "stride", "fill", "batch"), [(1, None, "grey", 8), (1, None, "mean", 1), (2, 1, "blur", 3), (3, 2, "grey", 5)]
+    ("block", "stride", "fill", "batch"),
+    [(1, None, "grey", 8), (1, None, "mean", 1), (2, 1, "blur", 3), (3, 2, "grey", 5), (1, None, "noise", 4)],
 )
 def test_equals_covering_one_block_after_the_other(
     tiny_random: Lab, run: Run, block: int, stride: int | None, fill: str, batch: int
@@ -166,6 +168,53 @@ def test_blur_leaves_a_plain_picture_alone(tiny_random: Lab, run: Run) -> None:
     torch.testing.assert_close(fill_pixels(tiny_random, plain, "blur", run.map), plain)
 
 
+def test_noise_has_the_picture_s_mean_and_spread_and_comes_from_its_seed(tiny_random: Lab, run: Run) -> None:
+    pixels = tiny_random.inputs(run)["pixel_values"]
+    one, same, other = (fill_pixels(tiny_random, pixels, "noise", run.map, seed=seed) for seed in (0, 0, 1))
+    torch.testing.assert_close(one, same, rtol=0, atol=0)
+    assert not torch.equal(one, other)
+    torch.testing.assert_close(one.mean((2, 3)), pixels.mean((2, 3)), atol=0.15, rtol=0)
+    torch.testing.assert_close(one.std((2, 3)), pixels.std((2, 3)), atol=0.15, rtol=0)
+    plain = attribute(tiny_random, run, method="occlusion", fill="noise", seed=1).values
+    assert not np.allclose(plain, attribute(tiny_random, run, method="occlusion", fill="noise").values)
+
+
+def test_neighbours_fill_a_hole_from_around_it_and_never_from_within() -> None:
+    values = torch.linspace(0, 1, 8).expand(1, 2, 8, 8).clone()  # brighter to the right
+    hidden = torch.zeros(1, 8, 8, dtype=torch.bool)
+    hidden[0, 2:4, 4:6] = True
+    filled = inpaint(values, hidden)
+    torch.testing.assert_close(filled[~hidden.expand(2, 8, 8)[None]], values[~hidden.expand(2, 8, 8)[None]])
+    inside = filled[0, 0, 2:4, 4:6]
+    assert (inside > values[0, 0, 0, 2]).all()
+    assert (inside < values[0, 0, 0, 7]).all()
+    torch.testing.assert_close(inside.mean(), values[0, 0, 2:4, 4:6].mean(), atol=0.1, rtol=0)
+    torch.testing.assert_close(inpaint(torch.where(hidden, 99.0, values), hidden), filled)
+
+
+def test_neighbours_leave_a_plain_picture_alone_and_know_what_to_do_without_any() -> None:
+    plain = torch.full((1, 3, 7, 5), 0.7)
+    hidden = torch.stack([torch.rand(7, 5, generator=torch.Generator().manual_seed(0)) < share for share in (0.5, 0.9, 1.1)])
+    torch.testing.assert_close(inpaint(plain, hidden), plain.expand(3, -1, -1, -1))
+    ramp = torch.arange(4.0).view(1, 1, 2, 2)
+    torch.testing.assert_close(inpaint(ramp, torch.ones(1, 2, 2, dtype=torch.bool)), torch.full((1, 1, 2, 2), 1.5))
+
+
+def test_neighbours_are_made_for_each_block_anew(tiny_random: Lab, run: Run) -> None:
+    pixels = tiny_random.inputs(run)["pixel_values"]
+    rel = attribute(tiny_random, run, method="occlusion", fill="neighbours", target="blue", batch=5)
+    word = run.word("blue")
+
+    def blue(now: Tensor) -> float:
+        logprobs = _logprob(tiny_random, run, now)
+        return float(sum(logprobs[i - 1, run.token_ids[i]] for i in range(word.start, word.stop)))
+
+    for row, col in ((0, 0), (2, 1), (3, 3)):
+        hidden = torch.zeros(1, 32, 32, dtype=torch.bool)
+        hidden[0, row * PATCH : (row + 1) * PATCH, col * PATCH : (col + 1) * PATCH] = True
+        assert rel.values[0, row, col] == pytest.approx(blue(pixels) - blue(inpaint(pixels, hidden)), abs=1e-5)
+
+
 def test_blocks_cover_every_patch_and_stay_inside() -> None:
     for rows, cols, block, stride in ((5, 7, 2, 2), (4, 4, 3, 3), (6, 5, 4, 1), (3, 3, 3, 2)):
         count = np.zeros((rows, cols), int)
@@ -178,7 +227,9 @@ def test_blocks_cover_every_patch_and_stay_inside() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"fill": "red"}, "fill must be one of grey, mean, blur, got 'red'"),
+        ({"fill": "red"}, "fill must be one of grey, mean, blur, noise, neighbours, got 'red'"),
+        ({"at": "tower"}, "at must be one of 'pixels', 'vision', 'projector', got 'tower'"),
+        ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
         ({"block": 0}, "block must be a whole number of at least 1, got 0"),
         ({"block": 5}, "stride <= block <= 4, got block 5"),
         ({"block": 2, "stride": 3}, "got block 2 and stride 3"),

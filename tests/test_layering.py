@@ -26,17 +26,18 @@ LONGEST_CELL = 20
 
 # Each row may import itself and the rows above it.
 ORDER = (
-    {"errors", "results", "geometry"},
+    {"errors", "results", "geometry", "packing", "scores", "scores_sanity"},
     {"capture"},
     {"models"},
     {"connectors", "worlds"},
     {"attribution", "probes", "interventions", "evaluation"},
     {"training"},
-    {"bench", "cli", "cli_commands", "doctor"},
+    {"bench", "bench_models", "bench_occlusion", "bench_relevancy", "cli", "cli_commands", "cli_compare", "cli_report", "doctor"},
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 SPECIAL = {
     "plots": {"plots", "results", "geometry", "errors"},
+    "plots_scores": {"plots_scores", "scores", "packing", "results", "geometry", "errors"},
     "diagrams": {"diagrams", "plots", "results", "geometry", "errors"},
 }
 FOREIGN_TO_WIDGETS = {"torch", "transformers", "llava_lab"}
@@ -182,6 +183,9 @@ def test_import_table_allows(room: str, source: str) -> None:
     [
         ("llava_lab", ["torch", "transformers", "matplotlib", "numpy"]),
         ("llava_lab.results", ["torch", "transformers", "matplotlib"]),
+        ("llava_lab.scores", ["torch", "transformers", "matplotlib"]),
+        ("llava_lab.scores_sanity", ["torch", "transformers", "matplotlib"]),
+        ("llava_lab.plots_scores", ["torch", "transformers", "matplotlib"]),
         ("llava_lab.cli", ["torch", "transformers", "matplotlib", "numpy"]),
         ("widgets", ["torch", "transformers", "llava_lab"]),
     ],

@@ -13,10 +13,11 @@ import traitlets
 from PIL import Image
 
 from tests.widget_examples import example, make_relevance, make_run, spots
-from widgets import PatchExplorer
-from widgets.base import LabWidget, bundle
-from widgets.paint import columns_of, fit, in_font, overlay, range_of, strongest_of
-from widgets.patch_explorer import MODULES, read_answer
+from widgets import CompareView, HeadGrid, PatchExplorer
+from widgets.base import LabWidget, bundle, styles
+from widgets.paint import columns_of, range_of, strongest_of
+from widgets.patch_explorer import read_answer
+from widgets.still import fit, in_font, overlay
 
 JS = Path(__file__).resolve().parent.parent / "widgets" / "js"
 
@@ -191,12 +192,16 @@ def test_long_answers_and_many_methods_still_fit_a_notebook() -> None:
 
 
 def test_joined_modules_share_one_scope_without_a_name_defined_twice() -> None:
-    source = bundle(*MODULES)
-    assert sorted(MODULES) == sorted(path.name for path in JS.glob("*.js"))
+    shown = (PatchExplorer, CompareView, HeadGrid)
+    used = dict.fromkeys([*(name for widget in shown for name in widget.modules), "page.js"])
+    assert sorted(used) == sorted(path.name for path in JS.glob("*.js"))
+    source = bundle(*used)  # a report has them all in one module
     names = re.findall(r"^(?:export )?(?:async )?(?:function|class|const|let) (\w+)", source, re.MULTILINE)
     assert len(names) == len(set(names))
     assert not re.search(r"^import ", source, re.MULTILINE)
-    assert source.count("export default") == 1
+    for widget in shown:
+        assert widget._esm.count("export default") == 1
+        assert f"function {widget.entry}(" in widget._esm
 
 
 def test_modules_state_their_types_and_stay_readable() -> None:
@@ -209,10 +214,22 @@ def test_modules_state_their_types_and_stay_readable() -> None:
 def test_every_name_a_module_imports_is_exported_by_the_file_it_names() -> None:
     for path in JS.glob("*.js"):
         for names, file in re.findall(r'^import \{([^}]*)\} from "\./(\w+\.js)";', path.read_text("utf-8"), re.MULTILINE):
-            exported = set(re.findall(r"^export (?:function|class) (\w+)", (JS / file).read_text("utf-8"), re.MULTILINE))
+            exported = set(re.findall(r"^export (?:function|class|const) (\w+)", (JS / file).read_text("utf-8"), re.MULTILINE))
             assert {name.strip() for name in names.split(",") if name.strip()} <= exported, f"{path.name} from {file}"
 
 
 def test_css_classes_carry_the_prefix() -> None:
-    classes = re.findall(r"\.([a-z][\w-]*)", re.sub(r"\d\.\d+|/\*.*?\*/", "", PatchExplorer._css, flags=re.DOTALL))
+    sheets = styles(*sorted(path.name for path in JS.parent.glob("*.css")))
+    classes = re.findall(r"\.([a-z][\w-]*)", re.sub(r"\d\.\d+|/\*.*?\*/", "", sheets, flags=re.DOTALL))
     assert [name for name in classes if not name.startswith("lab-")] == []
+
+
+def test_maps_not_better_than_random_are_grey_in_the_explorer_too() -> None:
+    run, maps = example()
+    widget = PatchExplorer(run, maps, beats_random={"rollout": False, "occlusion": [True, False, True]})
+    assert [method["beats"] for method in widget.spec["methods"]] == [[False] * 4, [True, False, True], [None] * 4]
+    assert widget.draw_png() != PatchExplorer(run, maps).draw_png()
+    with pytest.raises(
+        ValueError, match="beats_random names 'rollot', which has no map; the maps are rollout, occlusion, random"
+    ):
+        PatchExplorer(run, maps, beats_random={"rollot": True})

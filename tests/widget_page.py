@@ -12,10 +12,9 @@ from typing import Any
 from playwright.sync_api import Browser, Locator, Page, Route
 
 from widgets import PatchExplorer
+from widgets.picture import PictureWidget
 
 ADDRESS = "http://widget.test/"
-SYNCED = ("spec", "selected", "word", "method", "layer", "reply")
-BINARY = ("picture", "maps", "scales")
 
 MOUNT = """async ({ state, data, css }) => {
   const style = document.createElement('style');
@@ -48,6 +47,16 @@ PIXELS = """(canvas, points) => {
   const ctx = canvas.getContext('2d');
   return points.map(([x, y]) => [...ctx.getImageData(x * canvas.width, y * canvas.height, 1, 1).data]);
 }"""
+CONTRAST = """(nodes, ground) => {
+  const rgb = (text) => text.match(/[\\d.]+/g).slice(0, 3).map((v) => (text.startsWith('color(') ? 255 * v : +v));
+  const part = (v) => (v / 255 <= 0.03928 ? v / 255 / 12.92 : ((v / 255 + 0.055) / 1.055) ** 2.4);
+  const light = (text) => rgb(text).reduce((sum, v, i) => sum + part(v) * [0.2126, 0.7152, 0.0722][i], 0);
+  const paper = light(getComputedStyle(nodes[0].closest(ground)).backgroundColor);
+  return Math.min(...nodes.map((node) => {
+    const ink = light(getComputedStyle(node).color);
+    return (Math.max(ink, paper) + 0.05) / (Math.min(ink, paper) + 0.05);
+  }));
+}"""  # the least contrast of some elements' text with the ground of what they lie in
 
 
 class WidgetPage:
@@ -57,6 +66,7 @@ class WidgetPage:
         options = {"viewport": {"width": 900, "height": 1100}, **context}
         self.context = browser.new_context(**options)
         self.page: Page = self.context.new_page()
+        self.module = PatchExplorer._esm  # the one `mount` was given, or this for calls of pure helpers
         self.errors: list[str] = []
         self.outside: list[str] = []
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
@@ -70,19 +80,20 @@ class WidgetPage:
         if name == "":
             route.fulfill(content_type="text/html", body="<!doctype html><title>widget</title><main></main>")
         elif name == "module.js":
-            route.fulfill(content_type="text/javascript", body=PatchExplorer._esm)
+            route.fulfill(content_type="text/javascript", body=self.module)
         else:
             self.outside.append(route.request.url)
             route.abort()
 
-    def mount(self, widget: PatchExplorer) -> Locator:
+    def mount(self, widget: PictureWidget) -> Locator:
         """Show the widget and wait until its picture is painted."""
-        state = {name: getattr(widget, name) for name in SYNCED}
-        data = {name: base64.b64encode(getattr(widget, name)).decode("ascii") for name in BINARY}
-        self.page.evaluate(MOUNT, {"state": state, "data": data, "css": PatchExplorer._css})
+        self.module = widget._esm
+        view = PictureWidget.view(widget)  # what the kernel syncs, not what a page without one gets
+        data = {name: base64.b64encode(raw).decode("ascii") for name, raw in view.data.items()}
+        self.page.evaluate(MOUNT, {"state": view.state, "data": data, "css": widget._css})
         self.page.wait_for_function("() => document.querySelector('canvas.lab-canvas').width !== 300")  # 300: not sized yet
         self.settle()
-        return self.page.locator(".lab-explorer")
+        return self.page.locator(".lab-widget")
 
     def settle(self) -> None:
         """Let the next frame be painted."""
@@ -108,10 +119,10 @@ class WidgetPage:
     def sent(self) -> list[dict]:
         return self.page.evaluate("() => window.test.sent")
 
-    def pixels(self, points: list[tuple[float, float]]) -> list[list[int]]:
-        """RGBA at places given as shares of the canvas (x, y), after the next frame."""
+    def pixels(self, points: list[tuple[float, float]], canvas: Locator | None = None) -> list[list[int]]:
+        """RGBA at places given as shares of the large canvas, or of another (x, y), after the next frame."""
         self.settle()
-        return self.page.locator("canvas.lab-canvas").evaluate(PIXELS, points)
+        return (canvas or self.page.locator("canvas.lab-canvas")).evaluate(PIXELS, points)
 
     def at(self, x: float, y: float) -> dict:
         """A place on the canvas, given as shares, for clicks."""

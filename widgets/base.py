@@ -19,13 +19,19 @@ HERE = Path(__file__).parent
 IMPORT = re.compile(r'^import \{[^}]*\} from "\./\w+\.js";\n', re.MULTILINE)
 
 
-def bundle(*names: str) -> str:
-    """One ES module from files of ``widgets/js``, in the order given.
+def bundle(*names: str, entry: str = "") -> str:
+    """One ES module from files of ``widgets/js``, in the order given; `entry` names the function a host calls.
 
     The one rule: ``import { ... } from "./x.js";`` statements are dropped, because in the joined text
     every name is already in scope. Exports stay. A test asserts that no name is defined twice.
     """
-    return "\n".join(IMPORT.sub("", (HERE / "js" / name).read_text("utf-8")) for name in names)
+    joined = "\n".join(IMPORT.sub("", (HERE / "js" / name).read_text("utf-8")) for name in names)
+    return f"{joined}\nexport default {{ render: {entry} }};\n" if entry else joined
+
+
+def styles(*names: str) -> str:
+    """Style sheets of this folder, one after the other."""
+    return "\n".join((HERE / name).read_text("utf-8") for name in names)
 
 
 class LabWidget(anywidget.AnyWidget):

@@ -1,7 +1,9 @@
-"""One HTML file that holds a widget whole: its module, its data, a stand-in for the kernel's model.
+"""One HTML file that holds widgets whole: their module, their data, stand-ins for the kernel's models.
 
 Works from disk, asks nobody for anything. The content security policy names the module and the styles
-by their hashes, so that no other script or address could be used even if one slipped in.
+by their hashes, so that no other script or address could be used even if one slipped in. Bytes that
+several views share, such as the picture, are stored once. What is selected or pointed at in one view
+is so in all (``js/page.js``).
 """
 
 from __future__ import annotations
@@ -10,30 +12,20 @@ import base64
 import hashlib
 import html
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from widgets.base import bundle
+
 BOOT = """
-const stored = JSON.parse(document.getElementById("lab-state").textContent);
-const fromBase64 = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
-const values = { ...stored.state };
-for (const [name, text] of Object.entries(stored.data)) values[name] = fromBase64(text);
-const nothing = () => {};
-const model = {
-  get: (name) => values[name],
-  set: (name, value) => (values[name] = value),
-  save_changes: nothing,
-  send: nothing,
-  on: nothing,
-  off: nothing,
-};
-render({ model, el: document.getElementById("lab-root") });
+openPage(JSON.parse(document.getElementById("lab-state").textContent), {{ {entries} }});
 """
 
 PAGE_CSS = """
-html { background: #f4f5f7; }
-body { margin: 24px auto; padding: 0 16px; max-width: 900px; }
-@media (prefers-color-scheme: dark) { html { background: #0d0f13; } }
+html {{ background: #f4f5f7; }}
+body {{ margin: 24px auto; padding: 0 16px; max-width: {width}px; }}
+@media (prefers-color-scheme: dark) {{ html {{ background: #0d0f13; }} }}
 """
 
 PAGE = """<!doctype html>
@@ -46,7 +38,7 @@ PAGE = """<!doctype html>
 <style>{css}</style>
 </head>
 <body>
-<main id="lab-root"></main>
+<main>{body}</main>
 <script type="application/json" id="lab-state">{state}</script>
 <script type="module">{module}</script>
 </body>
@@ -54,20 +46,48 @@ PAGE = """<!doctype html>
 """
 
 
-def page(title: str, module: str, css: str, state: Mapping[str, Any], data: Mapping[str, bytes]) -> str:
-    """The file's text. `module` must define ``render({model, el})``."""
-    script, styles = module + BOOT, css + PAGE_CSS
+@dataclass(frozen=True)
+class View:
+    """One widget as a page holds it: the function that shows it, and the values of its model."""
+
+    entry: str
+    state: Mapping[str, Any]
+    data: Mapping[str, bytes]
+
+
+def place(index: int) -> str:
+    """The id of the element that a page's view is shown in."""
+    return f"lab-view-{index}"
+
+
+def page(title: str, module: str, css: str, views: Sequence[View], *, body: str = "", width: int = 900) -> str:
+    """The file's text. `module` defines the views' entries; `body` is finished HTML with an element of each `place`."""
+    entries = ", ".join(sorted({view.entry for view in views}))
+    script = "\n".join([module, bundle("page.js"), BOOT.format(entries=entries)])
+    styles = css + PAGE_CSS.format(width=width)
     policy = (
         f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(styles)}'; "
         "img-src blob: data:; base-uri 'none'; form-action 'none'"
     )
-    stored = {"state": state, "data": {name: base64.b64encode(raw).decode("ascii") for name, raw in data.items()}}
-    return PAGE.format(title=html.escape(title), policy=policy, css=styles, state=embed(stored), module=script)
+    body = body or "".join(f'<div id="{place(index)}"></div>' for index in range(len(views)))
+    stored = embed(_stored(views))
+    return PAGE.format(title=html.escape(title), policy=policy, css=styles, body=body, state=stored, module=script)
 
 
 def embed(value: Any) -> str:
     """JSON that cannot end the script element it stands in."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
+
+
+def _stored(views: Sequence[View]) -> dict[str, Any]:
+    """Views with their bytes by name, each distinct run of bytes once."""
+    names: dict[bytes, str] = {}
+    stored = []
+    for index, view in enumerate(views):
+        data = {name: names.setdefault(bytes(raw), f"b{len(names)}") for name, raw in view.data.items()}
+        stored.append({"entry": view.entry, "place": place(index), "state": dict(view.state), "data": data})
+    blobs = {name: base64.b64encode(raw).decode("ascii") for raw, name in names.items()}
+    return {"views": stored, "blobs": blobs}
 
 
 def _hash(text: str) -> str:

@@ -42,33 +42,57 @@ class Packed:
     scales: bytes  # little-endian float32 (maps, 2)
 
 
-def pack(run: Run, relevance: Mapping[str, Relevance | Sequence[tuple[str, Relevance]]]) -> Packed:
-    """Check that the maps belong to the run, and pack both."""
+def pack(
+    run: Run,
+    relevance: Mapping[str, Relevance | Sequence[tuple[str, Relevance]]],
+    *,
+    beats_random: Mapping[str, Any] | None = None,
+) -> Packed:
+    """Check that the maps belong to the run, and pack both.
+
+    `beats_random`: by method, one bool or one per target; None where it was not measured.
+    """
     methods = {name: as_layers(name, given) for name, given in _named(relevance).items()}
+    beats = known(beats_random or {}, methods, "beats_random")
     for name, layers in methods.items():
-        _check(run, name, layers)
+        for _, rel in layers:
+            check_fits(run, name, rel)
     chips = chips_of(run, methods)
     parts, scales, described, first = [], [], [], 0
     for name, layers in methods.items():
         values = np.stack([rel.values for _, rel in layers]).astype(np.float64)  # layers, targets, rows, cols
         levels, scale, lo, hi = quantize(values)
-        described.append(_method(name, layers, chips, first, lo, hi))
+        verdicts = [None if one is None else bool(one) for one in per_target(name, layers, beats.get(name), "beats_random")]
+        described.append({**_method(name, layers, chips, first, lo, hi), "beats": verdicts})
         parts.append(levels.tobytes())
         scales.append(scale.astype("<f4").tobytes())
         first += values.shape[0] * values.shape[1]
     picture, kind = encode_picture(run.picture)
     spec = {
-        "question": run.question,
-        "answer": run.answer,
-        "model": run.model,
-        "seed": run.seed,
-        "chips": [{"text": chip.text, "kind": chip.kind, "p": _chip_probability(run, chip)} for chip in chips],
-        "map": run.map.to_dict(),
+        **head_of(run),
+        "chips": [chip_of(run, chip) for chip in chips],
         "methods": described,
         "picture": kind,
         "palettes": {name: colors.tobytes().hex() for name, colors in palettes().items()},
     }
     return Packed(spec, picture, b"".join(parts), b"".join(scales))
+
+
+def check_fits(run: Run, name: str, result: Any) -> None:
+    """Refuse a result of another checkpoint, picture or answer, one with holes, and an empty one."""
+    if result.fingerprint != run.fingerprint:
+        raise ValueError(
+            f"{name!r} explains another checkpoint ({result.model}) than the run's ({run.model}); attribute this run"
+        )
+    if result.map != run.map:
+        raise ValueError(f"{name!r} was made on another picture geometry than the run's; attribute this run")
+    if not np.isfinite(result.values).all():
+        raise ValueError(f"{name!r} holds values that are not finite; a map cannot be drawn from them")
+    if not result.targets:
+        raise ValueError(f"{name!r} explains no target; a map cannot be drawn from it")
+    for target in result.targets:
+        if target.kind != "contrast" and not _said(run, target):
+            raise ValueError(f"{name!r} explains {target.text!r}, which this run does not say there; attribute this run")
 
 
 def as_layers(name: str, given: Relevance | Sequence[tuple[str, Relevance]]) -> Layers:
@@ -91,6 +115,36 @@ def chips_of(run: Run, methods: Mapping[str, Layers]) -> list[Target]:
             if _find(chips, target) < 0:
                 chips.append(target)
     return chips
+
+
+def chip_of(run: Run, target: Target) -> dict[str, Any]:
+    """A target as the page names it. Its `key` says what it means, so that linked views find their own chip for it."""
+    against = "".join(f"-{token}" for token in target.against_ids)
+    key = f"{target.kind} {','.join(map(str, target.positions))}{against}"
+    return {"text": target.text, "kind": target.kind, "p": _chip_probability(run, target), "key": key}
+
+
+def head_of(run: Run) -> dict[str, Any]:
+    """What every view says about the run."""
+    return {"question": run.question, "answer": run.answer, "model": run.model, "seed": run.seed, "map": run.map.to_dict()}
+
+
+def known(given: Mapping[str, Any], methods: Mapping[str, Any], what: str) -> Mapping[str, Any]:
+    """`given` by method, refused where it names a method that has no map."""
+    for name in given:
+        if name not in methods:
+            raise ValueError(f"{what} names {name!r}, which has no map; the maps are {', '.join(methods)}")
+    return given
+
+
+def per_target(name: str, layers: Layers, given: Any, what: str) -> list[Any]:
+    """One value per target of a method, from one for all or a sequence of them."""
+    count = len(layers[0][1].targets)
+    if isinstance(given, (Sequence, np.ndarray)) and not isinstance(given, str):
+        if len(given) != count:
+            raise ValueError(f"{what} has {len(given)} values for the {count} targets of {name!r}; give one for each, or one")
+        return list(given)
+    return [given] * count
 
 
 def quantize(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, float]:
@@ -143,6 +197,13 @@ def is_control(name: str, method: str) -> bool:
     return name.casefold().startswith(CONTROLS) or method.casefold().startswith(CONTROLS)
 
 
+def plain_value(value: Any) -> str:
+    """An option's value as a person reads it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 # -- private ----------------------------------------------------------------------------------
 
 
@@ -153,18 +214,10 @@ def _named(relevance: Any) -> Mapping[str, Any]:
     return relevance
 
 
-def _check(run: Run, name: str, layers: Layers) -> None:
-    for _, rel in layers:
-        if rel.fingerprint != run.fingerprint:
-            raise ValueError(
-                f"{name!r} explains another checkpoint ({rel.model}) than the run's ({run.model}); attribute this run"
-            )
-        if rel.map != run.map:
-            raise ValueError(f"{name!r} was made on another picture geometry than the run's; attribute this run")
-        if not np.isfinite(rel.values).all():
-            raise ValueError(f"{name!r} holds values that are not finite; a map cannot be drawn from them")
-        if not rel.targets:
-            raise ValueError(f"{name!r} explains no target; a map cannot be drawn from it")
+def _said(run: Run, target: Target) -> bool:
+    """Does the run have the target's tokens where the target points?"""
+    spelt = [position + 1 for position in target.positions]
+    return max(spelt, default=0) < len(run.token_ids) and tuple(int(run.token_ids[i]) for i in spelt) == target.token_ids
 
 
 def _method(name: str, layers: Layers, chips: list[Target], first: int, lo: float, hi: float) -> dict[str, Any]:
@@ -196,15 +249,9 @@ def _find(targets: list[Target], wanted: Target) -> int:
 
 
 def _caption(rel: Relevance) -> str:
-    options = [f"{key} {_plain(value)}" for key, value in rel.options.items() if value is not None]
+    options = [f"{key} {plain_value(value)}" for key, value in rel.options.items() if value is not None]
     cost = [f"{count} {name} pass{'' if count == 1 else 'es'}" for name, count in rel.passes.items() if count]
     return " · ".join([rel.method, *options, *cost, f"{rel.seconds:.2g} s"])
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _chip_probability(run: Run, chip: Target) -> float | None:

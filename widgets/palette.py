@@ -3,7 +3,7 @@
 Each is 256 RGBA colours, with the alpha part of the scale: the picture shows through where a map
 says little. Sequential is viridis; diverging runs from blue through nothing to orange; both can be
 read without full colour vision. The two lights are shades instead of colours: the picture itself,
-dark where the map is low.
+dark where the map is low. The two greys are for maps that were not shown to beat random ones.
 
 Source: matplotlib's viridis (CC0), 33 samples. The diverging scale is our own.
 """
@@ -18,6 +18,7 @@ VIRIDIS = (
 )
 BLUE_ORANGE = "06308f0f4fd64b8bf08fbdf7cfe0f7f2f2f2ffe2bdfdbb6bf98a1ee05a02a33400"
 NIGHT = "0b0d14" * 2
+GREY = "e7e8eb36393e"
 FAINTEST = 0.1  # alpha of the lowest sequential value, before the reader's opacity
 COLORS = 256
 
@@ -40,13 +41,23 @@ def light(signed: bool) -> np.ndarray:
     return _with_alpha(NIGHT, 0.94 * (1 - np.clip(value, 0, 1)))
 
 
+def grey(signed: bool) -> np.ndarray:
+    """Light to dark without colour, clear where `sequential` or `diverging` is; uint8 (256, 4)."""
+    colors = _with_alpha(GREY, np.zeros(COLORS))
+    colors[:, 3] = (diverging() if signed else sequential())[:, 3]
+    return colors
+
+
 def palettes() -> dict[str, np.ndarray]:
     """All scales by the names the page uses."""
-    return {"sequential": sequential(), "diverging": diverging(), "light": light(False), "light-diverging": light(True)}
+    colors = {"sequential": sequential(), "diverging": diverging()}
+    greys = {"grey": grey(False), "grey-diverging": grey(True)}
+    return {**colors, **greys, "light": light(False), "light-diverging": light(True)}
 
 
-def colors_of(signed: bool) -> np.ndarray:
-    return diverging() if signed else sequential()
+def colors_of(signed: bool, *, doubtful: bool = False) -> np.ndarray:
+    """The colours of a map; grey where it is known not to beat random ones."""
+    return grey(signed) if doubtful else diverging() if signed else sequential()
 
 
 def _with_alpha(samples: str, alpha: np.ndarray) -> np.ndarray:

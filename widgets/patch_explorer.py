@@ -13,23 +13,20 @@ import logging
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import traitlets
 
-from widgets.base import HERE, LabWidget, bundle
-from widgets.html import page
+from widgets.base import bundle, styles
+from widgets.html import View
 from widgets.pack import answer_words, as_layers, pack
 from widgets.paint import draw
+from widgets.picture import Patch, PictureWidget, within
 
 if TYPE_CHECKING:
-    import os
-
     from llava_lab.results import Relevance, Run
 
-Patch = tuple[int, int]  # row, column
 Ask = Callable[[list[Patch]], "Run | tuple[str, Sequence[float] | None]"]
 
 MODULES = (
@@ -44,6 +41,7 @@ MODULES = (
     "gestures.js",
     "view.js",
     "surface.js",
+    "panel.js",
     "explorer.js",
 )
 TRACE_LINES = 40  # of a failed callback's traceback, kept for the page
@@ -51,7 +49,7 @@ TRACE_LINES = 40  # of a failed callback's traceback, kept for the page
 log = logging.getLogger(__name__)
 
 
-class PatchExplorer(LabWidget):
+class PatchExplorer(PictureWidget):
     """An answer and its maps on the picture, to point at.
 
     `relevance` gives the maps by name, ``{"rollout": rel}``; a list of ``(layer label, Relevance)``
@@ -63,17 +61,14 @@ class PatchExplorer(LabWidget):
     whitespace-separated word, or None for unknown. What it raises is shown in the widget.
 
     `word` is the first word shown, by position or text (None: the last word with a map); `opacity`
-    is 0 to 1; `smooth` interpolates between patch centres.
+    is 0 to 1; `smooth` interpolates between patch centres. Where `beats_random` says False, for a method or
+    for each of its targets, the map is grey and says why.
     """
 
-    _esm = bundle(*MODULES)
-    _css = (HERE / "explorer.css").read_text("utf-8")
+    entry, modules, sheets = "renderExplorer", MODULES, ("base.css", "explorer.css")
+    _esm = bundle(*MODULES, entry=entry)
+    _css = styles(*sheets)
 
-    spec = traitlets.Dict().tag(sync=True)
-    picture = traitlets.Bytes().tag(sync=True)
-    maps = traitlets.Bytes().tag(sync=True)
-    scales = traitlets.Bytes().tag(sync=True)
-    selected = traitlets.List(traitlets.Int()).tag(sync=True)
     word = traitlets.Int(0).tag(sync=True)
     method = traitlets.Unicode().tag(sync=True)
     layer = traitlets.Int(0).tag(sync=True)
@@ -88,6 +83,7 @@ class PatchExplorer(LabWidget):
         word: int | str | None = None,
         opacity: float = 0.85,
         smooth: bool = False,
+        beats_random: Mapping[str, bool | Sequence[bool | None] | None] | None = None,
         **unknown: Any,
     ) -> None:
         self.refuse(unknown)
@@ -95,7 +91,7 @@ class PatchExplorer(LabWidget):
             raise TypeError(f"ask must be a function of the selected patches, got {type(ask).__name__}")
         if not 0 <= opacity <= 1:
             raise ValueError(f"opacity must lie in 0..1, got {opacity}")
-        packed = pack(run, relevance)
+        packed = pack(run, relevance, beats_random=beats_random)
         self.run, self.ask = run, ask
         self.relevance = {name: as_layers(name, given) for name, given in relevance.items()}
         view = {"opacity": float(opacity), "smooth": bool(smooth), "can_ask": ask is not None}
@@ -111,52 +107,27 @@ class PatchExplorer(LabWidget):
         )
         self.on_msg(self._hear)
 
-    @property
-    def patches(self) -> list[Patch]:
-        """The selected patches as (row, column), row-major."""
-        return [divmod(index, self.run.map.cols) for index in self.selected]
-
-    @property
-    def mask(self) -> np.ndarray:
-        """The selection as bool (rows, cols)."""
-        out = np.zeros(self.run.map.rows * self.run.map.cols, bool)
-        out[self.selected] = True
-        return out.reshape(self.run.map.rows, self.run.map.cols)
-
     def draw_png(self) -> bytes:
         """The picture, and one small map per word and method, as PNG bytes."""
-        return draw(self.run, self.relevance)
+        return draw(self.run, self.relevance, beats={method["name"]: method["beats"] for method in self.spec["methods"]})
 
-    def to_html(self, path: str | os.PathLike | None = None, *, title: str | None = None) -> str:
-        """One interactive HTML file that needs nothing else; written to `path` when given. Asking again stays in the notebook."""
-        state = {name: getattr(self, name) for name in ("selected", "word", "method", "layer")}
-        state |= {"spec": {**self.spec, "can_ask": False}, "reply": {}}
-        data = {name: getattr(self, name) for name in ("picture", "maps", "scales")}
-        text = page(title or self.run.question, self._esm, self._css, state, data)
-        if path is not None:
-            Path(path).write_text(text, "utf-8")
-        return text
+    def view(self) -> View:
+        """As a page without a kernel holds it: asking again stays in the notebook."""
+        view = super().view()
+        return View(view.entry, {**view.state, "spec": {**self.spec, "can_ask": False}, "reply": {}}, view.data)
 
     def __repr__(self) -> str:
         return f"PatchExplorer({self.run.question!r} → {self.run.answer!r}; {', '.join(self.relevance)})"
 
     # -- checks on what Python or the page sets ------------------------------------------------
 
-    @traitlets.validate("selected")
-    def _valid_selection(self, proposal: dict) -> list[int]:
-        cells = self.run.map.rows * self.run.map.cols
-        wrong = [index for index in proposal["value"] if not 0 <= index < cells]
-        if wrong:
-            raise traitlets.TraitError(f"selected patches must lie in 0..{cells - 1}, got {wrong[0]}")
-        return sorted(set(proposal["value"]))
-
     @traitlets.validate("word")
     def _valid_word(self, proposal: dict) -> int:
-        return _within("word", proposal["value"], len(self.spec["chips"]))
+        return within("word", proposal["value"], len(self.spec["chips"]))
 
     @traitlets.validate("layer")
     def _valid_layer(self, proposal: dict) -> int:
-        return _within("layer", proposal["value"], max(len(method["layers"]) for method in self.spec["methods"]))
+        return within("layer", proposal["value"], max(len(method["layers"]) for method in self.spec["methods"]))
 
     @traitlets.validate("method")
     def _valid_method(self, proposal: dict) -> str:
@@ -211,13 +182,7 @@ def _first_word(run: Run, word: int | str | None, mapped: list[int]) -> int:
     if isinstance(word, str):
         return run.words.index(run.word(word))
     if word is not None:
-        return _within("word", word, len(mapped))
+        return within("word", word, len(mapped))
     own = [chip for chip, target in enumerate(mapped) if target >= 0]
     words = [chip for chip in own if chip < len(run.words)]
     return (words or own or [0])[-1]
-
-
-def _within(name: str, value: int, count: int) -> int:
-    if not 0 <= value < count:
-        raise traitlets.TraitError(f"{name} must lie in 0..{count - 1}, got {value}")
-    return value

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -68,6 +68,13 @@ def whole_number(name: str, value: Any, *, least: int = 0) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise OptionError(f"{name} must be a whole number of at least {least}, got {value!r}")
     return int(value)
+
+
+def number(name: str, value: Any, *, least: float = 0.0) -> float:
+    """`value` as a finite float of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not least <= float(value) < float("inf"):
+        raise OptionError(f"{name} must be a number of at least {least:g}, got {value!r}")
+    return float(value)
 
 
 def layer_window(layers: Any, count: int) -> tuple[int, int]:

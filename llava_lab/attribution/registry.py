@@ -14,19 +14,62 @@ import numpy as np
 
 from llava_lab.attribution.attention import ATTENTION
 from llava_lab.attribution.base import Method
-from llava_lab.attribution.baselines import CENTER, RANDOM
+from llava_lab.attribution.baselines import CENTER, EDGES, INVERSE, RANDOM
+from llava_lab.attribution.direct_logit import DIRECT_LOGIT
+from llava_lab.attribution.gradcam import GRADCAM
+from llava_lab.attribution.gradients import GRADIENT_INPUT
+from llava_lab.attribution.greedy import GREEDY
+from llava_lab.attribution.integrated import INTEGRATED_GRADIENTS, SMOOTHGRAD
+from llava_lab.attribution.knockout_map import TOKEN_KNOCKOUT
+from llava_lab.attribution.lens_map import LOGIT_LENS_MAP
+from llava_lab.attribution.localization import LOCALIZATION_HEADS
+from llava_lab.attribution.max_flow import ATTENTION_FLOW
 from llava_lab.attribution.occlusion import OCCLUSION
+from llava_lab.attribution.occlusion_coarse import OCCLUSION_COARSE
+from llava_lab.attribution.relative import RELATIVE_ATTENTION
+from llava_lab.attribution.relevancy import RELEVANCY
+from llava_lab.attribution.rise import RISE
 from llava_lab.attribution.rollout import ROLLOUT
+from llava_lab.attribution.shapley import KERNEL_SHAP, SHAPLEY
+from llava_lab.attribution.tam import TAM
 from llava_lab.attribution.targets import Wanted, resolve_targets
+from llava_lab.attribution.value_attention import VALUE_ATTENTION
+from llava_lab.attribution.vision import VISION
 from llava_lab.errors import CheckpointError, OptionError
 from llava_lab.results import Relevance, Run
 
 if TYPE_CHECKING:
     from llava_lab.models import Lab
 
-METHODS: Mapping[str, Method] = MappingProxyType(
-    {method.name: method for method in (ROLLOUT, ATTENTION, OCCLUSION, RANDOM, CENTER)}
+_ALL = (
+    ROLLOUT,
+    ATTENTION,
+    OCCLUSION,
+    RANDOM,
+    CENTER,
+    OCCLUSION_COARSE,
+    TOKEN_KNOCKOUT,
+    RISE,
+    SHAPLEY,
+    KERNEL_SHAP,
+    GREEDY,
+    TAM,
+    DIRECT_LOGIT,
+    LOGIT_LENS_MAP,
+    EDGES,
+    INVERSE,
+    VALUE_ATTENTION,
+    LOCALIZATION_HEADS,
+    RELATIVE_ATTENTION,
+    ATTENTION_FLOW,
+    RELEVANCY,
+    GRADIENT_INPUT,
+    INTEGRATED_GRADIENTS,
+    SMOOTHGRAD,
+    GRADCAM,
+    VISION,
 )
+METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _ALL})
 
 
 def attribute(lab: Lab, run: Run, *, method: str = "rollout", target: Wanted = None, **options: Any) -> Relevance:
@@ -53,7 +96,7 @@ def attribute(lab: Lab, run: Run, *, method: str = "rollout", target: Wanted = N
         values=maps.values.astype(np.float32),
         targets=targets,
         method=method,
-        options={name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()},
+        options={name: _plain(value) for name, value in chosen.items()},
         map=run.map,
         model=lab.name,
         fingerprint=weights,
@@ -62,3 +105,8 @@ def attribute(lab: Lab, run: Run, *, method: str = "rollout", target: Wanted = N
         notes=maps.notes,
         extras=maps.extras,
     )
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, also inside: what a saved result gives back."""
+    return [_plain(one) for one in value] if isinstance(value, (tuple, list)) else value

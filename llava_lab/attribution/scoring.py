@@ -6,7 +6,7 @@ their predicting positions. Every method that changes the input is scored here, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,18 +31,23 @@ def target_score(lab: Lab, run: Run, targets: Targets) -> tuple[Float[Tensor, "1
     inputs = lab.inputs(run)
     pixels = inputs.pop("pixel_values")
     at = predicting_rows(targets)
-    where = {position: i for i, position in enumerate(at)}
     keep = torch.tensor(at, device=inputs["input_ids"].device)
 
     def score(batch: Tensor) -> Tensor:
         repeated = {name: value.expand(len(batch), *value.shape[1:]) for name, value in inputs.items()}
         logits = lab.model(**repeated, pixel_values=batch, logits_to_keep=keep, use_cache=False).logits
-        logprobs = logits.float().log_softmax(-1)  # B, predicting positions, V
-        columns = []
-        for target in targets:
-            rows = [where[position] for position in target.positions]
-            said = logprobs[:, rows, list(target.token_ids)].sum(1)
-            columns.append(said - logprobs[:, rows, list(target.against_ids)].sum(1) if target.against_ids else said)
-        return torch.stack(columns, 1)
+        return read_scores(logits, at, targets)
 
     return pixels, score
+
+
+def read_scores(logits: Float[Tensor, "B R V"], at: Sequence[int], targets: Targets) -> Float[Tensor, "B N"]:
+    """Each target's score from the logits at the positions `at`, one row of `logits` each, in float32."""
+    where = {position: i for i, position in enumerate(at)}
+    logprobs = logits.float().log_softmax(-1)
+    columns = []
+    for target in targets:
+        rows = [where[position] for position in target.positions]
+        said = logprobs[:, rows, list(target.token_ids)].sum(1)
+        columns.append(said - logprobs[:, rows, list(target.against_ids)].sum(1) if target.against_ids else said)
+    return torch.stack(columns, 1)

@@ -79,6 +79,40 @@ class PickedRows(Reducer):
         self.layers[layer] = torch.cat(self._parts, 1)
 
 
+class HeadRows(Reducer):
+    """Every head's attention of a few query rows over some columns, ``L x B x H x N x columns``.
+
+    `mix` (N, rows) replaces the rows by N weighted sums of them, for example one mean per target: 2.4 MB
+    each at LLaVA-1.5-7B over its image tokens. Without it each row is kept, in ascending order.
+    """
+
+    def __init__(self, rows: Sequence[int], *, columns: slice | None = None, mix: Float[Tensor, "N Q"] | None = None) -> None:
+        self.rows = tuple(sorted(set(rows)))
+        self.layers: dict[int, Float[Tensor, "B H N K"]] = {}
+        self._columns, self._mix = columns or slice(None), mix
+        self._sum: Tensor | None = None
+        self._parts: list[Tensor] = []
+        self._keys = self._seen = 0
+
+    def open(self, layer: int, keys: int) -> None:
+        self._parts, self._sum, self._keys, self._seen = [], None, keys, 0
+
+    def add(self, layer: int, rows: slice | Tensor, attention: Tensor) -> None:
+        part = torch.nn.functional.pad(attention, (0, self._keys - attention.shape[-1]))[..., self._columns]
+        if self._mix is None:
+            self._parts.append(part.clone())
+            return
+        weights = self._mix[:, self._seen : self._seen + part.shape[2]].to(part)
+        self._seen += part.shape[2]
+        mixed = torch.einsum("nq,bhqk->bhnk", weights, part)
+        self._sum = mixed if self._sum is None else self._sum + mixed
+
+    def close(self, layer: int, norms: Norms | None) -> None:
+        kept = torch.cat(self._parts, 2) if self._mix is None else self._sum
+        assert kept is not None
+        self.layers[layer] = kept
+
+
 class LayerByLayer(Reducer):
     """One head-fused ``S x S`` matrix at a time, handed to `fold` and overwritten by the next layer.
 

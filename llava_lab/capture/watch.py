@@ -55,6 +55,9 @@ class Reducer:
     def open(self, layer: int, keys: int) -> None:
         """A layer starts; its attention has `keys` columns."""
 
+    def values(self, layer: int, value: Float[Tensor, "B G K D"]) -> None:
+        """What the layer's attention mixes, in the model's dtype, before any of its rows; heads may share a group's."""
+
     def add(self, layer: int, rows: slice | Tensor, attention: Float[Tensor, "B H Q K"]) -> None:
         """Some rows of a layer, float32, after softmax. Columns the causal mask makes zero may be left off the end."""
 
@@ -72,10 +75,20 @@ class _Session:
     calls: list[int] = field(default_factory=list)
     streams: dict[int, Tensor] = field(default_factory=dict)  # layer -> norm of the residual stream, until it is used
 
-    def report(self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, causal: bool) -> None:
+    def report(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        causal: bool,
+    ) -> None:
         layer = self.layers[module]
         with torch.no_grad():
             self.reducer.open(layer, key.shape[2])
+            self.reducer.values(layer, value)
             for rows, attention in attention_rows(
                 query, key, mask, scaling, causal=causal, rows=self.reducer.rows, chunk=self.chunk
             ):
@@ -230,5 +243,5 @@ def _attend(
             raise LabError(f"expected plain scaled dot-product attention, got {', '.join(unknown)}; it cannot be watched")
         causal = kwargs.get("is_causal")
         causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
-        session.report(module, query, key, attention_mask, scaling or query.shape[-1] ** -0.5, causal)
+        session.report(module, query, key, value, attention_mask, scaling or query.shape[-1] ** -0.5, causal)
     return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)

@@ -120,7 +120,7 @@ def test_export_saves_a_png_with_the_map_in_it(widget_page: WidgetPage) -> None:
 
 def test_closing_leaves_no_listener_and_no_element(widget_page: WidgetPage) -> None:
     shown = widget_page.mount(PatchExplorer(*example()))
-    assert widget_page.page.evaluate("() => window.test.listeners()") == 5
+    assert widget_page.page.evaluate("() => window.test.listeners()") == 6
     widget_page.page.evaluate(
         """() => {
           window.frames_asked = 0;

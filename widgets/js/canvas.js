@@ -15,10 +15,11 @@ import { smoothLevels } from "./maps.js";
  *   selected: Set<number>, dragging: number[], hover: number, cursor: number}} Scene
  */
 
+const FINEST = 16; // CSS pixels between grid lines
 const SMOOTH_ZOOM = 8; // samples per patch side before the browser's own smoothing
 const WHITE = "rgba(255, 255, 255, 0.95)";
 const CASING = "rgba(8, 12, 24, 0.85)";
-const PALER = "rgba(128, 128, 128, 0.6)"; // how much of the picture's own colour gives way to the map's
+const PALER = 0.6; // how much of the picture's own colour gives way to the map's
 
 /** @param {number} width @param {number} height */
 export function blankCanvas(width, height) {
@@ -72,14 +73,14 @@ export function paintBase(map, picture, width, height) {
   return canvas;
 }
 
-/** The picture with less colour of its own, so that a map's colours stand out from it.
- * @param {HTMLCanvasElement} base */
-export function paintGround(base) {
+/** The picture with less colour of its own, so that a map's colours stand out from it; with none for a grey map.
+ * @param {HTMLCanvasElement} base @param {number} [less] */
+export function paintGround(base, less = PALER) {
   const canvas = blankCanvas(base.width, base.height);
   const ctx = contextOf(canvas);
   ctx.drawImage(base, 0, 0);
   ctx.globalCompositeOperation = "saturation";
-  ctx.fillStyle = PALER;
+  ctx.fillStyle = `rgba(128, 128, 128, ${less})`;
   ctx.fillRect(0, 0, canvas.width, canvas.height);
   return canvas;
 }
@@ -99,11 +100,17 @@ export function paintScene(ctx, scene, dot) {
     ctx.globalAlpha = 1;
   }
   if (!scene.smooth) paintGrid(ctx, scene.map, square, dot);
-  if (scene.selected.size) paintSelection(ctx, scene.map, scene.selected, k, dot);
-  if (scene.dragging.length) paintLines(ctx, outline(scene.map, new Set(scene.dragging)), k, dot, [4 * dot, 3 * dot]);
-  for (const patch of new Set([scene.cursor, scene.hover])) {
-    if (patch >= 0) paintLines(ctx, outline(scene.map, new Set([patch])), k, dot, []);
-  }
+  paintLights(ctx, scene.map, scene, dot);
+}
+
+/** What is selected, dragged over and pointed at, over a picture that is already painted.
+ * @param {CanvasRenderingContext2D} ctx @param {PictureMap} map
+ * @param {{selected: Set<number>, dragging: number[], hover: number, cursor: number}} lights @param {number} dot */
+export function paintLights(ctx, map, { selected, dragging, hover, cursor }, dot) {
+  const k = ctx.canvas.width / map.width;
+  if (selected.size) paintSelection(ctx, map, selected, k, dot);
+  if (dragging.length) paintLines(ctx, outline(map, new Set(dragging)), k, dot, [4 * dot, 3 * dot]);
+  for (const patch of new Set([cursor, hover])) if (patch >= 0) paintLines(ctx, outline(map, new Set([patch])), k, dot, []);
 }
 
 /** The picture the reader takes home: question, answer, picture with its map, legend, what made it; on white.
@@ -208,6 +215,7 @@ function label(ctx, text, x, y, width, height) {
 
 /** @param {CanvasRenderingContext2D} ctx @param {PictureMap} map @param {Box} square @param {number} dot */
 function paintGrid(ctx, map, [left, top, right, bottom], dot) {
+  if ((right - left) / map.cols < FINEST * dot) return; // lines would hide what they part
   ctx.beginPath();
   for (let i = 0; i <= map.cols; i++) {
     const x = Math.round(left + ((right - left) * i) / map.cols);
@@ -262,7 +270,7 @@ function fontOf(size, weight) {
 
 /** @param {CanvasRenderingContext2D} ctx @param {string} text @param {number} x @param {number} y
  * @param {number} size @param {string} color @param {string} weight @param {number} room */
-function write(ctx, text, x, y, size, color, weight, room) {
+export function write(ctx, text, x, y, size, color, weight, room) {
   ctx.font = fontOf(size, weight);
   ctx.fillStyle = color;
   ctx.textAlign = "left";

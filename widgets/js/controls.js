@@ -70,9 +70,9 @@ export function selectionBar(canAsk, quick, act, signal) {
   const root = make("div", "lab-selection", [count, tools, ask], { role: "group", "aria-label": "Selected patches" });
   return {
     root,
-    update({ selected, map, busy, found }) {
+    update({ selected, map, busy, shown }) {
       setText(count, selected.size ? `${countText(selected.size)} of ${map.rows * map.cols} selected` : "No patches selected");
-      strongest.disabled = !found;
+      strongest.disabled = !shown;
       clear.disabled = !selected.size;
       ask.disabled = !selected.size || busy;
       setText(ask, busy ? "Asking…" : "Ask again without these patches");

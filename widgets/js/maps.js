@@ -6,9 +6,13 @@
 
 /**
  * @typedef {{name: string, control: boolean, signed: boolean, lo: number, hi: number, first: number, targets: number,
- *   layers: string[], chips: number[], whole: number, caption: string, notes: string[]}} Method
+ *   layers: string[], chips: number[], whole: number, caption: string, notes: string[],
+ *   beats: (boolean | null)[]}} Method `beats` says of each target whether its map beats random ones; null: not known
  * @typedef {{levels: Uint8Array, scales: Float32Array, cells: number}} Maps
- * @typedef {{index: number, own: boolean}} Found
+ * @typedef {{index: number, target: number, own: boolean}} Found
+ * @typedef {{key: string, levels: Uint8Array, signed: boolean, fine: number, ends: [string, string, string],
+ *   value: (cell: number) => number, at: (cell: number) => number, table: (palette: Uint8Array) => Uint32Array}} Shown
+ *   one map as it is to be painted: its levels, the colour of each, its real values, and where each lies on the scale (0..1)
  */
 
 /** Bytes as the widget protocol (DataView) or our own page (Uint8Array) hands them over; no copy.
@@ -29,7 +33,7 @@ export function findMap(method, chip, layer) {
   const own = method.chips[chip];
   const target = own >= 0 ? own : method.whole;
   if (target < 0) return null;
-  return { index: method.first + layer * method.targets + target, own: own >= 0 };
+  return { index: method.first + layer * method.targets + target, target, own: own >= 0 };
 }
 
 /** @param {Maps} maps @param {number} index */
@@ -72,6 +76,11 @@ export function readPalette(hex) {
   return Uint8Array.from({ length: hex.length / 2 }, (_, i) => parseInt(hex.slice(2 * i, 2 * i + 2), 16));
 }
 
+/** @param {Record<string, string>} given */
+export function readPalettes(given) {
+  return Object.fromEntries(Object.entries(given).map(([name, hex]) => [name, readPalette(hex)]));
+}
+
 /** Where a value lies in a range, 0..1; the middle of an empty range for signed maps, else its start.
  * @param {number} value @param {number} lo @param {number} hi */
 export function position(value, lo, hi) {
@@ -88,6 +97,23 @@ export function colorTable(palette, offset, step, lo, hi) {
     table.set(palette.subarray(4 * color, 4 * color + 4), 4 * level);
   }
   return new Uint32Array(table.buffer);
+}
+
+/** A map under a range of values.
+ * @param {Maps} maps @param {number} index @param {number} lo @param {number} hi @param {boolean} signed @returns {Shown} */
+export function linearMap(maps, index, lo, hi, signed) {
+  const [offset, step] = [maps.scales[2 * index], maps.scales[2 * index + 1]];
+  const value = (/** @type {number} */ cell) => valueOf(maps, index, cell);
+  return {
+    key: [index, lo, hi].join(),
+    levels: levelsOf(maps, index),
+    signed,
+    fine: step,
+    ends: [formatValue(lo, (hi - lo) / 255), signed ? "0" : "", formatValue(hi, (hi - lo) / 255)],
+    value,
+    at: (cell) => position(value(cell), lo, hi),
+    table: (palette) => colorTable(palette, offset, step, lo, hi),
+  };
 }
 
 /** Levels between patch centres, `zoom` samples per patch side, edges held; row-major.

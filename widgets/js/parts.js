@@ -7,17 +7,17 @@
 import { blankCanvas, contextOf, paintLegend } from "./canvas.js";
 import { make, section, setText } from "./dom.js";
 import { clipToPicture, onPicture, patchBox, patchName } from "./grid.js";
-import { formatValue, levelsOf, position, strongest, valueOf } from "./maps.js";
+import { formatValue, strongest } from "./maps.js";
 
 /**
- * @typedef {import("./view.js").View} View
- * @typedef {import("./view.js").Part} Part
+ * @typedef {import("./view.js").MapView} MapView
+ * @typedef {{root: HTMLElement, update: (view: MapView) => void}} MapPart
  */
 
 const TOP = 5; // strongest patches listed beside the picture
 
 /** The colour scale with real numbers, and where the patch under the pointer lies on it.
- * @param {Record<string, Uint8Array>} palettes @returns {Part} */
+ * @param {Record<string, Uint8Array>} palettes @returns {MapPart} */
 export function legend(palettes) {
   const strip = blankCanvas(256, 1);
   strip.className = "lab-strip";
@@ -40,22 +40,19 @@ export function legend(palettes) {
       if (key !== drawn) paintLegend(contextOf(strip), palettes[view.palette], view.mean, view.display.opacity, 0, 0, 256, 1);
       drawn = key;
       setText(title, view.title);
-      setText(shared, view.display.ownScale ? "colours of this map alone" : "one colour scale for all words");
-      const fine = (view.hi - view.lo) / 255;
-      setText(low, formatValue(view.lo, fine));
-      setText(middle, view.method.signed ? "0" : "");
-      setText(high, formatValue(view.hi, fine));
-      root.classList.toggle("lab-empty", !view.found);
-      const on = view.found !== null && view.focus >= 0;
+      setText(shared, view.scaleSaid);
+      const { shown } = view;
+      [low, middle, high].forEach((node, i) => setText(node, shown ? shown.ends[i] : ""));
+      root.classList.toggle("lab-empty", !shown);
+      const on = shown !== null && view.focus >= 0;
       marker.hidden = !on;
-      if (on && view.found)
-        marker.style.left = `${100 * position(valueOf(view.maps, view.found.index, view.focus), view.lo, view.hi)}%`;
+      if (on && shown) marker.style.left = `${100 * shown.at(view.focus)}%`;
     },
   };
 }
 
 /** One line on the patch under the pointer or cursor: place, value, box.
- * @returns {Part} */
+ * @returns {MapPart} */
 export function readout() {
   const place = make("span", "lab-place");
   const value = make("strong", "lab-value");
@@ -65,14 +62,14 @@ export function readout() {
     update(view) {
       const on = view.focus >= 0;
       setText(place, on ? patchName(view.map, view.focus) : "Point at a patch to read it; click or drag to select.");
-      setText(value, on && view.found ? formatValue(valueOf(view.maps, view.found.index, view.focus), view.step) : "");
+      setText(value, on && view.shown ? formatValue(view.shown.value(view.focus), view.shown.fine) : "");
       setText(box, on ? boxText(view) : "");
     },
   };
 }
 
 /** The strongest patches in words: the map for those who do not see it.
- * @param {(patch: number) => void} point @param {AbortSignal} signal @returns {Part} */
+ * @param {(patch: number) => void} point @param {AbortSignal} signal @returns {MapPart} */
 export function topList(point, signal) {
   const rows = Array.from({ length: TOP }, () => {
     const [fill, place, value] = ["lab-fill", "lab-place", "lab-value"].map((name) => make("span", name));
@@ -94,20 +91,21 @@ export function topList(point, signal) {
   return {
     root: section("Strongest patches", [list]),
     update(view) {
-      patches = view.found ? strongest(levelsOf(view.maps, view.found.index), TOP) : [];
+      const { shown } = view;
+      patches = shown ? strongest(shown.levels, TOP) : [];
       rows.forEach((row, i) => {
         row.root.hidden = i >= patches.length;
-        if (row.root.hidden || !view.found) return;
-        const value = valueOf(view.maps, view.found.index, patches[i]);
+        if (row.root.hidden || !shown) return;
+        const along = shown.at(patches[i]);
         setText(row.place, patchName(view.map, patches[i]) + (onPicture(view.map, patches[i]) ? "" : " (padding)"));
-        setText(row.value, formatValue(value, view.step));
-        row.fill.style.transform = `scaleX(${position(value, view.method.signed ? 0 : view.lo, view.hi)})`; // costs no layout
+        setText(row.value, formatValue(shown.value(patches[i]), shown.fine));
+        row.fill.style.transform = `scaleX(${shown.signed ? Math.max(0, 2 * along - 1) : along})`; // costs no layout
       });
     },
   };
 }
 
-/** @param {View} view */
+/** @param {MapView} view */
 function boxText(view) {
   const [left, top, right, bottom] = clipToPicture(view.map, patchBox(view.map, view.focus)).map(Math.round);
   const picked = view.selected.has(view.focus) ? "selected · " : "";

@@ -5,11 +5,9 @@
 
 import { blankCanvas, contextOf, meanColor, paintBase, paintFigure, paintGround, paintHeat, paintScene } from "./canvas.js";
 import { make } from "./dom.js";
-import { colorTable, formatValue, levelsOf } from "./maps.js";
 
 /**
- * @typedef {import("./view.js").Spec} Spec
- * @typedef {import("./view.js").View} View
+ * @typedef {import("./view.js").MapView} View
  * @typedef {import("./gestures.js").Pointing} Pointing
  */
 
@@ -18,16 +16,15 @@ const SAVED = 1200; // pixels across the picture in a saved figure
 const HELP = "Arrow keys move, space selects, shift with arrows selects a block, escape clears.";
 
 export class Surface {
-  /** @param {Spec} spec @param {import("./maps.js").Maps} maps @param {Record<string, Uint8Array>} palettes
+  /** @param {import("./grid.js").PictureMap} map @param {Record<string, Uint8Array>} palettes
    * @param {() => void} changed called when the view must be painted again */
-  constructor(spec, maps, palettes, changed) {
-    this.map = spec.map;
-    this.maps = maps;
+  constructor(map, palettes, changed) {
+    this.map = map;
     this.palettes = palettes;
     this.changed = changed;
     this.canvas = patchCanvas(this.map);
     this.picture = /** @type {ImageBitmap | null} */ (null);
-    this.base = this.ground = blankCanvas(1, 1);
+    this.base = this.ground = this.pale = blankCanvas(1, 1);
     this.heat = blankCanvas(1, 1);
     this.heatKey = "";
     this.mean = "#ffffff";
@@ -56,34 +53,37 @@ export class Surface {
     this.canvas.height = Math.round(height * this.dot);
     this.base = paintBase(this.map, this.picture, this.canvas.width, this.canvas.height);
     this.ground = paintGround(this.base);
+    this.pale = paintGround(this.base, 1);
     this.mean = meanColor(this.ground);
     this.changed();
   }
 
   /** @param {View} view @param {Pointing} pointing */
   paint(view, pointing) {
-    const { found, lo, hi, display } = view;
-    const key = found ? [found.index, lo, hi, display.smooth, view.palette].join() : "";
-    if (found && key !== this.heatKey) {
-      const table = colorTable(this.palettes[view.palette], view.offset, view.step, lo, hi);
-      paintHeat(this.heat, levelsOf(this.maps, found.index), table, this.map.rows, this.map.cols, display.smooth);
+    const { shown, palette } = view;
+    const { smooth } = view.display;
+    const key = shown ? [shown.key, smooth, palette].join() : "";
+    if (shown && key !== this.heatKey) {
+      paintHeat(this.heat, shown.levels, shown.table(this.palettes[palette]), this.map.rows, this.map.cols, smooth);
     }
     this.heatKey = key;
     paintScene(contextOf(this.canvas), this.scene(view, pointing), this.dot);
   }
 
   /** The figure to save. `paint` must have shown this view.
-   * @param {Spec} spec @param {View} view */
+   * @param {{question: string, answer: string, model: string, seed: number}} spec @param {View} view */
   figure(spec, view) {
     const base = paintBase(this.map, this.picture, SAVED, (SAVED * this.map.height) / this.map.width);
-    const scene = { ...this.scene(view, { hover: -1, cursor: -1, dragging: [] }), base, ground: paintGround(base) };
-    const ends = [view.lo, view.hi].map((value) => formatValue(value, (view.hi - view.lo) / 255));
+    const pale = view.palette.startsWith("grey") ? paintGround(base, 1) : null;
+    const under = { base: pale ?? base, ground: pale ?? paintGround(base) };
+    const scene = { ...this.scene(view, { hover: -1, cursor: -1, dragging: [] }), ...under };
+    const [low, , high] = view.shown?.ends ?? ["", "", ""];
     return paintFigure(scene, {
       question: spec.question,
       answer: spec.answer,
       title: view.title,
-      caption: `${spec.model} · seed ${spec.seed} · ${view.method.caption}`,
-      ends,
+      caption: `${spec.model} · seed ${spec.seed} · ${view.caption}`,
+      ends: [low, high],
       colors: this.palettes[view.palette],
       mean: view.mean,
     });
@@ -91,8 +91,10 @@ export class Surface {
 
   /** @param {View} view @param {Pointing} pointing @returns {import("./canvas.js").Scene} */
   scene(view, pointing) {
-    const { display, selected, map } = view;
-    return { map, base: this.base, ground: this.ground, heat: view.found ? this.heat : null, ...display, selected, ...pointing };
+    const { display, selected, map, focus: hover } = view;
+    const grey = view.palette.startsWith("grey");
+    const under = { base: grey ? this.pale : this.base, ground: grey ? this.pale : this.ground };
+    return { map, ...under, heat: view.shown && this.heat, ...display, selected, ...pointing, hover };
   }
 }
 
@@ -100,6 +102,17 @@ export class Surface {
  * @param {import("./grid.js").PictureMap} map */
 export function widest(map) {
   return Math.round((TALLEST * map.width) / map.height);
+}
+
+/** Hand a drawing to the reader as a PNG file.
+ * @param {HTMLCanvasElement} canvas @param {string} title */
+export function saveCanvas(canvas, title) {
+  canvas.toBlob((file) => {
+    if (!file) return;
+    const url = URL.createObjectURL(file);
+    make("a", "", [], { href: url, download: fileName(title) }).click();
+    setTimeout(() => URL.revokeObjectURL(url), 10_000); // the browser needs it until the download began
+  });
 }
 
 /** @param {string} title */

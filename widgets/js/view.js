@@ -6,7 +6,7 @@
 
 import { chipText } from "./chips.js";
 import { patchName } from "./grid.js";
-import { findMap, formatValue, levelsOf, rangeOf, strongest, valueOf } from "./maps.js";
+import { findMap, formatValue, linearMap, rangeOf, strongest } from "./maps.js";
 
 /**
  * @typedef {import("./grid.js").PictureMap} PictureMap
@@ -19,12 +19,16 @@ import { findMap, formatValue, levelsOf, rangeOf, strongest, valueOf } from "./m
  *   p?: number | null, message?: string, trace?: string, heard?: boolean}} Reply
  * @typedef {{word: number, method: string, layer: number, selected: Set<number>, peekWord: number, peekMethod: number,
  *   focus: number, display: Display, busy: boolean, mean: string}} State
- * @typedef {{map: PictureMap, maps: import("./maps.js").Maps, method: Method, methodIndex: number, pickedMethod: number,
- *   word: number, chip: number, layer: number, found: import("./maps.js").Found | null, lo: number, hi: number, offset: number,
- *   step: number, display: Display, palette: string, title: string, said: string, focus: number,
- *   selected: Set<number>, busy: boolean, mean: string}} View
+ * @typedef {{map: PictureMap, method: Method, methodIndex: number, pickedMethod: number, word: number, chip: number,
+ *   layer: number, shown: import("./maps.js").Shown | null, display: Display, palette: string, title: string, said: string,
+ *   scaleSaid: string, caption: string, focus: number, selected: Set<number>, busy: boolean, mean: string}} View
+ * @typedef {{map: PictureMap, shown: import("./maps.js").Shown | null, palette: string, mean: string, title: string,
+ *   scaleSaid: string, caption: string, said: string, focus: number, selected: Set<number>,
+ *   display: {opacity: number, smooth: boolean, spotlight: boolean}}} MapView what is read beside any one map
  * @typedef {{root: HTMLElement, update: (view: View) => void}} Part
  */
+
+const DOUBT = "Grey: this map was not shown to beat random ones.";
 
 /** @param {Spec} spec @param {import("./maps.js").Maps} maps @param {State} state @returns {View} */
 export function viewOf(spec, maps, state) {
@@ -39,31 +43,45 @@ export function viewOf(spec, maps, state) {
   const layer = Math.min(state.layer, method.layers.length - 1);
   const found = findMap(method, chip, layer);
   const [lo, hi] = found && display.ownScale ? rangeOf(maps, found.index, method.signed) : [method.lo, method.hi];
-  const offset = found ? maps.scales[2 * found.index] : 0;
-  const step = found ? maps.scales[2 * found.index + 1] : 0;
   const what = chipText(spec.chips[chip]);
-  const title = [method.name, `“${what}”`, method.layers.length > 1 ? method.layers[layer] : ""].filter(Boolean).join(" · ");
-  const said = missing(method, found, what);
-  const colors = method.signed ? "diverging" : "sequential";
-  const palette = display.spotlight ? (method.signed ? "light-diverging" : "light") : colors;
   const { focus, selected, busy, mean } = state;
-  const shown = { method, methodIndex, pickedMethod, word, chip, layer, found, lo, hi, offset, step, title, said, palette };
-  return { map: spec.map, maps, display, focus, selected, busy, mean, ...shown };
+  return {
+    ...{ map: spec.map, method, methodIndex, pickedMethod, word, chip, layer, display, focus, selected, busy, mean },
+    shown: found && linearMap(maps, found.index, lo, hi, method.signed),
+    palette: paletteOf(method.signed, doubtful(method, found), display.spotlight),
+    title: [method.name, `“${what}”`, method.layers.length > 1 ? method.layers[layer] : ""].filter(Boolean).join(" · "),
+    said: [missing(method, found, what), doubtful(method, found) ? DOUBT : ""].filter(Boolean).join(" "),
+    scaleSaid: display.ownScale ? "colours of this map alone" : "one colour scale for all words",
+    caption: method.caption,
+  };
+}
+
+/** @param {boolean} signed @param {boolean} doubt @param {boolean} spotlight */
+export function paletteOf(signed, doubt, spotlight) {
+  if (spotlight) return signed ? "light-diverging" : "light";
+  if (doubt) return signed ? "grey-diverging" : "grey";
+  return signed ? "diverging" : "sequential";
+}
+
+/** Was a map judged, and not shown to beat random ones?
+ * @param {Method} method @param {import("./maps.js").Found | null} found */
+export function doubtful(method, found) {
+  return found !== null && method.beats[found.target] === false;
 }
 
 /** A map in words, for a screen reader.
- * @param {View} view */
-export function summary({ found, title, said, step, maps, map }) {
-  if (!found) return said;
-  const best = strongest(levelsOf(maps, found.index), 3);
-  const places = best.map((patch) => `${patchName(map, patch)}: ${formatValue(valueOf(maps, found.index, patch), step)}`);
+ * @param {MapView} view */
+export function summary({ shown, title, said, map }) {
+  if (!shown) return said;
+  const best = strongest(shown.levels, 3);
+  const places = best.map((patch) => `${patchName(map, patch)}: ${formatValue(shown.value(patch), shown.fine)}`);
   return `${title}. ${said} Strongest: ${places.join("; ")}.`;
 }
 
 /** One patch in words.
- * @param {View} view @param {number} patch */
-export function patchSummary({ found, step, maps, map, selected }, patch) {
-  const value = found ? `, ${formatValue(valueOf(maps, found.index, patch), step)}` : "";
+ * @param {MapView} view @param {number} patch */
+export function patchSummary({ shown, map, selected }, patch) {
+  const value = shown ? `, ${formatValue(shown.value(patch), shown.fine)}` : "";
   return patchName(map, patch) + value + (selected.has(patch) ? ", selected" : "");
 }
 

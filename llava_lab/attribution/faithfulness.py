@@ -1,0 +1,297 @@
+"""Does the answer depend on the patches a map marks? Deletion, insertion and remove-one-thing, beside random maps.
+
+Patches are taken away (deletion) or given back to a filled picture (insertion) in the order of the map, and
+the finished answer is scored again each time. Three choices are made here:
+
+- **Scale.** ``probability`` is the probability of the target, the geometric mean over its tokens (for a
+  contrast: of the word said against the other), ``logprob`` the summed log-probability (the logit difference).
+  Curves are ``(s - s_filled) / (s_whole - s_filled)``.
+- **Fill.** No fill is neutral and a method does best under its own, so at least two others are used: by default, of
+  those the method did not use, the two under which the picture matters to most targets (the earlier in `SQUARES`).
+- **Control.** The gain is insertion minus deletion area. A map upside down has exactly the opposite gain, so random
+  maps have 0 on average *whatever the model*. How far they scatter is measured with `seeds` rankings.
+
+``beats_random`` is a verdict on one map of one picture, and strict: under every fill the gain must lie above
+every random map's and above 2.5 times their spread, and the 95% interval must lie above 0. That interval
+is of the map's gain minus the gain of *one* random map (each resample draws one, and draws the steps anew, for
+both); the interval of the difference from the *mean* random map would call half of all random maps better
+than random. Where few patches decide everything, random maps scatter so widely that one picture cannot tell;
+then a note says so, and `llava_lab.leaderboard` over many pictures can.
+
+Sources: Petsiuk et al. 2018 (arXiv 1806.07421) section 4.2, deletion and insertion; the normalisation is
+iGOS++'s (Khorram et al. 2021, arXiv 2012.15783); the symmetric control and the verdict are ours.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from llava_lab.attribution.base import Targets, choose, whole_number
+from llava_lab.attribution.baselines import CENTER
+from llava_lab.attribution.fills import EVERY_FILL, SQUARES, fill_pixels
+from llava_lab.attribution.perturbed import Perturbed
+from llava_lab.attribution.ranking import best_first
+from llava_lab.attribution.registry import METHODS
+from llava_lab.attribution.scoring import target_score
+from llava_lab.attribution.targets import resolve_targets
+from llava_lab.attribution.verdict import FEWEST_FILLS, step_counts, told_apart, verdict
+from llava_lab.capture import undisturbed
+from llava_lab.errors import OptionError
+from llava_lab.results import Relevance, Run
+from llava_lab.scores import Faithfulness
+
+if TYPE_CHECKING:
+    from llava_lab.models import Lab
+
+STEPS, SEEDS, BATCH = 8, 10, 8
+SCALES = ("probability", "logprob")
+MATTERS = {"probability": 0.02, "logprob": 0.1}  # filling everything must lower the score by this much, or nothing can be told
+FILL_OPTIONS = ("fill", "fills", "baseline")  # the options by which methods name what they put in a patch's place
+CLAIMING = 200  # random maps that say how often marking the right thing is chance; they need no model
+
+
+def faithfulness(
+    lab: Lab,
+    run: Run,
+    rel: Relevance,
+    *,
+    fills: Sequence[str] | None = None,
+    steps: int = STEPS,
+    seeds: int = SEEDS,
+    seed: int = 0,
+    scale: str = SCALES[0],
+    things: np.ndarray | None = None,
+    batch: int = BATCH,
+) -> Faithfulness:
+    """Score `rel` against the model that made it; about ``(seeds + 1 + targets) * 2 * (steps - 1)`` passes per fill.
+
+    `things` are masks of the objects in the picture, bool (things, height, width): each is covered alone
+    (its box), and the map should mark most the one the answer needs most.
+
+    Raises OptionError (a fill the method used, fewer than two, a map of another picture),
+    CheckpointError (the run was made by another checkpoint).
+    """
+    wanted = allowed_fills([rel.options], fills)
+    judge = Judge(lab, run, rel.targets, wanted, steps=steps, seeds=seeds, seed=seed, scale=scale, things=things, batch=batch)
+    judge.choose_fills(FEWEST_FILLS if fills is None else len(wanted))
+    judge.measure_controls()
+    return judge.score(rel, alone=True)
+
+
+def allowed_fills(used: Sequence[Mapping[str, Any]], wanted: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Fills to score with when maps were made with the options `used`: `wanted` if they are fair, else all that are."""
+    own = {name for options in used for name in _own_fills(options)}
+    fair = tuple(name for name in SQUARES if name not in own)
+    if wanted is None:
+        if len(fair) < FEWEST_FILLS:
+            raise OptionError(
+                f"maps must be scored with two fills that made none of them; {', '.join(sorted(own))} were all used"
+            )
+        return fair
+    chosen = tuple(dict.fromkeys(choose("fills", name, SQUARES) for name in _as_list(wanted)))
+    unfair = [name for name in chosen if name in own]
+    if unfair:
+        raise OptionError(
+            f"a map made with fill {unfair[0]!r} must not be scored with it; choose from {', '.join(fair) or 'no other'}"
+        )
+    if len(chosen) < FEWEST_FILLS:
+        raise OptionError(f"expected at least {FEWEST_FILLS} different fills, since no fill is neutral; got {', '.join(chosen)}")
+    return chosen
+
+
+class Judge:
+    """Scores maps of one run and one set of targets; whatever does not depend on the map is measured once."""
+
+    def __init__(
+        self,
+        lab: Lab,
+        run: Run,
+        targets: Targets,
+        fills: Sequence[str],
+        *,
+        steps: int = STEPS,
+        seeds: int = SEEDS,
+        seed: int = 0,
+        scale: str = SCALES[0],
+        things: np.ndarray | None = None,
+        batch: int = BATCH,
+    ) -> None:
+        steps, self.seeds = whole_number("steps", steps, least=2), whole_number("seeds", seeds, least=2)
+        batch, self.seed = whole_number("batch", batch, least=1), whole_number("seed", seed)
+        self.scale, self.lab, self.run = choose("scale", scale, SCALES), lab, run
+        self.things = check_masks(run, things) if things is not None else np.zeros((0, *run.picture.shape[:2]), bool)
+        self.targets, self.seconds = resolve_targets(lab, run, list(targets)), 0.0
+        with undisturbed(lab.model):
+            pixels, score = target_score(lab, run, self.targets)
+            sources = {name: fill_pixels(lab, pixels, name, run.map, seed=self.seed) for name in fills}
+        self.probe = Perturbed(pixels, sources, score, run.map, batch=batch)
+        self.fills = tuple(fills)
+        self.counts = step_counts(len(self.probe.patches), steps)
+        self.fractions = self.counts / self.counts[-1]
+        self.shares = np.array([run.map.mask_to_patches(thing).ravel()[self.probe.patches] for thing in self.things])
+
+    def choose_fills(self, count: int) -> None:
+        """Keep `count` fills, those first under which the picture matters to more targets. Measures the whole and filled."""
+        with undisturbed(self.lab.model):
+            self.whole = self._scaled(self.probe.whole)
+            lows = {name: self._scaled(self.probe.filled(name)) for name in self.fills}
+        telling = {name: int((self.whole - low >= MATTERS[self.scale]).sum()) for name, low in lows.items()}
+        kept = sorted(self.fills, key=lambda name: -telling[name])[:count]
+        self.fills = tuple(name for name in self.fills if name in kept)
+        self.filled = np.stack([lows[name] for name in self.fills], 1)  # targets, fills
+        self.tells = self.whole[:, None] - self.filled >= MATTERS[self.scale]
+
+    def measure_controls(self) -> None:
+        """Random maps, the centre, and each thing covered alone."""
+        start = time.perf_counter()
+        size = len(self.probe.patches)
+        orders = [np.random.default_rng((self.seed, 17, number)).permutation(size) for number in range(self.seeds)]
+        bump = CENTER.compute(cast(Any, None), self.run, self.targets[:1], {}).values[0]  # it runs no model
+        with undisturbed(self.lab.model):
+            self.random = np.stack([self._curves(order) for order in orders], 1)
+            self.center = self._curves(self._order(bump))
+            self.effects = self._remove_things()
+        self.forwards, self.seconds = self.probe.forwards, time.perf_counter() - start
+
+    def score(self, rel: Relevance, *, alone: bool = False) -> Faithfulness:
+        """The scores of one map. `alone` counts the shared passes and seconds as its own."""
+        if rel.map != self.run.map or rel.fingerprint != self.run.fingerprint or rel.targets != self.targets:
+            raise OptionError("expected a map of this run and these targets, got one of another picture, checkpoint or answer")
+        start, before = time.perf_counter(), self.probe.forwards
+        with undisturbed(self.lab.model):
+            curves = np.stack([self._curves(self._order(values))[:, i] for i, values in enumerate(rel.values)], 1)
+        judged = [
+            verdict(self.fractions, curves[0, i], curves[1, i], self.random[:, :, i], self.seed) for i in range(len(self.targets))
+        ]
+        flat = rel.values.reshape(len(rel.values), -1)[:, self.probe.patches]
+        chance = np.random.default_rng(self.seed).random((CLAIMING, flat.shape[1]))
+        return Faithfulness(
+            method=rel.method,
+            options=rel.options,
+            targets=self.targets,
+            fills=self.fills,
+            fractions=self.fractions,
+            deletion=curves[0],
+            insertion=curves[1],
+            random=self.random,
+            center=self.center,
+            whole=self.whole,
+            filled=self.filled,
+            interval=np.array([interval for interval, _ in judged]),
+            beats_random=np.array([beats for _, beats in judged]),
+            effects=self.effects,
+            claims=self._claims(flat),
+            random_claims=self._claims(chance),
+            scale=self.scale,
+            fingerprint=self.run.fingerprint,
+            passes={"forward": self.probe.forwards - (0 if alone else before), "backward": 0},
+            seconds=time.perf_counter() - start + (self.seconds if alone else 0.0),
+            notes=self.notes(),
+        )
+
+    def notes(self) -> tuple[str, ...]:
+        """What the reader of these scores must see, one sentence each."""
+        filled = f"Patches are filled with {' and '.join(self.fills)}, which the method did not use."
+        found = [f"Scored on the {self.scale} of the target, 0 with every patch filled and 1 with none. {filled}"]
+        for i, target in enumerate(self.targets):
+            for name in (name for name, tells in zip(self.fills, self.tells[i], strict=True) if not tells):
+                found.append(f"Filling the whole picture with {name} hardly lowers {target.text!r}; it is not counted.")
+            if self.tells[i].sum() < FEWEST_FILLS:
+                found.append(f"Fewer than two fills tell anything about {target.text!r}: no map of it can be judged.")
+            elif not told_apart(self.fractions, self.random[:, :, i]):
+                found.append(
+                    f"A few patches decide {target.text!r}, so random maps scatter too widely for any map to be told from "
+                    "them on this one picture; compare over many."
+                )
+        return tuple(found)
+
+    def _curves(self, order: np.ndarray) -> np.ndarray:
+        """Deletion and insertion, float32 (2, targets, fills, steps), for patches in `order`, best first."""
+        place = np.argsort(order)  # of each patch
+        gone = place[None] < self.counts[:, None]  # steps, patches
+        found = []
+        for masks in (gone, ~gone):
+            scores = [self._covered(i, masks) for i in range(len(self.fills))]  # steps, targets
+            found.append(np.stack(scores).transpose(2, 0, 1))
+        return np.stack(found).astype(np.float32)
+
+    def _covered(self, fill: int, masks: np.ndarray) -> np.ndarray:
+        """Normalised scores (steps, targets); a fill that tells nothing of any target costs nothing."""
+        if not self.tells[:, fill].any():
+            return np.full((len(masks), len(self.targets)), np.nan)
+        return self._normal(self.probe.covered(self.fills[fill], masks), fill)
+
+    def _remove_things(self) -> np.ndarray:
+        """The normalised drop when each thing's box alone is filled, float32 (targets, fills, things)."""
+        if not len(self.things):
+            return np.zeros((len(self.targets), len(self.fills), 0), np.float32)
+        boxes = np.stack([self._box(thing) for thing in self.things])
+        unknown = np.full((len(boxes), len(self.targets)), np.nan)
+        drops = [
+            1 - self._normal(self.probe.pixels_covered(name, boxes), i) if self.tells[:, i].any() else unknown
+            for i, name in enumerate(self.fills)
+        ]
+        return np.stack(drops).transpose(2, 0, 1).astype(np.float32)
+
+    def _box(self, thing: np.ndarray) -> np.ndarray:
+        """The thing's box in the model's pixels, bool (Y, X): its outline would still tell what it is."""
+        height, width = self.probe.pixels.shape[-2:]
+        inside = np.zeros((height, width), bool)
+        ys, xs = np.flatnonzero(thing.any(1)), np.flatnonzero(thing.any(0))
+        left, top = self.run.map.to_model(xs[0], ys[0])
+        right, bottom = self.run.map.to_model(xs[-1] + 1, ys[-1] + 1)
+        y = slice(max(int(np.floor(top)), 0), max(int(np.ceil(bottom)), 0))
+        x = slice(max(int(np.floor(left)), 0), max(int(np.ceil(right)), 0))
+        inside[y, x] = True
+        return inside
+
+    def _claims(self, values: np.ndarray) -> np.ndarray:
+        """What maps (maps, patches) put on each thing beyond their own average, float32 (maps, things)."""
+        if not len(self.things):
+            return np.zeros((len(values), 0), np.float32)
+        return ((values - values.mean(1, keepdims=True)) @ self.shares.T).astype(np.float32)
+
+    def _order(self, values: np.ndarray) -> np.ndarray:
+        return best_first(values.ravel()[self.probe.patches], np.random.default_rng((self.seed, 23)))
+
+    def _normal(self, scores: np.ndarray, fill: int) -> np.ndarray:
+        """Raw scores (B, targets) -> 1 whole, 0 filled; NaN for targets of which this fill tells nothing."""
+        low, tells = self.filled[:, fill], self.tells[:, fill]
+        span = self.whole - low
+        return np.where(tells, (self._scaled(scores) - low) / np.where(tells, span, 1.0), np.nan)
+
+    def _scaled(self, scores: np.ndarray) -> np.ndarray:
+        """Log-probabilities (..., targets) on the scale chosen."""
+        if self.scale == "logprob":
+            return scores
+        lengths = np.array([1 if target.against_ids else len(target.token_ids) for target in self.targets])
+        contrast = np.array([bool(target.against_ids) for target in self.targets])
+        with np.errstate(over="ignore"):  # a hopeless contrast is 0, as it should be
+            return np.where(contrast, 1 / (1 + np.exp(-scores)), np.exp(np.minimum(scores, 0.0) / lengths))
+
+
+def check_masks(run: Run, masks: Any, what: str = "things") -> np.ndarray:
+    """Masks bool (things, height, width) of the run's picture, none of them empty; one mask alone is taken too."""
+    found = np.asarray(masks)
+    found = found[None] if found.ndim == 2 else found
+    if found.dtype != bool or found.shape[1:] != run.picture.shape[:2]:
+        height, width = run.picture.shape[:2]
+        raise OptionError(f"{what} must be masks, bool (things, {height}, {width}), got {found.dtype} {found.shape}")
+    if not all(mask.any() for mask in found):
+        raise OptionError(f"{what} has an empty mask, which names no place; leave it out")
+    return found
+
+
+def _own_fills(options: Mapping[str, Any]) -> list[str]:
+    """The fills a map was made with, also where it was made from another method's map."""
+    own = [name for key in FILL_OPTIONS for name in _as_list(options.get(key)) if name in EVERY_FILL]
+    inner = METHODS.get(str(options.get("of")))
+    return own + (_own_fills(inner.with_defaults(options.get("options") or {})) if inner else [])
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [value] if isinstance(value, str) else list(value) if isinstance(value, (list, tuple)) else []

@@ -1,0 +1,156 @@
+"""Attention weighed by what it fetches: the size of each head's value vector, through its output projection.
+
+A head that attends strongly to a position whose value is nearly zero (a sink) fetches nothing, and raw
+attention cannot tell. Here each weight is multiplied by the length of the vector it moves into the
+residual stream: ``|a v W_O|``. With ``join="vectors"`` the heads' vectors are added before the length
+is taken, so that heads which cancel count as cancelling; with ``"norms"`` the lengths are averaged.
+
+It measures how much is written, not whether what is written speaks for the target. A bias of the
+output projection belongs to no position and is left out.
+
+Source: Kobayashi et al. 2020 (arXiv 2004.10102), norm-based analysis, with the layer norm before the
+attention counted as part of the value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from llava_lab.attribution.base import (
+    Maps,
+    Method,
+    Targets,
+    choose,
+    image_values,
+    predicting_rows,
+    refuse_contrast,
+    segment_mass,
+    target_rows,
+)
+from llava_lab.attribution.heads import Chosen, choose_heads
+from llava_lab.capture import CHUNK, Reducer, undisturbed, watch_attention
+from llava_lab.capture.watch import attention_module
+from llava_lab.errors import LabError
+from llava_lab.models.layout import language_layers
+from llava_lab.results import Run
+
+if TYPE_CHECKING:
+    from llava_lab.models import Lab
+
+JOINS = ("norms", "vectors")
+SCALES = ("share", "raw")
+OUT_PATHS = ("o_proj", "out_proj")  # Llama and most decoders; CLIP and OPT
+FLOOR = 1e-12  # a row without any value at all stays zero instead of being divided by zero
+
+
+class ValueRows(Reducer):
+    """Norm-weighted attention of a few rows, joined over the chosen heads, ``layers x Q x K``.
+
+    Beside that one layer's output projection in float32 (67 MB at LLaVA-1.5-7B) and the projected values
+    of `CHUNK` keys (34 MB) exist at a time. Batch size 1.
+    """
+
+    def __init__(self, rows: Sequence[int], layers: Sequence[nn.Module], chosen: Chosen, *, join: str) -> None:
+        self.rows = tuple(rows)
+        self.layers: dict[int, Float[Tensor, "Q K"]] = {}
+        self._projections = [output_projection(layer) for layer in layers]
+        self._heads = [chosen.of(layer) for layer in chosen.layers]
+        self._join = join
+        self._weights: Tensor | None = None  # H K lengths, or K H H products of the heads' vectors
+        self._parts: list[Tensor] = []
+        self._keys = 0
+
+    def open(self, layer: int, keys: int) -> None:
+        self._parts, self._keys = [], keys
+
+    def values(self, layer: int, value: Float[Tensor, "B G K d"]) -> None:
+        assert len(value) == 1, f"one sequence at a time, got {len(value)}"
+        weight = head_weights(self._projections[layer], value)  # H d D
+        shared = value[0].repeat_interleave(len(weight) // value.shape[1], 0)  # H K d; a group's heads lie side by side
+        chosen = self._heads[layer]
+        if chosen is not None:
+            weight, shared = weight[list(chosen)], shared[list(chosen)]
+        parts = []
+        for start in range(0, self._keys, CHUNK):
+            moved = shared[:, start : start + CHUNK].float() @ weight  # H k D
+            parts.append(moved.norm(dim=-1) if self._join == "norms" else torch.einsum("hkd,gkd->khg", moved, moved))
+        self._weights = torch.cat(parts, 1 if self._join == "norms" else 0)
+
+    def add(self, layer: int, rows: slice | Tensor, attention: Tensor) -> None:
+        assert self._weights is not None
+        chosen, keys = self._heads[layer], attention.shape[-1]
+        part = attention[0] if chosen is None else attention[0, list(chosen)]
+        if self._join == "norms":
+            joined = (part * self._weights[:, None, :keys]).mean(0)
+        else:  # the length of a sum, from the products of its terms
+            squared = torch.einsum("hqk,khg,gqk->qk", part, self._weights[:keys], part)
+            joined = squared.clamp_min(0).sqrt()
+        self._parts.append(nn.functional.pad(joined, (0, self._keys - keys)))
+
+    def close(self, layer: int, norms: object) -> None:
+        self.layers[layer] = torch.cat(self._parts)
+
+
+def output_projection(layer: nn.Module) -> nn.Module:
+    """The linear map that takes the heads' mixed values to the residual stream."""
+    attention = attention_module(layer)
+    found = next((one for path in OUT_PATHS if isinstance(one := getattr(attention, path, None), nn.Module)), None)
+    if found is None:
+        raise LabError(f"expected an output projection named {' or '.join(OUT_PATHS)}, got {type(attention).__name__} without")
+    return found
+
+
+def head_weights(projection: nn.Module, value: Float[Tensor, "B G K d"]) -> Float[Tensor, "H d D"]:
+    """The projection cut into one map per head, float32, for values of the width at hand.
+
+    Packed (quantised) weights are read by projecting the unit vectors.
+    """
+    width = value.shape[-1]
+    weight = getattr(projection, "weight", None)
+    inputs = int(getattr(projection, "in_features", 0))
+    if isinstance(weight, Tensor) and weight.is_floating_point() and weight.ndim == 2 and weight.shape[1] == inputs:
+        return weight.detach().float().T.reshape(-1, width, weight.shape[0])
+    if not inputs:
+        raise LabError(f"expected a linear output projection, got {type(projection).__name__}")
+    unit = torch.eye(inputs, dtype=value.dtype, device=value.device)
+    through = projection(unit).float() - projection(torch.zeros_like(unit[:1])).float()
+    return through.reshape(-1, width, through.shape[1])
+
+
+def _compute(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> Maps:
+    refuse_contrast("value_attention", targets)
+    chosen = choose_heads(lab, options["layers"], options["heads"])
+    join = choose("join", options["join"], JOINS)
+    share = choose("scale", options["scale"], SCALES) == "share"
+    at = predicting_rows(targets)
+    decoder = language_layers(lab.model)
+    watched = [decoder[layer] for layer in chosen.layers]
+    with undisturbed(lab.model), watch_attention(watched, ValueRows(at, watched, chosen, join=join)) as kept:
+        lab.model(**lab.inputs(run), use_cache=False, logits_to_keep=1)
+    by_layer = torch.stack([kept.layers[i] for i in range(len(watched))])  # L Q K
+    if share:
+        by_layer = by_layer / by_layer.sum(-1, keepdim=True).clamp_min(FLOOR)
+    rows = target_rows(by_layer.mean(0), at, targets)
+    image = slice(*run.segments["image"])
+    total = rows.sum(1).clamp_min(FLOOR)
+    extras = {"mass": segment_mass(rows, run), "image_share": (rows[:, image].sum(1) / total).tolist()}
+    how = "mean length of the heads' vectors" if join == "norms" else "length of the heads' summed vector"
+    unit = "as a share of its row, mean over layers" if share else "in the model's own units, mean over layers"
+    notes = (f"What the predicting positions fetch through {chosen}: {how}, {unit}.",)
+    return Maps(image_values(rows, run), {"forward": 1}, notes, extras)
+
+
+VALUE_ATTENTION = Method(
+    name="value_attention",
+    truth="How large a vector the positions that predict the target fetch from each image token: attention times value norm.",
+    source="Kobayashi et al. 2020, norm-based analysis",
+    cost="1 forward",
+    blind_to="whether what was fetched speaks for the target, and everything that reached it through other positions",
+    options={"layers": None, "heads": None, "join": "norms", "scale": "share"},
+    compute=_compute,
+)

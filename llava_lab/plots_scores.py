@@ -1,0 +1,246 @@
+"""Figures of scores: the leaderboard, how far methods agree, deletion and insertion beside random maps.
+
+Numbers come from `llava_lab.scores` and are never made here; no model, no torch. Every function takes ``ax=``;
+single panels return their Axes, panels side by side their Figure. Grey always means: not told apart from random
+(blue is better, red is worse).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llava_lab.errors import OptionError
+from llava_lab.scores import Comparison, Faithfulness, Leaderboard
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, GREY, BAND, RED = "#2b6cb0", "#a0a4aa", "#d5d8dc", "#b04a5a"
+KINDS = ("deletion", "insertion")
+AGREEMENT = {"spearman": "rank correlation", "overlap": "share of the top patches in common"}
+TEXT: dict[str, Any] = {"parse_math": False}  # names are never a formula
+WORDS = {
+    "gain": "faithful: insertion minus\ndeletion area (0: random)",
+    "deletion": "area under deletion\n(lower is better)",
+    "insertion": "area under insertion\n(higher is better)",
+    "better": "pictures on which the map\nbeats random maps, share",
+    "object": "the thing the answer needs most\nis marked most, share of pictures",
+    "pointing": "highest patch on a deciding\nthing, share of pictures",
+    "mass": "share of the map on\nthe deciding things",
+    "auc": "deciding patches\nabove others (AUC)",
+    "iou": "overlap with the\ndeciding things (IoU)",
+    "forward": "forward passes",
+    "backward": "backward passes",
+    "seconds": "seconds",
+}
+COST = ("forward", "backward", "seconds")
+QUICKEST = 1e-3  # seconds; what is quicker is drawn here, since a logarithm needs an end
+
+
+def dots(
+    board: Leaderboard, measure: str = "gain", *, kind: str = "all", ax: Axes | None = None, sort: str | None = None
+) -> Axes:
+    """Every method's mean with its 95% interval over pictures, the highest at the top; the tick is random on the same pictures.
+
+    Grey where the interval of the paired difference from random includes 0, red where random is better.
+    `sort` names the measure to order by.
+    """
+    names = board.order(sort or measure, kind)[::-1]
+    cells = [board.at(name, measure, kind) for name in names]
+    ax = ax if ax is not None else _new_axes((6.0, 0.8 + 0.26 * len(names)))
+    for height, cell in enumerate(cells):
+        color = _color(cell, measure)
+        least = QUICKEST if measure == "seconds" else -np.inf
+        low, high = np.maximum(cell["interval"], least)
+        if low == low:
+            ax.plot([low, high], [height, height], color=color, linewidth=2, solid_capstyle="round")
+        ax.plot(np.maximum(cell["mean"], least), height, "o", color=color, markersize=5)
+        if cell["against"] == cell["against"]:
+            ax.plot(cell["mean"] - cell["against"], height, "|", color="0.25", markersize=9)
+    ax.set_yticks(range(len(names)), list(names), fontsize=8, **TEXT)
+    ax.set_ylim(-0.7, len(names) - 0.3)
+    counts = [cell["n"] for cell in cells]
+    ax.set_xlabel(f"{WORDS.get(measure, measure)}\n{kind} questions, {max(counts)} pictures", fontsize=8)
+    ax.tick_params(axis="x", labelsize=8)
+    ax.grid(axis="x", color="0.92")
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    if measure == "seconds":
+        ax.set_xscale("log")
+    return ax
+
+
+def leaderboard(
+    board: Leaderboard, measures: Sequence[str] = ("gain", "pointing", "seconds"), *, kind: str = "all", ax: Any = None
+) -> Figure:
+    """Several measures beside one another, methods in the order of the first. Each is its own axis: they are never combined."""
+    panels = _row_of(ax, len(measures), (3.4, 1.0 + 0.26 * len(board.methods)), sharey=False)
+    for number, (panel, measure) in enumerate(zip(panels, measures, strict=True)):
+        dots(board, measure, kind=kind, ax=panel, sort=measures[0])
+        if number:
+            panel.set_yticklabels([])
+    if ax is None:
+        note = "| random on the same pictures    grey: not told apart from it    red: worse    lines: 95% over pictures"
+        _root(panels[0]).supxlabel(note, fontsize=7, color="0.35")
+    return _root(panels[0])
+
+
+def by_type(board: Leaderboard, measure: str = "gain", *, ax: Axes | None = None) -> Axes:
+    """Methods by types of question, each cell the mean; grey numbers where it does not differ from random."""
+    names = board.order(measure)
+    ax = ax if ax is not None else _new_axes((1.6 + 0.75 * len(board.types), 0.8 + 0.28 * len(names)))
+    cells = [[board.at(name, measure, kind) for kind in board.types] for name in names]
+    values = np.array([[cell["mean"] for cell in row] for row in cells])
+    told = np.array([[measure in COST or _differs(cell) for cell in row] for row in cells])
+    _matrix(ax, values, names, board.types, _reach(values, measure), told)
+    ax.set_title(WORDS.get(measure, measure).replace("\n", " "), fontsize=9)
+    return ax
+
+
+def agreement(result: Comparison | Leaderboard, which: str = "spearman", *, ax: Axes | None = None) -> Axes:
+    """How far every two methods agree, methods by methods. `which`: ``spearman``, or for one example ``overlap``."""
+    kinds = tuple(AGREEMENT) if isinstance(result, Comparison) else ("spearman",)
+    if which not in kinds:
+        raise OptionError(f"which must be one of {', '.join(kinds)} here, got {which!r}")
+    values, names = getattr(result, which), result.methods
+    side = 1.8 + 0.36 * len(names)
+    ax = ax if ax is not None else _new_axes((side, side))
+    _matrix(ax, values, names, names, (-1.0, 1.0) if which == "spearman" else (0.0, 1.0), ~np.isnan(values))
+    note = f"; by chance {result.chance:.2f}" if which == "overlap" and isinstance(result, Comparison) else ""
+    ax.set_title(f"{AGREEMENT[which]}{note}", fontsize=9)
+    return ax
+
+
+def curve(
+    score: Faithfulness, kind: str = "deletion", *, target: int = 0, fill: str | None = None, ax: Axes | None = None
+) -> Axes:
+    """One curve with the band of random maps, the centre and the map upside down; mean over fills, or one `fill`."""
+    if kind not in KINDS:
+        raise OptionError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if not 0 <= target < len(score.targets):
+        raise OptionError(f"targets run from 0 to {len(score.targets) - 1}, got {target}")
+    if fill is not None and fill not in score.fills:
+        raise OptionError(f"fill must be one of {', '.join(score.fills)}, got {fill!r}")
+    ax = ax if ax is not None else _new_axes((4.2, 3.2))
+    which = KINDS.index(kind)
+    chosen = slice(None) if fill is None else slice(score.fills.index(fill), score.fills.index(fill) + 1)
+
+    def line(curves: np.ndarray) -> np.ndarray:  # (..., fills, steps) -> (..., steps)
+        kept = curves[..., chosen, :]
+        told = ~np.isnan(kept).any(-1)
+        return np.where(
+            told.any(-1)[..., None], np.where(told[..., None], kept, 0).sum(-2) / np.maximum(told.sum(-1), 1)[..., None], np.nan
+        )
+
+    at = 100 * score.fractions
+    both_ways = np.concatenate(
+        [score.random[which], score.random[1 - which][..., ::-1]]
+    )  # a ranking read backwards is random too
+    band = line(both_ways[:, target])
+    ax.fill_between(at, band.min(0), band.max(0), color=BAND, linewidth=0, label=f"{len(band)} random maps")
+    ax.plot(at, line(score.center[which, target]), color="0.45", linewidth=1, linestyle="--", label="centre")
+    ax.plot(at, line(score.inverse[which, target]), color=RED, linewidth=1, linestyle=":", label="upside down")
+    color = BLUE if score.beats_random[target] else GREY
+    ax.plot(at, line(getattr(score, kind)[target]), color=color, marker="o", markersize=3, label=score.method)
+    ax.axhline(0, color="0.8", linewidth=0.8)
+    done = "taken away" if kind == "deletion" else "given back"
+    ax.set_xlabel(f"patches {done}, %", fontsize=8)
+    ax.set_ylabel(f"{score.scale}, 1 whole, 0 filled", fontsize=8)
+    ax.set_title(f"{kind}: “{score.targets[target].text}”", fontsize=9, **TEXT)
+    ax.tick_params(labelsize=8)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(fontsize=7, framealpha=0.8, edgecolor="none")
+    return ax
+
+
+def curves(score: Faithfulness, *, target: int = 0, fill: str | None = None, ax: Any = None) -> Figure:
+    """Deletion and insertion side by side."""
+    panels = _row_of(ax, 2, (4.0, 3.2), sharey=True)
+    for panel, kind in zip(panels, KINDS, strict=True):
+        curve(score, kind, target=target, fill=fill, ax=panel)
+    return _root(panels[0])
+
+
+def comparison(result: Comparison, *, target: int = 0, ax: Any = None) -> Figure:
+    """One example: each method's gain with its interval against random, and how far the methods agree."""
+    panels = _row_of(
+        ax, 2, (max(1.8 + 0.36 * len(result.methods), 4.2), max(1.4 + 0.34 * len(result.methods), 3.0)), sharey=False
+    )
+    rows = result.rows(target)[::-1]
+    left = panels[0]
+    for height, row in enumerate(rows):
+        color = BLUE if row["beats_random"] else GREY
+        if row["interval"][0] == row["interval"][0]:
+            left.plot(row["interval"], [height, height], color=color, linewidth=2)
+        left.plot(row["gain"], height, "o", color=color, markersize=5)
+    left.axvline(0, color="0.25", linewidth=0.8)
+    left.set_yticks(range(len(rows)), [row["method"] for row in rows], fontsize=8, **TEXT)
+    left.set_xlabel("gain, and its 95% interval against one random map\n(grey: not told apart from random)", fontsize=8)
+    left.tick_params(axis="x", labelsize=8)
+    left.spines[["top", "right"]].set_visible(False)
+    agreement(result, ax=panels[1])
+    return _root(left)
+
+
+def _color(cell: dict[str, Any], measure: str) -> str:
+    if measure in COST:
+        return BLUE
+    return GREY if not _differs(cell) else BLUE if (cell["against"] > 0) != (measure == "deletion") else RED
+
+
+def _differs(cell: dict[str, Any]) -> bool:
+    low, high = cell["against_interval"]
+    return low > 0 or high < 0
+
+
+def _reach(values: np.ndarray, measure: str) -> tuple[float, float]:
+    known = values[~np.isnan(values)]
+    top = float(np.abs(known).max()) if known.size else 1.0
+    return (-top or -1.0, top or 1.0) if measure == "gain" else (0.0, top if measure in COST and top else 1.0)
+
+
+def _matrix(
+    ax: Axes, values: np.ndarray, rows: Sequence[str], columns: Sequence[str], scale: tuple[float, float], told: np.ndarray
+) -> None:
+    """Coloured cells with their numbers; `told` says which numbers are printed dark."""
+    cmap = "RdBu" if scale[0] < 0 else "Blues"
+    ax.imshow(np.ma.masked_invalid(values), cmap=cmap, vmin=scale[0], vmax=scale[1], aspect="auto", alpha=0.8)
+    middle, half = (scale[0] + scale[1]) / 2, (scale[1] - scale[0]) / 2
+    for (row, column), value in np.ndenumerate(values):
+        if value == value:
+            strong = abs(value - middle) > 0.7 * half if scale[0] < 0 else value > middle + 0.5 * half
+            color = "white" if strong else "0.1" if told[row, column] else "0.6"
+            ax.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=6, color=color)
+    ax.set_xticks(range(len(columns)), list(columns), fontsize=7, rotation=60, ha="right", rotation_mode="anchor", **TEXT)
+    ax.set_yticks(range(len(rows)), list(rows), fontsize=7, **TEXT)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+
+
+def _row_of(ax: Any, count: int, size: tuple[float, float], *, sharey: bool) -> list[Axes]:
+    """`count` Axes: the caller's, or new ones side by side, each of `size` inches."""
+    if ax is not None:
+        given = list(np.ravel(np.asarray(ax, dtype=object)))
+        if len(given) < count:
+            raise OptionError(f"expected at least {count} axes, one per panel, got {len(given)}")
+        return given[:count]
+    from matplotlib import pyplot
+
+    return list(
+        pyplot.subplots(1, count, figsize=(size[0] * count, size[1]), layout="constrained", sharey=sharey, squeeze=False)[1][0]
+    )
+
+
+def _new_axes(size: tuple[float, float]) -> Axes:
+    from matplotlib import pyplot
+
+    return pyplot.subplots(figsize=size, layout="constrained")[1]
+
+
+def _root(ax: Axes) -> Figure:
+    figure = ax.figure
+    return figure if not hasattr(figure, "parent") else figure.figure  # type: ignore[return-value]

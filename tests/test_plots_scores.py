@@ -1,0 +1,153 @@
+"""Figures of scores: the numbers are drawn where they are, grey means not told from random, every function takes its axes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+from llava_lab import plots_scores as plots
+from llava_lab.errors import OptionError
+from tests.score_examples import example_board, example_comparison, example_score
+
+
+@pytest.fixture(autouse=True)
+def _closed() -> Iterator[None]:
+    yield
+    pyplot.close("all")
+
+
+def _x(line: Any) -> np.ndarray:
+    return np.asarray(line.get_xdata(), float)
+
+
+def _y(line: Any) -> np.ndarray:
+    return np.asarray(line.get_ydata(), float)
+
+
+def _points(ax: Axes) -> dict[float, tuple[float, str]]:
+    """height -> (value, colour) of the dots."""
+    dots = [line for line in ax.lines if line.get_marker() == "o"]
+    return {float(_y(dot)[0]): (float(_x(dot)[0]), to_hex(dot.get_color())) for dot in dots}
+
+
+def test_dots_stand_at_their_means_and_grey_is_not_told_from_random() -> None:
+    board = example_board()
+    ax = plots.dots(board)
+    names = [label.get_text() for label in ax.get_yticklabels()]
+    assert names == ["attention", "rollout"]  # the highest at the top
+    assert _points(ax) == {0.0: (0.1, plots.GREY), 1.0: (0.5, plots.BLUE)}
+    spans = [sorted(_x(line)) for line in ax.lines if len(_x(line)) == 2]
+    np.testing.assert_allclose(spans, [[0.0, 0.2], [0.4, 0.6]])
+    ticks = [float(_x(line)[0]) for line in ax.lines if line.get_marker() == "|"]
+    np.testing.assert_allclose(ticks, [0, 0], atol=1e-12)  # random on the same pictures
+    assert "40 pictures" in ax.get_xlabel()
+
+
+def test_worse_than_random_is_red_and_a_low_deletion_is_better() -> None:
+    board = example_board()
+    worse = replace(board, against=-board.against, against_interval=-board.against_interval[..., ::-1])
+    assert _points(plots.dots(worse))[1.0][1] == plots.RED
+    assert _points(plots.dots(replace(worse, measures=("deletion", "pointing", "seconds")), "deletion"))[1.0][1] == plots.BLUE
+
+
+def test_unmeasured_is_last_and_has_no_interval() -> None:
+    ax = plots.dots(example_board(), "pointing", kind="color")
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["attention", "rollout"]
+    assert np.isnan(_points(ax)[0.0][0])
+
+
+def test_measures_stand_side_by_side_in_one_order() -> None:
+    figure = plots.leaderboard(example_board())
+    assert isinstance(figure, Figure)
+    assert [len(_points(ax)) for ax in figure.axes] == [2, 2, 2]
+    assert _points(figure.axes[2])[1.0][0] == 2.0  # rollout's seconds, in the row of its gain
+    assert not any(label.get_text() for label in figure.axes[1].get_yticklabels())
+
+
+def test_matrices_print_their_numbers() -> None:
+    board, example = example_board(), example_comparison()
+    texts = [text.get_text() for text in plots.by_type(board, "pointing").texts]
+    assert texts == ["0.80", "1.00", "0.40"]  # the unmeasured cell is empty
+    ax = plots.agreement(example)
+    assert [text.get_text() for text in ax.texts] == ["1.00", "0.25", "0.25", "1.00"]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["rollout", "random"]
+    assert plots.agreement(example, "overlap").get_title() == "share of the top patches in common; by chance 0.12"
+    assert len(plots.agreement(board).texts) == 4
+
+
+@pytest.mark.parametrize(("kind", "want"), [("deletion", [1, 0.2, 0.1, 0]), ("insertion", [0, 0.8, 0.9, 1])])
+def test_curves_are_the_scores_inside_the_band_of_random_maps(kind: str, want: list[float]) -> None:
+    ax = plots.curve(example_score(), kind, target=1)  # of its two fills one tells nothing, and is left out
+    lines = {line.get_label(): line for line in ax.lines}
+    np.testing.assert_allclose(_y(lines["rollout"]), want, atol=1e-6)
+    np.testing.assert_allclose(_x(lines["rollout"]), [0, 25, 75, 100])
+    assert {"centre", "upside down", "6 random maps"} <= set(ax.get_legend_handles_labels()[1])
+    edges = np.asarray(ax.collections[0].get_paths()[0].vertices)[:, 1]
+    assert np.nanmin(edges) >= 0
+    assert to_hex(lines["rollout"].get_color()) == plots.GREY  # this target was not told from random
+    assert to_hex(plots.curve(example_score()).lines[2].get_color()) == plots.BLUE
+
+
+def test_a_chosen_fill_is_drawn_alone() -> None:
+    score = example_score()
+    changed = replace(score, deletion=score.deletion + np.array([0, 0.5])[None, :, None].astype(np.float32))
+    one = _y(plots.curve(changed, fill="mean").lines[2])
+    two = _y(plots.curve(changed, fill="blur").lines[2])
+    np.testing.assert_allclose(two - one, 0.5, atol=1e-6)
+
+
+def test_comparison_greys_what_does_not_beat_random() -> None:
+    figure = plots.comparison(example_comparison())
+    colors = [color for _, (_, color) in sorted(_points(figure.axes[0]).items())]
+    assert colors == [plots.GREY, plots.BLUE]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["random", "rollout"]
+
+
+DRAWN: dict[str, Any] = {
+    "dots": lambda **ax: plots.dots(example_board(), **ax),
+    "by_type": lambda **ax: plots.by_type(example_board(), **ax),
+    "agreement": lambda **ax: plots.agreement(example_comparison(), **ax),
+    "curve": lambda **ax: plots.curve(example_score(), **ax),
+    "leaderboard": lambda **ax: plots.leaderboard(example_board(), **ax),
+    "curves": lambda **ax: plots.curves(example_score(), **ax),
+    "comparison": lambda **ax: plots.comparison(example_comparison(), **ax),
+}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_every_figure_is_drawn_on_the_axes_given(name: str) -> None:
+    figure, axes = pyplot.subplots(1, 3)
+    many = name in ("leaderboard", "curves", "comparison")
+    drawn = DRAWN[name](ax=axes if many else axes[0])
+    assert drawn is (figure if many else axes[0])
+    assert len(pyplot.get_fignums()) == 1
+    figure.canvas.draw()
+    if many:
+        with pytest.raises(OptionError, match="axes, one per panel, got 1"):
+            DRAWN[name](ax=axes[:1])
+    DRAWN[name]()
+    assert len(pyplot.get_fignums()) == 2
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda: plots.curve(example_score(), "removal"), "kind must be one of deletion, insertion, got 'removal'"),
+        (lambda: plots.curve(example_score(), target=2), "targets run from 0 to 1, got 2"),
+        (lambda: plots.curve(example_score(), fill="red"), "fill must be one of mean, blur, got 'red'"),
+        (lambda: plots.agreement(example_board(), "overlap"), "which must be one of spearman here, got 'overlap'"),
+        (lambda: plots.dots(example_board(), "speed"), "no measure 'speed' here; there is gain, pointing, seconds"),
+        (lambda: plots.dots(example_board(), kind="shape"), "no type 'shape' here; there is all, color"),
+    ],
+)
+def test_what_is_not_there_is_refused(draw: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        draw()

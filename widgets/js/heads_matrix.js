@@ -1,0 +1,199 @@
+// @ts-check
+/**
+ * The layer x head matrix on a canvas: a row per layer, a column per head, the mean of the row beside it. It paints
+ * numbers it is given, and tells which cell is pointed at.
+ */
+
+import { blankCanvas, contextOf } from "./canvas.js";
+import { make } from "./dom.js";
+import { MEAN } from "./heads_view.js";
+import { position } from "./maps.js";
+
+/**
+ * @typedef {import("./heads_view.js").At} At
+ * @typedef {{layers: number, heads: number, cell: [number, number], left: number, top: number, gap: number}} Layout CSS pixels
+ * @typedef {{hover: (at: At | null) => void, pick: (at: At) => void, kept: () => At}} MatrixHost
+ * @typedef {{key: string, spent: Float32Array, means: Float32Array, high: number, colors: Uint8Array, kept: At,
+ *   hover: At | null}} MatrixView
+ */
+
+const BESIDE = 40; // CSS pixels for the layers' numbers
+const ABOVE = 34; // for the heads' numbers and the titles
+const GAP = 8; // before the mean
+const AFTER = 12; // for its title, wider than a cell
+const LARGEST = 46; // side of a cell
+const MATRIX_TALLEST = 460;
+const MATRIX_HELP = "Arrow keys move over layers and heads; the last column is the mean of a layer's heads.";
+
+export class Matrix {
+  /** @param {number} layers @param {number} heads @param {MatrixHost} host @param {() => void} changed
+   * @param {AbortSignal} signal */
+  constructor(layers, heads, host, changed, signal) {
+    this.layers = layers;
+    this.heads = heads;
+    this.changed = changed;
+    const name = `Attention on the picture, ${layers} layers by ${heads} heads. ${MATRIX_HELP}`;
+    const attributes = { tabindex: "0", role: "application", "aria-roledescription": "matrix", "aria-label": name };
+    this.canvas = /** @type {HTMLCanvasElement} */ (make("canvas", "lab-matrix", [], attributes));
+    this.cells = blankCanvas(1, 1);
+    this.key = "";
+    this.layout = layoutOf(layers, heads, 1);
+    this.dot = 1;
+    this.listen(host, signal);
+    this.resized = new ResizeObserver(() => this.resize());
+    this.resized.observe(this.canvas);
+  }
+
+  /** @param {MatrixHost} host @param {AbortSignal} signal */
+  listen(host, signal) {
+    const { canvas } = this;
+    const at = (/** @type {PointerEvent} */ event) => {
+      const box = canvas.getBoundingClientRect();
+      return cellAt(this.layout, event.clientX - box.left, event.clientY - box.top);
+    };
+    canvas.addEventListener("pointermove", (event) => host.hover(at(event)), { signal });
+    canvas.addEventListener("pointerleave", () => host.hover(null), { signal });
+    const click = (/** @type {MouseEvent} */ event) => {
+      const found = at(/** @type {PointerEvent} */ (event));
+      if (found) host.pick(found);
+    };
+    canvas.addEventListener("click", click, { signal });
+    const press = (/** @type {KeyboardEvent} */ event) => {
+      const next = nextCell(event.key, host.kept(), this.layers, this.heads);
+      if (!next) return;
+      event.preventDefault();
+      host.pick(next);
+    };
+    canvas.addEventListener("keydown", press, { signal });
+  }
+
+  close() {
+    this.resized.disconnect();
+  }
+
+  resize() {
+    const width = this.canvas.parentElement?.clientWidth ?? 0;
+    if (!width) return;
+    this.dot = Math.min(2, window.devicePixelRatio || 1);
+    this.layout = layoutOf(this.layers, this.heads, width);
+    const [wide, high] = sizeOf(this.layout);
+    const [across, down] = [Math.round(wide * this.dot), Math.round(high * this.dot)];
+    if (this.canvas.width === across && this.canvas.height === down) return;
+    [this.canvas.style.width, this.canvas.style.height] = [`${wide}px`, `${high}px`];
+    for (const canvas of [this.canvas, this.cells]) [canvas.width, canvas.height] = [across, down];
+    this.key = "";
+    this.changed();
+  }
+
+  /** @param {MatrixView} view */
+  paint(view) {
+    const style = getComputedStyle(this.canvas);
+    const key = `${view.key} ${style.color}`;
+    if (key !== this.key) this.paintCells(view, style);
+    this.key = key;
+    const ctx = contextOf(this.canvas);
+    ctx.setTransform(1, 0, 0, 1, 0, 0);
+    ctx.clearRect(0, 0, this.canvas.width, this.canvas.height);
+    ctx.drawImage(this.cells, 0, 0);
+    ctx.setTransform(this.dot, 0, 0, this.dot, 0, 0);
+    frame(ctx, cellBox(this.layout, view.kept), style.color, style.backgroundColor, 2);
+    if (view.hover) frame(ctx, cellBox(this.layout, view.hover), style.color, style.backgroundColor, 1);
+  }
+
+  /** @param {MatrixView} view @param {CSSStyleDeclaration} style */
+  paintCells({ spent, means, high, colors }, style) {
+    const ctx = contextOf(this.cells);
+    ctx.setTransform(this.dot, 0, 0, this.dot, 0, 0);
+    ctx.clearRect(0, 0, this.cells.width, this.cells.height);
+    const line = Math.min(...this.layout.cell) >= 9 ? 1 : 0;
+    for (let layer = 0; layer < this.layers; layer++) {
+      for (let column = 0; column <= this.heads; column++) {
+        const head = column < this.heads ? column : MEAN;
+        const value = head === MEAN ? means[layer] : spent[layer * this.heads + head];
+        const color = 4 * Math.round(255 * position(value, 0, high));
+        ctx.fillStyle = `rgb(${colors[color]}, ${colors[color + 1]}, ${colors[color + 2]})`;
+        const [x, y, w, h] = cellBox(this.layout, { layer, head });
+        ctx.fillRect(x, y, w - line, h - line);
+      }
+    }
+    paintNumbers(ctx, this.layout, style);
+  }
+}
+
+/** @param {number} layers @param {number} heads @param {number} width CSS pixels there are @returns {Layout} */
+export function layoutOf(layers, heads, width) {
+  const wide = Math.max(3, Math.min(LARGEST, Math.floor((width - BESIDE - GAP - AFTER) / (heads + 1))));
+  const high = Math.max(3, Math.min(wide, Math.floor((MATRIX_TALLEST - ABOVE) / layers)));
+  return { layers, heads, cell: [wide, high], left: BESIDE, top: ABOVE, gap: GAP };
+}
+
+/** @param {Layout} layout @returns {[number, number]} */
+export function sizeOf({ layers, heads, cell, left, top, gap }) {
+  return [left + (heads + 1) * cell[0] + gap + AFTER, top + layers * cell[1] + 2];
+}
+
+/** @param {Layout} layout @param {At} at @returns {[number, number, number, number]} left, top, width, height */
+export function cellBox({ heads, cell, left, top, gap }, { layer, head }) {
+  const x = head === MEAN ? left + heads * cell[0] + gap : left + head * cell[0];
+  return [x, top + layer * cell[1], cell[0], cell[1]];
+}
+
+/** The cell under a place, or null between and beside cells.
+ * @param {Layout} layout @param {number} x @param {number} y @returns {At | null} */
+export function cellAt({ layers, heads, cell, left, top, gap }, x, y) {
+  const layer = Math.floor((y - top) / cell[1]);
+  if (layer < 0 || layer >= layers) return null;
+  const head = Math.floor((x - left) / cell[0]);
+  if (head >= 0 && head < heads) return { layer, head };
+  const after = x - left - heads * cell[0] - gap;
+  return after >= 0 && after < cell[0] ? { layer, head: MEAN } : null;
+}
+
+/** Where a key leads, or null. @param {string} key @param {At} at @param {number} layers @param {number} heads
+ * @returns {At | null} */
+export function nextCell(key, { layer, head }, layers, heads) {
+  const column = head === MEAN ? heads : head;
+  const to = (/** @type {number} */ row, /** @type {number} */ across) => {
+    const [y, x] = [Math.min(layers - 1, Math.max(0, row)), Math.min(heads, Math.max(0, across))];
+    return { layer: y, head: x === heads ? MEAN : x };
+  };
+  if (key === "ArrowRight") return to(layer, column + 1);
+  if (key === "ArrowLeft") return to(layer, column - 1);
+  if (key === "ArrowDown") return to(layer + 1, column);
+  if (key === "ArrowUp") return to(layer - 1, column);
+  if (key === "Home") return to(layer, 0);
+  if (key === "End") return to(layer, heads);
+  return null;
+}
+
+/** @param {CanvasRenderingContext2D} ctx @param {Layout} layout @param {CSSStyleDeclaration} style */
+function paintNumbers(ctx, { layers, heads, cell, left, top, gap }, style) {
+  ctx.fillStyle = style.color;
+  ctx.globalAlpha = 0.72;
+  ctx.font = `11px ${style.fontFamily}`;
+  ctx.textBaseline = "middle";
+  ctx.textAlign = "right";
+  const every = (/** @type {number} */ size, /** @type {number} */ room) => Math.max(1, 2 ** Math.ceil(Math.log2(room / size)));
+  for (let layer = 0; layer < layers; layer += every(cell[1], 13)) {
+    ctx.fillText(`${layer}`, left - 6, top + (layer + 0.5) * cell[1]);
+  }
+  ctx.textAlign = "center";
+  for (let head = 0; head < heads; head += every(cell[0], 18)) ctx.fillText(`${head}`, left + (head + 0.5) * cell[0], top - 8);
+  ctx.fillText("mean", left + (heads + 0.5) * cell[0] + gap, top - 8);
+  ctx.textAlign = "left";
+  ctx.fillText("head", left, top - 25);
+  ctx.textAlign = "right";
+  ctx.fillText("layer", left - 6, top - 8);
+  ctx.globalAlpha = 1;
+}
+
+/** @param {CanvasRenderingContext2D} ctx @param {[number, number, number, number]} box @param {string} ink @param {string} paper
+ * @param {number} width */
+function frame(ctx, [x, y, w, h], ink, paper, width) {
+  ctx.strokeStyle = paper;
+  ctx.lineWidth = width + 2;
+  ctx.strokeRect(x - 0.5, y - 0.5, w, h);
+  ctx.strokeStyle = ink;
+  ctx.lineWidth = width;
+  ctx.strokeRect(x - 0.5, y - 0.5, w, h);
+}
