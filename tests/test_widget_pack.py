@@ -131,6 +131,7 @@ def test_maps_come_by_name(given: object) -> None:
 def test_controls_are_known_by_name_or_method() -> None:
     assert is_control("Random (seed 3)", "baseline")
     assert is_control("chance", "random")
+    assert is_control("center", "center")
     assert not is_control("rollout", "rollout")
 
 

@@ -29,7 +29,7 @@ PICTURE_SIDE = 1000  # the longest side sent to the page, pixels
 PNG_LIMIT = 400_000  # bytes; beyond it a photograph travels as JPEG
 LEVELS = 255
 SIGNED_STEPS = 127  # steps either side of zero, so that zero is exact
-CONTROLS = ("random", "shuffled")  # methods whose name starts so know nothing of the model
+CONTROLS = ("random", "shuffled", "center", "edges")  # methods whose name starts so know nothing of the model
 
 
 @dataclass(frozen=True)

@@ -192,7 +192,7 @@ function small(spec, method) {
   canvas.style.aspectRatio = `${spec.map.width} / ${spec.map.height}`;
   const score = make("span", "lab-tile-score");
   const line = make("span", "lab-tile-line");
-  const head = make("span", "lab-tile-head", [make("span", "lab-tile-name", [method.name]), score]);
+  const head = make("span", "lab-tile-head", [make("span", "lab-tile-name", [method.name], { title: method.name }), score]);
   const light = make("span", "lab-light");
   const picture = make("span", "lab-tile-picture", [canvas, light]);
   const root = /** @type {HTMLButtonElement} */ (make("button", "lab-tile", [picture, head, line], { type: "button" }));
