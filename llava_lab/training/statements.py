@@ -13,7 +13,7 @@ from llava_lab.worlds.questions import MARGIN, NUMBERS, article, names_for, plac
 from llava_lab.worlds.scenes import Scene
 
 Statement = tuple[str, str]  # what is given, what is to be known
-FORMS = ("color", "size", "kind", "place") * 2 + ("there",) + ("number",) * 2 + ("direction",) * 4
+FORMS = ("color", "size", "kind", "place") + ("number",) * 3 + ("direction",) * 5
 
 
 def statements(scene: Scene, rng: np.random.Generator, count: int) -> list[Statement]:

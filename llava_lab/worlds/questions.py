@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llava_lab.worlds.scenes import COLOR_NAMES, HELD_OUT, KIND_NAMES, Scene, Thing
+from llava_lab.worlds.scenes import HELD_OUT, Scene, Thing
 
 MARGIN = 0.12  # share of the picture that must separate two centres before a direction is asked
 EDGE = 0.035  # a place is asked only this far from the lines between thirds
@@ -162,10 +162,10 @@ def _count(scene: Scene, rng: np.random.Generator) -> Question:
     if roll < 0.25:
         noun, chosen = "thing", list(range(len(things)))
     elif roll < 0.65:
-        kind = _pick(rng, KIND_NAMES) if rng.random() < 0.2 else things[int(rng.integers(len(things)))].kind
+        kind = _pick(rng, scene.kinds) if rng.random() < 0.2 else things[int(rng.integers(len(things)))].kind
         noun, chosen = kind, [i for i, t in enumerate(things) if t.kind == kind]
     else:
-        color = _pick(rng, COLOR_NAMES) if rng.random() < 0.2 else things[int(rng.integers(len(things)))].color
+        color = _pick(rng, scene.colors) if rng.random() < 0.2 else things[int(rng.integers(len(things)))].color
         noun, chosen = f"{color} thing", [i for i, t in enumerate(things) if t.color == color]
     n, many = len(chosen), plural(noun)
     forms = (f"How many {many} are there?", f"How many {many} do you see?", f"Count the {many}.")
@@ -177,7 +177,7 @@ def _existence(scene: Scene, rng: np.random.Generator) -> Question | None:
     yes, form = bool(rng.random() < 0.5), rng.random()
     thing = scene.things[int(rng.integers(len(scene.things)))]
     for _ in range(20):  # a "no" is drawn until it is one; a "yes" is one at once
-        color, kind = (thing.color, thing.kind) if yes else _near_miss(thing, rng)
+        color, kind = (thing.color, thing.kind) if yes else _near_miss(scene, thing, rng)
         if form < 0.60:
             noun, deciding = f"{color} {kind}", [(t.color, t.kind) == (color, kind) for t in scene.things]
         elif form < 0.80:
@@ -194,11 +194,11 @@ def _existence(scene: Scene, rng: np.random.Generator) -> Question | None:
     return Question("existence", _pick(rng, forms), answer, "yes" if yes else "no", chosen)
 
 
-def _near_miss(thing: Thing, rng: np.random.Generator) -> tuple[str, str]:
+def _near_miss(scene: Scene, thing: Thing, rng: np.random.Generator) -> tuple[str, str]:
     """A colour and kind like the thing's, with one of them (now and then both) drawn anew."""
     roll = rng.random()
-    color = _pick(rng, COLOR_NAMES) if roll < 0.5 or roll > 0.9 else thing.color
-    kind = _pick(rng, KIND_NAMES) if roll > 0.5 else thing.kind
+    color = _pick(rng, scene.colors) if roll < 0.5 or roll > 0.9 else thing.color
+    kind = _pick(rng, scene.kinds) if roll > 0.5 else thing.kind
     return color, kind
 
 
