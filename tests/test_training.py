@@ -22,6 +22,7 @@ from llava_lab.training.statements import statements
 from llava_lab.training.streams import shared_prefix
 from llava_lab.training.tiny import _Work
 from llava_lab.training.tower import normalise, swapped
+from llava_lab.training.tuning import FORMS, InstructData
 from llava_lab.training.turns import apart, apart_loss, joined, joined_loss, plain
 from llava_lab.worlds.picturebook import SHORT, conversation, scene
 from llava_lab.worlds.questions import NUMBERS, place_of
@@ -312,3 +313,13 @@ def test_a_scene_retold_keeps_what_is_alike_and_never_makes_a_held_out_pair() ->
         assert not any(t.held_out for t in other.things)
         assert [(t.x, t.y, t.size) for t in other.things] == [(t.x, t.y, t.size) for t in drawn.things]
     assert set(OTHER_KINDS) | set(OTHER_COLORS) <= new
+
+
+def test_a_scene_without_a_question_is_described_instead(tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = make_pool(tmp_path, n=24, side=32, grid=4)
+    monkeypatch.setattr("llava_lab.training.tuning.conversation", lambda *_: [])
+    data = InstructData(pool, tokenizer, batch=4, turns=4, seed=0)
+    form, batch, _ = data[FORMS.index("joined")]
+    assert form == "joined"
+    assert ((batch.ids == data.image_id).sum(1) == 1).all()
+    assert ((batch.labels != IGNORE).sum(1) > 5).all()

@@ -76,7 +76,7 @@ class Recipe:
     instruct: Stage = Stage(
         "instruct",
         ("multi_modal_projector", "language_model", "lm_head"),
-        steps=1000,
+        steps=1200,
         batch=12,
         rate=5e-4,
         matrix_rate=0.005,

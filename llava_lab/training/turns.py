@@ -17,10 +17,20 @@ from transformers import PreTrainedTokenizerFast
 from llava_lab.training.masks import IGNORE, Encoded, encode
 from llava_lab.training.streams import precise_attention, shared_prefix
 from llava_lab.worlds.picturebook import SHORT, TYPES, Scene, ask_about
+from llava_lab.worlds.questions import RARE
 
 SHORT_SHARE = 0.15  # of batches want single words
 # the types in training, those that take several steps of thought more often
-ASKED = (*TYPES, "kind", "existence", *("count", "comparison", "relation") * 2, "comparison", "relation")
+ASKED = (
+    *TYPES,
+    "kind",
+    "existence",
+    *("count", "comparison", "relation", *RARE, *RARE) * 2,
+    "comparison",
+    "relation",
+    *RARE,
+    *RARE,
+)
 
 
 @dataclass(frozen=True)

@@ -59,12 +59,15 @@ def at(place: str) -> str:
 
 
 def ask_about(scene: Scene, rng: np.random.Generator, count: int, types: tuple[str, ...] = ()) -> list[Question]:
-    """Up to `count` different questions, types in turn from a random start; fewer when the scene has no more."""
+    """Up to `count` different questions, types in turn from a random start; fewer when the scene has no more.
+
+    Beside `TYPES` the names in `RARE` ask for a comparison that seldom comes up by chance.
+    """
     names = list(types or TYPES)
     order = [names[i] for i in rng.permutation(len(names))]
     found: dict[str, Question] = {}
     for attempt in range(count * 4):
-        question = MAKERS[order[attempt % len(order)]](scene, rng)
+        question = (MAKERS | RARE)[order[attempt % len(order)]](scene, rng)
         if question and question.text not in found and _concerns(scene, question):
             found[question.text] = question
             if len(found) == count:
@@ -264,12 +267,37 @@ def _comparison(scene: Scene, rng: np.random.Generator) -> Question | None:
             short = name_a if a.size == "large" else name_b
             answer = f"The {short} is bigger."
         return Question("comparison", _pick(rng, forms), answer, short, (first, second))
-    same = a.color == b.color
-    if not same and rng.random() < 0.5:
+    if a.color != b.color and rng.random() < 0.5:
         return None  # different colours are far more common: keep yes and no nearer to balance
+    return _colors_alike(scene, rng, first, second, name_a, name_b)
+
+
+def _colors_alike(scene: Scene, rng: np.random.Generator, first: int, second: int, name_a: str, name_b: str) -> Question:
+    a, b = scene.things[first], scene.things[second]
+    same = a.color == b.color
     forms = (f"Do the {name_a} and the {name_b} have the same color?", f"Are the {name_a} and the {name_b} the same color?")
     answer = f"Yes, both are {a.color}." if same else f"No, they are {a.color} and {b.color}."
     return Question("comparison", _pick(rng, forms), answer, "yes" if same else "no", (first, second))
+
+
+def _same_color(scene: Scene, rng: np.random.Generator) -> Question | None:
+    """Ask of two things of one colour whether they have one; None when no two do."""
+    order = [int(i) for i in rng.permutation(len(scene.things))]
+    pairs = [(i, j) for i in order for j in order if i != j and scene.things[i].color == scene.things[j].color]
+    for first, second in pairs:
+        names_a, names_b = names_for(scene, first, without="color"), names_for(scene, second, without="color")
+        if names_a and names_b:
+            return _colors_alike(scene, rng, first, second, _pick(rng, names_a), _pick(rng, names_b))
+    return None
+
+
+def _unequal(scene: Scene, rng: np.random.Generator) -> Question | None:
+    """Compare the numbers of two kinds that differ in it."""
+    for _ in range(4):
+        question = _more(scene, rng)
+        if question and "equally" not in question.answer:
+            return question
+    return None
 
 
 def _more(scene: Scene, rng: np.random.Generator) -> Question | None:
@@ -301,3 +329,4 @@ MAKERS: dict[str, Callable[[Scene, np.random.Generator], Question | None]] = {
     "comparison": _comparison,
 }
 TYPES = tuple(MAKERS)
+RARE: dict[str, Callable[[Scene, np.random.Generator], Question | None]] = {"same color": _same_color, "unequal": _unequal}
