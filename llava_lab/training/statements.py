@@ -29,9 +29,6 @@ def statements(scene: Scene, rng: np.random.Generator, count: int) -> list[State
 
 def _about(scene: Scene, i: int, form: str, rng: np.random.Generator) -> Statement | None:
     thing = scene.things[i]
-    if form == "there":
-        words = [thing.size] * bool(rng.random() < 0.5) + [thing.color]
-        return " There is", f" {article(' '.join([*words, thing.kind]))}."
     names = names_for(scene, i, without=form)
     if not names:
         return None
