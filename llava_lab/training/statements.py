@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from llava_lab.worlds.questions import MARGIN, NUMBERS, article, names_for, place_of, plural
 from llava_lab.worlds.scenes import Scene
+from llava_lab.worlds.wording import MARGIN, NUMBERS, article, names_for, place_of, plural
 
 Statement = tuple[str, str]  # what is given, what is to be known
 FORMS = ("color", "size", "kind", "place") + ("number",) * 3 + ("direction",) * 5
