@@ -8,7 +8,7 @@ single question at test time needs. Equal to the stock forward of prefix + turn 
 
 Queries, keys, values and attention run in float32 also under autocast. In bfloat16 the gradients
 of the first layers' queries and keys pointed elsewhere than float32's (cosine 0.06 to 0.9 on
-written maps, 0.93 and more this way): rounding there is what kept look-ups from being learned.
+written maps, 0.93 and more this way), measured on a model whose attention had grown sharp.
 """
 
 from __future__ import annotations
