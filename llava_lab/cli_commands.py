@@ -104,14 +104,8 @@ def train(args: argparse.Namespace) -> Reply:
     from llava_lab.training import train as run_recipe
 
     logging.getLogger("llava_lab").setLevel(logging.INFO)  # hours of silence would look like a hang
-    options = {
-        "stages": args.stage,
-        "resume": args.resume,
-        "steps_scale": args.steps_scale,
-        "seed": args.seed,
-        "compile": args.compile,
-    }
-    folder = run_recipe(args.name, args.out, **options)
+    options = {"stages": args.stage, "resume": args.resume, "steps_scale": args.steps_scale, "seed": args.seed}
+    folder = run_recipe(args.name, args.out, fused=args.compile, **options)
     return Reply({"model": args.name, "out": str(folder), "seed": args.seed}, f"the model is in {folder}")
 
 

@@ -136,21 +136,23 @@ def test_what_the_first_lesson_says_it_sees_is_there(run_once: Any) -> None:
     """Other weights may answer otherwise; then the prose under these figures must change, not this test alone."""
     found = run_once(execute.LESSONS / "00_start_here.ipynb").found
     stayed = {name for name, answer in found["without the strongest"].items() if answer == "The car is red."}
-    assert stayed == {"rollout", "attention", "random"}  # section 6: only what occlusion chose was needed
+    assert stayed == {"random"}  # section 6: what the others chose was needed
     assert found["wide"] == ["Yes, there is a red car.", "No, there is no red car."]  # section 7
 
 
 def test_what_the_second_lesson_says_it_counts_is_there(run_once: Any) -> None:
-    """As above: the three findings of section 6, and section 3's that six layers do not spoil the plain map."""
+    """As above: what section 6 counts, and section 3's that six layers do not spoil the plain map."""
     found = run_once(execute.LESSONS / "01_attention_rollout.ipynb").found
     assert found["answer"] == "The car is red."
     assert found["questions"] == 12
     assert abs(found["agree"]) < 0.4
     mean = found["mean"]
+    share = {name: deciding / (deciding + others) for name, (deciding, others) in mean.items()}
     for name in ("plain rollout", "default rollout", "through vision", "attention"):
-        deciding, others = mean[name]
-        assert deciding + others > 2.5 * sum(mean["their area"])
-        assert 0.38 < deciding / (deciding + others) < 0.65
+        assert sum(mean[name]) > 2.2 * sum(mean["their area"])
+        assert share[name] > 2 * share["their area"]
+    assert share["plain rollout"] < share["default rollout"] < share["through vision"]
+    assert share["through vision"] > 0.8
     assert mean["occlusion"][0] > 4 * mean["occlusion"][1]
 
 

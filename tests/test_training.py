@@ -17,15 +17,12 @@ from llava_lab.training.build import build_config, build_model, build_processor,
 from llava_lab.training.loop import rate_at
 from llava_lab.training.masks import IGNORE, encode, render
 from llava_lab.training.pool import NOTHING, make_pool, truth_of
-from llava_lab.training.retelling import OTHER_COLORS, OTHER_KINDS, retold
-from llava_lab.training.statements import statements
 from llava_lab.training.streams import shared_prefix
 from llava_lab.training.tiny import _Work
 from llava_lab.training.tower import normalise, swapped
+from llava_lab.training.tuning import FORMS, InstructData
 from llava_lab.training.turns import apart, apart_loss, joined, joined_loss, plain
 from llava_lab.worlds.picturebook import SHORT, conversation, scene
-from llava_lab.worlds.questions import NUMBERS, place_of
-from llava_lab.worlds.scenes import KIND_NAMES, Scene, Thing
 
 SMALL = Architecture(
     image=48,
@@ -266,49 +263,11 @@ def test_bad_requests_are_refused_in_one_line(folder: Path, tmp_path: Path) -> N
         train("quick", tmp_path / "gap", recipe=QUICK, stages=["language"])
 
 
-def things_named(drawn: Scene, words: list[str]) -> list[Thing]:
-    return [t for t in drawn.things if all(w in (t.kind, t.color, t.size, "thing") for w in words)]
-
-
-def one_named(drawn: Scene, words: list[str]) -> Thing:
-    found = things_named(drawn, words)
-    assert len(found) == 1, f"{words} fits {found}"
-    return found[0]
-
-
-def test_single_facts_are_true_and_pick_out_one_thing() -> None:
-    forms = set()
-    for i in range(80):
-        drawn = scene("train", i)
-        for given, known in statements(drawn, np.random.default_rng(i), 12):
-            words, value = given.split(), known.strip(" .").removeprefix("an ").removeprefix("a ")
-            forms.add(words[0] + words[1])
-            if given == " There is":
-                assert things_named(drawn, value.split())
-            elif given.startswith(" The number of"):
-                many = [w.removesuffix("s") if w.removesuffix("s") in (*KIND_NAMES, "thing") else w for w in words[3:-1]]
-                assert NUMBERS.index(value) == len(things_named(drawn, many))
-            elif words[0] in ("Across", "Up"):
-                start, split = words.index("from") + 2, words.index("the", words.index("from") + 2)
-                other, thing = one_named(drawn, words[start:split]), one_named(drawn, words[split + 1 : -1])
-                gap = thing.x - other.x if words[0] == "Across" else thing.y - other.y
-                assert value == {"Across": ("left", "right"), "Up": ("above", "below")}[words[0]][gap > 0]
-            else:
-                hidden = words[1] if words[2] == "of" else "kind"
-                thing = one_named(drawn, words[4:-1] if words[2] == "of" else words[1:-1])
-                assert value == (place_of(thing) if hidden == "place" else getattr(thing, hidden))
-    assert {"Theplace", "Thecolor", "Thesize", "Thenumber", "Thereis", "Acrossfrom", "Upor"} <= forms
-
-
-def test_a_scene_retold_keeps_what_is_alike_and_never_makes_a_held_out_pair() -> None:
-    new = set()
-    for i in range(200):
-        drawn = scene("train", i)
-        other = retold(drawn, np.random.default_rng(i))
-        for key in ("kind", "color"):
-            old, names = ([getattr(t, key) for t in s.things] for s in (drawn, other))
-            assert [[a == b for b in old] for a in old] == [[a == b for b in names] for a in names]
-            new |= set(names)
-        assert not any(t.held_out for t in other.things)
-        assert [(t.x, t.y, t.size) for t in other.things] == [(t.x, t.y, t.size) for t in drawn.things]
-    assert set(OTHER_KINDS) | set(OTHER_COLORS) <= new
+def test_a_scene_without_a_question_is_described_instead(tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = make_pool(tmp_path, n=24, side=32, grid=4)
+    monkeypatch.setattr("llava_lab.training.tuning.conversation", lambda *_: [])
+    data = InstructData(pool, tokenizer, batch=4, turns=4, seed=0)
+    form, batch, _ = data[FORMS.index("joined")]
+    assert form == "joined"
+    assert ((batch.ids == data.image_id).sum(1) == 1).all()
+    assert ((batch.labels != IGNORE).sum(1) > 5).all()

@@ -1,7 +1,9 @@
 """Answers many questions in batches, greedily: the same tokens as `Lab.ask`, several at a time.
 
-Padding stands on the left and is masked, so it changes no answer (tested). It keeps nothing
-but the answers; for probabilities and positions ask with `Lab.ask`.
+What a prompt says up to and with its picture is the same for all questions about that picture, so
+it runs once per picture; the questions go on from its cache. Padding stands before each question
+and is masked, so it changes no answer (tested). It keeps nothing but the answers; for
+probabilities and positions ask with `Lab.ask`.
 """
 
 from __future__ import annotations
@@ -10,12 +12,16 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 from tqdm.std import tqdm
+from transformers import Cache
 
 from llava_lab.evaluation.items import Item
 from llava_lab.models import Lab
+from llava_lab.models.generation import evaluating
 
-BATCH = 64
+BATCH = 128
 LONGEST = 48  # tokens an answer may take
 
 
@@ -35,29 +41,55 @@ def answer_all(
     for start in range(0, len(items), batch):
         chosen = items[start : start + batch]
         sequences = [lab.sequence(item.question, prompt=prompt).token_ids for item in chosen]
-        prepared = {item.draw: lab.pixels(item.draw(), None) for item in {item.draw: item for item in chosen}.values()}
-        answers += _answer(lab, sequences, torch.cat([prepared[item.draw] for item in chosen]), max_new_tokens)
+        draws = list(dict.fromkeys(item.draw for item in chosen))
+        pixels = torch.cat([lab.pixels(draw(), None) for draw in draws])
+        answers += _answer(lab, sequences, pixels, [draws.index(item.draw) for item in chosen], max_new_tokens)
         bar.update(len(chosen))
     bar.close()
     return answers
 
 
 @torch.inference_mode()
-def _answer(lab: Lab, sequences: list[np.ndarray], pixels: torch.Tensor, limit: int) -> list[str]:
-    longest = max(len(ids) for ids in sequences)
-    pad = lab.tokenizer.pad_token_id if lab.tokenizer.pad_token_id is not None else min(lab.eos_ids)
-    ids = torch.full((len(sequences), longest), int(pad))
-    mask = torch.zeros_like(ids)
-    for row, sequence in enumerate(sequences):
-        ids[row, longest - len(sequence) :] = torch.from_numpy(sequence)
-        mask[row, longest - len(sequence) :] = 1
-    done = lab.model.generate(
-        input_ids=ids.to(lab.device),
-        attention_mask=mask.to(lab.device),
-        pixel_values=pixels,
-        max_new_tokens=limit,
-        do_sample=False,
-        pad_token_id=int(pad),
-        eos_token_id=sorted(lab.eos_ids),
-    )
-    return [text.strip() for text in lab.tokenizer.batch_decode(done[:, longest:], skip_special_tokens=True)]
+def _answer(lab: Lab, sequences: list[np.ndarray], pixels: Float[Tensor, "N 3 S S"], owner: list[int], limit: int) -> list[str]:
+    """Greedy answers; sequence i is about picture ``owner[i]``."""
+    cut = int(np.flatnonzero(sequences[0] == lab.image_id)[-1]) + 1
+    assert all((ids[:cut] == sequences[0][:cut]).all() for ids in sequences), "prompts differ before their picture"
+    prefix = torch.from_numpy(sequences[0][:cut]).expand(len(pixels), -1).to(lab.device)
+    with evaluating(lab.model):
+        cache = lab.model(input_ids=prefix, pixel_values=pixels, use_cache=True, logits_to_keep=1).past_key_values
+        cache.reorder_cache(torch.tensor(owner, device=lab.device))
+        ids, mask = _padded([row[cut:] for row in sequences], cut)
+        new = _go_on(lab, cache, ids.to(lab.device), mask.to(lab.device), limit)
+    return [text.strip() for text in lab.tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+def _padded(rows: list[np.ndarray], cut: int) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B K"]]:
+    """Questions pushed to the right, and the mask over the `cut` positions before them and over themselves."""
+    longest = max(len(row) for row in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.ones(len(rows), cut + longest, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, longest - len(row) :] = torch.from_numpy(row)
+        mask[i, cut : cut + longest - len(row)] = 0
+    return ids, mask
+
+
+def _go_on(lab: Lab, cache: Cache, ids: Int[Tensor, "B T"], mask: Int[Tensor, "B K"], limit: int) -> list[list[int]]:
+    said: list[list[int]] = [[] for _ in ids]
+    done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    ends = torch.tensor(sorted(lab.eos_ids), device=ids.device)
+    for _ in range(limit):
+        at = (mask.cumsum(1) - 1)[:, -ids.shape[1] :]
+        out = lab.model(
+            input_ids=ids, attention_mask=mask, position_ids=at, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        logits = out.logits[:, -1].float()
+        logits[:, lab.image_id] = -torch.inf
+        ids = logits.argmax(-1, keepdim=True)
+        done |= torch.isin(ids[:, 0], ends)
+        if done.all():
+            break
+        for row, token in zip((~done).nonzero()[:, 0].tolist(), ids[~done, 0].tolist(), strict=True):
+            said[row].append(token)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+    return said

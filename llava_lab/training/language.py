@@ -1,12 +1,11 @@
 """Stage 0b: the language model learns to read and to reason, without any picture.
 
-Three kinds of text. *Descriptions*: sentences about a scene, then questions that the sentences
-answer. *Written maps*: the scene laid out on the patch grid in words, each cell holding the words
-for what is there (" large", " red", " car"; the cell's vector is the sum of their embeddings)
-with marks for where the cell lies; then questions or a caption. Most scenes are retold in words
-that the pictures do not use (`retelling`). A written map is how the model
-learns, before it sees, to look things up in a grid; the marks are thrown away after, and the
-connector has to find words and marks by itself in stages 1 and 2. The card says so.
+It reads *written maps*: the scene laid out on the patch grid in words, each cell holding the words
+for what is there (" large", " red", " car"; the cell's vector is the sum of their embeddings) with
+marks for where the cell lies; then come single facts, questions or a caption. Some scenes are
+retold in words that the pictures do not use (`retelling`). A written map is how the model learns,
+before it sees, to look things up in a grid; the marks are thrown away after, and the connector has
+to find words and marks by itself in stages 1 and 2. The card says so.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from llava_lab.training.masks import encode
 from llava_lab.training.pool import NOTHING, Pool
 from llava_lab.training.retelling import ALL_COLORS, ALL_KINDS, retold
 from llava_lab.training.statements import statements
@@ -27,30 +25,25 @@ from llava_lab.training.turns import (
     ASKED,
     SHORT_SHARE,
     Apart,
-    Joined,
     apart,
     apart_loss,
     facts,
-    joined,
-    joined_loss,
     plain,
     question_turns,
 )
 from llava_lab.worlds.picturebook import REQUESTS, ask_about, caption, description
-from llava_lab.worlds.questions import TYPES
 from llava_lab.worlds.scenes import Scene
 
-TEXT_TYPES = tuple(name for name in TYPES if name != "relation")  # sentences give places too coarse for directions
 FEW_CELLS = ((4, 16), (20, 60))  # most written maps have only some of their cells, few or more in turn, to be cheap
 FULL_SHARE = 0.15
-FORMS = ("text", "map", "plain", "fact", "terse")
+FORMS = ("map", "plain", "fact", "terse")
 # twenty batches at a time: first mostly single facts, later mostly whole questions
 EARLY = ("fact", "fact", "terse", "fact", "fact", "terse", "fact", "fact", "plain", "map") * 2
 LATE = (
-    *("terse", "map", "fact", "terse", "map", "terse", "plain", "map", "terse", "text"),
-    *("terse", "map", "fact", "terse", "map", "terse", "fact", "map", "terse", "map"),
+    *("terse", "map", "fact", "terse", "fact", "terse", "plain", "map", "terse", "fact"),
+    *("terse", "map", "fact", "terse", "fact", "terse", "fact", "map", "terse", "terse"),
 )
-RETOLD_SHARE = 0.6  # of scenes
+RETOLD_SHARE = 0.4  # of scenes
 MARK_SCALE = 0.7  # standard deviation of a fresh mark, a little under a word's
 MAP_NOISE = 0.05  # standard deviation added to every cell, in units of an embedding's own scale
 
@@ -105,8 +98,6 @@ class LanguageData(Dataset):
         scenes = [retold(s, rng) if rng.random() < RETOLD_SHARE else s for s in scenes]
         form = (EARLY if step < self.early else LATE)[step % 20]
         system = bool(rng.random() < 0.5)
-        if form == "text":
-            return "text", self._text(scenes, rng, system), None
         cells = self.grid**2 if rng.random() < FULL_SHARE else int(rng.integers(*FEW_CELLS[step % 2]))
         layout = self.layout(scenes, self.pool.owners[chosen], self.pool.things[chosen], min(cells, self.grid**2), rng)
         return form, self._asked(form, scenes, rng, system), layout
@@ -150,19 +141,10 @@ class LanguageData(Dataset):
         layout = {name: torch.from_numpy(np.take_along_axis(value, kept[:, :, None], axis=1)) for name, value in take.items()}
         return layout | {"cells": torch.from_numpy(kept)}
 
-    def _text(self, scenes: list[Any], rng: np.random.Generator, system: bool) -> Joined:
-        samples = []
-        for scene in scenes:
-            pairs = [(q.text, q.answer) for q in ask_about(scene, rng, self.turns, TEXT_TYPES)]
-            samples.append(encode(self.tokenizer, pairs, system=system, picture=description(scene, rng)))
-        return joined(self.tokenizer, samples)
-
 
 def language_loss(model: nn.Module, marks: Marks, item: tuple[str, Any, Any], image_id: int) -> tuple[Tensor, dict[str, float]]:
     """Loss of one batch, whatever its form; for questions also the share answered right in every token."""
     form, batch, layout = item
-    if form == "text":
-        return joined_loss(model, batch, None, image_id), {"form": float(FORMS.index(form))}
     maps = marks(model.model.language_model.embed_tokens, layout)
     loss, right = apart_loss(model, batch, maps, image_id)
     asked = (batch.labels != -100).any(-1)

@@ -62,17 +62,26 @@ class Recipe:
     architecture: Architecture = field(default_factory=Architecture)
     tower: Stage = Stage("tower", ("vision_tower",), steps=1300, batch=64, rate=1e-3, matrix_rate=0.02)
     language: Stage = Stage(
-        "language", ("language_model", "lm_head"), steps=8000, batch=12, rate=1e-3, matrix_rate=0.02, turns=10, early=2000
+        "language",
+        ("language_model", "lm_head"),
+        steps=4200,
+        batch=12,
+        rate=1e-3,
+        matrix_rate=0.01,
+        decay=0.05,
+        turns=8,
+        early=1200,
     )
     align: Stage = Stage("align", ("multi_modal_projector",), steps=300, batch=16, rate=1e-3, matrix_rate=0.02)
     instruct: Stage = Stage(
         "instruct",
         ("multi_modal_projector", "language_model", "lm_head"),
-        steps=2000,
+        steps=1200,
         batch=12,
         rate=5e-4,
-        matrix_rate=0.01,
-        turns=10,
+        matrix_rate=0.005,
+        decay=0.05,
+        turns=8,
     )
 
     @property

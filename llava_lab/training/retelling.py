@@ -25,4 +25,4 @@ def retold(scene: Scene, rng: np.random.Generator) -> Scene:
         colors = dict(zip(COLOR_NAMES, (ALL_COLORS[i] for i in rng.permutation(len(ALL_COLORS))), strict=False))
         things = tuple(replace(t, kind=kinds[t.kind], color=colors[t.color]) for t in scene.things)
         if not any((t.color, t.kind) in HELD_OUT for t in things):
-            return replace(scene, things=things)
+            return replace(scene, things=things, kinds=tuple(kinds.values()), colors=tuple(colors.values()))

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from llava_lab.worlds.questions import MARGIN, NUMBERS, article, names_for, place_of, plural
 from llava_lab.worlds.scenes import Scene
+from llava_lab.worlds.wording import MARGIN, NUMBERS, article, names_for, place_of, plural
 
 Statement = tuple[str, str]  # what is given, what is to be known
-FORMS = ("color", "size", "kind", "place") * 2 + ("there",) + ("number",) * 2 + ("direction",) * 4
+FORMS = ("color", "size", "kind", "place") + ("number",) * 3 + ("direction",) * 5
 
 
 def statements(scene: Scene, rng: np.random.Generator, count: int) -> list[Statement]:
@@ -29,9 +29,6 @@ def statements(scene: Scene, rng: np.random.Generator, count: int) -> list[State
 
 def _about(scene: Scene, i: int, form: str, rng: np.random.Generator) -> Statement | None:
     thing = scene.things[i]
-    if form == "there":
-        words = [thing.size] * bool(rng.random() < 0.5) + [thing.color]
-        return " There is", f" {article(' '.join([*words, thing.kind]))}."
     names = names_for(scene, i, without=form)
     if not names:
         return None

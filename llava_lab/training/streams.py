@@ -5,11 +5,17 @@ they share them too, but each turn is a first question: it attends to the prefix
 picture) and to itself only. Two streams run through the stock Llama layers, the prefix once and
 the turns beside it, which costs half the attention of the joined sequence and trains what a
 single question at test time needs. Equal to the stock forward of prefix + turn (tested).
+
+Queries, keys, values and attention run in float32 also under autocast. In bfloat16 the gradients
+of the first layers' queries and keys pointed elsewhere than float32's (cosine 0.06 to 0.9 on
+written maps, 0.93 and more this way), measured on a model whose attention had grown sharp.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +27,19 @@ def compile_parts() -> None:
     parts = globals()
     for name in ("_project", "_attend", "_attend_turns", "_finish"):
         parts[name] = torch.compile(parts[name], dynamic=True)
+
+
+@contextmanager
+def precise_attention(language_model: nn.Module) -> Iterator[None]:
+    """The stock forward's attention in float32 too, for sequences that do not go through `shared_prefix`."""
+    modules = [layer.self_attn for layer in language_model.layers]
+    for module in modules:
+        module.forward = torch.autocast("cpu", enabled=False)(module.forward)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
 
 
 def shared_prefix(language_model: nn.Module, prefix: Tensor, turns: Tensor) -> Tensor:
@@ -52,6 +71,7 @@ def shared_prefix(language_model: nn.Module, prefix: Tensor, turns: Tensor) -> T
     return language_model.norm(turns).view(batch, count, tokens, -1)
 
 
+@torch.autocast("cpu", enabled=False)
 def _project(layer: nn.Module, hidden: Tensor, rotation: tuple[Tensor, Tensor], repeat: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     attention = layer.self_attn
     normed = layer.input_layernorm(hidden)
@@ -62,11 +82,13 @@ def _project(layer: nn.Module, hidden: Tensor, rotation: tuple[Tensor, Tensor], 
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
+@torch.autocast("cpu", enabled=False)
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]) + mask.to(q.dtype)
     return scores.softmax(-1).to(v.dtype) @ v
 
 
+@torch.autocast("cpu", enabled=False)
 def _attend_turns(q: Tensor, k: Tensor, v: Tensor, k_prefix: Tensor, v_prefix: Tensor, mask: Tensor) -> Tensor:
     """q, k, v (B, H, N, T, d), prefix keys and values (B, H, P, d) -> (B, H, N, T, d)."""
     batch, heads, count, tokens, width = q.shape

@@ -84,7 +84,7 @@ class _Work:
         folder.mkdir(parents=True, exist_ok=True)
         self.recipe, self.folder, self.scale = recipe, folder, scale
         arch, side = recipe.architecture, recipe.architecture.image
-        self.tokenizer: PreTrainedTokenizerFast = build_tokenizer(arch.vocabulary)
+        self.tokenizer = _tokenizer(folder / "tokenizer", arch.vocabulary)
         self.config = build_config(arch, self.tokenizer)
         self.model: LlavaForConditionalGeneration = build_model(self.config, seed=recipe.seed)
         # stock sdpa is slower than eager on a CPU when gradients are wanted
@@ -154,3 +154,10 @@ class _Work:
         build_processor(self.config, self.tokenizer).save_pretrained(target)
         log.info("saved %s", target)
         return target
+
+
+def _tokenizer(folder: Path, vocabulary: int) -> PreTrainedTokenizerFast:
+    """Built once for a run: a resumed run must not read its words by other numbers."""
+    if not folder.exists():
+        build_tokenizer(vocabulary).save_pretrained(folder)
+    return PreTrainedTokenizerFast.from_pretrained(folder)

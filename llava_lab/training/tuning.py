@@ -25,7 +25,7 @@ from llava_lab.training.pool import Pool
 from llava_lab.training.statements import statements
 from llava_lab.training.tower import batch_indices, normalise
 from llava_lab.training.turns import ASKED, SHORT_SHARE, apart, apart_loss, facts, joined, joined_loss, plain, question_turns
-from llava_lab.worlds.picturebook import caption, conversation, description
+from llava_lab.worlds.picturebook import REQUESTS, caption, conversation, description
 
 IMAGE = "<image>"
 CHECK_PICTURES = 192
@@ -70,6 +70,8 @@ class InstructData(Dataset):
             return "apart", facts(self.tokenizer, known, self.image_id), pictures
         if form == "joined":
             turns = [conversation(s, rng, 1 + int(rng.integers(self.turns // 2))) for s in scenes]
+            # now and then a scene has no question of the types drawn
+            turns = [pairs or [(REQUESTS[0], caption(s))] for pairs, s in zip(turns, scenes, strict=True)]
             return "joined", joined(self.tokenizer, [encode(self.tokenizer, t, system=system) for t in turns]), pictures
         short = bool(rng.random() < SHORT_SHARE)
         samples = [question_turns(s, rng, self.turns, short=short, types=ASKED)[0] for s in scenes]

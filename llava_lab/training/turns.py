@@ -15,12 +15,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from llava_lab.training.masks import IGNORE, Encoded, encode
-from llava_lab.training.streams import shared_prefix
+from llava_lab.training.streams import precise_attention, shared_prefix
 from llava_lab.worlds.picturebook import SHORT, TYPES, Scene, ask_about
+from llava_lab.worlds.questions import RARE
 
 SHORT_SHARE = 0.15  # of batches want single words
 # the types in training, those that take several steps of thought more often
-ASKED = (*TYPES, "place", "count", "count", "comparison", "relation", "relation")
+ASKED = (
+    *TYPES,
+    "kind",
+    "existence",
+    *("count", "comparison", "relation", *RARE, *RARE) * 2,
+    "comparison",
+    "relation",
+    *RARE,
+    *RARE,
+)
 
 
 @dataclass(frozen=True)
@@ -142,5 +152,6 @@ def joined_loss(model: nn.Module, batch: Joined, pictures: Tensor | None, image_
         fill = torch.full((count - 1,), IGNORE)
         ats = [int((ids == image_id).nonzero()[0]) for ids in batch.ids]
         labels = torch.stack([torch.cat([row[:at], fill, row[at:]]) for row, at in zip(labels, ats, strict=True)])
-    hidden = model.model.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+    with precise_attention(model.model.language_model):
+        hidden = model.model.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
     return answer_loss(model.lm_head, hidden, labels)[0]

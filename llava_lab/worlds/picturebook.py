@@ -20,8 +20,9 @@ import numpy as np
 from tqdm.std import tqdm
 
 from llava_lab.errors import DataError
-from llava_lab.worlds.questions import SHORT, TYPES, Question, article, ask_about, at, place_of
+from llava_lab.worlds.questions import TYPES, ask_about
 from llava_lab.worlds.scenes import HELD_OUT, SIZE, SPLITS, Scene, Thing, scene
+from llava_lab.worlds.wording import SHORT, Question, article, at, place_of
 
 __all__ = ["HELD_OUT", "SHORT", "SIZE", "SPLITS", "TYPES", "Question", "Scene", "Thing"]
 __all__ += ["ask_about", "caption", "conversation", "description", "scene", "write_dataset"]

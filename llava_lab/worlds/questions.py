@@ -9,62 +9,34 @@ existence is mostly a near miss (right kind in another colour, right colour on a
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
-from llava_lab.worlds.scenes import COLOR_NAMES, HELD_OUT, KIND_NAMES, Scene, Thing
-
-MARGIN = 0.12  # share of the picture that must separate two centres before a direction is asked
-EDGE = 0.035  # a place is asked only this far from the lines between thirds
-SHORT = "Answer the question using a single word or phrase."  # LLaVA-1.5's response format, paper section 3.2
-
-NUMBERS = ("no", "one", "two", "three", "four")
-PLACES = (("top left", "top", "top right"), ("left", "middle", "right"), ("bottom left", "bottom", "bottom right"))
-DIRECTIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}  # axis (0 is x), sign
-OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-
-
-@dataclass(frozen=True)
-class Question:
-    """One question with its only right answer."""
-
-    type: str
-    text: str
-    answer: str  # a sentence
-    short: str  # the same as a word or phrase
-    deciding: tuple[int, ...]  # indices of the things that decide it; empty when an absence does
-
-
-def article(words: str) -> str:
-    return ("an " if words[0] in "aeiou" else "a ") + words
-
-
-def plural(kind: str) -> str:
-    return kind if kind == "fish" else kind + "s"
-
-
-def place_of(thing: Thing) -> str | None:
-    """Its third of the picture across and down, or None too near a dividing line."""
-    cells = []
-    for v in (thing.y, thing.x):
-        if min(abs(v - 1 / 3), abs(v - 2 / 3)) < EDGE:
-            return None
-        cells.append(int(v * 3))
-    return PLACES[cells[0]][cells[1]]
-
-
-def at(place: str) -> str:
-    return {"middle": "in the middle", "left": "on the left", "right": "on the right"}.get(place, f"at the {place}")
+from llava_lab.worlds.scenes import HELD_OUT, Scene, Thing
+from llava_lab.worlds.wording import (
+    DIRECTIONS,
+    MARGIN,
+    NUMBERS,
+    OPPOSITE,
+    Question,
+    article,
+    at,
+    names_for,
+    place_of,
+    plural,
+)
 
 
 def ask_about(scene: Scene, rng: np.random.Generator, count: int, types: tuple[str, ...] = ()) -> list[Question]:
-    """Up to `count` different questions, types in turn from a random start; fewer when the scene has no more."""
+    """Up to `count` different questions, types in turn from a random start; fewer when the scene has no more.
+
+    Beside `TYPES` the names in `RARE` ask for a comparison that seldom comes up by chance.
+    """
     names = list(types or TYPES)
     order = [names[i] for i in rng.permutation(len(names))]
     found: dict[str, Question] = {}
     for attempt in range(count * 4):
-        question = MAKERS[order[attempt % len(order)]](scene, rng)
+        question = (MAKERS | RARE)[order[attempt % len(order)]](scene, rng)
         if question and question.text not in found and _concerns(scene, question):
             found[question.text] = question
             if len(found) == count:
@@ -82,27 +54,6 @@ def _concerns(scene: Scene, question: Question) -> bool:
 
 def _pick(rng: np.random.Generator, options: list[str] | tuple[str, ...]) -> str:
     return options[int(rng.integers(len(options)))]
-
-
-def names_for(scene: Scene, i: int, *, without: str = "") -> list[str]:
-    """Noun phrases that pick out thing i and no other, leaving out the attribute named by `without`."""
-    thing, others = scene.things[i], [t for j, t in enumerate(scene.things) if j != i]
-    phrases = []
-    if without != "kind":
-        if all(t.kind != thing.kind for t in others):
-            phrases.append(thing.kind)
-        if without != "color" and all((t.color, t.kind) != (thing.color, thing.kind) for t in others):
-            phrases.append(f"{thing.color} {thing.kind}")
-        if without != "size" and all((t.size, t.kind) != (thing.size, thing.kind) for t in others):
-            phrases.append(f"{thing.size} {thing.kind}")
-    else:
-        if all(t.color != thing.color for t in others):
-            phrases.append(f"{thing.color} thing")
-        if all(t.size != thing.size for t in others):
-            phrases.append(f"{thing.size} thing")
-        if all((t.size, t.color) != (thing.size, thing.color) for t in others):
-            phrases.append(f"{thing.size} {thing.color} thing")
-    return phrases
 
 
 def _named(scene: Scene, rng: np.random.Generator, *, without: str = "") -> tuple[int, str] | None:
@@ -162,10 +113,10 @@ def _count(scene: Scene, rng: np.random.Generator) -> Question:
     if roll < 0.25:
         noun, chosen = "thing", list(range(len(things)))
     elif roll < 0.65:
-        kind = _pick(rng, KIND_NAMES) if rng.random() < 0.2 else things[int(rng.integers(len(things)))].kind
+        kind = _pick(rng, scene.kinds) if rng.random() < 0.2 else things[int(rng.integers(len(things)))].kind
         noun, chosen = kind, [i for i, t in enumerate(things) if t.kind == kind]
     else:
-        color = _pick(rng, COLOR_NAMES) if rng.random() < 0.2 else things[int(rng.integers(len(things)))].color
+        color = _pick(rng, scene.colors) if rng.random() < 0.2 else things[int(rng.integers(len(things)))].color
         noun, chosen = f"{color} thing", [i for i, t in enumerate(things) if t.color == color]
     n, many = len(chosen), plural(noun)
     forms = (f"How many {many} are there?", f"How many {many} do you see?", f"Count the {many}.")
@@ -177,7 +128,7 @@ def _existence(scene: Scene, rng: np.random.Generator) -> Question | None:
     yes, form = bool(rng.random() < 0.5), rng.random()
     thing = scene.things[int(rng.integers(len(scene.things)))]
     for _ in range(20):  # a "no" is drawn until it is one; a "yes" is one at once
-        color, kind = (thing.color, thing.kind) if yes else _near_miss(thing, rng)
+        color, kind = (thing.color, thing.kind) if yes else _near_miss(scene, thing, rng)
         if form < 0.60:
             noun, deciding = f"{color} {kind}", [(t.color, t.kind) == (color, kind) for t in scene.things]
         elif form < 0.80:
@@ -194,11 +145,11 @@ def _existence(scene: Scene, rng: np.random.Generator) -> Question | None:
     return Question("existence", _pick(rng, forms), answer, "yes" if yes else "no", chosen)
 
 
-def _near_miss(thing: Thing, rng: np.random.Generator) -> tuple[str, str]:
+def _near_miss(scene: Scene, thing: Thing, rng: np.random.Generator) -> tuple[str, str]:
     """A colour and kind like the thing's, with one of them (now and then both) drawn anew."""
     roll = rng.random()
-    color = _pick(rng, COLOR_NAMES) if roll < 0.5 or roll > 0.9 else thing.color
-    kind = _pick(rng, KIND_NAMES) if roll > 0.5 else thing.kind
+    color = _pick(rng, scene.colors) if roll < 0.5 or roll > 0.9 else thing.color
+    kind = _pick(rng, scene.kinds) if roll > 0.5 else thing.kind
     return color, kind
 
 
@@ -264,12 +215,37 @@ def _comparison(scene: Scene, rng: np.random.Generator) -> Question | None:
             short = name_a if a.size == "large" else name_b
             answer = f"The {short} is bigger."
         return Question("comparison", _pick(rng, forms), answer, short, (first, second))
-    same = a.color == b.color
-    if not same and rng.random() < 0.5:
+    if a.color != b.color and rng.random() < 0.5:
         return None  # different colours are far more common: keep yes and no nearer to balance
+    return _colors_alike(scene, rng, first, second, name_a, name_b)
+
+
+def _colors_alike(scene: Scene, rng: np.random.Generator, first: int, second: int, name_a: str, name_b: str) -> Question:
+    a, b = scene.things[first], scene.things[second]
+    same = a.color == b.color
     forms = (f"Do the {name_a} and the {name_b} have the same color?", f"Are the {name_a} and the {name_b} the same color?")
     answer = f"Yes, both are {a.color}." if same else f"No, they are {a.color} and {b.color}."
     return Question("comparison", _pick(rng, forms), answer, "yes" if same else "no", (first, second))
+
+
+def _same_color(scene: Scene, rng: np.random.Generator) -> Question | None:
+    """Ask of two things of one colour whether they have one; None when no two do."""
+    order = [int(i) for i in rng.permutation(len(scene.things))]
+    pairs = [(i, j) for i in order for j in order if i != j and scene.things[i].color == scene.things[j].color]
+    for first, second in pairs:
+        names_a, names_b = names_for(scene, first, without="color"), names_for(scene, second, without="color")
+        if names_a and names_b:
+            return _colors_alike(scene, rng, first, second, _pick(rng, names_a), _pick(rng, names_b))
+    return None
+
+
+def _unequal(scene: Scene, rng: np.random.Generator) -> Question | None:
+    """Compare the numbers of two kinds that differ in it."""
+    for _ in range(4):
+        question = _more(scene, rng)
+        if question and "equally" not in question.answer:
+            return question
+    return None
 
 
 def _more(scene: Scene, rng: np.random.Generator) -> Question | None:
@@ -301,3 +277,4 @@ MAKERS: dict[str, Callable[[Scene, np.random.Generator], Question | None]] = {
     "comparison": _comparison,
 }
 TYPES = tuple(MAKERS)
+RARE: dict[str, Callable[[Scene, np.random.Generator], Question | None]] = {"same color": _same_color, "unequal": _unequal}

@@ -64,6 +64,8 @@ class Scene:
     index: int
     things: tuple[Thing, ...]
     paper: tuple[int, ...]
+    kinds: tuple[str, ...] = KIND_NAMES  # what questions may ask for in vain
+    colors: tuple[str, ...] = COLOR_NAMES
 
     @property
     def name(self) -> str:

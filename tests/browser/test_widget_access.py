@@ -26,6 +26,7 @@ def test_arrows_choose_words_methods_and_layers(widget_page: WidgetPage) -> None
     shown.get_by_role("radio", name="red.").focus()
     keyboard.press("ArrowLeft")
     assert widget_page.get("word") == 2
+    widget_page.settle()  # the chips are marked with the next frame
     assert shown.get_by_role("radio", name="is, ").get_attribute("aria-checked") == "true"
     keyboard.press("Home")
     assert widget_page.get("word") == 0
