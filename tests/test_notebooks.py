@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import re
 import statistics
-import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,90 +17,12 @@ import pytest
 from PIL import Image
 
 from tests import execute, lesson_pictures
+from tests.lessons import PROBES
 
 LESSONS = sorted(execute.LESSONS.glob("*.ipynb"))
 SECONDS = 180  # the promise is 60 on two free cores; a suite's cores are not free
 URL = re.compile(r"https?://|www\.", re.IGNORECASE)
 INSTALL = re.compile(r"^\s*[!%]|pip install|conda install", re.MULTILINE)
-
-TRY = """
-import json as _json
-
-def _try(given, check):
-    try:
-        return check(given)
-    except AssertionError as error:
-        return f"refused: {error}"
-
-_CAR = [(row, col) for row in (8, 9, 10) for col in (3, 4, 5, 6, 7)]
-"""
-# What is asked of each lesson's own variables after its last cell; a dict that JSON can hold.
-PROBES = {
-    "00_start_here": TRY
-    + """
-print(_json.dumps({
-    "answer": run.answer,
-    "relevance": [relevance.method, relevance.targets[0].text, list(relevance.grid)],
-    "widths": [features.shape[-1], tokens.shape[-1]],
-    "asked again": ask_again(_CAR).answer,
-    "without the strongest": {
-        name: ask_again([(row, column) for row, column, _ in map_.top(16, target=red)]).answer for name, map_ in maps.items()
-    },
-    "wide": [lab.ask("images/wide-street.png", "Is there a red car?", fit=fit).answer for fit in ("pad", "crop")],
-    "middle": [_try((9, 5), check_middle), _try((5, 9), check_middle)],
-    "cover": [_try(patches, check_cover) for patches in (_CAR, [(0, 0)], [(row, col) for row in range(12) for col in range(12)])],
-}))
-""",
-    "01_attention_rollout": TRY
-    + """
-def _right(attentions, residual):
-    total = np.eye(len(attentions[0]))
-    for attention in attentions:
-        total = ((1 - residual) * attention + residual * np.eye(len(total))) @ total
-    return total
-
-def _reversed(attentions, residual):
-    return _right(attentions[::-1], residual)
-
-def _swapped(attentions, residual):
-    return _right(attentions, 1 - residual)
-
-_depth = next(n for n in range(1, 40) if np.linalg.matrix_power(half_uniform, n)[predicting, 0] > 0.5)
-print(_json.dumps({
-    "answer": run.answer,
-    "mean": {name: list(map(float, parts)) for name, parts in mean.items()},
-    "agree": float(agree),
-    "questions": len(shares["random"]),
-    "rollout": [_try(yours, check_rollout) for yours in (_right, _reversed, _swapped)],
-    "depth": [_try(depth, check_depth) for depth in (_depth, _depth - 1, _depth + 1)],
-}))
-""",
-}
-
-
-@dataclass(frozen=True)
-class Lesson:
-    stored: nbformat.NotebookNode
-    fresh: nbformat.NotebookNode
-    found: dict[str, Any]
-    seconds: float
-
-
-@pytest.fixture(scope="module")
-def run_once() -> Any:
-    """Runs a lesson when it is first asked for, and remembers it."""
-    known: dict[Path, Lesson] = {}
-
-    def lesson(path: Path) -> Lesson:
-        if path not in known:
-            start = time.perf_counter()
-            fresh, said = execute.execute(path, then=PROBES[path.stem])
-            seconds = time.perf_counter() - start
-            known[path] = Lesson(nbformat.read(path, as_version=4), fresh, json.loads(said.splitlines()[-1]), seconds)
-        return known[path]
-
-    return lesson
-
 
 every_lesson = pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
 
