@@ -6,7 +6,8 @@ import numpy as np
 
 from llava_lab.training.retelling import OTHER_COLORS, OTHER_KINDS, retold
 from llava_lab.training.statements import statements
-from llava_lab.worlds.picturebook import scene
+from llava_lab.worlds.picturebook import ask_about, scene
+from llava_lab.worlds.questions import RARE
 from llava_lab.worlds.scenes import KIND_NAMES, Scene, Thing
 from llava_lab.worlds.wording import NUMBERS, place_of
 
@@ -55,3 +56,16 @@ def test_a_scene_retold_keeps_what_is_alike_and_never_makes_a_held_out_pair() ->
         assert not any(t.held_out for t in other.things)
         assert [(t.x, t.y, t.size) for t in other.things] == [(t.x, t.y, t.size) for t in drawn.things]
     assert set(OTHER_KINDS) | set(OTHER_COLORS) <= new
+
+
+def test_rare_comparisons_are_asked_on_purpose_with_the_answer_they_are_for() -> None:
+    found: dict[str, set[str]] = {name: set() for name in RARE}
+    for i in range(60):
+        for name, answers in found.items():
+            for question in ask_about(scene("train", i), np.random.default_rng(i), 2, (name,)):
+                assert question.type == "comparison"
+                answers.add(question.answer.split()[0] if "color" in name else question.short)
+                if "color" in name:
+                    one, two = (scene("train", i).things[thing].color for thing in question.deciding)
+                    assert (one == two) == (question.short == "yes")
+    assert found == {"same color": {"Yes,"}, "different color": {"No,"}, "unequal": {"yes", "no"}}

@@ -76,10 +76,10 @@ class Recipe:
     instruct: Stage = Stage(
         "instruct",
         ("multi_modal_projector", "language_model", "lm_head"),
-        steps=1200,
+        steps=3200,
         batch=12,
-        rate=5e-4,
-        matrix_rate=0.005,
+        rate=1e-3,
+        matrix_rate=0.01,
         decay=0.05,
         turns=8,
     )

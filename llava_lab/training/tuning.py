@@ -75,6 +75,10 @@ class InstructData(Dataset):
             return "joined", joined(self.tokenizer, [encode(self.tokenizer, t, system=system) for t in turns]), pictures
         short = bool(rng.random() < SHORT_SHARE)
         samples = [question_turns(s, rng, self.turns, short=short, types=ASKED)[0] for s in scenes]
+        if not short:  # half of the pictures are also described
+            chance = rng.random(len(scenes)) < 0.5
+            request = [(str(rng.choice(REQUESTS)), caption(s)) for s in scenes]
+            samples = [[r, *pairs[1:]] if c else pairs for c, r, pairs in zip(chance, request, samples, strict=True)]
         return "apart", apart(self.tokenizer, samples, system=system), pictures
 
 

@@ -25,10 +25,9 @@ ASKED = (
     *TYPES,
     "kind",
     "existence",
-    *("count", "comparison", "relation", *RARE, *RARE) * 2,
+    *("count", "comparison", "relation", "same color", *RARE) * 2,
     "comparison",
     "relation",
-    *RARE,
     *RARE,
 )
 

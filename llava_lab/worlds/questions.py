@@ -230,9 +230,18 @@ def _colors_alike(scene: Scene, rng: np.random.Generator, first: int, second: in
 
 def _same_color(scene: Scene, rng: np.random.Generator) -> Question | None:
     """Ask of two things of one colour whether they have one; None when no two do."""
+    return _color_pair(scene, rng, same=True)
+
+
+def _different_color(scene: Scene, rng: np.random.Generator) -> Question | None:
+    """Ask of two things of different colours whether they have one; None when no two do."""
+    return _color_pair(scene, rng, same=False)
+
+
+def _color_pair(scene: Scene, rng: np.random.Generator, *, same: bool) -> Question | None:
     order = [int(i) for i in rng.permutation(len(scene.things))]
-    pairs = [(i, j) for i in order for j in order if i != j and scene.things[i].color == scene.things[j].color]
-    for first, second in pairs:
+    colors = [thing.color for thing in scene.things]
+    for first, second in ((i, j) for i in order for j in order if i != j and (colors[i] == colors[j]) == same):
         names_a, names_b = names_for(scene, first, without="color"), names_for(scene, second, without="color")
         if names_a and names_b:
             return _colors_alike(scene, rng, first, second, _pick(rng, names_a), _pick(rng, names_b))
@@ -277,4 +286,8 @@ MAKERS: dict[str, Callable[[Scene, np.random.Generator], Question | None]] = {
     "comparison": _comparison,
 }
 TYPES = tuple(MAKERS)
-RARE: dict[str, Callable[[Scene, np.random.Generator], Question | None]] = {"same color": _same_color, "unequal": _unequal}
+RARE: dict[str, Callable[[Scene, np.random.Generator], Question | None]] = {
+    "same color": _same_color,
+    "different color": _different_color,
+    "unequal": _unequal,
+}
