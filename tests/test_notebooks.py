@@ -65,7 +65,7 @@ def test_what_the_second_lesson_says_it_counts_is_there(run_once: Any) -> None:
     found = run_once(execute.LESSONS / "01_attention_rollout.ipynb").found
     assert found["answer"] == "The car is red."
     assert found["questions"] == 12
-    assert abs(found["agree"]) < 0.4
+    assert abs(found["agree"]) < 0.5
     mean = found["mean"]
     share = {name: deciding / (deciding + others) for name, (deciding, others) in mean.items()}
     for name in ("plain rollout", "default rollout", "through vision", "attention"):
