@@ -26,12 +26,42 @@ if TYPE_CHECKING:
     from llava_lab.errors import LabError as LabError
     from llava_lab.evaluation import leaderboard as leaderboard
     from llava_lab.geometry import PictureMap as PictureMap
+    from llava_lab.interventions import ablate_tokens as ablate_tokens
+    from llava_lab.interventions import ablated as ablated
+    from llava_lab.interventions import erase as erase
+    from llava_lab.interventions import erased as erased
+    from llava_lab.interventions import knocked_out as knocked_out
+    from llava_lab.interventions import knockout as knockout
+    from llava_lab.interventions import knockout_sweep as knockout_sweep
+    from llava_lab.interventions import mean_difference as mean_difference
+    from llava_lab.interventions import patch as patch
+    from llava_lab.interventions import positive_control as positive_control
+    from llava_lab.interventions import steer as steer
+    from llava_lab.interventions import steered as steered
     from llava_lab.models import Lab as Lab
     from llava_lab.models import load as load
+    from llava_lab.probes import TunedLens as TunedLens
+    from llava_lab.probes import activation_map as activation_map
+    from llava_lab.probes import hallucination_check as hallucination_check
+    from llava_lab.probes import linear_probe as linear_probe
+    from llava_lab.probes import logit_lens as logit_lens
+    from llava_lab.probes import nearest_words as nearest_words
+    from llava_lab.probes import token_geometry as token_geometry
+    from llava_lab.probes import train_lens as train_lens
     from llava_lab.results import HeadMaps as HeadMaps
     from llava_lab.results import Relevance as Relevance
     from llava_lab.results import Run as Run
     from llava_lab.results import Target as Target
+    from llava_lab.results_interventions import ControlRates as ControlRates
+    from llava_lab.results_interventions import Effect as Effect
+    from llava_lab.results_interventions import FlowSweep as FlowSweep
+    from llava_lab.results_interventions import PatchGrid as PatchGrid
+    from llava_lab.results_probes import HallucinationCheck as HallucinationCheck
+    from llava_lab.results_probes import LogitLens as LogitLens
+    from llava_lab.results_probes import NearestWords as NearestWords
+    from llava_lab.results_probes import ProbeScores as ProbeScores
+    from llava_lab.results_probes import TokenGeometry as TokenGeometry
+    from llava_lab.results_probes import WordActivation as WordActivation
     from llava_lab.scores import Comparison as Comparison
     from llava_lab.scores import Faithfulness as Faithfulness
     from llava_lab.scores import GroundTruth as GroundTruth
@@ -53,15 +83,45 @@ _HOMES = {
     "ground_truth": "llava_lab.attribution",
     "compare": "llava_lab.attribution",
     "leaderboard": "llava_lab.evaluation",
+    "logit_lens": "llava_lab.probes",
+    "activation_map": "llava_lab.probes",
+    "hallucination_check": "llava_lab.probes",
+    "train_lens": "llava_lab.probes",
+    "TunedLens": "llava_lab.probes",
+    "nearest_words": "llava_lab.probes",
+    "linear_probe": "llava_lab.probes",
+    "token_geometry": "llava_lab.probes",
+    "knockout": "llava_lab.interventions",
+    "knockout_sweep": "llava_lab.interventions",
+    "ablate_tokens": "llava_lab.interventions",
+    "patch": "llava_lab.interventions",
+    "steer": "llava_lab.interventions",
+    "erase": "llava_lab.interventions",
+    "knocked_out": "llava_lab.interventions",
+    "ablated": "llava_lab.interventions",
+    "steered": "llava_lab.interventions",
+    "erased": "llava_lab.interventions",
+    "mean_difference": "llava_lab.interventions",
+    "positive_control": "llava_lab.interventions",
     "Run": "llava_lab.results",
     "Relevance": "llava_lab.results",
     "Target": "llava_lab.results",
     "HeadMaps": "llava_lab.results",
+    "Effect": "llava_lab.results_interventions",
+    "FlowSweep": "llava_lab.results_interventions",
+    "PatchGrid": "llava_lab.results_interventions",
+    "ControlRates": "llava_lab.results_interventions",
     "Faithfulness": "llava_lab.scores",
     "GroundTruth": "llava_lab.scores",
     "Comparison": "llava_lab.scores",
     "Leaderboard": "llava_lab.scores",
     "Sanity": "llava_lab.scores_sanity",
+    "LogitLens": "llava_lab.results_probes",
+    "WordActivation": "llava_lab.results_probes",
+    "HallucinationCheck": "llava_lab.results_probes",
+    "NearestWords": "llava_lab.results_probes",
+    "ProbeScores": "llava_lab.results_probes",
+    "TokenGeometry": "llava_lab.results_probes",
     "PictureMap": "llava_lab.geometry",
     "LabError": "llava_lab.errors",
 }

@@ -125,6 +125,9 @@ BENCHES: Mapping[str, Bench] = MappingProxyType(
         "occlusion": Bench(
             "occlusion and its stand-ins beside plain forwards and captum's FeatureAblation", _later("bench_occlusion")
         ),
+        "probes": Bench(
+            "the logit lens beside a plain forward and the obvious way, here and at 7B width", _later("bench_probes")
+        ),
     }
 )
 

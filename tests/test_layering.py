@@ -26,13 +26,26 @@ LONGEST_CELL = 20
 
 # Each row may import itself and the rows above it.
 ORDER = (
-    {"errors", "results", "geometry", "packing", "scores", "scores_sanity"},
+    {"errors", "results", "geometry", "packing", "results_probes", "scores", "scores_sanity", "results_interventions"},
     {"capture"},
     {"models"},
     {"connectors", "worlds"},
     {"attribution", "probes", "interventions", "evaluation"},
     {"training"},
-    {"bench", "bench_models", "bench_occlusion", "bench_relevancy", "cli", "cli_commands", "cli_compare", "cli_report", "doctor"},
+    {
+        "bench",
+        "bench_models",
+        "bench_occlusion",
+        "bench_probes",
+        "bench_relevancy",
+        "cli",
+        "cli_commands",
+        "cli_compare",
+        "cli_knockout",
+        "cli_lens",
+        "cli_report",
+        "doctor",
+    },
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 SPECIAL = {
@@ -184,7 +197,9 @@ def test_import_table_allows(room: str, source: str) -> None:
         ("llava_lab", ["torch", "transformers", "matplotlib", "numpy"]),
         ("llava_lab.results", ["torch", "transformers", "matplotlib"]),
         ("llava_lab.scores", ["torch", "transformers", "matplotlib"]),
+        ("llava_lab.results_probes", ["torch", "transformers", "matplotlib"]),
         ("llava_lab.scores_sanity", ["torch", "transformers", "matplotlib"]),
+        ("llava_lab.results_interventions", ["torch", "transformers", "matplotlib"]),
         ("llava_lab.plots_scores", ["torch", "transformers", "matplotlib"]),
         ("llava_lab.cli", ["torch", "transformers", "matplotlib", "numpy"]),
         ("widgets", ["torch", "transformers", "llava_lab"]),

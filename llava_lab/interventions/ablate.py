@@ -1,0 +1,229 @@
+"""Take patches' tokens away, at the projector's output or between layers, beside equally many random patches.
+
+What is put in a token's place is a choice with consequences: zero lies far from anything the model has seen, the mean
+does not; ``drop`` puts nothing there. Each fill keeps the other tokens as they were at that layer, and what earlier
+layers had already passed on stays in them.
+
+Sources: Neo et al. 2024 (arXiv 2410.07149) for mean ablation of object tokens; Chen et al. 2024 (arXiv 2403.06764) for
+dropping tokens after a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from llava_lab.attribution.base import choose, whole_number
+from llava_lab.attribution.targets import Wanted, resolve_targets
+from llava_lab.capture import undisturbed
+from llava_lab.errors import LabError, OptionError
+from llava_lab.interventions.base import DRAWS, Enter, Plan, carry_out
+from llava_lab.interventions.cut import Cut, cutting, proving
+from llava_lab.interventions.places import Spots, patch_spots
+from llava_lab.interventions.states import entering, states_before
+from llava_lab.interventions.tail import image_tokens
+from llava_lab.models import read_picture
+from llava_lab.models.layout import language_layers
+from llava_lab.results import Run
+from llava_lab.results_interventions import Effect
+from llava_lab.worlds import picturebook
+
+if TYPE_CHECKING:
+    from llava_lab.models import Lab
+
+FILLS = ("mean", "zero", "noise", "shuffle", "other", "drop")
+MEAN_PICTURES = 16  # of the picture book, when none are given
+
+Tokens = Float[Tensor, "P D"]
+
+
+@contextmanager
+def ablated(
+    lab: Lab,
+    run: Run,
+    patches: Any,
+    *,
+    fill: str = FILLS[0],
+    at: str | int = "projector",
+    pictures: Sequence[Any] | None = None,
+    other: Any = None,
+    seed: int = 0,
+) -> Iterator[Lab]:
+    """The model with those tokens taken away, for every forward inside the block whose prompt has the run's places."""
+    lab.inputs(run)
+    place, layer = patch_spots(run, patches), _layer(lab, at)
+    with _ways(lab, run, fill, layer, pictures, other, seed)(place, None):
+        yield lab
+
+
+def ablate_tokens(
+    lab: Lab,
+    run: Run,
+    patches: Any,
+    *,
+    fill: str = FILLS[0],
+    at: str | int = "projector",
+    metric: Wanted = None,
+    pictures: Sequence[Any] | None = None,
+    other: Any = None,
+    draws: int = DRAWS,
+    seed: int = 0,
+    answer: bool = True,
+) -> Effect:
+    """What changes when the tokens of `patches`, [(row, col), ...] or a bool grid, are taken away.
+
+    `fill`: ``mean`` of the tokens of `pictures` (None: sixteen of the picture book), ``zero``, ``noise`` of each token's own
+    length, ``shuffle`` (the tokens change places; a single one with a random other), ``other`` (the tokens of the picture
+    `other` at the same places), ``drop`` (no other position can read them; the rest keep their places). `at`: "projector", or
+    a layer l for the residual stream after l layers. Control: as many random patches, `draws` times; `Effect.percentile`
+    says how many of them did less. `metric` as in `knockout`.
+
+    Raises OptionError, TargetError, CheckpointError, PictureError, and LabError when the change did not reach the model.
+    """
+    targets = resolve_targets(lab, run, metric)
+    draws, seed = whole_number("draws", draws), whole_number("seed", seed)
+    lab.inputs(run)
+    place, layer = patch_spots(run, patches), _layer(lab, at)
+    touch = _ways(lab, run, fill, layer, pictures, other, seed)
+    count = len(place.positions)
+    drawn, name = _drawn(run, count, draws, seed)
+
+    def enter(one: Spots) -> Enter:
+        return lambda: touch(one, None)
+
+    @contextmanager
+    def prove(proof: dict[str, float]) -> Iterator[None]:
+        with touch(place, proof):
+            yield
+        if fill != "drop" and proof["states"] != count:
+            raise LabError(
+                f"expected {count} tokens to be changed, got {proof['states']:g}; run one forward of the run's sequence"
+            )
+
+    where = "the projector's output" if layer == 0 else f"the stream after {layer} layers"
+    plan = Plan(
+        kind="ablate_tokens",
+        what=f"{place.name} at {where}: {fill}.",
+        options={"fill": fill, "at": at, "patches": count, "positions": list(place.positions)},
+        start=min([place.positions[0], *(one[0] for one in drawn)]),
+        enter=enter(place),
+        prove=prove,
+        controls=[enter(Spots(name, one, place.length)) for one in drawn],
+        control_name=name,
+    )
+    return carry_out(lab, run, targets, plan, seed=seed, answer=answer)
+
+
+Touch = Callable[[Spots, dict[str, float] | None], Any]  # with a proof to fill, one forward inside is checked
+
+
+def _drawn(run: Run, count: int, draws: int, seed: int) -> tuple[list[tuple[int, ...]], str]:
+    """As many patches at random, `draws` times, as positions; and what the control is called."""
+    every, rng = np.arange(*run.segments["image"]), np.random.default_rng((seed, 37))
+    if not draws:
+        return [], "none"
+    if count == len(every):
+        return [], "none: there are no other patches to take instead"
+    return [tuple(sorted(rng.choice(every, count, replace=False).tolist())) for _ in range(draws)], f"{count} random patches"
+
+
+def _ways(lab: Lab, run: Run, fill: str, layer: int, pictures: Any, other: Any, seed: int) -> Touch:
+    """A context manager that takes away the tokens of any place; its fill is made once."""
+    choose("fill", fill, FILLS)
+    if (other is not None) != (fill == "other"):
+        raise OptionError(f"expected other= (a picture) with fill='other' and only there, got fill={fill!r} and other={other!r}")
+    if fill == "drop":
+        return lambda place, proof: _dropped(lab, run, place, layer, proof)
+    table = _table(lab, run, fill, layer, pictures, other, seed)
+    begin = run.segments["image"][0]
+
+    @contextmanager
+    def touch(place: Spots, proof: dict[str, float] | None) -> Iterator[None]:
+        values = _shuffled(table, [one - begin for one in place.positions], seed) if fill == "shuffle" else table
+        with entering(lab, layer, place, lambda states, at: values[at - begin]) as changes:
+            yield
+        if proof is not None:
+            proof["states"], proof["largest_change"] = float(changes.states), changes.largest
+
+    return touch
+
+
+@contextmanager
+def _dropped(lab: Lab, run: Run, place: Spots, layer: int, proof: dict[str, float] | None) -> Iterator[None]:
+    """Nobody else reads the tokens from `layer` on; what they make of themselves is read by nobody."""
+    everyone = Spots("all", tuple(range(len(run.token_ids))), len(run.token_ids), True)
+    cut, window = Cut(place, everyone), (layer, len(language_layers(lab.model)))
+    with cutting(lab, cut, window):
+        if proof is None:
+            yield
+        else:
+            with proving(lab, cut, window, proof):
+                yield
+
+
+def _table(lab: Lab, run: Run, fill: str, layer: int, pictures: Any, other: Any, seed: int) -> Tokens:
+    """What is put at each image position, (patches, width)."""
+    with undisturbed(lab.model):
+        if fill == "mean":
+            return (
+                torch.stack([_tokens(lab, run, layer, one).mean(0) for one in _pictures(pictures)])
+                .mean(0)
+                .expand(run.map.rows * run.map.cols, -1)
+            )
+        if fill == "other":
+            return _tokens(lab, run, layer, other)
+        own = _tokens(lab, run, layer, None)
+        if fill == "zero":
+            return torch.zeros_like(own)
+        if fill == "noise":
+            drawn = torch.randn(own.shape, generator=torch.Generator().manual_seed(seed)).to(own.device)
+            return (drawn / drawn.norm(dim=-1, keepdim=True) * own.float().norm(dim=-1, keepdim=True)).to(own.dtype)
+        return own
+
+
+def _tokens(lab: Lab, run: Run, layer: int, picture: Any) -> Tokens:
+    """The image positions' states before `layer`, for the run's picture (None) or another one, prepared the same way."""
+    inputs = lab.inputs(run)
+    if picture is not None:
+        inputs["pixel_values"] = lab.pixels(read_picture(picture), run.map.mode)
+    if layer == 0:
+        return image_tokens(lab, run, inputs["pixel_values"])[0]
+    return states_before(lab, layer, inputs)[slice(*run.segments["image"])]
+
+
+def _pictures(given: Any) -> list[Any]:
+    if given is None:
+        return [np.asarray(picturebook.scene("train", i).picture()) for i in range(MEAN_PICTURES)]
+    if not isinstance(given, Sequence) or isinstance(given, str) or not len(given):
+        raise OptionError(f"pictures must be a list of at least one picture, or None for the picture book; got {given!r}")
+    return list(given)
+
+
+def _shuffled(table: Tokens, chosen: list[int], seed: int) -> Tokens:
+    """The chosen tokens in each other's places, none in its own; a single one takes a random other's."""
+    rng = np.random.default_rng((seed, 41))
+    values = table.clone()
+    if len(chosen) == 1:
+        free = [one for one in range(len(table)) if one != chosen[0]]
+        if free:
+            values[chosen[0]] = table[int(rng.choice(free))]
+        return values
+    ring = rng.permutation(chosen)
+    values[torch.from_numpy(np.array(ring)).to(table.device)] = table[torch.from_numpy(np.roll(ring, 1)).to(table.device)]
+    return values
+
+
+def _layer(lab: Lab, at: Any) -> int:
+    count = len(language_layers(lab.model))
+    if at == "projector":
+        return 0
+    if isinstance(at, bool) or not isinstance(at, Integral) or not 0 <= at < count:
+        raise OptionError(f"at must be 'projector' or a layer from 0 to {count - 1}, got {at!r}")
+    return int(at)

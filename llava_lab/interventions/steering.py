@@ -1,0 +1,262 @@
+"""Steer along a direction, or erase it, and see what that does to the answer and to other questions.
+
+A direction that works on one question and wrecks the others has found nothing; so the side effects are part of the
+result. Lengths are given in units of the states' own mean length, so that `alpha` means the same in every layer.
+
+Sources: Turner et al. 2023 (arXiv 2308.10248) for adding directions; Jiang et al. 2024 (arXiv 2410.02762) for erasing a
+word from image tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from llava_lab.attribution.base import layer_window, number, whole_number
+from llava_lab.attribution.scoring import read_scores
+from llava_lab.attribution.targets import Wanted, resolve_targets
+from llava_lab.attribution.unembed import output_head
+from llava_lab.capture import undisturbed
+from llava_lab.errors import LabError, OptionError
+from llava_lab.interventions.base import DRAWS, Enter, Plan, answer_under, carry_out
+from llava_lab.interventions.places import Spots, spots
+from llava_lab.interventions.states import Changes, changing, parts, states_before
+from llava_lab.models.layout import language_layers
+from llava_lab.results import Run
+from llava_lab.results_interventions import Effect
+
+if TYPE_CHECKING:
+    from llava_lab.models import Lab
+
+OTHERS = ("What is in the picture?", "How many things are there?", "Is there a car?")  # asked beside, when none are given
+
+
+def steer(
+    lab: Lab,
+    run: Run,
+    *,
+    direction: Any,
+    layers: Sequence[int] | None = None,
+    alpha: float = 1.0,
+    where: Any = "last",
+    metric: Wanted = None,
+    others: Sequence[str] = OTHERS,
+    draws: int = DRAWS,
+    seed: int = 0,
+    answer: bool = True,
+) -> Effect:
+    """Add `alpha` mean state lengths of `direction` to what each layer of [start, stop) gives on, at `where`.
+
+    `direction`: a word (its first token's row of the output head, less the mean row), a pair of words (their
+    difference), or numbers (width,), such as `mean_difference`. Negative `alpha` goes the other way. Control: random
+    directions of the same length. `others`: questions about the same picture, answered before and after.
+
+    Raises OptionError, TargetError, CheckpointError, and LabError when the states did not move as they should.
+    """
+    fine = not isinstance(alpha, bool) and isinstance(alpha, int | float | np.floating) and np.isfinite(alpha) and alpha
+    if not fine:
+        raise OptionError(f"alpha must be a finite number other than 0, got {alpha!r}")
+    options = {"layers": layers, "where": where, "alpha": float(alpha), "metric": metric}
+    return _touch(lab, run, "steer", direction, options, others, draws, seed, answer)
+
+
+def erase(
+    lab: Lab,
+    run: Run,
+    *,
+    direction: Any,
+    layers: Sequence[int] | None = None,
+    where: Any = "image",
+    strength: float = 1.0,
+    metric: Wanted = None,
+    others: Sequence[str] = OTHERS,
+    draws: int = DRAWS,
+    seed: int = 0,
+    answer: bool = True,
+) -> Effect:
+    """Take `direction` out of what each layer of [start, stop) gives on, at `where`: h - strength (h.u) u. Otherwise as `steer`.
+
+    With `strength` 1 nothing of the direction is left there, which is checked in the call.
+    """
+    options = {"layers": layers, "where": where, "strength": number("strength", strength), "metric": metric}
+    return _touch(lab, run, "erase", direction, options, others, draws, seed, answer)
+
+
+@contextmanager
+def steered(
+    lab: Lab, run: Run, *, direction: Any, layers: Sequence[int] | None = None, alpha: float = 1.0, where: Any = "last"
+) -> Iterator[Lab]:
+    """The model with the direction added, for every forward inside the block."""
+    lab.inputs(run)
+    unit, _ = find_direction(lab, direction)
+    with _moved(lab, spots(run, where, option="where"), _window(lab, layers), _adding(unit, alpha)):
+        yield lab
+
+
+@contextmanager
+def erased(
+    lab: Lab, run: Run, *, direction: Any, layers: Sequence[int] | None = None, where: Any = "image", strength: float = 1.0
+) -> Iterator[Lab]:
+    """The model with the direction taken out, for every forward inside the block."""
+    lab.inputs(run)
+    unit, _ = find_direction(lab, direction)
+    with _moved(lab, spots(run, where, option="where"), _window(lab, layers), _erasing(unit, strength)):
+        yield lab
+
+
+def find_direction(lab: Lab, direction: Any) -> tuple[Float[Tensor, " D"], str]:
+    """A unit vector, float32, and what it is in words: which token stands for a word of several."""
+    width = output_head(lab).weight.shape[1]
+    if isinstance(direction, str):
+        row, name = _word_row(lab, direction)
+    elif isinstance(direction, tuple) and len(direction) == 2 and all(isinstance(one, str) for one in direction):
+        (plus, first), (minus, second) = (_word_row(lab, one) for one in direction)
+        row, name = plus - minus, f"{first} minus {second}"
+    else:
+        try:
+            row = torch.as_tensor(np.asarray(direction, np.float32)).to(lab.device)
+        except (TypeError, ValueError):
+            raise OptionError(f"direction must be a word, two words or {width} numbers, got {direction!r}") from None
+        name = "a given direction"
+        if row.shape != (width,):
+            raise OptionError(
+                f"direction must have {width} numbers, one per dimension of the stream, got shape {tuple(row.shape)}"
+            )
+    length = float(row.norm())
+    if not 0 < length < float("inf"):
+        raise OptionError(f"direction must be finite and not zero, got length {length:g} for {name}")
+    return row / length, name
+
+
+def mean_difference(lab: Lab, runs: Sequence[Run], others: Sequence[Run], *, layer: int, where: Any = "last") -> np.ndarray:
+    """Mean state of `runs` minus that of `others` after `layer` layers at `where`, float32 (width,)."""
+    if not runs or not others:
+        raise OptionError(f"expected at least one run on each side, got {len(runs)} and {len(others)}")
+    count = len(language_layers(lab.model))
+    if whole_number("layer", layer) >= count:
+        raise OptionError(f"layer must be from 0 to {count - 1}, got {layer}")
+
+    def mean(group: Sequence[Run]) -> Tensor:
+        states = [states_before(lab, layer, lab.inputs(run))[list(spots(run, where, option="where").positions)] for run in group]
+        return torch.stack([one.float().mean(0) for one in states]).mean(0)
+
+    with undisturbed(lab.model):
+        return (mean(runs) - mean(others)).cpu().numpy()
+
+
+Move = Callable[[Tensor], Tensor]  # states (n, D) float32 -> states
+
+
+def _adding(unit: Tensor, alpha: float) -> Move:
+    return lambda states: states + alpha * states.norm(dim=-1).mean() * unit
+
+
+def _erasing(unit: Tensor, strength: float) -> Move:
+    return lambda states: states - strength * (states @ unit)[:, None] * unit
+
+
+def _touch(
+    lab: Lab, run: Run, kind: str, direction: Any, options: dict[str, Any], others: Any, draws: int, seed: int, answer: bool
+) -> Effect:
+    targets = resolve_targets(lab, run, options.pop("metric"))
+    lab.inputs(run)
+    if isinstance(others, str) or not all(isinstance(one, str) and one.strip() for one in others):
+        raise OptionError(f"others must be a list of questions, got {others!r}")
+    draws, seed = whole_number("draws", draws), whole_number("seed", seed)
+    place, window = spots(run, options["where"], option="where"), _window(lab, options["layers"])
+    unit, name = find_direction(lab, direction)
+    generator = torch.Generator().manual_seed(seed)
+    chance = [torch.randn(unit.shape, generator=generator).to(unit.device) for _ in range(draws)]
+    make = _adding if kind == "steer" else _erasing
+    size = options["alpha"] if kind == "steer" else options["strength"]
+
+    def enter(one: Tensor, at: Spots = place) -> Enter:
+        return lambda: _moved(lab, at, window, make(one / one.norm(), size))
+
+    @contextmanager
+    def prove(proof: dict[str, float]) -> Iterator[None]:
+        with _moved(lab, place, window, make(unit, size), (unit, size) if kind == "erase" else None) as seen:
+            yield
+        proof["states"], proof["largest_change"] = float(seen.states), seen.largest
+        if not seen.states:
+            raise LabError(f"expected states at {place.name} to change, got none; run one whole forward")
+
+    plan = Plan(
+        kind=kind,
+        what=f"{'added' if kind == 'steer' else 'erased'}: {name}, at {place.name}, layers {window[0]} to {window[1] - 1}.",
+        options={**options, "where": place.name, "layers": list(window), "direction": name},
+        start=place.positions[0],
+        enter=enter(unit),
+        prove=prove,
+        controls=[enter(one) for one in chance],
+        control_name="random directions of the same length" if draws else "none",
+        side=lambda: _side(lab, run, others, options["where"], lambda at: enter(unit, at)),
+    )
+    return carry_out(lab, run, targets, plan, seed=seed, answer=answer)
+
+
+def _side(lab: Lab, run: Run, others: Sequence[str], where: Any, enter: Callable[[Spots], Enter]) -> dict[str, Any]:
+    """Other questions about the picture: answers before and after, and what happened to the old answer's log-probability."""
+    rows: dict[str, Any] = {"questions": [], "before": [], "after": [], "change": []}
+    names = ("max_new_tokens", "prompt", "fit")
+    chosen = {name: run.options[name] for name in names if name in run.options}
+    for question in others:
+        asked = lab.ask(run.picture, question, **chosen)
+        if asked.segments["answer"][0] == asked.segments["answer"][1]:
+            continue  # nothing said, nothing to compare
+        touched = enter(spots(asked, where, option="where"))
+        targets = resolve_targets(lab, asked)
+        at = targets[0].positions
+        model: Any = lab.model
+        keep = torch.tensor(at, device=lab.device)
+        with touched():
+            logits = model(**lab.inputs(asked), use_cache=False, logits_to_keep=keep).logits
+        change = float(read_scores(logits, at, targets)[0, 0]) - float(asked.logprobs.sum())
+        said, _ = answer_under(lab, asked, touched)
+        for key, value in zip(rows, (question, asked.answer, said, change), strict=True):
+            rows[key].append(value)
+    return rows
+
+
+@contextmanager
+def _moved(
+    lab: Lab, place: Spots, window: tuple[int, int], move: Move, gone: tuple[Tensor, float] | None = None
+) -> Iterator[Changes]:
+    """`move` on what each layer of the window gives on; `gone` (direction, strength) is checked to have shrunk by that much."""
+
+    def fold(states: Tensor, at: Tensor) -> Tensor:
+        new = move(states.float()).to(states.dtype)
+        if gone is not None:
+            unit, strength = gone
+            left = (new.float() @ unit - (1 - strength) * (states.float() @ unit)).abs()
+            limit = 8 * torch.finfo(states.dtype).eps * states.float().norm(dim=-1)
+            if bool((left > limit).any()):
+                raise LabError(f"expected nothing of the direction to be left, got {float(left.max()):.3g}; use float32")
+        return new
+
+    modules, attentions = parts(lab, "residual")[slice(*window)], parts(lab, "attention")[slice(*window)]
+    with changing(modules, attentions, place, fold) as changes:
+        yield changes
+
+
+def _word_row(lab: Lab, word: str) -> tuple[Float[Tensor, " D"], str]:
+    ids = lab.tokenizer.encode(" " + word.strip(), add_special_tokens=False) if word.strip() else []
+    pieces = [str(lab.tokenizer.decode([one])) for one in ids]
+    useful = [i for i, piece in enumerate(pieces) if piece.strip()]
+    if not useful:
+        raise OptionError(f"direction: expected a word, got {word!r}, of which the tokenizer makes nothing")
+    weight = output_head(lab).weight.detach().float()
+    row = weight[ids[useful[0]]] - weight.mean(0)
+    used = pieces[useful[0]].strip()
+    name = repr(word) if len(useful) == 1 else f"{word!r} (its first of {len(useful)} tokens, {used!r})"
+    return row, name
+
+
+def _window(lab: Lab, layers: Any) -> tuple[int, int]:
+    return layer_window(layers, len(language_layers(lab.model)))
