@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llava_lab.attribution import METHODS as METHODS
+    from llava_lab.attribution import ask_and_attribute as ask_and_attribute
     from llava_lab.attribution import ask_without as ask_without
     from llava_lab.attribution import attribute as attribute
     from llava_lab.attribution import compare as compare
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from llava_lab.attribution import sanity as sanity
     from llava_lab.errors import LabError as LabError
     from llava_lab.evaluation import leaderboard as leaderboard
+    from llava_lab.evaluation import shipped_leaderboard as shipped_leaderboard
     from llava_lab.geometry import PictureMap as PictureMap
     from llava_lab.models import Lab as Lab
     from llava_lab.models import load as load
@@ -45,6 +47,7 @@ _HOMES = {
     "Lab": "llava_lab.models",
     "attribute": "llava_lab.attribution",
     "METHODS": "llava_lab.attribution",
+    "ask_and_attribute": "llava_lab.attribution",
     "ask_without": "llava_lab.attribution",
     "image_share": "llava_lab.attribution",
     "head_maps": "llava_lab.attribution",
@@ -53,6 +56,7 @@ _HOMES = {
     "ground_truth": "llava_lab.attribution",
     "compare": "llava_lab.attribution",
     "leaderboard": "llava_lab.evaluation",
+    "shipped_leaderboard": "llava_lab.evaluation",
     "Run": "llava_lab.results",
     "Relevance": "llava_lab.results",
     "Target": "llava_lab.results",

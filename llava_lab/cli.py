@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from llava_lab import cli_commands as commands
-from llava_lab import cli_compare, cli_report
+from llava_lab import cli_compare, cli_report, cli_sanity
 from llava_lab.errors import LabError
 
 DEFAULT_MODEL = "tiny"
@@ -85,6 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("methods", commands.methods, "list the attribution methods, each with its one-sentence truth")
     _add_data_commands(add)
     cli_compare.add_options(add("compare", cli_compare.compare, cli_compare.ABOUT), _positive)
+    cli_sanity.add_options(add("sanity", cli_sanity.sanity, cli_sanity.ABOUT), _positive)
     cli_report.add_options(add("report", cli_report.report, cli_report.ABOUT))
     bench = add("bench", commands.bench, "measure speed and memory against a floor and a peer")
     bench.add_argument("name", help="which measurement, e.g. start")

@@ -65,6 +65,32 @@ print(_json.dumps({
     "depth": [_try(depth, check_depth) for depth in (_depth, _depth - 1, _depth + 1)],
 }))
 """,
+    "03_which_map_to_trust": TRY
+    + """
+def _area(steps, down, up):
+    gap = up - down
+    return float(((gap[1:] + gap[:-1]) / 2 * np.diff(steps)).sum())
+
+_under = {name: float(np.trapezoid(fall, taken)) for name, fall in falls.items()}
+print(_json.dumps({
+    "answer": run.answer,
+    "under": _under,
+    "under by lot": [float(np.trapezoid(fall, taken)) for fall in lots],
+    "beats random": bool(score.beats_random[0]),
+    "needed and marked": [int(needs.argmax()), int(marks.argmax()), car],
+    "sanity": {check.method: check.verdict for check in checks},
+    "after another question": {check.method: float(check.question_spearman.min()) for check in checks},
+    "greyed": list(result.greyed()),
+    "at odds": [len(missed), len(pretty), len(pairs), len(nobody)],
+    "least alike": float(pairs[0][0]) if pairs else 1.0,
+    "absent": [[said.answer, bool(np.isnan(found.faithfulness["edges"].gain[0]))] for said, found in nobody],
+    "panels": len(panels),
+    "board": [board.about["fingerprint"] == lab.fingerprint, sorted(board.methods)],
+    "gain": [_try(yours, check_gain) for yours in (
+        _area, lambda *given: -_area(*given), lambda steps, down, up: (up - down).mean(), lambda *given: 2.0)],
+    "sees": [_try(name, check_sees) for name in ("vision", "edges", "relevancy")],
+}))
+""",
 }
 
 
