@@ -65,6 +65,29 @@ print(_json.dumps({
     "depth": [_try(depth, check_depth) for depth in (_depth, _depth - 1, _depth + 1)],
 }))
 """,
+    "02_patch_influence": TRY
+    + """
+def _alone(top, start):
+    alone = grey[None, :, None, None].expand_as(pixels).clone()
+    block = np.s_[:, :, top * side : (top + 3) * side, start * side : (start + 3) * side]
+    alone[block] = pixels[block]
+    return log_probability(alone)
+
+print(_json.dumps({
+    "answer": run.answer,
+    "said": said,
+    "left": left,
+    "strongest": {name: [float(abs(rel.values[0]).max()), float(abs(rel.values[1]).max())] for name, rel in taken.items()},
+    "flow by row": everything["attention_flow"].values[0].mean(1).tolist(),
+    "looked": {text: float(share.mass["attention"]) for text, share in zip(spoken, shares, strict=True)},
+    "needed": {text: float(share.kl[0].sum()) for text, share in zip(spoken, shares, strict=True)},
+    "methods": sorted(everything),
+    "not only from the picture": [parts["image"], own],
+    "keep": [_try(_alone, check_keep), _try(lambda top, start: whole - by_hand.max(), check_keep),
+             _try(lambda top, start: by_hand.max(), check_keep)],
+    "deaf": [_try(names, check_deaf) for names in (("logit_lens_map", "vision", "edges"), ("edges",), ("attention",))],
+}))
+""",
     "03_which_map_to_trust": TRY
     + """
 def _area(steps, down, up):
