@@ -84,8 +84,8 @@ def leaderboard(
     """Score `methods` on `n` pictures. Ctrl-C gives the table of the pictures finished so far.
 
     `options` are per method and come before those of `ECONOMY`. Each picture has its own seed, so random maps
-    differ from one to the next. `workers` processes share the pictures; the scores are the same, on two cores two
-    take little more than half the time. Raises DataError (unknown data or split, a file of other settings),
+    differ from one to the next. `workers` processes share the pictures; the scores are the same.
+    Raises DataError (unknown data or split, a file of other settings),
     OptionError (unknown method or option).
     """
     if data != "picturebook":

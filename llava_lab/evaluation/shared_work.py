@@ -1,7 +1,7 @@
 """A function of a Lab over many numbered pieces of work, in this process or in several.
 
-Small models do not fill two cores: two processes with a thread each finish nearly twice as many pieces. Each
-process has the model of its own; results come back in any order, and an interrupt loses only pieces under way.
+A small model's passes are too short to share between threads, so the pieces are shared between processes. Each
+has a model of its own; results come back in any order, and an interrupt loses only pieces under way.
 """
 
 from __future__ import annotations
