@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llava_lab.attribution import METHODS as METHODS
+    from llava_lab.attribution import ask_and_attribute as ask_and_attribute
     from llava_lab.attribution import ask_without as ask_without
     from llava_lab.attribution import attribute as attribute
     from llava_lab.attribution import compare as compare
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from llava_lab.attribution import sanity as sanity
     from llava_lab.errors import LabError as LabError
     from llava_lab.evaluation import leaderboard as leaderboard
+    from llava_lab.evaluation import shipped_leaderboard as shipped_leaderboard
     from llava_lab.geometry import PictureMap as PictureMap
     from llava_lab.interventions import ablate_tokens as ablate_tokens
     from llava_lab.interventions import ablated as ablated
@@ -75,6 +77,7 @@ _HOMES = {
     "Lab": "llava_lab.models",
     "attribute": "llava_lab.attribution",
     "METHODS": "llava_lab.attribution",
+    "ask_and_attribute": "llava_lab.attribution",
     "ask_without": "llava_lab.attribution",
     "image_share": "llava_lab.attribution",
     "head_maps": "llava_lab.attribution",
@@ -83,6 +86,7 @@ _HOMES = {
     "ground_truth": "llava_lab.attribution",
     "compare": "llava_lab.attribution",
     "leaderboard": "llava_lab.evaluation",
+    "shipped_leaderboard": "llava_lab.evaluation",
     "logit_lens": "llava_lab.probes",
     "activation_map": "llava_lab.probes",
     "hallucination_check": "llava_lab.probes",

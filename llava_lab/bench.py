@@ -119,6 +119,9 @@ def _later(module: str) -> Callable[[str, int], dict[str, Any]]:
 BENCHES: Mapping[str, Bench] = MappingProxyType(
     {
         "start": Bench("seconds from a started kernel to the first answer, over the bare imports", measure_start),
+        "capture": Bench(
+            "a map for every token of an answer, beside plain answering and keeping everything", _later("bench_capture")
+        ),
         "relevancy": Bench(
             "gradient-weighted relevancy beside plain answering and lvlm-interpret's way", _later("bench_relevancy")
         ),

@@ -25,6 +25,16 @@ SHAPES: Mapping[str, Architecture] = MappingProxyType(
         "random-m": Architecture(
             **_GEOMETRY, vision_width=512, vision_layers=12, vision_mlp=2048, hidden=1024, layers=16, heads=16, mlp=2752
         ),
+        "random-s-2916": Architecture(  # about as many image tokens as LLaVA-NeXT's five tiles, 2,880
+            **{**_GEOMETRY, "image": 756},
+            vision_width=256,
+            vision_layers=6,
+            vision_mlp=1024,
+            hidden=512,
+            layers=8,
+            heads=8,
+            mlp=1376,
+        ),
     }
 )
 SAMPLES = 50  # scenes the random model's tokenizer is made from; it only has to spell the question

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from llava_lab import cli_commands as commands
-from llava_lab import cli_compare, cli_knockout, cli_lens, cli_report
+from llava_lab import cli_compare, cli_knockout, cli_lens, cli_report, cli_sanity
 from llava_lab.errors import LabError
 
 DEFAULT_MODEL = "tiny"
@@ -88,6 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     lens = add("lens", cli_lens.lens, cli_lens.ABOUT)
     _question(lens)
     cli_lens.add_options(lens, _positive)
+    cli_sanity.add_options(add("sanity", cli_sanity.sanity, cli_sanity.ABOUT), _positive)
     cli_report.add_options(add("report", cli_report.report, cli_report.ABOUT))
     cli_knockout.add_options(add("knockout", cli_knockout.knockout, cli_knockout.ABOUT), _positive)
     bench = add("bench", commands.bench, "measure speed and memory against a floor and a peer")

@@ -33,7 +33,9 @@ def add_options(parser: argparse.ArgumentParser, positive: Any) -> None:
     parser.add_argument("--out", metavar="FILE", help="with --data: one JSON line per finished picture; goes on where it ends")
     parser.add_argument("--steps", type=positive, help="steps of a deletion or insertion curve (default: 8, with --data 5)")
     parser.add_argument("--seeds", type=positive, help="random rankings per picture (default: 10, with --data 4)")
+    parser.add_argument("--workers", type=positive, default=1, help="processes that share the pictures of --data (default: 1)")
     parser.add_argument("--save", metavar="FILE", help="keep the result in one .npz file")
+    parser.add_argument("--save-run", metavar="FILE", help="keep the run as well, for `llava-lab report`; one picture")
     parser.add_argument("--figure", metavar="FILE", help="draw it (.png, .svg, .pdf)")
 
 
@@ -63,6 +65,8 @@ def _one(args: argparse.Namespace) -> Reply:
     target = read_targets([args.target]) if args.target else None
     result = ll.compare(lab, run, methods, target=target, **settings)
     _keep(args, result)
+    if args.save_run:
+        _write(run.save, args.save_run)
     rows = result.rows()
     agreement: dict[str, Any] = {
         "methods": list(result.methods),
@@ -82,6 +86,9 @@ def _many(args: argparse.Namespace) -> Reply:
     if args.target:
         raise OptionError("--target is for one picture; with --data the word that answers each question is explained")
     settings: dict[str, Any] = {"data": args.data, "split": args.split, "n": args.n, "seed": args.seed, **_given(args)}
+    settings["workers"] = args.workers
+    if args.save_run:
+        raise OptionError("--save-run is for one picture; with --data there is no one run to keep")
     methods, lab = _methods(args.methods), _load(args)
     board = ll.leaderboard(lab, methods=methods, out=args.out, **settings)
     _keep(args, board)

@@ -27,7 +27,7 @@ INSTALL = "`pip install 'llava-lab[lab]'` brings it, in a checkout `python3 run.
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What ``llava-lab report`` takes beside the common options."""
-    parser.add_argument("saved", metavar="RUN", help="a run kept by `llava-lab ask --save`")
+    parser.add_argument("saved", metavar="RUN", help="a run kept by `llava-lab ask --save` or `llava-lab compare --save-run`")
     parser.add_argument("--out", metavar="FILE", default="report.html", help="default: report.html")
     parser.add_argument("--maps", metavar="FILE", nargs="+", default=[], help="maps kept by `llava-lab explain --save`")
     parser.add_argument("--compare", metavar="FILE", help="a comparison kept by `llava-lab compare --save`")

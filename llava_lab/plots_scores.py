@@ -1,4 +1,4 @@
-"""Figures of scores: the leaderboard, how far methods agree, deletion and insertion beside random maps.
+"""Figures of scores: the leaderboard, how far methods agree, deletion and insertion beside random maps, sanity checks.
 
 Numbers come from `llava_lab.scores` and are never made here; no model, no torch. Every function takes ``ax=``;
 single panels return their Axes, panels side by side their Figure. Grey always means: not told apart from random
@@ -18,6 +18,8 @@ from llava_lab.scores import Comparison, Faithfulness, Leaderboard
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from llava_lab.scores_sanity import Sanity
 
 BLUE, GREY, BAND, RED = "#2b6cb0", "#a0a4aa", "#d5d8dc", "#b04a5a"
 KINDS = ("deletion", "insertion")
@@ -165,6 +167,63 @@ def curves(score: Faithfulness, *, target: int = 0, fill: str | None = None, ax:
     return _root(panels[0])
 
 
+def sanity(score: Sanity, *, target: int = 0, ax: Axes | None = None) -> Axes:
+    """How alike the map stays while the model is randomised from the top down, and (diamonds) after other questions.
+
+    The band is where unrelated maps lie. Red is a map that never left what it was.
+    """
+    if not 0 <= target < len(score.targets):
+        raise OptionError(f"targets run from 0 to {len(score.targets) - 1}, got {target}")
+    ax = ax if ax is not None else _new_axes((4.2, 3.2))
+    steps, asked = len(score.steps), len(score.questions)
+    at, others = np.arange(steps + 1), steps + 1.0 + np.arange(asked)
+    draws = (score.random_spearman[:, target], score.moved_spearman[:, target])
+    ax.axhspan(min(np.quantile(one, 0.05) for one in draws), score.limit[target], color=BAND, linewidth=0, label="unrelated maps")
+    ax.axhline(0, color="0.8", linewidth=0.8)
+    told = {name: RED if verdict == "unchanged" else BLUE for name, verdict in score.verdict.items()}
+    if steps:
+        ax.plot(at, [1, *score.spearman[:, target]], color=told["model"], marker="o", markersize=4, label="layers randomised")
+    if asked:
+        ax.axvline(steps + 0.5, color="0.85", linewidth=0.8)
+        ax.plot(others, score.question_spearman[:, target], "D", color=told["question"], markersize=5, label="another question")
+    names = ["as it is", *(f"+ {name}" for name in score.steps), *(f"question {number + 1}" for number in range(asked))]
+    ax.set_xticks([*at, *others], names, fontsize=7, rotation=60, ha="right", rotation_mode="anchor", **TEXT)
+    ax.set_ylim(min(-0.35, float(np.nanmin([*score.spearman.ravel(), *score.question_spearman.ravel(), 0])) - 0.1), 1.08)
+    ax.set_ylabel("rank correlation with the first map", fontsize=8)
+    ax.set_title(f"{score.method}\n{_verdicts(score)}", fontsize=9, **TEXT)
+    ax.tick_params(axis="y", labelsize=8)
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def sanities(scores: Sequence[Sanity], *, target: int = 0, ax: Any = None) -> Figure:
+    """Several methods' sanity checks side by side, the legend in the first."""
+    panels = _row_of(ax, len(scores), (3.1, 3.5), sharey=True)
+    for panel, score in zip(panels, scores, strict=True):
+        sanity(score, target=target, ax=panel)
+        panel.set_ylabel(panel.get_ylabel() if panel is panels[0] else "")
+    panels[0].legend(fontsize=7, framealpha=0.8, edgecolor="none")
+    return _root(panels[0])
+
+
+def sanity_maps(scores: Sequence[Sanity], *, target: int = 0, ax: Any = None) -> Figure:
+    """A row per method: its map, its maps when half of the layers and when all are random, and after another question."""
+    panels = _row_of(ax, 4 * len(scores), (1.7, 1.8), sharey=False, columns=4)
+    for number, score in enumerate(scores):
+        row, shown = panels[4 * number : 4 * number + 4], {score.method: score.original[target]}
+        if len(score.steps):
+            half = len(score.steps) // 2
+            shown |= {f"to {score.steps[half]}": score.maps[half, target], "all random": score.maps[-1, target]}
+        if len(score.questions):
+            shown["another question"] = score.question_maps[-1, target]
+        for panel, (title, values) in zip(row, shown.items(), strict=False):
+            panel.imshow(values, cmap="viridis")
+            panel.set_title(title, fontsize=9, **TEXT)
+        for panel in row:
+            panel.axis("off")
+    return _root(panels[0])
+
+
 def comparison(result: Comparison, *, target: int = 0, ax: Any = None) -> Figure:
     """One example: each method's gain with its interval against random, and how far the methods agree."""
     panels = _row_of(
@@ -184,6 +243,11 @@ def comparison(result: Comparison, *, target: int = 0, ax: Any = None) -> Figure
     left.spines[["top", "right"]].set_visible(False)
     agreement(result, ax=panels[1])
     return _root(left)
+
+
+def _verdicts(score: Sanity) -> str:
+    told = {name: verdict for name, verdict in score.verdict.items() if verdict != "not run"}
+    return ", ".join(f"{name}: {verdict}" for name, verdict in told.items())
 
 
 def _color(cell: dict[str, Any], measure: str) -> str:
@@ -221,8 +285,8 @@ def _matrix(
     ax.spines[:].set_visible(False)
 
 
-def _row_of(ax: Any, count: int, size: tuple[float, float], *, sharey: bool) -> list[Axes]:
-    """`count` Axes: the caller's, or new ones side by side, each of `size` inches."""
+def _row_of(ax: Any, count: int, size: tuple[float, float], *, sharey: bool, columns: int | None = None) -> list[Axes]:
+    """`count` Axes: the caller's, or new ones side by side (in rows of `columns`), each of `size` inches."""
     if ax is not None:
         given = list(np.ravel(np.asarray(ax, dtype=object)))
         if len(given) < count:
@@ -230,9 +294,10 @@ def _row_of(ax: Any, count: int, size: tuple[float, float], *, sharey: bool) -> 
         return given[:count]
     from matplotlib import pyplot
 
-    return list(
-        pyplot.subplots(1, count, figsize=(size[0] * count, size[1]), layout="constrained", sharey=sharey, squeeze=False)[1][0]
-    )
+    across = columns or count
+    figsize = (size[0] * across, size[1] * (count // across))
+    axes = pyplot.subplots(count // across, across, figsize=figsize, layout="constrained", sharey=sharey, squeeze=False)[1]
+    return list(axes.flat)
 
 
 def _new_axes(size: tuple[float, float]) -> Axes:

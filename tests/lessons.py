@@ -65,6 +65,55 @@ print(_json.dumps({
     "depth": [_try(depth, check_depth) for depth in (_depth, _depth - 1, _depth + 1)],
 }))
 """,
+    "02_patch_influence": TRY
+    + """
+def _alone(top, start):
+    alone = grey[None, :, None, None].expand_as(pixels).clone()
+    block = np.s_[:, :, top * side : (top + 3) * side, start * side : (start + 3) * side]
+    alone[block] = pixels[block]
+    return log_probability(alone)
+
+print(_json.dumps({
+    "answer": run.answer,
+    "said": said,
+    "left": left,
+    "strongest": {name: [float(abs(rel.values[0]).max()), float(abs(rel.values[1]).max())] for name, rel in taken.items()},
+    "flow by row": everything["attention_flow"].values[0].mean(1).tolist(),
+    "looked": {text: float(share.mass["attention"]) for text, share in zip(spoken, shares, strict=True)},
+    "needed": {text: float(share.kl[0].sum()) for text, share in zip(spoken, shares, strict=True)},
+    "methods": sorted(everything),
+    "not only from the picture": [parts["image"], own],
+    "keep": [_try(_alone, check_keep), _try(lambda top, start: whole - by_hand.max(), check_keep),
+             _try(lambda top, start: by_hand.max(), check_keep)],
+    "deaf": [_try(names, check_deaf) for names in (("logit_lens_map", "vision", "edges"), ("edges",), ("attention",))],
+}))
+""",
+    "03_which_map_to_trust": TRY
+    + """
+def _area(steps, down, up):
+    gap = up - down
+    return float(((gap[1:] + gap[:-1]) / 2 * np.diff(steps)).sum())
+
+_under = {name: float(np.trapezoid(fall, taken)) for name, fall in falls.items()}
+print(_json.dumps({
+    "answer": run.answer,
+    "under": _under,
+    "under by lot": [float(np.trapezoid(fall, taken)) for fall in lots],
+    "beats random": bool(score.beats_random[0]),
+    "needed and marked": [int(needs.argmax()), int(marks.argmax()), car],
+    "sanity": {check.method: check.verdict for check in checks},
+    "after another question": {check.method: float(check.question_spearman.min()) for check in checks},
+    "greyed": list(result.greyed()),
+    "at odds": [len(missed), len(pretty), len(pairs), len(nobody)],
+    "least alike": float(pairs[0][0]) if pairs else 1.0,
+    "absent": [[said.answer, bool(np.isnan(found.faithfulness["edges"].gain[0]))] for said, found in nobody],
+    "panels": len(panels),
+    "board": [board.about["fingerprint"] == lab.fingerprint, sorted(board.methods)],
+    "gain": [_try(yours, check_gain) for yours in (
+        _area, lambda *given: -_area(*given), lambda steps, down, up: (up - down).mean(), lambda *given: 2.0)],
+    "sees": [_try(name, check_sees) for name in ("vision", "edges", "relevancy")],
+}))
+""",
 }
 
 

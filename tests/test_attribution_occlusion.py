@@ -17,6 +17,7 @@ from llava_lab.errors import OptionError
 from llava_lab.models import Lab
 from llava_lab.results import Run
 from tests.planted import RED, red_picture, scripted_run
+from tests.rounding import in_dtype
 
 PATCH = 8
 
@@ -245,11 +246,7 @@ def test_bfloat16_agrees_with_float32(tiny_random: Lab, run: Run) -> None:
     with undisturbed(tiny_random.model):
         pixels, score = target_score(tiny_random, run, (run.target("blue"),))
         exact = score(pixels)
-        before = {name: value.clone() for name, value in tiny_random.model.state_dict().items()}
-        tiny_random.model.to(torch.bfloat16)
-        try:
+        with in_dtype(tiny_random.model, torch.bfloat16):
             rough = score(pixels.bfloat16())
-        finally:  # rounding does not come back by itself, and the model is shared
-            tiny_random.model.to(torch.float32).load_state_dict(before)
     assert rough.dtype == torch.float32
     torch.testing.assert_close(rough, exact, atol=0.3, rtol=0.05)  # random weights, 8 bits of mantissa through 7 layers

@@ -87,7 +87,7 @@ def test_each_measurement_is_a_process_of_its_own_and_ways_take_turns(
 
 
 def test_the_random_shapes_have_llava_s_token_geometry() -> None:
-    assert {shape.grid**2 for shape in SHAPES.values()} == {576}
+    assert {name: shape.grid**2 for name, shape in SHAPES.items()} == {"random-s": 576, "random-m": 576, "random-s-2916": 2916}
     lab = bench_lab("random-s")
     assert lab.grid == (24, 24)
     assert lab.model.config.text_config.hidden_size == 512

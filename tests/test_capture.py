@@ -15,6 +15,7 @@ from llava_lab.capture.watch import attention_rows
 from llava_lab.errors import LabError, OptionError
 from llava_lab.models.layout import language_layers, vision_layers
 from tests.checkpoints import build_llama_model, byte_tokenizer, llava_config
+from tests.rounding import in_dtype
 
 LENGTH = 150  # more than two chunks of query rows
 
@@ -184,12 +185,8 @@ def test_norms_are_those_of_the_branch_and_of_the_stream_it_joins(model: LlavaFo
 def test_bfloat16_is_captured_in_float32(model: LlavaForConditionalGeneration) -> None:
     inputs = _inputs(model)
     exact, _, _ = _capture(model, inputs)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    model.to(torch.bfloat16)
-    try:
+    with in_dtype(model, torch.bfloat16):
         text, _, _ = _capture(model, inputs | {"pixel_values": inputs["pixel_values"].bfloat16()})
-    finally:
-        model.to(torch.float32).load_state_dict(before)
     assert text.attention[0].dtype == torch.float32
     # 8 bits of mantissa in the scores, and sharp attention: rows agree to about a percent
     assert (text.attention[0] - exact.attention[0]).abs().mean() < 1e-3

@@ -33,18 +33,8 @@ ORDER = (
     {"attribution", "probes", "interventions", "evaluation"},
     {"training"},
     {
-        "bench",
-        "bench_models",
-        "bench_occlusion",
-        "bench_probes",
-        "bench_relevancy",
-        "cli",
-        "cli_commands",
-        "cli_compare",
-        "cli_knockout",
-        "cli_lens",
-        "cli_report",
-        "doctor",
+        *("bench", "bench_capture", "bench_models", "bench_occlusion", "bench_probes", "bench_relevancy", "doctor"),
+        *("cli", "cli_commands", "cli_compare", "cli_knockout", "cli_lens", "cli_report", "cli_sanity"),
     },
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

@@ -80,7 +80,8 @@ def heading(run: Run) -> Image.Image:
     pen, left = ImageDraw.Draw(strip), MARGIN + size[0] + 22
     room = WIDTH - MARGIN - left
     write(pen, (left, MARGIN), run.question, 18, SOFT, room)
-    size_of_type = 30 if pen.textlength(run.answer, font=font_of(30)) <= room else 20
+    answer = " ".join(run.answer.split())  # an answer may have several lines, which cannot be measured
+    size_of_type = 30 if pen.textlength(answer, font=font_of(30)) <= room else 20
     bottom = MARGIN + 28
     for line in _wrapped(pen, run.answer, size_of_type, room):
         write(pen, (left, bottom), line, size_of_type, INK, room)

@@ -13,6 +13,7 @@ from llava_lab.attribution.sanity import sanity, with_question
 from llava_lab.attribution.scoring import target_score
 from llava_lab.attribution.share import ImageShare, image_share
 from llava_lab.attribution.targets import resolve_targets
+from llava_lab.attribution.while_answering import ask_and_attribute
 
 __all__ = [
     "FILLS",
@@ -20,6 +21,7 @@ __all__ = [
     "ImageShare",
     "Maps",
     "Method",
+    "ask_and_attribute",
     "ask_without",
     "attribute",
     "compare",

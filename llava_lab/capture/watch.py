@@ -52,6 +52,10 @@ class Reducer:
     rows: tuple[int, ...] | None = None
     norms: bool = False
 
+    def take(self, layer: int, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, causal: bool) -> bool:
+        """What a layer is about to attend with. True: it was taken, and no rows are worked out for it here."""
+        return False
+
     def open(self, layer: int, keys: int) -> None:
         """A layer starts; its attention has `keys` columns."""
 
@@ -87,12 +91,13 @@ class _Session:
     ) -> None:
         layer = self.layers[module]
         with torch.no_grad():
-            self.reducer.open(layer, key.shape[2])
-            self.reducer.values(layer, value)
-            for rows, attention in attention_rows(
-                query, key, mask, scaling, causal=causal, rows=self.reducer.rows, chunk=self.chunk
-            ):
-                self.reducer.add(layer, rows, attention)
+            if not self.reducer.take(layer, query, key, mask, scaling, causal):
+                self.reducer.open(layer, key.shape[2])
+                self.reducer.values(layer, value)
+                for rows, attention in attention_rows(
+                    query, key, mask, scaling, causal=causal, rows=self.reducer.rows, chunk=self.chunk
+                ):
+                    self.reducer.add(layer, rows, attention)
         self.calls[layer] += 1
         if not self.reducer.norms:
             self.reducer.close(layer, None)
@@ -114,12 +119,13 @@ _ACTIVE: dict[nn.Module, _Session] = {}  # attention module -> who watches it; e
 
 @contextmanager
 def watch_attention(
-    layers: Sequence[nn.Module], reducer: AnyReducer, *, chunk: int = CHUNK, calls: int = 1
+    layers: Sequence[nn.Module], reducer: AnyReducer, *, chunk: int = CHUNK, calls: int | None = 1
 ) -> Iterator[AnyReducer]:
     """Give `reducer` the attention of `layers` (numbered in this order) for every forward inside the block.
 
     On leaving, also by an exception or Ctrl-C, the attention implementation is what it was and no hook
-    remains. Leaving normally checks that each layer reported `calls` times.
+    remains. Leaving normally checks that each layer reported `calls` times; None leaves that to the caller,
+    who may not know how many tokens an answer will have.
 
     Raises LabError when a layer has no attention to watch, is already watched, or did not report.
     """
@@ -150,7 +156,7 @@ def watch_attention(
             _ACTIVE.pop(module, None)
         for config, name in zip(configs, before, strict=True):
             config._attn_implementation_internal = name
-    if any(count != calls for count in session.calls):
+    if calls is not None and any(count != calls for count in session.calls):
         raise LabError(
             f"expected each of {len(layers)} layers to report its attention {calls} time(s), got {session.calls}; "
             "the model's attention does not go through transformers' attention interface, or no forward ran"

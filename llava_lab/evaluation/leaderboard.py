@@ -17,6 +17,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ from llava_lab.attribution.verdict import FEWEST_FILLS
 from llava_lab.errors import DataError
 from llava_lab.evaluation.leaderboard_table import control_values, method_values, tabulate
 from llava_lab.evaluation.metrics import exact_match
+from llava_lab.evaluation.shared_work import spread
 from llava_lab.results import Run, Target
 from llava_lab.scores import Leaderboard
 from llava_lab.worlds import picturebook
@@ -76,12 +78,14 @@ def leaderboard(
     scale: str = SCALES[0],
     batch: int = BATCH,
     out: str | os.PathLike | None = None,
+    workers: int = 1,
     progress: bool = True,
 ) -> Leaderboard:
     """Score `methods` on `n` pictures. Ctrl-C gives the table of the pictures finished so far.
 
     `options` are per method and come before those of `ECONOMY`. Each picture has its own seed, so random maps
-    differ from one to the next. Raises DataError (unknown data or split, a file of other settings),
+    differ from one to the next. `workers` processes share the pictures; the scores are the same.
+    Raises DataError (unknown data or split, a file of other settings),
     OptionError (unknown method or option).
     """
     if data != "picturebook":
@@ -96,11 +100,12 @@ def leaderboard(
     start, interrupted = time.perf_counter(), False
     with _Lines(out, settings) as lines, tqdm(total=n, desc="leaderboard", unit="picture", disable=not progress) as bar:
         bar.update(sum(index < n for index in lines.records))
+        missing = [index for index in range(n) if index not in lines.records]
+        piece = partial(_picture, split=split, seed=seed, chosen=chosen, measured=measured)
         try:
-            for index in range(n):
-                if index not in lines.records:
-                    lines.add(index, _picture(lab, split, seed, index, chosen, measured))
-                    bar.update()
+            for index, record in spread(lab, piece, missing, workers=workers):
+                lines.add(index, record)
+                bar.update()
         except KeyboardInterrupt:
             interrupted = True
     records = [lines.records[index] for index in sorted(lines.records) if index < n]
@@ -136,7 +141,7 @@ def answer_target(run: Run, short: str) -> Target:
 
 
 def _picture(
-    lab: Lab, split: str, seed: int, index: int, chosen: Mapping[str, dict[str, Any]], measured: Mapping[str, Any]
+    lab: Lab, index: int, *, split: str, seed: int, chosen: Mapping[str, dict[str, Any]], measured: Mapping[str, Any]
 ) -> dict[str, Any]:
     """One picture's record: every method on the first question it answers right."""
     scene = picturebook.scene(split, index, seed=seed)
