@@ -27,7 +27,7 @@ class Effect(Saved):
 
     KIND: ClassVar[str] = "effect"
 
-    kind: str  # the function that made it
+    name: str  # the function that made it
     what: str  # what was done, one sentence
     options: dict[str, Any]
     targets: tuple[Target, ...]
@@ -70,7 +70,7 @@ class Effect(Saved):
     def to_dict(self) -> dict[str, Any]:
         """Everything but the picture's map, ready for JSON."""
         names = (
-            "kind",
+            "name",
             "what",
             "options",
             "answer_before",

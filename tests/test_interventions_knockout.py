@@ -155,8 +155,12 @@ def test_the_control_is_as_many_random_patches_and_repeats_with_its_seed(tiny_ra
     assert one.control_name == "2 random patches"
     assert 0 <= one.percentile[0] <= 100
     segment = knockout(tiny_random, run, source="image", target="image", draws=3, answer=False)
-    assert segment.control.shape == (0, 1)
-    assert np.isnan(segment.percentile[0])
+    assert segment.control_name == "16 other positions at random"
+    assert segment.control.shape == (3, 1)
+    every = knockout(tiny_random, run, source="all", target="image", draws=3, answer=False)
+    assert every.control_name.startswith("none: there are not ")
+    assert every.control.shape == (0, 1)
+    assert np.isnan(every.percentile[0])
 
 
 def test_an_effect_comes_back_from_its_file(tiny_random: Lab, run: Run, tmp_path: Path) -> None:

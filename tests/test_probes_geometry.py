@@ -14,14 +14,14 @@ from llava_lab.errors import OptionError
 from llava_lab.models import Lab
 from llava_lab.probes import cloud, geometry, token_geometry
 from llava_lab.results_probes import TokenGeometry
-from tests.test_probes_linear import squares
+from tests.test_probes_linear import placed, squares
 
 AT = ("before", "after", 3)
 
 
 @pytest.fixture(scope="module")
-def found(tiny_random: Lab) -> TokenGeometry:
-    return token_geometry(tiny_random, squares(6)[0], at=AT, per_picture=16, neighbours=4, progress=False)
+def found(tiny_folder: Path) -> TokenGeometry:
+    return token_geometry(placed(tiny_folder), squares(6)[0], at=AT, per_picture=16, neighbours=4, progress=False)
 
 
 def test_effective_rank_counts_equal_directions() -> None:

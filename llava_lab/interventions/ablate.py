@@ -109,7 +109,7 @@ def ablate_tokens(
 
     where = "the projector's output" if layer == 0 else f"the stream after {layer} layers"
     plan = Plan(
-        kind="ablate_tokens",
+        name="ablate_tokens",
         what=f"{place.name} at {where}: {fill}.",
         options={"fill": fill, "at": at, "patches": count, "positions": list(place.positions)},
         start=min([place.positions[0], *(one[0] for one in drawn)]),
@@ -224,6 +224,6 @@ def _layer(lab: Lab, at: Any) -> int:
     count = len(language_layers(lab.model))
     if at == "projector":
         return 0
-    if isinstance(at, bool) or not isinstance(at, Integral) or not 0 <= at < count:
+    if isinstance(at, bool) or not isinstance(at, Integral) or not 0 <= int(at) < count:
         raise OptionError(f"at must be 'projector' or a layer from 0 to {count - 1}, got {at!r}")
     return int(at)

@@ -37,7 +37,7 @@ DRAWS = 20
 class Plan:
     """One intervention, ready to be carried out."""
 
-    kind: str
+    name: str
     what: str
     options: dict[str, Any]
     start: int  # the first position it changes
@@ -62,7 +62,7 @@ def carry_out(lab: Lab, run: Run, targets: Targets, plan: Plan, *, seed: int, an
         with plan.prove(proof):
             after = tail.score().cpu().numpy()
         try:
-            for control in tqdm(plan.controls, desc=f"{plan.kind} at random", unit="draw", delay=PATIENCE, leave=False):
+            for control in tqdm(plan.controls, desc=f"{plan.name} at random", unit="draw", delay=PATIENCE, leave=False):
                 with control():
                     drawn.append(tail.score().cpu().numpy() - before)
             if answer:
@@ -75,7 +75,7 @@ def carry_out(lab: Lab, run: Run, targets: Targets, plan: Plan, *, seed: int, an
     if stopped:
         notes = (*notes, f"Interrupted after {len(drawn)} of {len(plan.controls)} random controls.")
     return Effect(
-        kind=plan.kind,
+        name=plan.name,
         what=plan.what,
         options=plan.options,
         targets=targets,

@@ -80,7 +80,7 @@ def knockout(
             yield
 
     plan = Plan(
-        kind="knockout",
+        name="knockout",
         what=f"{cut.target.name} may not attend to {cut.source.name} in {where} ({edges} edges a layer).",
         options={"source": cut.source.name, "target": cut.target.name, "layers": list(window), "keep_self": keep_self},
         start=min(cut.target.positions),

@@ -136,7 +136,7 @@ def keeping(lab: Lab, components: Sequence[str]) -> Iterator[dict[str, list[Tens
 
 def _notes(two: _Two, scores: np.ndarray, stopped: bool) -> tuple[str, ...]:
     done = int((~np.isnan(scores[..., 0])).sum())
-    notes = ("An answer is the likeliest token where the first target is predicted, all tokens before it given.",)
+    notes: tuple[str, ...] = ("An answer is the likeliest token where the first target is predicted, given all tokens before.",)
     notes += (f"Interrupted after {done} of {scores[..., 0].size} cells; the rest is NaN.",) if stopped else ()
     if np.any(np.abs(two.clean - two.corrupt) <= 1e-6):
         notes += ("The corruption changes nothing for some target, so there is nothing to bring back: its values are NaN.",)

@@ -188,7 +188,7 @@ def _touch(
             raise LabError(f"expected states at {place.name} to change, got none; run one whole forward")
 
     plan = Plan(
-        kind=kind,
+        name=kind,
         what=f"{'added' if kind == 'steer' else 'erased'}: {name}, at {place.name}, layers {window[0]} to {window[1] - 1}.",
         options={**options, "where": place.name, "layers": list(window), "direction": name},
         start=place.positions[0],

@@ -62,7 +62,7 @@ def knockout_sweep(
     centres = list(range(0, count, step))
     windows = windows_around(count, width, centres)
     before, after, proof, passes, stopped = _measure(lab, run, targets, cuts, windows)
-    notes = (f"A cell cuts {width} layers around its centre; change is after minus before, of the log-probability.",)
+    notes: tuple[str, ...] = (f"A cell cuts {width} layers around its centre; change: the log-probability, after less before.",)
     if stopped:
         notes += (f"Interrupted after {int((~np.isnan(after[..., 0])).sum())} of {after[..., 0].size} cells; the rest is NaN.",)
     return FlowSweep(

@@ -37,7 +37,7 @@ def stages(lab: Lab, at: Any) -> tuple[Stage, ...]:
         return BEFORE, AFTER, *range(1, count + 1)
     wanted = (at,) if isinstance(at, (str, Integral)) else tuple(at)
     for stage in wanted:
-        layer = isinstance(stage, Integral) and not isinstance(stage, bool) and 0 <= stage <= count
+        layer = isinstance(stage, Integral) and not isinstance(stage, bool) and 0 <= int(stage) <= count
         if not layer and stage not in (BEFORE, AFTER):
             raise OptionError(f"a stage is 'before', 'after' or a layer from 0 to {count}, got {stage!r}")
     if not wanted or len(set(wanted)) != len(wanted):

@@ -159,7 +159,7 @@ def _measured(
     ]
     cka = [cloud.linear_cka(tokens[a], tokens[b]) for a, b in product(wanted, wanted)]
     tables = {"table": np.array(table, np.float32), "cka": np.array(cka, np.float32).reshape(len(wanted), -1)}
-    return {**tables, "overlap": np.mean(shared[:done], 0, dtype=np.float32), "norms": size}, done, interrupted
+    return {**tables, "overlap": np.stack(shared[:done]).mean(0).astype(np.float32), "norms": size}, done, interrupted
 
 
 def _position(rows: np.ndarray, chosen: list[np.ndarray], grid: tuple[int, int], seed: int) -> float:

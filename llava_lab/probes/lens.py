@@ -142,8 +142,8 @@ def hallucination_check(
         interrupted = True
         if len({row[2] for row in rows}) < 2:
             raise
-    words, picture, there, confidence = zip(*rows, strict=True)
-    where, is_there, sure = np.array(picture, np.int32), np.array(there), np.array(confidence, np.float32)
+    words, *columns = zip(*rows, strict=True)
+    where, is_there, sure = (np.array(one, kind) for one, kind in zip(columns, (np.int32, bool, np.float32), strict=True))
     auc, low, high = _separation(where, is_there, sure, seed)
     about = (tuple(words), where, is_there, sure, auc, low, high)
     return HallucinationCheck(*about, lab.name, lab.fingerprint, interrupted, tuple(notes))

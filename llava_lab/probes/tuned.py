@@ -85,8 +85,8 @@ def train_lens(
     bar = tqdm(range(count), desc="lens", unit="state", disable=not progress)
     trained = [_train_one(lab, tokens[state], tokens[-1], steps, rate, generator) for state in bar]
     weights, biases, before, after = zip(*trained, strict=True)
-    scores = (np.array(part, np.float32) for part in (before, after))
-    return TunedLens(np.stack(weights), np.stack(biases), *scores, lab.name, lab.fingerprint)
+    gaps = (np.array(before, np.float32), np.array(after, np.float32))
+    return TunedLens(np.stack(weights), np.stack(biases), gaps[0], gaps[1], lab.name, lab.fingerprint)
 
 
 def _train_one(
