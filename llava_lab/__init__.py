@@ -24,8 +24,19 @@ if TYPE_CHECKING:
     from llava_lab.attribution import head_maps as head_maps
     from llava_lab.attribution import image_share as image_share
     from llava_lab.attribution import sanity as sanity
+    from llava_lab.connectors import CONNECTORS as CONNECTORS
+    from llava_lab.connectors import ForeignConnector as ForeignConnector
+    from llava_lab.connectors import connector as connector
+    from llava_lab.connectors import export as export
+    from llava_lab.connectors import linearize as linearize
+    from llava_lab.connectors import local_linearity as local_linearity
+    from llava_lab.connectors import new_connector as new_connector
+    from llava_lab.connectors import read_projector as read_projector
+    from llava_lab.connectors import save as save
+    from llava_lab.connectors import write_projector as write_projector
     from llava_lab.errors import LabError as LabError
     from llava_lab.evaluation import leaderboard as leaderboard
+    from llava_lab.evaluation import linear_effect as linear_effect
     from llava_lab.evaluation import shipped_leaderboard as shipped_leaderboard
     from llava_lab.geometry import PictureMap as PictureMap
     from llava_lab.interventions import ablate_tokens as ablate_tokens
@@ -54,6 +65,9 @@ if TYPE_CHECKING:
     from llava_lab.results import Relevance as Relevance
     from llava_lab.results import Run as Run
     from llava_lab.results import Target as Target
+    from llava_lab.results_connectors import LinearEffect as LinearEffect
+    from llava_lab.results_connectors import Linearized as Linearized
+    from llava_lab.results_connectors import LocalLinearity as LocalLinearity
     from llava_lab.results_interventions import ControlRates as ControlRates
     from llava_lab.results_interventions import Effect as Effect
     from llava_lab.results_interventions import FlowSweep as FlowSweep
@@ -126,6 +140,20 @@ _HOMES = {
     "NearestWords": "llava_lab.results_probes",
     "ProbeScores": "llava_lab.results_probes",
     "TokenGeometry": "llava_lab.results_probes",
+    "connector": "llava_lab.connectors",
+    "new_connector": "llava_lab.connectors",
+    "CONNECTORS": "llava_lab.connectors",
+    "linearize": "llava_lab.connectors",
+    "local_linearity": "llava_lab.connectors",
+    "read_projector": "llava_lab.connectors",
+    "write_projector": "llava_lab.connectors",
+    "save": "llava_lab.connectors",
+    "export": "llava_lab.connectors",
+    "ForeignConnector": "llava_lab.connectors",
+    "linear_effect": "llava_lab.evaluation",
+    "Linearized": "llava_lab.results_connectors",
+    "LocalLinearity": "llava_lab.results_connectors",
+    "LinearEffect": "llava_lab.results_connectors",
     "PictureMap": "llava_lab.geometry",
     "LabError": "llava_lab.errors",
 }

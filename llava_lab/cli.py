@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from llava_lab import cli_commands as commands
-from llava_lab import cli_compare, cli_knockout, cli_lens, cli_report, cli_sanity
+from llava_lab import cli_compare, cli_knockout, cli_lens, cli_report, cli_sanity, cli_train
 from llava_lab.errors import LabError
 
 DEFAULT_MODEL = "tiny"
@@ -115,13 +115,7 @@ def _add_data_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     data.add_argument("--split", default="train", help="default: train")
     data.add_argument("--out", required=True, metavar="DIR", help="folder to write to")
 
-    train = add("train", commands.train, "train the shipped model from nothing")
-    train.add_argument("name", choices=("tiny",), help="which recipe")
-    train.add_argument("--out", required=True, metavar="DIR", help="folder for checkpoints, logs and the finished model")
-    train.add_argument("--stage", action="append", metavar="NAME", help="only this stage; repeatable (default: all, in order)")
-    train.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
-    train.add_argument("--compile", action="store_true", help="fuse small operations: faster, wants a C++ compiler")
-    train.add_argument("--steps-scale", type=float, default=1.0, metavar="X", help="times the recipe's steps (default: 1)")
+    cli_train.add_options(add("train", cli_train.train, cli_train.ABOUT), _positive)
 
 
 def _common() -> _Parser:

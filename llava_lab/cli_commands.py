@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import logging
 import math
 import subprocess
 import sys
@@ -98,15 +97,6 @@ def data(args: argparse.Namespace) -> Reply:
 
     file = _write(lambda out: write_dataset(out, n=args.n, seed=args.seed, split=args.split), args.out)
     return Reply({"data": args.world, "file": str(file), "n": args.n, "split": args.split, "seed": args.seed}, f"wrote {file}")
-
-
-def train(args: argparse.Namespace) -> Reply:
-    from llava_lab.training import train as run_recipe
-
-    logging.getLogger("llava_lab").setLevel(logging.INFO)  # hours of silence would look like a hang
-    options = {"stages": args.stage, "resume": args.resume, "steps_scale": args.steps_scale, "seed": args.seed}
-    folder = run_recipe(args.name, args.out, fused=args.compile, **options)
-    return Reply({"model": args.name, "out": str(folder), "seed": args.seed}, f"the model is in {folder}")
 
 
 def bench(args: argparse.Namespace) -> Reply:

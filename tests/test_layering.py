@@ -26,7 +26,17 @@ LONGEST_CELL = 20
 
 # Each row may import itself and the rows above it.
 ORDER = (
-    {"errors", "results", "geometry", "packing", "results_probes", "scores", "scores_sanity", "results_interventions"},
+    {
+        "errors",
+        "results",
+        "geometry",
+        "packing",
+        "results_probes",
+        "scores",
+        "scores_sanity",
+        "results_interventions",
+        "results_connectors",
+    },
     {"capture"},
     {"models"},
     {"connectors", "worlds"},
@@ -34,7 +44,7 @@ ORDER = (
     {"training"},
     {
         *("bench", "bench_capture", "bench_models", "bench_occlusion", "bench_probes", "bench_relevancy", "doctor"),
-        *("cli", "cli_commands", "cli_compare", "cli_knockout", "cli_lens", "cli_report", "cli_sanity"),
+        *("cli", "cli_commands", "cli_compare", "cli_knockout", "cli_lens", "cli_report", "cli_sanity", "cli_train"),
     },
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
@@ -190,6 +200,7 @@ def test_import_table_allows(room: str, source: str) -> None:
         ("llava_lab.results_probes", ["torch", "transformers", "matplotlib"]),
         ("llava_lab.scores_sanity", ["torch", "transformers", "matplotlib"]),
         ("llava_lab.results_interventions", ["torch", "transformers", "matplotlib"]),
+        ("llava_lab.results_connectors", ["torch", "transformers", "matplotlib"]),
         ("llava_lab.plots_scores", ["torch", "transformers", "matplotlib"]),
         ("llava_lab.cli", ["torch", "transformers", "matplotlib", "numpy"]),
         ("widgets", ["torch", "transformers", "llava_lab"]),

@@ -36,6 +36,7 @@ from llava_lab.attribution.targets import Wanted, resolve_targets
 from llava_lab.attribution.value_attention import VALUE_ATTENTION
 from llava_lab.attribution.vision import VISION
 from llava_lab.errors import CheckpointError, OptionError
+from llava_lab.models import projectors
 from llava_lab.results import Relevance, Run
 
 if TYPE_CHECKING:
@@ -68,6 +69,10 @@ _ALL = (
     SMOOTHGRAD,
     GRADCAM,
     VISION,
+)
+UNPLACED = (
+    "The connector's tokens have no place in the picture: where something was hidden in the pixels the map is a place, "
+    "otherwise its cells are numbers of tokens."
 )
 METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _ALL})
 
@@ -102,7 +107,7 @@ def attribute(lab: Lab, run: Run, *, method: str = "rollout", target: Wanted = N
         fingerprint=weights,
         seconds=time.perf_counter() - start,
         passes={"forward": 0, "backward": 0, **maps.passes},
-        notes=maps.notes,
+        notes=maps.notes if projectors.placed(lab.model.config) else (*maps.notes, UNPLACED),
         extras=maps.extras,
     )
 

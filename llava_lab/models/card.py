@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from llava_lab.models import layout
+from llava_lab.models.projector_parts import Connector
 
 NOT_STATED = "not stated"
 
@@ -85,6 +86,9 @@ def make_card(
 def connector_name(model: nn.Module) -> str:
     """LLaVA's name of the connector in place, read from its modules: ``linear``, ``mlp2x_gelu``, ..."""
     part = layout.projector(model)
+    if isinstance(part, Connector):
+        options = ", ".join(f"{name}={value}" for name, value in part.options.items() if value is not None)
+        return f"{part.kind}({options})" if options else part.kind
     linears = sum(isinstance(module, nn.Linear) for module in part.modules())
     if type(part).__name__ != "LlavaMultiModalProjector":
         return "linear" if isinstance(part, nn.Linear) else type(part).__name__

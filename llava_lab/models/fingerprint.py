@@ -12,6 +12,8 @@ import hashlib
 import torch
 from torch import nn
 
+from llava_lab.models.projectors import spec
+
 SAMPLES = 32  # values per parameter; the first and the last are always among them
 
 
@@ -19,6 +21,8 @@ def fingerprint(model: nn.Module) -> str:
     """16 hexadecimal digits over the parameters' names, shapes and sampled values."""
     digest = hashlib.sha256()
     samples = []
+    if (named := spec(getattr(model, "config", None))) and named != ("mlp2x_gelu", {}):
+        digest.update(repr((named[0], sorted(named[1].items()))).encode())  # equal weights may be joined differently
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             digest.update(f"{name}{tuple(parameter.shape)}".encode())

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from llava_lab.errors import CheckpointError, OptionError, PictureError
@@ -23,6 +23,7 @@ from llava_lab.models.generation import Generated, generate
 from llava_lab.models.pictures import PictureLike, read_picture
 from llava_lab.models.preprocess import Preprocessing
 from llava_lab.models.sequence import Sequence, encode, pieces, refuse_special_text
+from llava_lab.models.swapping import Plug, trained_beside
 from llava_lab.models.words import decode, finished, group_words
 from llava_lab.results import Run
 
@@ -37,11 +38,7 @@ class Lab:
         self.name = name
         self.model = model
         self.processor = processor
-        self.grid = layout.patch_grid(model)
-        vision: Any = model.config.vision_config
-        self.preprocessing = Preprocessing.of(
-            processor.image_processor, image_size=vision.image_size, patch=vision.patch_size, grid=self.grid
-        )
+        self.measure()
         self.image_id = _image_id(model, processor)
         self.eos_ids = _eos_ids(model, processor)
         self.card = card or make_card(
@@ -52,6 +49,34 @@ class Lab:
             why="as the model was given",
             attention=str(model.config._attn_implementation),
         )
+
+    def measure(self) -> None:
+        """Read grid and picture transform from the model as it is now; a swapped connector may have changed them."""
+        self.grid = layout.patch_grid(self.model)
+        vision: Any = self.model.config.vision_config
+        self.preprocessing = Preprocessing.of(
+            self.processor.image_processor, image_size=vision.image_size, patch=layout.cell_pixels(self.model), grid=self.grid
+        )
+        self.processor.patch_size = layout.processor_patch(self.model)
+
+    @property
+    def connector(self) -> nn.Module:
+        """The connector in place; it now carries a record of the models it works between (see `swap`)."""
+        found: Any = layout.projector(self.model)
+        if getattr(found, "trained_with", None) is None:
+            found.trained_with = trained_beside(self.model)
+        return found
+
+    def swap(self, connector: nn.Module) -> nn.Module:
+        """Put another connector in and return the one that was there; config, grid, prompts and card follow.
+
+        Swapping a connector for itself changes nothing. A run answered before is refused afterwards, because the
+        fingerprint is another. `llava_lab.connector` does the same for the length of a ``with`` block.
+        Raises OptionError where the widths differ; warns `ForeignConnector` where it learnt beside other weights.
+        """
+        before = self.connector
+        Plug(self, connector).apply()
+        return before
 
     @property
     def tokenizer(self) -> Any:

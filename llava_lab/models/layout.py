@@ -14,6 +14,7 @@ from torch import nn
 from transformers import LlavaConfig
 
 from llava_lab.errors import CheckpointError
+from llava_lab.models import projectors
 
 VISION_PATHS = ("model.vision_tower", "vision_tower")
 PROJECTOR_PATHS = ("model.multi_modal_projector", "multi_modal_projector")
@@ -30,6 +31,17 @@ def vision_tower(model: nn.Module) -> nn.Module:
 def projector(model: nn.Module) -> nn.Module:
     """The connector from the vision width to the language width."""
     return _find(model, PROJECTOR_PATHS, "projector")
+
+
+def replace_projector(model: nn.Module, new: nn.Module) -> None:
+    """Set another module in the connector's place; config and grid are `llava_lab.models.swapping`'s business."""
+    for path in PROJECTOR_PATHS:
+        home, _, name = path.rpartition(".")
+        parent = _get(model, home)
+        if parent is not None and isinstance(getattr(parent, name, None), nn.Module):
+            setattr(parent, name, new)
+            return
+    raise CheckpointError(f"{type(model).__name__} has no projector at {' or '.join(PROJECTOR_PATHS)}; expected a LLaVA model")
 
 
 def language_model(model: nn.Module) -> nn.Module:
@@ -81,23 +93,49 @@ def has_class_token(model: nn.Module) -> bool:
 def image_token_count(model: nn.Module) -> int:
     """How many tokens the model makes of one picture, from its configuration."""
     config: LlavaConfig = model.config
+    if grid := projectors.token_grid(config):
+        return grid[0] * grid[1]
     side = config.vision_config.image_size // config.vision_config.patch_size
     dropped = config.vision_feature_select_strategy == "default"
     return side * side + int(has_class_token(model)) - int(dropped)
 
 
 def patch_grid(model: nn.Module) -> tuple[int, int]:
-    """(rows, cols) of the patches behind the image tokens. Raises CheckpointError when tokens are not patches."""
+    """(rows, cols) of the image tokens: the vision patches, or fewer where the connector puts several into one.
+
+    Raises CheckpointError when tokens are not patches.
+    """
     config: LlavaConfig = model.config
     side = config.vision_config.image_size // config.vision_config.patch_size
-    count = image_token_count(model)
+    grid = projectors.token_grid(config)
+    count = side * side + int(has_class_token(model)) - int(config.vision_feature_select_strategy == "default")
     if count != side * side:
         strategy = config.vision_feature_select_strategy
         raise CheckpointError(
             f"the model makes {count} image tokens of {side}x{side} patches (vision_feature_select_strategy={strategy!r}); "
             "a map needs one token per patch, so the class token must be dropped: use a checkpoint that does"
         )
-    return side, side
+    return grid or (side, side)
+
+
+def cell_pixels(model: nn.Module) -> int:
+    """Side of one grid cell in the model's square, pixels: a vision patch, or what a connector makes one token of."""
+    config: LlavaConfig = model.config
+    patch = config.vision_config.patch_size
+    seen = config.vision_config.image_size // patch * patch
+    rows = patch_grid(model)[0]
+    if seen % rows:
+        raise CheckpointError(f"the connector's {rows}x{rows} tokens do not divide the {seen} pixels the model sees")
+    return seen // rows
+
+
+def processor_patch(model: nn.Module) -> int:
+    """The patch size from which a stock LlavaProcessor counts as many image tokens as the model makes.
+
+    The vision tower's where the connector keeps its tokens; else the side that gives the connector's grid.
+    """
+    config: LlavaConfig = model.config
+    return config.vision_config.patch_size if projectors.token_grid(config) is None else cell_pixels(model)
 
 
 def image_span(token_ids: np.ndarray, image_id: int, count: int) -> tuple[int, int]:

@@ -12,7 +12,7 @@ import logging
 import os
 import pickle
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProces
 from transformers.utils import logging as transformers_logging
 
 from llava_lab.errors import CheckpointError, OptionError
-from llava_lab.models import folders, layout
+from llava_lab.models import folders, layout, projectors
 from llava_lab.models.card import make_card
 from llava_lab.models.lab import Lab
 from llava_lab.models.placement import Placement, choose_device
@@ -77,7 +77,7 @@ def build_processor(folder: Path, model: LlavaForConditionalGeneration) -> Llava
     return LlavaProcessor(
         _image_processor(folder),
         _tokenizer(folder),
-        patch_size=config.vision_config.patch_size,
+        patch_size=layout.processor_patch(model),
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         num_additional_image_tokens=int(layout.has_class_token(model)),
         chat_template=_chat_template(folder),
@@ -98,9 +98,16 @@ def _check_family(folder: Path) -> None:
 
 def _config(folder: Path) -> LlavaConfig:
     try:
-        return LlavaConfig.from_pretrained(folder, local_files_only=True)
+        config = LlavaConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise CheckpointError(f"{folder / 'config.json'} does not describe a LLaVA ({_one_line(error)})") from None
+    try:
+        if named := projectors.spec(config):
+            with torch.device("meta"):
+                projectors.build(named[0], projectors.sizes_of(config), named[1])
+    except OptionError as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
+    return config
 
 
 def _model(
@@ -108,18 +115,19 @@ def _model(
 ) -> LlavaForConditionalGeneration:
     implementation = _known_attention(attention)
     try:
-        model, info = LlavaForConditionalGeneration.from_pretrained(
-            folder,
-            config=config,
-            dtype=placement.dtype,
-            attn_implementation=implementation,
-            use_safetensors=safetensors,
-            weights_only=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # so that they are reported by name, below
-            output_loading_info=True,
-        )
+        with projectors.patched() if projectors.spec(config) else nullcontext():
+            model, info = LlavaForConditionalGeneration.from_pretrained(
+                folder,
+                config=config,
+                dtype=placement.dtype,
+                attn_implementation=implementation,
+                use_safetensors=safetensors,
+                weights_only=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # so that they are reported by name, below
+                output_loading_info=True,
+            )
     except (SafetensorError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"the weights in {folder} are damaged or hold more than weights ({_one_line(error)})") from None
     except ImportError as error:

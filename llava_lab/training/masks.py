@@ -33,18 +33,19 @@ class Encoded:
 
 
 def render(
-    turns: list[tuple[str, str]], *, system: bool, picture: str = "<image>", apart: bool = False
+    turns: list[tuple[str, str]], *, system: bool, picture: str | None = "<image>", apart: bool = False
 ) -> tuple[str, list[tuple[int, int]], list[int]]:
     """Prompt text, the character span of each answer with its end mark, and where each turn starts.
 
-    LLaVA-1.5's ``vicuna_v1`` form, or transformers' without the system sentence. With `apart`
+    LLaVA-1.5's ``vicuna_v1`` form, or transformers' without the system sentence. `picture` None is a
+    conversation about no picture. With `apart`
     the turns are separate first questions that share the picture: none says ``USER:`` again.
     """
     text = f"{SYSTEM} " if system else ""
     spans, starts = [], []
     for i, (asked, answered) in enumerate(turns):
         if i == 0:
-            text += f"USER: {picture}\n"
+            text += "USER: " if picture is None else f"USER: {picture}\n"
         starts.append(len(text))
         if i > 0 and not apart:
             text += "USER: "
@@ -59,7 +60,7 @@ def encode(
     turns: list[tuple[str, str]],
     *,
     system: bool,
-    picture: str = "<image>",
+    picture: str | None = "<image>",
     apart: bool = False,
 ) -> Encoded:
     """Tokens and labels of one conversation; the loss falls on answers and their end marks only.

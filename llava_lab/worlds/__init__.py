@@ -1,6 +1,7 @@
-"""Worlds: pictures we draw ourselves, with exact ground truth."""
+"""Worlds: pictures we draw ourselves, with exact ground truth, and adapters to small public data sets."""
 
+from llava_lab.worlds import easy_vqa as easy_vqa
 from llava_lab.worlds import picturebook as picturebook
 from llava_lab.worlds import redcell as redcell
 
-__all__ = ["picturebook", "redcell"]
+__all__ = ["easy_vqa", "picturebook", "redcell"]

@@ -1,0 +1,169 @@
+"""LLaVA's own projector files: ``mm_projector.bin`` of stage 1 and ``non_lora_trainables.bin`` of a LoRA run.
+
+Both are a ``torch.save`` of a dict whose keys hold ``mm_projector.`` behind any prefix, and after it torch's own names:
+``weight`` and ``bias`` for linear, ``0.weight``, ``2.weight``, ... for an MLP in a Sequential. The format has no room for
+what the projector was trained with, so that lies beside it in a small JSON file, which LLaVA does not read.
+
+Source: haotian-liu/LLaVA @ c121f04 ``llava/model/llava_arch.py`` (get_w), ``train/train.py``, ``model/builder.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from llava_lab.errors import CheckpointError, OptionError
+from llava_lab.models import projectors
+from llava_lab.models.projector_parts import Connector
+from llava_lab.models.swapping import trained_beside
+
+if TYPE_CHECKING:
+    from llava_lab.models import Lab
+
+MARK = "mm_projector."
+PLAIN_PREFIX, LORA_PREFIX = "model.", "base_model.model.model."
+LORA_FILE = "non_lora_trainables.bin"
+
+_IN_LIST = re.compile(r"(\d+)\.(weight|bias)")
+_IN_LAYER = re.compile(r"linear_(\d+)\.(weight|bias)")
+
+
+def write_projector(lab: Lab, path: str | os.PathLike) -> Path:
+    """Write `lab`'s connector as LLaVA does; a path named ``non_lora_trainables.bin`` gets the LoRA run's key prefix.
+
+    ``linear`` and ``mlp{N}x_gelu`` are written in names that LLaVA reads; the others, which LLaVA does not have, keep our
+    own. A ``.json`` of the same name records the connector's type and the models it stands between. Returns the path.
+    """
+    path = Path(path)
+    kind, options = projectors.spec(lab.model.config) or (_stock_kind(lab), {})
+    prefix = (LORA_PREFIX if path.name == LORA_FILE else PLAIN_PREFIX) + MARK
+    module = lab.connector
+    tensors = {prefix + _original(name, kind): value.detach().cpu().clone() for name, value in module.state_dict().items()}
+    record = {"mm_projector_type": kind, "mm_projector_options": options, "trained_with": trained_beside(lab.model)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    try:
+        torch.save(tensors, temporary)
+        os.replace(temporary, path)
+        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, path.with_suffix(".json"))
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def read_projector(lab: Lab, path: str | os.PathLike, *, kind: str | None = None, **options: Any) -> Connector:
+    """The connector in a projector file, for `lab`'s widths; the lab is left as it is.
+
+    `kind` None is read from the record beside the file, or told from its keys (linear and MLPs). Keys may carry any
+    prefix before ``mm_projector.``; other tensors in the file are left alone. Raises CheckpointError (one line) where
+    the file is none, holds no projector, or one of other widths than the model has.
+    """
+    path = Path(path)
+    found = _tensors(path)
+    record = _record(path.with_suffix(".json"))
+    if kind is None and record:
+        kind, options = record["mm_projector_type"], record.get("mm_projector_options") or {}
+    kind = kind or _kind_of(found, path)
+    sizes = projectors.sizes_of(lab.model.config)
+    if _has_layers(kind):
+        bias = any(name.endswith("bias") for name in found)
+        sizes = projectors.Sizes(sizes.vision, sizes.language, sizes.grid, bias=bias)
+    with torch.random.fork_rng(devices=[]):
+        made = projectors.build(kind, sizes, options)
+    given = {_ours(name, kind): value for name, value in found.items()}
+    _fit(made, given, path, kind)
+    made.load_state_dict(given)
+    made.trained_with = record.get("trained_with") if record else None
+    return made.to(lab.device, lab.dtype).eval().requires_grad_(False)
+
+
+def _fit(made: Connector, given: dict[str, Tensor], path: Path, kind: str) -> None:
+    wanted = made.state_dict()
+    if set(given) != set(wanted):
+        raise CheckpointError(
+            f"{path} does not hold a {kind}: expected the tensors {', '.join(_original(n, kind) for n in wanted) or 'none'}, "
+            f"got {', '.join(_original(n, kind) for n in given) or 'none'}"
+        )
+    for name, value in wanted.items():
+        if given[name].shape != value.shape:
+            raise CheckpointError(
+                f"{path} is for other widths: expected {_original(name, kind)} of {tuple(value.shape)} "
+                f"({made.sizes.vision} vision, {made.sizes.language} language), got {tuple(given[name].shape)}"
+            )
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"no such projector file: {path}") from None
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path} is not a file of tensors ({type(error).__name__}); expected an mm_projector.bin") from None
+    found = {
+        name.split(MARK, 1)[1]: value
+        for name, value in (data.items() if isinstance(data, dict) else ())
+        if isinstance(name, str) and MARK in name and isinstance(value, Tensor)
+    }
+    if not found and data != {}:
+        keys = ", ".join(map(str, list(data)[:3])) if isinstance(data, dict) else type(data).__name__
+        raise CheckpointError(f"{path} holds no projector: expected keys with {MARK!r} in them, got {keys}")
+    return found
+
+
+def _record(path: Path) -> dict[str, Any] | None:
+    """What `write_projector` laid beside the file; another JSON file (a config) is none."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return data if isinstance(data, dict) and "mm_projector_type" in data and "trained_with" in data else None
+
+
+def _kind_of(found: dict[str, Tensor], path: Path) -> str:
+    if not found:
+        return "identity"
+    if set(found) <= {"weight", "bias"}:
+        return "linear"
+    numbers = sorted({int(match[1]) for name in found if (match := _IN_LIST.fullmatch(name))})
+    if all(_IN_LIST.fullmatch(name) for name in found) and numbers == list(range(0, 2 * len(numbers), 2)):
+        return f"mlp{len(numbers)}x_gelu"
+    raise CheckpointError(
+        f"{path} names its tensors {', '.join(sorted(found)[:3])}; expected weight and bias (linear) or 0.weight, 2.weight, ... "
+        "(mlp{N}x_gelu), else say kind=..."
+    )
+
+
+def _has_layers(kind: str) -> bool:
+    return kind == "linear" or kind.startswith("mlp")
+
+
+def _original(name: str, kind: str) -> str:
+    """``linear_2.weight`` as LLaVA has it: ``2.weight`` in a Sequential with activations, ``weight`` alone."""
+    match = _IN_LAYER.fullmatch(name)
+    if not _has_layers(kind) or match is None:
+        return name
+    return match[2] if kind == "linear" else f"{2 * (int(match[1]) - 1)}.{match[2]}"
+
+
+def _ours(name: str, kind: str) -> str:
+    if kind == "linear" and name in ("weight", "bias"):
+        return f"linear_1.{name}"
+    match = _IN_LIST.fullmatch(name)
+    return f"linear_{int(match[1]) // 2 + 1}.{match[2]}" if _has_layers(kind) and match else name
+
+
+def _stock_kind(lab: Lab) -> str:
+    act = lab.model.config.projector_hidden_act
+    if act == "linear":
+        return "linear2x"
+    if act != "gelu":
+        raise OptionError(f"LLaVA's file format knows GELU between the layers only, {lab.name!r} has {act!r}")
+    return "mlp2x_gelu"

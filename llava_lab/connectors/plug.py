@@ -1,0 +1,90 @@
+"""Plug a connector in for the length of a block: a module, a linear fit, a projector file, or another lab's.
+
+What is plugged in and how it is checked is `llava_lab.models.swapping`'s; this finds the module behind what it is given.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llava_lab.connectors.files import read_projector
+from llava_lab.errors import OptionError
+from llava_lab.models import projectors
+from llava_lab.models.lab import Lab
+from llava_lab.models.layout import projector
+from llava_lab.models.projector_parts import Connector
+from llava_lab.models.swapping import Plug
+from llava_lab.results_connectors import Linearized
+
+
+@contextmanager
+def connector(lab: Lab, what: nn.Module | Linearized | Lab | str | os.PathLike) -> Iterator[Lab]:
+    """Inside the block, `lab` works with another connector; afterwards everything is as it was, also after an exception.
+
+    `what` is a connector, a `Linearized` fit, the path of an ``mm_projector.bin``, or another Lab, whose connector is
+    borrowed. Grid, prompts and maps follow a connector that makes fewer tokens; a run answered with one connector is
+    refused with another. Raises OptionError where the widths differ; warns `ForeignConnector` where the connector learnt
+    beside another language model, which makes the comparison invalid.
+    """
+    plug = Plug(lab, as_connector(lab, what))
+    plug.apply()
+    try:
+        yield lab
+    finally:
+        plug.undo()
+
+
+def as_connector(lab: Lab, what: Any) -> nn.Module:
+    """The module behind what a user may plug into `lab`; a file is read and a fit becomes a ``linear`` connector."""
+    if isinstance(what, Lab):
+        return what.connector
+    if isinstance(what, Linearized):
+        return linear_connector(lab, what.weight, what.bias, trained_with=what.beside)
+    if isinstance(what, nn.Module):
+        return what
+    if isinstance(what, (str, os.PathLike)):
+        if os.fspath(what) in projectors.CONNECTORS:
+            raise OptionError(
+                f"{what!r} is a name, not a connector with weights; make one: llava_lab.new_connector(lab, {what!r})"
+            )
+        return read_projector(lab, what)
+    raise OptionError(f"a connector is a module, a linear fit, a projector file or another lab, got {type(what).__name__}")
+
+
+def linear_connector(lab: Lab, weight: Any, bias: Any, *, trained_with: dict[str, str] | None) -> Connector:
+    """A ``linear`` connector with this weight (D, F) and bias (D,), where `lab`'s model is and in its type."""
+    sizes = projectors.sizes_of(lab.model.config)
+    if tuple(weight.shape) != (sizes.language, sizes.vision):
+        raise OptionError(f"expected a linear map of {sizes.language}x{sizes.vision} for {lab.name!r}, got {tuple(weight.shape)}")
+    with torch.random.fork_rng(devices=[]):
+        made: Any = projectors.build("linear", projectors.Sizes(sizes.vision, sizes.language, sizes.grid, bias=True))
+    with torch.no_grad():
+        made.linear_1.weight.copy_(torch.as_tensor(weight))
+        made.linear_1.bias.copy_(torch.as_tensor(bias))
+    made.trained_with = trained_with
+    return made.to(lab.device, lab.dtype).eval().requires_grad_(False)
+
+
+@contextmanager
+def shuffled_tokens(lab: Lab, *, seed: int = 0) -> Iterator[Lab]:
+    """Inside the block the connector's tokens come in another order, the same for every picture: a control.
+
+    What the tokens say is kept, where they say it is lost. The hook is gone afterwards.
+    """
+    count = lab.grid[0] * lab.grid[1]
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+
+    def shuffle(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output[:, order.to(output.device)]
+
+    handle = projector(lab.model).register_forward_hook(shuffle)
+    try:
+        yield lab
+    finally:
+        handle.remove()

@@ -1,0 +1,277 @@
+"""LLaVA's two stages on data in its format, with transformers' Trainer underneath.
+
+`train_stage` checks the data, computes what the frozen tower sees once, trains, and saves an ordinary
+checkpoint to ``OUT/STAGE/model``. The same call runs in one process or, under ``accelerate launch``, in many;
+the global batch is given, so their loss curves agree. A run that was killed goes on with ``resume`` to the
+same weights, bit for bit: the order of data is a function of the seed, and checkpoints are whole or absent.
+
+Recipes: `llava_lab.training.recipe`. Source: haotian-liu/LLaVA @ c121f04 ``llava/train/train.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from llava_lab.errors import DataError, OptionError
+from llava_lab.models import layout
+from llava_lab.models.fingerprint import fingerprint
+from llava_lab.training.llava_data import LlavaData, Problems, Source, Text, build_index, open_index, read_pixels
+from llava_lab.training.mixing import Order, samples_per_epoch
+from llava_lab.training.recipe import LLAVA_15_7B, LlavaStage
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from llava_lab.models import Lab
+    from llava_lab.training.progress import OnLog
+
+log = logging.getLogger(__name__)
+
+NOT_DECIDING = ("device_batch", "checkpointing", "report_to", "save_every", "log_every", "workers", "progress")
+
+
+@dataclass(frozen=True)
+class Running:
+    """How a run is carried out; of these only `seed` and `bf16` decide the weights beyond the last bits."""
+
+    seed: int = 0
+    bf16: bool = False  # autocast; weights and optimiser stay in the model's own precision
+    device_batch: int | None = None  # samples a process takes at a time; None is as many as its share of the batch
+    checkpointing: bool = False  # activations are computed again in the backward pass: less memory, a third more time
+    report_to: str = "none"  # tensorboard, trackio, wandb, ... as transformers knows them
+    save_every: int = 200  # steps
+    log_every: int = 1  # steps
+    workers: int = 0  # processes that read rows ahead
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run did. `losses` are per logged step, of the whole run, also of what ran before a resume."""
+
+    folder: str  # the saved model
+    steps: int
+    of: int  # steps the schedule has
+    stopped: str  # finished, or interrupted
+    losses: tuple[float, ...]
+    logged: tuple[int, ...]  # the steps of `losses`
+    seconds: float  # of this call
+    skipped: tuple[str, ...]  # file, row and reason
+
+
+def train_stage(
+    lab: Lab,
+    data: str | os.PathLike | Source | Sequence[Source],
+    stage: str = "align",
+    out: str | os.PathLike = "runs/llava",
+    *,
+    recipe: LlavaStage | None = None,
+    steps: int | None = None,
+    resume: bool = False,
+    skip_bad: bool = False,
+    cut_long: bool = False,
+    cache: str | os.PathLike | bool = True,
+    told: OnLog | None = None,
+    running: Running | None = None,
+) -> Trained:
+    """Train one stage and save the model to ``out/stage/model``; `lab` has the new weights afterwards.
+
+    `recipe` is a `LlavaStage` (default: LLaVA-1.5's); `steps` overrides its epochs. `cache`: a folder for vision
+    features, True for the usual one, False to compute them as the run goes. `told` is called with each log row.
+    Raises DataError naming file and row for bad data, before the first step; OptionError for a folder that
+    holds a run; CheckpointError when a checkpoint cannot be written, which leaves the last good one.
+    Interrupting keeps what is trained: `Trained.stopped` says so and ``resume`` goes on.
+    """
+    from llava_lab.training.stage_run import carry_out  # brings accelerate and transformers' Trainer
+
+    recipe = recipe or LLAVA_15_7B.stage(_stage(stage))
+    if recipe.name != stage:
+        raise OptionError(f"the recipe is for stage {recipe.name!r}, the stage asked for is {stage!r}")
+    running, folder, begin = running or Running(), Path(out) / stage, time.monotonic()
+    sources = [data] if isinstance(data, Source) else [Source(data)] if isinstance(data, (str, os.PathLike)) else list(data)
+    args = arguments(lab, folder, recipe, running)
+    problems = Problems(skip=skip_bad)
+    text = Text(lab.tokenizer, lab.image_id, layout.image_token_count(lab.model), lab.context, stage, cut_long=cut_long)
+    with args.main_process_first(local=False):
+        first = args.process_index == 0
+        if first:
+            _check_folder(folder, resume)
+        rows, seen = _rows(lab, sources, text, folder, problems, cache=cache, fit=recipe.fit, first=first, show=running.progress)
+        problems.refuse()
+        order = _order(rows, recipe, args, steps, running.seed)
+        if first:
+            _remember(folder, lab, rows, recipe, running, order, resume=resume)
+    args.max_steps = order.total // recipe.batch
+    done = carry_out(lab, rows, order, args, recipe, running, folder=folder, cached=seen, told=told)
+    skipped = tuple(problems.named)
+    if skipped:
+        log.warning("skipped %d rows", problems.count)
+    return Trained(str(folder / "model"), *done, seconds=time.monotonic() - begin, skipped=skipped)
+
+
+def arguments(lab: Lab, folder: Path, recipe: LlavaStage, running: Running) -> TrainingArguments:
+    """transformers' TrainingArguments for a stage; under a launcher this also joins the other processes."""
+    try:
+        import accelerate  # noqa: F401
+    except ImportError:
+        raise OptionError("training needs accelerate; `pip install 'llava-lab[train]'` brings it") from None
+    import torch
+    from transformers import TrainingArguments
+
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    per, accumulate = shares(recipe.batch, world, running.device_batch)
+    on_cpu = not torch.cuda.is_available() or (world == 1 and lab.device.type == "cpu")
+    return TrainingArguments(
+        output_dir=str(folder),
+        use_cpu=on_cpu,
+        ddp_backend="gloo" if on_cpu and world > 1 else None,
+        ddp_find_unused_parameters=False,
+        ddp_timeout=86_400,  # other processes wait while the first reads the data and runs the tower
+        per_device_train_batch_size=per,
+        gradient_accumulation_steps=accumulate,
+        learning_rate=recipe.rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=recipe.warmup,  # below 1 it is a share of the steps
+        weight_decay=recipe.decay,
+        max_grad_norm=recipe.clip,
+        optim="adamw_torch",
+        num_train_epochs=1,  # the order runs through all epochs
+        bf16=running.bf16,
+        activation_checkpointing=running.checkpointing,
+        report_to=running.report_to,
+        logging_steps=running.log_every,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=running.save_every,
+        seed=running.seed,
+        dataloader_num_workers=running.workers,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+    )
+
+
+def shares(batch: int, world: int, device_batch: int | None) -> tuple[int, int]:
+    """(samples a process takes at a time, how many such batches it adds up) for a global batch."""
+    if batch % world:
+        raise OptionError(f"the global batch of {batch} cannot be split over {world} processes evenly")
+    share = batch // world
+    per = device_batch or share
+    if per < 1 or share % per:
+        raise OptionError(f"device_batch must divide {share}, each process's share of the batch of {batch}; got {per}")
+    return per, share // per
+
+
+def _stage(stage: str) -> str:
+    if stage not in ("align", "instruct"):
+        raise OptionError(f"stage must be align or instruct, got {stage!r}")
+    return stage
+
+
+def _rows(
+    lab: Lab,
+    sources: list[Source],
+    text: Text,
+    folder: Path,
+    problems: Problems,
+    *,
+    cache: str | os.PathLike | bool,
+    fit: str | None,
+    first: bool,
+    show: bool,
+) -> tuple[LlavaData, Any]:
+    """The checked rows of all sources and their features' cache, None without one. The first process does the work."""
+    from llava_lab.training.feature_cache import FeatureCache, content_key
+
+    if not sources:
+        raise OptionError("no data: give at least one file in LLaVA's format")
+    places = [folder / f"rows-{number}.index" for number in range(len(sources))]
+    if first:
+        key = content_key if cache else None
+        indexes = [
+            build_index(s, text, p, problems=problems, key=key, progress=show) for s, p in zip(sources, places, strict=True)
+        ]
+    else:
+        indexes = [open_index(place) for place in places]
+    rows = LlavaData(sources, indexes, text, read_pixels(lab.preprocessing, fit))
+    problems.refuse()
+    if not len(rows):
+        raise DataError(f"no usable row in {', '.join(str(source.path) for source in sources)}")
+    if not cache:
+        return rows, None
+    features = FeatureCache(lab, None if cache is True else cache, fit=fit)
+    left_out = folder / "unreadable.json"
+    if first:
+        bad = features.prepare(rows, problems=problems, progress=show)
+        left_out.write_text(json.dumps(sorted(bad)))
+    rows.see = features.read
+    return rows.without(json.loads(left_out.read_text())), features
+
+
+def _order(rows: LlavaData, recipe: LlavaStage, args: TrainingArguments, steps: int | None, seed: int) -> Order:
+    weights = [source.weight for source in rows.sources]
+    if steps is None:
+        steps = math.ceil(samples_per_epoch(rows.sizes, weights) * recipe.epochs / recipe.batch)
+    if steps < 1:
+        raise OptionError(f"steps must be 1 or more, got {steps}")
+    per = args.per_device_train_batch_size
+    return Order(
+        rows.words,
+        rows.sizes,
+        weights,
+        total=steps * recipe.batch,
+        batch=per,
+        chunks=recipe.batch // per,
+        group=recipe.group,
+        seed=seed,
+    )
+
+
+def _check_folder(folder: Path, resume: bool) -> None:
+    if not resume and (folder / "run.json").exists():
+        raise OptionError(f"{folder} holds a run already; add --resume to go on with it, or choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder / ".part", ignore_errors=True)  # of a checkpoint that was being written when a run was killed
+
+
+def _remember(
+    folder: Path, lab: Lab, rows: LlavaData, recipe: LlavaStage, running: Running, order: Order, *, resume: bool
+) -> None:
+    """Write what decides the weights, or hold a resumed run against it."""
+    plain = asdict(replace(recipe, sources=()))
+    settings = {name: value for name, value in asdict(running).items() if name not in NOT_DECIDING}
+    data = [
+        [str(source.path.resolve()), size, source.weight, source.suffix]
+        for source, size in zip(rows.sources, rows.sizes, strict=True)
+    ]
+    now = {"model": _frozen(lab, recipe), "recipe": plain, "running": settings, "data": data, "samples": order.total}
+    now = json.loads(json.dumps(now))
+    note = folder / "run.json"
+    if note.exists() and resume:
+        then = json.loads(note.read_text())
+        if different := [name for name in now if now[name] != then.get(name)]:
+            name = different[0]
+            raise OptionError(f"{folder} was begun with another {name}: {then.get(name)}, now {now[name]}; resume with the same")
+    part = note.with_suffix(".part")
+    part.write_text(json.dumps(now, indent=1))
+    os.replace(part, note)
+
+
+def _frozen(lab: Lab, recipe: LlavaStage) -> str:
+    """A name for the parts that do not train: those that do come from the checkpoint when a run goes on."""
+    parts = {
+        "vision_tower": layout.vision_tower,
+        "multi_modal_projector": layout.projector,
+        "language_model": layout.language_model,
+    }
+    return fingerprint(nn.ModuleDict({name: find(lab.model) for name, find in parts.items() if name not in recipe.trains}))
