@@ -48,7 +48,7 @@ def logit_lens(
 
     `layers`: None all states 0 .. L, a whole number that state alone, (start, stop) a window. A word of several
     tokens is read as its first; the notes say which. One forward, and the output head at each patch and state;
-    beside it at 7B shape about 40 MB. Raises OptionError (a state out of range, `top` below 1 or above the
+    at 7B width its memory stays below the forward's own peak (``llava-lab bench probes``). Raises OptionError (a state out of range, `top` below 1 or above the
     vocabulary), CheckpointError (another model's run or tuned lens), LabError (a quantised output head).
     """
     begin = time.perf_counter()
