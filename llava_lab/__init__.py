@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from llava_lab.probes import linear_probe as linear_probe
     from llava_lab.probes import logit_lens as logit_lens
     from llava_lab.probes import nearest_words as nearest_words
+    from llava_lab.probes import patch_labels as patch_labels
     from llava_lab.probes import token_geometry as token_geometry
     from llava_lab.probes import train_lens as train_lens
     from llava_lab.results import HeadMaps as HeadMaps
@@ -109,6 +110,7 @@ _HOMES = {
     "nearest_words": "llava_lab.probes",
     "linear_probe": "llava_lab.probes",
     "token_geometry": "llava_lab.probes",
+    "patch_labels": "llava_lab.probes",
     "knockout": "llava_lab.interventions",
     "knockout_sweep": "llava_lab.interventions",
     "ablate_tokens": "llava_lab.interventions",

@@ -114,6 +114,71 @@ print(_json.dumps({
     "sees": [_try(name, check_sees) for name in ("vision", "edges", "relevancy")],
 }))
 """,
+    "04_projector_tokens": TRY
+    + """
+def _nearest(tokens, words, mean=(True, True), unit=True):
+    tokens, words = tokens - mean[0] * tokens.mean(0), words - mean[1] * words.mean(0)
+    return (tokens @ (words / (np.linalg.norm(words, axis=1, keepdims=True) if unit else 1)).T).argmax(1)
+
+print(_json.dumps({
+    "answer": run.answer,
+    "nearest to the car": [word.strip() for word, _ in near.at(*places["the car"])[:3]],
+    "common": [float(common), float(near.common_direction)],
+    "raw as before": float((nearest(tokens, bent, False) == nearest(tokens, embeddings, False)).float().mean()),
+    "centred as before": float((nearest(tokens, bent, True) == nearest(tokens, embeddings, True)).float().mean()),
+    "readable": {f"{space} {way}": [one.readable_share, float(one.random_shares.min()), float(one.random_shares.max())]
+                 for (space, way), one in looks.items()},
+    "left edge": [near.at(row, 0)[0][0].strip() for row in range(lab.grid[0])],
+    "right": {f"{space} {what} {whose}": float(share) for space, found in right.items()
+              for (what, whose), share in found.items()},
+    "changed": float(changed),
+    "lenses": {f"{name} {what} {whose}": share.tolist() for name, found in top_five.items()
+               for (what, whose), share in found.items()},
+    "highest": {f"{word} {state}": float(active.values[active.words.index(word), state].max())
+                for word in active.words for state in (4, 6)},
+    "beats": {name: [one.auc, one.low, one.high] for name, one in beats.items()},
+    "verdicts": {label: [one.verdict("before", "after"), one.verdict("after", "layer 6")] for label, one in scores.items()},
+    "ceiling": float(scores["kind"].accuracy[:2].min()),
+    "cka": [float(one[a, b]) for one in (cloud.cka, cloud.control_cka) for a, b in ((0, 1), (1, 2))],
+    "rank": [cloud.measure("effective rank", control=control).tolist() for control in (False, True)],
+    "position": [cloud.measure("position", control=control).tolist() for control in (False, True)],
+    "far": [[float(far[on_things].mean()), float(far[~on_things].mean())] for far in cloud.sinks[:3]],
+    "nearest": [_try(yours, check_nearest) for yours in (
+        _nearest, lambda *given: _nearest(*given, mean=(False, True)), lambda *given: _nearest(*given, unit=False))],
+    "lost": [_try(given, lambda given: check_lost(*given)) for given in (
+        ("row", "after", "layer 6"), ("kind", "before", "after"), ("row", "layer 6", "after"))],
+}))
+""",
+    "05_interventions": TRY
+    + """
+def _stays(layer):
+    with ll.ablated(lab, run, car, fill="drop", at=layer):
+        return says_the_same(run)
+
+_least = next(layer for layer in range(len(layers)) if _stays(layer))
+_mean, _low, _high = plots_flow.mean_sweep(sweeps)
+print(_json.dumps({
+    "answer": run.answer,
+    "said": said,
+    "trap": [[float((logits - plain).abs().max()), left] for logits, left in trap.values()],
+    "fills": {name: [float(one.change[0]), float(one.control.min()), one.answer_after] for name, one in fills.items()},
+    "cuts": {name: [float(one.change[0]), one.proof["largest"], one.answer_after] for name, one in cuts.items()},
+    "brought back": {name: values.tolist() for name, values in zip(grid.sites, grid.values[0, ..., 1])},
+    "pushed": {name: [float(one.change[0]), float(one.control.min()), one.answer_after, one.side["after"]]
+               for name, one in pushed.items()},
+    "before": pushed["erase"].side["before"],
+    "rates": [list(rates.deciding_interval), list(rates.random_interval)],
+    "asked": len(asked),
+    "two": {name: list(map(float, share)) for name, share in stays.items()},
+    "four": dict(zip(sweep.flows, _mean.tolist())),
+    "ratio": ratio.tolist(),
+    "dropped": {name: [float(share[0]) for share in shares] for name, shares in dropped.items()},
+    "layer": [_try(layer, check_layer) for layer in (_least, _least - 1, _least + 1)],
+    "relative": [_try(yours, check_relative) for yours in (
+        lambda before, after: np.expm1(after - before), lambda before, after: after - before,
+        lambda before, after: np.exp(after) - np.exp(before), lambda before, after: np.expm1(before - after))],
+}))
+""",
 }
 
 

@@ -33,17 +33,26 @@ def _stream(lab: Lab, run: Run) -> dict[int, torch.Tensor]:
     return seen
 
 
-def test_steering_adds_alpha_mean_lengths_of_the_direction(tiny_random: Lab, run: Run) -> None:
+def test_steering_adds_alpha_of_each_state_s_length_of_the_direction(tiny_random: Lab, run: Run) -> None:
     direction = np.random.default_rng(0).normal(size=64).astype(np.float32)
     before, plain = leftovers(tiny_random), _stream(tiny_random, run)
     with steered(tiny_random, run, direction=direction, layers=(1, 2), alpha=0.5, where="question"):
         moved = _stream(tiny_random, run)
     at = slice(*run.segments["question"])
-    step = 0.5 * plain[2][at].norm(dim=-1).mean() * torch.from_numpy(direction / np.linalg.norm(direction))
+    step = 0.5 * plain[2][at].norm(dim=-1, keepdim=True) * torch.from_numpy(direction / np.linalg.norm(direction))
     torch.testing.assert_close(moved[2][at], plain[2][at] + step, rtol=0, atol=1e-4)
     first = run.segments["question"][0]
     assert torch.equal(moved[2][:first], plain[2][:first])
     assert leftovers(tiny_random) == before
+
+
+def test_steering_is_the_same_token_by_token_and_in_one_forward(tiny_random: Lab, run: Run) -> None:
+    asked = tiny_random.ask(run.picture, "What color is the car?", max_new_tokens=6)
+    direction = np.random.default_rng(0).normal(size=64)
+    effect = steer(tiny_random, asked, direction=direction, layers=(0, 2), alpha=2.0, draws=0, others=[])
+    assert effect.answered
+    assert effect.proof["decode_error"] < 1e-4
+    assert len(effect.answer_after) > 0
 
 
 def test_nothing_of_an_erased_direction_is_left(tiny_random: Lab, run: Run) -> None:

@@ -51,6 +51,7 @@ LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 SPECIAL = {
     "plots": {"plots", "results", "geometry", "errors"},
     "plots_scores": {"plots_scores", "scores", "packing", "results", "geometry", "errors"},
+    "plots_flow": {"plots_flow", "plots_scores", "results_interventions", "scores", "packing", "results", "geometry", "errors"},
     "diagrams": {"diagrams", "plots", "results", "geometry", "errors"},
 }
 FOREIGN_TO_WIDGETS = {"torch", "transformers", "llava_lab"}

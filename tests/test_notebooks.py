@@ -129,10 +129,13 @@ def test_a_lesson_asks_its_reader_checks_itself_and_says_what_it_does_not_show(p
     assert end.index("## What this does not show") < end.index("## Exercises")
 
 
+DRAWS = re.compile(r"plots\w*\.[a-z]|diagrams\.(j|m)|plt\.sub|(PatchExplorer|CompareView|HeadGrid|TokenLens|FlowView)\(")
+
+
 @every_lesson
 def test_every_figure_and_widget_of_a_lesson_is_a_picture_in_the_file(path: Path) -> None:
     cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
-    drawing = [cell for cell in cells if re.search(r"plots\.|diagrams\.(j|m)|plt\.sub|PatchExplorer\(", cell.source)]
+    drawing = [cell for cell in cells if DRAWS.search(cell.source)]
     assert len(drawing) >= 3
     for cell in drawing:
         assert any("image/png" in output.get("data", {}) for output in cell.outputs), cell.source

@@ -1,7 +1,8 @@
 """Steer along a direction, or erase it, and see what that does to the answer and to other questions.
 
 A direction that works on one question and wrecks the others has found nothing; so the side effects are part of the
-result. Lengths are given in units of the states' own mean length, so that `alpha` means the same in every layer.
+result. A length is given in units of each state's own, so that `alpha` means the same in every layer, and the same in one
+forward as token by token.
 
 Sources: Turner et al. 2023 (arXiv 2308.10248) for adding directions; Jiang et al. 2024 (arXiv 2410.02762) for erasing a
 word from image tokens.
@@ -51,7 +52,7 @@ def steer(
     seed: int = 0,
     answer: bool = True,
 ) -> Effect:
-    """Add `alpha` mean state lengths of `direction` to what each layer of [start, stop) gives on, at `where`.
+    """Add `direction`, `alpha` times as long as each state, to what each layer of [start, stop) gives on, at `where`.
 
     `direction`: a word (its first token's row of the output head, less the mean row), a pair of words (their
     difference), or numbers (width,), such as `mean_difference`. Negative `alpha` goes the other way. Control: random
@@ -154,7 +155,7 @@ Move = Callable[[Tensor], Tensor]  # states (n, D) float32 -> states
 
 
 def _adding(unit: Tensor, alpha: float) -> Move:
-    return lambda states: states + alpha * states.norm(dim=-1).mean() * unit
+    return lambda states: states + alpha * states.norm(dim=-1, keepdim=True) * unit
 
 
 def _erasing(unit: Tensor, strength: float) -> Move:

@@ -45,7 +45,7 @@ def nearest_words(
     """The `top` nearest words of every projected image token, and how often they are whole words beside a control.
 
     `space`: "input" compares with the embeddings, "output" with the rows of the output head. Special tokens and rows
-    without a token are left out. `draws` random controls. One forward; beside it about 20 MB at 7B shape.
+    without a token are left out. `draws` random controls. One forward; cosines are taken a few hundred words at a time.
     Raises OptionError (another space, `top` or `draws` out of range), CheckpointError, LabError (quantised embeddings).
     """
     begin = time.perf_counter()

@@ -1,0 +1,235 @@
+// @ts-check
+/**
+ * FlowView in the page: the two plots, what is chosen in them, and what Python hears of it.
+ */
+
+import { choices, make } from "./dom.js";
+import { frameOf, nearestMark, paintCurves } from "./flow_curves.js";
+import { cellsOf, curvesOf, cutSentence, flowText, nextSpot, patchSentence, reachOf, readFlow } from "./flow_data.js";
+import { cellFrame, cellsHeight, paintCells, spotAt } from "./flow_grid.js";
+import { answerCards, flowToggles, shareScale, smallChoice, spotLine } from "./flow_parts.js";
+import { Plot } from "./flow_plot.js";
+import { bytesOf, readPalette } from "./maps.js";
+import { Panel } from "./panel.js";
+
+/**
+ * @typedef {import("./flow_data.js").Spot} Spot
+ * @typedef {import("./flow_data.js").FlowSpec} FlowSpec
+ */
+
+const CURVES_HEIGHT = 322;
+const CUT =
+  "Each mark: one flow of attention is cut in a window of layers, everything else stays, and the same words are scored again.";
+const PATCHED = "Each cell: the states of the clean run at one place are put into the run with the corrupted picture.";
+const CURVES_HELP = "Left and right move over layers, up and down over flows, Escape leaves.";
+const CELLS_HELP = "Arrow keys move over layers and places, Escape leaves.";
+const COMPONENTS = /** @type {Record<string, string>} */ ({ residual: "Residual", attention: "Attention", mlp: "MLP" });
+
+class FlowView extends Panel {
+  /** @param {import("./panel.js").Model} model @param {HTMLElement} el */
+  constructor(model, el) {
+    super(model, ["target", "component"]);
+    this.spec = /** @type {FlowSpec} */ (model.get("spec"));
+    this.data = readFlow(model.get("data"), this.spec);
+    this.colors = readPalette(this.spec.diverging);
+    this.own = { relative: false, open: (this.spec.sweep?.flows ?? []).map(() => true) };
+    this.over = { flow: /** @type {Spot | null} */ (null), cell: /** @type {Spot | null} */ (null) };
+    this.plots = /** @type {Plot[]} */ ([]);
+    this.painters = /** @type {(() => void)[]} */ ([]);
+    this.picture = URL.createObjectURL(new Blob([bytesOf(model.get("picture")).slice()], { type: this.spec.picture }));
+    this.open(this.build(), el);
+  }
+
+  build() {
+    const { spec } = this;
+    const halves = [spec.sweep && this.sweepHalf(), spec.grid && this.gridHalf()].filter((half) => half instanceof Node);
+    const body = make("div", `lab-flow-body${halves.length < 2 ? " lab-flow-one" : ""}`, halves);
+    const notes = [...new Set([...(spec.sweep?.notes ?? []), ...(spec.grid?.notes ?? [])])];
+    const list = make("ul", "lab-notes", notes.map((text) => make("li", "", [text])));
+    const all = [make("div", "lab-head", [make("span", "lab-about", [`${spec.model} · seed ${spec.seed}`])]), this.top()];
+    all.push(this.targets(), body, list, this.live);
+    const card = make("div", "lab-card", all, { role: "group", "aria-label": "Flow of information" });
+    return make("div", "lab-widget lab-flow", [card]);
+  }
+
+  top() {
+    const { question, answer } = this.spec;
+    const image = make("img", "lab-flow-picture", [], { alt: "The picture asked about", src: this.picture });
+    const asked = make("div", "lab-question", [question], { role: "heading", "aria-level": "2" });
+    const said = make("div", "lab-flow-said", ["It answered: ", make("strong", "", [answer])]);
+    return make("div", "lab-flow-top", [image, make("div", "", [asked, said])]);
+  }
+
+  targets() {
+    const { chips } = this.spec;
+    const items = chips.map(({ text, kind }) => ({ name: text, content: [kind === "answer" ? "whole answer" : text] }));
+    const pick = (/** @type {number} */ i) => this.choose("target", i);
+    const made = choices({ label: "What is scored", className: "lab-pills", items, pick, signal: this.stop.signal });
+    this.painters.push(() => made.show(this.model.get("target"), this.model.get("target")));
+    const root = make("div", "lab-bar-row lab-flow-targets", [make("span", "lab-label", ["What is scored"]), made.root]);
+    root.hidden = chips.length < 2;
+    return root;
+  }
+
+  sweepHalf() {
+    const { signal } = this.stop;
+    const sweep = /** @type {import("./flow_data.js").SweepSpec} */ (this.spec.sweep);
+    const units = ["Log-probability", "Probability, %"];
+    const unit = smallChoice("Unit", units, (i) => this.set(this.own, { relative: i === 1 }), signal);
+    const toggles = flowToggles(sweep.flows, (i) => this.toggle(i), signal);
+    const line = spotLine("Point at a mark to read it; click to keep it.");
+    const host = {
+      find: (/** @type {number} */ x, /** @type {number} */ y) => {
+        const view = this.curveView();
+        return view && nearestMark(view, frameOf(view, plot.width, CURVES_HEIGHT), x, y);
+      },
+      next: (/** @type {string} */ key) => nextSpot(key, this.kept("flow"), this.own.open, sweep.windows.length),
+      ...this.pointer("flow"),
+      height: () => CURVES_HEIGHT,
+    };
+    const name = `Change of the score when a flow is cut, ${sweep.flows.length} flows by ${sweep.windows.length} windows. `;
+    const plot = new Plot("lab-flow-curves", name + CURVES_HELP, host, signal);
+    this.plots.push(plot);
+    this.painters.push(() => {
+      const view = this.curveView();
+      const { plain } = this.spec.chips[this.target];
+      unit.root.hidden = !plain || !view;
+      unit.show(Number(this.own.relative && plain), -1);
+      toggles.update(this.own.open);
+      const sheet = plot.sheet();
+      if (view) paintCurves(sheet, view, this.over.flow, this.kept("flow"));
+      line.update(view ? this.saidFlow(this.over.flow ?? this.kept("flow")) : this.missing("swept"));
+    });
+    const title = make("h3", "lab-flow-title", ["What cutting costs"]);
+    const controls = make("div", "lab-flow-controls lab-bar-row", [unit.root]);
+    const parts = [title, make("p", "lab-flow-how", [CUT]), controls, plot.canvas, line.root, toggles.root];
+    return make("section", "lab-flow-half", parts);
+  }
+
+  gridHalf() {
+    const { signal } = this.stop;
+    const grid = /** @type {import("./flow_data.js").GridSpec} */ (this.spec.grid);
+    const [tall, wide] = [grid.sites.length, grid.windows.length];
+    const names = grid.components.map((one) => COMPONENTS[one] ?? one);
+    const component = smallChoice("Component", names, (i) => this.choose("component", i), signal);
+    const open = grid.sites.map(() => true);
+    const line = spotLine("Point at a cell to read it; click to keep it.");
+    const [scale, cards] = [shareScale(this.colors), answerCards(grid)];
+    const host = {
+      find: (/** @type {number} */ x, /** @type {number} */ y) => spotAt(cellFrame(tall, wide, plot.width), x, y),
+      next: (/** @type {string} */ key) => nextSpot(key, this.kept("cell"), open, wide),
+      ...this.pointer("cell"),
+      height: (/** @type {number} */ width) => cellsHeight(tall, wide, width),
+    };
+    const name = `Share brought back, ${tall} places by ${wide} windows of layers. ${CELLS_HELP}`;
+    const plot = new Plot("lab-flow-cells", name, host, signal);
+    this.plots.push(plot);
+    this.painters.push(() => {
+      const at = this.model.get("component");
+      component.show(at, -1);
+      const cells = cellsOf(this.spec, this.data, this.target, at);
+      const sheet = plot.sheet();
+      const spot = this.over.cell ?? this.kept("cell");
+      if (cells) {
+        const { sites, windows } = grid;
+        paintCells(sheet, { rows: cells.rows, sites, windows, colors: this.colors }, this.over.cell, this.kept("cell"));
+        scale.update(Math.min(...cells.rows.flat().filter(Number.isFinite), 0), reachOf(cells.rows));
+      }
+      cards.update(at, spot, cells && spot ? cells.rows[spot[0]][spot[1]] : NaN);
+      line.update(cells ? this.saidCell(spot) : this.missing("patched"));
+    });
+    const title = make("h3", "lab-flow-title", ["What patching brings back"]);
+    const controls = make("div", "lab-flow-controls lab-bar-row", [component.root]);
+    const parts = [title, make("p", "lab-flow-how", [PATCHED]), controls, plot.canvas, scale.root, line.root, cards.root];
+    return make("section", "lab-flow-half", parts);
+  }
+
+  /** What both plots do with the pointer. @param {"flow" | "cell"} name */
+  pointer(name) {
+    return {
+      hover: (/** @type {Spot | null} */ spot) => {
+        if (String(spot) !== String(this.over[name])) this.set(this.over, { [name]: spot });
+      },
+      pick: (/** @type {Spot | null} */ spot) => this.pick(name, spot),
+      changed: this.refresh,
+    };
+  }
+
+  /** @param {"flow" | "cell"} name @param {Spot | null} spot */
+  pick(name, spot) {
+    const { [name]: _, ...rest } = this.model.get("selected");
+    this.over[name] = null;
+    this.keep("selected", spot ? { ...rest, [name]: spot } : rest);
+    this.say(name === "flow" ? this.saidFlow(spot) : this.saidCell(spot));
+  }
+
+  /** @param {string} name @param {number} value */
+  choose(name, value) {
+    this.keep(name, value);
+    this.say([this.saidFlow(this.kept("flow")), this.saidCell(this.kept("cell"))].filter(Boolean).join(" "));
+  }
+
+  /** @param {number} flow */
+  toggle(flow) {
+    const open = this.own.open.map((on, i) => (i === flow ? !on : on));
+    this.over.flow = null;
+    this.set(this.own, { open });
+  }
+
+  get target() {
+    return /** @type {number} */ (this.model.get("target"));
+  }
+
+  /** @param {"flow" | "cell"} name @returns {Spot | null} */
+  kept(name) {
+    const spot = this.model.get("selected")[name] ?? null;
+    return spot && (name === "cell" || this.own.open[spot[0]]) ? spot : null;
+  }
+
+  curveView() {
+    const { sweep, chips } = this.spec;
+    const { plain, what } = chips[this.target];
+    const relative = this.own.relative && plain;
+    const curves = curvesOf(this.spec, this.data, this.target, relative);
+    if (!sweep || !curves) return null;
+    const title = relative ? `change of the probability, % of what it was` : `change of ${what}${plain ? ", nats" : ", logits"}`;
+    const { centres, windows } = sweep;
+    const [names, unit] = [sweep.flows.map(flowText), relative ? "%" : ""];
+    return { rows: curves.rows, open: this.own.open, names, centres, windows, title, unit };
+  }
+
+  /** @param {Spot | null} spot */
+  saidFlow(spot) {
+    const curves = curvesOf(this.spec, this.data, this.target, false);
+    return spot && curves ? cutSentence(this.spec, curves, spot, this.target) : "";
+  }
+
+  /** @param {Spot | null} spot */
+  saidCell(spot) {
+    const at = this.model.get("component");
+    const cells = cellsOf(this.spec, this.data, this.target, at);
+    return spot && cells ? patchSentence(this.spec, cells, spot, this.target, at) : "";
+  }
+
+  /** @param {string} done */
+  missing(done) {
+    return `“${this.spec.chips[this.target].text}” was not ${done}: choose another target above.`;
+  }
+
+  paint() {
+    for (const painter of this.painters) painter();
+  }
+
+  close() {
+    super.close();
+    for (const plot of this.plots) plot.close();
+    URL.revokeObjectURL(this.picture);
+  }
+}
+
+/** Shows a view; gives back its clean-up.
+ * @param {{model: import("./panel.js").Model, el: HTMLElement}} host */
+export function renderFlow({ model, el }) {
+  const flow = new FlowView(model, el);
+  return () => flow.close();
+}

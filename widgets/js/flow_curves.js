@@ -1,0 +1,217 @@
+// @ts-check
+/**
+ * The sweep's curves: a line per flow, its name at its end, the zero line, the window under the pointer as a band.
+ * Colours are Okabe and Ito's, told apart without full colour vision; marks differ in shape too.
+ */
+
+import { niceTicks, rangeWithZero } from "./flow_data.js";
+import { every, plotText } from "./flow_plot.js";
+
+/**
+ * @typedef {import("./flow_data.js").Spot} Spot
+ * @typedef {import("./flow_plot.js").Sheet} Sheet
+ * @typedef {{rows: number[][], open: boolean[], names: string[], centres: number[], windows: [number, number][],
+ *   title: string, unit: string}} CurveView
+ * @typedef {{left: number, right: number, top: number, bottom: number, lo: number, hi: number, first: number,
+ *   last: number}} Frame
+ */
+
+export const FLOW_COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"];
+const DASHES = [[], [7, 4], [2, 3]]; // where there are more flows than colours
+const LEFT = 52;
+const CURVES_TOP = 24;
+const CURVES_BOTTOM = 42;
+const NAMES = 144; // for the names beside the lines' ends
+const NAME_GAP = 15;
+const NEAR = 36; // CSS pixels from a mark at which it is meant
+const MISSING = 11; // above the axis, where what was not measured is marked
+
+/** @param {CurveView} view @param {number} width @param {number} height @returns {Frame} */
+export function frameOf({ rows, open, windows }, width, height) {
+  const [lo, hi] = rangeWithZero(rows.filter((_, i) => open[i]));
+  const names = Math.min(NAMES, 0.32 * width);
+  const layers = windows.flat();
+  const [first, last] = [Math.min(...layers), Math.max(...layers) - 1];
+  return { left: LEFT, right: width - names, top: CURVES_TOP, bottom: height - CURVES_BOTTOM, lo, hi, first, last };
+}
+
+/** @param {Frame} frame @param {number} layer */
+export function layerX({ left, right, first, last }, layer) {
+  return left + ((layer - first + 0.5) / (last - first + 1)) * (right - left);
+}
+
+/** @param {Frame} frame @param {number} value */
+export function valueY({ top, bottom, lo, hi }, value) {
+  return bottom - ((value - lo) / (hi - lo)) * (bottom - top);
+}
+
+/** The nearest mark to a place, or null where none is near: the nearest window first, then the nearest flow of it.
+ * @param {CurveView} view @param {Frame} frame @param {number} x @param {number} y @returns {Spot | null} */
+export function nearestMark(view, frame, x, y) {
+  if (x < frame.left - NEAR || x > frame.right + NEAR || !view.centres.length) return null;
+  const away = view.centres.map((centre) => Math.abs(layerX(frame, centre) - x));
+  const window = away.indexOf(Math.min(...away));
+  let best = /** @type {Spot | null} */ (null);
+  let least = Infinity;
+  view.rows.forEach((row, flow) => {
+    if (!view.open[flow]) return;
+    const far = Math.abs(markY(frame, row[window]) - y);
+    if (far < least) [best, least] = [[flow, window], far];
+  });
+  return best;
+}
+
+/** @param {Frame} frame @param {number} value */
+function markY(frame, value) {
+  return Number.isFinite(value) ? valueY(frame, value) : frame.bottom - MISSING;
+}
+
+/** @param {Sheet} sheet @param {CurveView} view @param {Spot | null} hover @param {Spot | null} kept */
+export function paintCurves(sheet, view, hover, kept) {
+  const { ctx } = sheet;
+  const frame = frameOf(view, sheet.width, sheet.height);
+  const shown = hover ?? kept;
+  if (shown) paintBand(sheet, frame, view.windows[shown[1]]);
+  paintAxes(sheet, frame, view);
+  const order = view.rows.map((_, i) => i).filter((i) => view.open[i]);
+  if (hover) order.sort((a, b) => Number(a === hover[0]) - Number(b === hover[0])); // what is pointed at lies above
+  for (const flow of order) {
+    ctx.globalAlpha = hover && hover[0] !== flow ? 0.35 : 1;
+    paintLine(sheet, frame, view, flow, hover?.[0] === flow);
+  }
+  ctx.globalAlpha = 1;
+  paintNames(sheet, frame, view, hover);
+  for (const [spot, size] of /** @type {[Spot | null, number][]} */ ([[kept, 8], [hover, 7]])) {
+    if (!spot || !view.open[spot[0]]) continue;
+    ctx.beginPath();
+    ctx.arc(layerX(frame, view.centres[spot[1]]), markY(frame, view.rows[spot[0]][spot[1]]), size, 0, 7);
+    ctx.strokeStyle = sheet.ink;
+    ctx.lineWidth = 1.75;
+    ctx.stroke();
+  }
+}
+
+/** The layers of a window. @param {Sheet} sheet @param {Frame} frame @param {[number, number]} window */
+function paintBand({ ctx, ink }, frame, [start, stop]) {
+  const half = (frame.right - frame.left) / (frame.last - frame.first + 1) / 2;
+  const x = layerX(frame, start) - half;
+  ctx.globalAlpha = 0.08;
+  ctx.fillStyle = ink;
+  ctx.fillRect(x, frame.top, layerX(frame, stop - 1) + half - x, frame.bottom - frame.top);
+  ctx.globalAlpha = 1;
+}
+
+/** @param {Sheet} sheet @param {Frame} frame @param {CurveView} view */
+function paintAxes(sheet, frame, view) {
+  const { ctx, ink } = sheet;
+  for (const value of niceTicks(frame.lo, frame.hi, 5)) {
+    const y = Math.round(valueY(frame, value)) + 0.5;
+    ctx.globalAlpha = value === 0 ? 0.7 : 0.13;
+    ctx.strokeStyle = ink;
+    ctx.lineWidth = 1;
+    strokePath(ctx, [[frame.left, y], [frame.right, y]]);
+    const said = `${value > 0 ? "+" : ""}${String(value).replace("-", "−")}${view.unit}`;
+    plotText(sheet, value === 0 ? "0" : said, frame.left - 8, y, { align: "right" });
+  }
+  ctx.globalAlpha = 1;
+  const size = (frame.right - frame.left) / (frame.last - frame.first + 1);
+  const gap = every(size, 20);
+  for (let layer = frame.first; layer <= frame.last; layer += gap) {
+    plotText(sheet, `${layer}`, layerX(frame, layer), frame.bottom + 13, { align: "center" });
+  }
+  const middle = (frame.left + frame.right) / 2;
+  plotText(sheet, "layer (centre of the window that is cut)", middle, frame.bottom + 31, { align: "center", room: frame.right });
+  plotText(sheet, view.title, 2, 8, { room: sheet.width - 4 });
+}
+
+/** @param {Sheet} sheet @param {Frame} frame @param {CurveView} view @param {number} flow @param {boolean} strong */
+function paintLine({ ctx, paper }, frame, view, flow, strong) {
+  const color = FLOW_COLORS[flow % FLOW_COLORS.length];
+  ctx.strokeStyle = color;
+  ctx.fillStyle = color;
+  ctx.lineWidth = strong ? 3.2 : 2.2;
+  ctx.lineJoin = "round";
+  ctx.setLineDash(DASHES[Math.floor(flow / FLOW_COLORS.length) % DASHES.length]);
+  let part = /** @type {[number, number][]} */ ([]);
+  const row = view.rows[flow];
+  row.forEach((value, w) => {
+    if (Number.isFinite(value)) part.push([layerX(frame, view.centres[w]), valueY(frame, value)]);
+    else [part] = [[], strokePath(ctx, part)]; // a gap where nothing was measured
+  });
+  strokePath(ctx, part);
+  ctx.setLineDash([]);
+  row.forEach((value, w) => {
+    const x = layerX(frame, view.centres[w]);
+    if (Number.isFinite(value)) flowMark(ctx, flow, x, valueY(frame, value), paper);
+    else flowCross(ctx, x + 7 * (flow % FLOW_COLORS.length) - 7, frame.bottom - MISSING);
+  });
+}
+
+/** Names at the lines' ends, pushed apart where they would meet.
+ * @param {Sheet} sheet @param {Frame} frame @param {CurveView} view @param {Spot | null} hover */
+function paintNames(sheet, frame, view, hover) {
+  const last = view.rows.map((row) => row.findLastIndex(Number.isFinite));
+  const wanted = last.map((w, i) => (w < 0 ? frame.bottom : valueY(frame, view.rows[i][w])));
+  const shown = view.rows.map((_, i) => i).filter((i) => view.open[i]);
+  const places = spreadOut(shown.map((i) => wanted[i]), NAME_GAP, frame.top, frame.bottom);
+  const { ctx } = sheet;
+  shown.forEach((flow, i) => {
+    const color = FLOW_COLORS[flow % FLOW_COLORS.length];
+    const from = last[flow] < 0 ? frame.right : layerX(frame, view.centres[last[flow]]) + 8;
+    const faded = hover !== null && hover[0] !== flow;
+    ctx.globalAlpha = faded ? 0.25 : 0.6;
+    ctx.strokeStyle = color;
+    ctx.lineWidth = 1;
+    strokePath(ctx, [[from, wanted[flow]], [frame.right + 6, places[i]]]);
+    ctx.globalAlpha = faded ? 0.4 : 1;
+    flowMark(ctx, flow, frame.right + 10, places[i], sheet.paper);
+    ctx.globalAlpha = 1;
+    const how = { size: 12, weight: "600", alpha: faded ? 0.45 : 0.95, room: sheet.width - frame.right - 18 };
+    plotText(sheet, view.names[flow], frame.right + 18, places[i], how);
+  });
+}
+
+/** Places as near to those wanted as a gap between them allows, in the order given.
+ * @param {number[]} wanted @param {number} gap @param {number} low @param {number} high @returns {number[]} */
+export function spreadOut(wanted, gap, low, high) {
+  const order = wanted.map((_, i) => i).sort((a, b) => wanted[a] - wanted[b]);
+  const out = [...wanted];
+  let before = low - gap;
+  for (const i of order) before = out[i] = Math.max(out[i], before + gap);
+  let after = high + gap;
+  for (const i of order.reverse()) after = out[i] = Math.min(out[i], after - gap);
+  return out;
+}
+
+/** @param {CanvasRenderingContext2D} ctx @param {number} flow @param {number} x @param {number} y @param {string} paper */
+function flowMark(ctx, flow, x, y, paper) {
+  const r = 4.2;
+  ctx.beginPath();
+  const shape = flow % 4;
+  if (shape === 0) ctx.arc(x, y, r, 0, 7);
+  else if (shape === 1) ctx.rect(x - r + 0.4, y - r + 0.4, 2 * r - 0.8, 2 * r - 0.8);
+  else {
+    const points = shape === 2 ? [[0, -1.3], [1.2, 0.9], [-1.2, 0.9]] : [[0, -1.4], [1.4, 0], [0, 1.4], [-1.4, 0]];
+    points.forEach(([dx, dy], i) => (i ? ctx.lineTo(x + r * dx, y + r * dy) : ctx.moveTo(x + r * dx, y + r * dy)));
+    ctx.closePath();
+  }
+  ctx.fillStyle = FLOW_COLORS[flow % FLOW_COLORS.length];
+  ctx.fill();
+  ctx.strokeStyle = paper;
+  ctx.lineWidth = 1.2;
+  ctx.stroke();
+}
+
+/** @param {CanvasRenderingContext2D} ctx @param {number} x @param {number} y */
+function flowCross(ctx, x, y) {
+  ctx.lineWidth = 1.6;
+  strokePath(ctx, [[x - 3, y - 3], [x + 3, y + 3]]);
+  strokePath(ctx, [[x - 3, y + 3], [x + 3, y - 3]]);
+}
+
+/** @param {CanvasRenderingContext2D} ctx @param {number[][]} points */
+function strokePath(ctx, points) {
+  ctx.beginPath();
+  points.forEach(([x, y], i) => (i ? ctx.lineTo(x, y) : ctx.moveTo(x, y)));
+  ctx.stroke();
+}

@@ -1,0 +1,298 @@
+// @ts-check
+/**
+ * TokenLens: what each image patch would say at each state. The picture is coloured by a word's probability or by how
+ * undecided a patch is; the table beside it holds the words of the patch pointed at, or of the one that is locked.
+ *
+ * All of it is in the page. Python hears of what is kept: `word`, `state`, `selected` (the locked patch).
+ */
+
+import { button, choices, make, section, setText, slider } from "./dom.js";
+import { patchName } from "./grid.js";
+import { LensCurve } from "./lens_curve.js";
+import { commonest, entropyQuantity, findWord, lensMap, readLens, sureQuantity, topPieces, wordQuantity } from "./lens_data.js";
+import { lockGestures } from "./lens_gestures.js";
+import { nearList } from "./lens_near.js";
+import { lensReadout, PatchWords } from "./lens_stage.js";
+import { lensTable } from "./lens_table.js";
+import { spokenPatch, spokenState, wordStatus } from "./lens_view.js";
+import { wordField } from "./lens_word.js";
+import { bytesOf, readPalettes } from "./maps.js";
+import { Panel } from "./panel.js";
+import { legend } from "./parts.js";
+import { saveCanvas, Surface, widest } from "./surface.js";
+
+/**
+ * @typedef {import("./lens_data.js").LensSpec} LensSpec
+ * @typedef {import("./lens_data.js").FoundWord} FoundWord
+ * @typedef {ReturnType<TokenLens["view"]>} LensState
+ */
+
+const COLORS = ["Word", "Entropy", "Likeliest word"];
+const [BY_WORD, BY_ENTROPY] = [0, 1];
+const KEYS = "Arrow keys move, space locks a patch, escape unlocks it.";
+const STATES_SAID = "State 0 is what the projector gives; state l is the stream after l layers. Entropy in nats: 0 is decided.";
+
+class TokenLens extends Panel {
+  /** @param {import("./panel.js").Model} model @param {HTMLElement} el */
+  constructor(model, el) {
+    super(model, ["word", "state"]);
+    this.spec = /** @type {LensSpec} */ (model.get("spec"));
+    this.lens = readLens(model.get("maps"), this.spec);
+    this.palettes = readPalettes(this.spec.palettes);
+    const { map, opacity } = this.spec;
+    const display = { opacity, smooth: false, spotlight: false, ownScale: false, words: true, color: BY_ENTROPY };
+    this.display = display;
+    this.peek = { state: -1 };
+    this.typed = /** @type {string | null} */ (null); // not entered yet
+    this.heardWord = /** @type {string | null} */ (null);
+    this.entropy = entropyQuantity(this.lens);
+    this.sure = sureQuantity(this.lens);
+    this.looked = this.lookUp("");
+    this.everywhere = this.spec.states.map((_, state) => commonest(this.lens, state));
+    this.shown = /** @type {{key: string, map: import("./maps.js").Shown | null}} */ ({ key: "", map: null });
+    this.surface = new Surface(map, this.palettes, this.refresh);
+    this.surface.canvas.setAttribute("aria-label", `The picture in ${map.rows} by ${map.cols} patches. ${KEYS}`);
+    this.written = new PatchWords(this.lens);
+    const pick = (/** @type {number} */ state) => this.pickState(state);
+    const peek = (/** @type {number} */ state) => this.set(this.peek, { state });
+    this.curve = new LensCurve(this.spec.states, pick, peek, this.refresh, this.stop.signal);
+    this.parts = /** @type {{update: (view: any) => void}[]} */ ([]);
+    this.open(this.build(pick, peek), el);
+    this.listen();
+    this.surface.load(new Blob([bytesOf(model.get("picture")).slice()], { type: this.spec.picture }));
+  }
+
+  /** @param {(state: number) => void} pick @param {(state: number) => void} peek */
+  build(pick, peek) {
+    const { spec, lens } = this;
+    const { signal } = this.stop;
+    const add = (/** @type {{root: HTMLElement, update: (view: any) => void}} */ part) => {
+      this.parts.push(part);
+      return part.root;
+    };
+    const type = (/** @type {string} */ text) => this.type(text);
+    const find = add(wordField(lens, type, (word) => this.enter(word), signal));
+    const figure = make("div", "lab-figure", [this.surface.canvas, add(lensReadout(lens)), add(legend(this.palettes))]);
+    figure.style.maxWidth = `${widest(spec.map)}px`;
+    const left = make("div", "lab-side", [figure, this.curve.root]);
+    const near = nearList(lens);
+    const words = [add(lensTable(lens, pick, peek, signal)), ...(near ? [add(near)] : [])];
+    const right = make("div", "lab-side", [...words, add(this.controls())]);
+    const kind = spec.tuned ? "tuned lens" : "logit lens";
+    const sizes = `${spec.states.length} states · ${spec.map.rows} × ${spec.map.cols} patches`;
+    const about = `${spec.model} · seed ${spec.seed} · ${kind} · ${sizes}`;
+    const save = button("Save as PNG", () => this.save(), signal, "lab-link");
+    const head = make("div", "lab-head", [make("span", "lab-about", [about]), save]);
+    const question = make("div", "lab-question", [spec.question], { role: "heading", "aria-level": "2" });
+    const answer = make("span", "lab-lens-answer", [spec.answer]);
+    question.append(" ", answer);
+    const notes = make("ul", "lab-notes", spec.notes.map((text) => make("li", "", [text])));
+    const all = [head, question, find, make("div", "lab-lens-body", [left, right]), notes, this.live];
+    const card = make("div", "lab-card", all, { role: "group", "aria-label": "Token lens" });
+    return make("div", "lab-widget lab-lens", [card]);
+  }
+
+  /** What the picture is coloured by, on which scale, and whether words are written on it. */
+  controls() {
+    const { signal } = this.stop;
+    const pair = (/** @type {string} */ label, /** @type {string[]} */ names, /** @type {(i: number) => void} */ pick) => {
+      const items = names.map((name) => ({ name, content: [name] }));
+      return choices({ label, className: "lab-pair", items, pick, signal });
+    };
+    const color = pair("Colour by", COLORS, (i) => this.set(this.display, { color: i }));
+    const scale = pair("Scale", ["All states", "This state"], (i) => this.set(this.display, { ownScale: i === 1 }));
+    const words = pair("Words on the picture", ["Words", "None"], (i) => this.set(this.display, { words: i === 0 }));
+    const value = Math.round(100 * this.display.opacity);
+    const input = (/** @type {number} */ percent) => this.set(this.display, { opacity: percent / 100 });
+    const opacity = slider({ label: "Opacity", min: 0, max: 100, step: 5, value, input, signal });
+    const unlock = button("Unlock", () => this.lock(-1), signal);
+    const labelled = [color, scale, words].map((one, i) =>
+      make("div", "lab-lens-choice", [make("span", "lab-label", [["Colour", "Scale", "Write"][i]]), one.root]),
+    );
+    return {
+      root: section("Display", [...labelled, make("div", "lab-bar-row", [opacity.root, unlock])]),
+      update: (/** @type {LensState} */ { display, color: by, locked, written }) => {
+        color.show(by, -1);
+        /** @type {HTMLButtonElement} */ (color.buttons[BY_WORD]).disabled = !this.looked.found;
+        scale.show(Number(display.ownScale), -1);
+        words.show(Number(!display.words), -1);
+        labelled[2].hidden = !written;
+        setText(opacity.output, `${Math.round(100 * display.opacity)}%`);
+        /** @type {HTMLButtonElement} */ (unlock).disabled = locked < 0;
+      },
+    };
+  }
+
+  listen() {
+    const { signal } = this.stop;
+    const host = {
+      locked: () => this.locked,
+      lock: (/** @type {number} */ patch) => this.lock(patch),
+      point: (/** @type {object} */ change) => this.point(change),
+      say: (/** @type {number} */ patch) => this.say(this.spoken(patch)),
+    };
+    lockGestures(this.surface.canvas, this.spec.map, host, signal);
+    const press = (/** @type {KeyboardEvent} */ event) => {
+      if (event.key !== "Escape") return;
+      event.preventDefault();
+      if (event.target instanceof HTMLInputElement && event.target.type === "text") this.enter("");
+      else this.lock(-1);
+    };
+    this.root?.addEventListener("keydown", press, { signal });
+  }
+
+  close() {
+    super.close();
+    this.curve.close();
+    this.surface.close();
+  }
+
+  get locked() {
+    return /** @type {number[]} */ (this.model.get("selected"))[0] ?? -1;
+  }
+
+  /** @param {number} patch -1 for none */
+  lock(patch) {
+    if (patch === this.locked) return;
+    this.select(new Set(patch < 0 ? [] : [patch]));
+    this.say(patch < 0 ? "No patch is locked." : this.spoken(patch));
+  }
+
+  /** @param {number} patch */
+  spoken(patch) {
+    return spokenPatch(this.lens, patch, this.view().state, patch === this.locked);
+  }
+
+  /** @param {number} index */
+  pickState(index) {
+    this.peek.state = -1;
+    this.keep("state", this.spec.states[index]);
+    const { quantity, state } = this.view();
+    this.say(spokenState(this.lens, quantity, state));
+  }
+
+  /** What is typed is looked up; Python hears of it when it is entered. @param {string} text */
+  type(text) {
+    this.typed = text;
+    this.display.color = text.trim() ? BY_WORD : BY_ENTROPY;
+    this.refresh();
+  }
+
+  /** @param {string} word */
+  enter(word) {
+    this.type(word);
+    this.typed = null;
+    this.heardWord = word.trim();
+    if (this.model.get("word") !== word.trim()) this.keep("word", word.trim());
+  }
+
+  /** Python may have set a word of its own. */
+  hearWord() {
+    const word = this.model.get("word");
+    if (word === this.heardWord) return;
+    this.heardWord = word;
+    this.type(word);
+    this.typed = null;
+  }
+
+  /** A word as it is found, kept while it is the one looked for. @param {string} given */
+  lookUp(given) {
+    const word = given.trim();
+    if (this.looked?.word === word) return this.looked;
+    const found = /** @type {FoundWord | null} */ (word ? findWord(this.lens, word) : null);
+    const quantity = found && wordQuantity(this.lens, found);
+    this.looked = { word, found, quantity, status: wordStatus(this.lens, found) };
+    return this.looked;
+  }
+
+  view() {
+    this.hearWord();
+    const { spec, lens, display, focus, locked, selected } = this;
+    const looked = this.lookUp(this.typed ?? this.model.get("word"));
+    const kept = Math.max(0, spec.states.indexOf(this.model.get("state")));
+    const state = this.peek.state >= 0 ? this.peek.state : kept;
+    const color = display.color === BY_WORD && !looked.quantity ? BY_ENTROPY : display.color;
+    const quantity = [looked.quantity, this.entropy, this.sure][color] ?? this.entropy;
+    const shown = this.mapOf(quantity, state);
+    const patch = locked >= 0 ? locked : focus;
+    const number = spec.states[state];
+    return {
+      ...{ map: spec.map, display, shown, quantity, color, state, kept, focus, locked, selected, patch, said: "" },
+      ...{ palette: "sequential", mean: this.surface.mean, written: this.written.fits(this.surface.canvas, this.surface.dot) },
+      ...{ word: this.typed ?? looked.word, status: looked.status, partly: looked.found?.kind === "kept" },
+      title: `${quantity.name} at state ${number}`,
+      scaleSaid: display.ownScale ? "colours of this state alone" : "one colour scale for all states",
+      caption: `${spec.tuned ? "tuned" : "logit"} lens, state ${number}`,
+      ...this.tableView(patch, looked.found),
+      entropy: (/** @type {number} */ index) => this.entropyText(index, patch),
+      curve: this.curveView(quantity, state, kept, patch),
+      lens,
+    };
+  }
+
+  /** @param {number} patch @param {FoundWord | null} found */
+  tableView(patch, found) {
+    const { spec, lens } = this;
+    const where = patch < 0 ? "" : `${patchName(spec.map, patch)}${patch === this.locked ? " · locked" : ""}`;
+    const rows = () => (patch < 0 ? this.everywhere : spec.states.map((_, state) => topPieces(lens, state, patch)));
+    const bars = patch < 0 ? "Bars: share of patches whose likeliest word it is; entropy is their mean." : "Bars: probability.";
+    return {
+      key: `${patch} ${found?.word ?? ""}`,
+      tableTitle: patch < 0 ? "Likeliest words, over all patches" : `Likeliest words at ${where}`,
+      tableCaption: `${bars} ${STATES_SAID}`,
+      rows,
+      hits: found?.pieces ?? new Set(/** @type {number[]} */ ([])),
+    };
+  }
+
+  /** @param {number} state index @param {number} patch */
+  entropyText(state, patch) {
+    const value = patch < 0 ? this.entropy.curve[state] : this.entropy.values[state * this.lens.cells + patch];
+    return value.toFixed(2);
+  }
+
+  /** @param {import("./lens_data.js").Quantity} quantity @param {number} state @param {number} kept @param {number} patch */
+  curveView(quantity, state, kept, patch) {
+    const { lens } = this;
+    const at = (/** @type {number} */ index) => quantity.values[index * lens.cells + patch];
+    const line = patch < 0 ? null : Float32Array.from({ length: lens.states }, (_, index) => at(index));
+    const over = quantity.most ? "highest of all patches" : "mean over patches";
+    return {
+      key: `${quantity.key} ${patch}`,
+      ...{ curve: quantity.curve, line, state, kept },
+      hi: quantity.most ? quantity.hi : Math.max(...quantity.curve, ...(line ?? [])),
+      said: `${over}: ${quantity.text(quantity.curve[state])}`,
+      lineSaid: patch < 0 ? "" : `this patch: ${quantity.text(at(state))}`,
+    };
+  }
+
+  /** The map at a state, made once while it is shown.
+   * @param {import("./lens_data.js").Quantity} quantity @param {number} state */
+  mapOf(quantity, state) {
+    const key = [quantity.key, state, this.display.ownScale].join();
+    if (key !== this.shown.key) this.shown = { key, map: lensMap(this.lens, quantity, state, this.display.ownScale) };
+    return this.shown.map;
+  }
+
+  paint() {
+    const view = this.view();
+    this.surface.paint(view, this.pointing);
+    if (view.display.words) this.written.paint(this.surface.canvas, this.surface.dot, view.state);
+    this.curve.update(view.curve);
+    for (const part of this.parts) part.update(view);
+  }
+
+  save() {
+    const view = this.view();
+    this.surface.paint(view, this.pointing);
+    saveCanvas(this.surface.figure(this.spec, view), view.title);
+    this.refresh();
+  }
+}
+
+/** Shows a view; gives back its clean-up.
+ * @param {{model: import("./panel.js").Model, el: HTMLElement}} host */
+export function renderLens({ model, el }) {
+  const lens = new TokenLens(model, el);
+  return () => lens.close();
+}
