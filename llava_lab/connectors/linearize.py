@@ -65,6 +65,7 @@ def linearize(
     scores = Scores(full, directions, sums, curve, lab.grid, seed=seed)
     for features, outputs in _shown(tokens_of(lab, pictures, test, batch=batch), len(test), batch, "scoring"):
         scores.add(features.double().cpu(), outputs.double().cpu())
+    beside = trained_beside(lab.model)
     fit = Linearized(
         **_arrays(sums, full, directions),
         rank=limit,
@@ -75,7 +76,8 @@ def linearize(
         pictures=(len(train), len(test)),
         tokens=(sums.count, scores.tokens),
         connector=lab.card.connector,
-        **trained_beside(lab.model),
+        language=beside["language"],
+        vision=beside["vision"],
         model=lab.name,
         fingerprint=lab.fingerprint,
         seconds=time.perf_counter() - began,
