@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def logits(model: Any, lab: Lab, picture: np.ndarray) -> torch.Tensor:
         return model(input_ids=ids, pixel_values=lab.pixels(picture).to(model.dtype)).logits
 
 
-def plant(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
+def plant(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Path:
     torch.save({name: torch.zeros(shape) for name, shape in shapes.items()}, path)
     return path
 

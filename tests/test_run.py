@@ -137,7 +137,10 @@ def test_a_missing_venv_module_is_said_with_its_remedy(checkout: Path, monkeypat
 
 def test_an_unknown_extra_lists_those_there_are(checkout: Path, calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main(["install", "--with", "moon"]) == 1
-    assert capsys.readouterr().err.strip() == "run.py: no extra called 'moon'; pyproject.toml has dev, lab, lint, test"
+    assert (
+        capsys.readouterr().err.strip()
+        == "run.py: no extra called 'moon'; pyproject.toml has dev, easy-vqa, lab, lint, test, train"
+    )
     assert calls == []
 
 
