@@ -118,7 +118,7 @@ class LinearEffect(Saved):
 
     variants: tuple[str, ...]  # V: "linear", "rank k", then controls
     types: tuple[str, ...]  # T, the first is "all"
-    kl: np.ndarray  # float64 (V, T), nats, mean KL(original || variant) of the first answer token, 0 and up
+    kl: np.ndarray  # float64 (V, T), nats, mean KL(original || variant) over the answer's tokens, 0 and up
     kl_interval: np.ndarray  # float64 (V, T, 2)
     flipped: np.ndarray  # float64 (V, T), share 0 to 1
     flipped_interval: np.ndarray  # float64 (V, T, 2)

@@ -16,7 +16,9 @@ from llava_lab.connectors.linearize import Sums
 from llava_lab.connectors.local import Slopes, gelu_slope, jacobian
 from llava_lab.connectors.scores import random_map
 from llava_lab.errors import DataError, OptionError
-from llava_lab.evaluation.linearized import mean_interval
+from llava_lab.evaluation.answering import answer_all
+from llava_lab.evaluation.items import load_items
+from llava_lab.evaluation.linearized import mean_interval, plugged
 from llava_lab.models import Lab, layout
 from tests.gradients import leftovers
 
@@ -243,6 +245,28 @@ def test_effects_are_nothing_for_a_line_and_something_for_the_controls(tiny_fold
     assert np.array_equal(again.kl, effect.kl)
     with pytest.raises(OptionError, match="expected one of linear, rank 1, mean"):
         effect.row("median")
+
+
+def test_kl_is_over_every_position_that_predicts_the_answer_and_its_end(tiny_folder: Path) -> None:
+    lab = ll.load(tiny_folder)
+    fit = ll.linearize(lab, PICTURES, ridge=0)
+    effect = ll.linear_effect(lab, fit, n=1, progress=False)
+    items = load_items("picturebook", split="test", n=1, seed=0)
+
+    def by_hand(item: Any, answer: str) -> np.ndarray:
+        prompt = lab.sequence(item.question).token_ids
+        ids = np.concatenate([prompt, lab.tokenizer.encode(f" {answer}", add_special_tokens=False)])
+        with torch.no_grad():
+            out = lab.model(input_ids=torch.from_numpy(ids)[None], pixel_values=lab.pixels(item.draw()))
+        return out.logits[0, len(prompt) - 1 :].double().log_softmax(-1).numpy()
+
+    answers = answer_all(lab, items, progress=False)
+    own = [by_hand(*pair) for pair in zip(items, answers, strict=True)]
+    with plugged(lab, fit, "mean"):
+        said = [by_hand(*pair) for pair in zip(items, answers, strict=True)]
+    kl = [(np.exp(a) * (a - b)).sum(-1).mean() for a, b in zip(own, said, strict=True)]
+    assert len(own[0]) > 1
+    assert effect.row("mean")["kl"] == pytest.approx(np.mean(kl), rel=1e-3)
 
 
 def _tokens(lab: Lab, number: int) -> tuple[np.ndarray, np.ndarray]:

@@ -31,6 +31,7 @@ from llava_lab.results_connectors import LinearEffect, Linearized
 
 ALL = "all"
 PATIENCE = 2.0
+BEFORE = "a"  # an answer stands after something, so that its first token carries the space it has there
 
 
 def linear_effect(
@@ -48,22 +49,24 @@ def linear_effect(
 ) -> LinearEffect:
     """Answer the questions about `n` pictures with the connector and with `fit` in its place.
 
-    `ranks` adds the fit cut to each rank. KL is of the first answer token's distribution, in nats; an answer is flipped
-    when its text differs; accuracy is exact match. The lab is left as it was. Raises DataError for unknown data,
-    OptionError for a rank the fit does not have.
+    `ranks` adds the fit cut to each rank. KL, in nats, is of the next-token distributions where the original's own
+    answer and what comes after it are predicted, their mean; an answer is flipped when its text differs; accuracy is
+    exact match. The lab is left as it was. Raises DataError for unknown data, OptionError for a rank the fit does not have.
     """
     began = time.perf_counter()
     names = variants(fit, ranks, controls)
     items = load_items(data, split=split, n=n, seed=seed)
     if not items:
         raise DataError(f"{data} split {split} gave no questions; ask for more pictures")
-    own, own_answers = _said(lab, items, prompt, "original", progress)
-    right = _right(items, own_answers)
+    own_answers = answer_all(lab, items, prompt=prompt, label="original", progress=progress)
+    finished = [_finished(lab, item, answer, prompt) for item, answer in zip(items, own_answers, strict=True)]
+    own, right = _read(lab, items, finished, "original", progress), _right(items, own_answers)
     rows = []
     for name in names:
         with plugged(lab, fit, name, seed=seed):
-            said, answers = _said(lab, items, prompt, name, progress)
-        kl = (own.exp() * (own - said)).sum(-1).clamp_min(0).numpy()
+            said = _read(lab, items, finished, name, progress)
+            answers = answer_all(lab, items, prompt=prompt, label=name, progress=progress)
+        kl = np.array([float((a.exp() * (a - b)).sum(-1).clamp_min(0).mean()) for a, b in zip(own, said, strict=True)])
         flipped = np.array([a != b for a, b in zip(answers, own_answers, strict=True)], float)
         rows.append((kl, flipped, _right(items, answers) - right))
     types = (ALL, *sorted({item.type for item in items} - {ALL}))
@@ -117,18 +120,28 @@ def _stand_in(lab: Lab, fit: Linearized, name: str, seed: int) -> Any:
     return linear_connector(lab, weight.float(), bias.float(), trained_with=fit.beside)
 
 
-def _said(lab: Lab, items: list[Item], prompt: str, label: str, progress: bool) -> tuple[Float[Tensor, "N V"], list[str]]:
-    """Log-probabilities of the first answer token, float32, and the greedy answers."""
+def _finished(lab: Lab, item: Item, answer: str, prompt: str) -> tuple[np.ndarray, int]:
+    """The prompt with the answer behind it, (T,) token ids, and how many positions predict the answer and its end."""
+    alone, said = (lab.tokenizer.encode(text, add_special_tokens=False) for text in (BEFORE, f"{BEFORE} {answer}"))
+    tail = np.array(said[len(alone) :], np.int64)
+    return np.concatenate([lab.sequence(item.question, prompt=prompt).token_ids, tail]), len(tail) + 1
+
+
+def _read(
+    lab: Lab, items: list[Item], finished: list[tuple[np.ndarray, int]], label: str, progress: bool
+) -> list[Float[Tensor, "A V"]]:
+    """Log-probabilities, float32, at the positions that predict each answer."""
     rows = []
     with undisturbed(lab.model):
         drawn: tuple[Any, Tensor] | None = None
-        for item in tqdm(items, desc=f"{label}: first token", unit="question", disable=not progress, delay=PATIENCE, leave=False):
+        shown = tqdm(items, desc=f"{label}: distributions", unit="question", disable=not progress, delay=PATIENCE, leave=False)
+        for item, (tokens, count) in zip(shown, finished, strict=True):
             if drawn is None or drawn[0] is not item.draw:
                 drawn = item.draw, lab.pixels(item.draw())
-            ids = torch.from_numpy(lab.sequence(item.question, prompt=prompt).token_ids)[None].to(lab.device)
-            out = lab.model(input_ids=ids, pixel_values=drawn[1], use_cache=False, logits_to_keep=1)
-            rows.append(torch.log_softmax(out.logits[0, -1].float(), -1).cpu())
-    return torch.stack(rows), answer_all(lab, items, prompt=prompt, label=label, progress=progress)
+            ids = torch.from_numpy(tokens)[None].to(lab.device)
+            out = lab.model(input_ids=ids, pixel_values=drawn[1], use_cache=False, logits_to_keep=count)
+            rows.append(torch.log_softmax(out.logits[0].float(), -1).cpu())
+    return rows
 
 
 def _right(items: list[Item], answers: list[str]) -> np.ndarray:
