@@ -131,6 +131,9 @@ BENCHES: Mapping[str, Bench] = MappingProxyType(
         "probes": Bench(
             "the logit lens beside a plain forward and the obvious way, here and at 7B width", _later("bench_probes")
         ),
+        "connectors": Bench(
+            "a training step of four connectors beside frozen full forwards and the common mistake", _later("bench_connectors")
+        ),
     }
 )
 

@@ -43,7 +43,16 @@ ORDER = (
     {"attribution", "probes", "interventions", "evaluation"},
     {"training"},
     {
-        *("bench", "bench_capture", "bench_models", "bench_occlusion", "bench_probes", "bench_relevancy", "doctor"),
+        *(
+            "bench",
+            "bench_capture",
+            "bench_connectors",
+            "bench_models",
+            "bench_occlusion",
+            "bench_probes",
+            "bench_relevancy",
+            "doctor",
+        ),
         *("cli", "cli_commands", "cli_compare", "cli_knockout", "cli_lens", "cli_report", "cli_sanity", "cli_train"),
     },
 )

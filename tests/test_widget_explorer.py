@@ -13,7 +13,7 @@ import traitlets
 from PIL import Image
 
 from tests.widget_examples import example, make_relevance, make_run, spots
-from widgets import CompareView, FlowView, HeadGrid, PatchExplorer, TokenLens
+from widgets import CompareView, ConnectorBench, FlowView, HeadGrid, LossPlot, PatchExplorer, TokenLens
 from widgets.base import LabWidget, bundle, styles
 from widgets.paint import columns_of, range_of, strongest_of
 from widgets.patch_explorer import read_answer
@@ -192,7 +192,7 @@ def test_long_answers_and_many_methods_still_fit_a_notebook() -> None:
 
 
 def test_joined_modules_share_one_scope_without_a_name_defined_twice() -> None:
-    shown = (PatchExplorer, CompareView, HeadGrid, TokenLens, FlowView)
+    shown = (PatchExplorer, CompareView, HeadGrid, TokenLens, FlowView, ConnectorBench, LossPlot)
     used = dict.fromkeys([*(name for widget in shown for name in widget.modules), "page.js"])
     assert sorted(used) == sorted(path.name for path in JS.glob("*.js"))
     source = bundle(*used)  # a report has them all in one module

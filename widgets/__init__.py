@@ -1,9 +1,11 @@
 """What the lab shows in a notebook. `from widgets import PatchExplorer`; it computes nothing about models."""
 
 from widgets.compare_view import CompareView
+from widgets.connector_bench import ConnectorBench
 from widgets.flow_view import FlowView
 from widgets.head_grid import HeadGrid
+from widgets.loss_plot import LossPlot
 from widgets.patch_explorer import PatchExplorer
 from widgets.token_lens import TokenLens
 
-__all__ = ["CompareView", "FlowView", "HeadGrid", "PatchExplorer", "TokenLens"]
+__all__ = ["CompareView", "ConnectorBench", "FlowView", "HeadGrid", "LossPlot", "PatchExplorer", "TokenLens"]

@@ -1,0 +1,69 @@
+"""ConnectorBench and LossPlot in a real browser: the rank slider, linked maps, live losses, the stop button."""
+
+from __future__ import annotations
+
+from playwright.sync_api import expect
+
+from tests.bench_examples import bench_example
+from tests.widget_page import WidgetPage, difference
+from widgets import ConnectorBench, LossPlot
+
+
+def test_the_rank_slider_is_answered_in_the_page(widget_page: WidgetPage) -> None:
+    one, two, ranks = bench_example()
+    shown = widget_page.mount(ConnectorBench(one, two, ranks=ranks))
+    expect(shown.locator(".lab-bench-sentence")).to_contain_text("linear")
+    shown.get_by_role("radio", name="linear fit").click()
+    expect(shown.locator(".lab-bench-name").nth(1)).to_have_text("rank 16")
+    right = shown.locator("canvas").nth(1)
+    points = [(0.25, 0.71), (0.5, 0.87)]
+    before = widget_page.pixels(points, right)
+    slider = shown.get_by_role("slider", name="Rank")
+    slider.focus()
+    slider.press("Home")
+    expect(shown.locator(".lab-bench-name").nth(1)).to_have_text("rank 1")
+    expect(shown.locator(".lab-bench-said").nth(1)).to_contain_text("blue.")
+    after = widget_page.pixels(points, right)
+    assert max(difference(a, b) for a, b in zip(before, after, strict=True)) > 40
+    assert widget_page.get("rank") == 1
+    assert widget_page.sent() == []
+
+
+def test_pointing_at_one_map_reads_all_three(widget_page: WidgetPage) -> None:
+    one, two, _ = bench_example()
+    shown = widget_page.mount(ConnectorBench(one, two))
+    canvas = shown.locator("canvas").first
+    canvas.focus()
+    canvas.press("ArrowRight")
+    canvas.press("ArrowRight")
+    lines = shown.locator(".lab-bench-line")
+    for place in (0, 1):
+        expect(lines.nth(place)).to_contain_text("near red 0.50, p1 0.25")
+    expect(lines.nth(2)).to_contain_text("difference")
+    canvas.press("Escape")
+    expect(lines.first).to_have_text("Point at a patch.")
+
+
+def test_losses_are_drawn_read_off_and_stopped_from_the_page(widget_page: WidgetPage) -> None:
+    plot = LossPlot("align", total=10)
+    for step in range(1, 5):
+        plot.told({"step": step, "loss": 4 / step, "seconds": 2.0 * step})
+    plot.publish()
+    shown = widget_page.mount(plot)
+    expect(shown.locator(".lab-loss-status")).to_have_text("step 4 of 10 · 12 s left")
+    canvas = shown.locator("canvas")
+    canvas.focus()
+    canvas.press("ArrowRight")
+    canvas.press("ArrowLeft")
+    expect(shown.locator(".lab-loss-name")).to_have_text("align 1.333 at 3")
+    shown.get_by_role("button", name="Stop").click()
+    assert widget_page.get("stopped") is True
+    expect(shown.locator(".lab-loss-status")).to_contain_text("stopping")
+
+
+def test_both_leave_nothing_behind(widget_page: WidgetPage) -> None:
+    one, two, _ = bench_example()
+    widget_page.mount(ConnectorBench(one, two))
+    widget_page.page.evaluate("() => window.test.close()")
+    assert widget_page.page.evaluate("() => window.test.listeners()") == 0
+    assert widget_page.page.locator(".lab-widget").count() == 0

@@ -1,0 +1,107 @@
+"""What two connectors made of one picture and question, as the page holds it.
+
+Every connector and every rank of the linear fit is a `Seen`: its run, its map, its nearest words. All travel at once
+in one buffer of quantised maps, so that the page answers the rank slider by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from widgets.pack import answer_words, encode_picture, head_of, probability, quantize
+from widgets.palette import palettes
+
+if TYPE_CHECKING:
+    from llava_lab.results import Relevance, Run
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One connector's view: `values` (rows, cols) is its map, `words` what lies nearest to each patch, best first."""
+
+    name: str
+    run: Run
+    values: np.ndarray
+    words: tuple[tuple[tuple[str, float], ...], ...] = ()  # per patch: word and cosine
+    r2: float | None = None  # of a linear fit, on held-out pictures
+
+
+def seen(
+    name: str, run: Run, relevance: Relevance, *, target: int = -1, words: Sequence[Any] = (), r2: float | None = None
+) -> Seen:
+    """A connector's view from what the lab measured; `target` is which of the relevance's maps is shown.
+
+    `words` is what `llava_lab.nearest_words` gives, or for each patch, row by row, pairs of a word and its cosine.
+    """
+    if relevance.map != run.map:
+        raise ValueError(f"the map of {name!r} was made on another picture geometry than its run's; attribute this run")
+    if not -len(relevance.values) <= target < len(relevance.values):
+        raise ValueError(f"target must be one of the {len(relevance.values)} maps of {name!r}, got {target}")
+    near = tuple(tuple((str(word), float(cosine)) for word, cosine in patch) for patch in pairs_of(words))
+    return Seen(name, run, np.asarray(relevance.values[target], np.float32), near, None if r2 is None else float(r2))
+
+
+def pairs_of(words: Any) -> Sequence[Any]:
+    """Nearest words of a result, known by its shape, as pairs by patch; pairs as they are."""
+    if not hasattr(words, "top_ids"):
+        return words
+    pieces = dict(zip(words.piece_ids.tolist(), words.pieces, strict=True))
+    return [
+        [(pieces[one], cosine) for one, cosine in zip(ids, cosines, strict=True)]
+        for ids, cosines in zip(words.top_ids.tolist(), words.cosines.tolist(), strict=True)
+    ]
+
+
+def pack_bench(one: Seen, two: Seen | None, ranks: Mapping[int, Seen]) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The page's spec, and its picture, maps and scales."""
+    every = [one, *([two] if two else []), *ranks.values()]
+    if len(every) < 2:
+        raise ValueError("there is nothing to compare: give a second connector, ranks of a linear fit, or both")
+    for other in every:
+        check_same(one, other)
+    levels, scales, lo, hi = quantize(np.stack([one.values for one in every]))
+    picture, kind = encode_picture(one.run.picture)
+    spec = {
+        **head_of(one.run),
+        "sides": [side_of(one) for one in every],
+        "second": two is not None,
+        "ranks": list(ranks),
+        "lo": lo,
+        "hi": hi,
+        "picture": kind,
+        "palettes": {name: colors.tobytes().hex() for name, colors in palettes().items()},
+    }
+    return spec, {"picture": picture, "maps": levels.tobytes(), "scales": scales.astype("<f4").tobytes()}
+
+
+def check_same(one: Seen, other: Seen) -> None:
+    """Refuse what another picture or question gave, and tables that do not fit the grid."""
+    run, name = other.run, other.name
+    if run.question != one.run.question:
+        raise ValueError(f"{name!r} was asked {run.question!r}, {one.name!r} {one.run.question!r}; ask both the same")
+    if run.map != one.run.map or not np.array_equal(run.picture, one.run.picture):
+        raise ValueError(f"{name!r} saw another picture or grid than {one.name!r}; show both the same, on one grid")
+    if other.values.shape != (run.map.rows, run.map.cols):
+        raise ValueError(f"the map of {name!r} must be {run.map.rows} x {run.map.cols}, got {other.values.shape}")
+    if not np.isfinite(other.values).all():
+        raise ValueError(f"the map of {name!r} holds values that are not finite; a map cannot be drawn from them")
+    if other.words and len(other.words) != run.map.rows * run.map.cols:
+        raise ValueError(
+            f"{name!r} has words for {len(other.words)} of {run.map.rows * run.map.cols} patches; give one list each"
+        )
+
+
+def side_of(one: Seen) -> dict[str, Any]:
+    start, stop = one.run.segments["answer"]
+    return {
+        "name": one.name,
+        "answer": one.run.answer,
+        "words": answer_words(one.run),
+        "p": probability(one.run, start, stop),
+        "near": [[[word, round(cosine, 3)] for word, cosine in patch] for patch in one.words],
+        "r2": one.r2,
+    }

@@ -1,0 +1,185 @@
+// @ts-check
+/**
+ * LossPlot in the page: loss by step for each curve, the time left, one step read off, and a stop button.
+ */
+
+import { button, make, setText } from "./dom.js";
+import { Plot, plotText } from "./flow_plot.js";
+import { bytesOf, formatNumber } from "./maps.js";
+import { Panel } from "./panel.js";
+
+/**
+ * @typedef {{name: string, steps: Float32Array, losses: Float32Array, total: number | null}} LossCurve
+ * @typedef {{curves: {name: string, count: number, total: number | null}[], left: number | null, log: boolean}} LossSpec
+ */
+
+const LOSS_COLORS = ["#2563c9", "#d2691e", "#2a8c5a", "#8d4bb8", "#b8860b", "#c62860"];
+const LOSS_HEIGHT = 280;
+const LOSS_FRAME = { left: 58, right: 14, top: 12, bottom: 34 };
+
+/** @param {LossSpec} spec @param {DataView | Uint8Array} data @returns {LossCurve[]} */
+export function readLosses(spec, data) {
+  const numbers = new Float32Array(bytesOf(data).slice().buffer);
+  let at = 0;
+  return spec.curves.map(({ name, count, total }) => {
+    const rows = numbers.subarray(at, (at += 2 * count));
+    return { name, total, steps: rows.filter((_, i) => i % 2 === 0), losses: rows.filter((_, i) => i % 2 === 1) };
+  });
+}
+
+/** The ranges of steps and (logarithms of) losses. @param {LossCurve[]} curves @param {boolean} log */
+export function lossRange(curves, log) {
+  const turn = (/** @type {number} */ value) => (log ? Math.log10(value) : value);
+  const every = curves.flatMap(({ losses }) => [...losses].map(turn).filter(Number.isFinite));
+  const last = Math.max(1, ...curves.flatMap(({ steps, total }) => [...(total ? [total] : []), steps[steps.length - 1] ?? 1]));
+  const low = every.length ? Math.min(...every) : 0;
+  const high = every.length ? Math.max(...every) : 1;
+  const lo = log ? low : Math.min(0, low);
+  return { last, lo, hi: high > lo ? high : lo + 1, turn };
+}
+
+/** A time as a person says it. @param {number} seconds */
+export function timeText(seconds) {
+  if (seconds < 90) return `${Math.round(seconds)} s`;
+  return seconds < 5400 ? `${Math.round(seconds / 60)} min` : `${(seconds / 3600).toFixed(1)} h`;
+}
+
+class LossView extends Panel {
+  /** @param {import("./panel.js").Model} model @param {HTMLElement} el */
+  constructor(model, el) {
+    super(model, ["spec", "stopped"]);
+    const { signal } = this.stop;
+    this.at = -1; // the step read off
+    const host = {
+      find: (/** @type {number} */ x) => ({ row: 0, window: this.stepAt(x) }),
+      next: (/** @type {string} */ key) => this.stepped(key),
+      hover: (/** @type {any} */ spot) => this.read(spot ? spot.window : -1),
+      pick: (/** @type {any} */ spot) => this.read(spot ? spot.window : -1),
+      height: () => LOSS_HEIGHT,
+      changed: () => this.refresh(),
+    };
+    this.plot = new Plot("lab-loss-plot", "Loss by step. Left and right move, Escape leaves.", /** @type {any} */ (host), signal);
+    this.legend = make("div", "lab-loss-legend");
+    this.status = make("span", "lab-loss-status", [], { role: "status" });
+    this.press = button("Stop", () => this.keep("stopped", true), signal);
+    const head = make("div", "lab-loss-head", [this.legend, this.status, this.press]);
+    const card = make("div", "lab-card", [head, this.plot.canvas, this.live], { role: "group", "aria-label": "Training loss" });
+    this.curves = /** @type {LossCurve[]} */ ([]);
+    this.open(make("div", "lab-widget lab-loss", [card]), el);
+  }
+
+  /** @param {string} key */
+  stepped(key) {
+    const way = key === "ArrowRight" ? 1 : key === "ArrowLeft" ? -1 : 0;
+    const steps = [...(this.curves[this.curves.length - 1]?.steps ?? [])];
+    if (!way || !steps.length) return null;
+    const here = this.at < 0 ? -1 : nearestStep(steps, this.at);
+    return { row: 0, window: steps[Math.max(0, Math.min(steps.length - 1, here < 0 ? steps.length - 1 : here + way))] };
+  }
+
+  /** @param {number} step */
+  read(step) {
+    this.at = step;
+    if (step >= 0) setText(this.live, this.curves.map((curve) => lossSaid(curve, step)).join("; "));
+    this.refresh();
+  }
+
+  /** @param {number} x */
+  stepAt(x) {
+    const inside = this.plot.width - LOSS_FRAME.left - LOSS_FRAME.right;
+    return Math.max(0, ((x - LOSS_FRAME.left) / inside) * lossRange(this.curves, false).last);
+  }
+
+  paint() {
+    const spec = /** @type {LossSpec} */ (this.model.get("spec"));
+    this.curves = readLosses(spec, this.model.get("data"));
+    const current = this.curves[this.curves.length - 1];
+    const step = current.steps[current.steps.length - 1];
+    const done = current.total !== null && step >= current.total;
+    const stopped = this.model.get("stopped");
+    const of = current.total === null ? "" : ` of ${current.total}`;
+    const left = spec.left === null || done || stopped ? "" : ` · ${timeText(spec.left)} left`;
+    const state = done ? " · finished" : stopped ? " · stopping, what is trained stays" : "";
+    setText(this.status, step === undefined ? "waiting for the first step" : `step ${Math.round(step)}${of}${left}${state}`);
+    /** @type {HTMLButtonElement} */ (this.press).disabled = done || stopped;
+    this.legend.replaceChildren(
+      ...this.curves.map((curve, i) => {
+        const swatch = make("span", "lab-loss-swatch");
+        swatch.style.background = LOSS_COLORS[i % LOSS_COLORS.length];
+        return make("span", "lab-loss-name", [swatch, lossSaid(curve, this.at)]);
+      }),
+    );
+    this.draw(spec.log);
+  }
+
+  /** @param {boolean} log */
+  draw(log) {
+    const sheet = this.plot.sheet();
+    const { ctx, width, height, ink } = sheet;
+    const { last, lo, hi, turn } = lossRange(this.curves, log);
+    const { left, top } = LOSS_FRAME;
+    const [right, bottom] = [width - LOSS_FRAME.right, height - LOSS_FRAME.bottom];
+    const x = (/** @type {number} */ step) => left + (step / last) * (right - left);
+    const y = (/** @type {number} */ loss) => bottom - ((turn(loss) - lo) / (hi - lo)) * (bottom - top);
+    for (let part = 0; part <= 4; part++) {
+      const value = lo + (part / 4) * (hi - lo);
+      const line = bottom - (part / 4) * (bottom - top);
+      ctx.globalAlpha = 0.14;
+      ctx.fillStyle = ink;
+      ctx.fillRect(left, line, right - left, 1);
+      ctx.globalAlpha = 1;
+      plotText(sheet, formatNumber(log ? 10 ** value : value), left - 8, line, { align: "right" });
+      const align = part === 4 ? "right" : "center";
+      plotText(sheet, `${Math.round((part / 4) * last)}`, left + (part / 4) * (right - left), bottom + 14, { align });
+    }
+    plotText(sheet, "step", (left + right) / 2 + 40, bottom + 27, { align: "left" });
+    if (this.at >= 0) {
+      ctx.fillStyle = ink;
+      ctx.globalAlpha = 0.4;
+      ctx.fillRect(x(this.at), top, 1, bottom - top);
+      ctx.globalAlpha = 1;
+    }
+    ctx.lineWidth = 1.8;
+    this.curves.forEach(({ steps, losses }, i) => {
+      ctx.strokeStyle = ctx.fillStyle = LOSS_COLORS[i % LOSS_COLORS.length];
+      ctx.beginPath();
+      let open = false;
+      losses.forEach((loss, place) => {
+        if (!Number.isFinite(turn(loss))) return (open = false);
+        if (open) ctx.lineTo(x(steps[place]), y(loss));
+        else ctx.moveTo(x(steps[place]), y(loss));
+        return (open = true);
+      });
+      ctx.stroke();
+      const end = losses.length - 1;
+      if (end >= 0 && Number.isFinite(turn(losses[end]))) ctx.fillRect(x(steps[end]) - 2, y(losses[end]) - 2, 4, 4);
+    });
+  }
+
+  close() {
+    super.close();
+    this.plot.close();
+  }
+}
+
+/** @param {ArrayLike<number>} steps @param {number} step */
+function nearestStep(steps, step) {
+  let best = 0;
+  for (let i = 1; i < steps.length; i++) if (Math.abs(steps[i] - step) < Math.abs(steps[best] - step)) best = i;
+  return best;
+}
+
+/** A curve's loss at a step, or its last one. @param {LossCurve} curve @param {number} step */
+export function lossSaid({ name, steps, losses }, step) {
+  if (!losses.length) return name;
+  const place = step < 0 ? losses.length - 1 : nearestStep(steps, step);
+  const value = Number.isFinite(losses[place]) ? losses[place].toFixed(3) : "not a number";
+  return step < 0 ? `${name} ${value}` : `${name} ${value} at ${Math.round(steps[place])}`;
+}
+
+/** Shows a view; gives back its clean-up.
+ * @param {{model: import("./panel.js").Model, el: HTMLElement}} host */
+export function renderLoss({ model, el }) {
+  const view = new LossView(model, el);
+  return () => view.close();
+}

@@ -1,0 +1,156 @@
+"""LossPlot: the losses of a training as they come, with the time left and a button that stops and keeps the work.
+
+`told` takes one dict per logged step, as ``train_stage(..., told=plot.told)`` gives them: ``step``, ``loss`` and
+``seconds``; ``epoch`` says how far the schedule is where no `total` was given. A cell that trains keeps the kernel
+busy, so a click on Stop is heard only when the training runs beside it, which `start` does; the notebook's own stop
+button works either way. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from typing import Any, ClassVar
+
+import numpy as np
+import traitlets
+
+from widgets.base import LabWidget, bundle, styles
+from widgets.bench_paint import draw_losses
+
+MODULES = ("maps.js", "grid.js", "canvas.js", "dom.js", "panel.js", "flow_plot.js", "loss.js")
+MOST_POINTS = 1000  # a curve's in the page; longer ones are averaged over equal runs of steps
+EVERY = 0.2  # seconds between two messages to the page at least
+
+
+class LossPlot(LabWidget):
+    """A live plot of one or several losses; `name` is the first curve's, `total` its number of steps if known.
+
+    `told` adds a point to the current curve, `curve` begins another. `stopped` is true once someone asked to stop.
+    """
+
+    entry: ClassVar[str] = "renderLoss"
+    modules: ClassVar[tuple[str, ...]] = MODULES
+    sheets: ClassVar[tuple[str, ...]] = ("base.css", "loss.css")
+    _esm = bundle(*MODULES, entry=entry)
+    _css = styles(*sheets)
+
+    spec = traitlets.Dict().tag(sync=True)
+    data = traitlets.Bytes().tag(sync=True)
+    stopped = traitlets.Bool(False).tag(sync=True)
+    selected = traitlets.List().tag(sync=True)
+    pointed = traitlets.Int(-1).tag(sync=True)
+
+    def __init__(self, name: str = "loss", *, total: int | None = None, log: bool = False, **unknown: Any) -> None:
+        self.refuse(unknown)
+        self.logarithmic, self.curves = bool(log), {}
+        self._totals: dict[str, int | None] = {}
+        self._seconds: dict[str, float] = {}
+        self._begun: dict[str, float] = {}
+        self._sent, self.running = 0.0, False
+        super().__init__()
+        self.curve(name, total=total)
+
+    curves: dict[str, list[tuple[int, float]]]  # steps and losses by name
+    current: str  # the curve that is told
+
+    def curve(self, name: str, *, total: int | None = None) -> LossPlot:
+        """Begin another curve, of another stage or connector; what is told next belongs to it."""
+        if total is not None and total < 1:
+            raise ValueError(f"total must be 1 or more steps, got {total}")
+        if self.curves.get(name):
+            raise ValueError(f"there is a curve {name!r} already; give this one another name")
+        if self.curves and not self.curves[self.current]:
+            del self.curves[self.current]  # never begun
+        self.current = name
+        self.curves[name], self._totals[name], self._seconds[name] = [], total, 0.0
+        self.stopped, self._asked, self._given = False, False, total is not None
+        self.publish()
+        return self
+
+    def told(self, row: Mapping[str, Any]) -> None:
+        """Add a logged step; ends the training when Stop was pressed, as an interrupt does."""
+        missing = [key for key in ("step", "loss") if key not in row]
+        if missing:
+            raise ValueError(f"a logged step needs 'step' and 'loss', got {', '.join(map(repr, row)) or 'nothing'}")
+        name, step = self.current, int(row["step"])
+        self.curves[name].append((step, float(row["loss"])))
+        self._begun.setdefault(name, time.monotonic())
+        self._seconds[name] = float(row.get("seconds", time.monotonic() - self._begun[name]))
+        if not self._given and row.get("epoch"):
+            self._totals[name] = max(step, round(step / float(row["epoch"])))
+        if time.monotonic() - self._sent >= EVERY or step == self._totals[name]:
+            self.publish()
+        if self.stopped and not self._asked:
+            self._asked = True  # a second interrupt would lose the checkpoint of the first
+            self.publish()
+            if threading.current_thread() is threading.main_thread():
+                signal.raise_signal(signal.SIGINT)  # the training ends after its step, with a checkpoint
+            else:
+                raise KeyboardInterrupt
+
+    def left(self) -> float | None:
+        """Seconds the current curve has to go, by its pace so far; None while that is not known."""
+        rows, total = self.curves[self.current], self._totals[self.current]
+        if not rows or total is None or not self._seconds[self.current]:
+            return None
+        done = rows[-1][0] - rows[0][0] + 1  # a resumed run begins late
+        return max(0, total - rows[-1][0]) * self._seconds[self.current] / done
+
+    def start(self, call: Callable[[], Any]) -> Future[Any]:
+        """Run `call` beside the kernel, which then hears the Stop button; ``.result()`` waits for what it returns."""
+        future: Future[Any] = Future()
+        if self.running:
+            raise RuntimeError("a training is running already; stop it or wait for its result()")
+        self.running, self.stopped, self._asked = True, False, False
+
+        def run() -> None:
+            try:
+                value = call()
+            except BaseException as error:
+                self._end()
+                future.set_exception(error)
+            else:
+                self._end()
+                future.set_result(value)
+
+        threading.Thread(target=run, name="training", daemon=True).start()
+        return future
+
+    def publish(self) -> None:
+        """Send what is known now to the page."""
+        self._sent = time.monotonic()
+        shown = {name: thinned(rows) for name, rows in self.curves.items()}
+        tables = [np.asarray(rows, "<f8").reshape(-1, 2) for rows in shown.values()]
+        self.data = b"".join(table.astype("<f4").tobytes() for table in tables)
+        self.spec = {
+            "curves": [{"name": name, "count": len(rows), "total": self._totals[name]} for name, rows in shown.items()],
+            "left": self.left(),
+            "log": self.logarithmic,
+        }
+
+    def draw_png(self) -> bytes:
+        """The curves so far, as PNG bytes."""
+        return draw_losses(self.curves, log=self.logarithmic)
+
+    def __repr__(self) -> str:
+        said = [
+            f"{name}: {f'{rows[-1][1]:.3f} at step {rows[-1][0]}' if rows else 'no step yet'}"
+            for name, rows in self.curves.items()
+        ]
+        return f"LossPlot({'; '.join(said)})"
+
+    def _end(self) -> None:
+        self.running = False
+        self.publish()
+
+
+def thinned(rows: list[tuple[int, float]]) -> list[tuple[float, float]]:
+    """At most `MOST_POINTS` points: the mean step and loss of equal runs of rows; what is not finite stays a hole."""
+    width = math.ceil(len(rows) / MOST_POINTS) or 1
+    runs = [rows[at : at + width] for at in range(0, len(rows), width)]
+    return [(float(np.mean([s for s, _ in run])), float(np.mean([v for _, v in run]))) for run in runs]
