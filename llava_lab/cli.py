@@ -104,7 +104,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_data_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     evaluate = add("evaluate", commands.evaluate, "score a model on a data set, beside its controls")
-    evaluate.add_argument("--data", default="picturebook", help="picturebook (default), or a .json file in LLaVA's format")
+    evaluate.add_argument(
+        "--data", default="picturebook", help="picturebook (default), easy-vqa, or a LLaVA .json file"
+    )
     evaluate.add_argument("--split", default="test", help="default: test")
     evaluate.add_argument("--n", type=_positive, default=2000, help="pictures (default: 2000)")
     evaluate.add_argument("--no-controls", action="store_true", help="leave out blind, shuffled and majority")

@@ -183,6 +183,13 @@ class LabPage:
         assert not done["error"], done["error"]
         return json.loads(done["text"])
 
+    def becomes(self, expression: str, value: Any) -> None:
+        """Wait until an expression in the kernel has a value: a click's news may still be on its way when the page shows it."""
+        end = time.monotonic() + LOOK_SECONDS
+        while (found := self.python(expression)) != value and time.monotonic() < end:
+            time.sleep(0.1)
+        assert found == value
+
     def cells(self) -> int:
         return self.page.evaluate("() => window.jupyterapp.shell.currentWidget.model.cells.length")
 

@@ -95,7 +95,7 @@ def test_llava_json_items_ask_each_turn_alone(tmp_path) -> None:
 
 
 def test_bad_data_is_refused_in_one_line(tmp_path) -> None:
-    with pytest.raises(DataError, match="picturebook or a .json"):
+    with pytest.raises(DataError, match="picturebook, easy-vqa or a .json"):
         load_items("vqa")
     with pytest.raises(DataError, match="no such data file"):
         load_items(str(tmp_path / "none.json"))

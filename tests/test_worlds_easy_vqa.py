@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from llava_lab.errors import DataError
+from llava_lab.evaluation.items import load_items
 from llava_lab.training.conversations import read_turns
 from llava_lab.worlds import easy_vqa
 
@@ -67,3 +68,15 @@ def test_mistakes_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(easy_vqa, "find_spec", lambda name: None)
     with pytest.raises(DataError, match="pip install 'llava-lab\\[easy-vqa\\]'"):
         easy_vqa.questions("test")
+
+
+def test_evaluation_asks_every_question_of_the_first_pictures_on_its_own_for_one_word() -> None:
+    items = load_items("easy-vqa", split="test", n=3)
+    every = easy_vqa.questions("test")
+    first = list(dict.fromkeys(one.picture for one in every))[:3]
+    expected = [(one.picture.stem, one.answer, one.type) for one in every if one.picture in first]
+    assert [(item.picture, item.answer, item.type) for item in items] == expected
+    assert all(item.question.endswith("\nAnswer the question using a single word or phrase.") for item in items)
+    assert len({id(item.draw) for item in items}) == 3
+    assert items[0].draw().shape == (64, 64, 3)
+    assert len(load_items("easy-vqa", split="test", n=10**6)) == 9673

@@ -15,7 +15,8 @@ import numpy as np
 
 from llava_lab.errors import DataError
 from llava_lab.models.pictures import read_picture
-from llava_lab.worlds import picturebook
+from llava_lab.worlds import easy_vqa, picturebook
+from llava_lab.worlds.wording import SHORT
 
 PER_PICTURE = 4  # questions asked about each drawn picture
 
@@ -33,17 +34,17 @@ class Item:
 
 
 def load_items(data: str, *, split: str = "test", n: int = 2000, seed: int = 0) -> list[Item]:
-    """Items of `n` pictures: ``picturebook``, or a JSON file in LLaVA's format (each turn asked on its own).
+    """Items of `n` pictures: ``picturebook``, ``easy-vqa``, or a JSON file in LLaVA's format (each turn asked on its own).
 
     Raises DataError for an unknown name, an unknown split, or a file that is not in the format.
     """
     if n < 1:
         raise DataError(f"n must be 1 or more, got {n}")
-    if data == "picturebook":
-        return _picturebook(split, n, seed)
+    if data in WORLDS:
+        return WORLDS[data](split, n, seed)
     if Path(data).suffix == ".json":
         return _llava_json(Path(data), n)
-    raise DataError(f"data must be picturebook or a .json file in LLaVA's format, got {data!r}")
+    raise DataError(f"data must be {', '.join(WORLDS)} or a .json file in LLaVA's format, got {data!r}")
 
 
 def _picturebook(split: str, n: int, seed: int) -> list[Item]:
@@ -55,6 +56,22 @@ def _picturebook(split: str, n: int, seed: int) -> list[Item]:
         for q in picturebook.ask_about(scene, rng, PER_PICTURE):
             items.append(Item(scene.name, draw, q.text, q.answer, q.short, q.type))
     return items
+
+
+def _easy_vqa(split: str, n: int, seed: int) -> list[Item]:
+    """All questions of the first `n` pictures, each asked on its own for one word; the package's order, no seed."""
+    draws: dict[Path, Callable[[], np.ndarray]] = {}
+    items = []
+    for q in easy_vqa.questions(split):
+        if q.picture not in draws:
+            if len(draws) == n:
+                continue
+            draws[q.picture] = partial(read_picture, q.picture)
+        items.append(Item(q.picture.stem, draws[q.picture], f"{q.text}\n{SHORT}", q.answer, q.answer, q.type))
+    return items
+
+
+WORLDS = {"picturebook": _picturebook, "easy-vqa": _easy_vqa}
 
 
 def _draw(scene: picturebook.Scene) -> np.ndarray:

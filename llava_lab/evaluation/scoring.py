@@ -17,7 +17,7 @@ import numpy as np
 
 from llava_lab.errors import DataError
 from llava_lab.evaluation.answering import answer_all
-from llava_lab.evaluation.items import Item, load_items
+from llava_lab.evaluation.items import WORLDS, Item, load_items
 from llava_lab.evaluation.metrics import cluster_interval, exact_match
 from llava_lab.models import Lab
 
@@ -93,7 +93,7 @@ def _shuffled(items: list[Item], seed: int) -> list[Item]:
 
 
 def _majority(items: list[Item], data: str, seed: int) -> np.ndarray:
-    source = load_items(data, split="train", n=MAJORITY_PICTURES, seed=seed) if data == "picturebook" else items
+    source = load_items(data, split="train", n=MAJORITY_PICTURES, seed=seed) if data in WORLDS else items
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for item in source:
         counts[item.type][item.short] += 1

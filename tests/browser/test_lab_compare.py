@@ -33,8 +33,9 @@ def test_what_is_kept_reaches_the_kernel(views: Locator, lab: LabPage) -> None:
     views.locator(".lab-tile").filter(has_text="relevancy").click()
     views.get_by_role("radio", name="deletion").click()
     views.locator(".lab-compare").get_by_role("radio", name="car, ").click()
+    views.locator(".lab-compare").get_by_role("radio", name="car, ", checked=True).wait_for()
     lab.page.wait_for_function("() => document.querySelector('.lab-stage-name').textContent === 'relevancy'")
-    assert lab.python("[compare.method, compare.sort, compare.target]") == ["relevancy", "deletion", 1]
+    lab.becomes("[compare.method, compare.sort, compare.target]", ["relevancy", "deletion", 1])
 
 
 def test_a_linked_selection_is_one_selection(views: Locator, lab: LabPage) -> None:
@@ -43,8 +44,8 @@ def test_a_linked_selection_is_one_selection(views: Locator, lab: LabPage) -> No
     lab.page.wait_for_function(
         "() => document.querySelector('.lab-matrix-head .lab-legend-title').textContent.endsWith('on the selected patch')"
     )
-    assert lab.python("[compare.selected, heads.selected]") == [[0], [0]]
-    assert lab.python("heads.patches") == [[0, 0]]
+    lab.becomes("[compare.selected, heads.selected]", [[0], [0]])
+    lab.becomes("heads.patches", [[0, 0]])
 
 
 def test_python_sets_what_the_page_shows(views: Locator, lab: LabPage) -> None:

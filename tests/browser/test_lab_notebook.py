@@ -76,9 +76,9 @@ def test_selecting_patches_reaches_the_kernel(explorer: Locator, lab: LabPage) -
     canvas.click(position=cell_center(explorer, 0, 0))
     canvas.click(position=cell_center(explorer, 0, 0))  # a second click takes away
     lab.page.wait_for_function("() => document.querySelector('.lab-count').textContent.startsWith('2 patches')")
-    assert lab.python("w.selected") == [8 * 12 + 3, 8 * 12 + 4]
-    assert lab.python("w.patches") == [[8, 3], [8, 4]]
-    assert lab.python("w.mask.sum().item()") == 2
+    lab.becomes("w.selected", [8 * 12 + 3, 8 * 12 + 4])
+    lab.becomes("w.patches", [[8, 3], [8, 4]])
+    lab.becomes("w.mask.sum().item()", 2)
 
 
 def test_asking_again_shows_the_new_answer_as_text_beside_the_old(explorer: Locator, lab: LabPage) -> None:
@@ -91,7 +91,7 @@ def test_asking_again_shows_the_new_answer_as_text_beside_the_old(explorer: Loca
     assert answers.get_by_text("Without 14 patches").count() == 1
     assert answers.get_by_text("55%").count() == 1
     assert lab.python("[len(a) for a in asked]")[-1] == 14
-    assert lab.python("w.reply['state']") == "done"
+    lab.becomes("w.reply['state']", "done")
 
 
 def test_an_error_in_the_callback_is_shown_and_does_not_stick(explorer: Locator, lab: LabPage) -> None:
@@ -127,7 +127,7 @@ def test_python_and_page_share_word_method_and_layer(explorer: Locator, lab: Lab
     layer.focus()
     lab.page.keyboard.press("ArrowLeft")
     lab.page.wait_for_function("() => document.querySelector('.lab-legend-title').textContent.endsWith('layer 4')")
-    assert lab.python("[w.method, w.layer]") == ["rollout", 4]
+    lab.becomes("[w.method, w.layer]", ["rollout", 4])
 
 
 def test_dark_theme_reaches_the_widget(explorer: Locator, lab: LabPage, tmp_path) -> None:  # type: ignore[no-untyped-def]
