@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from llava_lab.results import Relevance as Relevance
     from llava_lab.results import Run as Run
     from llava_lab.results import Target as Target
+    from llava_lab.results_ablation import Ablation as Ablation
     from llava_lab.results_connectors import LinearEffect as LinearEffect
     from llava_lab.results_connectors import Linearized as Linearized
     from llava_lab.results_connectors import LocalLinearity as LocalLinearity
@@ -84,6 +85,7 @@ if TYPE_CHECKING:
     from llava_lab.scores import GroundTruth as GroundTruth
     from llava_lab.scores import Leaderboard as Leaderboard
     from llava_lab.scores_sanity import Sanity as Sanity
+    from llava_lab.training.ablation import compare_connectors as compare_connectors
 
 __version__ = "0.1.0"
 
@@ -153,6 +155,8 @@ _HOMES = {
     "export": "llava_lab.connectors",
     "ForeignConnector": "llava_lab.connectors",
     "linear_effect": "llava_lab.evaluation",
+    "compare_connectors": "llava_lab.training.ablation",
+    "Ablation": "llava_lab.results_ablation",
     "Linearized": "llava_lab.results_connectors",
     "LocalLinearity": "llava_lab.results_connectors",
     "LinearEffect": "llava_lab.results_connectors",

@@ -16,8 +16,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from llava_lab import cli_ablate, cli_compare, cli_knockout, cli_lens, cli_report, cli_sanity, cli_train
 from llava_lab import cli_commands as commands
-from llava_lab import cli_compare, cli_knockout, cli_lens, cli_report, cli_sanity, cli_train
 from llava_lab.errors import LabError
 
 DEFAULT_MODEL = "tiny"
@@ -104,9 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_data_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     evaluate = add("evaluate", commands.evaluate, "score a model on a data set, beside its controls")
-    evaluate.add_argument(
-        "--data", default="picturebook", help="picturebook (default), easy-vqa, or a LLaVA .json file"
-    )
+    evaluate.add_argument("--data", default="picturebook", help="picturebook (default), easy-vqa, or a LLaVA .json file")
     evaluate.add_argument("--split", default="test", help="default: test")
     evaluate.add_argument("--n", type=_positive, default=2000, help="pictures (default: 2000)")
     evaluate.add_argument("--no-controls", action="store_true", help="leave out blind, shuffled and majority")
@@ -118,6 +116,7 @@ def _add_data_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     data.add_argument("--out", required=True, metavar="DIR", help="folder to write to")
 
     cli_train.add_options(add("train", cli_train.train, cli_train.ABOUT), _positive)
+    cli_ablate.add_options(add("ablate", cli_ablate.ablate, cli_ablate.ABOUT), _positive)
 
 
 def _common() -> _Parser:

@@ -36,6 +36,7 @@ ORDER = (
         "scores_sanity",
         "results_interventions",
         "results_connectors",
+        "results_ablation",
     },
     {"capture"},
     {"models"},
@@ -54,6 +55,7 @@ ORDER = (
             "doctor",
         ),
         *("cli", "cli_commands", "cli_compare", "cli_knockout", "cli_lens", "cli_report", "cli_sanity", "cli_train"),
+        "cli_ablate",
     },
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
@@ -211,6 +213,7 @@ def test_import_table_allows(room: str, source: str) -> None:
         ("llava_lab.scores_sanity", ["torch", "transformers", "matplotlib"]),
         ("llava_lab.results_interventions", ["torch", "transformers", "matplotlib"]),
         ("llava_lab.results_connectors", ["torch", "transformers", "matplotlib"]),
+        ("llava_lab.results_ablation", ["torch", "transformers", "matplotlib"]),
         ("llava_lab.plots_scores", ["torch", "transformers", "matplotlib"]),
         ("llava_lab.cli", ["torch", "transformers", "matplotlib", "numpy"]),
         ("widgets", ["torch", "transformers", "llava_lab"]),

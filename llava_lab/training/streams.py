@@ -18,15 +18,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import rotate_half
 
+FUSED = ("_project", "_attend", "_attend_turns", "_finish")
+SHAPES = 64  # kinds of calls that may be compiled; torch gives up after 8, and stages differ in more
 
-def compile_parts() -> None:
+
+@contextmanager
+def fused(on: bool = True) -> Iterator[None]:
     """Fuse the small operations between the products with torch.compile (needs a C++ compiler; about 1.3 times as fast)."""
-    parts = globals()
-    for name in ("_project", "_attend", "_attend_turns", "_finish"):
-        parts[name] = torch.compile(parts[name], dynamic=True)
+    parts, plain = globals(), {name: globals()[name] for name in FUSED}
+    if on:
+        parts.update({name: torch.compile(part, dynamic=True) for name, part in plain.items()})
+    try:
+        with torch._dynamo.config.patch(recompile_limit=SHAPES):
+            yield
+    finally:
+        parts.update(plain)
 
 
 @contextmanager

@@ -20,12 +20,12 @@ from torch.utils.data import Dataset
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from llava_lab.errors import OptionError
+from llava_lab.training import streams
 from llava_lab.training.build import build_config, build_model, build_processor, build_tokenizer
 from llava_lab.training.language import LanguageData, Marks, language_loss
 from llava_lab.training.loop import freeze_all_but, run_stage
 from llava_lab.training.pool import Pool, default_workers, make_pool
 from llava_lab.training.recipe import TINY, Recipe, Stage
-from llava_lab.training.streams import compile_parts
 from llava_lab.training.tower import TowerData, TowerHeads, tower_loss
 from llava_lab.training.tuning import AlignData, InstructData, make_check, sight_loss
 
@@ -67,13 +67,12 @@ def train(
         raise OptionError(f"{folder} holds a run already; add --resume to go on with it, or choose another folder")
     if seed is not None:
         recipe = replace(recipe, seed=seed)
-    if fused:
-        compile_parts()
     work = _Work(recipe, folder, steps_scale)
-    for stage in recipe.stages:
-        if stages is None or stage.name in stages:
-            work.load(STAGES[: STAGES.index(stage.name)])
-            work.run(stage)
+    with streams.fused(fused):
+        for stage in recipe.stages:
+            if stages is None or stage.name in stages:
+                work.load(STAGES[: STAGES.index(stage.name)])
+                work.run(stage)
     return work.finish()
 
 

@@ -1,0 +1,241 @@
+"""One run of a comparison: a fresh connector before the same start, the recipe's stages, one exam; kept as one file.
+
+Everything random comes from the run's seed and the step's number, so that runs of one seed read the same batches in the
+same order whatever the connector. The connector has a rate of its own; the language model keeps the recipe's.
+A file is written when its run is finished and under a temporary name first: a run is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from llava_lab.connectors import connector as plugged
+from llava_lab.connectors import new_connector, save
+from llava_lab.errors import DataError, OptionError
+from llava_lab.models import layout
+from llava_lab.packing import Saved
+from llava_lab.training.ablation_data import Exam, loss_of, sit, stamp
+from llava_lab.training.ablation_start import Start
+from llava_lab.training.loop import NOT_MUON, freeze_all_but, rate_at
+from llava_lab.training.pool import Pool
+from llava_lab.training.recipe import Recipe, Stage
+from llava_lab.training.tuning import AlignData, InstructData
+
+Advance = Callable[[int], None]  # steps done since the last call
+
+
+@dataclass(frozen=True)
+class Job:
+    """What decides a run, beside what all runs of a comparison share."""
+
+    connector: str  # a name, or name:option=value,option=value
+    rate: float  # the connector's peak, AdamW's; Muon's follows in the recipe's proportion
+    seed: int
+    steps: tuple[int, int]  # of stage 1 and 2; 0 leaves a stage out
+    exams: tuple[str, ...]  # the splits it is asked about
+
+    @property
+    def id(self) -> str:
+        exams, steps = ("+".join(map(str, values)) for values in (self.exams, self.steps))
+        return f"{exams}-{file_name(self.connector)}-rate{self.rate:g}-steps{steps}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Finished(Saved):
+    """What a run leaves behind."""
+
+    KIND = "ablation run"
+
+    job: dict[str, Any]
+    setup: dict[str, Any]  # what all runs of the comparison share
+    right: np.ndarray  # bool (Q,), exam after exam
+    loss: np.ndarray  # float64 (exams,), nats per labelled token; not finite where training diverged
+    losses: np.ndarray  # float32 (steps,), of training
+    order: np.ndarray  # uint32 (steps,), a stamp of each batch
+    parameters: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Material:
+    """What all runs share."""
+
+    start: Start
+    recipe: Recipe
+    pool: Pool  # training pictures, as features
+    exams: Mapping[str, Exam]
+    setup: dict[str, Any]
+    bf16: bool = True
+
+    @property
+    def image_id(self) -> int:
+        return self.start.lab.image_id
+
+
+def file_name(connector: str) -> str:
+    """A connector's name and options as a part of a file's name."""
+    return re.sub(r"[^\w.-]+", "_", connector)
+
+
+def parse(text: str) -> tuple[str, dict[str, Any]]:
+    """``bottleneck:parameters=5000`` as (name, options). Raises OptionError where it does not read so."""
+    kind, _, rest = text.partition(":")
+    options: dict[str, Any] = {}
+    for pair in rest.split(",") if rest else []:
+        name, equals, value = pair.partition("=")
+        try:
+            options[name.strip()] = json.loads(value)
+        except json.JSONDecodeError:
+            equals = ""
+        if not equals:
+            raise OptionError(f"a connector is a name or name:option=number,..., got {text!r}")
+    return kind.strip(), options
+
+
+def fresh(start: Start, connector: str, seed: int) -> nn.Module:
+    """An untrained connector. Raises OptionError for one that does not fit, or has nothing to train."""
+    kind, options = parse(connector)
+    made = new_connector(start.lab, kind, seed=seed, **options)
+    if not any(True for _ in made.parameters()):
+        raise OptionError(f"connector {connector!r} has no parameters, so nothing to train")
+    return made
+
+
+def train_run(material: Material, job: Job, *, advance: Advance | None = None, keep: Path | None = None) -> Finished:
+    """Train and examine one connector; `keep` also writes the trained model as a folder. The start comes back as it was."""
+    begin = time.perf_counter()
+    start, recipe = material.start, material.recipe
+    module = fresh(start, job.connector, job.seed)
+    losses: list[float] = []
+    order: list[int] = []
+    try:
+        with plugged(start.lab, module):
+            for stage, steps in zip((recipe.align, recipe.instruct), job.steps, strict=True):
+                if steps and (not losses or math.isfinite(losses[-1])):
+                    _stage(material, module, replace(stage, steps=steps), job, losses, order, advance)
+            start.lab.model.requires_grad_(False)
+            sat = [sit(start.lab.model, module, material.exams[name], material.image_id) for name in job.exams]
+            if keep is not None:
+                _write(start, keep)
+    finally:
+        start.lab.model.requires_grad_(False)
+        start.reset()
+    return Finished(
+        job=asdict(job),
+        setup=material.setup,
+        right=np.concatenate([right for right, _ in sat]),
+        loss=np.array([loss for _, loss in sat]),
+        losses=np.array(losses, np.float32),
+        order=np.array(order, np.uint32),
+        parameters=sum(parameter.numel() for parameter in module.parameters()),
+        seconds=time.perf_counter() - begin,
+    )
+
+
+def _write(start: Start, folder: Path) -> None:
+    """The model as it stands, without transformers' own bar, which would break ours."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        save(start.lab, folder)
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def batches(material: Material, stage: Stage, seed: int) -> Any:
+    """Step number -> batch; the same for every connector."""
+    common: dict[str, Any] = {"batch": stage.batch, "seed": seed}
+    tokenizer = material.start.lab.tokenizer
+    if stage.name == "align":
+        return AlignData(material.pool, tokenizer, **common)
+    return InstructData(material.pool, tokenizer, turns=stage.turns, **common)
+
+
+def _stage(
+    material: Material,
+    module: nn.Module,
+    stage: Stage,
+    job: Job,
+    losses: list[float],
+    order: list[int],
+    advance: Advance | None,
+) -> None:
+    """One stage of the recipe; a loss that is not finite ends it."""
+    model: Any = material.start.lab.model
+    freeze_all_but(model, stage.trains)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    opts = optimizers(module, [layout.language_model(model), model.get_output_embeddings()], stage, job.rate)
+    data = batches(material, stage, job.seed)
+    for step in range(stage.steps):
+        item = data[step]
+        order.append(stamp(item))
+        share = rate_at(stage, step, stage.steps)
+        for optimizer in opts:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * share
+        with torch.autocast("cpu", torch.bfloat16, enabled=material.bf16):
+            loss = loss_of(model, module, item, material.image_id)
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            return
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, stage.clip)
+        for optimizer in opts:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if advance is not None:
+            advance(1)
+
+
+def optimizers(connector: nn.Module, others: list[nn.Module], stage: Stage, rate: float) -> list[torch.optim.Optimizer]:
+    """The recipe's AdamW and Muon, the connector at its own rate and the rest at the stage's.
+
+    As `llava_lab.training.loop.optimizers` splits parameters; Muon's rate keeps the stage's proportion to AdamW's.
+    """
+    ratio = stage.matrix_rate / stage.rate
+    groups: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
+    for modules, peak in (([connector], rate), (others, stage.rate)):
+        split: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+        for name, parameter in ((n, p) for part in modules for n, p in part.named_parameters() if p.requires_grad):
+            matrix = parameter.ndim == 2 and bool(ratio) and not any(part in name for part in NOT_MUON)
+            split[matrix].append(parameter)
+        for matrix, found in split.items():
+            if found:
+                groups[matrix].append(
+                    {"params": found, "lr": peak * (ratio if matrix else 1), "peak": peak * (ratio if matrix else 1)}
+                )
+    made: list[torch.optim.Optimizer] = []
+    if groups[False]:
+        made.append(torch.optim.AdamW(groups[False], betas=(0.9, 0.98), weight_decay=stage.decay, fused=True))
+    if groups[True]:
+        made.append(torch.optim.Muon(groups[True], weight_decay=stage.decay, momentum=0.95))
+    return made
+
+
+def read(folder: Path, job: Job, setup: Mapping[str, Any]) -> Finished | None:
+    """A finished run of this comparison, None when it is still to come. Raises DataError for another comparison's."""
+    path = folder / f"{job.id}.npz"
+    if not path.exists():
+        return None
+    found = Finished.load(path)
+    wanted = json.loads(json.dumps(setup))
+    differs = [name for name in wanted if found.setup.get(name) != wanted[name]]
+    if differs:
+        name = differs[0]
+        raise DataError(
+            f"{path} belongs to another comparison: {name} was {found.setup.get(name)}, now {wanted[name]}; choose another folder"
+        )
+    return found
