@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from llava_lab.attribution import ask_without as ask_without
     from llava_lab.attribution import attribute as attribute
     from llava_lab.attribution import compare as compare
+    from llava_lab.attribution import estimate as estimate
     from llava_lab.attribution import faithfulness as faithfulness
     from llava_lab.attribution import ground_truth as ground_truth
     from llava_lab.attribution import head_maps as head_maps
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from llava_lab.interventions import positive_control as positive_control
     from llava_lab.interventions import steer as steer
     from llava_lab.interventions import steered as steered
+    from llava_lab.models import BlackBox as BlackBox
     from llava_lab.models import Lab as Lab
     from llava_lab.models import load as load
     from llava_lab.probes import TunedLens as TunedLens
@@ -92,6 +94,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "load": "llava_lab.models",
     "Lab": "llava_lab.models",
+    "BlackBox": "llava_lab.models",
     "attribute": "llava_lab.attribution",
     "METHODS": "llava_lab.attribution",
     "ask_and_attribute": "llava_lab.attribution",
@@ -102,6 +105,7 @@ _HOMES = {
     "faithfulness": "llava_lab.attribution",
     "ground_truth": "llava_lab.attribution",
     "compare": "llava_lab.attribution",
+    "estimate": "llava_lab.attribution",
     "leaderboard": "llava_lab.evaluation",
     "shipped_leaderboard": "llava_lab.evaluation",
     "logit_lens": "llava_lab.probes",

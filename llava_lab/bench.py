@@ -73,19 +73,22 @@ class Bench:
     """One benchmark: what it shows in a sentence, and the function that measures it."""
 
     what: str
-    measure: Callable[[str, int], dict[str, Any]]  # (model, repeats) -> the result
+    measure: Callable[..., dict[str, Any]]  # (model, repeats) -> the result
 
 
-def run(name: str, *, model: str = "tiny", quick: bool = False) -> dict[str, Any]:
+def run(name: str, *, model: str = "tiny", quick: bool = False, layers: int | None = None) -> dict[str, Any]:
     """Measure one benchmark: {"device", "threads", "rows", "floor", "peak_flops_fraction"}.
 
     "floor" is the floor's seconds. A row has "name", "seconds", "ratio_to_floor", "ratio_to_peer", "extra_mb"
     (peak memory above the floor's) and "max_error" (against the peer's numbers); None where it does not
-    apply. `quick` takes the median of 3 instead of 5.
+    apply. `quick` takes the median of 3 instead of 5. `layers` is for the benchmark "scale" alone.
     """
     if name not in BENCHES:
         raise OptionError(f"bench must be one of {', '.join(BENCHES)}, got {name!r}")
-    return BENCHES[name].measure(model, QUICK_REPEATS if quick else REPEATS)
+    if layers is not None and name != "scale":
+        raise OptionError(f"layers belong to bench scale, not to bench {name}")
+    given = {} if layers is None else {"layers": layers}
+    return BENCHES[name].measure(model, QUICK_REPEATS if quick else REPEATS, **given)
 
 
 def measure_start(model: str, repeats: int) -> dict[str, Any]:
@@ -111,9 +114,9 @@ def measure_start(model: str, repeats: int) -> dict[str, Any]:
     }
 
 
-def _later(module: str) -> Callable[[str, int], dict[str, Any]]:
+def _later(module: str) -> Callable[..., dict[str, Any]]:
     """The `measure` of another module, imported when it is asked for."""
-    return lambda model, repeats: import_module(f"llava_lab.{module}").measure(model, repeats)
+    return lambda model, repeats, **given: import_module(f"llava_lab.{module}").measure(model, repeats, **given)
 
 
 BENCHES: Mapping[str, Bench] = MappingProxyType(
@@ -131,6 +134,7 @@ BENCHES: Mapping[str, Bench] = MappingProxyType(
         "probes": Bench(
             "the logit lens beside a plain forward and the obvious way, here and at 7B width", _later("bench_probes")
         ),
+        "scale": Bench("loading, answering and every method at LLaVA-1.5-7B's true widths, few layers", _later("bench_scale")),
         "connectors": Bench(
             "a training step of four connectors beside frozen full forwards and the common mistake", _later("bench_connectors")
         ),

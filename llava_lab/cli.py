@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from llava_lab import cli_ablate, cli_compare, cli_knockout, cli_lens, cli_report, cli_sanity, cli_train
+from llava_lab import cli_ablate, cli_compare, cli_convert, cli_endpoint, cli_knockout, cli_lens, cli_report, cli_sanity, cli_train
 from llava_lab import cli_commands as commands
 from llava_lab.errors import LabError
 
@@ -65,10 +65,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     ask = add("ask", commands.ask, "answer a question about a picture")
     _question(ask)
+    cli_endpoint.add_options(ask, _positive)
     ask.add_argument("--save", metavar="FILE", help="keep the run in one .npz file")
 
     explain = add("explain", commands.explain, "answer, and say which patches the answer came from")
     _question(explain)
+    cli_endpoint.add_options(explain, _positive)
     explain.add_argument("--method", default="rollout", help="one of `llava-lab methods` (default: rollout)")
     explain.add_argument(
         "--target",
@@ -94,7 +96,11 @@ def build_parser() -> argparse.ArgumentParser:
     bench = add("bench", commands.bench, "measure speed and memory against a floor and a peer")
     bench.add_argument("name", help="which measurement, e.g. start")
     bench.add_argument("--quick", action="store_true", help="fewer repeats")
-    add("doctor", commands.doctor, "versions, device, memory, and whether each optional part is usable")
+    bench.add_argument("--layers", type=_positive, metavar="N", help="scale: layers of the language model (default: 4)")
+    cli_convert.add_options(add("convert", cli_convert.convert, cli_convert.ABOUT))
+    add("doctor", commands.doctor, "versions, device, memory, usable parts; with --model, how it differs from LLaVA-1.5").set_defaults(
+        model=None
+    )
     lab = add("lab", commands.lab, "open JupyterLab with the lessons")
     lab.add_argument("--port", type=int, help="default: 8888, or the next free one")
     lab.add_argument("--no-browser", action="store_true", help="only print the address")

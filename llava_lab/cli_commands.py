@@ -15,8 +15,9 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from llava_lab import cli_endpoint
 from llava_lab.errors import LabError, OptionError
 
 if TYPE_CHECKING:
@@ -62,10 +63,15 @@ def explain(args: argparse.Namespace) -> Reply:
     if "seed" in ll.METHODS[args.method].options:
         options.setdefault("seed", args.seed)
     ll.METHODS[args.method].with_defaults(options)  # a misspelt option is said before the model is loaded
+    if cli_endpoint.is_closed(args):
+        cli_endpoint.refuse_inside(args.method)  # before the question is paid for
     picture = _read_picture(args)
     lab = _load(args)
     run = _ask(args, lab, picture)
-    relevance = ll.attribute(lab, run, method=args.method, target=read_targets(args.target), **options)
+    target = read_targets(args.target)
+    if cli_endpoint.is_closed(args):
+        cli_endpoint.announce(cast(Any, lab), run, args.method, target, options)
+    relevance = ll.attribute(lab, run, method=args.method, target=target, **options)
     if args.save:
         _write(relevance.save, args.save)
     if args.out:
@@ -102,7 +108,7 @@ def data(args: argparse.Namespace) -> Reply:
 def bench(args: argparse.Namespace) -> Reply:
     from llava_lab.bench import run
 
-    result = run(args.name, model=args.model, quick=args.quick)
+    result = run(args.name, model=args.model, quick=args.quick, layers=args.layers)
     lines = [f"{args.name} on {result['device']}, {result['threads']} threads; floor: {result['floor']:.2f} s"]
     names: tuple[str, ...] = ("name", "seconds", "ratio_to_floor", "ratio_to_peer", "extra_mb", "max_error")
     names += tuple(key for row in result["rows"][:1] for key in row if key not in names)  # what only this benchmark has
@@ -113,6 +119,11 @@ def bench(args: argparse.Namespace) -> Reply:
 def doctor(args: argparse.Namespace) -> Reply:
     from llava_lab.doctor import examine, render
 
+    if args.model is not None:
+        from llava_lab.doctor_model import examine_model, render_model
+
+        compared = examine_model(args.model)
+        return Reply(compared, render_model(compared))
     report = examine()
     return Reply(report, render(report))
 
@@ -184,6 +195,9 @@ def _read_target(text: str) -> Any:
 def _load(args: argparse.Namespace) -> Lab:
     import llava_lab as ll
 
+    cli_endpoint.refuse(args)
+    if cli_endpoint.is_closed(args):
+        return cast("Lab", cli_endpoint.load(args))  # the same calls, as far as `ask` and `explain` go
     return ll.load(args.model, device=args.device, dtype=args.dtype)
 
 
@@ -197,8 +211,11 @@ def _read_picture(args: argparse.Namespace) -> np.ndarray:
 def _ask(args: argparse.Namespace, lab: Lab, picture: np.ndarray) -> Run:
     """Ask, and show a person the answer while it is made."""
     show = None if args.json else (lambda piece: print(piece, end="", flush=True))
-    names = ("max_new_tokens", "temperature", "seed", "prompt", "fit")
-    run = lab.ask(picture, args.question, **{name: getattr(args, name) for name in names}, on_token=show)
+    if cli_endpoint.is_closed(args):
+        run = cli_endpoint.ask(args, cast(Any, lab), picture, show)
+    else:
+        names = ("max_new_tokens", "temperature", "seed", "prompt", "fit")
+        run = lab.ask(picture, args.question, **{name: getattr(args, name) for name in names}, on_token=show)
     if show:
         print()
     if run.options.get("stopped") == "interrupted":  # ask gives what it has; a command that was stopped says so

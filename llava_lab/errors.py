@@ -27,3 +27,11 @@ class TargetError(LabError):
 
 class DataError(LabError):
     """A data file or world request that does not make sense."""
+
+
+class EndpointError(LabError):
+    """A server that cannot be reached, refuses, or answers with something that is not an answer."""
+
+
+class BudgetError(LabError):
+    """More requests to a server than were allowed; nothing that was paid for is lost."""

@@ -13,6 +13,7 @@ transformers ``CLIPImageProcessor`` (resize shortest edge, centre crop).
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -20,8 +21,8 @@ import numpy as np
 
 from llava_lab.errors import OptionError
 
-Mode = Literal["pad", "crop"]
-MODES: tuple[Mode, ...] = ("pad", "crop")
+Mode = Literal["pad", "crop", "whole"]
+MODES: tuple[Mode, ...] = ("pad", "crop")  # what an image processor can do; "whole" is for models we cannot look into
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
@@ -63,6 +64,18 @@ class PictureMap:
         new_w, new_h = (size, new_long) if width <= height else (new_long, size)
         left, top = (new_w - size) // 2, (new_h - size) // 2
         return cls(width, height, size, rows, cols, mode, new_w / width, new_h / height, -float(left), -float(top))
+
+    @classmethod
+    def whole(cls, width: int, height: int, *, rows: int, cols: int) -> PictureMap:
+        """A grid laid over all of the picture, for a model whose own way with pictures is not known.
+
+        Each axis is stretched to the same square, so that every cell lies on the picture and none on padding.
+        """
+        if min(width, height, rows, cols) < 1:
+            raise OptionError(f"sizes must be at least 1, got picture {width}x{height}, grid {rows}x{cols}")
+        step = math.lcm(rows, cols)
+        size = -(-max(width, height) // step) * step
+        return cls(width, height, size, rows, cols, "whole", size / width, size / height, 0.0, 0.0)
 
     # -- points and boxes -------------------------------------------------------------------
 

@@ -48,14 +48,18 @@ ORDER = (
             "bench",
             "bench_capture",
             "bench_connectors",
+            "bench_scale",
             "bench_models",
             "bench_occlusion",
             "bench_probes",
             "bench_relevancy",
             "doctor",
+            "doctor_model",
         ),
         *("cli", "cli_commands", "cli_compare", "cli_knockout", "cli_lens", "cli_report", "cli_sanity", "cli_train"),
+        "cli_endpoint",
         "cli_ablate",
+        "cli_convert",
     },
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

@@ -2,6 +2,7 @@
 
 from llava_lab.attribution.again import ask_without
 from llava_lab.attribution.base import Maps, Method
+from llava_lab.attribution.black_box import estimate
 from llava_lab.attribution.compare import compare
 from llava_lab.attribution.faithfulness import faithfulness
 from llava_lab.attribution.fills import FILLS, fill_pixels
@@ -25,6 +26,7 @@ __all__ = [
     "ask_without",
     "attribute",
     "compare",
+    "estimate",
     "faithfulness",
     "fill_pixels",
     "find_localization_heads",

@@ -20,7 +20,7 @@ from llava_lab.errors import CheckpointError, OptionError
 from llava_lab.results import Run
 
 if TYPE_CHECKING:
-    from llava_lab.models import Lab
+    from llava_lab.models import BlackBox, Lab
 
 GREY = 128
 ASKED = ("max_new_tokens", "temperature", "prompt", "fit")  # a run's options that are arguments of `Lab.ask`
@@ -28,7 +28,7 @@ ASKED = ("max_new_tokens", "temperature", "prompt", "fit")  # a run's options th
 Patches = Iterable[tuple[int, int]]
 
 
-def ask_without(lab: Lab, run: Run, patches: Patches, *, fill: str = FILLS[0], history: Any = ()) -> Run:
+def ask_without(lab: Lab | BlackBox, run: Run, patches: Patches, *, fill: str = FILLS[0], history: Any = ()) -> Run:
     """The same question, asked the same way, about the run's picture with `patches` (row, col) covered.
 
     `fill`: ``grey``, ``mean`` (the picture's own mean colour) or ``blur``. A run that came with earlier turns

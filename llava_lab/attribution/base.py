@@ -6,6 +6,7 @@ that says what the numbers mean. Nothing here runs a model.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from llava_lab.errors import OptionError, TargetError
 from llava_lab.results import Run, Target
@@ -23,6 +24,27 @@ if TYPE_CHECKING:
     from llava_lab.models import Lab
 
 Targets = tuple[Target, ...]
+
+
+class Outside(ABC):
+    """Stands where a method expects a `Lab` and scores pictures itself: there is no model of ours to run.
+
+    `llava_lab.attribution.black_box` is the one of closed models. What `open_level`, `target_score` and
+    `fill_pixels` make of a Lab, it makes in its own way; `model` is empty, for `capture.undisturbed`.
+    """
+
+    name: str
+    fingerprint: str
+    model: nn.Module
+
+    @abstractmethod
+    def open_level(self, targets: Targets, *, at: str, fill: str, seed: int, fills: tuple[str, ...]) -> Any: ...
+
+    @abstractmethod
+    def target_score(self, targets: Targets) -> tuple[Tensor, Callable[[Tensor], Tensor]]: ...
+
+    @abstractmethod
+    def fill_pixels(self, pixels: Tensor, fill: str, *, seed: int) -> Tensor: ...
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from llava_lab.attribution.base import Targets, choose, whole_number
 from llava_lab.attribution.baselines import CENTER
+from llava_lab.attribution.black_box import within_budget
 from llava_lab.attribution.fills import EVERY_FILL, SQUARES, fill_pixels
 from llava_lab.attribution.perturbed import Perturbed
 from llava_lab.attribution.ranking import best_first
@@ -41,6 +43,7 @@ from llava_lab.attribution.targets import resolve_targets
 from llava_lab.attribution.verdict import FEWEST_FILLS, step_counts, told_apart, verdict
 from llava_lab.capture import undisturbed
 from llava_lab.errors import OptionError
+from llava_lab.models.black_box import BlackBox
 from llava_lab.results import Relevance, Run
 from llava_lab.scores import Faithfulness
 
@@ -55,7 +58,7 @@ CLAIMING = 200  # random maps that say how often marking the right thing is chan
 
 
 def faithfulness(
-    lab: Lab,
+    lab: Lab | BlackBox,
     run: Run,
     rel: Relevance,
     *,
@@ -73,13 +76,22 @@ def faithfulness(
     (its box), and the map should mark most the one the answer needs most.
 
     Raises OptionError (a fill the method used, fewer than two, a map of another picture),
-    CheckpointError (the run was made by another checkpoint).
+    CheckpointError (the run was made by another checkpoint); on a closed model also BudgetError and EndpointError.
     """
+    if isinstance(lab, BlackBox):
+        lab.check(run)
     wanted = allowed_fills([rel.options], fills)
-    judge = Judge(lab, run, rel.targets, wanted, steps=steps, seeds=seeds, seed=seed, scale=scale, things=things, batch=batch)
-    judge.choose_fills(FEWEST_FILLS if fills is None else len(wanted))
-    judge.measure_controls()
-    return judge.score(rel, alone=True)
+
+    def score(lab: Any) -> Faithfulness:
+        judge = Judge(lab, run, rel.targets, wanted, steps=steps, seeds=seeds, seed=seed, scale=scale, things=things, batch=batch)
+        judge.choose_fills(FEWEST_FILLS if fills is None else len(wanted))
+        judge.measure_controls()
+        return judge.score(rel, alone=True)
+
+    if not isinstance(lab, BlackBox):
+        return score(lab)
+    result, looks = within_budget(lab, run, score)
+    return replace(result, notes=(*result.notes, *looks.notes()))
 
 
 def allowed_fills(used: Sequence[Mapping[str, Any]], wanted: Sequence[str] | None = None) -> tuple[str, ...]:

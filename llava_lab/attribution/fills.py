@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
+from llava_lab.attribution.base import Outside
 from llava_lab.errors import OptionError
 from llava_lab.geometry import PictureMap
 
@@ -39,8 +40,10 @@ def fill_pixels(lab: Lab, pixels: Pixels, fill: str, where: PictureMap, *, seed:
     """
     if fill not in SQUARES:
         raise OptionError(f"fill must be one of {', '.join(SQUARES)}, got {fill!r}")
+    if isinstance(lab, Outside):
+        return lab.fill_pixels(pixels, fill, seed=seed)
     if fill == "blur":
-        return _blur(pixels, BLUR * pixels.shape[-1])
+        return blur_fill(pixels, BLUR * pixels.shape[-1])
     if fill == "grey":
         images = lab.processor.image_processor
         normal = (images.image_mean or (0.0,) * 3, images.image_std or (1.0,) * 3)
@@ -91,7 +94,7 @@ def _pull_push(values: Float[Tensor, "B C Y X"], known: Float[Tensor, "B 1 Y X"]
     return torch.where(known > 0, values, smooth)
 
 
-def _blur(pixels: Pixels, sigma: float) -> Pixels:
+def blur_fill(pixels: Pixels, sigma: float) -> Pixels:
     """Gaussian blur, edges mirrored."""
     reach = min(int(3 * sigma + 0.5), min(pixels.shape[-2:]) - 1)
     offsets = torch.arange(-reach, reach + 1, dtype=torch.float32, device=pixels.device)

@@ -15,6 +15,7 @@ import numpy as np
 from llava_lab.attribution.attention import ATTENTION
 from llava_lab.attribution.base import Method
 from llava_lab.attribution.baselines import CENTER, EDGES, INVERSE, RANDOM
+from llava_lab.attribution.black_box import attribute_closed, refuse_inside
 from llava_lab.attribution.direct_logit import DIRECT_LOGIT
 from llava_lab.attribution.gradcam import GRADCAM
 from llava_lab.attribution.gradients import GRADIENT_INPUT
@@ -24,6 +25,7 @@ from llava_lab.attribution.knockout_map import TOKEN_KNOCKOUT
 from llava_lab.attribution.lens_map import LOGIT_LENS_MAP
 from llava_lab.attribution.localization import LOCALIZATION_HEADS
 from llava_lab.attribution.max_flow import ATTENTION_FLOW
+from llava_lab.attribution.needs import refuse_unable
 from llava_lab.attribution.occlusion import OCCLUSION
 from llava_lab.attribution.occlusion_coarse import OCCLUSION_COARSE
 from llava_lab.attribution.relative import RELATIVE_ATTENTION
@@ -37,6 +39,7 @@ from llava_lab.attribution.value_attention import VALUE_ATTENTION
 from llava_lab.attribution.vision import VISION
 from llava_lab.errors import CheckpointError, OptionError
 from llava_lab.models import projectors
+from llava_lab.models.black_box import BlackBox
 from llava_lab.results import Relevance, Run
 
 if TYPE_CHECKING:
@@ -77,25 +80,34 @@ UNPLACED = (
 METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _ALL})
 
 
-def attribute(lab: Lab, run: Run, *, method: str = "rollout", target: Wanted = None, **options: Any) -> Relevance:
+def attribute(lab: Lab | BlackBox, run: Run, *, method: str = "rollout", target: Wanted = None, **options: Any) -> Relevance:
     """Which patches of the picture the answer came from, as `method` understands it.
 
     `target`: None or ``"answer"`` the whole answer, ``"words"`` a map per word, an int an answer token,
     a str a word, ``("red", "blue")`` the contrast of two words, a list several of these. Several targets
-    share the passes. The options of each method, with defaults, are in ``METHODS[method].options``.
+    share the passes. The options of each method, with defaults, are in ``METHODS[method].options``. On a closed
+    model (`BlackBox`) the methods that need only answers work, within its budget of requests.
 
     Raises OptionError (unknown method or option), TargetError (not in the answer), CheckpointError
     (the run was made by another checkpoint).
     """
     if method not in METHODS:
         raise OptionError(f"no method {method!r}; the methods are {', '.join(METHODS)}")
+    closed = isinstance(lab, BlackBox)
+    if closed:
+        refuse_inside(method)
     chosen = METHODS[method].with_defaults(options)
+    if not isinstance(lab, BlackBox):
+        refuse_unable(lab.model, method, lab.name)
     weights = lab.fingerprint
     if run.fingerprint != weights:
         raise CheckpointError(f"expected a run made by {lab.name!r}, got one by {run.model!r} with other weights; ask again")
     targets = resolve_targets(lab, run, target)
     start = time.perf_counter()
-    maps = METHODS[method].compute(lab, run, targets, chosen)
+    if isinstance(lab, BlackBox):
+        maps = attribute_closed(lab, run, targets, METHODS[method], chosen)
+    else:
+        maps = METHODS[method].compute(lab, run, targets, chosen)
     assert np.isfinite(maps.values).all(), f"{method} gave values that are not finite"
     return Relevance(
         values=maps.values.astype(np.float32),
@@ -107,7 +119,7 @@ def attribute(lab: Lab, run: Run, *, method: str = "rollout", target: Wanted = N
         fingerprint=weights,
         seconds=time.perf_counter() - start,
         passes={"forward": 0, "backward": 0, **maps.passes},
-        notes=maps.notes if projectors.placed(lab.model.config) else (*maps.notes, UNPLACED),
+        notes=maps.notes if closed or projectors.placed(lab.model.config) else (*maps.notes, UNPLACED),
         extras=maps.extras,
     )
 

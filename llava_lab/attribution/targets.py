@@ -11,6 +11,7 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from llava_lab.errors import TargetError
+from llava_lab.models.black_box import BlackBox
 from llava_lab.models.words import decode
 from llava_lab.results import Run, Target, Word
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 Wanted = str | int | Word | Target | tuple[str, str] | Sequence[Any] | None
 
 
-def resolve_targets(lab: Lab, run: Run, target: Wanted = None) -> tuple[Target, ...]:
+def resolve_targets(lab: Lab | BlackBox, run: Run, target: Wanted = None) -> tuple[Target, ...]:
     """Everything `target` names, as predicting positions.
 
     None or ``"answer"`` is the whole answer, ``"words"`` each word, an int an answer token, a str a
@@ -50,8 +51,10 @@ def _is_pair(target: Any) -> bool:
     return isinstance(target, tuple) and len(target) == 2 and all(isinstance(word, str) for word in target)
 
 
-def _contrast(lab: Lab, run: Run, said: str, instead: str) -> Target:
+def _contrast(lab: Lab | BlackBox, run: Run, said: str, instead: str) -> Target:
     """The first token where the answer with `said` and the answer with `instead` part ways."""
+    if isinstance(lab, BlackBox):
+        return lab.contrast(run, said, instead)
     word = run.word(said)
     if said.casefold() == instead.casefold():
         raise TargetError(f"a contrast needs two different words, got {said!r} twice")

@@ -1,5 +1,6 @@
 """Loading LLaVA models and asking them."""
 
+from llava_lab.models.black_box import BlackBox as BlackBox
 from llava_lab.models.card import Card as Card
 from llava_lab.models.lab import Lab as Lab
 from llava_lab.models.loading import load as load

@@ -7,6 +7,7 @@ safetensors files; it loads no weights and runs nothing that comes with a checkp
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import struct
@@ -22,7 +23,7 @@ NAMES = MappingProxyType({"tiny": ASSETS / "tiny"})  # what can be loaded by a b
 EXAMPLE = "llava-hf/llava-1.5-7b-hf"
 
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
-_SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model", "README.md"]
+_SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model", "README.md", "mm_projector.bin", "adapter_model.bin", "non_lora_trainables.bin"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,18 @@ def weight_files(folder: Path) -> list[Path]:
 
 def count_parameters(files: list[Path]) -> int:
     """Parameters in the files: exact from safetensors heads, from the size at 16 bits for ``.bin``."""
-    return sum(_safetensors_count(file) if file.suffix == ".safetensors" else file.stat().st_size // 2 for file in files)
+    return sum(
+        sum(map(math.prod, _safetensors_head(file).values())) if file.suffix == ".safetensors" else file.stat().st_size // 2
+        for file in files
+    )
+
+
+def weight_names(files: list[Path]) -> set[str]:
+    """Names of the tensors: from safetensors heads, from the index of ``.bin`` shards; a single ``.bin`` tells none."""
+    if files[0].suffix == ".safetensors":
+        return {name for file in files for name in _safetensors_head(file)}
+    index = files[0].parent / "pytorch_model.bin.index.json"
+    return set(read_json(index).get("weight_map", {})) if index.is_file() else set()
 
 
 def _shipped(name: str) -> Folder:
@@ -117,20 +129,14 @@ def _check_shards(folder: Path, whole: str, files: list[Path]) -> None:
         raise CheckpointError(f"{folder} lacks {len(missing)} of {len(wanted)} weight files: {', '.join(missing[:5])}")
 
 
-def _safetensors_count(file: Path) -> int:
+def _safetensors_head(file: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes in a safetensors file. Raises CheckpointError where its head is broken."""
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > file.stat().st_size:
                 raise ValueError("its head is longer than the file")
             head = json.loads(stream.read(length))
-        total = 0
-        for name, entry in head.items():
-            if name != "__metadata__":
-                size = 1
-                for length in entry["shape"]:
-                    size *= length
-                total += size
-        return total
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+        return {name: tuple(map(int, entry["shape"])) for name, entry in head.items() if name != "__metadata__"}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise CheckpointError(f"{file} is not a whole safetensors file ({error}); fetch it again") from None

@@ -83,6 +83,18 @@ def last_feature_state(config: LlavaConfig, layers: int) -> int:
     return max(layer % states for layer in chosen)
 
 
+def is_quantized(model: nn.Module) -> bool:
+    """Whether weights are packed into 8 or 4 bits (bitsandbytes and its like), so that they are not numbers to read."""
+    if getattr(model, "is_quantized", False):
+        return True
+    return any(not parameter.is_floating_point() for parameter in model.parameters())
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether some weights wait on the disk or in main memory until their layer runs (``device_map``)."""
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
 def has_class_token(model: nn.Module) -> bool:
     """Whether the vision tower puts a class token before the patches (CLIP does, SigLIP does not)."""
     tower = vision_tower(model)

@@ -14,7 +14,7 @@ import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -23,7 +23,9 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProces
 from transformers.utils import logging as transformers_logging
 
 from llava_lab.errors import CheckpointError, OptionError
-from llava_lab.models import folders, layout, projectors
+from llava_lab.models import folders, layout, original, original_config, projectors
+from llava_lab.models.black_box import BlackBox, open_black_box
+from llava_lab.models.black_box_options import PREFIX
 from llava_lab.models.card import make_card
 from llava_lab.models.lab import Lab
 from llava_lab.models.placement import Placement, choose_device
@@ -36,31 +38,79 @@ LLAVA_PROCESSORS = ("LlavaImageProcessor",)
 _LISTED = 5  # names shown of a long list
 
 
+@overload
 def load(
     name: str | os.PathLike = "tiny",
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     attention: str = "sdpa",
-) -> Lab:
+    vision: original.Place = None,
+    base: original.Place = None,
+    device_map: str | dict[str, Any] | None = None,
+    quantization_config: Any = None,
+) -> Lab: ...
+
+
+@overload
+def load(name: str, *, base_url: str, **options: Any) -> BlackBox: ...
+
+
+def load(
+    name: str | os.PathLike = "tiny",
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    attention: str = "sdpa",
+    vision: original.Place = None,
+    base: original.Place = None,
+    device_map: str | dict[str, Any] | None = None,
+    quantization_config: Any = None,
+    base_url: str | None = None,
+    **options: Any,
+) -> Lab | BlackBox:
     """Load a LLaVA by name: "tiny" (shipped), a local folder, or a hub id such as "llava-hf/llava-1.5-7b-hf".
 
-    `device` and `dtype` None are chosen for the machine and the model's size; the card says why.
-    Raises CheckpointError (one line) for anything that cannot be loaded exactly as it was saved.
+    `device` and `dtype` None are chosen for the machine and the model's size; the card says why. Folders of the original
+    LLaVA (``llava_llama``, LoRA, projector only) are read directly; `vision` is then the folder or hub id of the CLIP
+    tower and `base` that of the language model, None: as their config names them. `device_map` ("auto") and
+    `quantization_config` (8 or 4 bits, with bitsandbytes) go to transformers as they are; methods that need gradients
+    or plain weights say so before they start.
+    "openai:MODEL" with `base_url` is a closed model behind a server; its options are those of `open_black_box`.
+    Raises CheckpointError (one line) for anything that cannot be loaded exactly as it was saved, OptionError.
     """
+    if isinstance(name, str) and name.startswith(PREFIX):
+        if device is not None or dtype is not None:
+            raise OptionError(f"device and dtype are the server's own for {name!r}; leave them out")
+        return open_black_box(name.removeprefix(PREFIX), base_url, **options)
+    if base_url is not None or options:
+        given = ", ".join(["base_url"] * (base_url is not None) + list(options))
+        raise OptionError(f"{given} belong to a model behind a server, {PREFIX}MODEL; got {str(name)!r}")
     folder = folders.find(name)
-    _check_family(folder.path)
-    files = folders.weight_files(folder.path)
-    placement = choose_device(device, dtype, parameters=folders.count_parameters(files))
-    with _quiet():
-        config = _config(folder.path)
-        model = _model(folder.path, config, placement, attention, safetensors=files[0].suffix == ".safetensors")
-        processor = build_processor(folder.path, model)
+    how = _how(device, device_map, quantization_config)
+    source = folder.source
+    if original_config.is_original(folders.read_json(folder.path / "config.json")):
+        with quiet():
+            made = original.assemble(folder.path, vision=vision, base=base)
+            placement = choose_device(device, dtype, parameters=made.parameters)
+            model, processor, source = build_original(folder.path, made, placement, attention, how), made.processor, made.source
+    else:
+        _check_family(folder.path)
+        if vision is not None or base is not None:
+            raise OptionError(f"vision and base belong to a folder of the original LLaVA; {folder.path} is whole")
+        files = folders.weight_files(folder.path)
+        _check_spelling(folder.path, files)
+        placement = choose_device(device, dtype, parameters=folders.count_parameters(files))
+        with quiet():
+            config = _config(folder.path)
+            how["use_safetensors"] = files[0].suffix == ".safetensors"
+            model = _model(folder.path, config, placement, attention, how)
+            processor = build_processor(folder.path, model)
     lab = Lab(model, processor, name=folder.name)
     lab.card = make_card(
         model,
         name=folder.name,
-        source=folder.source,
+        source=source,
         fit=lab.preprocessing.own,
         why=placement.why,
         attention=attention,
@@ -69,6 +119,14 @@ def load(
     if lab.card.non_commercial:
         logger.warning("%s has a non-commercial licence: %s", folder.name, lab.card.licence)
     return lab
+
+
+def build_original(
+    folder: Path, made: original.Assembled, placement: Placement, attention: str, how: dict[str, Any] | None = None
+) -> LlavaForConditionalGeneration:
+    """The model of an assembled original LLaVA. Raises CheckpointError for a missing, unexpected or misshapen weight."""
+    given = {**(how or {}), "state_dict": made.weights}
+    return _model(folder, made.config, placement, attention, given)
 
 
 def build_processor(folder: Path, model: LlavaForConditionalGeneration) -> LlavaProcessor:
@@ -87,11 +145,6 @@ def build_processor(folder: Path, model: LlavaForConditionalGeneration) -> Llava
 def _check_family(folder: Path) -> None:
     config = folders.read_json(folder / "config.json")
     family = config.get("model_type")
-    if "mm_vision_tower" in config:
-        raise CheckpointError(
-            f"{folder} is in the original LLaVA format (model_type {family!r}); "
-            f"use its conversion for transformers, for example {folders.EXAMPLE!r}"
-        )
     if family != "llava":
         raise CheckpointError(f"{folder} holds a model of type {family!r}; expected 'llava' (LlavaForConditionalGeneration)")
 
@@ -110,32 +163,53 @@ def _config(folder: Path) -> LlavaConfig:
     return config
 
 
+def _how(device: Any, device_map: Any, quantization_config: Any) -> dict[str, Any]:
+    """What goes to transformers as the user gave it."""
+    if device_map is not None and device is not None:
+        raise OptionError("device and device_map both say where the model goes; give one of them")
+    given = {"device_map": device_map, "quantization_config": quantization_config}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _check_spelling(folder: Path, files: list[Path]) -> None:
+    """Refuse a folder whose names follow two generations of transformers: one of two tensors would be dropped."""
+    names = folders.weight_names(files)
+    new = sorted(name for name in names if name.startswith("model."))
+    old = sorted(name for name in names if name.startswith(("language_model.", "vision_tower.", "multi_modal_projector.")))
+    if new and old:
+        raise CheckpointError(f"the weights in {folder} mix two spellings, for example {new[0]} and {old[0]}; expected one")
+
+
 def _model(
-    folder: Path, config: LlavaConfig, placement: Placement, attention: str, *, safetensors: bool
+    folder: Path, config: LlavaConfig, placement: Placement, attention: str, how: dict[str, Any]
 ) -> LlavaForConditionalGeneration:
     implementation = _known_attention(attention)
     try:
         with projectors.patched() if projectors.spec(config) else nullcontext():
             model, info = LlavaForConditionalGeneration.from_pretrained(
-                folder,
+                None if "state_dict" in how else folder,
                 config=config,
                 dtype=placement.dtype,
                 attn_implementation=implementation,
-                use_safetensors=safetensors,
                 weights_only=True,
                 local_files_only=True,
                 trust_remote_code=False,
                 ignore_mismatched_sizes=True,  # so that they are reported by name, below
                 output_loading_info=True,
+                **how,
             )
     except (SafetensorError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"the weights in {folder} are damaged or hold more than weights ({_one_line(error)})") from None
     except ImportError as error:
+        if asked := sorted({"device_map", "quantization_config"} & set(how)):
+            raise OptionError(f"{' and '.join(asked)} cannot be used here ({_one_line(error)})") from None
         raise OptionError(f"attention={attention!r} cannot be used here ({_one_line(error)})") from None
     except (OSError, ValueError, RuntimeError, KeyError, EOFError) as error:
         raise CheckpointError(f"{folder} cannot be loaded ({_one_line(error)})") from None
     _check_weights(folder, info)
-    return model.to(placement.device).eval().requires_grad_(False)
+    if not hasattr(model, "hf_device_map") and not layout.is_quantized(model):  # else it is where it belongs
+        model = model.to(placement.device)
+    return model.eval().requires_grad_(False)
 
 
 def _check_weights(folder: Path, info: dict[str, Any]) -> None:
@@ -199,7 +273,7 @@ def _chat_template(folder: Path) -> str | None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars and no load report: what matters of them is raised as an error."""
     bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()

