@@ -16,7 +16,17 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from llava_lab import cli_ablate, cli_compare, cli_convert, cli_endpoint, cli_knockout, cli_lens, cli_report, cli_sanity, cli_train
+from llava_lab import (
+    cli_ablate,
+    cli_compare,
+    cli_convert,
+    cli_endpoint,
+    cli_knockout,
+    cli_lens,
+    cli_report,
+    cli_sanity,
+    cli_train,
+)
 from llava_lab import cli_commands as commands
 from llava_lab.errors import LabError
 
@@ -98,9 +108,9 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--quick", action="store_true", help="fewer repeats")
     bench.add_argument("--layers", type=_positive, metavar="N", help="scale: layers of the language model (default: 4)")
     cli_convert.add_options(add("convert", cli_convert.convert, cli_convert.ABOUT))
-    add("doctor", commands.doctor, "versions, device, memory, usable parts; with --model, how it differs from LLaVA-1.5").set_defaults(
-        model=None
-    )
+    add(
+        "doctor", commands.doctor, "versions, device, memory, usable parts; with --model, how it differs from LLaVA-1.5"
+    ).set_defaults(model=None)
     lab = add("lab", commands.lab, "open JupyterLab with the lessons")
     lab.add_argument("--port", type=int, help="default: 8888, or the next free one")
     lab.add_argument("--no-browser", action="store_true", help="only print the address")
@@ -142,7 +152,7 @@ def _question(command: argparse.ArgumentParser) -> None:
     command.add_argument("question")
     command.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="longest answer (default: 64)")
     command.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
-    command.add_argument("--prompt", default="llava-1.5", help="form of the prompt: llava-1.5 (default), hf, or chat")
+    command.add_argument("--prompt", help="form of the prompt: llava-1.5, hf, or chat (default: the model's own)")
     command.add_argument("--fit", help="how the picture becomes square: pad or crop (default: the model's own)")
 
 

@@ -44,7 +44,7 @@ def refuse(args: argparse.Namespace) -> None:
         return
     if not hasattr(args, "base_url"):
         raise OptionError(f"{args.command} looks inside the model, and {args.model} is closed; use ask or explain")
-    if args.prompt != "llava-1.5" or args.fit:
+    if args.prompt not in (None, "llava-1.5") or args.fit:
         raise OptionError("--prompt and --fit are the server's own with a closed model; leave them out")
 
 

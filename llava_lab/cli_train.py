@@ -1,6 +1,7 @@
 """``llava-lab train``: the shipped model from nothing (``tiny``), or one of LLaVA's stages on data in its format.
 
     llava-lab train tiny --out runs/tiny
+    llava-lab train smol --out runs/smol
     llava-lab train --data captions.json --stage align --out runs/mine
     llava-lab train --data mix.json --stage instruct --model runs/mine/align/model --out runs/mine
 
@@ -24,12 +25,12 @@ RECIPES = ("llava-1.5-7b", "llava-1-7b")
 
 
 def add_options(train: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
-    train.add_argument("name", nargs="?", choices=("tiny",), help="which recipe to train from nothing")
+    train.add_argument("name", nargs="?", choices=("tiny", "smol"), help="which recipe to train from nothing")
     train.add_argument("--out", required=True, metavar="DIR", help="folder for checkpoints, logs and the finished model")
     train.add_argument("--stage", action="append", metavar="NAME", help="with --data align or instruct; else only this stage")
     train.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
     train.add_argument("--compile", action="store_true", help="tiny: fuse small operations, wants a C++ compiler")
-    train.add_argument("--steps-scale", type=float, default=1.0, metavar="X", help="tiny: times the recipe's steps (default: 1)")
+    train.add_argument("--steps-scale", type=float, default=1.0, metavar="X", help="tiny, smol: times the recipe's steps (default: 1)")
     data = train.add_argument_group("on your own data")
     data.add_argument(
         "--data",
@@ -61,10 +62,16 @@ def train(args: argparse.Namespace) -> Reply:
     logging.getLogger("llava_lab").setLevel(logging.INFO)  # hours of silence would look like a hang
     if args.data:
         if args.name:
-            raise OptionError("give tiny or --data, not both")
+            raise OptionError(f"give {args.name} or --data, not both")
         return _stage(args)
     if args.name is None:
         raise OptionError("what to train? give tiny, or --data FILE --stage align|instruct")
+    if args.name == "smol":
+        from llava_lab.training.smol import SMOL, train_smol
+
+        recipe = replace(SMOL, seed=args.seed)
+        folder = train_smol(args.out, stages=args.stage, resume=args.resume, steps_scale=args.steps_scale, recipe=recipe)
+        return Reply({"model": "smol", "out": str(folder), "seed": args.seed}, f"connector and LoRA are in {folder}")
     from llava_lab.training import train as run_recipe
 
     options = {"stages": args.stage, "resume": args.resume, "steps_scale": args.steps_scale, "seed": args.seed}

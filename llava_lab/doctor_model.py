@@ -97,10 +97,11 @@ def _facts(folder: Path, config: dict[str, Any]) -> list[Fact]:
 def _original_facts(folder: Path, config: dict[str, Any]) -> list[Fact]:
     read = original_config.read(folder)
     tower = original_config.KNOWN_TOWERS.get(read.tower, {})
+    widths = f"{config.get('mm_hidden_size')} to {config.get('hidden_size')}"
     facts = [
         _fact("family", config.get("model_type"), "llava_llama"),
         _fact("connector", read.kind, "mlp2x_gelu"),
-        _fact("connector widths", f"{config.get('mm_hidden_size')} to {config.get('hidden_size')}", "1024 to 4096", "1024 to 5120"),
+        _fact("connector widths", widths, "1024 to 4096", "1024 to 5120"),
         _fact("vision tower", read.tower, "openai/clip-vit-large-patch14-336"),
         *(_tower_facts(tower, read.layer, read.strategy) if tower else [
             _fact("feature layer", read.layer, -2), _fact("select strategy", read.strategy, "default")]),
@@ -176,9 +177,11 @@ def _prompt_fact(folder: Path) -> Fact:
     if template is None:
         found = "no chat template"
     else:
-        turns = "USER" in template.upper() and "ASSISTANT" in template
+        turns = "ASSISTANT:" in template
         system = "A chat between a curious user" in template
-        found = ("Vicuna turns" if turns else "other turns") + (" after the system sentence" if system else ", no system sentence")
+        found = ("Vicuna turns" if turns else "other turns") + (
+            " after the system sentence" if system else ", no system sentence"
+        )
     why = "ask(prompt='llava-1.5') writes the turns LLaVA-1.5 was trained with, whatever the template says"
     return _fact("prompt", found, "Vicuna turns after the system sentence", why=why)
 

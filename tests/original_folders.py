@@ -57,9 +57,7 @@ def original_tokenizer() -> PreTrainedTokenizerFast:
 def make_parts(kind: str = "mlp2x_gelu", *, layer: int = -2, seed: int = 3) -> Parts:
     """A random reference: stock transformers classes, its projector replaced by torch's own modules."""
     tokenizer = _with_new_words()
-    config = llava_config(
-        tokenizer, feature_layer=layer, feature_strategy="default", projector_bias=True, vocab=ROWS, **SIZES
-    )
+    config = llava_config(tokenizer, feature_layer=layer, feature_strategy="default", projector_bias=True, vocab=ROWS, **SIZES)
     model = build_llama_model(config, seed=seed)
     module = _projector(kind, seed)
     model.model.multi_modal_projector = module
@@ -148,7 +146,9 @@ def config_of(parts: Parts, **changes: Any) -> dict[str, Any]:
     return given | changes
 
 
-def write_whole(folder: Path, parts: Parts, *, inside: bool = False, shards: int = 2, safetensors: bool = False, **changes: Any) -> Path:
+def write_whole(
+    folder: Path, parts: Parts, *, inside: bool = False, shards: int = 2, safetensors: bool = False, **changes: Any
+) -> Path:
     """A whole checkpoint: shards with an index; `inside` adds the tower as a DeepSpeed run saves it."""
     folder.mkdir(parents=True)
     write_json(folder / "config.json", config_of(parts, **changes))

@@ -72,8 +72,6 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, folders: list[str], mon
     assert sorted(file.name for file in tmp_path.iterdir()) == ["clip", "llava"]
 
 
-def test_a_transformers_folder_needs_no_conversion(
-    tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_transformers_folder_needs_no_conversion(tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(str(tiny_folder), str(tmp_path / "hf")) == 2
     assert "nothing to convert" in capsys.readouterr().err

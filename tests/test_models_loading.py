@@ -116,11 +116,11 @@ def test_unusable_options_list_what_there_is(tiny_folder: Path) -> None:
     assert "'cpu'" in refused(tiny_folder, OptionError, device="gpu")
 
 
-def test_other_families_and_the_original_format_are_refused(copy: Path) -> None:
+def test_other_families_and_half_an_original_are_refused(copy: Path) -> None:
     edit_json(copy / "config.json", model_type="llama")
     assert "'llama'" in refused(copy)
     edit_json(copy / "config.json", model_type="llava_llama", mm_vision_tower="openai/clip")
-    assert "original LLaVA format" in refused(copy)
+    assert "mm_vision_select_layer" in refused(copy)
 
 
 def test_broken_files_are_named(copy: Path) -> None:
@@ -234,3 +234,21 @@ def test_code_beside_a_checkpoint_is_never_asked_for_or_run(copy: Path, tiny_ran
     edit_json(copy / "config.json", text_config=config["text_config"] | {"auto_map": remote})
     assert load(copy).fingerprint == tiny_random.fingerprint
     assert "LLAVA_LAB_TRAP" not in os.environ
+
+
+def test_two_spellings_in_one_folder_are_refused(copy: Path) -> None:
+    edit_weights(copy, lambda weights: weights.update({"model." + LINEAR_1: weights[LINEAR_1].clone()}))
+    assert "mix two spellings" in refused(copy)
+
+
+def test_names_as_in_memory_and_sharded_pytorch_weights_load(copy: Path, tiny_random: Lab) -> None:
+    (copy / "model.safetensors").unlink()
+    state = tiny_random.model.state_dict()
+    where = {}
+    for number in range(2):
+        file = f"pytorch_model-{number + 1:05}-of-00002.bin"
+        part = {name: state[name] for name in sorted(state)[number::2]}
+        torch.save(part, copy / file)
+        where |= dict.fromkeys(part, file)
+    (copy / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    assert load(copy).fingerprint == tiny_random.fingerprint

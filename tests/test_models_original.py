@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import LlavaForConditionalGeneration
 
-from llava_lab.models import Lab, load, original
+from llava_lab.models import Lab, load, original, original_config, projectors
 from llava_lab.models.original_weights import new_rows
 from tests import original_folders as made
 from tests.original_folders import IMAGE_ID, PAD_ID, ROWS, WORDS, Parts
@@ -143,3 +144,28 @@ def test_reading_leaves_the_folder_as_it_was(tmp_path: Path, parts: Parts, write
     base = {"base": language} if write is made.write_projector_only else {}
     load(folder, vision=made.write_tower(tmp_path / "clip", parts), **base)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("width", "inner", "layers", "kind", "parameters"),
+    [
+        (4096, 11008, 32, "mlp2x_gelu", 7_063_427_072),
+        (4096, 11008, 32, "linear", 7_046_645_760),
+        (5120, 13824, 40, "mlp2x_gelu", None),
+    ],
+)
+def test_true_sizes_become_the_hub_s_model(
+    tmp_path: Path, parts: Parts, width: int, inner: int, layers: int, kind: str, parameters: int | None
+) -> None:
+    sizes = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers, "vocab_size": 32000}
+    sizes |= {"num_attention_heads": width // 128, "num_key_value_heads": width // 128, "mm_hidden_size": 1024}
+    made.write_json(tmp_path / "config.json", made.config_of(parts, mm_projector_type=kind, **sizes))
+    read = original_config.read(tmp_path)
+    tower = original_config.vision_config(read, None)
+    config = original_config.llava_config(read, tower, vocabulary=32064, image_id=32000, pad_id=32001)
+    with torch.device("meta"), projectors.patched():
+        model = LlavaForConditionalGeneration(config)
+    assert config.image_seq_length == 576
+    assert tuple(model.lm_head.weight.shape) == (32064, width)
+    if parameters is not None:
+        assert sum(parameter.numel() for parameter in model.parameters()) == parameters

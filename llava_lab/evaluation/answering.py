@@ -29,7 +29,7 @@ def answer_all(
     lab: Lab,
     items: Sequence[Item],
     *,
-    prompt: str = "llava-1.5",
+    prompt: str | None = None,
     max_new_tokens: int = LONGEST,
     batch: int = BATCH,
     label: str = "answering",

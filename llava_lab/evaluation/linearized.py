@@ -44,7 +44,7 @@ def linear_effect(
     ranks: Sequence[int] = (),
     controls: bool = True,
     seed: int = 0,
-    prompt: str = "llava-1.5",
+    prompt: str | None = None,
     progress: bool = True,
 ) -> LinearEffect:
     """Answer the questions about `n` pictures with the connector and with `fit` in its place.
@@ -120,7 +120,7 @@ def _stand_in(lab: Lab, fit: Linearized, name: str, seed: int) -> Any:
     return linear_connector(lab, weight.float(), bias.float(), trained_with=fit.beside)
 
 
-def _finished(lab: Lab, item: Item, answer: str, prompt: str) -> tuple[np.ndarray, int]:
+def _finished(lab: Lab, item: Item, answer: str, prompt: str | None) -> tuple[np.ndarray, int]:
     """The prompt with the answer behind it, (T,) token ids, and how many positions predict the answer and its end."""
     alone, said = (lab.tokenizer.encode(text, add_special_tokens=False) for text in (BEFORE, f"{BEFORE} {answer}"))
     tail = np.array(said[len(alone) :], np.int64)

@@ -21,6 +21,21 @@ def exact_match(answer: str, expected: str) -> bool:
     return answer.strip() == expected.strip()
 
 
+NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
+
+def normalised(answer: str) -> str:
+    """Lower case, one space between words, no final full stop, no articles (a, an, the), numbers 0 to 10 as words, none is no."""
+    words = answer.lower().strip().rstrip(".").split()
+    named = [NUMBER_WORDS[int(word)] if word.isdecimal() and int(word) <= 10 else word for word in words]
+    return " ".join("no" if word in ("zero", "none") else word for word in named if word not in ("a", "an", "the"))
+
+
+def same_answer(answer: str, expected: str) -> bool:
+    """Equal after `normalised`."""
+    return normalised(answer) == normalised(expected)
+
+
 def wilson(right: int, total: int) -> tuple[float, float]:
     """95% score interval of a proportion, sound also at 0 and 1."""
     if total < 1:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 from llava_lab.errors import DataError
 from llava_lab.evaluation.answering import answer_all
 from llava_lab.evaluation.items import WORLDS, Item, load_items
-from llava_lab.evaluation.metrics import cluster_interval, exact_match
+from llava_lab.evaluation.metrics import cluster_interval, exact_match, same_answer
 from llava_lab.models import Lab
 
 GREY = (122, 116, 104)  # CLIP's mean colour: the emptiest picture there is
@@ -32,34 +33,40 @@ def evaluate(
     split: str = "test",
     n: int = 2000,
     seed: int = 0,
-    prompt: str = "llava-1.5",
+    prompt: str | None = None,
+    normalise: bool = False,
     controls: bool = True,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Greedy exact match over `n` pictures, overall and by question type, with 95% intervals.
 
+    With `normalise` answers are compared after `metrics.normalised`, else as they are.
     Returns the object that ``llava-lab evaluate --json`` prints. Intervals resample pictures.
     Raises DataError for an unknown data set or split.
     """
-    began = time.perf_counter()
+    began, prompt = time.perf_counter(), prompt or lab.prompt
+    equal = same_answer if normalise else exact_match
     items = load_items(data, split=split, n=n, seed=seed)
     if not items:
         raise DataError(f"{data} split {split} gave no questions; ask for more pictures")
-    result = _answered(lab, items, items, prompt, f"{lab.name} on {split}", progress)
+    result = _answered(lab, items, items, prompt, equal, f"{lab.name} on {split}", progress)
     if controls:
         result["controls"] = {
-            "blind": _answered(lab, items, _blind(items), prompt, "blind", progress),
-            "shuffled": _answered(lab, items, _shuffled(items, seed), prompt, "shuffled", progress),
+            "blind": _answered(lab, items, _blind(items), prompt, equal, "blind", progress),
+            "shuffled": _answered(lab, items, _shuffled(items, seed), prompt, equal, "shuffled", progress),
             "majority": _scores(items, _majority(items, data, seed)),
         }
     about = {"model": lab.name, "data": data, "split": split, "seed": seed, "pictures": n, "prompt": prompt}
+    about |= {"normalised": True} if normalise else {}
     return result | about | {"seconds": round(time.perf_counter() - began, 1)}
 
 
-def _answered(lab: Lab, items: list[Item], shown: list[Item], prompt: str, label: str, progress: bool) -> dict[str, Any]:
+def _answered(
+    lab: Lab, items: list[Item], shown: list[Item], prompt: str, equal: Callable[[str, str], bool], label: str, progress: bool
+) -> dict[str, Any]:
     """Scores of the answers given to `shown`, against what `items` expect."""
     answers = answer_all(lab, shown, prompt=prompt, label=label, progress=progress)
-    return _scores(items, np.array([exact_match(a, item.answer) for a, item in zip(answers, items, strict=True)]))
+    return _scores(items, np.array([equal(a, item.answer) for a, item in zip(answers, items, strict=True)]))
 
 
 def _scores(items: list[Item], right: np.ndarray) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import hashlib
 import torch
 from torch import nn
 
+from llava_lab.errors import CheckpointError
 from llava_lab.models.projectors import spec
 
 SAMPLES = 32  # values per parameter; the first and the last are always among them
@@ -26,10 +27,20 @@ def fingerprint(model: nn.Module) -> str:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             digest.update(f"{name}{tuple(parameter.shape)}".encode())
-            samples.append(_sample(parameter))
+            samples.append(_sample(_waiting(model, name) if parameter.is_meta else parameter))
         values = torch.cat(samples) if samples else torch.zeros(0)
     digest.update(values.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _waiting(model: nn.Module, name: str) -> torch.Tensor:
+    """A weight that ``device_map`` keeps in main memory or on the disk until its layer runs (accelerate's hooks)."""
+    owner, _, leaf = name.rpartition(".")
+    hook = getattr(model.get_submodule(owner), "_hf_hook", None)
+    for one in getattr(hook, "hooks", (hook,)):
+        if (kept := getattr(one, "weights_map", None)) is not None:
+            return kept[leaf]
+    raise CheckpointError(f"the weight {name} is nowhere: it has a shape and no values")
 
 
 def _sample(parameter: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,15 @@ NAMES = MappingProxyType({"tiny": ASSETS / "tiny"})  # what can be loaded by a b
 EXAMPLE = "llava-hf/llava-1.5-7b-hf"
 
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
-_SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model", "README.md", "mm_projector.bin", "adapter_model.bin", "non_lora_trainables.bin"]
+_SMALL_FILES = [
+    "*.json",
+    "*.jinja",
+    "tokenizer.model",
+    "README.md",
+    "mm_projector.bin",
+    "adapter_model.bin",
+    "non_lora_trainables.bin",
+]
 
 
 @dataclass(frozen=True)

@@ -86,9 +86,7 @@ def _read(source: Path) -> tuple[Any, Any]:
     from transformers import AutoTokenizer, LlamaForCausalLM
 
     try:
-        model = LlamaForCausalLM.from_pretrained(
-            source.parent, gguf_file=source.name, dtype=torch.float32, local_files_only=True
-        )
+        model = LlamaForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, local_files_only=True)
     except Exception as error:  # whatever a malformed file makes the reader raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]

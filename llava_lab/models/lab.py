@@ -41,6 +41,7 @@ class Lab:
         self.measure()
         self.image_id = _image_id(model, processor)
         self.eos_ids = _eos_ids(model, processor)
+        self.prompt = "llava-1.5"  # the form that stands when none is given
         self.card = card or make_card(
             model,
             name=name,
@@ -115,18 +116,20 @@ class Lab:
         max_new_tokens: int = 64,
         temperature: float = 0.0,
         seed: int = 0,
-        prompt: str = "llava-1.5",
+        prompt: str | None = None,
         fit: str | None = None,
         history: prompts.History = (),
         on_token: Callable[[str], None] | None = None,
     ) -> Run:
         """Ask about a picture and get the answer with every position, probability and the picture's map.
 
+        `prompt`: None is the model's own form (`self.prompt`), else one of `prompts.PROMPTS`.
         `fit`: None is the checkpoint's own way, else "pad" or "crop". `history`: earlier (question, answer)
         pairs about the same picture. `on_token` receives the answer's text as it grows, whole characters only.
         Interrupting (KeyboardInterrupt) gives the answer so far, with ``options["stopped"] == "interrupted"``.
         """
         _check_options(max_new_tokens, temperature)
+        prompt = prompt or self.prompt
         pixels = read_picture(picture)
         sequence = self.sequence(question, prompt=prompt, history=history)
         limit = min(max_new_tokens, self.context - len(sequence.token_ids))
@@ -153,8 +156,9 @@ class Lab:
         options |= {"fit": self.preprocessing.mode(fit), "stopped": generated.stopped}
         return self._run(pixels, question.strip(), sequence, generated, seed, options)
 
-    def sequence(self, question: str, *, prompt: str = "llava-1.5", history: prompts.History = ()) -> Sequence:
+    def sequence(self, question: str, *, prompt: str | None = None, history: prompts.History = ()) -> Sequence:
         """The prompt for a question as the model reads it, with its segments, before any answer."""
+        prompt = prompt or self.prompt
         prompts.check_form(prompt)
         texts = [text for turn in prompts.turns(question, history) for text in turn if text is not None]
         refuse_special_text(self.tokenizer, *texts)

@@ -69,7 +69,7 @@ def load(
     base_url: str | None = None,
     **options: Any,
 ) -> Lab | BlackBox:
-    """Load a LLaVA by name: "tiny" (shipped), a local folder, or a hub id such as "llava-hf/llava-1.5-7b-hf".
+    """Load a LLaVA by name: "tiny" (shipped), "smol", a local folder, or a hub id such as "llava-hf/llava-1.5-7b-hf".
 
     `device` and `dtype` None are chosen for the machine and the model's size; the card says why. Folders of the original
     LLaVA (``llava_llama``, LoRA, projector only) are read directly; `vision` is then the folder or hub id of the CLIP
@@ -86,6 +86,10 @@ def load(
     if base_url is not None or options:
         given = ", ".join(["base_url"] * (base_url is not None) + list(options))
         raise OptionError(f"{given} belong to a model behind a server, {PREFIX}MODEL; got {str(name)!r}")
+    if name == "smol":  # put together from parts, see there
+        from llava_lab.models.smol import open_smol
+
+        return open_smol(device, dtype, _known_attention(attention))
     folder = folders.find(name)
     how = _how(device, device_map, quantization_config)
     source = folder.source

@@ -80,14 +80,12 @@ def assemble(folder: Path, *, vision: Place = None, base: Place = None) -> Assem
     files.check_projector(weights, original.kind, (picture.hidden_size, original.given.get("hidden_size", 0)), folder)
     tokenizer = original_tokens.read_tokenizer(_with_tokenizer(folder, language), patch_token=original.patch_token)
     image_id = tokenizer.convert_tokens_to_ids(original_tokens.IMAGE)
-    if image_id < len(embedding) and len(tokenizer) - 2 > len(embedding):
+    if len(tokenizer) - 2 - original.patch_token > len(embedding):  # its new words aside
         raise CheckpointError(f"the tokenizer of {folder} has more words than the {len(embedding)} rows of its embedding")
     tied = bool(original.given.get("tie_word_embeddings", False))
     dtype = embedding.dtype
     rows = files.grow_vocabulary(weights, len(tokenizer), tied=tied)
-    config = configs.llava_config(
-        original, picture, vocabulary=rows, image_id=int(image_id), pad_id=int(tokenizer.pad_token_id)
-    )
+    config = configs.llava_config(original, picture, vocabulary=rows, image_id=int(image_id), pad_id=int(tokenizer.pad_token_id))
     processor = LlavaProcessor(
         original_tokens.image_processor(tower, picture, pad=original.pad),
         tokenizer,

@@ -168,4 +168,6 @@ def check_base(original: Original, base: Path) -> None:
     for key in _SAME_IN_BASE:
         mine, theirs = original.given.get(key), given.get(key)
         if mine is not None and theirs is not None and mine != theirs:
-            raise CheckpointError(f"{original.folder} was made on a language model with {key} {mine}, the base {base} has {theirs}")
+            raise CheckpointError(
+                f"{original.folder} was made on a language model with {key} {mine}, the base {base} has {theirs}"
+            )

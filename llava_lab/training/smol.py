@@ -211,11 +211,10 @@ def train_smol(
     check = Check(model, form, side)
     lows: nn.ModuleDict | None = None
     for stage in recipe.stages:
-        if stage.name == "instruct":
-            lows = adapt(layout.language_model(model), recipe.rank, recipe.scale, recipe.seed)
         if stages is not None and stage.name not in stages:
             continue
         if stage.name == "instruct":
+            lows = adapt(layout.language_model(model), recipe.rank, recipe.scale, recipe.seed)
             _load_connector(connector, folder / "align.pt")
         connector.requires_grad_(True)
         modules = {"connector": connector} | ({"lora": lows} if lows is not None else {})

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -49,12 +48,16 @@ class Chat:
 
     def __init__(self, tokenizer: Any, image_tokens: int) -> None:
         self.tokenizer, self.image_id = tokenizer, int(tokenizer.convert_tokens_to_ids("<image>"))
+        self._known: dict[str, tuple[int, ...]] = {}
         start, end = self.ids("<|im_start|>user\n"), self.ids("\n")
         self.prefix = [*start, *[self.image_id] * image_tokens, *end]
-        self.ids = lru_cache(20_000)(self.ids)  # type: ignore[method-assign]
 
     def ids(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if text not in self._known:
+            if len(self._known) > 50_000:
+                self._known.clear()
+            self._known[text] = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self._known[text]
 
     def block(self, pairs: Block) -> tuple[list[int], list[bool]]:
         """Tokens of a block and which of them are learned: answers with the mark that ends them."""

@@ -23,9 +23,27 @@ ASKED = (
     *("Tell me about the Moon.", "What are the seasons?", "How can I learn a new language?", "Give me a riddle."),
 )
 OPENED = (
-    *("The old man walked", "In the nineteenth century,", "To make bread, you", "The committee decided that", "She opened the letter and"),
-    *("Scientists have found that", "When the rain stopped,", "A good teacher", "The city lies on", "My grandmother always said that"),
-    *("The train was late, so", "In mathematics, a function", "Many people believe that", "The first thing to do is", "At night the forest"),
+    *(
+        "The old man walked",
+        "In the nineteenth century,",
+        "To make bread, you",
+        "The committee decided that",
+        "She opened the letter and",
+    ),
+    *(
+        "Scientists have found that",
+        "When the rain stopped,",
+        "A good teacher",
+        "The city lies on",
+        "My grandmother always said that",
+    ),
+    *(
+        "The train was late, so",
+        "In mathematics, a function",
+        "Many people believe that",
+        "The first thing to do is",
+        "At night the forest",
+    ),
     *("Water freezes when", "The museum opened in", "He had never seen", "Children learn best when", "The price of coffee"),
     *("If you want to travel,", "The engine of a car", "Once there was a king who", "It is often said that"),
 )

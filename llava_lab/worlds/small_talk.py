@@ -24,7 +24,12 @@ ABSENT = (
     *("apple", "banana", "hat", "shoe", "key", "lamp", "guitar", "dragon", "robot", "castle", "bridge", "cow", "duck", "cloud"),
 )
 DESCRIBE = (
-    *("Describe the picture in detail.", "What's going on in this image?", "what am I looking at?", "Tell me about this picture."),
+    *(
+        "Describe the picture in detail.",
+        "What's going on in this image?",
+        "what am I looking at?",
+        "Tell me about this picture.",
+    ),
     *("Please describe what you see.", "Give me a description of the image.", "Can you explain what is shown here?"),
     *("I cannot see the picture. What does it show?", "What does this drawing show?", "describe this", "what's in the pic?"),
 )
@@ -210,7 +215,12 @@ def _refuse(scene: Scene, rng: np.random.Generator) -> Pair:
 
 def _seen(scene: Scene, rng: np.random.Generator) -> Pair:
     noun = _absent(scene, rng)
-    asked = (f"Is there {article(noun)}?", f"Do you see {article(noun)}?", f"Is {article(noun)} in the picture?", f"any {plural(noun)}?")
+    asked = (
+        f"Is there {article(noun)}?",
+        f"Do you see {article(noun)}?",
+        f"Is {article(noun)} in the picture?",
+        f"any {plural(noun)}?",
+    )
     return _pick(rng, asked), f"No, there is no {noun}."
 
 
@@ -223,8 +233,12 @@ def _colors(scene: Scene, rng: np.random.Generator) -> Pair:
     found = list(dict.fromkeys(scene.things[i].color for i in scene.left_to_right))
     if rng.random() < 0.4:
         asked = ("How many different colors do the things have?", "how many colours can you see?", "Count the different colors.")
-        return _pick(rng, asked), f"There {'is one color' if len(found) == 1 else f'are {NUMBERS[len(found)]} colors'}: {_join(found)}."
-    return _pick(rng, ("Which colors do you see?", "What colours are used?", "List the colors of the things.")), _up(_join(found)) + "."
+        return _pick(
+            rng, asked
+        ), f"There {'is one color' if len(found) == 1 else f'are {NUMBERS[len(found)]} colors'}: {_join(found)}."
+    return _pick(rng, ("Which colors do you see?", "What colours are used?", "List the colors of the things.")), _up(
+        _join(found)
+    ) + "."
 
 
 def _one(scene: Scene, rng: np.random.Generator) -> Pair | None:
@@ -233,7 +247,12 @@ def _one(scene: Scene, rng: np.random.Generator) -> Pair | None:
         return None
     name, thing = _pick(rng, names), scene.things[i]
     place = place_of(thing)
-    asked = (f"Tell me about the {name}.", f"Describe the {name}.", f"what can you say about the {name}?", f"What does the {name} look like?")
+    asked = (
+        f"Tell me about the {name}.",
+        f"Describe the {name}.",
+        f"what can you say about the {name}?",
+        f"What does the {name} look like?",
+    )
     return _pick(rng, asked), f"The {thing.kind} is {thing.size} and {thing.color}" + (f", {at(place)}." if place else ".")
 
 
@@ -245,7 +264,11 @@ def _differ(scene: Scene, rng: np.random.Generator) -> Pair | None:
     if not (names_a := names_for(scene, first)) or not (names_b := names_for(scene, second)):
         return None
     one, two = _pick(rng, names_a), _pick(rng, names_b)
-    asked = (f"How do the {one} and the {two} differ?", f"Compare the {one} with the {two}.", f"What is different about the {one} and the {two}?")
+    asked = (
+        f"How do the {one} and the {two} differ?",
+        f"Compare the {one} with the {two}.",
+        f"What is different about the {one} and the {two}?",
+    )
     return _pick(rng, asked), f"The {one} is {a.size} and {a.color}, the {two} is {b.size} and {b.color}."
 
 
@@ -256,14 +279,21 @@ def _edge(scene: Scene, rng: np.random.Generator) -> Pair | None:
     ends = sorted(scene.things, key=lambda thing: sign * (thing.x, thing.y)[axis])
     if abs((ends[0].x, ends[0].y)[axis] - (ends[1].x, ends[1].y)[axis]) < MARGIN:
         return None
-    side = {"leftmost": "furthest to the left", "rightmost": "furthest to the right", "highest": "at the very top", "lowest": "lowest down"}
+    side = {
+        "leftmost": "furthest to the left",
+        "rightmost": "furthest to the right",
+        "highest": "at the very top",
+        "lowest": "lowest down",
+    }
     asked = (f"Which thing is {side[word]}?", f"What is the {word} thing?", f"what's the {word} object?")
     return _pick(rng, asked), f"The {word} thing is {_full(ends[0])}."
 
 
 def _sizes(scene: Scene, rng: np.random.Generator) -> Pair:
     size = _pick(rng, ("small", "large"))
-    found = [article(f"{scene.things[i].color} {scene.things[i].kind}") for i in scene.left_to_right if scene.things[i].size == size]
+    found = [
+        article(f"{scene.things[i].color} {scene.things[i].kind}") for i in scene.left_to_right if scene.things[i].size == size
+    ]
     asked = (f"Which things are {size}?", f"List the {size} things.", f"what is {size} here?")
     return _pick(rng, asked), _up(_join(found)) + "." if found else f"There is no {size} thing."
 
@@ -286,7 +316,9 @@ def _alike(scene: Scene, rng: np.random.Generator) -> Pair | None:
     if rng.random() < 0.5:
         answer = f"Yes, all are {colors[0]}." if len(colors) == 1 else f"No, the colors are {_join(colors)}."
         return _pick(rng, ("Are all things the same color?", "does everything have the same colour?")), answer
-    answer = f"Yes, all are {plural(kinds[0])}." if len(kinds) == 1 else f"No, there are {_join([article(kind) for kind in kinds])}."
+    answer = (
+        f"Yes, all are {plural(kinds[0])}." if len(kinds) == 1 else f"No, there are {_join([article(kind) for kind in kinds])}."
+    )
     return _pick(rng, ("Are all things of the same kind?", "is it all the same kind of thing?")), answer
 
 
