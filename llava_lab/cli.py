@@ -123,6 +123,7 @@ def _add_data_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     evaluate.add_argument("--data", default="picturebook", help="picturebook (default), easy-vqa, or a LLaVA .json file")
     evaluate.add_argument("--split", default="test", help="default: test")
     evaluate.add_argument("--n", type=_positive, default=2000, help="pictures (default: 2000)")
+    evaluate.add_argument("--normalised", action="store_true", help="compare after lower case, articles, full stop, numbers")
     evaluate.add_argument("--no-controls", action="store_true", help="leave out blind, shuffled and majority")
 
     data = add("data", commands.data, "write a data set in LLaVA's format")

@@ -91,7 +91,8 @@ def methods(args: argparse.Namespace) -> Reply:
 def evaluate(args: argparse.Namespace) -> Reply:
     from llava_lab.evaluation import evaluate as score
 
-    data = score(_load(args), data=args.data, split=args.split, n=args.n, seed=args.seed, controls=not args.no_controls)
+    how = {"controls": not args.no_controls, "normalise": args.normalised}
+    data = score(_load(args), data=args.data, split=args.split, n=args.n, seed=args.seed, **how)
     rows = [("all", data), *data["by_type"].items()]
     lines = [_score_line(name, row) for name, row in rows]
     lines += [_score_line(f"control: {name}", row) for name, row in data.get("controls", {}).items()]

@@ -30,7 +30,7 @@ def add_options(train: argparse.ArgumentParser, positive: Callable[[str], int]) 
     train.add_argument("--stage", action="append", metavar="NAME", help="with --data align or instruct; else only this stage")
     train.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
     train.add_argument("--compile", action="store_true", help="tiny: fuse small operations, wants a C++ compiler")
-    train.add_argument("--steps-scale", type=float, default=1.0, metavar="X", help="tiny, smol: times the recipe's steps (default: 1)")
+    train.add_argument("--steps-scale", type=float, default=1.0, metavar="X", help="tiny, smol: times the steps (default: 1)")
     data = train.add_argument_group("on your own data")
     data.add_argument(
         "--data",

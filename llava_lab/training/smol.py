@@ -41,6 +41,10 @@ log = logging.getLogger(__name__)
 CHECK_PICTURES, CHECK_EVERY = 24, 100
 
 
+ALIGN = Stage("align", ("connector",), steps=350, batch=8, rate=2e-3, warmup=0.05)
+INSTRUCT = Stage("instruct", ("connector", "lora"), steps=1350, batch=8, rate=1e-3)
+
+
 @dataclass(frozen=True)
 class SmolRecipe:
     """Both stages and the adapters."""
@@ -48,8 +52,8 @@ class SmolRecipe:
     seed: int = 0
     rank: int = 8
     scale: float = 2.0  # alpha / rank
-    align: Stage = Stage("align", ("connector",), steps=500, batch=8, rate=2e-3, warmup=0.05)
-    instruct: Stage = Stage("instruct", ("connector", "lora"), steps=1700, batch=8, rate=1e-3)
+    align: Stage = ALIGN
+    instruct: Stage = INSTRUCT
 
     @property
     def stages(self) -> tuple[Stage, ...]:

@@ -1,6 +1,6 @@
 """The picture book talked about in many wordings, formal and casual, as people write when nobody gave them a form.
 
-`retell` puts one of the world's own questions in other words, with an answer in other words; `chat` asks what the world's
+`paraphrases.retell` puts the world's own questions in other words; `chat` asks what the world's
 eight types do not: lists, what stands at an edge, what is left when something goes, one thing described, two compared, a
 short story, and things that are not there, which are refused ("There is no dog in the picture."). `account` tells a whole
 scene as prose. Every answer follows from the scene; where a margin is missing the question is not asked. Held-out pairs of
@@ -9,15 +9,13 @@ colour and kind are never named.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 import numpy as np
 
+from llava_lab.worlds.paraphrases import Pair, pick
 from llava_lab.worlds.scenes import HELD_OUT, Scene, Thing
-from llava_lab.worlds.wording import MARGIN, NUMBERS, Question, article, at, names_for, place_of, plural
-
-Pair = tuple[str, str]
+from llava_lab.worlds.wording import MARGIN, NUMBERS, article, at, names_for, place_of, plural
 
 ABSENT = (
     *("dog", "cat", "horse", "bird", "person", "child", "bicycle", "train", "plane", "clock", "chair", "table", "book", "ball"),
@@ -34,125 +32,6 @@ DESCRIBE = (
     *("I cannot see the picture. What does it show?", "What does this drawing show?", "describe this", "what's in the pic?"),
 )
 
-# one of the world's questions, the parts of it that are kept, and other ways to ask it
-_FORMS: dict[str, list[tuple[str, tuple[str, ...]]]] = {
-    "color": [
-        (
-            r"(?:What color is|Which color does|Can you tell me the color of) the (?P<a>.+?)(?: have)?\?",
-            (
-                *("what colour is the {a}?", "What's the color of the {a}?", "Tell me the colour of the {a}.", "{a}: which color?"),
-                *("I'd like to know what color the {a} is.", "So what color would you say the {a} is?", "the {a} is what color?"),
-                *("In which colour is the {a} painted?", "hey, what color's that {a}", "Name the color of the {a}, please."),
-            ),
-        )
-    ],
-    "kind": [
-        (
-            r"(?:What is|What do you see|Which thing is) (?P<spot>(?:at|in|on) the .+)\?",
-            ("what's {spot}?", "Look {spot}. What is there?", "Tell me what you find {spot}.", "Name the object {spot}."),
-        ),
-        (
-            r"(?:What is|What kind of thing is|Can you name) the (?P<a>.+)\?",
-            (
-                *("what's the {a}?", "What do you call the {a}?", "Tell me what the {a} is.", "the {a}, what is it supposed to be?"),
-                *("What object is the {a}?", "I see a {a}. What is it?", "Could you identify the {a}?"),
-            ),
-        ),
-    ],
-    "size": [
-        (
-            r"(?:How big is the (?P<a>.+)|Is the (?P<b>.+) small or large|What size is the (?P<c>.+))\?",
-            (
-                *("how large is the {a}?", "Is the {a} big or small?", "would you call the {a} big?", "the {a}: big or little?"),
-                *("Tell me the size of the {a}.", "Can you say whether the {a} is small or large?"),
-            ),
-        )
-    ],
-    "place": [
-        (
-            r"(?:Where is|Where can I find|In which part of the picture is) the (?P<a>.+)\?",
-            (
-                *("where's the {a}?", "Whereabouts is the {a}?", "Tell me where the {a} is.", "I'm looking for the {a}. Where is it?"),
-                *("What is the position of the {a}?", "Point me to the {a}.", "where should I look to see the {a}?"),
-            ),
-        )
-    ],
-    "count": [
-        (
-            r"(?:How many (?P<a>.+?) (?:are there|do you see)\?|Count the (?P<b>.+)\.)",
-            (
-                *("how many {a} can you count?", "What is the number of {a}?", "Tell me how many {a} there are.", "number of {a}?"),
-                *("How many {a} are in this image?", "Could you count the {a} for me?", "how many {a} does the picture have?"),
-            ),
-        )
-    ],
-    "existence": [
-        (
-            r"(?:Is there|Do you see|Can you find) (?P<a>an? .+?)(?: in the picture)?\?",
-            (
-                *("Does the picture show {a}?", "is {a} in there?", "Does the image contain {a}?", "Did anyone draw {a}?"),
-                *("I'm looking for {a}. Is one here?", "can you spot {a}?", "Is {a} somewhere in this picture?", "see {a}?"),
-            ),
-        )
-    ],
-    "relation": [
-        (
-            r"(?:What is|Which thing is) (?P<rel>left of|right of|above|below) the (?P<b>.+)\?",
-            ("what's {rel} the {b}?", "Name the thing {rel} the {b}.", "Tell me what stands {rel} the {b}.", "{rel} the {b} is what?"),
-        ),
-        (
-            r"(?:Is|Can you see) the (?P<a>.+?) (?P<rel>left of|right of|above|below) the (?P<b>.+)\?",
-            (
-                *("Would you say the {a} is {rel} the {b}?", "the {a} is {rel} the {b}, right?", "is the {a} {rel} the {b}"),
-                *("Is it true that the {a} is {rel} the {b}?", "I think the {a} is {rel} the {b}. Am I right?"),
-            ),
-        ),
-    ],
-    "comparison": [
-        (
-            r"(?:Which is bigger|What is larger), the (?P<a>.+) or the (?P<b>.+)\?",
-            ("Between the {a} and the {b}, which one is bigger?", "which one's larger, the {a} or the {b}?", "Compare the sizes of the {a} and the {b}."),
-        ),
-        (
-            r"(?:Do|Are) the (?P<a>.+) and the (?P<b>.+?) (?:have )?the same color\?",
-            ("Do the {a} and the {b} match in color?", "is the {a} the same colour as the {b}?", "Have the {a} and the {b} got the same color?"),
-        ),
-        (
-            r"(?:Are there|Do you see) more (?P<a>.+) than (?P<b>.+)\?",
-            ("Does the picture have more {a} than {b}?", "more {a} than {b}?", "Would you say there are more {a} than {b} here?"),
-        ),
-    ],
-}  # fmt: skip
-_COMPILED = {kind: [(re.compile(pattern), forms) for pattern, forms in rows] for kind, rows in _FORMS.items()}
-
-
-def _pick(rng: np.random.Generator, options: tuple | list) -> str:
-    return options[int(rng.integers(len(options)))]
-
-
-def retell(question: Question, rng: np.random.Generator) -> Pair:
-    """The same question and answer in other words. Raises KeyError for a question the world does not ask."""
-    for pattern, forms in _COMPILED[question.type]:
-        if found := pattern.fullmatch(question.text):
-            parts = {name: value for name, value in found.groupdict().items() if value}
-            if question.type in ("size", "count"):
-                parts = {"a": next(iter(parts.values()))}
-            asked = _pick(rng, forms).format(**parts)
-            asked = asked[0].upper() + asked[1:] if rng.random() < 0.4 else asked
-            return asked, _loosely(question, rng)
-    raise KeyError(question.text)
-
-
-def _loosely(question: Question, rng: np.random.Generator) -> str:
-    """The whole sentence mostly, else a shorter one."""
-    if rng.random() < 0.7:
-        return question.answer
-    if question.type in ("color", "size"):
-        return f"It is {question.short}."
-    if question.type == "place":
-        return f"It is {at(question.short)}."
-    return question.answer
-
 
 def account(scene: Scene, rng: np.random.Generator) -> str:
     """A scene in flowing prose: how many things, then each with its place where a clear one exists."""
@@ -164,7 +43,7 @@ def account(scene: Scene, rng: np.random.Generator) -> str:
         parts.append(f"{_full(scene.things[i])}{' ' + at(place) if place else ''}")
     listed = _join(parts)
     forms = ["The picture shows {}.", "I can see {}.", "This is a drawing of {}."]
-    text = _pick(rng, forms).format(listed)
+    text = pick(rng, forms).format(listed)
     if n > 1 and rng.random() < 0.5:
         text = f"There are {NUMBERS[n]} things in the picture. " + text
     return text
@@ -195,13 +74,13 @@ def _absent(scene: Scene, rng: np.random.Generator) -> str:
     roll = rng.random()
     kinds = [kind for kind in scene.kinds if all(kind != thing.kind for thing in scene.things)]
     if roll < 0.4:
-        return _pick(rng, ABSENT)
+        return pick(rng, ABSENT)
     if roll < 0.7:
-        return _pick(rng, kinds)
+        return pick(rng, kinds)
     thing = scene.things[int(rng.integers(len(scene.things)))]
     pairs = {(t.color, t.kind) for t in scene.things} | HELD_OUT
     colors = [color for color in scene.colors if (color, thing.kind) not in pairs]
-    return f"{_pick(rng, colors)} {thing.kind}"
+    return f"{pick(rng, colors)} {thing.kind}"
 
 
 def _refuse(scene: Scene, rng: np.random.Generator) -> Pair:
@@ -210,7 +89,7 @@ def _refuse(scene: Scene, rng: np.random.Generator) -> Pair:
         *(f"What color is the {noun}?", f"Where is the {noun}?", f"How big is the {noun}?", f"what colour's the {noun}?"),
         *(f"Tell me about the {noun}.", f"Is the {noun} small or large?", f"What is next to the {noun}?", f"where's the {noun}?"),
     )
-    return _pick(rng, asked), f"There is no {noun} in the picture."
+    return pick(rng, asked), f"There is no {noun} in the picture."
 
 
 def _seen(scene: Scene, rng: np.random.Generator) -> Pair:
@@ -221,22 +100,22 @@ def _seen(scene: Scene, rng: np.random.Generator) -> Pair:
         f"Is {article(noun)} in the picture?",
         f"any {plural(noun)}?",
     )
-    return _pick(rng, asked), f"No, there is no {noun}."
+    return pick(rng, asked), f"No, there is no {noun}."
 
 
 def _list(scene: Scene, rng: np.random.Generator) -> Pair:
     asked = ("List the things in the picture.", "What objects are there?", "Name everything you see.", "what things can you see?")
-    return _pick(rng, asked), _up(_join([article(scene.things[i].kind) for i in scene.left_to_right])) + "."
+    return pick(rng, asked), _up(_join([article(scene.things[i].kind) for i in scene.left_to_right])) + "."
 
 
 def _colors(scene: Scene, rng: np.random.Generator) -> Pair:
     found = list(dict.fromkeys(scene.things[i].color for i in scene.left_to_right))
     if rng.random() < 0.4:
         asked = ("How many different colors do the things have?", "how many colours can you see?", "Count the different colors.")
-        return _pick(
+        return pick(
             rng, asked
         ), f"There {'is one color' if len(found) == 1 else f'are {NUMBERS[len(found)]} colors'}: {_join(found)}."
-    return _pick(rng, ("Which colors do you see?", "What colours are used?", "List the colors of the things.")), _up(
+    return pick(rng, ("Which colors do you see?", "What colours are used?", "List the colors of the things.")), _up(
         _join(found)
     ) + "."
 
@@ -245,7 +124,7 @@ def _one(scene: Scene, rng: np.random.Generator) -> Pair | None:
     i = int(rng.integers(len(scene.things)))
     if not (names := names_for(scene, i)):
         return None
-    name, thing = _pick(rng, names), scene.things[i]
+    name, thing = pick(rng, names), scene.things[i]
     place = place_of(thing)
     asked = (
         f"Tell me about the {name}.",
@@ -253,7 +132,7 @@ def _one(scene: Scene, rng: np.random.Generator) -> Pair | None:
         f"what can you say about the {name}?",
         f"What does the {name} look like?",
     )
-    return _pick(rng, asked), f"The {thing.kind} is {thing.size} and {thing.color}" + (f", {at(place)}." if place else ".")
+    return pick(rng, asked), f"The {thing.kind} is {thing.size} and {thing.color}" + (f", {at(place)}." if place else ".")
 
 
 def _differ(scene: Scene, rng: np.random.Generator) -> Pair | None:
@@ -263,13 +142,13 @@ def _differ(scene: Scene, rng: np.random.Generator) -> Pair | None:
     a, b = scene.things[first], scene.things[second]
     if not (names_a := names_for(scene, first)) or not (names_b := names_for(scene, second)):
         return None
-    one, two = _pick(rng, names_a), _pick(rng, names_b)
+    one, two = pick(rng, names_a), pick(rng, names_b)
     asked = (
         f"How do the {one} and the {two} differ?",
         f"Compare the {one} with the {two}.",
         f"What is different about the {one} and the {two}?",
     )
-    return _pick(rng, asked), f"The {one} is {a.size} and {a.color}, the {two} is {b.size} and {b.color}."
+    return pick(rng, asked), f"The {one} is {a.size} and {a.color}, the {two} is {b.size} and {b.color}."
 
 
 def _edge(scene: Scene, rng: np.random.Generator) -> Pair | None:
@@ -286,26 +165,26 @@ def _edge(scene: Scene, rng: np.random.Generator) -> Pair | None:
         "lowest": "lowest down",
     }
     asked = (f"Which thing is {side[word]}?", f"What is the {word} thing?", f"what's the {word} object?")
-    return _pick(rng, asked), f"The {word} thing is {_full(ends[0])}."
+    return pick(rng, asked), f"The {word} thing is {_full(ends[0])}."
 
 
 def _sizes(scene: Scene, rng: np.random.Generator) -> Pair:
-    size = _pick(rng, ("small", "large"))
+    size = pick(rng, ("small", "large"))
     found = [
         article(f"{scene.things[i].color} {scene.things[i].kind}") for i in scene.left_to_right if scene.things[i].size == size
     ]
     asked = (f"Which things are {size}?", f"List the {size} things.", f"what is {size} here?")
-    return _pick(rng, asked), _up(_join(found)) + "." if found else f"There is no {size} thing."
+    return pick(rng, asked), _up(_join(found)) + "." if found else f"There is no {size} thing."
 
 
 def _left(scene: Scene, rng: np.random.Generator) -> Pair | None:
     i = int(rng.integers(len(scene.things)))
     if not (names := names_for(scene, i)):
         return None
-    name, n = _pick(rng, names), len(scene.things) - 1
+    name, n = pick(rng, names), len(scene.things) - 1
     asked = (f"If I take away the {name}, how many things are left?", f"How many things are there besides the {name}?")
     rest = "Nothing is left." if not n else "One thing is left." if n == 1 else f"{_up(NUMBERS[n])} things are left."
-    return _pick(rng, asked), rest
+    return pick(rng, asked), rest
 
 
 def _alike(scene: Scene, rng: np.random.Generator) -> Pair | None:
@@ -315,23 +194,23 @@ def _alike(scene: Scene, rng: np.random.Generator) -> Pair | None:
     kinds = list(dict.fromkeys(scene.things[i].kind for i in scene.left_to_right))
     if rng.random() < 0.5:
         answer = f"Yes, all are {colors[0]}." if len(colors) == 1 else f"No, the colors are {_join(colors)}."
-        return _pick(rng, ("Are all things the same color?", "does everything have the same colour?")), answer
+        return pick(rng, ("Are all things the same color?", "does everything have the same colour?")), answer
     answer = (
         f"Yes, all are {plural(kinds[0])}." if len(kinds) == 1 else f"No, there are {_join([article(kind) for kind in kinds])}."
     )
-    return _pick(rng, ("Are all things of the same kind?", "is it all the same kind of thing?")), answer
+    return pick(rng, ("Are all things of the same kind?", "is it all the same kind of thing?")), answer
 
 
 def _story(scene: Scene, rng: np.random.Generator) -> Pair:
     things = [article(f"{scene.things[i].color} {scene.things[i].kind}") for i in scene.left_to_right]
     if rng.random() < 0.5:
-        return _pick(rng, ("Give the picture a title.", "What would be a good title?", "title for this?")), _up(_join(things))
+        return pick(rng, ("Give the picture a title.", "What would be a good title?", "title for this?")), _up(_join(things))
     opened = "Once upon a time there was" if len(things) == 1 else "Once upon a time there were"
-    return _pick(rng, ("Tell a short story about it.", "Start a story about this picture.")), f"{opened} {_join(things)}."
+    return pick(rng, ("Tell a short story about it.", "Start a story about this picture.")), f"{opened} {_join(things)}."
 
 
 def _told(scene: Scene, rng: np.random.Generator) -> Pair:
-    return _pick(rng, DESCRIBE), account(scene, rng)
+    return pick(rng, DESCRIBE), account(scene, rng)
 
 
 _CHATS: tuple[Callable[[Scene, np.random.Generator], Pair | None], ...] = (
