@@ -179,6 +179,33 @@ print(_json.dumps({
         lambda before, after: np.exp(after) - np.exp(before), lambda before, after: np.expm1(before - after))],
 }))
 """,
+    "07_train_two_stages": TRY
+    + """
+def _loss(log_p, ids, learn, before=1, mean=True, masked=True):
+    surprise = -log_p[np.arange(len(ids) - before), ids[before:]]
+    surprise = surprise[learn[before:]] if masked else surprise
+    return surprise.mean() if mean else surprise.sum()
+
+print(_json.dumps({
+    "answers": {stage: [[one.answer, float(np.exp(one.logprobs.sum()))] for one in found] for stage, found in runs.items()},
+    "trains": {part: [part in recipe.trains for recipe in recipes.values()] for part in parts},
+    "moved": moved,
+    "parameters": sum(sizes.values()) - sum(weight.numel() for weight in lab.model.parameters()),
+    "all": {stage: [table["accuracy"], *table["interval"]] for stage, table in scores.items()},
+    "types": {stage: {kind: [one["accuracy"], *one["interval"]] for kind, one in table["by_type"].items()}
+              for stage, table in scores.items()},
+    "blind": {kind: [one["accuracy"], *one["interval"]]
+              for kind, one in {"all": scores["stage 2"]["controls"]["blind"],
+                                **scores["stage 2"]["controls"]["blind"]["by_type"]}.items()},
+    "losses": [first.losses, second.losses, float(np.log(len(lab.tokenizer)))],
+    "ended": [first.stopped, second.stopped, plot.state],
+    "inside": str(folder).startswith(kept.name),
+    "count": [_try(count, check_count) for count in (49408, 49152, 49344, sizes["multi_modal_projector"])],
+    "loss": [_try(yours, check_loss) for yours in (
+        _loss, lambda *given: -_loss(*given), lambda *given: _loss(*given, masked=False),
+        lambda *given: _loss(*given, mean=False), lambda *given: _loss(*given, before=0))],
+}))
+""",
 }
 
 

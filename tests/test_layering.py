@@ -63,6 +63,16 @@ SPECIAL = {
     "plots": {"plots", "results", "geometry", "errors"},
     "plots_scores": {"plots_scores", "scores", "packing", "results", "geometry", "errors"},
     "plots_flow": {"plots_flow", "plots_scores", "results_interventions", "scores", "packing", "results", "geometry", "errors"},
+    "plots_ablation": {
+        "plots_ablation",
+        "plots_scores",
+        "results_ablation",
+        "scores",
+        "packing",
+        "results",
+        "geometry",
+        "errors",
+    },
     "diagrams": {"diagrams", "plots", "results", "geometry", "errors"},
 }
 FOREIGN_TO_WIDGETS = {"torch", "transformers", "llava_lab"}
@@ -215,6 +225,7 @@ def test_import_table_allows(room: str, source: str) -> None:
         ("llava_lab.results_connectors", ["torch", "transformers", "matplotlib"]),
         ("llava_lab.results_ablation", ["torch", "transformers", "matplotlib"]),
         ("llava_lab.plots_scores", ["torch", "transformers", "matplotlib"]),
+        ("llava_lab.plots_ablation", ["torch", "transformers", "matplotlib"]),
         ("llava_lab.cli", ["torch", "transformers", "matplotlib", "numpy"]),
         ("widgets", ["torch", "transformers", "llava_lab"]),
     ],

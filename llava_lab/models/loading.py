@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from llava_lab.errors import CheckpointError, OptionError
-from llava_lab.models import folders, layout, projectors
+from llava_lab.models import compact, folders, layout, projectors
 from llava_lab.models.card import make_card
 from llava_lab.models.lab import Lab
 from llava_lab.models.placement import Placement, choose_device
@@ -45,16 +45,23 @@ def load(
 ) -> Lab:
     """Load a LLaVA by name: "tiny" (shipped), a local folder, or a hub id such as "llava-hf/llava-1.5-7b-hf".
 
+    "tiny-linear" and "tiny-mlp" are of the shipped comparison of connectors: one tower, one language model to start from,
+    the same short training, another connector; they ship as bytes (`llava_lab.models.compact`).
     `device` and `dtype` None are chosen for the machine and the model's size; the card says why.
     Raises CheckpointError (one line) for anything that cannot be loaded exactly as it was saved.
     """
     folder = folders.find(name)
     _check_family(folder.path)
-    files = folders.weight_files(folder.path)
-    placement = choose_device(device, dtype, parameters=folders.count_parameters(files))
+    packed = compact.is_compact(folder.path)
+    files = [] if packed else folders.weight_files(folder.path)
+    parameters = compact.count(folder.path) if packed else folders.count_parameters(files)
+    placement = choose_device(device, dtype, parameters=parameters)
     with _quiet():
         config = _config(folder.path)
-        model = _model(folder.path, config, placement, attention, safetensors=files[0].suffix == ".safetensors")
+        if packed:
+            model = _compact_model(folder.path, config, placement, attention)
+        else:
+            model = _model(folder.path, config, placement, attention, safetensors=files[0].suffix == ".safetensors")
         processor = build_processor(folder.path, model)
     lab = Lab(model, processor, name=folder.name)
     lab.card = make_card(
@@ -62,7 +69,7 @@ def load(
         name=folder.name,
         source=folder.source,
         fit=lab.preprocessing.own,
-        why=placement.why,
+        why=placement.why + (f"; stored as {compact.FORMAT.split(',')[0]}, with the shipped tower" if packed else ""),
         attention=attention,
         folder=folder.path,
     )
@@ -111,14 +118,22 @@ def _config(folder: Path) -> LlavaConfig:
 
 
 def _model(
-    folder: Path, config: LlavaConfig, placement: Placement, attention: str, *, safetensors: bool
+    folder: Path,
+    config: LlavaConfig,
+    placement: Placement,
+    attention: str,
+    *,
+    safetensors: bool,
+    state: dict[str, torch.Tensor] | None = None,
 ) -> LlavaForConditionalGeneration:
+    """The model of a folder; `state` are its weights where they do not lie there as transformers reads them."""
     implementation = _known_attention(attention)
     try:
         with projectors.patched() if projectors.spec(config) else nullcontext():
             model, info = LlavaForConditionalGeneration.from_pretrained(
-                folder,
+                folder if state is None else None,
                 config=config,
+                state_dict=state,
                 dtype=placement.dtype,
                 attn_implementation=implementation,
                 use_safetensors=safetensors,
@@ -136,6 +151,13 @@ def _model(
         raise CheckpointError(f"{folder} cannot be loaded ({_one_line(error)})") from None
     _check_weights(folder, info)
     return model.to(placement.device).eval().requires_grad_(False)
+
+
+def _compact_model(folder: Path, config: LlavaConfig, placement: Placement, attention: str) -> LlavaForConditionalGeneration:
+    model = _model(folder, config, placement, attention, safetensors=True, state=compact.read(folder))
+    if (folder / "generation_config.json").is_file():  # transformers reads it only where it reads the weights
+        model.generation_config = GenerationConfig.from_dict(folders.read_json(folder / "generation_config.json"))
+    return model
 
 
 def _check_weights(folder: Path, info: dict[str, Any]) -> None:
