@@ -42,7 +42,7 @@ def test_curves_follow_one_another_in_the_page() -> None:
     plot.publish()
     assert [(one["name"], one["count"]) for one in plot.spec["curves"]] == [("align", 3), ("instruct", 2)]
     rows = np.frombuffer(plot.data, "<f4").reshape(-1, 2)
-    np.testing.assert_allclose(rows, [[1, 4], [2, 2], [3, 4 / 3], [1, 4], [2, 2]], rtol=1e-6)
+    np.testing.assert_allclose(rows, np.array([[1, 4], [2, 2], [3, 4 / 3], [1, 4], [2, 2]]), rtol=1e-6)
     with pytest.raises(ValueError, match="there is a curve 'align' already"):
         plot.curve("align")
 
