@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from llava_lab.errors import LabError as LabError
     from llava_lab.evaluation import leaderboard as leaderboard
     from llava_lab.evaluation import linear_effect as linear_effect
+    from llava_lab.evaluation import shipped_ablation as shipped_ablation
     from llava_lab.evaluation import shipped_leaderboard as shipped_leaderboard
     from llava_lab.geometry import PictureMap as PictureMap
     from llava_lab.interventions import ablate_tokens as ablate_tokens
@@ -88,6 +89,7 @@ if TYPE_CHECKING:
     from llava_lab.scores import Leaderboard as Leaderboard
     from llava_lab.scores_sanity import Sanity as Sanity
     from llava_lab.training.ablation import compare_connectors as compare_connectors
+    from llava_lab.training.two_stages import train_stage as train_stage
 
 __version__ = "0.1.0"
 
@@ -107,6 +109,7 @@ _HOMES = {
     "compare": "llava_lab.attribution",
     "estimate": "llava_lab.attribution",
     "leaderboard": "llava_lab.evaluation",
+    "shipped_ablation": "llava_lab.evaluation",
     "shipped_leaderboard": "llava_lab.evaluation",
     "logit_lens": "llava_lab.probes",
     "activation_map": "llava_lab.probes",
@@ -160,6 +163,7 @@ _HOMES = {
     "ForeignConnector": "llava_lab.connectors",
     "linear_effect": "llava_lab.evaluation",
     "compare_connectors": "llava_lab.training.ablation",
+    "train_stage": "llava_lab.training.two_stages",
     "Ablation": "llava_lab.results_ablation",
     "Linearized": "llava_lab.results_connectors",
     "LocalLinearity": "llava_lab.results_connectors",

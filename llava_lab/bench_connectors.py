@@ -1,6 +1,6 @@
 """What a step of stage 1 costs for several connectors: ours beside frozen full forwards and the common mistake.
 
-Every way takes one step (forward, backward, AdamW) of the same connectors on the same batch of captions, every answer
+Every way takes one step (forward, backward, AdamW) of the same connectors on the same batch of random tokens, every answer
 as long as the next, so that nobody pays for padding. Floor: transformers' own forward with `labels`, once for each
 connector, everything frozen but the connector. Peer: the same with `requires_grad` left on everywhere, as a loaded
 model has it, and only the connector in the optimiser. Ours: `training.lean_step`, with features from the cache or, in

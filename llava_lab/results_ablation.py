@@ -115,10 +115,7 @@ class Ablation(Saved):
         """One comparison, `second` minus `first`, with all that is known of it. Raises OptionError for what was not compared."""
         of_first = self.arm(first, budget=budget, stage1=stage1)
         of_second = self.arm(second, budget=self.budgets[of_first], stage1=bool(self.stage1[of_first]))
-        split = self.splits[0] if split is None else split
-        if split not in self.splits or type not in self.types:
-            raise OptionError(f"expected one of {', '.join(self.splits)} and one of {', '.join(self.types)}, got {split}, {type}")
-        x, y = self.splits.index(split), self.types.index(type)
+        x, y = self._place(split, type)
         for number, pair in enumerate(self.pairs.tolist()):
             if pair == [of_first, of_second]:
                 return self._cell(number, x, y)
@@ -128,12 +125,12 @@ class Ablation(Saved):
 
     def rows(self, *, split: str | None = None, type: str = ALL) -> list[dict[str, Any]]:  # noqa: A002
         """Every pair on one split and question type."""
-        x, y = self.splits.index(split or self.splits[0]), self.types.index(type)
+        x, y = self._place(split, type)
         return [self._cell(number, x, y) for number in range(len(self.pairs))]
 
     def scores(self, *, split: str | None = None) -> list[dict[str, Any]]:
         """Every arm on one split: accuracy with its interval and spread over seeds, and by question type."""
-        x = self.splits.index(split or self.splits[0])
+        x, _ = self._place(split, ALL)
         return [
             {
                 "connector": name,
@@ -150,6 +147,12 @@ class Ablation(Saved):
             }
             for arm, name in enumerate(self.connectors)
         ]
+
+    def _place(self, split: str | None, type: str) -> tuple[int, int]:  # noqa: A002
+        split = self.splits[0] if split is None else split
+        if split not in self.splits or type not in self.types:
+            raise OptionError(f"expected one of {', '.join(self.splits)} and one of {', '.join(self.types)}, got {split}, {type}")
+        return self.splits.index(split), self.types.index(type)
 
     def _cell(self, pair: int, x: int, y: int) -> dict[str, Any]:
         first, second = self.pairs[pair].tolist()

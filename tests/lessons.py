@@ -179,6 +179,53 @@ print(_json.dumps({
         lambda before, after: np.exp(after) - np.exp(before), lambda before, after: np.expm1(before - after))],
 }))
 """,
+    "06_connector_ablation": TRY
+    + """
+_row = {stage1: result.row("mlp2x_gelu", "linear", budget="samples", stage1=stage1) for stage1 in (True, False)}
+print(_json.dumps({
+    "r2": [fit.r2, dict(zip(fit.variants, fit.variant_r2.tolist()))],
+    "flipped": {name: effect.row(name)["flipped"] for name in effect.variants},
+    "local": [float(local.cosine.mean()), float(local.random_cosine.mean()), local.bent_share, local.straight_units],
+    "by rank": {rank: one.run.answer for rank, one in ranks.items()},
+    "foreign": [own["accuracy"], foreign["accuracy"], caught[0].category.__name__],
+    "verdicts": [row["verdict"] for split in result.splits for row in result.rows(split=split)],
+    "effect": [[_row[one]["effect"], *_row[one]["seed_interval"], _row[one]["mcnemar_p"]] for one in (True, False)],
+    "first": [max(rows, key=lambda row: row["accuracy"])["connector"] for rows in (
+        [row for row in result.scores() if row["stage1"] == stage1] for stage1 in (True, False))],
+    "rates": sorted(set(result.rate.tolist())),
+    "small": [small.row("mlp2x_gelu", "linear")["verdict"], len(small.seeds), list(small.notes)],
+    "size": [_try((4198400, 5.0), lambda pair: check_size(*pair)), _try((4194304, 5.0), lambda pair: check_size(*pair)),
+             _try((4198400, 4.0), lambda pair: check_size(*pair))],
+    "width": [_try(width, check_width) for width in (0.67, 0.5959, 1.4898)],
+}))
+""",
+    "07_train_two_stages": TRY
+    + """
+def _loss(log_p, ids, learn, before=1, mean=True, masked=True):
+    surprise = -log_p[np.arange(len(ids) - before), ids[before:]]
+    surprise = surprise[learn[before:]] if masked else surprise
+    return surprise.mean() if mean else surprise.sum()
+
+print(_json.dumps({
+    "answers": {stage: [[one.answer, float(np.exp(one.logprobs.sum()))] for one in found] for stage, found in runs.items()},
+    "trains": {part: [part in recipe.trains for recipe in recipes.values()] for part in parts},
+    "moved": moved,
+    "parameters": sum(sizes.values()) - sum(weight.numel() for weight in lab.model.parameters()),
+    "all": {stage: [table["accuracy"], *table["interval"]] for stage, table in scores.items()},
+    "types": {stage: {kind: [one["accuracy"], *one["interval"]] for kind, one in table["by_type"].items()}
+              for stage, table in scores.items()},
+    "blind": {kind: [one["accuracy"], *one["interval"]]
+              for kind, one in {"all": scores["stage 2"]["controls"]["blind"],
+                                **scores["stage 2"]["controls"]["blind"]["by_type"]}.items()},
+    "losses": [first.losses, second.losses, float(np.log(len(lab.tokenizer)))],
+    "ended": [first.stopped, second.stopped, plot.state],
+    "inside": str(folder).startswith(kept.name),
+    "count": [_try(count, check_count) for count in (49408, 49152, 49344, sizes["multi_modal_projector"])],
+    "loss": [_try(yours, check_loss) for yours in (
+        _loss, lambda *given: -_loss(*given), lambda *given: _loss(*given, masked=False),
+        lambda *given: _loss(*given, mean=False), lambda *given: _loss(*given, before=0))],
+}))
+""",
 }
 
 

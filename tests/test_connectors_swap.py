@@ -98,6 +98,27 @@ def test_swapping_a_connector_for_itself_changes_no_bit(tiny_random: Lab, pixels
     assert np.array_equal(run.logprobs, again.logprobs)
 
 
+@pytest.mark.parametrize(
+    ("what", "options"),
+    [
+        ("vision", {}),
+        ("gradcam", {}),
+        ("occlusion", {"at": "vision"}),
+        ("rollout", {"through_vision": True}),
+        ("relevancy", {"vision": True}),
+    ],
+)
+def test_what_looks_at_vision_patches_refuses_tokens_of_several(
+    tiny_random: Lab, picture: np.ndarray, what: str, options: dict[str, Any]
+) -> None:
+    with ll.connector(tiny_random, ll.new_connector(tiny_random, "avgpool")) as lab:
+        run = lab.ask(picture, QUESTION, max_new_tokens=2)
+        with pytest.raises(OptionError, match=r"4x4 vision patches, and the connector makes 2x2 tokens of them; choose"):
+            ll.attribute(lab, run, method=what, **options)
+        with pytest.raises(OptionError, match="stage 'before' needs an image token for each"):
+            ll.linear_probe(lab, [picture] * 6, [0, 1] * 3, at="before")
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_everything_comes_back_after_an_exception(tiny_random: Lab, error: type[BaseException]) -> None:
     before, pooled = snapshot(tiny_random), ll.new_connector(tiny_random, "avgpool")

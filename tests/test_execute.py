@@ -49,6 +49,16 @@ def test_two_runs_store_the_same_bytes(stored: Path) -> None:
     assert stored.read_bytes() == first
 
 
+def test_only_cells_tagged_live_may_show_other_numbers(stored: Path) -> None:
+    old, new = (nbformat.read(stored, as_version=4) for _ in range(2))
+    new.cells[1].outputs[0].text = "something else 3.5\n"
+    assert len(execute.differences(old, new)) == 1
+    old.cells[1].metadata["tags"] = [execute.LIVE]
+    assert execute.differences(old, new) == []
+    new.cells[1].outputs = []
+    assert len(execute.differences(old, new)) == 1  # an output must still be there
+
+
 def test_a_stored_lesson_holds_no_state_no_times_and_runs_in_its_own_folder(stored: Path) -> None:
     notebook = nbformat.read(stored, as_version=4)
     assert "widgets" not in notebook.metadata

@@ -1,5 +1,6 @@
 """What the lab shows in a notebook. `from widgets import PatchExplorer`; it computes nothing about models."""
 
+from widgets.bench_pack import seen
 from widgets.compare_view import CompareView
 from widgets.connector_bench import ConnectorBench
 from widgets.flow_view import FlowView
@@ -8,4 +9,4 @@ from widgets.loss_plot import LossPlot
 from widgets.patch_explorer import PatchExplorer
 from widgets.token_lens import TokenLens
 
-__all__ = ["CompareView", "ConnectorBench", "FlowView", "HeadGrid", "LossPlot", "PatchExplorer", "TokenLens"]
+__all__ = ["CompareView", "ConnectorBench", "FlowView", "HeadGrid", "LossPlot", "PatchExplorer", "TokenLens", "seen"]

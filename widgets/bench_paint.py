@@ -27,7 +27,7 @@ def draw_bench(one: Seen, two: Seen) -> bytes:
     line = Image.new("RGB", (WIDTH, tile[1] + 60), PAPER)
     pen = ImageDraw.Draw(line)
     shown = ((one.name, one.run.answer, one.values, scale), (two.name, two.run.answer, two.values, scale))
-    last = (f"{two.name} - {one.name}", "orange: more, blue: less", difference, (-reach, reach))
+    last = (f"{two.name} - {one.name}", f"orange: more, blue: less, full at {reach:.3g}", difference, (-reach, reach))
     for place, (name, said, values, span) in enumerate((*shown, last)):
         x = MARGIN + place * (tile[0] + GAP)
         line.paste(overlay(one.run, values, span, tile), (x, 8))
@@ -43,12 +43,13 @@ def draw_losses(curves: Mapping[str, Sequence[tuple[int, float]]], *, log: bool)
     points = {name: [(s, v) for s, v in rows if math.isfinite(v) and (v > 0 or not log)] for name, rows in curves.items()}
     every = [point for rows in points.values() for point in rows]
     if not every:
-        write(pen, (MARGIN, 40), "No step was logged yet.", 16, SOFT, WIDTH)
-        return encode(image)
+        write(pen, (MARGIN, 18), "No step was logged yet. The curve appears here while the training runs.", 15, SOFT, WIDTH)
+        return encode(image.crop((0, 0, WIDTH, 54)))
     turn = math.log10 if log else float
     last = max(step for step, _ in every)
     lo, hi = min(turn(v) for _, v in every), max(turn(v) for _, v in every)
     lo, hi = (lo if log else min(lo, 0.0)), (hi if hi > lo else lo + 1)
+    hi = hi if log or lo else round_top(hi)
     right, top, bottom = WIDTH - MARGIN, 44, HEIGHT - FOOT
     for part in range(5):
         y = bottom - part / 4 * (bottom - top)
@@ -67,3 +68,9 @@ def draw_losses(curves: Mapping[str, Sequence[tuple[int, float]]], *, log: bool)
         write(pen, (at, 14), said, 15, color, 220)
         at += 230
     return encode(image)
+
+
+def round_top(value: float) -> float:
+    """The least four round steps from 0 that reach a positive value."""
+    unit = 10.0 ** math.floor(math.log10(value / 4))
+    return 4 * unit * next(step for step in (1, 1.5, 2, 2.5, 3, 4, 5, 7.5, 10) if step * unit >= value / 4 * (1 - 1e-9))

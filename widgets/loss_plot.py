@@ -1,15 +1,14 @@
 """LossPlot: the losses of a training as they come, with the time left and a button that stops and keeps the work.
 
 `told` takes one dict per logged step, as ``train_stage(..., told=plot.told)`` gives them: ``step``, ``loss`` and
-``seconds``; ``epoch`` says how far the schedule is where no `total` was given. A cell that trains keeps the kernel
-busy, so a click on Stop is heard only when the training runs beside it, which `start` does; the notebook's own stop
-button works either way. Knows nothing of models.
+``seconds``; ``epoch`` says how far the schedule is where no `total` was given, ``ended`` that this step is the last. A
+cell that trains keeps the kernel busy, so a click on Stop is heard only when the training runs beside it, which `start`
+does; the notebook's own stop button works either way. Knows nothing of models.
 """
 
 from __future__ import annotations
 
 import math
-import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -57,6 +56,7 @@ class LossPlot(LabWidget):
 
     curves: dict[str, list[tuple[int, float]]]  # steps and losses by name
     current: str  # the curve that is told
+    state: str  # of the current curve: waiting, running, finished, stopped or failed
 
     def curve(self, name: str, *, total: int | None = None) -> LossPlot:
         """Begin another curve, of another stage or connector; what is told next belongs to it."""
@@ -68,12 +68,12 @@ class LossPlot(LabWidget):
             del self.curves[self.current]  # never begun
         self.current = name
         self.curves[name], self._totals[name], self._seconds[name] = [], total, 0.0
-        self.stopped, self._asked, self._given = False, False, total is not None
+        self.stopped, self._asked, self._given, self.state = False, False, total is not None, "waiting"
         self.publish()
         return self
 
     def told(self, row: Mapping[str, Any]) -> None:
-        """Add a logged step; ends the training when Stop was pressed, as an interrupt does."""
+        """Add a logged step. Raises KeyboardInterrupt once Stop was pressed: the training ends as at an interrupt."""
         missing = [key for key in ("step", "loss") if key not in row]
         if missing:
             raise ValueError(f"a logged step needs 'step' and 'loss', got {', '.join(map(repr, row)) or 'nothing'}")
@@ -83,15 +83,16 @@ class LossPlot(LabWidget):
         self._seconds[name] = float(row.get("seconds", time.monotonic() - self._begun[name]))
         if not self._given and row.get("epoch"):
             self._totals[name] = max(step, round(step / float(row["epoch"])))
-        if time.monotonic() - self._sent >= EVERY or step == self._totals[name]:
-            self.publish()
-        if self.stopped and not self._asked:
+        ended = row.get("ended") or ("finished" if step == self._totals[name] else None)
+        self.state = {None: "running", "finished": "finished"}.get(ended, "stopped")
+        stop = self.stopped and not self._asked and ended is None
+        if stop:
             self._asked = True  # a second interrupt would lose the checkpoint of the first
+            self.state = "running" if self.running else "stopped"
+        if time.monotonic() - self._sent >= EVERY or self.state != "running":
             self.publish()
-            if threading.current_thread() is threading.main_thread():
-                signal.raise_signal(signal.SIGINT)  # the training ends after its step, with a checkpoint
-            else:
-                raise KeyboardInterrupt
+        if stop:
+            raise KeyboardInterrupt
 
     def left(self) -> float | None:
         """Seconds the current curve has to go, by its pace so far; None while that is not known."""
@@ -112,10 +113,10 @@ class LossPlot(LabWidget):
             try:
                 value = call()
             except BaseException as error:
-                self._end()
+                self._end("failed")
                 future.set_exception(error)
             else:
-                self._end()
+                self._end("stopped" if self._asked else "finished")
                 future.set_result(value)
 
         threading.Thread(target=run, name="training", daemon=True).start()
@@ -131,6 +132,7 @@ class LossPlot(LabWidget):
             "curves": [{"name": name, "count": len(rows), "total": self._totals[name]} for name, rows in shown.items()],
             "left": self.left(),
             "log": self.logarithmic,
+            "state": self.state,
         }
 
     def draw_png(self) -> bytes:
@@ -144,8 +146,10 @@ class LossPlot(LabWidget):
         ]
         return f"LossPlot({'; '.join(said)})"
 
-    def _end(self) -> None:
+    def _end(self, how: str) -> None:
         self.running = False
+        if self.state != "finished" or how == "failed":
+            self.state = how
         self.publish()
 
 

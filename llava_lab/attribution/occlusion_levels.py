@@ -23,7 +23,7 @@ from llava_lab.attribution.base import Outside, Targets, choose, predicting_rows
 from llava_lab.attribution.fills import EVERY_FILL, fill_pixels, inpaint, mean_fill, noise_fill
 from llava_lab.attribution.scoring import read_scores, target_score
 from llava_lab.errors import LabError, OptionError
-from llava_lab.models.layout import projector
+from llava_lab.models.layout import projector, require_patch_tokens
 from llava_lab.results import Run
 
 if TYPE_CHECKING:
@@ -108,6 +108,8 @@ def embedded(lab: Lab, run: Run, tokens: Float[Tensor, "B P D"]) -> Float[Tensor
 
 def _states(lab: Lab, run: Run, pixels: Float[Tensor, "1 3 Y X"], at: str) -> Float[Tensor, "1 C rows cols"]:
     """What goes into the projector, or what comes out of it, as a grid; the language model does not run."""
+    if at == "vision":
+        require_patch_tokens(lab.model, "what changes the tower's features patch by patch")
     found: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple, output: Tensor) -> None:

@@ -37,6 +37,7 @@ from llava_lab.models.layout import (
     language_model,
     last_feature_state,
     projector,
+    require_patch_tokens,
     used_vision_layers,
     vision_layers,
 )
@@ -62,6 +63,8 @@ class _Plan:
 def _compute(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> Maps:
     refuse_quantised(lab, "relevancy")
     vision = choose("vision", options["vision"], (False, True))
+    if vision:
+        require_patch_tokens(lab.model, "vision=True")
     variant = choose("variant", options["variant"], VARIANTS)
     plan = _plan(run, targets, variant, vision)
     inputs = inputs_until(lab, run, plan.at)

@@ -37,7 +37,7 @@ from llava_lab.attribution.flow import Flow, UniformFlow, remove_columns, whole_
 from llava_lab.attribution.sinks import column_pull, find_sinks
 from llava_lab.capture import FUSIONS, LayerByLayer, Norms, undisturbed, watch_attention
 from llava_lab.errors import LabError, OptionError
-from llava_lab.models.layout import language_layers, used_vision_layers
+from llava_lab.models.layout import language_layers, require_patch_tokens, used_vision_layers
 from llava_lab.results import Run
 
 if TYPE_CHECKING:
@@ -101,6 +101,8 @@ def _compute(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> M
     null = choose("null", options["null"], ("none", "causal")) == "causal"
     find = choose("sinks", options["sinks"], ("keep", "remove")) == "remove"
     chain = choose("through_vision", options["through_vision"], (False, True))
+    if chain:
+        require_patch_tokens(lab.model, "through_vision=True")
     inputs = lab.inputs(run)
     removed = _sinks(lab, inputs, window, fusion) if find else ()
     language = _Rollout(True, residual, null, fusion, removed)

@@ -18,7 +18,7 @@ from llava_lab.attribution.base import Maps, Method, Targets, choose
 from llava_lab.attribution.flow import Flow, whole_rows
 from llava_lab.capture import FUSIONS, LayerByLayer, Norms, undisturbed, watch_attention
 from llava_lab.errors import LabError
-from llava_lab.models.layout import used_vision_layers, vision_tower
+from llava_lab.models.layout import require_patch_tokens, used_vision_layers, vision_tower
 from llava_lab.results import Run
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ RESIDUAL = 0.5  # Abnar & Zuidema's
 
 def _compute(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> Maps:
     fusion = choose("fusion", options["fusion"], FUSIONS)
+    require_patch_tokens(lab.model, "method 'vision'")
     flows: list[Flow] = []
 
     def fold(layer: int, attention: Tensor, norms: Norms | None) -> None:

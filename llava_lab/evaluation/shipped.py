@@ -1,7 +1,8 @@
-"""The leaderboard that ships beside a model: computed once with ``llava-lab compare``, opened in a moment.
+"""What ships already computed: the leaderboard beside a model, and the comparison of connectors; opened in a moment.
 
-It is one file in the model's own folder under `llava_lab/assets`, and it speaks about the weights it was computed
-on and no others. Nothing here measures anything.
+A leaderboard is one file in the model's own folder under `llava_lab/assets`, and it speaks about the weights it was
+computed on and no others. The comparison of connectors stands beside the two models it ships with. Nothing here
+measures anything.
 """
 
 from __future__ import annotations
@@ -9,13 +10,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llava_lab.errors import DataError
-from llava_lab.models.folders import NAMES
+from llava_lab.models.folders import ABLATE, ABLATION, NAMES, SHIP
+from llava_lab.results_ablation import Ablation
 from llava_lab.scores import Leaderboard
 
 if TYPE_CHECKING:
     from llava_lab.models import Lab
 
 FILE = "leaderboard.npz"
+COMPARISON = ABLATION / "ablation.npz"
 COMMAND = "llava-lab compare --model {name} --data picturebook --n 200 --methods all --save leaderboard.npz"
 
 
@@ -34,3 +37,14 @@ def shipped_leaderboard(lab: Lab) -> Leaderboard:
     if made_by != lab.fingerprint:
         raise DataError(f"the shipped leaderboard is of weights {made_by}, and {lab.name!r} now has {lab.fingerprint}; {again}")
     return board
+
+
+def shipped_ablation() -> Ablation:
+    """The comparison of connectors as it ships: linear, MLP and their controls, every answer of every seed.
+
+    The models of its first seed are ``load("tiny-linear")`` and ``load("tiny-mlp")``. Raises DataError with the command
+    that makes one when none ships.
+    """
+    if not COMPARISON.is_file():
+        raise DataError(f"no comparison of connectors ships at {COMPARISON}; make one with: {ABLATE}; then {SHIP}")
+    return Ablation.load(COMPARISON)

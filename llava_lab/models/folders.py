@@ -19,7 +19,12 @@ from typing import Any
 from llava_lab.errors import CheckpointError
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
-NAMES = MappingProxyType({"tiny": ASSETS / "tiny"})  # what can be loaded by a bare name
+ABLATION = ASSETS / "ablation"  # the shipped comparison of connectors and its models
+NAMES = MappingProxyType(  # what can be loaded by a bare name
+    {"tiny": ASSETS / "tiny", "tiny-linear": ABLATION / "linear", "tiny-mlp": ABLATION / "mlp2x_gelu"}
+)
+ABLATE = "llava-lab ablate --start runs/tiny --out runs/ablation --save runs/ablation/ablation.npz"
+SHIP = "llava_lab.training.ablation_ship.ship_ablation('runs/ablation')"  # makes ABLATION of what ABLATE leaves
 EXAMPLE = "llava-hf/llava-1.5-7b-hf"
 
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
@@ -101,7 +106,8 @@ def weight_names(files: list[Path]) -> set[str]:
 def _shipped(name: str) -> Folder:
     path = NAMES[name]
     if not (path / "config.json").is_file():
-        raise CheckpointError(f"the shipped model {name!r} is missing at {path}; install the package again or train it anew")
+        remedy = "install the package again or train it anew" if name == "tiny" else f"make it with: {ABLATE}; then {SHIP}"
+        raise CheckpointError(f"the shipped model {name!r} is missing at {path}; {remedy}")
     return Folder(path, name, f"shipped with llava-lab ({name})")
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from torch import nn
 from transformers import LlavaConfig
 
-from llava_lab.errors import CheckpointError
+from llava_lab.errors import CheckpointError, OptionError
 from llava_lab.models import projectors
 
 VISION_PATHS = ("model.vision_tower", "vision_tower")
@@ -128,6 +128,17 @@ def patch_grid(model: nn.Module) -> tuple[int, int]:
             "a map needs one token per patch, so the class token must be dropped: use a checkpoint that does"
         )
     return grid or (side, side)
+
+
+def require_patch_tokens(model: nn.Module, what: str) -> None:
+    """Raises OptionError where the connector makes one token of several patches, so that the tower's patches have no place."""
+    config: LlavaConfig = model.config
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    if (grid := projectors.token_grid(config)) not in (None, (side, side)):
+        raise OptionError(
+            f"{what} needs an image token for each of the {side}x{side} vision patches, and the connector makes "
+            f"{grid[0]}x{grid[1]} tokens of them; choose what looks at image tokens"
+        )
 
 
 def cell_pixels(model: nn.Module) -> int:

@@ -19,11 +19,11 @@ from typing import Any, overload
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from llava_lab.errors import CheckpointError, OptionError
-from llava_lab.models import folders, layout, original, original_config, projectors
+from llava_lab.models import compact, folders, layout, original, original_config, projectors
 from llava_lab.models.black_box import BlackBox, open_black_box
 from llava_lab.models.black_box_options import PREFIX
 from llava_lab.models.card import make_card
@@ -71,6 +71,8 @@ def load(
 ) -> Lab | BlackBox:
     """Load a LLaVA by name: "tiny" (shipped), "smol", a local folder, or a hub id such as "llava-hf/llava-1.5-7b-hf".
 
+    "tiny-linear" and "tiny-mlp" are of the shipped comparison of connectors: one tower, one language model to start from,
+    the same short training, another connector; they ship as bytes (`llava_lab.models.compact`).
     `device` and `dtype` None are chosen for the machine and the model's size; the card says why. Folders of the original
     LLaVA (``llava_llama``, LoRA, projector only) are read directly; `vision` is then the folder or hub id of the CLIP
     tower and `base` that of the language model, None: as their config names them. `device_map` ("auto") and
@@ -92,7 +94,7 @@ def load(
         return open_smol(device, dtype, _known_attention(attention))
     folder = folders.find(name)
     how = _how(device, device_map, quantization_config)
-    source = folder.source
+    source, packed = folder.source, compact.is_compact(folder.path)
     if original_config.is_original(folders.read_json(folder.path / "config.json")):
         with quiet():
             made = original.assemble(folder.path, vision=vision, base=base)
@@ -102,13 +104,8 @@ def load(
         _check_family(folder.path)
         if vision is not None or base is not None:
             raise OptionError(f"vision and base belong to a folder of the original LLaVA; {folder.path} is whole")
-        files = folders.weight_files(folder.path)
-        _check_spelling(folder.path, files)
-        placement = choose_device(device, dtype, parameters=folders.count_parameters(files))
+        placement, model = _whole(folder.path, device, dtype, attention, how)
         with quiet():
-            config = _config(folder.path)
-            how["use_safetensors"] = files[0].suffix == ".safetensors"
-            model = _model(folder.path, config, placement, attention, how)
             processor = build_processor(folder.path, model)
     lab = Lab(model, processor, name=folder.name)
     lab.card = make_card(
@@ -116,13 +113,32 @@ def load(
         name=folder.name,
         source=source,
         fit=lab.preprocessing.own,
-        why=placement.why,
+        why=placement.why + (f"; stored as {compact.FORMAT.split(',')[0]}, with the shipped tower" if packed else ""),
         attention=attention,
         folder=folder.path,
     )
     if lab.card.non_commercial:
         logger.warning("%s has a non-commercial licence: %s", folder.name, lab.card.licence)
     return lab
+
+
+def _whole(
+    folder: Path, device: Any, dtype: Any, attention: str, how: dict[str, Any]
+) -> tuple[Placement, LlavaForConditionalGeneration]:
+    """A folder in the transformers format, or one of ours stored as bytes."""
+    if compact.is_compact(folder):
+        placement = choose_device(device, dtype, parameters=compact.count(folder))
+        with quiet():
+            model = _model(folder, _config(folder), placement, attention, {**how, "state_dict": compact.read(folder)})
+        if (folder / "generation_config.json").is_file():  # transformers reads it only where it reads the weights
+            model.generation_config = GenerationConfig.from_dict(folders.read_json(folder / "generation_config.json"))
+        return placement, model
+    files = folders.weight_files(folder)
+    _check_spelling(folder, files)
+    placement = choose_device(device, dtype, parameters=folders.count_parameters(files))
+    with quiet():
+        given = {**how, "use_safetensors": files[0].suffix == ".safetensors"}
+        return placement, _model(folder, _config(folder), placement, attention, given)
 
 
 def build_original(

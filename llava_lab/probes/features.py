@@ -18,7 +18,7 @@ from torch import Tensor
 from llava_lab.capture import undisturbed
 from llava_lab.capture.values import watch_stream
 from llava_lab.errors import CheckpointError, OptionError
-from llava_lab.models.layout import language_layers, projector
+from llava_lab.models.layout import language_layers, projector, require_patch_tokens
 from llava_lab.models.pictures import read_picture
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def stages(lab: Lab, at: Any) -> tuple[Stage, ...]:
     """The stages `at` names, checked; None is before, after and after every layer."""
     count = len(language_layers(lab.model))
     if at is None:
-        return BEFORE, AFTER, *range(1, count + 1)
+        at = BEFORE, AFTER, *range(1, count + 1)
     wanted = (at,) if isinstance(at, (str, Integral)) else tuple(at)
     for stage in wanted:
         layer = isinstance(stage, Integral) and not isinstance(stage, bool) and 0 <= int(stage) <= count
@@ -42,6 +42,8 @@ def stages(lab: Lab, at: Any) -> tuple[Stage, ...]:
             raise OptionError(f"a stage is 'before', 'after' or a layer from 0 to {count}, got {stage!r}")
     if not wanted or len(set(wanted)) != len(wanted):
         raise OptionError(f"expected stages, each once, got {at!r}")
+    if BEFORE in wanted:
+        require_patch_tokens(lab.model, "stage 'before'")
     return wanted
 
 

@@ -1,7 +1,8 @@
 """What a person sees of a run: one bar with the time left, one line of JSON a step, and a stop that keeps the work.
 
 The bar is tqdm's own for terminal or notebook. The first interrupt (Ctrl-C, a notebook's stop button) ends
-the run after the step under way, with a checkpoint; the second stops at once.
+the run after the step under way, with a checkpoint; the second stops at once. Beside the main thread, where no
+interrupt is heard, `told` may raise KeyboardInterrupt: it is the first interrupt, and the step under way is its own.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Progress(TrainerCallback):
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
         if self.stop.asked:
-            control.should_training_stop = control.should_save = True
+            control.should_training_stop = control.should_save = control.should_log = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if self.bar is None or not logs or "loss" not in logs:
@@ -65,8 +66,15 @@ class Progress(TrainerCallback):
         self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
         with self.log_file.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        if self.told is not None:
-            self.told(row)
+        if state.global_step >= state.max_steps or self.stop.asked:
+            row["ended"] = "finished" if state.global_step >= state.max_steps else "interrupted"
+        try:
+            if self.told is not None:
+                self.told(row)
+        except KeyboardInterrupt:
+            if self.stop.asked:
+                raise
+            self.stop.asked = control.should_training_stop = control.should_save = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.close()

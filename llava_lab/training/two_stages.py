@@ -88,7 +88,8 @@ def train_stage(
     """Train one stage and save the model to ``out/stage/model``; `lab` has the new weights afterwards.
 
     `recipe` is a `LlavaStage` (default: LLaVA-1.5's); `steps` overrides its epochs. `cache`: a folder for vision
-    features, True for the usual one, False to compute them as the run goes. `told` is called with each log row.
+    features, True for the usual one, False to compute them as the run goes. `told` is called with each log row; the last one also
+    has ``"ended"``, and where `told` raises KeyboardInterrupt the run ends as at an interrupt.
     Raises DataError naming file and row for bad data, before the first step; OptionError for a folder that
     holds a run; CheckpointError when a checkpoint cannot be written, which leaves the last good one.
     Interrupting keeps what is trained: `Trained.stopped` says so and ``resume`` goes on.

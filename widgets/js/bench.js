@@ -184,7 +184,7 @@ class Bench extends Panel {
     const hover = this.pointing.hover;
     setText(tile.name, place < 2 ? side.name : `${side.name} − ${spec.sides[0].name}`);
     const fit = side.r2 === null ? "" : ` · R² ${formatNumber(side.r2)}`;
-    if (place === 2) setText(tile.said, "orange: more, blue: less");
+    if (place === 2) setText(tile.said, `orange: more, blue: less, full at ±${formatNumber(this.change?.reach ?? 0)}`);
     else if (tile.said.dataset.side !== String(place ? right : 0)) {
       tile.said.dataset.side = String(place ? right : 0);
       const words = side.words.map(({ text, p }) =>

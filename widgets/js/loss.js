@@ -10,11 +10,12 @@ import { Panel } from "./panel.js";
 
 /**
  * @typedef {{name: string, steps: Float32Array, losses: Float32Array, total: number | null}} LossCurve
- * @typedef {{curves: {name: string, count: number, total: number | null}[], left: number | null, log: boolean}} LossSpec
+ * @typedef {{curves: {name: string, count: number, total: number | null}[], left: number | null, log: boolean, state: string}} LossSpec
  */
 
 const LOSS_COLORS = ["#2563c9", "#d2691e", "#2a8c5a", "#8d4bb8", "#b8860b", "#c62860"];
 const LOSS_HEIGHT = 280;
+const ROUND_STEPS = [1, 1.5, 2, 2.5, 3, 4, 5, 7.5, 10];
 const LOSS_FRAME = { left: 58, right: 14, top: 12, bottom: 34 };
 
 /** @param {LossSpec} spec @param {DataView | Uint8Array} data @returns {LossCurve[]} */
@@ -35,13 +36,32 @@ export function lossRange(curves, log) {
   const low = every.length ? Math.min(...every) : 0;
   const high = every.length ? Math.max(...every) : 1;
   const lo = log ? low : Math.min(0, low);
-  return { last, lo, hi: high > lo ? high : lo + 1, turn };
+  const hi = high > lo ? high : lo + 1;
+  return { last, lo, hi: log || lo ? hi : roundTop(hi), turn };
+}
+
+/** The least four round steps from 0 that reach a positive value. @param {number} value */
+export function roundTop(value) {
+  const unit = 10 ** Math.floor(Math.log10(value / 4));
+  return 4 * unit * (ROUND_STEPS.find((step) => step * unit >= (value / 4) * (1 - 1e-9)) ?? 10);
 }
 
 /** A time as a person says it. @param {number} seconds */
 export function timeText(seconds) {
   if (seconds < 90) return `${Math.round(seconds)} s`;
   return seconds < 5400 ? `${Math.round(seconds / 60)} min` : `${(seconds / 3600).toFixed(1)} h`;
+}
+
+/** What is said of a training. @param {LossSpec} spec @param {number | null} total @param {number | undefined} step
+ * @param {boolean} asked whether Stop was pressed */
+export function stateText(spec, total, step, asked) {
+  const at = step === undefined ? "" : `step ${Math.round(step)}`;
+  if (spec.state === "failed") return at ? `broke off after ${at}` : "broke off before the first step";
+  if (spec.state === "stopped") return at ? `stopped at ${at}, the model is kept` : "stopped before the first step";
+  if (spec.state === "finished") return at ? `finished after ${at}` : "finished";
+  if (asked) return `${at || "waiting for the first step"} · stopping after this step`;
+  if (!at) return "waiting for the first step";
+  return `${at}${total === null ? "" : ` of ${total}`}${spec.left === null ? "" : ` · ${timeText(spec.left)} left`}`;
 }
 
 class LossView extends Panel {
@@ -95,13 +115,10 @@ class LossView extends Panel {
     this.curves = readLosses(spec, this.model.get("data"));
     const current = this.curves[this.curves.length - 1];
     const step = current.steps[current.steps.length - 1];
-    const done = current.total !== null && step >= current.total;
-    const stopped = this.model.get("stopped");
-    const of = current.total === null ? "" : ` of ${current.total}`;
-    const left = spec.left === null || done || stopped ? "" : ` · ${timeText(spec.left)} left`;
-    const state = done ? " · finished" : stopped ? " · stopping, what is trained stays" : "";
-    setText(this.status, step === undefined ? "waiting for the first step" : `step ${Math.round(step)}${of}${left}${state}`);
-    /** @type {HTMLButtonElement} */ (this.press).disabled = done || stopped;
+    const over = ["finished", "stopped", "failed"].includes(spec.state);
+    setText(this.status, stateText(spec, current.total, step, this.model.get("stopped")));
+    /** @type {HTMLButtonElement} */ (this.press).disabled = over || this.model.get("stopped");
+    this.press.hidden = over;
     this.legend.replaceChildren(
       ...this.curves.map((curve, i) => {
         const swatch = make("span", "lab-loss-swatch");
