@@ -46,8 +46,7 @@ ORDER = (
             "bench",
             "bench_capture",
             "bench_connectors",
-            "bench_scale",
-            "bench_models",
+            *("bench_scale", "bench_models"),
             "bench_occlusion",
             "bench_probes",
             "bench_relevancy",
@@ -55,9 +54,7 @@ ORDER = (
             "doctor_model",
         ),
         *("cli", "cli_commands", "cli_compare", "cli_knockout", "cli_lens", "cli_report", "cli_sanity", "cli_train"),
-        "cli_endpoint",
-        "cli_ablate",
-        "cli_convert",
+        *("cli_ablate", "cli_convert", "cli_endpoint"),
     },
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
@@ -222,7 +219,10 @@ def test_import_table_allows(room: str, source: str) -> None:
         *((f"llava_lab.{name}", ["torch", "transformers", "matplotlib"]) for name in ("results", "scores", "results_probes")),
         ("llava_lab.scores_sanity", ["torch", "transformers", "matplotlib"]),
         ("llava_lab.results_interventions", ["torch", "transformers", "matplotlib"]),
-        *((f"llava_lab.{n}", ["torch", "transformers", "matplotlib"]) for n in ("results_connectors", "results_ablation", "plots_scores")),
+        *(
+            (f"llava_lab.{n}", ["torch", "transformers", "matplotlib"])
+            for n in ("results_connectors", "results_ablation", "plots_scores")
+        ),
         ("llava_lab.plots_ablation", ["torch", "transformers", "matplotlib"]),
         ("llava_lab.cli", ["torch", "transformers", "matplotlib", "numpy"]),
         ("widgets", ["torch", "transformers", "llava_lab"]),

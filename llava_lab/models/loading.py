@@ -32,9 +32,7 @@ from llava_lab.models.placement import Placement, choose_device
 
 logger = logging.getLogger(__name__)
 
-CLIP_PROCESSORS = ("CLIPImageProcessor", "CLIPFeatureExtractor")
-LLAVA_PROCESSORS = ("LlavaImageProcessor",)
-
+CLIP_PROCESSORS, LLAVA_PROCESSORS = ("CLIPImageProcessor", "CLIPFeatureExtractor"), ("LlavaImageProcessor",)
 _LISTED = 5  # names shown of a long list
 
 
@@ -94,19 +92,8 @@ def load(
         return open_smol(device, dtype, _known_attention(attention))
     folder = folders.find(name)
     how = _how(device, device_map, quantization_config)
-    source, packed = folder.source, compact.is_compact(folder.path)
-    if original_config.is_original(folders.read_json(folder.path / "config.json")):
-        with quiet():
-            made = original.assemble(folder.path, vision=vision, base=base)
-            placement = choose_device(device, dtype, parameters=made.parameters)
-            model, processor, source = build_original(folder.path, made, placement, attention, how), made.processor, made.source
-    else:
-        _check_family(folder.path)
-        if vision is not None or base is not None:
-            raise OptionError(f"vision and base belong to a folder of the original LLaVA; {folder.path} is whole")
-        placement, model = _whole(folder.path, device, dtype, attention, how)
-        with quiet():
-            processor = build_processor(folder.path, model)
+    packed = compact.is_compact(folder.path)
+    placement, model, processor, source = _parts(folder, device, dtype, attention, how, {"vision": vision, "base": base})
     lab = Lab(model, processor, name=folder.name)
     lab.card = make_card(
         model,
@@ -120,6 +107,24 @@ def load(
     if lab.card.non_commercial:
         logger.warning("%s has a non-commercial licence: %s", folder.name, lab.card.licence)
     return lab
+
+
+def _parts(
+    folder: folders.Folder, device: Any, dtype: Any, attention: str, how: dict[str, Any], beside: dict[str, original.Place]
+) -> tuple[Placement, LlavaForConditionalGeneration, LlavaProcessor, str]:
+    """Placement, model, processor and where they came from; `beside` are the folders an original LLaVA leans on."""
+    path = folder.path
+    if original_config.is_original(folders.read_json(path / "config.json")):
+        with quiet():
+            made = original.assemble(path, **beside)
+            placement = choose_device(device, dtype, parameters=made.parameters)
+            return placement, build_original(path, made, placement, attention, how), made.processor, made.source
+    _check_family(path)
+    if any(place is not None for place in beside.values()):
+        raise OptionError(f"vision and base belong to a folder of the original LLaVA; {path} is whole")
+    placement, model = _whole(path, device, dtype, attention, how)
+    with quiet():
+        return placement, model, build_processor(path, model), folder.source
 
 
 def _whole(
