@@ -213,7 +213,7 @@ def test_evaluate_prints_scores_beside_their_controls(
 
     monkeypatch.setitem(sys.modules, "llava_lab.evaluation", types.SimpleNamespace(evaluate=evaluate))
     assert _json(capsys, "evaluate", "--n", "200", "--split", "compositions", "--seed", "3") == result
-    assert given == {"data": "picturebook", "split": "compositions", "n": 200, "seed": 3, "controls": True}
+    assert given == {"data": "picturebook", "split": "compositions", "n": 200, "seed": 3, "controls": True, "normalise": False}
     assert cli.main(["evaluate", "--no-controls"]) == 0
     assert given["controls"] is False
     assert "control: blind" in capsys.readouterr().out
