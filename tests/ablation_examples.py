@@ -28,9 +28,6 @@ def example_ablation(*, budgets: tuple[str, ...] = ("samples",), **changes: Any)
     pairs = [(i, j) for start in starts for i in range(start, start + count) for j in range(i + 1, start + count)]
     pairs += [(arm + count, arm) for start in starts[::2] for arm in range(start, start + count)]
     cells = (len(pairs), len(SPLITS), len(TYPES))
-    effect, verdict = np.zeros(cells), np.zeros(cells, np.int64)
-    effect[:3, 0, 0], verdict[:3, 0, 0] = (0.10, 0.02, -0.08), (1, 0, -1)
-    spread, needed = np.full(cells, 0.03), np.where(effect == 0, math.inf, 40.0)
     accuracy = np.stack([[right[arm][:, 12 * x : 12 * x + 12].mean() for x in range(2)] for arm in range(len(arms))])
     accuracy = np.repeat(accuracy[:, :, None], len(TYPES), 2)
     fields: dict[str, Any] = {
@@ -57,19 +54,6 @@ def example_ablation(*, budgets: tuple[str, ...] = ("samples",), **changes: Any)
         "accuracy_interval": np.stack([accuracy - 0.05, accuracy + 0.05], -1),
         "questions": np.array([[12, 6, 6], [12, 6, 6]]),
         "pairs": np.array(pairs),
-        "effect": effect,
-        "picture_interval": np.stack([effect - 0.01, effect + 0.01], -1),
-        "seed_sd": spread,
-        "seed_interval": np.stack([effect - spread, effect + spread], -1),
-        "p": np.where(verdict != 0, 0.001, 0.4),
-        "p_adjusted": np.where(verdict != 0, 0.004, 0.8),
-        "gained": np.full(cells, 3),
-        "lost": np.full(cells, 2),
-        "mcnemar_p": np.full(cells, 0.5),
-        "seeds_needed": needed,
-        "pictures_needed": needed * 10,
-        "detectable": np.full(cells, 0.04),
-        "verdict": verdict,
         "data": "picturebook",
         "pictures": (2000, 200, PICTURES, PICTURES),
         "seed": 0,
@@ -83,4 +67,26 @@ def example_ablation(*, budgets: tuple[str, ...] = ("samples",), **changes: Any)
         "seconds": 7200.0,
         "notes": ("a note to read",),
     }
-    return Ablation(**{**fields, **changes})
+    return Ablation(**{**fields, **_differences(cells), **changes})
+
+
+def _differences(cells: tuple[int, ...]) -> dict[str, Any]:
+    """What pairs differ by, and how sure that is."""
+    effect, verdict = np.zeros(cells), np.zeros(cells, np.int64)
+    effect[:3, 0, 0], verdict[:3, 0, 0] = (0.10, 0.02, -0.08), (1, 0, -1)
+    spread, needed = np.full(cells, 0.03), np.where(effect == 0, math.inf, 40.0)
+    return {
+        "effect": effect,
+        "picture_interval": np.stack([effect - 0.01, effect + 0.01], -1),
+        "seed_sd": spread,
+        "seed_interval": np.stack([effect - spread, effect + spread], -1),
+        "p": np.where(verdict != 0, 0.001, 0.4),
+        "p_adjusted": np.where(verdict != 0, 0.004, 0.8),
+        "gained": np.full(cells, 3),
+        "lost": np.full(cells, 2),
+        "mcnemar_p": np.full(cells, 0.5),
+        "seeds_needed": needed,
+        "pictures_needed": needed * 10,
+        "detectable": np.full(cells, 0.04),
+        "verdict": verdict,
+    }

@@ -31,7 +31,7 @@ _TEXT_KEYS = (
     *("rope_theta", "rope_scaling", "rope_parameters", "bos_token_id", "eos_token_id", "tie_word_embeddings"),
 )
 _SAME_IN_BASE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-_LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+_LARGE: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 _LARGE |= {"patch_size": 14, "projection_dim": 768, "hidden_act": "quick_gelu"}
 KNOWN_TOWERS = MappingProxyType(
     {
@@ -133,8 +133,10 @@ def _clip_settings(tower: Path) -> dict[str, Any]:
         vision = given
     else:
         raise CheckpointError(f"{tower} holds a model of type {family!r}; expected a CLIP vision tower")
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
-    names += ("hidden_act", "layer_norm_eps", "projection_dim", "num_channels")
+    names = (
+        *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size"),
+        *("hidden_act", "layer_norm_eps", "projection_dim", "num_channels"),
+    )
     return {name: vision[name] for name in names if name in vision}
 
 

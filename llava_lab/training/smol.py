@@ -117,6 +117,13 @@ def fit_start(model: Any, features: Tensor) -> None:
     second.bias.mul_(share)
 
 
+def compiled(language: Any) -> None:
+    """Compile every block of the language model in place; one compilation serves them all."""
+    torch._dynamo.config.recompile_limit = 64
+    for block in language.layers:
+        block.compile(dynamic=False)
+
+
 def block_mask(block: Tensor, dtype: torch.dtype) -> Tensor:
     """(B, S) block numbers -> (B, 1, S, S), 0 where a place may look: back, at what is shared and at its own block."""
     size = block.shape[1]
@@ -163,7 +170,7 @@ class Check:
 
     @torch.no_grad()
     def __call__(self, step: int) -> dict[str, float]:
-        row = {}
+        row: dict[str, float] = {}
         for name, batches in (("", self.right), ("_shuffled", self.wrong)):
             losses, exact = [], []
             for batch in batches:
@@ -186,7 +193,7 @@ def train_smol(
     recipe: SmolRecipe = SMOL,
     stages: Sequence[str] | None = None,
     blind: bool = False,
-    parts: dict[str, Path] | None = None,
+    parts: dict[str, Any] | None = None,
     texts: Sequence[Sequence[int]] | None = None,
 ) -> Path:
     """Train both stages in `out` and write ``out/weights`` (connector, LoRA), which is what the repository holds.
@@ -220,6 +227,7 @@ def train_smol(
         if stage.name == "instruct":
             lows = adapt(layout.language_model(model), recipe.rank, recipe.scale, recipe.seed)
             _load_connector(connector, folder / "align.pt")
+        compiled(layout.language_model(model))
         connector.requires_grad_(True)
         modules = {"connector": connector} | ({"lora": lows} if lows is not None else {})
         scaled = replace(stage, steps=max(1, round(stage.steps * steps_scale)))

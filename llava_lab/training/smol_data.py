@@ -89,7 +89,7 @@ class Chat:
 
 def padded(rows: Sequence[Sequence[tuple[int, int, int, int]]], pictures: Tensor | None) -> Batch:
     """Rows of (id, next label, block, position) as one batch."""
-    longest = max(len(row) for row in rows)
+    longest = -(-max(len(row) for row in rows) // 64) * 64  # few lengths, so few compilations
     table = np.zeros((4, len(rows), longest), np.int64)
     table[1], table[2] = IGNORE, -1
     for i, row in enumerate(rows):
