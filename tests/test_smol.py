@@ -18,7 +18,7 @@ from llava_lab.worlds.small_talk import chat
 
 gguf = pytest.importorskip("gguf")
 
-WORDS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(chr(c) for c in range(33, 127)), "Ġ", "Ċ"]
+WORDS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(chr(c) for c in range(33, 127)), "Ġ", "Ċ", "Ġa", "Ġb"]
 
 
 def llama(tied=True):
