@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from llava_lab.probes import hallucination_check as hallucination_check
     from llava_lab.probes import linear_probe as linear_probe
     from llava_lab.probes import logit_lens as logit_lens
+    from llava_lab.probes import naming_share as naming_share
     from llava_lab.probes import nearest_words as nearest_words
     from llava_lab.probes import patch_labels as patch_labels
     from llava_lab.probes import token_geometry as token_geometry
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
     from llava_lab.results_interventions import PatchGrid as PatchGrid
     from llava_lab.results_probes import HallucinationCheck as HallucinationCheck
     from llava_lab.results_probes import LogitLens as LogitLens
+    from llava_lab.results_probes import NamingShare as NamingShare
     from llava_lab.results_probes import NearestWords as NearestWords
     from llava_lab.results_probes import ProbeScores as ProbeScores
     from llava_lab.results_probes import TokenGeometry as TokenGeometry
@@ -114,6 +116,7 @@ _HOMES = {
     "logit_lens": "llava_lab.probes",
     "activation_map": "llava_lab.probes",
     "hallucination_check": "llava_lab.probes",
+    "naming_share": "llava_lab.probes",
     "train_lens": "llava_lab.probes",
     "TunedLens": "llava_lab.probes",
     "nearest_words": "llava_lab.probes",
@@ -148,6 +151,7 @@ _HOMES = {
     "LogitLens": "llava_lab.results_probes",
     "WordActivation": "llava_lab.results_probes",
     "HallucinationCheck": "llava_lab.results_probes",
+    "NamingShare": "llava_lab.results_probes",
     "NearestWords": "llava_lab.results_probes",
     "ProbeScores": "llava_lab.results_probes",
     "TokenGeometry": "llava_lab.results_probes",

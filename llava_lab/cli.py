@@ -100,6 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
     lens = add("lens", cli_lens.lens, cli_lens.ABOUT)
     _question(lens)
     cli_lens.add_options(lens, _positive)
+    cli_lens.add_naming_options(add("naming", cli_lens.naming, cli_lens.NAMING), _positive)
     cli_sanity.add_options(add("sanity", cli_sanity.sanity, cli_sanity.ABOUT), _positive)
     cli_report.add_options(add("report", cli_report.report, cli_report.ABOUT))
     cli_knockout.add_options(add("knockout", cli_knockout.knockout, cli_knockout.ABOUT), _positive)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from llava_lab.results_probes import LogitLens, NearestWords
 
 ABOUT = "what each image token would say at each layer, and the words nearest to it"
+NAMING = "share of object patches whose top words name the thing or its colour, by layer, beside two controls"
 SHOWN = 4  # words of a state in the table
 
 
@@ -54,6 +55,29 @@ def lens(args: argparse.Namespace) -> Reply:
         each = [{"state": state, "top": found.at(state, *patch)} for state in found.states]
         data["patch"] = {"row": patch[0], "col": patch[1], "states": each, "nearest": near.at(*patch)}
     return Reply(data, _text(data))
+
+
+def add_naming_options(parser: argparse.ArgumentParser, positive: Any) -> None:
+    """What ``llava-lab naming`` takes."""
+    parser.add_argument("--n", type=positive, default=60, metavar="N", help="pictures of the picture book (default: 60)")
+    parser.add_argument("--split", default="test", help="of the picture book (default: test)")
+    parser.add_argument("--top", type=positive, default=5, metavar="N", help="words looked at per patch and state (default: 5)")
+
+
+def naming(args: argparse.Namespace) -> Reply:
+    from llava_lab.probes import naming_share
+
+    found = naming_share(_load(args), n=args.n, split=args.split, top=args.top, seed=args.seed, progress=not args.json)
+    shares = {
+        group: {
+            what: [{"share": float(x), "interval": [float(low), float(high)]} for x, (low, high) in zip(a, b, strict=True)]
+            for what, a, b in zip(found.WHAT, found.share[g], found.interval[g], strict=True)
+        }
+        for g, group in enumerate(found.GROUPS)
+    }
+    data = {"states": list(found.states), "top": found.top, "split": found.split, "pictures": found.pictures}
+    data |= {"patches": dict(zip(found.GROUPS, found.patches, strict=True)), "shares": shares, "notes": list(found.notes)}
+    return Reply({**data, "model": found.model}, "\n".join([found.table(), *found.notes]))
 
 
 def _state(found: LogitLens, number: int) -> dict[str, Any]:

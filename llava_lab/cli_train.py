@@ -29,7 +29,7 @@ def add_options(train: argparse.ArgumentParser, positive: Callable[[str], int]) 
     train.add_argument("--out", required=True, metavar="DIR", help="folder for checkpoints, logs and the finished model")
     train.add_argument("--stage", action="append", metavar="NAME", help="with --data align or instruct; else only this stage")
     train.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
-    train.add_argument("--compile", action="store_true", help="tiny: fuse small operations, wants a C++ compiler")
+    train.add_argument("--compile", action="store_true", help="tiny, smol: fuse small operations, wants a C++ compiler")
     train.add_argument("--steps-scale", type=float, default=1.0, metavar="X", help="tiny, smol: times the steps (default: 1)")
     data = train.add_argument_group("on your own data")
     data.add_argument(
@@ -70,7 +70,8 @@ def train(args: argparse.Namespace) -> Reply:
         from llava_lab.training.smol import SMOL, train_smol
 
         recipe = replace(SMOL, seed=args.seed)
-        folder = train_smol(args.out, stages=args.stage, resume=args.resume, steps_scale=args.steps_scale, recipe=recipe)
+        options = {"stages": args.stage, "resume": args.resume, "steps_scale": args.steps_scale}
+        folder = train_smol(args.out, recipe=recipe, fused=args.compile, **options)
         return Reply({"model": "smol", "out": str(folder), "seed": args.seed}, f"connector and LoRA are in {folder}")
     from llava_lab.training import train as run_recipe
 

@@ -101,6 +101,43 @@ class HallucinationCheck(Saved):
 
 
 @dataclass(frozen=True)
+class NamingShare(Saved):
+    """How often image tokens name what they show, by state, beside two controls."""
+
+    KIND: ClassVar[str] = "naming share"
+    GROUPS: ClassVar[tuple[str, ...]] = ("object", "background", "shuffled")
+    WHAT: ClassVar[tuple[str, ...]] = ("kind", "color", "either")
+
+    states: tuple[int, ...]  # S
+    share: np.ndarray  # float32 (groups, what, S), 0 to 1, pooled over patches
+    interval: np.ndarray  # float32 (groups, what, S, 2), resampling pictures
+    patches: tuple[int, ...]  # of each group
+    top: int  # words looked at
+    split: str
+    pictures: int
+    model: str
+    fingerprint: str
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+    def of(self, group: str, what: str = "either") -> np.ndarray:
+        """Shares by state, float32 (S,). Raises OptionError for an unknown group or `what`."""
+        if group not in self.GROUPS or what not in self.WHAT:
+            raise OptionError(f"expected one of {', '.join(self.GROUPS)} and of {', '.join(self.WHAT)}, got {group!r}, {what!r}")
+        return self.share[self.GROUPS.index(group), self.WHAT.index(what)]
+
+    def table(self) -> str:
+        """Text: a row for each state, objects beside background and shuffled pictures, in percent."""
+        lines = ["state  kind of its thing  its color  either (95%)          background  shuffled"]
+        for i, state in enumerate(self.states):
+            kind, color, either = self.share[0, :, i]
+            low, high = self.interval[0, 2, i]
+            rest = f"{self.share[1, 2, i]:10.1%}  {self.share[2, 2, i]:8.1%}"
+            lines.append(f"{state:5d}  {kind:17.1%}  {color:9.1%}  {either:6.1%} ({low:.1%} to {high:.1%})  {rest}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
 class NearestWords(Saved):
     """The words of the vocabulary each projected image token points nearest to."""
 
