@@ -199,8 +199,8 @@ def train_smol(
 ) -> Path:
     """Train both stages in `out` and write ``out/weights`` (connector, LoRA), which is what the repository holds.
 
-    `parts` are `smol.assemble`'s; `blind` trains on grey pictures, as a control; `fused` joins
-    small operations with torch.compile (a third faster, wants a C++ compiler, rounds differently); `texts` (token ids) stand for the model's own.
+    `parts` are `smol.assemble`'s; `blind` trains on grey pictures, as a control; `fused` joins small operations with
+    torch.compile (a third faster, wants a C++ compiler, rounds differently); `texts` (token ids) stand for the model's own.
     Raises OptionError when `out` holds a run and `resume` is off, or for an unknown stage.
     """
     folder = Path(out)
