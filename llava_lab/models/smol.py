@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
@@ -76,8 +77,12 @@ def assemble(
 def add_weights(model: Any, folder: Path) -> None:
     """Put a folder's trained connector in place and its LoRA on top of the language model's weights."""
     file = _check_weights(folder)
-    tensors = load_file(file)
-    scale = float(json.loads((folder / "smol.json").read_text())["scale"])
+    try:
+        tensors = load_file(file)
+        scale = float(json.loads((folder / "smol.json").read_text())["scale"])
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise CheckpointError(f"the trained weights in {folder} cannot be read ({said}); fetch or train them again") from None
     projector: Any = layout.projector(model)
     found = {name.removeprefix("connector."): value for name, value in tensors.items() if name.startswith("connector.")}
     try:
@@ -89,7 +94,10 @@ def add_weights(model: Any, folder: Path) -> None:
     for name in names:
         if name not in modules:
             raise CheckpointError(f"{file} has LoRA weights for {name!r}, which the language model does not have")
-        merge(modules[name], tensors[f"lora.{name}.down"], tensors[f"lora.{name}.up"], scale)
+        down, up = (tensors.get(f"lora.{name}.{part}") for part in ("down", "up"))
+        if down is None or up is None or (*up.shape[:1], *down.shape[1:]) != tuple(modules[name].weight.shape):
+            raise CheckpointError(f"{file}: the LoRA weights for {name!r} do not fit the language model's layer")
+        merge(modules[name], down, up, scale)
 
 
 def _check_weights(folder: Path) -> Path:

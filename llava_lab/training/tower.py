@@ -33,7 +33,8 @@ CONTRASTIVE_WEIGHT = 0.3
 
 def normalise(pictures: np.ndarray | Tensor) -> Tensor:
     """uint8 (N, side, side, 3) -> float32 (N, 3, side, side) scaled as CLIP's image processor scales."""
-    pixels = torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 255
+    given = pictures if isinstance(pictures, Tensor) else torch.from_numpy(np.array(pictures))
+    pixels = given.permute(0, 3, 1, 2).float() / 255
     return (pixels - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
 
 
