@@ -106,8 +106,20 @@ def test_interrupted_and_called_again_it_is_as_if_nothing_had_been(
 
 def test_another_comparison_s_folder_is_refused(made: tuple[Path, Ablation], start: Path) -> None:
     other = OPTIONS | {"recipe": replace(FEW, instruct=replace(FEW.instruct, rate=9.0))}
+    before = {path: path.stat().st_mtime_ns for folder in ("runs", "flops") for path in (made[0] / folder).iterdir()}
     with pytest.raises(DataError, match="belongs to another comparison: stages was .* choose another folder"):
         ll.compare_connectors(SAME, start=start, out=made[0], **other)
+    assert {path: path.stat().st_mtime_ns for folder in ("runs", "flops") for path in (made[0] / folder).iterdir()} == before
+
+
+def test_a_run_under_another_s_name_is_refused(made: tuple[Path, Ablation], tmp_path: Path) -> None:
+    one, other = sorted((made[0] / "runs").glob("test-*.npz"))[:2]
+    (tmp_path / one.name).write_bytes(other.read_bytes())
+    found = ablation_run.Finished.load(one)
+    job = Job(**{**found.job, "steps": tuple(found.job["steps"]), "exams": tuple(found.job["exams"])})
+    assert ablation_run.read(one.parent, job, found.setup) is not None
+    with pytest.raises(DataError, match="holds another run than its name says"):
+        ablation_run.read(tmp_path, job, found.setup)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
@@ -118,7 +130,11 @@ def test_the_start_comes_back_bit_for_bit(start: Path, tmp_path: Path, error: ty
     job = Job("mlp2x_gelu", 1e-3, 0, (2, 2), ("test",))
 
     def stop(_: int) -> None:
-        raise error
+        done.append(1)
+        if len(done) == 3:  # inside stage 2, when the language model has moved
+            raise error
+
+    done: list[int] = []
 
     train_run(material, job)
     with pytest.raises(error):
@@ -141,7 +157,7 @@ def test_operations_are_counted_over_a_whole_cycle_of_batches(start: Path, tmp_p
 
 
 def test_budgets_follow_the_dearest_and_share_what_hardly_differs() -> None:
-    flops = {"cheap": (1.0, 1.0), "near": (1.95, 1.95), "dear": (2.0, 2.0)}
+    flops = {"cheap": (1.0, 1.0), "near": (1.95, 1.95), "same": (1.98, 1.98), "dear": (2.0, 2.0)}
     recipe = replace(FEW, align=replace(FEW.align, steps=100), instruct=replace(FEW.instruct, steps=100))
     arms = make_arms(list(flops), flops, recipe, budgets=("samples", "flops"), stage1=(True,))
     steps = {(arm.connector, arm.budget): arm.steps for arm in arms}
@@ -150,7 +166,43 @@ def test_budgets_follow_the_dearest_and_share_what_hardly_differs() -> None:
     assert steps["cheap", "flops"] == swept["cheap", "flops"] == (200, 200)
     assert steps["near", "flops"] == (103, 103)
     assert swept["near", "flops"] == (100, 100)  # the rate is kept
+    assert steps["same", "flops"] == (100, 100)  # 1% more would be 101: one run serves both budgets
     assert steps["dear", "flops"] == (100, 100)
+    alone = make_arms(list(flops), flops, recipe, budgets=("flops",), stage1=(True,))
+    assert {arm.connector: arm.steps for arm in alone}["same"] == (101, 101)  # with nothing to share with, it is its own
+
+
+def test_two_connectors_read_the_same_batches_and_a_run_that_did_not_is_found(start: Path, tmp_path: Path) -> None:
+    begun = load_start(start)
+    material = ablation._material(begun, tmp_path, FEW, ("test",), (6, 6), (False, False), False)
+    jobs = [Job(name, 1e-3, 0, (2, 2), ("test",)) for name in ("linear", "mlp2x_gelu")]
+    done = {job: train_run(material, job) for job in jobs}
+    assert np.array_equal(done[jobs[0]].order, done[jobs[1]].order)
+    assert not np.array_equal(done[jobs[0]].losses, done[jobs[1]].losses)
+    ablation._same_order(done)
+    other = train_run(material, replace(jobs[1], seed=1))
+    with pytest.raises(DataError, match="did not read the same batches"):
+        ablation._same_order({jobs[0]: done[jobs[0]], jobs[1]: other})
+
+
+def test_the_sweep_never_sits_the_test_exam(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    real = ablation_run.sit
+    monkeypatch.setattr(
+        ablation_run, "sit", lambda model, module, exam, image: asked.append(id(exam)) or real(model, module, exam, image)
+    )
+    exams: dict[str, int] = {}
+    made = ablation._material
+
+    def remember(*given: Any) -> Any:
+        material = made(*given)
+        exams.update({name: id(exam) for name, exam in material.exams.items()})
+        return material
+
+    monkeypatch.setattr(ablation, "_material", remember)
+    ll.compare_connectors(SAME, start=start, out=tmp_path, **OPTIONS)
+    assert asked[:6] == [exams["validation"]] * 6
+    assert asked[6:] == [exams["test"]] * 4
 
 
 def test_pairs_are_judged_within_one_budget_and_stage() -> None:
@@ -189,6 +241,9 @@ def test_a_result_is_one_file_and_reads_from_both_sides(made: tuple[Path, Ablati
         ({"rates": (0, 1e-3, 3e-3)}, "rates must be above 0"),
         ({"seeds": 1}, "seeds must be 2 or more"),
         ({"budgets": ("hours",)}, "budgets are samples, flops"),
+        ({"budgets": ("samples", "samples")}, "each once"),
+        ({"splits": "test"}, "splits must be a list of names"),
+        ({"splits": ("test", "test")}, "each once"),
         ({"splits": ("train",)}, "splits must be held out from training"),
         ({"data": "photos"}, "compared on the picturebook"),
         ({"steps_scale": 0}, "must be above 0"),

@@ -28,6 +28,7 @@ def test_the_seeds_t_is_scipy_s_paired_t() -> None:
     expected = ttest_1samp(two - one, 0).confidence_interval(0.95)
     assert (low, high) == pytest.approx((expected.low, expected.high))
     assert stats.paired_t(np.zeros(5)) == (1.0, (0.0, 0.0))
+    assert stats.paired_t(np.full(5, 0.25)) == (2 / 2**5, (0.25, 0.25))  # equal differences: no more than their signs say
 
 
 def test_holm_raises_the_smallest_most_and_keeps_the_order() -> None:
@@ -85,7 +86,7 @@ def test_a_difference_that_seeds_make_by_themselves_is_no_verdict() -> None:
 
 def test_a_difference_on_a_few_pictures_is_no_verdict() -> None:
     """Every seed agrees, and all of it comes from one picture of twenty."""
-    right = np.zeros((2, 5, 20), bool)
+    right = np.zeros((2, 7, 20), bool)
     right[:, :, ::2] = True
     right[1, :, 1] = True
     asked = stats.Questions(np.zeros(20, int), np.ones(20, int), np.arange(20), 1, 2)

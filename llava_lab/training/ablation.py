@@ -27,7 +27,7 @@ from llava_lab.training import ablation_stats as stats
 from llava_lab.training import streams
 from llava_lab.training.ablation_data import feature_pool, make_exam
 from llava_lab.training.ablation_plan import ABLATION, BUDGETS, CONNECTORS, RATES, VALIDATION, Arm
-from llava_lab.training.ablation_run import Finished, Job, Material, fresh, read, train_run
+from llava_lab.training.ablation_run import Finished, Job, Material, fresh, read, refuse_foreign, train_run
 from llava_lab.training.ablation_start import Given, load_start
 from llava_lab.training.recipe import Recipe
 
@@ -80,6 +80,7 @@ def compare_connectors(
         fresh(begun, name, seed)  # what does not fit is said before anything is drawn
     scaled = _scaled(recipe, steps_scale, seed)
     material = _material(begun, folder, scaled, tuple(splits), (validation, test), (bf16, fused), progress)
+    refuse_foreign(folder / "runs", material.setup)
     counting = tqdm(connectors, desc="counting operations", unit="connector", disable=not progress, leave=False)
     flops = {name: plan.step_flops(material, name, folder / "flops") for name in counting}
     arms = plan.make_arms(connectors, flops, scaled, budgets=budgets, stage1=stage1)

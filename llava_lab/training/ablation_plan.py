@@ -112,6 +112,10 @@ def count_flops(material: Material, connector: str) -> tuple[float, float]:
     return found[0], found[1]
 
 
+def _bad_list(names: Sequence[str]) -> bool:
+    return isinstance(names, str) or not names or len(set(names)) < len(names)
+
+
 def make_arms(
     connectors: Sequence[str],
     flops: Mapping[str, tuple[float, float]],
@@ -196,9 +200,13 @@ def check_options(
         (len(set(rates)) < 3, f"each connector's sweep wants 3 different rates or more, got {list(rates)}"),
         (any(not 0 < rate < math.inf for rate in rates), f"rates must be above 0, got {list(rates)}"),
         (seeds < 2, f"seeds must be 2 or more (5 to conclude anything), got {seeds}: one run has no spread"),
-        (not budgets or bool(set(budgets) - set(BUDGETS)), f"budgets are {', '.join(BUDGETS)}, got {list(budgets)}"),
+        (
+            _bad_list(budgets) or bool(set(budgets) - set(BUDGETS)),
+            f"budgets are {', '.join(BUDGETS)}, each once; got {budgets!r}",
+        ),
         (not stage1 or len(set(stage1)) < len(stage1), f"stage1 is (True,), (False,) or both, got {list(stage1)}"),
-        (not splits or bool({VALIDATION, "train"} & set(splits)), f"splits must be held out from training, got {list(splits)}"),
+        (_bad_list(splits), f"splits must be a list of names, each once; got {splits!r}"),
+        (bool({VALIDATION, "train"} & set(splits)), f"splits must be held out from training, got {splits!r}"),
     ]
     for broken, said in rules:
         if broken:

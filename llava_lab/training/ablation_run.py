@@ -231,11 +231,24 @@ def read(folder: Path, job: Job, setup: Mapping[str, Any]) -> Finished | None:
     if not path.exists():
         return None
     found = Finished.load(path)
+    of_another(path, found.setup, setup)
+    if found.job != json.loads(json.dumps(asdict(job))):
+        raise DataError(f"{path} holds another run than its name says ({found.job}); remove it and run again")
+    return found
+
+
+def of_another(path: Path, found: Mapping[str, Any], setup: Mapping[str, Any]) -> None:
+    """Raises DataError when a run was made by another comparison than the one `setup` describes."""
     wanted = json.loads(json.dumps(setup))
-    differs = [name for name in wanted if found.setup.get(name) != wanted[name]]
+    differs = [name for name in wanted if found.get(name) != wanted[name]]
     if differs:
         name = differs[0]
         raise DataError(
-            f"{path} belongs to another comparison: {name} was {found.setup.get(name)}, now {wanted[name]}; choose another folder"
+            f"{path} belongs to another comparison: {name} was {found.get(name)}, now {wanted[name]}; choose another folder"
         )
-    return found
+
+
+def refuse_foreign(folder: Path, setup: Mapping[str, Any]) -> None:
+    """Raises DataError when any run in a folder is another comparison's, before anything is written there."""
+    for path in sorted(folder.glob("*.npz")):
+        of_another(path, Finished.load(path).setup, setup)

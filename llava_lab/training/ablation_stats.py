@@ -75,8 +75,8 @@ def detectable(sd: float, seeds: int) -> float:
 def paired_t(differences: np.ndarray) -> tuple[float, tuple[float, float]]:
     """(two-sided p, 95% interval of the mean) of one difference per seed, (S,) with S of 2 or more."""
     count, mean, sd = len(differences), float(differences.mean()), float(differences.std(ddof=1))
-    if sd < 1e-12:  # every seed says the same
-        return (1.0 if abs(mean) < 1e-12 else 0.0), (mean, mean)
+    if sd < 1e-12:  # every seed says the same: no spread to go by, so the sign test
+        return (1.0 if abs(mean) < 1e-12 else 2 * 0.5**count), (mean, mean)
     error = sd / math.sqrt(count)
     half = float(t.ppf(1 - ALPHA / 2, count - 1)) * error
     return float(2 * t.sf(abs(mean) / error, count - 1)), (mean - half, mean + half)

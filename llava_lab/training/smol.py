@@ -42,7 +42,7 @@ CHECK_PICTURES, CHECK_EVERY = 24, 100
 
 
 ALIGN = Stage("align", ("connector",), steps=350, batch=8, rate=2e-3, warmup=0.05)
-INSTRUCT = Stage("instruct", ("connector", "lora"), steps=1350, batch=8, rate=1e-3)
+INSTRUCT = Stage("instruct", ("connector", "lora"), steps=700, batch=8, rate=1e-3)
 
 
 @dataclass(frozen=True)
