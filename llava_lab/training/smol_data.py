@@ -26,7 +26,12 @@ from llava_lab.worlds.wording import Question
 
 Block = list[tuple[str, str]]  # one first question, or the turns of one conversation
 
-HARD = (*TYPES, "comparison", "relation", "place", "count", "comparison", "unequal", "same color", "different color")
+EVENLY = (*TYPES, "unequal", "same color", "different color")
+EVEN_STEPS = 248  # of stage 2; from then on what is looked up by place is asked more often than kinds, colours and sizes
+HARD = (
+    *("place", "place", "place", "relation", "relation", "relation", "existence", "existence", "count", "count"),
+    *("comparison", "unequal", "same color", "different color", "kind", "color", "size"),
+)
 GREY = (122, 116, 104)
 TEXT_EVERY = 8  # of so many steps of stage 2 one reads plain text
 TEXTS = 12  # plain texts in such a step
@@ -122,8 +127,9 @@ class SmolData(Dataset):
             return texts_batch([self.texts[int(i)] for i in rng.integers(len(self.texts), size=TEXTS)])
         offset = 0 if self.stage == "align" else 5_000_000
         scenes = [scene("train", offset + step * self.batch + i, seed=self.seed) for i in range(self.batch)]
-        make = align_blocks if self.stage == "align" else instruct_blocks
-        return self.form.batch([make(one, rng) for one in scenes], draw(scenes, self.side, blind=self.blind))
+        types = HARD if step >= EVEN_STEPS else EVENLY
+        rows = [align_blocks(one, rng) if self.stage == "align" else instruct_blocks(one, rng, types) for one in scenes]
+        return self.form.batch(rows, draw(scenes, self.side, blind=self.blind))
 
 
 def draw(scenes: Sequence[Scene], side: int, *, blind: bool = False) -> np.ndarray:
@@ -140,10 +146,9 @@ def align_blocks(drawn: Scene, rng: np.random.Generator) -> list[Block]:
     return blocks + [[_short(q)] if i % 4 else [(q.text, q.answer)] for i, q in enumerate(questions)]
 
 
-def instruct_blocks(drawn: Scene, rng: np.random.Generator) -> list[Block]:
+def instruct_blocks(drawn: Scene, rng: np.random.Generator, types: tuple[str, ...] = HARD) -> list[Block]:
     """Stage 2: the world's questions in its words and in others, single words, free talk, conversations."""
-    types = tuple(HARD[int(i)] for i in rng.permutation(len(HARD)))
-    questions = ask_about(drawn, rng, 9, tuple(dict.fromkeys(types)))
+    questions = ask_about(drawn, rng, 9, types)
     blocks: list[Block] = []
     for i, question in enumerate(questions):
         if i < 5:
