@@ -239,7 +239,7 @@ def _last_line(text: str) -> str:
 
 
 def test(arguments: list[str]) -> int:
-    install("lab", "train", "easy-vqa", "smol", "test")
+    install("lab", "train", "easy-vqa", "smol", "original", "test")
     environment = {**_environment(), "CHROME_PATH": find_chromium() or _fetch_chromium()}
     return subprocess.run([PYTHON, "-m", "pytest", *arguments], cwd=ROOT, env=environment).returncode
 
