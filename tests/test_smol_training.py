@@ -22,7 +22,11 @@ from llava_lab.worlds.picturebook import scene
 from tests.little_language import llama, write_gguf
 
 RECIPE = replace(
-    SMOL, rank=2, align=replace(SMOL.align, steps=3, batch=2, rate=1e-2), instruct=replace(SMOL.instruct, steps=3, batch=2)
+    SMOL,
+    rank=2,
+    align=replace(SMOL.align, steps=3, batch=2, rate=1e-2),
+    instruct=replace(SMOL.instruct, steps=3, batch=2),
+    practice=replace(SMOL.practice, steps=2, batch=2),
 )
 TEXTS = [[9, 30, 12, 55, 7, 2]] * 3
 
@@ -93,25 +97,25 @@ def test_the_loaded_model_says_what_the_adapted_one_said(
     assert not torch.allclose(plain(**asked).logits, two, atol=5e-2)
 
 
-def test_a_run_stopped_in_either_stage_goes_on_to_the_same_bits(
+def test_a_run_stopped_in_any_stage_goes_on_to_the_same_bits(
     run: Callable[..., Path], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, taken = SmolData.__getitem__, []
     monkeypatch.setattr("llava_lab.training.loop.SAVE_EVERY", 0.0)
 
     def stops(self: SmolData, step: int) -> Any:
-        if (self.stage, step) in (("align", 1), ("instruct", 2)) and (self.stage, step) not in taken:
+        if (self.stage, step) in (("align", 1), ("instruct", 2), ("practice", 1)) and (self.stage, step) not in taken:
             taken.append((self.stage, step))
             raise KeyboardInterrupt
         return real(self, step)
 
     monkeypatch.setattr(SmolData, "__getitem__", stops)
     monkeypatch.setattr(training, "run_stage", _in_one_process(training.run_stage))
-    for _ in range(2):
+    for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "smol", resume=True)
     found = weights(run(tmp_path / "smol", resume=True))
-    assert len(taken) == 2
+    assert len(taken) == 3
     assert all(torch.equal(value, found[name]) for name, value in weights(whole).items())
 
 
@@ -141,7 +145,7 @@ def test_only_answers_are_learned_and_each_by_the_token_before_it(language: Path
 def test_bad_calls_are_one_line(run: Callable[..., Path], whole: Path, tmp_path: Path, language: Path) -> None:
     with pytest.raises(OptionError, match="holds a run already; add --resume"):
         run(whole.parent)
-    with pytest.raises(OptionError, match="stages are align, instruct; got moon"):
+    with pytest.raises(OptionError, match="stages are align, instruct, practice; got moon"):
         run(tmp_path / "a", stages=["moon"])
     with pytest.raises(OptionError, match="train stage align first"):
         run(tmp_path / "b", stages=["instruct"])

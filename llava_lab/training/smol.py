@@ -1,7 +1,7 @@
 """Trains `smol`: a frozen pretrained language model gets eyes, in LLaVA's two stages on the picture book.
 
 Stage 1 (align) trains the connector alone, stage 2 (instruct) the connector and LoRA on every linear layer of the language
-model. The frozen parts run in bfloat16, what trains is kept in float32. The layers are stock transformers; blocks are kept
+model; `practice` goes on with stage 2 at a fresh rate on the questions that come last: relations, comparisons, counts. The frozen parts run in bfloat16, what trains is kept in float32. The layers are stock transformers; blocks are kept
 apart by the attention mask (`smol_data`). The tower costs a three-hundredth of a step and runs in it.
 
 So that the language model keeps its ability with text, a share of stage 2 reads texts the untouched model wrote itself.
@@ -43,21 +43,23 @@ CHECK_PICTURES, CHECK_EVERY = 24, 100
 
 ALIGN = Stage("align", ("connector",), steps=350, batch=8, rate=2e-3, warmup=0.05)
 INSTRUCT = Stage("instruct", ("connector", "lora"), steps=700, batch=8, rate=1e-3)
+PRACTICE = Stage("practice", ("connector", "lora"), steps=600, batch=8, rate=8e-4)
 
 
 @dataclass(frozen=True)
 class SmolRecipe:
-    """Both stages and the adapters."""
+    """The stages and the adapters."""
 
     seed: int = 0
     rank: int = 16
     scale: float = 2.0  # alpha / rank
     align: Stage = ALIGN
     instruct: Stage = INSTRUCT
+    practice: Stage = PRACTICE
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        return self.align, self.instruct
+        return self.align, self.instruct, self.practice
 
 
 SMOL = SmolRecipe()
@@ -197,7 +199,7 @@ def train_smol(
     parts: dict[str, Any] | None = None,
     texts: Sequence[Sequence[int]] | None = None,
 ) -> Path:
-    """Train both stages in `out` and write ``out/weights`` (connector, LoRA), which is what the repository holds.
+    """Train all stages in `out` and write ``out/weights`` (connector, LoRA), which is what the repository holds.
 
     `parts` are `smol.assemble`'s; `blind` trains on grey pictures, as a control; `fused` joins small operations with
     torch.compile (a third faster, wants a C++ compiler, rounds differently); `texts` (token ids) stand for the model's own.
@@ -219,20 +221,21 @@ def train_smol(
     form = Chat(processor.tokenizer, layout.image_token_count(model))
     connector = layout.projector(model)
     fit_start(model, tower_features(model, normalise(torch.from_numpy(draw([scene("train", i) for i in range(32)], side)))))
-    if texts is None and "instruct" in (stages or names):
+    if texts is None and {"instruct", "practice"} & set(stages or names):
         texts = own_texts(model, processor.tokenizer, folder / "texts.json")
     check = Check(model, form, side)
     lows: nn.ModuleDict | None = None
-    for stage in recipe.stages:
+    connector.requires_grad_(True)
+    modules: dict[str, nn.Module] = {"connector": connector}
+    for number, stage in enumerate(recipe.stages):
         if stages is not None and stage.name not in stages:
             continue
-        if stage.name == "instruct":
-            lows = adapt(layout.language_model(model), recipe.rank, recipe.scale, recipe.seed)
-            _load_connector(connector, folder / "align.pt")
+        if "lora" in stage.trains and lows is None:
+            lows = modules["lora"] = adapt(layout.language_model(model), recipe.rank, recipe.scale, recipe.seed)
+        if number:
+            _go_on_from(folder, names[number - 1], modules)
         if fused:
             compiled(layout.language_model(model))
-        connector.requires_grad_(True)
-        modules = {"connector": connector} | ({"lora": lows} if lows is not None else {})
         scaled = replace(stage, steps=max(1, round(stage.steps * steps_scale)))
         data = SmolData(form, stage=stage.name, batch=stage.batch, side=side, seed=recipe.seed, texts=texts, blind=blind)
         (folder / f"{stage.name}.recipe.json").write_text(json.dumps(asdict(scaled), indent=1))
@@ -255,7 +258,10 @@ def write_weights(folder: Path, connector: nn.Module, lows: nn.ModuleDict | None
     return target
 
 
-def _load_connector(connector: nn.Module, file: Path) -> None:
+def _go_on_from(folder: Path, stage: str, modules: dict[str, nn.Module]) -> None:
+    """Load what the stage before left; adapters it did not train start at nothing."""
+    file = folder / f"{stage}.pt"
     if not file.exists():
-        raise OptionError(f"{file} is missing; train stage align first")
-    connector.load_state_dict(torch.load(file, weights_only=True)["modules"]["connector"])
+        raise OptionError(f"{file} is missing; train stage {stage} first")
+    for name, state in torch.load(file, weights_only=True)["modules"].items():
+        modules[name].load_state_dict(state)

@@ -32,6 +32,11 @@ HARD = (
     *("place", "place", "place", "relation", "relation", "relation", "existence", "existence", "count", "count"),
     *("comparison", "unequal", "same color", "different color", "kind", "color", "size"),
 )
+PRACTISED = (
+    *("relation", "relation", "relation", "relation", "comparison", "comparison", "unequal", "unequal", "same color", "same color"),
+    *("different color", "different color", "count", "count", "count", "place", "existence", "kind", "color", "size"),
+)
+FIRST = {"align": 0, "instruct": 5_000_000, "practice": 7_000_000}  # the stage's first picture
 GREY = (122, 116, 104)
 TEXT_EVERY = 8  # of so many steps of stage 2 one reads plain text
 TEXTS = 12  # plain texts in such a step
@@ -122,12 +127,11 @@ class SmolData(Dataset):
         self.texts, self.blind = texts, blind
 
     def __getitem__(self, step: int) -> Batch:
-        rng = np.random.default_rng((self.seed, 43, {"align": 0, "instruct": 1}[self.stage], step))
-        if self.stage == "instruct" and self.texts and step % TEXT_EVERY == TEXT_EVERY - 1:
+        rng = np.random.default_rng((self.seed, 43, list(FIRST).index(self.stage), step))
+        if self.stage != "align" and self.texts and step % TEXT_EVERY == TEXT_EVERY - 1:
             return texts_batch([self.texts[int(i)] for i in rng.integers(len(self.texts), size=TEXTS)])
-        offset = 0 if self.stage == "align" else 5_000_000
-        scenes = [scene("train", offset + step * self.batch + i, seed=self.seed) for i in range(self.batch)]
-        types = HARD if step >= EVEN_STEPS else EVENLY
+        scenes = [scene("train", FIRST[self.stage] + step * self.batch + i, seed=self.seed) for i in range(self.batch)]
+        types = PRACTISED if self.stage == "practice" else HARD if step >= EVEN_STEPS else EVENLY
         rows = [align_blocks(one, rng) if self.stage == "align" else instruct_blocks(one, rng, types) for one in scenes]
         return self.form.batch(rows, draw(scenes, self.side, blind=self.blind))
 
