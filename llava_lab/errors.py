@@ -35,3 +35,8 @@ class EndpointError(LabError):
 
 class BudgetError(LabError):
     """More requests to a server than were allowed; nothing that was paid for is lost."""
+
+
+def one_line(error: BaseException) -> str:
+    """Another library's error as one short line, for the message of ours."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -164,6 +164,57 @@ class PictureMap:
         return np.clip(covered, 0, None) / step
 
 
+@dataclass(frozen=True)
+class View:
+    """One grid of image tokens in the sequence, where a model looks at a picture several times (LLaVA-NeXT).
+
+    The overview is the whole picture in one square. The tiles are the picture enlarged and cut into squares; their
+    tokens stand in the sequence as one large grid, row by row, a newline token after each row, padding cut away.
+    """
+
+    name: str  # "overview" | "tiles"
+    start: int  # position in the sequence of its first token
+    newline: bool  # whether a token that is no patch ends every row
+    map: PictureMap  # from picture pixels to this grid
+    side: int = 0  # cells along a tile's side; 0: the whole view is one square
+    across: int = 1  # tiles side by side in the enlarged picture
+    cut: tuple[int, int] = (0, 0)  # rows and columns of padding cut from its top and left
+
+    @property
+    def stop(self) -> int:
+        """One past the last position."""
+        return self.start + self.map.rows * (self.map.cols + self.newline)
+
+    @property
+    def positions(self) -> np.ndarray:
+        """Position of every cell's token in the sequence, int64 (rows, cols)."""
+        return self._rows[:, : self.map.cols]
+
+    @property
+    def newlines(self) -> np.ndarray:
+        """Positions of the tokens that end the rows, int64 (rows,), or none."""
+        return self._rows[:, self.map.cols :].ravel()
+
+    @property
+    def tiles(self) -> np.ndarray:
+        """Which square the model saw each cell in, int64 (rows, cols): 0 the overview, 1, 2, ... the tiles by rows."""
+        rows, cols = np.indices((self.map.rows, self.map.cols))
+        if not self.side:
+            return np.zeros_like(rows)
+        return (rows + self.cut[0]) // self.side * self.across + (cols + self.cut[1]) // self.side + 1
+
+    @property
+    def _rows(self) -> np.ndarray:
+        return np.arange(self.start, self.stop).reshape(self.map.rows, -1)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict) -> View:
+        return cls(**{**data, "map": PictureMap.from_dict(data["map"]), "cut": tuple(data["cut"])})
+
+
 def _bilinear(grid: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
     """Separable bilinear sampling of `grid` at row coordinates y and column coordinates x, edges held."""
 

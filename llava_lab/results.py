@@ -17,8 +17,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from llava_lab.errors import DataError, TargetError
-from llava_lab.geometry import PictureMap
+from llava_lab.errors import DataError, OptionError, TargetError
+from llava_lab.geometry import PictureMap, View
 
 FORMAT = 1  # raised when a saved file's meaning changes
 
@@ -99,10 +99,11 @@ class Run:
     fingerprint: str  # of the weights; an explanation by another checkpoint is refused
     seed: int = 0
     options: dict[str, Any] = field(default_factory=dict)  # max_new_tokens, temperature, prompt form, stopped
+    views: tuple[View, ...] = ()  # where a picture is looked at several times; `map` is then the first view's
 
     @property
     def image_positions(self) -> np.ndarray:
-        """Positions of the image tokens, int64 (rows*cols,), row-major."""
+        """Positions of the image tokens, int64 (rows*cols,), row-major; of all views, newline tokens too."""
         return np.arange(*self.segments["image"])
 
     @property
@@ -161,7 +162,7 @@ class Run:
             "fingerprint": self.fingerprint,
             "seed": self.seed,
             "options": self.options,
-        }
+        } | ({"views": [view.to_dict() for view in self.views]} if self.views else {})
         arrays = {"picture": self.picture, "token_ids": self.token_ids, "logprobs": self.logprobs}
         return save_npz(path, "run", header, arrays)
 
@@ -183,6 +184,7 @@ class Run:
             fingerprint=header["fingerprint"],
             seed=header["seed"],
             options=header["options"],
+            views=tuple(View.from_dict(view) for view in header.get("views", ())),
         )
 
 
@@ -201,19 +203,34 @@ class Relevance:
     passes: dict[str, int]  # {"forward": n, "backward": m}
     notes: tuple[str, ...] = ()  # what the reader must see, one sentence each
     extras: dict[str, Any] = field(default_factory=dict)  # JSON-able numbers: mass per segment, lost CLS mass, ...
+    views: tuple[View, ...] = ()  # of a run with several, where the method tells their tokens apart
+    view_values: tuple[np.ndarray, ...] = ()  # float32 (targets, rows, cols) of each view; the first is `values`
 
     def __post_init__(self) -> None:
-        want = (len(self.targets), self.map.rows, self.map.cols)
-        if self.values.shape != want:
-            raise DataError(f"relevance must be {want} (targets, rows, cols), got {self.values.shape}")
+        maps = (self.map, *(view.map for view in self.views))
+        if len(self.views) != len(self.view_values):
+            raise DataError(f"expected values for each of {len(self.views)} views, got {len(self.view_values)}")
+        for values, where in zip((self.values, *self.view_values), maps, strict=True):
+            want = (len(self.targets), where.rows, where.cols)
+            if values.shape != want:
+                raise DataError(f"relevance must be {want} (targets, rows, cols), got {values.shape}")
 
     @property
     def grid(self) -> tuple[int, int]:
         return self.map.rows, self.map.cols
 
-    def on_picture(self, target: int = 0, *, smooth: bool = False) -> np.ndarray:
-        """The map of one target painted on the original picture, float32 (height, width), NaN where unseen."""
-        return self.map.project(self.values[target], smooth=smooth)
+    def on_picture(self, target: int = 0, *, smooth: bool = False, view: str | None = None) -> np.ndarray:
+        """The map of one target painted on the original picture, float32 (height, width), NaN where unseen.
+
+        `view` names one of `views`, where the model looked several times. Raises OptionError for a view that is not there.
+        """
+        if view is None:
+            return self.map.project(self.values[target], smooth=smooth)
+        names = [one.name for one in self.views]
+        if view not in names:
+            raise OptionError(f"view must be None or one of {', '.join(names) or '(this map has none)'}, got {view!r}")
+        at = names.index(view)
+        return self.views[at].map.project(self.view_values[at][target], smooth=smooth)
 
     def top(self, k: int = 5, target: int = 0) -> list[tuple[int, int, float]]:
         """The k strongest patches as (row, col, value), strongest first."""
@@ -236,8 +253,9 @@ class Relevance:
             "passes": self.passes,
             "notes": list(self.notes),
             "extras": self.extras,
-        }
-        return save_npz(path, "relevance", header, {"values": self.values})
+        } | ({"views": [view.to_dict() for view in self.views]} if self.views else {})
+        more = {f"view_{i}": values for i, values in enumerate(self.view_values)}
+        return save_npz(path, "relevance", header, {"values": self.values, **more})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Self:
@@ -245,6 +263,8 @@ class Relevance:
         targets = tuple(Target(**_tuples(t)) for t in header["targets"])
         names = ("method", "options", "model", "fingerprint", "seconds", "passes", "extras")
         fields = {name: header[name] for name in names}
+        fields["views"] = tuple(View.from_dict(view) for view in header.get("views", ()))
+        fields["view_values"] = tuple(arrays[f"view_{i}"] for i in range(len(fields["views"])))
         return cls(arrays["values"], targets, map=PictureMap.from_dict(header["map"]), notes=tuple(header["notes"]), **fields)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -159,6 +160,12 @@ def build_llama_model(config: LlavaConfig, *, seed: int = 0) -> LlavaForConditio
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(config)
+    return randomised(model, seed)
+
+
+def randomised(model: Any, seed: int) -> Any:
+    """`model` with every parameter randomised, in eval mode; its generation config has the language model's ids."""
+    config = model.config
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -22,6 +22,7 @@ from llava_lab.attribution.base import (
     refuse_contrast,
     segment_mass,
     target_rows,
+    view_values,
 )
 from llava_lab.attribution.heads import choose_heads, read_rows
 from llava_lab.capture import FUSIONS
@@ -36,7 +37,7 @@ def _compute(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> M
     chosen = choose_heads(lab, options["layers"], options["heads"])
     fusion = choose("fusion", options["fusion"], FUSIONS)
     at = predicting_rows(targets)
-    seen = read_rows(lab, lab.inputs(run), at, chosen, fusion)
+    seen = read_rows(lab, lab.inputs(run, tiles=True), at, chosen, fusion)
     rows = target_rows(seen.fused, at, targets)
     image = slice(*run.segments["image"])
     shares = [target_rows(one, at, targets)[:, image].sum(1).tolist() for one in seen.parts]
@@ -48,7 +49,7 @@ def _compute(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> M
     else:
         extras["image_share_by_layer"] = shares
         notes = (f"Attention of the predicting positions, {fusion} over {chosen.which}, mean over {chosen.window}.",)
-    return Maps(image_values(rows, run), {"forward": 1}, notes, extras)
+    return Maps(image_values(rows, run), {"forward": 1}, notes, extras, view_values(rows, run))
 
 
 ATTENTION = Method(

@@ -55,6 +55,7 @@ class Maps:
     passes: dict[str, int]  # {"forward": n, "backward": m}, one picture through the model counted once
     notes: tuple[str, ...] = ()
     extras: dict[str, Any] = field(default_factory=dict)  # JSON-able
+    views: tuple[np.ndarray, ...] = ()  # float32 (targets, rows, cols) of each of the run's views, where it has several
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,17 @@ class Method:
             known = ", ".join(f"{name}={default!r}" for name, default in self.options.items()) or "none"
             raise OptionError(f"method {self.name!r} has no option {unknown[0]!r}; its options are {known}")
         return {**self.options, **given}
+
+
+def outside(lab: Any, run: Run) -> Outside | None:
+    """What scores altered pictures of `run` in the lab's place, or None where the lab's own pixels can be altered."""
+    if isinstance(lab, Outside):
+        return lab
+    if not run.views:
+        return None
+    from llava_lab.attribution.tiled import TiledLooks  # it builds on what imports this file
+
+    return TiledLooks(lab, run)
 
 
 def choose(name: str, value: Any, choices: Sequence[Any]) -> Any:
@@ -131,9 +143,16 @@ def target_rows(rows: Float[Tensor, "Q K"], at: Sequence[int], targets: Targets)
 
 
 def image_values(rows: Float[Tensor, "N K"], run: Run) -> np.ndarray:
-    """The image columns of each target's row, float32 (targets, rows, cols)."""
+    """The image columns of each target's row, float32 (targets, rows, cols); of the first view where there are several."""
+    if run.views:
+        return view_values(rows, run)[0]
     start, stop = run.segments["image"]
     return rows[:, start:stop].float().cpu().numpy().reshape(len(rows), run.map.rows, run.map.cols)
+
+
+def view_values(rows: Float[Tensor, "N K"], run: Run) -> tuple[np.ndarray, ...]:
+    """The same for each view, newline tokens left out; nothing where the run has one."""
+    return tuple(rows.float().cpu().numpy()[:, view.positions] for view in run.views)
 
 
 def segment_mass(rows: Float[Tensor, "N K"], run: Run) -> list[dict[str, float]]:

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from llava_lab.attribution.base import Targets, choose, whole_number
+from llava_lab.attribution.base import Targets, choose, outside, whole_number
 from llava_lab.attribution.baselines import CENTER
 from llava_lab.attribution.black_box import within_budget
 from llava_lab.attribution.fills import EVERY_FILL, SQUARES, fill_pixels
@@ -134,12 +134,14 @@ class Judge:
     ) -> None:
         steps, self.seeds = whole_number("steps", steps, least=2), whole_number("seeds", seeds, least=2)
         batch, self.seed = whole_number("batch", batch, least=1), whole_number("seed", seed)
-        self.scale, self.lab, self.run = choose("scale", scale, SCALES), lab, run
+        self.scale, self.run = choose("scale", scale, SCALES), run
         self.things = check_masks(run, things) if things is not None else np.zeros((0, *run.picture.shape[:2]), bool)
         self.targets, self.seconds = resolve_targets(lab, run, list(targets)), 0.0
-        with undisturbed(lab.model):
-            pixels, score = target_score(lab, run, self.targets)
-            sources = {name: fill_pixels(lab, pixels, name, run.map, seed=self.seed) for name in fills}
+        judged: Any = outside(lab, run) or lab
+        self.lab = judged
+        with undisturbed(self.lab.model):
+            pixels, score = target_score(judged, run, self.targets)
+            sources = {name: fill_pixels(judged, pixels, name, run.map, seed=self.seed) for name in fills}
         self.probe = Perturbed(pixels, sources, score, run.map, batch=batch)
         self.fills = tuple(fills)
         self.counts = step_counts(len(self.probe.patches), steps)

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from llava_lab.attribution.base import Outside, Targets, choose, predicting_rows
+from llava_lab.attribution.base import Targets, choose, outside, predicting_rows
 from llava_lab.attribution.fills import EVERY_FILL, fill_pixels, inpaint, mean_fill, noise_fill
 from llava_lab.attribution.scoring import read_scores, target_score
 from llava_lab.errors import LabError, OptionError
@@ -70,8 +70,8 @@ def open_level(
     choose("at", at, LEVELS)
     if fill not in fills:
         raise OptionError(f"fill must be one of {', '.join(fills)}, got {fill!r}")
-    if isinstance(lab, Outside):
-        return lab.open_level(targets, at=at, fill=fill, seed=seed, fills=fills)
+    if other := outside(lab, run):
+        return other.open_level(targets, at=at, fill=fill, seed=seed, fills=fills)
     pixels, score = target_score(lab, run, targets)
     if at == "pixels":
         square = None if fill == "neighbours" else fill_pixels(lab, pixels, fill, run.map, seed=seed)

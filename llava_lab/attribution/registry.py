@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -109,6 +110,8 @@ def attribute(lab: Lab | BlackBox, run: Run, *, method: str = "rollout", target:
     else:
         maps = METHODS[method].compute(lab, run, targets, chosen)
     assert np.isfinite(maps.values).all(), f"{method} gave values that are not finite"
+    if run.views:
+        maps = replace(maps, notes=(*maps.notes, in_views(run, bool(maps.views))))
     return Relevance(
         values=maps.values.astype(np.float32),
         targets=targets,
@@ -121,7 +124,17 @@ def attribute(lab: Lab | BlackBox, run: Run, *, method: str = "rollout", target:
         passes={"forward": 0, "backward": 0, **maps.passes},
         notes=maps.notes if closed or projectors.placed(lab.model.config) else (*maps.notes, UNPLACED),
         extras=maps.extras,
+        views=run.views if maps.views else (),
+        view_values=tuple(values.astype(np.float32) for values in maps.views),
     )
+
+
+def in_views(run: Run, apart: bool) -> str:
+    """What to know of a map where the model looked at the picture several times."""
+    names = " and ".join(view.name for view in run.views)
+    if apart:
+        return f"The picture was seen as {names}: this is the {run.views[0].name}'s map, `views` and `view_values` hold each."
+    return f"The picture was seen as {names}: cells were altered in the picture itself, so in both at once."
 
 
 def _plain(value: Any) -> Any:

@@ -32,6 +32,7 @@ from llava_lab.attribution.base import (
     refuse_contrast,
     segment_mass,
     target_rows,
+    view_values,
 )
 from llava_lab.attribution.flow import Flow, UniformFlow, remove_columns, whole_rows
 from llava_lab.attribution.sinks import column_pull, find_sinks
@@ -103,7 +104,9 @@ def _compute(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> M
     chain = choose("through_vision", options["through_vision"], (False, True))
     if chain:
         require_patch_tokens(lab.model, "through_vision=True")
-    inputs = lab.inputs(run)
+        if run.views:
+            raise OptionError("through_vision=True follows one square through the tower, and this picture was seen in several")
+    inputs = lab.inputs(run, tiles=True)
     removed = _sinks(lab, inputs, window, fusion) if find else ()
     language = _Rollout(True, residual, null, fusion, removed)
     vision = _Rollout(False, residual, null, fusion)
@@ -125,7 +128,7 @@ def _compute(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> M
         extras |= {"lost_to_cls": lost, "vision_residual_by_layer": vision.kept}
     values = seen if uniform is None else torch.log((seen + FLOOR) / (uniform + FLOOR))
     notes = _notes(options, (start, stop), language, [run.tokens[i] for i in removed], extras.get("lost_to_cls"))
-    return Maps(image_values(values, run), {"forward": 2 if find else 1}, notes, extras)
+    return Maps(image_values(values, run), {"forward": 2 if find else 1}, notes, extras, view_values(values, run))
 
 
 def _rows(total: Float[Tensor, "S S"], targets: Targets) -> Float[Tensor, "N S"]:

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llava_lab.attribution.base import Outside, Targets, predicting_rows
+from llava_lab.attribution.base import Targets, outside, predicting_rows
 from llava_lab.results import Run
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ def target_score(lab: Lab, run: Run, targets: Targets) -> tuple[Float[Tensor, "1
     The score is the natural log-probability of the target's tokens, summed; for a contrast, the logit of
     the token said minus that of the token not said. Call it inside `capture.undisturbed`.
     """
-    if isinstance(lab, Outside):
-        return lab.target_score(targets)
+    if other := outside(lab, run):
+        return other.target_score(targets)
     inputs = lab.inputs(run)
     pixels = inputs.pop("pixel_values")
     at = predicting_rows(targets)

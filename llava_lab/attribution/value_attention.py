@@ -31,6 +31,7 @@ from llava_lab.attribution.base import (
     refuse_contrast,
     segment_mass,
     target_rows,
+    view_values,
 )
 from llava_lab.attribution.heads import Chosen, choose_heads
 from llava_lab.capture import CHUNK, Reducer, undisturbed, watch_attention
@@ -131,7 +132,7 @@ def _compute(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> M
     decoder = language_layers(lab.model)
     watched = [decoder[layer] for layer in chosen.layers]
     with undisturbed(lab.model), watch_attention(watched, ValueRows(at, watched, chosen, join=join)) as kept:
-        lab.model(**lab.inputs(run), use_cache=False, logits_to_keep=1)
+        lab.model(**lab.inputs(run, tiles=True), use_cache=False, logits_to_keep=1)
     by_layer = torch.stack([kept.layers[i] for i in range(len(watched))])  # L Q K
     if share:
         by_layer = by_layer / by_layer.sum(-1, keepdim=True).clamp_min(FLOOR)
@@ -142,7 +143,7 @@ def _compute(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> M
     how = "mean length of the heads' vectors" if join == "norms" else "length of the heads' summed vector"
     unit = "as a share of its row, mean over layers" if share else "in the model's own units, mean over layers"
     notes = (f"What the predicting positions fetch through {chosen}: {how}, {unit}.",)
-    return Maps(image_values(rows, run), {"forward": 1}, notes, extras)
+    return Maps(image_values(rows, run), {"forward": 1}, notes, extras, view_values(rows, run))
 
 
 VALUE_ATTENTION = Method(

@@ -33,6 +33,8 @@ class Tail:
         self._targets = targets
         self.at = predicting_rows(targets)
         self.start, self.stop = min(start, self.at[0]), self.at[-1] + 1
+        if (getattr(lab.model.config.text_config, "sliding_window", None) or self.stop) < self.stop:
+            self.start = 0  # a sliding cache forgets its beginning and cannot be taken back
         picture = image_tokens(lab, run) if tokens is None else tokens
         self.sequence = embedded(lab, run, picture)[:, : self.stop]
         self.passes = 0

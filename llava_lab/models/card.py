@@ -90,7 +90,7 @@ def connector_name(model: nn.Module) -> str:
         options = ", ".join(f"{name}={value}" for name, value in part.options.items() if value is not None)
         return f"{part.kind}({options})" if options else part.kind
     linears = sum(isinstance(module, nn.Linear) for module in part.modules())
-    if type(part).__name__ != "LlavaMultiModalProjector":
+    if type(part).__name__ not in ("LlavaMultiModalProjector", "LlavaNextMultiModalProjector"):
         return "linear" if isinstance(part, nn.Linear) else type(part).__name__
     return f"mlp{linears}x_{model.config.projector_hidden_act}"
 

@@ -33,8 +33,9 @@ class Generated:
 def generate(
     model: nn.Module,
     input_ids: Int[Tensor, "1 T"],
-    pixel_values: Float[Tensor, "1 3 S S"],
+    pixel_values: Float[Tensor, "1 *squares 3 S S"],
     *,
+    image_sizes: Int[Tensor, "1 2"] | None = None,
     limit: int,
     eos: Collection[int],
     image_id: int,
@@ -48,7 +49,8 @@ def generate(
     random = torch.Generator(device=input_ids.device).manual_seed(seed)  # never the global generator
     try:
         with evaluating(model), torch.no_grad():
-            out = model(input_ids=input_ids, pixel_values=pixel_values, use_cache=True, logits_to_keep=1)
+            shown = {"pixel_values": pixel_values} | ({} if image_sizes is None else {"image_sizes": image_sizes})
+            out = model(input_ids=input_ids, **shown, use_cache=True, logits_to_keep=1)
             while True:
                 logits = out.logits[0, -1].float()
                 token = _choose(logits, image_id, temperature, random)

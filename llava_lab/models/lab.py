@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from llava_lab.errors import CheckpointError, OptionError, PictureError
+from llava_lab.geometry import View
 from llava_lab.models import layout, prompts
 from llava_lab.models.card import Card, make_card
 from llava_lab.models.fingerprint import fingerprint
@@ -131,7 +132,7 @@ class Lab:
         _check_options(max_new_tokens, temperature)
         prompt = prompt or self.prompt
         pixels = read_picture(picture)
-        sequence = self.sequence(question, prompt=prompt, history=history)
+        sequence = self.sequence(question, prompt=prompt, history=history, picture=pixels)
         limit = min(max_new_tokens, self.context - len(sequence.token_ids))
         if limit < 1:
             raise OptionError(
@@ -142,7 +143,7 @@ class Lab:
         generated = generate(
             self.model,
             torch.from_numpy(sequence.token_ids)[None].to(self.device),
-            self.pixels(pixels, fit),
+            **self.shown(pixels, fit),
             limit=limit,
             eos=self.eos_ids,
             image_id=self.image_id,
@@ -156,8 +157,13 @@ class Lab:
         options |= {"fit": self.preprocessing.mode(fit), "stopped": generated.stopped}
         return self._run(pixels, question.strip(), sequence, generated, seed, options)
 
-    def sequence(self, question: str, *, prompt: str | None = None, history: prompts.History = ()) -> Sequence:
-        """The prompt for a question as the model reads it, with its segments, before any answer."""
+    def sequence(
+        self, question: str, *, prompt: str | None = None, history: prompts.History = (), picture: PictureLike | None = None
+    ) -> Sequence:
+        """The prompt for a question as the model reads it, with its segments, before any answer.
+
+        `picture` matters only where the number of image tokens depends on its shape.
+        """
         prompt = prompt or self.prompt
         prompts.check_form(prompt)
         texts = [text for turn in prompts.turns(question, history) for text in turn if text is not None]
@@ -166,12 +172,13 @@ class Lab:
             text = self._chat(question, history)
         else:
             text = prompts.build_prompt(question, prompt, history)
-        count = layout.image_token_count(self.model)
+        count = self.image_tokens(picture)
         return encode(self.tokenizer, text, question.strip(), image_id=self.image_id, image_tokens=count, history=bool(history))
 
-    def inputs(self, run: Run, *, picture: np.ndarray | None = None) -> dict[str, Tensor]:
+    def inputs(self, run: Run, *, picture: np.ndarray | None = None, tiles: bool = False) -> dict[str, Tensor]:
         """The finished sequence as model input (teacher forcing): input_ids, attention_mask (1, T), pixel_values.
 
+        `tiles`: whether the caller can tell several views of a picture apart (see `TiledLab`).
         `picture` stands in for the run's own, at the same size. Raises CheckpointError for another model's run.
         """
         mine = self.fingerprint
@@ -180,16 +187,28 @@ class Lab:
                 f"this run was answered by {run.model!r} with weights {run.fingerprint}; "
                 f"{self.name!r} now has {mine}; ask again with this lab"
             )
-        layout.image_span(run.token_ids, self.image_id, layout.image_token_count(self.model))
+        layout.image_span(run.token_ids, self.image_id, self.image_tokens(run.picture))
         if picture is not None and picture.shape != run.picture.shape:
             raise PictureError(f"the other picture must be {run.picture.shape} like the run's, got {picture.shape}")
         ids = torch.from_numpy(run.token_ids)[None].to(self.device)
-        pixels = self.pixels(run.picture if picture is None else picture, run.map.mode)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+        shown = self.shown(run.picture if picture is None else picture, run.map.mode)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **shown}
 
     def pixels(self, picture: np.ndarray, fit: str | None = None) -> Tensor:
         """A picture as the vision tower takes it: (1, 3, size, size) in the model's dtype, on its device."""
         return self.preprocessing.pixels(picture, fit).to(self.device, self.dtype)
+
+    def shown(self, picture: np.ndarray, fit: str | None = None) -> dict[str, Tensor]:
+        """A picture as the model's arguments."""
+        return {"pixel_values": self.pixels(picture, fit)}
+
+    def image_tokens(self, picture: PictureLike | None) -> int:
+        """How many image tokens stand in the sequence for a picture."""
+        return layout.image_token_count(self.model)
+
+    def views(self, width: int, height: int, span: tuple[int, int]) -> tuple[View, ...]:
+        """How a picture is looked at, where that is more than once; `span` is where its tokens stand."""
+        return ()
 
     def _chat(self, question: str, history: prompts.History) -> str:
         if not self.processor.chat_template:
@@ -218,6 +237,7 @@ class Lab:
             fingerprint=self.fingerprint,
             seed=seed,
             options=options,
+            views=self.views(width, height, sequence.segments["image"]),
         )
 
 

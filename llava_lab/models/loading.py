@@ -19,11 +19,11 @@ from typing import Any, overload
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.utils import logging as transformers_logging
 
-from llava_lab.errors import CheckpointError, OptionError
-from llava_lab.models import compact, folders, layout, original, original_config, projectors
+from llava_lab.errors import CheckpointError, OptionError, one_line
+from llava_lab.models import compact, families, folders, layout, original, original_config, processors, projectors
 from llava_lab.models.black_box import BlackBox, open_black_box
 from llava_lab.models.black_box_options import PREFIX
 from llava_lab.models.card import make_card
@@ -32,7 +32,6 @@ from llava_lab.models.placement import Placement, choose_device
 
 logger = logging.getLogger(__name__)
 
-CLIP_PROCESSORS, LLAVA_PROCESSORS = ("CLIPImageProcessor", "CLIPFeatureExtractor"), ("LlavaImageProcessor",)
 _LISTED = 5  # names shown of a long list
 
 
@@ -94,7 +93,7 @@ def load(
     how = _how(device, device_map, quantization_config)
     packed = compact.is_compact(folder.path)
     placement, model, processor, source = _parts(folder, device, dtype, attention, how, {"vision": vision, "base": base})
-    lab = Lab(model, processor, name=folder.name)
+    lab = families.family(model.config.model_type, folder.path).lab_class()(model, processor, name=folder.name)
     lab.card = make_card(
         model,
         name=folder.name,
@@ -119,12 +118,12 @@ def _parts(
             made = original.assemble(path, **beside)
             placement = choose_device(device, dtype, parameters=made.parameters)
             return placement, build_original(path, made, placement, attention, how), made.processor, made.source
-    _check_family(path)
+    family = families.family_of(path)
     if any(place is not None for place in beside.values()):
         raise OptionError(f"vision and base belong to a folder of the original LLaVA; {path} is whole")
     placement, model = _whole(path, device, dtype, attention, how)
     with quiet():
-        return placement, model, build_processor(path, model), folder.source
+        return placement, model, processors.build_processor(path, model, family), folder.source
 
 
 def _whole(
@@ -154,31 +153,11 @@ def build_original(
     return _model(folder, made.config, placement, attention, given)
 
 
-def build_processor(folder: Path, model: LlavaForConditionalGeneration) -> LlavaProcessor:
-    """A LlavaProcessor from its parts: tokenizer.json, the PIL image processor, the chat template."""
-    config: Any = model.config
-    return LlavaProcessor(
-        _image_processor(folder),
-        _tokenizer(folder),
-        patch_size=layout.processor_patch(model),
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=int(layout.has_class_token(model)),
-        chat_template=_chat_template(folder),
-    )
-
-
-def _check_family(folder: Path) -> None:
-    config = folders.read_json(folder / "config.json")
-    family = config.get("model_type")
-    if family != "llava":
-        raise CheckpointError(f"{folder} holds a model of type {family!r}; expected 'llava' (LlavaForConditionalGeneration)")
-
-
 def _config(folder: Path) -> LlavaConfig:
     try:
-        config = LlavaConfig.from_pretrained(folder, local_files_only=True)
+        config = families.family_of(folder).config_class().from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} does not describe a LLaVA ({_one_line(error)})") from None
+        raise CheckpointError(f"{folder / 'config.json'} does not describe a LLaVA ({one_line(error)})") from None
     try:
         if named := projectors.spec(config):
             with torch.device("meta"):
@@ -211,26 +190,30 @@ def _model(
     implementation = _known_attention(attention)
     try:
         with projectors.patched() if projectors.spec(config) else nullcontext():
-            model, info = LlavaForConditionalGeneration.from_pretrained(
-                None if "state_dict" in how else folder,
-                config=config,
-                dtype=placement.dtype,
-                attn_implementation=implementation,
-                weights_only=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                ignore_mismatched_sizes=True,  # so that they are reported by name, below
-                output_loading_info=True,
-                **how,
+            model, info = (
+                families.family(config.model_type, folder)
+                .model_class()
+                .from_pretrained(
+                    None if "state_dict" in how else folder,
+                    config=config,
+                    dtype=placement.dtype,
+                    attn_implementation=implementation,
+                    weights_only=True,
+                    local_files_only=True,
+                    trust_remote_code=False,
+                    ignore_mismatched_sizes=True,  # so that they are reported by name, below
+                    output_loading_info=True,
+                    **how,
+                )
             )
     except (SafetensorError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"the weights in {folder} are damaged or hold more than weights ({_one_line(error)})") from None
+        raise CheckpointError(f"the weights in {folder} are damaged or hold more than weights ({one_line(error)})") from None
     except ImportError as error:
         if asked := sorted({"device_map", "quantization_config"} & set(how)):
-            raise OptionError(f"{' and '.join(asked)} cannot be used here ({_one_line(error)})") from None
-        raise OptionError(f"attention={attention!r} cannot be used here ({_one_line(error)})") from None
+            raise OptionError(f"{' and '.join(asked)} cannot be used here ({one_line(error)})") from None
+        raise OptionError(f"attention={attention!r} cannot be used here ({one_line(error)})") from None
     except (OSError, ValueError, RuntimeError, KeyError, EOFError) as error:
-        raise CheckpointError(f"{folder} cannot be loaded ({_one_line(error)})") from None
+        raise CheckpointError(f"{folder} cannot be loaded ({one_line(error)})") from None
     _check_weights(folder, info)
     if not hasattr(model, "hf_device_map") and not layout.is_quantized(model):  # else it is where it belongs
         model = model.to(placement.device)
@@ -256,47 +239,6 @@ def _known_attention(attention: str) -> str:
     return attention
 
 
-def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    try:
-        if (folder / "tokenizer.json").is_file():
-            return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-        from transformers import AutoTokenizer  # only a folder without tokenizer.json needs conversion
-
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises bare Exception on a malformed file
-        raise CheckpointError(f"the tokenizer in {folder} cannot be loaded ({_one_line(error)})") from None
-
-
-def _image_processor(folder: Path) -> Any:
-    """The checkpoint's image processor in its Pillow form, which is what LLaVA itself used."""
-    old = folder / "preprocessor_config.json"
-    settings = folders.read_json(old) if old.is_file() else {}
-    new = folder / "processor_config.json"
-    if not settings and new.is_file():
-        settings = folders.read_json(new).get("image_processor", {})
-    kind = str(settings.get("image_processor_type") or settings.get("feature_extractor_type") or "")
-    kind = kind.removesuffix("Pil").removesuffix("Fast")
-    if not settings:
-        raise CheckpointError(f"{folder} has no image processor settings; expected preprocessor_config.json")
-    if kind in LLAVA_PROCESSORS:
-        from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil as Processor
-    elif kind in CLIP_PROCESSORS:
-        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil as Processor
-    else:
-        from transformers import AutoImageProcessor
-
-        return AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    return Processor.from_dict(settings)
-
-
-def _chat_template(folder: Path) -> str | None:
-    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-        if (folder / name).is_file() and (template := folders.read_json(folder / name).get("chat_template")):
-            return template
-    jinja = folder / "chat_template.jinja"
-    return jinja.read_text(encoding="utf-8") if jinja.is_file() else None
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
     """No progress bars and no load report: what matters of them is raised as an error."""
@@ -314,7 +256,3 @@ def quiet() -> Iterator[None]:
 def _some(names: list[str]) -> str:
     shown = ", ".join(sorted(names)[:_LISTED])
     return shown if len(names) <= _LISTED else f"{shown} and {len(names) - _LISTED} more"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

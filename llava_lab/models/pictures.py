@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from llava_lab.errors import PictureError
+from llava_lab.errors import PictureError, one_line
 
 MAX_PIXELS = 89_478_485  # Pillow's own warning limit (a 256 MB RGB picture); here it is an error
 
@@ -63,7 +63,7 @@ def _from_path(source: str | os.PathLike) -> np.ndarray:
     except FileNotFoundError:
         raise PictureError(f"no such picture: {path}") from None
     except OSError as error:
-        raise PictureError(f"{path} cannot be read ({_one_line(error)})") from None
+        raise PictureError(f"{path} cannot be read ({one_line(error)})") from None
 
 
 def _from_file(file: io.BufferedIOBase, name: str, size: int) -> np.ndarray:
@@ -95,7 +95,7 @@ def _sound_decoding(name: str) -> Iterator[None]:
     except UnidentifiedImageError:
         raise PictureError(f"{name} is not a picture Pillow can read; expected PNG, JPEG, GIF, WebP, TIFF or BMP") from None
     except (OSError, SyntaxError, ValueError, EOFError, MemoryError, struct.error) as error:  # what Pillow's decoders raise
-        raise PictureError(f"{name} is damaged or cut short ({_one_line(error)}); save it again") from None
+        raise PictureError(f"{name} is damaged or cut short ({one_line(error)}); save it again") from None
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = lenient
 
@@ -170,7 +170,3 @@ def _check_size(width: int, height: int, name: str) -> None:
         raise PictureError(f"{name} is empty ({width}x{height} pixels)")
     if width * height > MAX_PIXELS:
         raise PictureError(f"{name} has {width}x{height} pixels, more than the limit of {MAX_PIXELS:,}; give a smaller copy")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())

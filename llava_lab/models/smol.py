@@ -185,10 +185,10 @@ def _tower(eyes: Path, seen: LlavaConfig) -> Any:
 
 
 def _processor(eyes: Path, model: Any, tokenizer: Any) -> LlavaProcessor:
-    from llava_lab.models.loading import _image_processor
+    from llava_lab.models.processors import image_processor
 
     return LlavaProcessor(
-        _image_processor(eyes),
+        image_processor(eyes),
         tokenizer,
         patch_size=layout.processor_patch(model),
         vision_feature_select_strategy=model.config.vision_feature_select_strategy,

@@ -1,8 +1,9 @@
 """Trains `smol`: a frozen pretrained language model gets eyes, in LLaVA's two stages on the picture book.
 
 Stage 1 (align) trains the connector alone, stage 2 (instruct) the connector and LoRA on every linear layer of the language
-model; `practice` goes on with stage 2 at a fresh rate on the questions that come last: relations, comparisons, counts. The frozen parts run in bfloat16, what trains is kept in float32. The layers are stock transformers; blocks are kept
-apart by the attention mask (`smol_data`). The tower costs a three-hundredth of a step and runs in it.
+model; `practice` goes on with stage 2 at a fresh rate on the questions that come last: relations, comparisons, counts.
+The frozen parts run in bfloat16, what trains is kept in float32. The layers are stock transformers; blocks are kept apart by
+the attention mask (`smol_data`). The tower costs a three-hundredth of a step and runs in it.
 
 So that the language model keeps its ability with text, a share of stage 2 reads texts the untouched model wrote itself.
 """

@@ -33,8 +33,9 @@ HARD = (
     *("comparison", "unequal", "same color", "different color", "kind", "color", "size"),
 )
 PRACTISED = (
-    *("relation", "relation", "relation", "relation", "comparison", "comparison", "unequal", "unequal", "same color", "same color"),
-    *("different color", "different color", "count", "count", "count", "place", "existence", "kind", "color", "size"),
+    *("relation", "relation", "relation", "relation", "comparison", "comparison", "unequal", "unequal"),
+    *("same color", "same color", "different color", "different color", "count", "count", "count"),
+    *("place", "existence", "kind", "color", "size"),
 )
 FIRST = {"align": 0, "instruct": 5_000_000, "practice": 7_000_000}  # the stage's first picture
 GREY = (122, 116, 104)

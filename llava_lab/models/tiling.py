@@ -1,0 +1,127 @@
+"""LLaVA-NeXT's way with pictures: the whole picture in one square, and the picture enlarged and cut into square tiles.
+
+The pixels come from the checkpoint's own image processor and the numbers of rows and columns from transformers' own
+functions; what is added here is where every token lies in the sequence and on the picture (`views`).
+
+Sources: transformers ``LlavaNextImageProcessor`` (get_image_patches) and ``LlavaNextModel.pack_image_features``;
+haotian-liu/LLaVA @ c121f04 ``llava/mm_utils.py`` (process_anyres_image) and ``llava_arch.py`` (spatial_unpad).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
+from transformers.image_utils import ChannelDimension
+from transformers.models.llava_next.modeling_llava_next import unpad_image
+
+from llava_lab.errors import CheckpointError, OptionError, PictureError
+from llava_lab.geometry import PictureMap, View
+from llava_lab.models.pictures import MAX_PIXELS
+
+LONGEST = 100  # times as long as wide; beyond, the enlarged picture has no whole row of cells
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """What the processor does to a picture, as plain numbers. It stands where a `Preprocessing` stands in other labs."""
+
+    processor: Any  # the checkpoint's image processor
+    size: int  # side of every square, pixels
+    rows: int  # of one square
+    cols: int
+    patch: int
+    pinpoints: tuple[tuple[int, int], ...]  # (height, width) an enlarged picture may have
+    own: str = "whole"  # the overview holds all of the picture, each axis scaled by itself
+
+    @classmethod
+    def of(cls, processor: Any, *, image_size: int, patch: int, grid: tuple[int, int], pinpoints: Any) -> Tiling:
+        """Read an image processor's settings. Raises CheckpointError where they do not fit the model."""
+        sides = {_side(processor.size), _side(processor.crop_size)} if processor.do_center_crop else {_side(processor.size)}
+        if sides != {image_size} or image_size % patch:
+            raise CheckpointError(
+                f"the image processor makes squares of {' and '.join(map(str, sorted(sides)))} px, the vision tower takes "
+                f"{image_size} px in patches of {patch}; the two files of this checkpoint do not belong together"
+            )
+        shapes = tuple((int(height), int(width)) for height, width in pinpoints)
+        own = tuple((int(height), int(width)) for height, width in processor.image_grid_pinpoints)
+        if shapes != own:
+            raise CheckpointError(f"config.json enlarges pictures to {shapes}, the image processor to {own}; expected the same")
+        if not shapes or any(height % image_size or width % image_size for height, width in shapes):
+            raise CheckpointError(f"image_grid_pinpoints must be multiples of {image_size} px, got {shapes}")
+        return cls(processor, image_size, *grid, patch, shapes)
+
+    def mode(self, fit: str | None) -> str:
+        """The only way there is."""
+        if fit not in (None, self.own):
+            raise OptionError(f"fit must be None: this model takes all of the picture, whole and in tiles; got {fit!r}")
+        return self.own
+
+    def map(self, width: int, height: int, fit: str | None = None) -> PictureMap:
+        """The way from picture pixels to the overview's patches."""
+        self.mode(fit)
+        scale_x, scale_y = self.size / width, self.size / height
+        return PictureMap(width, height, self.size, self.rows, self.cols, "whole", scale_x, scale_y, 0.0, 0.0)
+
+    def views(self, width: int, height: int, start: int = 0) -> tuple[View, View]:
+        """Overview and tiles of a picture of ``width x height`` whose first token stands at `start`."""
+        overview = View("overview", start, False, self.map(width, height))
+        tall, wide = select_best_resolution((height, width), [list(shape) for shape in self.pinpoints])
+        blank = np.broadcast_to(np.uint8(0), (3, height, width))
+        new_height, new_width = get_patch_output_size(blank, (tall, wide), input_data_format=ChannelDimension.FIRST)
+        whole = tall // self.patch, wide // self.patch  # cells of the enlarged picture with its padding
+        rows, cols = unpad_image(torch.empty(0, *whole), (height, width)).shape[1:]
+        if min(rows, cols) < 1:
+            raise PictureError(f"a {width}x{height} picture leaves no row of tiles; cut it nearer to a square")
+        cut = (whole[0] - rows) // 2, (whole[1] - cols) // 2
+        where = _grid_map(
+            (width, height),
+            (new_width, new_height),
+            ((wide - new_width) // 2 - cut[1] * self.patch, (tall - new_height) // 2 - cut[0] * self.patch),
+            (rows, cols),
+            self.patch,
+        )
+        return overview, View("tiles", overview.stop, True, where, self.rows, wide // self.size, cut)
+
+    def count(self, width: int, height: int) -> int:
+        """How many image tokens stand in the sequence for a picture of ``width x height``."""
+        return self.views(width, height)[-1].stop
+
+    def inputs(self, picture: np.ndarray) -> dict[str, Tensor]:
+        """``pixel_values`` float32 (1, squares, 3, S, S), the overview first; ``image_sizes`` int64 (1, 2), height, width."""
+        height, width = picture.shape[:2]
+        if max(height, width) > LONGEST * min(height, width) or height * width > MAX_PIXELS:
+            raise PictureError(
+                f"a {width}x{height} picture is too long or too large for tiles; expected at most {MAX_PIXELS:,} pixels and a "
+                f"long side of at most {LONGEST} times the short one"
+            )
+        out = self.processor([picture], input_data_format="channels_last", return_tensors="np")
+        pixels = torch.from_numpy(np.asarray(out["pixel_values"], np.float32))
+        assert pixels.shape[2:] == (3, self.size, self.size), pixels.shape
+        return {"pixel_values": pixels, "image_sizes": torch.from_numpy(np.asarray(out["image_sizes"], np.int64))}
+
+
+def _grid_map(
+    picture: tuple[int, int], drawn: tuple[int, int], offset: tuple[int, int], grid: tuple[int, int], patch: int
+) -> PictureMap:
+    """The map of a grid of square cells, where the picture is drawn with size `drawn` at `offset` (x, y), pixels.
+
+    A PictureMap divides one square evenly, so each axis is scaled on to the same side.
+    """
+    (width, height), (rows, cols) = picture, grid
+    side = math.lcm(rows, cols) * patch
+    across, down = side / (cols * patch), side / (rows * patch)
+    scale_x, scale_y = drawn[0] / width * across, drawn[1] / height * down
+    return PictureMap(width, height, side, rows, cols, "whole", scale_x, scale_y, offset[0] * across, offset[1] * down)
+
+
+def _side(size: Any) -> int:
+    edge = size.get("shortest_edge") or size.get("height")
+    if size.get("width") not in (None, edge):
+        raise CheckpointError(f"the image processor makes {size['width']}x{size['height']} pictures; expected a square")
+    return int(edge)
