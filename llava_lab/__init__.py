@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from llava_lab.evaluation import shipped_ablation as shipped_ablation
     from llava_lab.evaluation import shipped_leaderboard as shipped_leaderboard
     from llava_lab.geometry import PictureMap as PictureMap
+    from llava_lab.geometry import View as View
     from llava_lab.interventions import ablate_tokens as ablate_tokens
     from llava_lab.interventions import ablated as ablated
     from llava_lab.interventions import erase as erase
@@ -173,6 +174,7 @@ _HOMES = {
     "LocalLinearity": "llava_lab.results_connectors",
     "LinearEffect": "llava_lab.results_connectors",
     "PictureMap": "llava_lab.geometry",
+    "View": "llava_lab.geometry",
     "LabError": "llava_lab.errors",
 }
 

@@ -166,7 +166,7 @@ class PictureMap:
 
 @dataclass(frozen=True)
 class View:
-    """One grid of image tokens in the sequence, where a model looks at a picture several times (LLaVA-NeXT).
+    """One grid of image tokens in the sequence, where a model looks at a picture several times (LLaVA-NeXT, LLaVA-OneVision).
 
     The overview is the whole picture in one square. The tiles are the picture enlarged and cut into squares; their
     tokens stand in the sequence as one large grid, row by row, a newline token after each row, padding cut away.
@@ -176,9 +176,9 @@ class View:
     start: int  # position in the sequence of its first token
     newline: bool  # whether a token that is no patch ends every row
     map: PictureMap  # from picture pixels to this grid
-    side: int = 0  # cells along a tile's side; 0: the whole view is one square
     across: int = 1  # tiles side by side in the enlarged picture
-    cut: tuple[int, int] = (0, 0)  # rows and columns of padding cut from its top and left
+    tile_rows: tuple[int, ...] = ()  # for each row of cells, the row of tiles it was seen in; none: one square
+    tile_cols: tuple[int, ...] = ()
 
     @property
     def stop(self) -> int:
@@ -198,10 +198,9 @@ class View:
     @property
     def tiles(self) -> np.ndarray:
         """Which square the model saw each cell in, int64 (rows, cols): 0 the overview, 1, 2, ... the tiles by rows."""
-        rows, cols = np.indices((self.map.rows, self.map.cols))
-        if not self.side:
-            return np.zeros_like(rows)
-        return (rows + self.cut[0]) // self.side * self.across + (cols + self.cut[1]) // self.side + 1
+        if not self.tile_rows:
+            return np.zeros((self.map.rows, self.map.cols), np.int64)
+        return np.array(self.tile_rows)[:, None] * self.across + np.array(self.tile_cols) + 1
 
     @property
     def _rows(self) -> np.ndarray:
@@ -212,7 +211,8 @@ class View:
 
     @classmethod
     def from_dict(cls, data: dict) -> View:
-        return cls(**{**data, "map": PictureMap.from_dict(data["map"]), "cut": tuple(data["cut"])})
+        tiles = {name: tuple(data[name]) for name in ("tile_rows", "tile_cols")}
+        return cls(**{**data, "map": PictureMap.from_dict(data["map"]), **tiles})
 
 
 def _bilinear(grid: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:

@@ -117,7 +117,7 @@ def test_a_cut_edge_carries_nothing(lab: Lab, picture: np.ndarray) -> None:
     assert effect.before[0] == pytest.approx(float(run.logprobs.sum()), abs=1e-4)
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "llava_onevision", "idefics3", None])
+@pytest.mark.parametrize("family", ["qwen2_vl", "video_llava", "idefics3", None])
 def test_another_family_is_told_what_an_adapter_needs(tmp_path: Path, family: str | None) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family} if family else {}))
     with pytest.raises(CheckpointError) as error:

@@ -9,12 +9,13 @@ import pytest
 import torch
 from PIL import Image
 from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
+from transformers.image_processing_utils import select_best_resolution
 
 import llava_lab as ll
 from llava_lab.errors import CheckpointError, OptionError, PictureError
 from llava_lab.models import layout
 from llava_lab.models.tiled import TiledLab
-from tests.next_folders import MISTRAL, PATCH, SIDE, build_next
+from tests.next_folders import MISTRAL, PATCH, PINPOINTS, SIDE, build_next
 
 SHAPES = {"wide": (90, 40), "tall": (33, 100), "square": (64, 64), "tiny": (7, 5), "long": (300, 31), "odd": (101, 67)}
 QUESTION = "What color is the car?"
@@ -76,8 +77,9 @@ def test_every_token_is_where_a_naive_walk_finds_it(lab: TiledLab, shape: str) -
     assert (found[tiles.newlines] == -1).all()
     assert len(tiles.newlines) == tiles.map.rows
     side = SIDE // PATCH
+    cut = cut_of(run)
     for (row, col), position in np.ndenumerate(tiles.positions):
-        y, x = row + tiles.cut[0], col + tiles.cut[1]
+        y, x = row + cut[0], col + cut[1]
         square = y // side * tiles.across + x // side + 1
         assert found[position] == square * per + y % side * side + x % side + 1
         assert tiles.tiles[row, col] == square
@@ -110,6 +112,14 @@ def test_a_change_in_the_picture_reaches_the_cells_whose_boxes_hold_it(lab: Tile
     assert hits >= 2
 
 
+def cut_of(run: ll.Run) -> tuple[int, int]:
+    """Rows and columns of padding cut from the top and the left: half of what the tiles have more than the view."""
+    tiles = run.views[1]
+    height, width = select_best_resolution(run.picture.shape[:2], PINPOINTS)
+    whole = height // PATCH, width // PATCH
+    return (whole[0] - tiles.map.rows) // 2, (whole[1] - tiles.map.cols) // 2
+
+
 def cells(lab: TiledLab, run: ll.Run, picture: np.ndarray, view: int) -> np.ndarray:
     """Mean pixel value of every cell of a view, through the processor's own pixels."""
     squares = lab.shown(picture)["pixel_values"][0].mean(1)  # squares, S, S
@@ -118,7 +128,7 @@ def cells(lab: TiledLab, run: ll.Run, picture: np.ndarray, view: int) -> np.ndar
     if view == 0:
         return means[0]
     rows, cols = np.indices((one.map.rows, one.map.cols))
-    y, x = rows + one.cut[0], cols + one.cut[1]
+    y, x = (index + cut for index, cut in zip((rows, cols), cut_of(run), strict=True))
     return means[one.tiles, y % side, x % side]
 
 

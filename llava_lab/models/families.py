@@ -59,6 +59,14 @@ _ALL = (
         "LlavaNextProcessor",
         "llava_lab.models.tiled.TiledLab",
     ),
+    Family(
+        "llava_onevision",
+        "LLaVA-OneVision, the same with at most so many tiles",
+        "LlavaOnevisionConfig",
+        "LlavaOnevisionForConditionalGeneration",
+        "LlavaNextProcessor",  # joins tokenizer and image processor; OneVision's own wants torchvision, for its videos
+        "llava_lab.models.tiled.TiledLab",
+    ),
 )
 FAMILIES = MappingProxyType({family.model_type: family for family in _ALL})
 ADAPTER = "its model, configuration and processor classes, and a Lab that finds each image token's place in sequence and picture"

@@ -54,6 +54,10 @@ def image_processor(folder: Path) -> Any:
         raise CheckpointError(f"{folder} has no image processor settings; expected preprocessor_config.json")
     if kind == "LlavaNextImageProcessor":
         from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil as Processor
+    elif kind == "LlavaOnevisionImageProcessor":
+        from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+            LlavaOnevisionImageProcessorPil as Processor,
+        )
     elif kind in LLAVA_PROCESSORS:
         from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil as Processor
     elif kind in CLIP_PROCESSORS:

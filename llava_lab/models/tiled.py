@@ -1,4 +1,4 @@
-"""A Lab for models that look at a picture several times: whole, and enlarged in tiles (LLaVA-NeXT).
+"""A Lab for models that look at a picture several times: whole, and enlarged in tiles (LLaVA-NeXT, LLaVA-OneVision).
 
 `Run.views` says where every token of every view stands in the sequence and on the picture; `Run.map` and the patch grid
 are the overview's. What has not been taught to tell views apart asks for `inputs` or `pixels` as of a single square, and is
@@ -28,7 +28,7 @@ WORKS = (
 
 
 class TiledLab(Lab):
-    """A LLaVA-NeXT with its processor. See `Lab`."""
+    """A LLaVA-NeXT or LLaVA-OneVision with its processor. See `Lab`."""
 
     preprocessing: Any  # a Tiling
 
@@ -48,6 +48,7 @@ class TiledLab(Lab):
             patch=vision.patch_size,
             grid=self.grid,
             pinpoints=config.image_grid_pinpoints,
+            most=_most(config),
         )
 
     def pixels(self, picture: np.ndarray, fit: str | None = None) -> Tensor:
@@ -86,3 +87,14 @@ class TiledLab(Lab):
             f"{self.name!r} looks at a picture whole and in tiles, and this was made for one square of image tokens; "
             f"with tiles work {WORKS}"
         )
+
+
+def _most(config: Any) -> int | None:
+    """How many squares' worth of cells OneVision's tiles may have, as ``anyres_max_9`` says; NeXT has no limit."""
+    named = getattr(config, "vision_aspect_ratio", None)
+    if named is None:
+        return None
+    number = str(named).removeprefix("anyres_max_")
+    if not number.isdecimal() or int(number) < 1:
+        raise CheckpointError(f"vision_aspect_ratio must be anyres_max_N, got {named!r}")
+    return int(number)

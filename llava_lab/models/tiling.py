@@ -1,9 +1,12 @@
-"""LLaVA-NeXT's way with pictures: the whole picture in one square, and the picture enlarged and cut into square tiles.
+"""LLaVA-NeXT's and LLaVA-OneVision's way with pictures: whole in one square, and enlarged and cut into square tiles.
 
 The pixels come from the checkpoint's own image processor and the numbers of rows and columns from transformers' own
 functions; what is added here is where every token lies in the sequence and on the picture (`views`).
 
-Sources: transformers ``LlavaNextImageProcessor`` (get_image_patches) and ``LlavaNextModel.pack_image_features``;
+OneVision draws the tiles' grid smaller where it has more cells than so many squares (``anyres_max_9``). Its squares of 384 px
+hold 27 patches of 14 and 6 px that no patch sees; the tiles' map spreads the 27 evenly, which is wrong by less than half a patch.
+
+Sources: transformers ``LlavaNextImageProcessor`` (get_image_patches), ``pack_image_features`` of both models;
 haotian-liu/LLaVA @ c121f04 ``llava/mm_utils.py`` (process_anyres_image) and ``llava_arch.py`` (spatial_unpad).
 """
 
@@ -24,6 +27,7 @@ from llava_lab.errors import CheckpointError, OptionError, PictureError
 from llava_lab.geometry import PictureMap, View
 from llava_lab.models.pictures import MAX_PIXELS
 
+MOST = 1.1  # times as many cells as allowed, along a side, before the grid is drawn smaller
 LONGEST = 100  # times as long as wide; beyond, the enlarged picture has no whole row of cells
 
 
@@ -37,13 +41,23 @@ class Tiling:
     cols: int
     patch: int
     pinpoints: tuple[tuple[int, int], ...]  # (height, width) an enlarged picture may have
+    most: int | None = None  # squares' worth of cells that the tiles may have (OneVision); None: no limit
     own: str = "whole"  # the overview holds all of the picture, each axis scaled by itself
 
     @classmethod
-    def of(cls, processor: Any, *, image_size: int, patch: int, grid: tuple[int, int], pinpoints: Any) -> Tiling:
+    def of(
+        cls,
+        processor: Any,
+        *,
+        image_size: int,
+        patch: int,
+        grid: tuple[int, int],
+        pinpoints: Any,
+        most: int | None = None,
+    ) -> Tiling:
         """Read an image processor's settings. Raises CheckpointError where they do not fit the model."""
         sides = {_side(processor.size), _side(processor.crop_size)} if processor.do_center_crop else {_side(processor.size)}
-        if sides != {image_size} or image_size % patch:
+        if sides != {image_size}:
             raise CheckpointError(
                 f"the image processor makes squares of {' and '.join(map(str, sorted(sides)))} px, the vision tower takes "
                 f"{image_size} px in patches of {patch}; the two files of this checkpoint do not belong together"
@@ -54,7 +68,7 @@ class Tiling:
             raise CheckpointError(f"config.json enlarges pictures to {shapes}, the image processor to {own}; expected the same")
         if not shapes or any(height % image_size or width % image_size for height, width in shapes):
             raise CheckpointError(f"image_grid_pinpoints must be multiples of {image_size} px, got {shapes}")
-        return cls(processor, image_size, *grid, patch, shapes)
+        return cls(processor, image_size, *grid, patch, shapes, most)
 
     def mode(self, fit: str | None) -> str:
         """The only way there is."""
@@ -66,7 +80,7 @@ class Tiling:
         """The way from picture pixels to the overview's patches."""
         self.mode(fit)
         scale_x, scale_y = self.size / width, self.size / height
-        return PictureMap(width, height, self.size, self.rows, self.cols, "whole", scale_x, scale_y, 0.0, 0.0)
+        return PictureMap(width, height, self.rows * self.patch, self.rows, self.cols, "whole", scale_x, scale_y, 0.0, 0.0)
 
     def views(self, width: int, height: int, start: int = 0) -> tuple[View, View]:
         """Overview and tiles of a picture of ``width x height`` whose first token stands at `start`."""
@@ -74,19 +88,27 @@ class Tiling:
         tall, wide = select_best_resolution((height, width), [list(shape) for shape in self.pinpoints])
         blank = np.broadcast_to(np.uint8(0), (3, height, width))
         new_height, new_width = get_patch_output_size(blank, (tall, wide), input_data_format=ChannelDimension.FIRST)
-        whole = tall // self.patch, wide // self.patch  # cells of the enlarged picture with its padding
+        whole = tall // self.size * self.rows, wide // self.size * self.cols  # cells of the enlarged picture with its padding
         rows, cols = unpad_image(torch.empty(0, *whole), (height, width)).shape[1:]
         if min(rows, cols) < 1:
             raise PictureError(f"a {width}x{height} picture leaves no row of tiles; cut it nearer to a square")
-        cut = (whole[0] - rows) // 2, (whole[1] - cols) // 2
-        where = _grid_map(
-            (width, height),
-            (new_width, new_height),
-            ((wide - new_width) // 2 - cut[1] * self.patch, (tall - new_height) // 2 - cut[0] * self.patch),
-            (rows, cols),
-            self.patch,
+        across = _Axis(width, new_width, (wide - new_width) // 2, (whole[1] - cols) // 2, cols, self.size / self.cols)
+        down = _Axis(height, new_height, (tall - new_height) // 2, (whole[0] - rows) // 2, rows, self.size / self.rows)
+        shrunk = self._shrunk(rows, cols)
+        return overview, View(
+            "tiles",
+            overview.stop,
+            True,
+            _grid_map(across, down, *shrunk),
+            wide // self.size,
+            down.tiles(shrunk[0], self.rows),
+            across.tiles(shrunk[1], self.cols),
         )
-        return overview, View("tiles", overview.stop, True, where, self.rows, wide // self.size, cut)
+
+    def _shrunk(self, rows: int, cols: int) -> tuple[int, int]:
+        """The grid that is left of ``rows x cols`` cells."""
+        ratio = math.sqrt(rows * cols / (self.most * self.rows**2)) if self.most else 0.0
+        return (int(rows // ratio), int(cols // ratio)) if ratio > MOST else (rows, cols)
 
     def count(self, width: int, height: int) -> int:
         """How many image tokens stand in the sequence for a picture of ``width x height``."""
@@ -106,18 +128,32 @@ class Tiling:
         return {"pixel_values": pixels, "image_sizes": torch.from_numpy(np.asarray(out["image_sizes"], np.int64))}
 
 
-def _grid_map(
-    picture: tuple[int, int], drawn: tuple[int, int], offset: tuple[int, int], grid: tuple[int, int], patch: int
-) -> PictureMap:
-    """The map of a grid of square cells, where the picture is drawn with size `drawn` at `offset` (x, y), pixels.
+@dataclass(frozen=True)
+class _Axis:
+    """One axis of the enlarged picture: where the picture is drawn on it, and which cells are kept."""
 
-    A PictureMap divides one square evenly, so each axis is scaled on to the same side.
-    """
-    (width, height), (rows, cols) = picture, grid
-    side = math.lcm(rows, cols) * patch
-    across, down = side / (cols * patch), side / (rows * patch)
-    scale_x, scale_y = drawn[0] / width * across, drawn[1] / height * down
-    return PictureMap(width, height, side, rows, cols, "whole", scale_x, scale_y, offset[0] * across, offset[1] * down)
+    picture: int  # pixels
+    drawn: int  # pixels of the enlarged picture
+    offset: int  # of the drawn picture
+    cut: int  # cells of padding before the first that is kept
+    kept: int  # cells
+    cell: float  # pixels of the enlarged picture
+
+    def tiles(self, cells: int, side: int) -> tuple[int, ...]:
+        """The tile of each of `cells` that stand evenly for the kept ones, by its middle; `side` cells make a tile."""
+        return tuple(int((self.cut + (i + 0.5) * self.kept / cells) // side) for i in range(cells))
+
+    def onto(self, side: int) -> tuple[float, float]:
+        """Scale and offset from the picture to a square of `side` that holds the kept cells."""
+        stretch = side / (self.kept * self.cell)
+        return self.drawn / self.picture * stretch, (self.offset - self.cut * self.cell) * stretch
+
+
+def _grid_map(across: _Axis, down: _Axis, rows: int, cols: int) -> PictureMap:
+    """The map of ``rows x cols`` cells. A PictureMap divides one square evenly, so each axis is scaled onto the same side."""
+    side = math.lcm(rows, cols)
+    (scale_x, left), (scale_y, top) = across.onto(side), down.onto(side)
+    return PictureMap(across.picture, down.picture, side, rows, cols, "whole", scale_x, scale_y, left, top)
 
 
 def _side(size: Any) -> int:
