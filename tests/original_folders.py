@@ -36,20 +36,24 @@ class Parts:
     vision: dict[str, Tensor]  # embeddings..., encoder...
 
 
-def original_tokenizer() -> PreTrainedTokenizerFast:
-    """400 words and no <image>: the original keeps pictures outside its vocabulary. Padding is the unknown token."""
+def original_tokenizer(marks: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+    """400 words and no <image>: the original keeps pictures outside its vocabulary. Padding is the unknown token.
+
+    `marks` are added as the last of the words, as v1 added <im_start> and <im_end>.
+    """
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     options: dict[str, Any] = {"special_tokens": [UNK, BOS, EOS], "initial_alphabet": alphabet, "show_progress": False}
-    core.train_from_iterator(SENTENCES * 2, trainers.BpeTrainer(vocab_size=WORDS, **options))
+    core.train_from_iterator(SENTENCES * 2, trainers.BpeTrainer(vocab_size=WORDS - len(marks), **options))
     wrapped = _wrap(core, unk_token=UNK)
     content = json.loads(wrapped.backend_tokenizer.to_str())
-    content["added_tokens"] = [entry for entry in content["added_tokens"] if entry["id"] < WORDS]
+    content["added_tokens"] = [entry for entry in content["added_tokens"] if entry["id"] < WORDS - len(marks)]
     plain = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(content)), bos_token=BOS, eos_token=EOS, unk_token=UNK, pad_token=UNK
     )
+    plain.add_tokens(list(marks), special_tokens=True)
     assert len(plain) == WORDS, len(plain)
     return plain
 
@@ -157,7 +161,8 @@ def write_whole(
     if inside:
         tensors |= {f"model.vision_tower.vision_tower.vision_model.{name}": value for name, value in parts.vision.items()}
     _write_shards(folder, tensors, shards, safetensors)
-    original_tokenizer().save_pretrained(folder)
+    marks = ("<im_start>", "<im_end>") if changes.get("mm_use_im_start_end") else ()
+    original_tokenizer(marks).save_pretrained(folder)
     write_json(folder / "generation_config.json", {"temperature": 0.9, "top_p": 0.6, "bos_token_id": 1, "eos_token_id": 2})
     return folder
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
+from llava_lab.errors import CheckpointError
 from llava_lab.models import Lab, load, original, original_config, projectors
 from llava_lab.models.original_weights import new_rows
 from tests import original_folders as made
@@ -74,6 +75,30 @@ def test_v1_s_family_name_and_last_layer_are_read(tmp_path: Path) -> None:
     lab = load(folder, vision=made.write_tower(tmp_path / "clip", parts))
     agrees(lab, parts)
     assert lab.card.fit == "crop"
+
+
+def test_pictures_between_marks_as_v1_had_them(tmp_path: Path, parts: Parts, picture: np.ndarray) -> None:
+    folder = made.write_whole(tmp_path / "llava", parts, mm_use_im_start_end=True)
+    lab = load(folder, vision=made.write_tower(tmp_path / "clip", parts))
+    agrees(lab, parts)
+    lab.model.save_pretrained(tmp_path / "hf")
+    lab.processor.save_pretrained(tmp_path / "hf")
+    for one in (lab, load(tmp_path / "hf")):
+        for prompt in ("llava-1.5", "hf", "chat"):
+            run = one.ask(picture, QUESTION, prompt=prompt, max_new_tokens=3)
+            start, stop = run.segments["image"]
+            assert (run.tokens[start - 1], run.tokens[stop]) == ("<im_start>", "<im_end>")
+            assert run.token_ids[[start - 1, stop]].tolist() == [WORDS - 2, WORDS - 1]
+    ids = torch.from_numpy(run.token_ids)[None]
+    given = lab.inputs(run)["pixel_values"]
+    assert torch.allclose(made.logits(lab.model, ids, given), made.logits(parts.model, ids, given), atol=1e-5, rtol=0)
+
+
+def test_marks_without_a_row_are_no_random_words(tmp_path: Path, parts: Parts) -> None:
+    base = made.write_language(tmp_path / "base", parts)
+    folder = made.write_projector_only(tmp_path / "projector", parts, mm_use_im_start_end=True)
+    with pytest.raises(CheckpointError, match="<im_start> and <im_end> among them"):
+        load(folder, base=base, vision=made.write_tower(tmp_path / "clip", parts))
 
 
 def test_a_lora_run_is_merged_into_its_base(tmp_path: Path, parts: Parts) -> None:

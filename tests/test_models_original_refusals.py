@@ -74,7 +74,6 @@ def test_an_mlp_that_the_config_calls_linear_is_refused(whole: Path, tower: Path
         ({"mm_projector_type": "qformer"}, "unknown mm_projector_type"),
         ({"mm_projector_type": "resampler"}, "LLaVA has linear, identity"),
         ({"image_aspect_ratio": "anyres"}, "tiles"),
-        ({"mm_use_im_start_end": True}, "<im_start>"),
         ({"model_type": "llava_mistral"}, "'llava_mistral'"),
         ({"mm_vision_select_layer": None}, "mm_vision_select_layer"),
         ({"mm_vision_select_feature": "all"}, "'all'"),

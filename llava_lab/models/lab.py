@@ -171,7 +171,8 @@ class Lab:
         if prompt == "chat":
             text = self._chat(question, history)
         else:
-            text = prompts.build_prompt(question, prompt, history)
+            marks = getattr(self.model.config, prompts.MARKED, None) or ()
+            text = prompts.marked(prompts.build_prompt(question, prompt, history), marks)
         count = self.image_tokens(picture)
         return encode(self.tokenizer, text, question.strip(), image_id=self.image_id, image_tokens=count, history=bool(history))
 

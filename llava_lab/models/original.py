@@ -17,7 +17,7 @@ import torch
 from transformers import LlavaConfig, LlavaProcessor
 
 from llava_lab.errors import CheckpointError, OptionError
-from llava_lab.models import folders, original_tokens
+from llava_lab.models import folders, original_tokens, prompts
 from llava_lab.models import original_config as configs
 from llava_lab.models import original_weights as files
 from llava_lab.models.original_config import Original
@@ -78,10 +78,12 @@ def assemble(folder: Path, *, vision: Place = None, base: Place = None) -> Assem
     if embedding is None or embedding.ndim != 2:
         raise CheckpointError(f"{language} holds no model.embed_tokens.weight; expected a Llama language model")
     files.check_projector(weights, original.kind, (picture.hidden_size, original.given.get("hidden_size", 0)), folder)
-    tokenizer = original_tokens.read_tokenizer(_with_tokenizer(folder, language), patch_token=original.patch_token)
+    words = _with_tokenizer(folder, language)
+    tokenizer = original_tokens.read_tokenizer(words, patch_token=original.patch_token, marks=original.marks)
     image_id = tokenizer.convert_tokens_to_ids(original_tokens.IMAGE)
     if len(tokenizer) - 2 - original.patch_token > len(embedding):  # its new words aside
-        raise CheckpointError(f"the tokenizer of {folder} has more words than the {len(embedding)} rows of its embedding")
+        also = f", {' and '.join(original.marks)} among them," if original.marks else ""
+        raise CheckpointError(f"the tokenizer of {folder} has more words{also} than the {len(embedding)} rows of its embedding")
     tied = bool(original.given.get("tie_word_embeddings", False))
     dtype = embedding.dtype
     rows = files.grow_vocabulary(weights, len(tokenizer), tied=tied)
@@ -92,7 +94,7 @@ def assemble(folder: Path, *, vision: Place = None, base: Place = None) -> Assem
         patch_size=picture.patch_size,
         vision_feature_select_strategy=original.strategy,
         num_additional_image_tokens=1,
-        chat_template=original_tokens.TEMPLATE,
+        chat_template=prompts.marked(original_tokens.TEMPLATE, original.marks),
     )
     return Assembled(config, weights, processor, layout, _source(folder, layout, under, tower, original, inside), dtype)
 

@@ -18,10 +18,11 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from llava_lab.errors import CheckpointError, OptionError
-from llava_lab.models import folders, projectors
+from llava_lab.models import folders, projectors, prompts
 
 FAMILIES = ("llava_llama", "llava")  # the second is what LLaVA v1 wrote, with mm_ keys beside it
 STOCK_KIND = "mlp2x_gelu"  # what transformers' own LLaVA has
+MARKS = ("<im_start>", "<im_end>")  # with mm_use_im_start_end, as v1 had it
 STRATEGIES = MappingProxyType({"patch": "default", "cls_patch": "full"})
 ASPECTS = MappingProxyType({None: False, "square": False, "pad": True})  # image_aspect_ratio -> padded to a square first
 
@@ -53,6 +54,7 @@ class Original:
     strategy: str  # "default" drops the class token, "full" keeps it
     pad: bool
     patch_token: bool  # whether <im_patch> stands in the vocabulary before <image>
+    marks: tuple[str, ...] = ()  # words that stand before and after every picture
 
 
 def is_original(config: dict[str, Any]) -> bool:
@@ -85,8 +87,6 @@ def read(folder: Path) -> Original:
         )
     if given.get("s2") or "s2_scales" in given:
         raise CheckpointError(f"{path} reads pictures at several scales (S2); a LLaVA with one scale can be read")
-    if given.get("mm_use_im_start_end"):
-        raise CheckpointError(f"{path} puts pictures between <im_start> and <im_end>, which no prompt form here writes")
     feature = given.get("mm_vision_select_feature", "patch")
     if feature not in STRATEGIES:
         raise CheckpointError(f"{path} says mm_vision_select_feature {feature!r}; expected {' or '.join(STRATEGIES)}")
@@ -99,6 +99,7 @@ def read(folder: Path) -> Original:
         STRATEGIES[feature],
         ASPECTS[aspect],
         bool(given.get("mm_use_im_patch_token")),
+        MARKS if given.get("mm_use_im_start_end") else (),
     )
 
 
@@ -144,7 +145,8 @@ def llava_config(original: Original, vision: CLIPVisionConfig, *, vocabulary: in
     """The same model as transformers describes it, with a vocabulary of so many rows."""
     text = {key: original.given[key] for key in _TEXT_KEYS if original.given.get(key) is not None}
     text |= {"vocab_size": vocabulary, "pad_token_id": pad_id}
-    named = {} if original.kind == STOCK_KIND else {projectors.TYPE: original.kind}
+    named: dict[str, Any] = {} if original.kind == STOCK_KIND else {projectors.TYPE: original.kind}
+    named |= {prompts.MARKED: list(original.marks)} if original.marks else {}
     side = vision.image_size // vision.patch_size
     try:
         return LlavaConfig(

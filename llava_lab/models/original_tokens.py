@@ -35,8 +35,8 @@ TEMPLATE = (
 )
 
 
-def read_tokenizer(folder: Path, *, patch_token: bool) -> PreTrainedTokenizerFast:
-    """The folder's tokenizer with ``<image>`` and ``<pad>`` added. Raises CheckpointError."""
+def read_tokenizer(folder: Path, *, patch_token: bool, marks: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+    """The folder's tokenizer with what its config asks for, ``<image>`` and ``<pad>`` added. Raises CheckpointError."""
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise CheckpointError(f"{folder} has no tokenizer; expected tokenizer.model or tokenizer.json")
     if not (folder / "tokenizer.json").is_file() and not (is_sentencepiece_available() and is_protobuf_available()):
@@ -53,6 +53,7 @@ def read_tokenizer(folder: Path, *, patch_token: bool) -> PreTrainedTokenizerFas
             tokenizer = LlamaTokenizer.from_pretrained(folder, local_files_only=True)
         if patch_token:
             tokenizer.add_tokens([PATCH], special_tokens=True)
+        tokenizer.add_tokens(list(marks), special_tokens=True)
         tokenizer.add_tokens(AddedToken(IMAGE, special=True, normalized=False), special_tokens=True)
         tokenizer.add_special_tokens({"pad_token": PAD})
     except Exception as error:  # the tokenizers library raises bare Exception on a malformed file

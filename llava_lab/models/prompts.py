@@ -32,6 +32,8 @@ PROMPTS = MappingProxyType(
     }
 )
 
+MARKED = "image_marks"  # config.json's entry for words that stand before and after every picture; ours, stock models ignore it
+
 History = Sequence[tuple[str, str]]
 
 
@@ -49,6 +51,11 @@ def build_prompt(question: str, form: str = "llava-1.5", history: History = ()) 
     parts = [f"USER: {IMAGE}\n{questions[0]} {CUE}"]
     parts += [f" {said}{END_OF_TURN}USER: {asked} {CUE}" for (_, said), asked in zip(earlier, questions[1:], strict=True)]
     return (f"{SYSTEM} " if form == "llava-1.5" else "") + "".join(parts)
+
+
+def marked(text: str, marks: Sequence[str]) -> str:
+    """The prompt with `marks` (before, after) around the picture, where a checkpoint was trained with them."""
+    return text.replace(IMAGE, f"{marks[0]}{IMAGE}{marks[1]}") if marks else text
 
 
 def chat_messages(question: str, history: History = ()) -> list[dict]:
