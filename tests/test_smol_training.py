@@ -27,6 +27,7 @@ RECIPE = replace(
     align=replace(SMOL.align, steps=3, batch=2, rate=1e-2),
     instruct=replace(SMOL.instruct, steps=3, batch=2),
     practice=replace(SMOL.practice, steps=2, batch=2),
+    recall=replace(SMOL.recall, steps=2, batch=2),
 )
 TEXTS = [[9, 30, 12, 55, 7, 2]] * 3
 
@@ -104,18 +105,19 @@ def test_a_run_stopped_in_any_stage_goes_on_to_the_same_bits(
     monkeypatch.setattr("llava_lab.training.loop.SAVE_EVERY", 0.0)
 
     def stops(self: SmolData, step: int) -> Any:
-        if (self.stage, step) in (("align", 1), ("instruct", 2), ("practice", 1)) and (self.stage, step) not in taken:
-            taken.append((self.stage, step))
+        now = self.stage, step
+        if now in (("align", 1), ("instruct", 2), ("practice", 1), ("recall", 1)) and now not in taken:
+            taken.append(now)
             raise KeyboardInterrupt
         return real(self, step)
 
     monkeypatch.setattr(SmolData, "__getitem__", stops)
     monkeypatch.setattr(training, "run_stage", _in_one_process(training.run_stage))
-    for _ in range(3):
+    for _ in range(4):
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "smol", resume=True)
     found = weights(run(tmp_path / "smol", resume=True))
-    assert len(taken) == 3
+    assert len(taken) == 4
     assert all(torch.equal(value, found[name]) for name, value in weights(whole).items())
 
 
@@ -142,10 +144,32 @@ def test_only_answers_are_learned_and_each_by_the_token_before_it(language: Path
     assert torch.equal(following[where], batch.labels[0][where])
 
 
+def test_the_last_stage_reads_texts_half_of_the_time_and_stays_near_the_untouched_model(language: Path) -> None:
+    model, processor = smol.assemble(language=language)
+    teacher, _ = smol.assemble(language=language)
+    teacher.requires_grad_(False)
+    model.requires_grad_(False)
+    form = training.Chat(processor.tokenizer, layout.image_token_count(model))
+    data = SmolData(form, stage="recall", batch=2, side=96, seed=0, texts=TEXTS)
+    assert [data[step].pictures is None for step in range(4)] == [False, True, False, True]
+    alike, facts = training.distance(model, teacher, data[1], image_id=form.image_id)
+    assert abs(float(alike)) < 1e-6
+    assert facts["text"] == 1.0
+    with torch.no_grad():
+        layout.language_model(model).layers[0].mlp.down_proj.weight.mul_(3)
+    apart, _ = training.distance(model, teacher, data[1], image_id=form.image_id)
+    hidden, _ = training.states(model, data[1], image_id=form.image_id)
+    expected, _ = training.states(teacher, data[1], image_id=form.image_id)
+    p = teacher.get_output_embeddings()(expected).double().softmax(-1)
+    q = model.get_output_embeddings()(hidden).double().softmax(-1)
+    assert float(apart) == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-3)
+    assert float(apart) > 1e-4
+
+
 def test_bad_calls_are_one_line(run: Callable[..., Path], whole: Path, tmp_path: Path, language: Path) -> None:
     with pytest.raises(OptionError, match="holds a run already; add --resume"):
         run(whole.parent)
-    with pytest.raises(OptionError, match="stages are align, instruct, practice; got moon"):
+    with pytest.raises(OptionError, match="stages are align, instruct, practice, recall; got moon"):
         run(tmp_path / "a", stages=["moon"])
     with pytest.raises(OptionError, match="train stage align first"):
         run(tmp_path / "b", stages=["instruct"])

@@ -37,9 +37,9 @@ PRACTISED = (
     *("same color", "same color", "different color", "different color", "count", "count", "count"),
     *("place", "existence", "kind", "color", "size"),
 )
-FIRST = {"align": 0, "instruct": 5_000_000, "practice": 7_000_000}  # the stage's first picture
+FIRST = {"align": 0, "instruct": 5_000_000, "practice": 7_000_000, "recall": 8_000_000}  # the stage's first picture
 GREY = (122, 116, 104)
-TEXT_EVERY = 8  # of so many steps of stage 2 one reads plain text
+TEXT_EVERY = {"instruct": 8, "practice": 8, "recall": 2}  # of so many steps one reads plain text
 TEXTS = 12  # plain texts in such a step
 LONGEST_TEXT = 96  # tokens
 
@@ -129,10 +129,11 @@ class SmolData(Dataset):
 
     def __getitem__(self, step: int) -> Batch:
         rng = np.random.default_rng((self.seed, 43, list(FIRST).index(self.stage), step))
-        if self.stage != "align" and self.texts and step % TEXT_EVERY == TEXT_EVERY - 1:
+        every = TEXT_EVERY.get(self.stage, 0)
+        if every and self.texts and step % every == every - 1:
             return texts_batch([self.texts[int(i)] for i in rng.integers(len(self.texts), size=TEXTS)])
         scenes = [scene("train", FIRST[self.stage] + step * self.batch + i, seed=self.seed) for i in range(self.batch)]
-        types = PRACTISED if self.stage == "practice" else HARD if step >= EVEN_STEPS else EVENLY
+        types = PRACTISED if self.stage in ("practice", "recall") else HARD if step >= EVEN_STEPS else EVENLY
         rows = [align_blocks(one, rng) if self.stage == "align" else instruct_blocks(one, rng, types) for one in scenes]
         return self.form.batch(rows, draw(scenes, self.side, blind=self.blind))
 

@@ -48,6 +48,13 @@ OPENED = (
     *("If you want to travel,", "The engine of a car", "Once there was a king who", "It is often said that"),
 )
 EACH, LENGTH, HEAT = 4, 64, 0.9
+BEGUN = (  # single words, so that what follows is as varied as the model is
+    *("The", "A", "In", "I", "When", "It", "We", "He", "She", "They", "My", "This", "There", "On", "After", "Before"),
+    *("If", "As", "For", "At", "You", "What", "How", "Why", "One", "Two", "Some", "Most", "Every", "From", "By", "During"),
+    *("Although", "While", "Once", "Our", "People", "Today", "Since", "Under", "Because", "Her", "His", "Each", "Then"),
+    *("Yesterday", "Without", "Over"),
+)
+AGAIN, WARM, AT_ONCE = 12, 1.0, 264  # texts to each beginning for the last stage, their temperature, rows sampled together
 
 
 def own_texts(model: Any, tokenizer: Any, file: Path, *, each: int = EACH, length: int = LENGTH) -> list[list[int]]:
@@ -60,6 +67,24 @@ def own_texts(model: Any, tokenizer: Any, file: Path, *, each: int = EACH, lengt
     for number, prompts in enumerate((chats, list(OPENED))):
         ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts for _ in range(each)]
         texts += sample(model, ids, length=length, end=tokenizer.eos_token_id, seed=number)
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(texts))
+    part.replace(file)
+    return texts
+
+
+def many_texts(model: Any, tokenizer: Any, file: Path, *, again: int = AGAIN, length: int = LENGTH) -> list[list[int]]:
+    """More of them, from more beginnings and at the model's own temperature, for a stage that reads them half of the time."""
+    if file.exists():
+        return json.loads(file.read_text())
+    chats = [f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n" for asked in ASKED]
+    begun = [text for text in (*chats, *OPENED, *BEGUN) for _ in range(again)]
+    log.info("the language model writes %d texts of its own", len(begun))
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in begun]
+    texts: list[list[int]] = []
+    for number, first in enumerate(range(0, len(ids), AT_ONCE)):
+        some = ids[first : first + AT_ONCE]
+        texts += sample(model, some, length=length, end=tokenizer.eos_token_id, seed=100 + number, heat=WARM)
     part = file.with_suffix(".part")
     part.write_text(json.dumps(texts))
     part.replace(file)
