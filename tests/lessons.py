@@ -226,6 +226,25 @@ print(_json.dumps({
         lambda *given: _loss(*given, mean=False), lambda *given: _loss(*given, before=0))],
 }))
 """,
+    "08_real_models": TRY
+    + """
+def _on_car(found):
+    values = np.clip(found.values[red], 0, None)
+    return float(values[car].sum() / values.sum())
+
+_gib = 7_063_427_072 * 2 / 2**30
+print(_json.dumps({
+    "answers": [run.answer for run in runs],
+    "trained": sizes["connector"] / sum(sizes.values()),
+    "words": len(lab.tokenizer),
+    "score": [*score["interval"], score["controls"]["blind"]["interval"][1]],
+    "on the car": {name: _on_car(found) for name, found in maps.items()} | {"by area": float(car.mean())},
+    "named": {group: share.of(group, "either").tolist() for group in share.GROUPS},
+    "perplexity": perplexity,
+    "weights": [_try(gib, check_weights) for gib in (_gib, 8 * _gib, _gib / 2, _gib * 2**30 / 1e9)],
+    "points": [_try(above, check_points) for above in (18, 30, 150)],
+}))
+""",
 }
 
 
