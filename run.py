@@ -136,10 +136,10 @@ def lab(args: argparse.Namespace) -> int:
     with _server(args.port) as (process, url):
         if args.check:
             return _check()
-        print(json.dumps({"url": url}) if args.json else f"JupyterLab is ready: {url}\nCtrl-C stops it.", flush=True)
-        if not args.no_browser:
-            webbrowser.open(url)
-        with contextlib.suppress(KeyboardInterrupt):  # the usual way to stop
+        with contextlib.suppress(KeyboardInterrupt):  # the usual way to stop, from the moment the address is known
+            print(json.dumps({"url": url}) if args.json else f"JupyterLab is ready: {url}\nCtrl-C stops it.", flush=True)
+            if not args.no_browser:
+                webbrowser.open(url)
             if process.wait() != 0:
                 raise Failure(f"JupyterLab stopped by itself (exit {process.returncode}); its log is in {JUPYTER}")
     return 0

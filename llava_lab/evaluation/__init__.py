@@ -9,4 +9,11 @@ from llava_lab.evaluation.scoring import evaluate
 from llava_lab.evaluation.shipped import shipped_ablation, shipped_leaderboard
 
 __all__ = ["Item", "answer_all", "cluster_interval", "evaluate", "exact_match", "leaderboard", "load_items"]
-__all__ += ["linear_effect", "shipped_ablation", "shipped_leaderboard"]
+__all__ += ["linear_effect", "plain_text_perplexity", "shipped_ablation", "shipped_leaderboard"]
+
+
+def plain_text_perplexity() -> dict[str, float]:
+    """Perplexity of `smol`'s language model on plain prose, ``{"before": ..., "after": ...}`` its training (`plain_text`)."""
+    from llava_lab.evaluation.plain_text import before_and_after  # it is also a command, which must not be imported before
+
+    return before_and_after()

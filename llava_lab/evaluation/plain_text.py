@@ -51,8 +51,10 @@ def before_and_after() -> dict[str, float]:
     """The perplexity of `smol`'s language model as it came and after training."""
     import llava_lab as ll
     from llava_lab.models import smol
+    from llava_lab.models.loading import quiet
 
-    model, processor = smol.assemble()
+    with quiet():
+        model, processor = smol.assemble()
     before = perplexity(model, processor.tokenizer)
     lab = ll.load("smol")
     return {"before": round(before, 3), "after": round(perplexity(lab.model, lab.tokenizer), 3)}
