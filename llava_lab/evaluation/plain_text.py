@@ -49,14 +49,13 @@ def perplexity(model: Any, tokenizer: Any, texts: tuple[str, ...] = PROSE) -> fl
 
 def before_and_after() -> dict[str, float]:
     """The perplexity of `smol`'s language model as it came and after training."""
-    import llava_lab as ll
-    from llava_lab.models import smol
+    from llava_lab.models import load, smol
     from llava_lab.models.loading import quiet
 
     with quiet():
         model, processor = smol.assemble()
     before = perplexity(model, processor.tokenizer)
-    lab = ll.load("smol")
+    lab = load("smol")
     return {"before": round(before, 3), "after": round(perplexity(lab.model, lab.tokenizer), 3)}
 
 
