@@ -30,15 +30,15 @@ class TiledLooks(Veiled):
     def __init__(self, lab: Lab, run: Run) -> None:
         super().__init__(run, run.picture, name=lab.name, fingerprint=lab.fingerprint)
         self.lab = lab
+        given = lab.inputs(run, tiles=True)  # once: it also checks that the run is this model's
+        self._text = {name: given[name] for name in ("input_ids", "attention_mask")}
 
     def scores(self, veils: Float[Tensor, "B 3 Y X"], targets: Targets) -> Float[Tensor, "B N"]:
         at = predicting_rows(targets)
         shown, numbers = veils[:, 0].cpu().numpy(), veils[:, 1].flatten(1).amax(1).int().tolist()
-        given = [
-            self.lab.inputs(self.run, picture=self.altered(one, number), tiles=True)
-            for one, number in zip(shown, numbers, strict=True)
-        ]
+        given = [self.lab.shown(self.altered(one, number)) for one, number in zip(shown, numbers, strict=True)]
         together = {name: torch.cat([one[name] for one in given]) for name in given[0]}
+        together |= {name: value.expand(len(given), -1) for name, value in self._text.items()}
         keep = torch.tensor(at, device=together["input_ids"].device)
         with undisturbed(self.lab.model):
             logits = self.lab.model(**together, logits_to_keep=keep, use_cache=False).logits
