@@ -16,19 +16,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llava_lab.attribution import METHODS as METHODS
     from llava_lab.attribution import ask_and_attribute as ask_and_attribute
-    from llava_lab.attribution import ask_without as ask_without
     from llava_lab.attribution import attribute as attribute
-    from llava_lab.attribution import compare as compare
-    from llava_lab.attribution import estimate as estimate
-    from llava_lab.attribution import faithfulness as faithfulness
-    from llava_lab.attribution import ground_truth as ground_truth
     from llava_lab.attribution import head_maps as head_maps
     from llava_lab.attribution import image_share as image_share
-    from llava_lab.attribution import sanity as sanity
-    from llava_lab.connectors import CONNECTORS as CONNECTORS
-    from llava_lab.connectors import ForeignConnector as ForeignConnector
+    from llava_lab.comparison import compare_connectors as compare_connectors
     from llava_lab.connectors import connector as connector
     from llava_lab.connectors import export as export
+    from llava_lab.connectors import linear_effect as linear_effect
     from llava_lab.connectors import linearize as linearize
     from llava_lab.connectors import local_linearity as local_linearity
     from llava_lab.connectors import new_connector as new_connector
@@ -36,14 +30,11 @@ if TYPE_CHECKING:
     from llava_lab.connectors import save as save
     from llava_lab.connectors import write_projector as write_projector
     from llava_lab.errors import LabError as LabError
-    from llava_lab.evaluation import leaderboard as leaderboard
-    from llava_lab.evaluation import linear_effect as linear_effect
-    from llava_lab.evaluation import shipped_ablation as shipped_ablation
-    from llava_lab.evaluation import shipped_leaderboard as shipped_leaderboard
     from llava_lab.geometry import PictureMap as PictureMap
     from llava_lab.geometry import View as View
     from llava_lab.interventions import ablate_tokens as ablate_tokens
     from llava_lab.interventions import ablated as ablated
+    from llava_lab.interventions import ask_without as ask_without
     from llava_lab.interventions import erase as erase
     from llava_lab.interventions import erased as erased
     from llava_lab.interventions import knocked_out as knocked_out
@@ -54,7 +45,15 @@ if TYPE_CHECKING:
     from llava_lab.interventions import positive_control as positive_control
     from llava_lab.interventions import steer as steer
     from llava_lab.interventions import steered as steered
-    from llava_lab.models import BlackBox as BlackBox
+    from llava_lab.judging import compare as compare
+    from llava_lab.judging import faithfulness as faithfulness
+    from llava_lab.judging import ground_truth as ground_truth
+    from llava_lab.judging import leaderboard as leaderboard
+    from llava_lab.judging import sanity as sanity
+    from llava_lab.judging import shipped_ablation as shipped_ablation
+    from llava_lab.judging import shipped_leaderboard as shipped_leaderboard
+    from llava_lab.models import CONNECTORS as CONNECTORS
+    from llava_lab.models import ForeignConnector as ForeignConnector
     from llava_lab.models import Lab as Lab
     from llava_lab.models import load as load
     from llava_lab.probes import TunedLens as TunedLens
@@ -67,53 +66,54 @@ if TYPE_CHECKING:
     from llava_lab.probes import patch_labels as patch_labels
     from llava_lab.probes import token_geometry as token_geometry
     from llava_lab.probes import train_lens as train_lens
+    from llava_lab.remote import BlackBox as BlackBox
+    from llava_lab.remote import estimate as estimate
+    from llava_lab.results import Ablation as Ablation
+    from llava_lab.results import Comparison as Comparison
+    from llava_lab.results import ControlRates as ControlRates
+    from llava_lab.results import Effect as Effect
+    from llava_lab.results import Faithfulness as Faithfulness
+    from llava_lab.results import FlowSweep as FlowSweep
+    from llava_lab.results import GroundTruth as GroundTruth
+    from llava_lab.results import HallucinationCheck as HallucinationCheck
     from llava_lab.results import HeadMaps as HeadMaps
+    from llava_lab.results import Leaderboard as Leaderboard
+    from llava_lab.results import LinearEffect as LinearEffect
+    from llava_lab.results import Linearized as Linearized
+    from llava_lab.results import LocalLinearity as LocalLinearity
+    from llava_lab.results import LogitLens as LogitLens
+    from llava_lab.results import NamingShare as NamingShare
+    from llava_lab.results import NearestWords as NearestWords
+    from llava_lab.results import PatchGrid as PatchGrid
+    from llava_lab.results import ProbeScores as ProbeScores
     from llava_lab.results import Relevance as Relevance
     from llava_lab.results import Run as Run
+    from llava_lab.results import Sanity as Sanity
     from llava_lab.results import Target as Target
-    from llava_lab.results_ablation import Ablation as Ablation
-    from llava_lab.results_connectors import LinearEffect as LinearEffect
-    from llava_lab.results_connectors import Linearized as Linearized
-    from llava_lab.results_connectors import LocalLinearity as LocalLinearity
-    from llava_lab.results_interventions import ControlRates as ControlRates
-    from llava_lab.results_interventions import Effect as Effect
-    from llava_lab.results_interventions import FlowSweep as FlowSweep
-    from llava_lab.results_interventions import PatchGrid as PatchGrid
-    from llava_lab.results_probes import HallucinationCheck as HallucinationCheck
-    from llava_lab.results_probes import LogitLens as LogitLens
-    from llava_lab.results_probes import NamingShare as NamingShare
-    from llava_lab.results_probes import NearestWords as NearestWords
-    from llava_lab.results_probes import ProbeScores as ProbeScores
-    from llava_lab.results_probes import TokenGeometry as TokenGeometry
-    from llava_lab.results_probes import WordActivation as WordActivation
-    from llava_lab.scores import Comparison as Comparison
-    from llava_lab.scores import Faithfulness as Faithfulness
-    from llava_lab.scores import GroundTruth as GroundTruth
-    from llava_lab.scores import Leaderboard as Leaderboard
-    from llava_lab.scores_sanity import Sanity as Sanity
-    from llava_lab.training.ablation import compare_connectors as compare_connectors
-    from llava_lab.training.two_stages import train_stage as train_stage
+    from llava_lab.results import TokenGeometry as TokenGeometry
+    from llava_lab.results import WordActivation as WordActivation
+    from llava_lab.training import train_stage as train_stage
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "load": "llava_lab.models",
     "Lab": "llava_lab.models",
-    "BlackBox": "llava_lab.models",
+    "BlackBox": "llava_lab.remote",
     "attribute": "llava_lab.attribution",
     "METHODS": "llava_lab.attribution",
     "ask_and_attribute": "llava_lab.attribution",
-    "ask_without": "llava_lab.attribution",
+    "ask_without": "llava_lab.interventions",
     "image_share": "llava_lab.attribution",
     "head_maps": "llava_lab.attribution",
-    "sanity": "llava_lab.attribution",
-    "faithfulness": "llava_lab.attribution",
-    "ground_truth": "llava_lab.attribution",
-    "compare": "llava_lab.attribution",
-    "estimate": "llava_lab.attribution",
-    "leaderboard": "llava_lab.evaluation",
-    "shipped_ablation": "llava_lab.evaluation",
-    "shipped_leaderboard": "llava_lab.evaluation",
+    "sanity": "llava_lab.judging",
+    "faithfulness": "llava_lab.judging",
+    "ground_truth": "llava_lab.judging",
+    "compare": "llava_lab.judging",
+    "estimate": "llava_lab.remote",
+    "leaderboard": "llava_lab.judging",
+    "shipped_ablation": "llava_lab.judging",
+    "shipped_leaderboard": "llava_lab.judging",
     "logit_lens": "llava_lab.probes",
     "activation_map": "llava_lab.probes",
     "hallucination_check": "llava_lab.probes",
@@ -140,39 +140,39 @@ _HOMES = {
     "Relevance": "llava_lab.results",
     "Target": "llava_lab.results",
     "HeadMaps": "llava_lab.results",
-    "Effect": "llava_lab.results_interventions",
-    "FlowSweep": "llava_lab.results_interventions",
-    "PatchGrid": "llava_lab.results_interventions",
-    "ControlRates": "llava_lab.results_interventions",
-    "Faithfulness": "llava_lab.scores",
-    "GroundTruth": "llava_lab.scores",
-    "Comparison": "llava_lab.scores",
-    "Leaderboard": "llava_lab.scores",
-    "Sanity": "llava_lab.scores_sanity",
-    "LogitLens": "llava_lab.results_probes",
-    "WordActivation": "llava_lab.results_probes",
-    "HallucinationCheck": "llava_lab.results_probes",
-    "NamingShare": "llava_lab.results_probes",
-    "NearestWords": "llava_lab.results_probes",
-    "ProbeScores": "llava_lab.results_probes",
-    "TokenGeometry": "llava_lab.results_probes",
+    "Effect": "llava_lab.results",
+    "FlowSweep": "llava_lab.results",
+    "PatchGrid": "llava_lab.results",
+    "ControlRates": "llava_lab.results",
+    "Faithfulness": "llava_lab.results",
+    "GroundTruth": "llava_lab.results",
+    "Comparison": "llava_lab.results",
+    "Leaderboard": "llava_lab.results",
+    "Sanity": "llava_lab.results",
+    "LogitLens": "llava_lab.results",
+    "WordActivation": "llava_lab.results",
+    "HallucinationCheck": "llava_lab.results",
+    "NamingShare": "llava_lab.results",
+    "NearestWords": "llava_lab.results",
+    "ProbeScores": "llava_lab.results",
+    "TokenGeometry": "llava_lab.results",
     "connector": "llava_lab.connectors",
     "new_connector": "llava_lab.connectors",
-    "CONNECTORS": "llava_lab.connectors",
+    "CONNECTORS": "llava_lab.models",
     "linearize": "llava_lab.connectors",
     "local_linearity": "llava_lab.connectors",
     "read_projector": "llava_lab.connectors",
     "write_projector": "llava_lab.connectors",
     "save": "llava_lab.connectors",
     "export": "llava_lab.connectors",
-    "ForeignConnector": "llava_lab.connectors",
-    "linear_effect": "llava_lab.evaluation",
-    "compare_connectors": "llava_lab.training.ablation",
-    "train_stage": "llava_lab.training.two_stages",
-    "Ablation": "llava_lab.results_ablation",
-    "Linearized": "llava_lab.results_connectors",
-    "LocalLinearity": "llava_lab.results_connectors",
-    "LinearEffect": "llava_lab.results_connectors",
+    "ForeignConnector": "llava_lab.models",
+    "linear_effect": "llava_lab.connectors",
+    "compare_connectors": "llava_lab.comparison",
+    "train_stage": "llava_lab.training",
+    "Ablation": "llava_lab.results",
+    "Linearized": "llava_lab.results",
+    "LocalLinearity": "llava_lab.results",
+    "LinearEffect": "llava_lab.results",
     "PictureMap": "llava_lab.geometry",
     "View": "llava_lab.geometry",
     "LabError": "llava_lab.errors",

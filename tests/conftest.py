@@ -14,15 +14,15 @@ from typing import Any
 import jaxtyping
 import pytest
 
-import tests.shapes  # noqa: F401  the import hook below looks it up by name
+import tests.support.shapes  # noqa: F401  the import hook below looks it up by name
 
 os.environ.update({"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "MPLBACKEND": "Agg"})
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 # From here on, importing llava_lab checks the tensor shapes in its signatures at every call.
-jaxtyping.install_import_hook("llava_lab", "tests.shapes.check")
+jaxtyping.install_import_hook("llava_lab", "tests.support.shapes.check")
 
-pytest_plugins = ["tests.fixtures"]
+pytest_plugins = ["tests.support.fixtures"]
 
 LOCAL_NAMES = ("localhost", "ip6-localhost", "::1", "0.0.0.0", "")
 

@@ -208,13 +208,13 @@ def test_import_table_allows(room: str, source: str) -> None:
     [
         ("llava_lab", ["torch", "transformers", "matplotlib", "numpy"]),
         *((f"llava_lab.{name}", ["torch", "transformers", "matplotlib"]) for name in ("results", "scores", "results_probes")),
-        ("llava_lab.scores_sanity", ["torch", "transformers", "matplotlib"]),
-        ("llava_lab.results_interventions", ["torch", "transformers", "matplotlib"]),
+        ("llava_lab.results", ["torch", "transformers", "matplotlib"]),
+        ("llava_lab.results", ["torch", "transformers", "matplotlib"]),
         *(
             (f"llava_lab.{n}", ["torch", "transformers", "matplotlib"])
             for n in ("results_connectors", "results_ablation", "plots_scores")
         ),
-        ("llava_lab.plots_ablation", ["torch", "transformers", "matplotlib"]),
+        ("llava_lab.plots.ablation", ["torch", "transformers", "matplotlib"]),
         ("llava_lab.cli", ["torch", "transformers", "matplotlib", "numpy"]),
         ("widgets", ["torch", "transformers", "llava_lab"]),
     ],

@@ -1,6 +1,6 @@
 """What a comparison says, in the page's terms: maps by method, scores per target, verdicts, likeness.
 
-Takes plain dicts, or an object with the fields of ``llava_lab.scores.Comparison`` (known by its shape, never
+Takes plain dicts, or an object with the fields of ``llava_lab.results.Comparison`` (known by its shape, never
 imported). Scores that say whether a map is faithful to the model, whether it is true to the picture, and what it
 costs are kept in groups of their own. Knows nothing of pages or pixels.
 """

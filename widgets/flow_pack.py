@@ -15,8 +15,7 @@ from widgets.pack import chip_of, encode_picture, head_of
 from widgets.palette import palettes
 
 if TYPE_CHECKING:
-    from llava_lab.results import Run, Target
-    from llava_lab.results_interventions import FlowSweep, PatchGrid
+    from llava_lab.results import FlowSweep, PatchGrid, Run, Target
 
 KINDS = {"flow": "flow", "cell": "site"}
 LEAST = 1e-6  # a smaller difference between clean and corrupt leaves nothing to bring back, as in `PatchGrid.values`

@@ -17,8 +17,7 @@ from widgets.palette import diverging
 from widgets.still import INK, MARGIN, PAPER, SOFT, WIDTH, encode, font_of, footnote, heading, stack, write
 
 if TYPE_CHECKING:
-    from llava_lab.results import Run, Target
-    from llava_lab.results_interventions import FlowSweep, PatchGrid
+    from llava_lab.results import FlowSweep, PatchGrid, Run, Target
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's
 GRID_LINE, ZERO_LINE = "#e3e5e9", "#767c88"

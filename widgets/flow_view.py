@@ -22,8 +22,7 @@ from widgets.picture import within
 if TYPE_CHECKING:
     import os
 
-    from llava_lab.results import Run
-    from llava_lab.results_interventions import FlowSweep, PatchGrid
+    from llava_lab.results import FlowSweep, PatchGrid, Run
 
 MODULES = (
     "maps.js",

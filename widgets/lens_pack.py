@@ -17,8 +17,7 @@ from widgets.pack import encode_picture, head_of
 from widgets.palette import palettes
 
 if TYPE_CHECKING:
-    from llava_lab.results import Run
-    from llava_lab.results_probes import LogitLens, NearestWords
+    from llava_lab.results import LogitLens, NearestWords, Run
 
 STEPS = 65535  # of a level
 COSINE_STEPS = 32767  # either side of zero

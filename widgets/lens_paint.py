@@ -32,8 +32,7 @@ from widgets.still import (
 )
 
 if TYPE_CHECKING:
-    from llava_lab.results import Run
-    from llava_lab.results_probes import LogitLens, NearestWords
+    from llava_lab.results import LogitLens, NearestWords, Run
 
 MOST_TILES, MOST_ROWS, MOST_WORDS = 7, 9, 5
 LARGEST = 220  # longest side of a tile, pixels

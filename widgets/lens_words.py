@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from llava_lab.results_probes import LogitLens
+    from llava_lab.results import LogitLens
 
 
 def asked(lens: LogitLens, word: str) -> int:

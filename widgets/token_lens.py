@@ -19,8 +19,7 @@ from widgets.lens_words import seen, word_values
 from widgets.picture import Patch, PictureWidget
 
 if TYPE_CHECKING:
-    from llava_lab.results import Run
-    from llava_lab.results_probes import LogitLens, NearestWords
+    from llava_lab.results import LogitLens, NearestWords, Run
 
 MODULES = (
     "maps.js",

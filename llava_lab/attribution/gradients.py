@@ -1,4 +1,11 @@
-"""Gradient times input: what each patch would add to the logit if the model were the straight line it is just here.
+"""The targets' logits as a function one can differentiate: of the pixels, of the tower's output, of the image tokens.
+
+Gradient methods explain the *logit* of what was said, summed over the target's tokens (for a contrast, the
+difference of the two words' logits), not its log-probability: the softmax would mix in every other word.
+Places and fills are occlusion's own, so that a gradient times a step is comparable with the real step.
+A model whose weights are quantised is refused before anything runs. It knows nothing about maps.
+
+Gradient times input: what each patch would add to the logit if the model were the straight line it is just here.
 
 With a fill, ``gradient x (value - fill)`` is the first-order answer to "what would be lost if this patch were filled":
 every patch's occlusion at once for one forward and one backward, right as far as the model is linear over that step.
@@ -8,22 +15,155 @@ At the projector a patch is its image token, into which the vision tower has alr
 pixels it is what was in the picture there, and the mixing is part of what is explained.
 
 Sources: Shrikumar et al. 2016 (arXiv 1605.01713) for gradient times input; Simonyan et al. 2013 (arXiv 1312.6034).
+
+Integrated gradients and SmoothGrad: the gradient averaged along a path, or over noisy neighbours. captum does the averaging.
+
+Both answer the complaint that a gradient at one point is local: integrated gradients follow the straight line from a
+filled picture to the picture, and their values sum to the whole change of the logit (how nearly is reported);
+SmoothGrad looks at the surroundings and averages the noise away.
+
+All targets share each forward: captum is handed a gradient with one more axis, the targets.
+
+Sources: Sundararajan et al. 2017 (arXiv 1703.01365); Smilkov et al. 2017 (arXiv 1706.03825); captum's
+``IntegratedGradients``, ``InputXGradient``, ``Saliency`` and ``NoiseTunnel``.
+
+Grad-CAM on the vision tower: which channels the logit wants more of, and where the tower has them.
+
+The layer is the one LLaVA uses (the states its projector reads), patches only: the class token is dropped
+there. Each channel is weighed by its gradient, averaged over the whole picture, so that a channel counts for
+what it does everywhere; a map shows where the wanted channels are, not which patch the answer used.
+
+Source: Selvaraju et al. 2017 (arXiv 1610.02391), equations 1 and 2, with patches for pixels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from tqdm.auto import tqdm
 
-from llava_lab.attribution.base import Maps, Method, Targets, choose
-from llava_lab.attribution.differentiable import AT, WORDS, gradients, open_point, refuse_quantised
-from llava_lab.attribution.fills import FILLS
+from llava_lab.attribution.method import Maps, Method, Targets, choose, predicting_rows, whole_number
 from llava_lab.capture import undisturbed
+from llava_lab.errors import CheckpointError, LabError, OptionError
+from llava_lab.replay.alter import PLACES, embedded, open_level
+from llava_lab.replay.fills import FILLS
 from llava_lab.results import Run
 
 if TYPE_CHECKING:
     from llava_lab.models import Lab
+
+AT = ("projector", "vision", "pixels")
+WORDS = PLACES  # how each place is called in a note
+QUANTISED = (
+    "bitsandbytes",
+    "torch.ao.nn.quantized",
+    "torch.ao.nn.intrinsic.quantized",
+    "torchao",
+    "auto_gptq",
+    "gptqmodel",
+    "awq",
+)
+
+Scores = Callable[[Float[Tensor, "B C Y X"]], Float[Tensor, "B N"]]
+
+
+@dataclass(frozen=True)
+class Point:
+    """The picture at one place in the model, float32, and the targets' logits from there on."""
+
+    value: Float[Tensor, "1 C Y X"]
+    fill: Float[Tensor, "1 C Y X"]
+    scores: Scores
+    patch: int  # side of a patch in `value`: pixels, or one token
+    passes: int  # pictures through the tower or the model that made the two
+
+    def to_patches(self, values: Float[Tensor, "N C Y X"], grid: tuple[int, int]) -> Float[Tensor, "N rows cols"]:
+        """The sum of `values` over everything that belongs to a patch."""
+        (rows, cols), side = grid, self.patch
+        planes = values.sum(1)[:, : rows * side, : cols * side]
+        return planes.reshape(-1, rows, side, cols, side).sum((2, 4))
+
+
+def open_point(lab: Lab, run: Run, targets: Targets, *, at: str, fill: str | None = None) -> Point:
+    """The run at ``pixels``, ``vision`` (what the projector reads) or ``projector`` (the image tokens it gives).
+
+    `fill` is one of `FILLS`; without it `Point.fill` is zero. Call it, and its `scores`, inside `capture.undisturbed`.
+    """
+    level = open_level(lab, run, targets, at=at, fill=fill or "mean", fills=FILLS)  # the mean costs no pass
+    where = predicting_rows(targets)
+    inputs = inputs_until(lab, run, where)
+    keep = torch.tensor(where, device=lab.device)
+    model: Any = lab.model
+
+    def scores(batch: Tensor) -> Tensor:
+        given: dict[str, Tensor] = {"attention_mask": inputs["attention_mask"].expand(len(batch), -1)}
+        batch = batch.to(level.whole.dtype)
+        if at == "pixels":
+            given |= {"input_ids": inputs["input_ids"].expand(len(batch), -1), "pixel_values": batch}
+        else:
+            given["inputs_embeds"] = embedded(lab, run, level.tokens(batch))[:, : where[-1] + 1]
+        return target_logits(model(**given, logits_to_keep=keep, use_cache=False).logits, where, targets)
+
+    assert level.fill is not None
+    filled = level.fill.float() if fill else torch.zeros_like(level.whole, dtype=torch.float32)
+    return Point(level.whole.float(), filled, scores, level.patch, level.passes)
+
+
+def gradients(scores: Float[Tensor, "B N"], value: Tensor) -> Float[Tensor, "B N ..."]:
+    """The gradient of every target's score at `value` (B, ...), one way back each through the same graph."""
+    count = scores.shape[1]
+    found = [
+        torch.autograd.grad(scores[:, target].sum(), value, retain_graph=target + 1 < count)[0].float() for target in range(count)
+    ]
+    return torch.stack(found, 1)
+
+
+def target_logits(logits: Float[Tensor, "B Q V"], at: Sequence[int], targets: Targets) -> Float[Tensor, "B N"]:
+    """Each target's logits, summed over its tokens, minus those of the word not said; `at` names the rows' positions."""
+    where = {position: i for i, position in enumerate(at)}
+    logits = logits.float()
+    columns = []
+    for target in targets:
+        rows = [where[position] for position in target.positions]
+        said = logits[:, rows, list(target.token_ids)].sum(1)
+        columns.append(said - logits[:, rows, list(target.against_ids)].sum(1) if target.against_ids else said)
+    return torch.stack(columns, 1)
+
+
+def inputs_until(lab: Lab, run: Run, at: Sequence[int]) -> dict[str, Tensor]:
+    """The run as model input, up to the last of the positions `at`: what comes after cannot matter to them."""
+    inputs = lab.inputs(run)
+    stop = max(at) + 1
+    return {name: value if name == "pixel_values" else value[:, :stop] for name, value in inputs.items()}
+
+
+def refuse_quantised(lab: Lab, method: str) -> None:
+    """Raise CheckpointError when the model's weights cannot carry a gradient."""
+    kind = _quantisation(lab.model)
+    if kind:
+        raise CheckpointError(
+            f"method {method!r} needs gradients and {lab.name!r} is quantised ({kind}); load it unquantised, for example with "
+            "dtype='bfloat16', or use a method without gradients such as 'rollout' or 'occlusion'"
+        )
+
+
+def _quantisation(model: nn.Module) -> str:
+    """What quantised the model's weights; empty when nothing did."""
+    settings = getattr(model.config, "quantization_config", None)
+    if settings is not None or getattr(model, "hf_quantizer", None) is not None:
+        method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+        return str(getattr(method, "value", method) or "by transformers")
+    odd = next((parameter.dtype for parameter in model.parameters() if not parameter.dtype.is_floating_point), None)
+    if odd is not None:
+        return str(odd).removeprefix("torch.")
+    homes = (type(module).__module__ for module in model.modules())
+    return next((home.split(".")[0] for home in homes if home.startswith(QUANTISED)), "")
 
 
 def _compute(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> Maps:
@@ -54,4 +194,192 @@ GRADIENT_INPUT = Method(
     blind_to="everything beyond first order: saturation, and patches that stand in for one another",
     options={"at": AT[0], "fill": None},
     compute=_compute,
+)
+
+
+PATIENCE = 2.0  # seconds before a progress bar appears
+RULES = ("gausslegendre", "riemann_middle", "riemann_trapezoid")
+
+
+class _Steps:
+    """captum's gradient function: all targets at once, counted; Ctrl-C ends the path where it got to."""
+
+    def __init__(self, here: Point, total: int, targets: int, name: str) -> None:
+        self.here, self.total, self.targets, self.done = here, total, targets, 0
+        self.interrupted = False
+        self.progress = tqdm(total=total, desc=name, unit="step", delay=PATIENCE, leave=False)
+
+    def __call__(
+        self, forward_fn: Any, inputs: tuple[Tensor, ...], target_ind: Any = None, additional_forward_args: Any = None
+    ) -> tuple[Tensor, ...]:
+        (points,) = inputs  # B, 1, then as the point's value: the 1 is where the targets go
+        if not self.interrupted:
+            try:
+                return (self._gradients(points),)
+            except KeyboardInterrupt:
+                if not self.done:
+                    raise
+                self.interrupted = True
+        return (points.new_zeros(len(points), self.targets, *points.shape[2:]),)
+
+    def _gradients(self, points: Tensor) -> Tensor:
+        with torch.enable_grad():
+            value = points.detach().squeeze(1).requires_grad_()
+            found = gradients(self.here.scores(value), value)
+        self.done += len(points)
+        self.progress.update(len(points))
+        return found
+
+
+def _integrated(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> Maps:
+    refuse_quantised(lab, "integrated_gradients")
+    at = choose("at", options["at"], AT)
+    fill = choose("fill", options["fill"], FILLS)
+    steps = whole_number("steps", options["steps"], least=1)
+    batch = whole_number("batch", options["batch"], least=1)
+    rule = choose("rule", options["rule"], RULES)
+    captum = _captum("integrated_gradients")
+    with undisturbed(lab.model):
+        here = open_point(lab, run, targets, at=at, fill=fill)
+        ends = torch.cat([here.scores(here.value), here.scores(here.fill)])  # picture, fill; targets
+        path = captum.IntegratedGradients(here.scores)
+        path.gradient_func = counted = _Steps(here, steps, len(targets), "integrated gradients")
+        with counted.progress:
+            found = path.attribute(here.value[:, None], here.fill[:, None], n_steps=steps, method=rule, internal_batch_size=batch)
+    values = here.to_patches(found[0], (run.map.rows, run.map.cols))
+    moved, summed = (ends[0] - ends[1]).tolist(), values.sum((1, 2)).tolist()
+    gaps = [have - want for have, want in zip(summed, moved, strict=True)]
+    extras = {"score": ends[0].tolist(), "score_at_fill": ends[1].tolist(), "attributed": summed, "completeness_gap": gaps}
+    notes = [
+        f"Gradient of the target's logit averaged over {steps} steps from the {fill} fill to the picture, at {WORDS[at]}, "
+        f"times the distance; {_completeness(moved, summed, gaps)}"
+    ]
+    if counted.interrupted:
+        notes.append(
+            f"Interrupted after {counted.done} of {steps} steps: only the path's first part, from the fill, is in the map."
+        )
+    done = counted.done
+    return Maps(values.cpu().numpy(), {"forward": done + 2 + here.passes, "backward": done}, tuple(notes), extras)
+
+
+def _completeness(moved: list[float], summed: list[float], gaps: list[float]) -> str:
+    """How far the worst target's map is from summing to the change of its logit."""
+    worst = max(range(len(gaps)), key=lambda i: abs(gaps[i]))
+    return (
+        f"completeness: the map sums to {summed[worst]:.3g} and the logit changed by {moved[worst]:.3g}, a gap of "
+        f"{gaps[worst]:.2g}{' for the worst target' if len(gaps) > 1 else ''}."
+    )
+
+
+def _smooth(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> Maps:
+    refuse_quantised(lab, "smoothgrad")
+    at = choose("at", options["at"], AT)
+    samples = whole_number("samples", options["samples"], least=1)
+    batch = whole_number("batch", options["batch"], least=1)
+    seed = whole_number("seed", options["seed"])
+    noise = _share(options["noise"])
+    times_input = choose("times_input", options["times_input"], (True, False))
+    captum = _captum("smoothgrad")
+    with undisturbed(lab.model):
+        torch.manual_seed(seed)  # captum draws from the global generator; `undisturbed` puts its state back
+        here = open_point(lab, run, targets, at=at)
+        one = captum.InputXGradient(here.scores) if times_input else captum.Saliency(here.scores)
+        one.gradient_func = counted = _Steps(here, samples, len(targets), "smoothgrad")
+        spread = noise * float(here.value.max() - here.value.min())
+        with counted.progress:
+            total = _noisy_sum(captum.NoiseTunnel(one), here, counted, spread, batch, {} if times_input else {"abs": False})
+        score = here.scores(here.value)[0]
+    mean = total / counted.done  # N, as the point's value
+    grid = (run.map.rows, run.map.cols)
+    values = here.to_patches(mean, grid) if times_input else here.to_patches(mean.square(), grid).sqrt()
+    what = "times the noisy input, summed over each patch" if times_input else "its length over each patch (no sign)"
+    notes = [
+        f"Gradient of the target's logit at {WORDS[at]}, mean over {counted.done} noisy copies (standard deviation {noise:g} "
+        f"of the values' range), {what}."
+    ]
+    if counted.interrupted:
+        notes.append(f"Interrupted after {counted.done} of {samples} copies; the mean is over those.")
+    return Maps(
+        values.cpu().numpy(), {"forward": counted.done + 1, "backward": counted.done}, tuple(notes), {"score": score.tolist()}
+    )
+
+
+def _noisy_sum(
+    tunnel: Any, here: Point, counted: _Steps, spread: float, batch: int, options: dict[str, Any]
+) -> Float[Tensor, "N ..."]:
+    """Sum over noisy copies, `batch` at a time, until all are done or Ctrl-C."""
+    total: Tensor | None = None
+    while counted.done < counted.total and not counted.interrupted:
+        now = min(batch, counted.total - counted.done)
+        mean = tunnel.attribute(here.value[:, None], nt_samples=now, nt_samples_batch_size=now, stdevs=spread, **options)[0]
+        if not counted.interrupted:
+            total = now * mean if total is None else total + now * mean
+    assert total is not None
+    return total
+
+
+def _share(noise: Any) -> float:
+    if isinstance(noise, bool) or not isinstance(noise, Real) or not 0 <= float(noise) <= 1:
+        raise OptionError(f"noise is a share of the values' range, 0 to 1, got {noise!r}")
+    return float(noise)
+
+
+def _captum(method: str) -> Any:
+    """captum's attribution methods; imported here because it takes two seconds."""
+    try:
+        import captum.attr
+    except ImportError:
+        raise LabError(f"method {method!r} needs captum, which is not installed; `pip install captum` brings it") from None
+    return captum.attr
+
+
+INTEGRATED_GRADIENTS = Method(
+    name="integrated_gradients",
+    truth="What each patch adds to the target's logit, summed along the straight line from a filled picture to the picture.",
+    source="Sundararajan et al. 2017, by captum's IntegratedGradients",
+    cost="one forward and one backward per step, plus 3 forwards at most",
+    blind_to="every way there but the straight one, and what the fill itself says",
+    options={"at": AT[0], "fill": "grey", "steps": 16, "batch": 1, "rule": RULES[0]},
+    compute=_integrated,
+)
+
+SMOOTHGRAD = Method(
+    name="smoothgrad",
+    truth="Gradient times input, averaged over noisy copies of the picture so that what only one of them shows is lost.",
+    source="Smilkov et al. 2017, by captum's NoiseTunnel",
+    cost="one forward and one backward per copy, plus 1 forward",
+    blind_to="what lies further away than the noise reaches",
+    options={"at": AT[0], "samples": 8, "noise": 0.15, "times_input": True, "batch": 1, "seed": 0},
+    compute=_smooth,
+)
+
+
+def _compute_gradcam(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> Maps:
+    refuse_quantised(lab, "gradcam")
+    positive = choose("positive", options["positive"], (True, False))
+    with undisturbed(lab.model):
+        here = open_point(lab, run, targets, at="vision")
+        with torch.enable_grad():
+            features = here.value.clone().requires_grad_()  # 1 C rows cols
+            scores = here.scores(features)
+            found = gradients(scores, features)[0]  # N C rows cols
+    channels = found.mean((2, 3), keepdim=True)
+    values = here.to_patches(channels * here.value, (run.map.rows, run.map.cols))
+    hidden = (values < 0).float().mean((1, 2)).tolist()
+    notes = ["Channels of the tower's used layer, weighed by the mean gradient of the logit (for a contrast, of the difference)."]
+    if positive:
+        values = values.clamp_min(0)
+        notes.append(f"Negative values are cut to 0, as in the paper; they were {sum(hidden) / len(hidden):.0%} of the patches.")
+    extras = {"score": scores[0].tolist(), "negative_share": hidden}
+    return Maps(values.cpu().numpy(), {"forward": 1, "backward": 1}, tuple(notes), extras)
+
+
+GRADCAM = Method(
+    name="gradcam",
+    truth="Where the vision tower holds the features that, over the whole picture, raise the target's logit.",
+    source="Selvaraju et al. 2017, on the tower layer that LLaVA reads",
+    cost="1 forward, 1 backward (each further target adds its own reverse pass over the same graph)",
+    blind_to="which patches the language model looked at: a channel's weight is the same everywhere",
+    options={"positive": True},
+    compute=_compute_gradcam,
 )

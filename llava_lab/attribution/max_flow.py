@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from llava_lab.attribution.base import Maps, Method, Targets, choose, layer_window, predicting_rows, refuse_contrast
-from llava_lab.attribution.flow import whole_rows
 from llava_lab.attribution.heads import target_mix
+from llava_lab.attribution.method import Maps, Method, Targets, choose, layer_window, predicting_rows, refuse_contrast
+from llava_lab.attribution.rollout import whole_rows
 from llava_lab.capture import FUSIONS, LayerByLayer, Norms, undisturbed, watch_attention
 from llava_lab.errors import OptionError
 from llava_lab.models.layout import language_layers

@@ -8,26 +8,65 @@ tower's or the projector's output, tokens are replaced instead; the tower then r
 computes only what comes after its first changed token (`occlusion_cached`), with the same numbers.
 
 Source: Zeiler & Fergus 2014 (arXiv 1311.2901), section 4.2, on the log-probability of a given answer.
+
+Occlusion from coarse to fine: large blocks first, and only those that mattered most are looked at closer.
+
+A few tens of passes stand in for one per patch. What is never looked at closer keeps its block's drop,
+shared out over the block's patches, so the map is exact where it is fine and a guess where it is coarse.
+
+Which blocks are divided is decided by the answer as a whole (the largest change among its tokens), not by
+the target, so that several targets share the passes. Parts that matter only together with others far away,
+or that cancel inside a block, are not found.
+
+Source: a beam version of occlusion (Zeiler & Fergus 2014); after the quadtree searches of image coding.
+
+RISE: show the picture through many random smooth masks; a patch matters where showing it went with a likelier answer.
+
+The value of a patch is the mean score over masks, weighed by how much of the patch each mask showed, minus
+the plain mean. Unlike occlusion it hides much at once, so patches that stand in for one another are found;
+the price is noise, which is estimated and reported.
+
+Two things differ from the paper: the score is a log-probability, as everywhere here, and it is centred before
+it is weighed, which takes out the noise of unequal mask sums and leaves the ranking's limit as it is.
+
+Source: Petsiuk et al. 2018 (arXiv 1806.07421), sections 3.1 and 3.2.
+
+Token knockout: the answer may not look at one image token, in any layer; everything else stays as it was.
+
+Every other position still reads the token, so what the question's words had gathered from it remains: this
+is the *direct* way from the patch to the answer. With ``rows="text"`` the question may not look either, and
+what is left goes through other image tokens. Nothing is put in the token's place, so there is no fill.
+
+All patches share one cache of the untouched sequence; a variant is only the few positions that may not
+look, so hundreds of patches cost a few forwards. A knockout that does not take effect looks like a patch
+that does not matter; therefore the strongest one is proved in each run: with absurd keys and values at the
+blocked token the score must stay the same to the last digits, and without the block it must not.
+
+Sources: Geva et al. 2023 (arXiv 2304.14767) for attention knockout; Zhang et al. 2024 (arXiv 2411.18620)
+for its use between image, question and answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn import functional
 from tqdm.auto import tqdm
 
-from llava_lab.attribution.base import Maps, Method, Targets, whole_number
-from llava_lab.attribution.fills import FILLS, inpaint
-from llava_lab.attribution.occlusion_cached import sweep_tokens
-from llava_lab.attribution.occlusion_levels import LEVELS, PATIENCE, PLACES, open_level
-from llava_lab.attribution.scoring import Score
+from llava_lab.attribution.method import Maps, Method, Targets, choose, whole_number
 from llava_lab.capture import undisturbed
-from llava_lab.errors import OptionError
+from llava_lab.errors import LabError, OptionError
+from llava_lab.replay.alter import LEVELS, PATIENCE, PLACES, Level, open_level
+from llava_lab.replay.fills import FILLS, SQUARES, inpaint
+from llava_lab.replay.prefix import ROWS, Branches, agree, sweep_tokens
+from llava_lab.replay.score import Score
 from llava_lab.results import Run
 
 if TYPE_CHECKING:
@@ -146,4 +185,324 @@ OCCLUSION = Method(
     blind_to="patches that stand in for one another, and what the fill itself says",
     options={"block": 1, "stride": None, "fill": FILLS[0], "batch": 8, "at": LEVELS[0], "seed": 0},
     compute=_compute,
+)
+
+
+@dataclass
+class _Search:
+    """What has been found so far: the finest block tried at each patch."""
+
+    values: np.ndarray  # (targets, rows, cols), drop per patch
+    whole: Float[Tensor, " N"] | None = None  # of the targets and of each answer token
+    tried: int = 0
+    rounds: list[int] = field(default_factory=list)  # blocks in each round
+    interrupted: bool = False
+
+
+def first_side(grid: tuple[int, int]) -> int:
+    """Side of the first blocks: a power of two, about a quarter of the grid, at least 2 where the grid allows."""
+    side = 1
+    while side * 4 < max(grid):
+        side *= 2
+    return min(max(side, 2), min(grid))
+
+
+def cut(block: Block) -> list[Block]:
+    """The block in halves both ways; a side of one patch stays whole."""
+
+    def halves(part: slice) -> list[slice]:
+        middle = (part.start + part.stop + 1) // 2
+        return [part] if part.stop - part.start == 1 else [slice(part.start, middle), slice(middle, part.stop)]
+
+    return [(y, x) for y in halves(block[0]) for x in halves(block[1])]
+
+
+def tiles(grid: tuple[int, int], side: int) -> list[Block]:
+    """Blocks that cover the grid without overlap; those at the end may be smaller."""
+    rows, cols = ([slice(i, min(i + side, length)) for i in range(0, length, side)] for length in grid)
+    return [(y, x) for y in rows for x in cols]
+
+
+def _compute_occlusion_coarse(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> Maps:
+    grid = run.map.rows, run.map.cols
+    side = first_side(grid) if options["first"] is None else whole_number("first", options["first"], least=1)
+    if side > min(grid):
+        raise OptionError(f"first must be at most {min(grid)} for a grid of {grid[0]}x{grid[1]}, got {side}")
+    keep = whole_number("keep", options["keep"], least=1)
+    batch = whole_number("batch", options["batch"], least=1)
+    seed = whole_number("seed", options["seed"])
+    covered = run.map.coverage() > 0
+    start, stop = run.segments["answer"]
+    deciding = tuple(run.target(i) for i in range(stop - start))
+    found = _Search(np.zeros((len(targets), *grid), np.float32))
+    with undisturbed(lab.model):
+        every = (*targets, *deciding)
+        level = open_level(lab, run, every, at=options["at"], fill=options["fill"], seed=seed)
+        blocks = [one for one in tiles(grid, side) if covered[one].any()]
+        while blocks and not found.interrupted:
+            strong = _round(lab, run, every, level, blocks, covered, found, batch)
+            divisible = [blocks[i] for i in strong if _area(blocks[i]) > 1]
+            blocks = [part for block in divisible[:keep] for part in cut(block) if covered[part].any()]
+    assert found.whole is not None
+    notes = [says(options["fill"], level.name, "blocks of patches") + " A block's drop is shared out over its patches."]
+    notes.append(
+        f"Blocks of {side}x{side} first, the {keep} that changed the answer most cut in four, and so on to single patches."
+    )
+    if found.interrupted:
+        notes.append(f"Interrupted after {found.tried} blocks; the map is as fine as it got.")
+    extras = {"score": found.whole[: len(targets)].tolist(), "blocks": found.tried, "rounds": found.rounds}
+    return Maps(found.values * covered, {"forward": found.tried + 1 + level.passes}, tuple(notes), extras)
+
+
+def _round(
+    lab: Lab, run: Run, every: Targets, level: Level, blocks: list[Block], covered: np.ndarray, found: _Search, batch: int
+) -> list[int]:
+    """Try `blocks`, write them into the map, and return their numbers, the most telling first."""
+    targets = len(found.values)
+    try:
+        if level.name == "pixels":
+            known = found.whole
+            drops, whole = sweep(level.whole, level.fill, blocks, level.score, patch=level.patch, batch=batch, whole=known)
+            order = list(range(len(drops)))
+        else:
+            hidden = masks_of(blocks, level.grid).to(lab.device)
+            drops, order, whole, _ = sweep_tokens(lab, run, every, level, hidden, batch=batch, whole=found.whole)
+    except KeyboardInterrupt:
+        if found.whole is None:
+            raise
+        found.interrupted = True
+        return []
+    found.whole = whole
+    found.tried += len(drops)
+    found.rounds.append(len(drops))
+    found.interrupted = len(drops) < len(blocks)
+    for drop, i in zip(drops[:, :targets].cpu().numpy(), order, strict=True):
+        found.values[:, *blocks[i]] = drop[:, None, None] / max(int(covered[blocks[i]].sum()), 1)
+    change = drops[:, targets:].abs().amax(1).cpu()
+    return [order[int(i)] for i in torch.argsort(change, descending=True, stable=True)]
+
+
+def _area(block: Block) -> int:
+    return (block[0].stop - block[0].start) * (block[1].stop - block[1].start)
+
+
+OCCLUSION_COARSE = Method(
+    name="occlusion_coarse",
+    truth="How much less likely the target becomes when a block is covered, blocks getting finer where the answer changed most.",
+    source="Zeiler & Fergus 2014, searched from coarse to fine",
+    cost="some tens of forwards",
+    blind_to="patches whose block did not stand out, patches that stand in for one another, and what the fill itself says",
+    options={"first": None, "keep": 4, "fill": FILLS[0], "batch": 8, "at": LEVELS[0], "seed": 0},
+    compute=_compute_occlusion_coarse,
+)
+
+
+FLOOR = 1e-6  # of a patch's total weight, for one that no mask ever showed
+
+
+Masks = Callable[[int, int], Tensor]  # from one number up to another -> (M, Y, X)
+
+
+def rise_masks(count: int, side: tuple[int, int], *, cells: int, shown: float, seed: int) -> Masks:
+    """Random masks from 0 (hidden) to 1: `cells` a side, each shown with probability `shown`, smoothly enlarged, shifted.
+
+    They are enlarged when asked for, by number: all of them at once would be gigabytes.
+    """
+    random = torch.Generator().manual_seed(seed)
+    height, width = side
+    step_y, step_x = -(-height // cells), -(-width // cells)
+    coarse = (torch.rand(count, 1, cells + 1, cells + 1, generator=random) < shown).float()
+    size = ((cells + 1) * step_y, (cells + 1) * step_x)
+    down = torch.randint(0, step_y, (count,), generator=random).tolist()
+    right = torch.randint(0, step_x, (count,), generator=random).tolist()
+
+    def masks(start: int, stop: int) -> Tensor:
+        large = functional.interpolate(coarse[start:stop], size=size, mode="bilinear", align_corners=False)[:, 0]
+        corners = zip(large, down[start:stop], right[start:stop], strict=True)
+        return torch.stack([one[y : y + height, x : x + width] for one, y, x in corners])
+
+    return masks
+
+
+def weighed(
+    scores: Float[Tensor, "M N"], masks: Float[Tensor, "M rows cols"]
+) -> tuple[Float[Tensor, "N rows cols"], Float[Tensor, "N rows cols"]]:
+    """Each patch's mean score weighed by how much of it was shown, minus the plain mean; and its standard error."""
+    centred = (scores - scores.mean(0)).double()
+    weights = masks.double().flatten(1)  # M P
+    total = weights.sum(0).clamp_min(FLOOR)
+    value = centred.T @ weights / total  # N P
+    share = weights * len(weights) / total  # M P, 1 on average; a mask's say in the weighed mean beside the plain one
+    influence = share * (centred.T[:, :, None] - value[:, None]) - centred.T[:, :, None]  # N M P
+    error = (influence**2).sum(1).sqrt() / len(weights)
+    shape = (-1, *masks.shape[1:])
+    return value.float().reshape(shape), error.float().reshape(shape)
+
+
+def natural_cells(grid: tuple[int, int]) -> int:
+    """Cells a side when none are asked for: about three patches each, 2 to 8 (the paper's 7 is for whole photographs)."""
+    return min(max(min(grid) // 3, 2), 8, min(grid))
+
+
+def _compute_rise(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> Maps:
+    grid = run.map.rows, run.map.cols
+    count = whole_number("masks", options["masks"], least=2)
+    cells = natural_cells(grid) if options["cells"] is None else whole_number("cells", options["cells"], least=1)
+    batch = whole_number("batch", options["batch"], least=1)
+    seed = whole_number("seed", options["seed"])
+    shown = options["shown"]
+    if isinstance(shown, bool) or not isinstance(shown, Real) or not 0 < float(shown) < 1:
+        raise OptionError(f"shown is the share of the picture a mask shows, between 0 and 1; got {shown!r}")
+    if cells > min(grid):
+        raise OptionError(f"cells must be at most {min(grid)} for a grid of {grid[0]}x{grid[1]}, got {cells}")
+    with undisturbed(lab.model):
+        level = open_level(lab, run, targets, at=options["at"], fill=options["fill"], seed=seed, fills=SQUARES)
+        scores, masks = _looks(level, count, batch, cells=cells, shown=float(shown), seed=seed)
+    done = len(scores)
+    values, errors = weighed(scores.float().cpu(), masks)
+    covered = run.map.coverage() > 0
+    notes = [
+        "Mean log-probability of the target (for a contrast: logit difference) over masks that show the patch, minus the mean "
+        f"over all; what is hidden is filled with {options['fill']} at {PLACES[level.name]}."
+    ]
+    if done < count:
+        notes.append(f"Interrupted after {done} of {count} masks; the means are over these.")
+    extras = {"masks": done, "standard_error": errors[:, torch.from_numpy(covered)].mean(1).tolist()}
+    return Maps(values.numpy() * covered, {"forward": done + level.passes}, tuple(notes), extras)
+
+
+def _looks(
+    level: Level, count: int, batch: int, *, cells: int, shown: float, seed: int
+) -> tuple[Float[Tensor, "m N"], Float[Tensor, "m rows cols"]]:
+    """Scores through each mask and how much of each patch it shows; fewer after Ctrl-C, raised while there are not two."""
+    side = (level.whole.shape[-2], level.whole.shape[-1])
+    masks = rise_masks(count, side, cells=cells, shown=shown, seed=seed)
+    rows, cols = (length * level.patch for length in level.grid)
+    scores: list[Tensor] = []
+    seen: list[Tensor] = []
+    with tqdm(total=count, desc="rise", unit="mask", delay=PATIENCE, leave=False) as progress:
+        try:
+            for start in range(0, count, batch):
+                now = masks(start, min(start + batch, count))
+                scores.append(level.score(level.blend(now.to(level.whole.device))))
+                seen.append(functional.avg_pool2d(now[:, None, :rows, :cols], level.patch)[:, 0])
+                progress.update(len(now))
+        except KeyboardInterrupt:
+            if sum(map(len, seen)) < 2:
+                raise
+    return torch.cat(scores[: len(seen)]), torch.cat(seen)
+
+
+RISE = Method(
+    name="rise",
+    truth="How much likelier the target is on average under random masks that show the patch than under all of them.",
+    source="Petsiuk et al. 2018",
+    cost="one forward per mask",
+    blind_to="anything finer than a mask's cells, and differences within its own noise",
+    options={"masks": 128, "cells": None, "shown": 0.5, "fill": SQUARES[0], "at": LEVELS[0], "batch": 8, "seed": 0},
+    compute=_compute_rise,
+)
+
+
+BLOCKED_ROWS = ("answer", "text")
+SAME = 1e-6  # what a blocked token may still change, relative above 1: it should be nothing at all
+
+
+def _compute_knockout_map(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> Maps:
+    grid = run.map.rows, run.map.cols
+    block = whole_number("block", options["block"], least=1)
+    if block > min(grid):
+        raise OptionError(f"block must be at most {min(grid)} for a grid of {grid[0]}x{grid[1]}, got {block}")
+    rows = choose("rows", options["rows"], BLOCKED_ROWS)
+    blocks = blocks_of(*grid, block, block)  # padding too: its tokens are read like any other
+    start = run.segments["answer"][0] - 1 if rows == "answer" else run.segments["image"][1]
+    every = (*targets, run.target())  # the whole answer, so that passes do not depend on what is explained
+    with undisturbed(lab.model):
+        level = open_level(lab, run, every, at="projector", fill="mean")
+        whole = level.score(level.whole)[0]
+        length = run.segments["answer"][1] - 1 - start
+        size = max(ROWS // length, 1)  # variants in one pass
+        branches = Branches(lab, run, every, level.tokens(level.whole), room=start + (size + 1) * length)
+        agree(branches.whole, whole, branches.sequence.dtype)
+        drops = _sweep(branches, run, blocks, grid, start, size, whole)
+        strongest = int(drops[:, -1].abs().argmax())
+        proof = _prove(branches, run, blocks[strongest], grid, start)
+    done, wanted = len(drops), len(targets)
+    values = spread(drops[:, :wanted].cpu().numpy(), blocks[:done], grid)
+    who = "the positions that predict the answer" if rows == "answer" else "the question and the answer"
+    notes = [
+        f"Drop of the target's log-probability (for a contrast: of the logit difference) when {who} may not attend to "
+        f"{block}x{block} image tokens in any layer; nothing is put in their place."
+    ]
+    if done < len(blocks):
+        notes.append(f"Interrupted after {done} of {len(blocks)} blocks; patches not reached are 0.")
+    passes = 2 + -(-done // size) + 3  # plain, kept, the variants, the proof
+    extras = {
+        "score": whole[:wanted].tolist(),
+        "blocks": done,
+        "positions": branches.rows,
+        "blocked_change": proof[0],
+        "unblocked_change": proof[1],
+    }
+    return Maps(values, {"forward": passes}, tuple(notes), extras)
+
+
+def _sweep(
+    branches: Branches,
+    run: Run,
+    blocks: list[Block],
+    grid: tuple[int, int],
+    start: int,
+    size: int,
+    whole: Float[Tensor, " N"],
+) -> Float[Tensor, "m N"]:
+    """Drop of each target's score for each block; fewer after Ctrl-C, which is raised before the first pass."""
+    drops: list[Tensor] = []
+    with tqdm(total=len(blocks), desc="token knockout", unit="block", delay=PATIENCE, leave=False) as progress:
+        try:
+            for first in range(0, len(blocks), size):
+                now = blocks[first : first + size]
+                tails = branches.sequence[:, start:].expand(len(now), -1, -1)
+                drops.append(whole - branches.score(tails, start, _columns(run, now, grid, start, tails.device)))
+                progress.update(len(now))
+        except KeyboardInterrupt:
+            if not drops:
+                raise
+    return torch.cat(drops)
+
+
+def _columns(run: Run, blocks: list[Block], grid: tuple[int, int], start: int, device: torch.device) -> Tensor:
+    """Which positions before `start` each variant may not look at."""
+    first, last = run.segments["image"]
+    columns = torch.zeros(len(blocks), start, dtype=torch.bool)
+    columns[:, first:last] = masks_of(blocks, grid).flatten(1)
+    return columns.to(device)
+
+
+def _prove(branches: Branches, run: Run, block: Block, grid: tuple[int, int], start: int) -> tuple[float, float]:
+    """How much absurd keys and values at one blocked token change, with the block and without it; refuses a block that leaks."""
+    tail = branches.sequence[:, start:]
+    columns = _columns(run, [block], grid, start, tail.device)
+    position = int(np.flatnonzero(columns[0].cpu().numpy())[0])
+    quiet = branches.score(tail, start, columns)[0]
+    with branches.poisoned(position):
+        behind = branches.score(tail, start, columns)[0]
+        beside = branches.score(tail, start)[0]
+    leak, change = (float(((one - quiet).abs() / quiet.abs().clamp_min(1)).max()) for one in (behind, beside))
+    if not leak <= SAME:  # a score that is not a number is a leak too
+        raise LabError(
+            f"expected a blocked token to have no say, got a change of {leak:.2g} through it; this attention implementation "
+            "does not follow the mask: load the model with sdpa or eager attention"
+        )
+    return leak, change
+
+
+TOKEN_KNOCKOUT = Method(
+    name="token_knockout",
+    truth="How much less likely the target becomes when the answer may not attend to the image token, in any layer.",
+    source="attention knockout, Geva et al. 2023; all patches in one shared cache added here",
+    cost="about five forwards for all patches",
+    blind_to="what reached the answer through the question's words or other image tokens, and tokens that replace each other",
+    options={"rows": BLOCKED_ROWS[0], "block": 1},
+    compute=_compute_knockout_map,
 )

@@ -1,4 +1,10 @@
-"""Every attribution method under one name and one signature. To add a method, write its `Method` and list it here.
+"""What a method needs of the weights, said before it starts: gradients, or weights that are plain numbers.
+
+Weights packed into 8 or 4 bits (bitsandbytes) answer questions, but their gradients are not those of the model that was
+trained, and they cannot be read. Weights that wait elsewhere (`device_map` with offloading) are not there to be read either.
+Every other method only runs the model, and works with both.
+
+Every attribution method under one name and one signature. To add a method, write its `Method` and list it here.
 
 It decides nothing about how a map is made; that is each method's own file.
 """
@@ -12,39 +18,49 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import nn
 
-from llava_lab.attribution.attention import ATTENTION
-from llava_lab.attribution.base import Method
-from llava_lab.attribution.baselines import CENTER, EDGES, INVERSE, RANDOM
-from llava_lab.attribution.black_box import attribute_closed, refuse_inside
-from llava_lab.attribution.direct_logit import DIRECT_LOGIT
-from llava_lab.attribution.gradcam import GRADCAM
-from llava_lab.attribution.gradients import GRADIENT_INPUT
-from llava_lab.attribution.greedy import GREEDY
-from llava_lab.attribution.integrated import INTEGRATED_GRADIENTS, SMOOTHGRAD
-from llava_lab.attribution.knockout_map import TOKEN_KNOCKOUT
-from llava_lab.attribution.lens_map import LOGIT_LENS_MAP
-from llava_lab.attribution.localization import LOCALIZATION_HEADS
+from llava_lab.attribution.attention import ATTENTION, RELATIVE_ATTENTION, VALUE_ATTENTION
+from llava_lab.attribution.controls import CENTER, EDGES, INVERSE, RANDOM
+from llava_lab.attribution.gradients import GRADCAM, GRADIENT_INPUT, INTEGRATED_GRADIENTS, SMOOTHGRAD
+from llava_lab.attribution.heads import LOCALIZATION_HEADS
+from llava_lab.attribution.logits import DIRECT_LOGIT, LOGIT_LENS_MAP
 from llava_lab.attribution.max_flow import ATTENTION_FLOW
-from llava_lab.attribution.needs import refuse_unable
-from llava_lab.attribution.occlusion import OCCLUSION
-from llava_lab.attribution.occlusion_coarse import OCCLUSION_COARSE
-from llava_lab.attribution.relative import RELATIVE_ATTENTION
+from llava_lab.attribution.method import Method
+from llava_lab.attribution.occlusion import OCCLUSION, OCCLUSION_COARSE, RISE, TOKEN_KNOCKOUT
 from llava_lab.attribution.relevancy import RELEVANCY
-from llava_lab.attribution.rise import RISE
-from llava_lab.attribution.rollout import ROLLOUT
-from llava_lab.attribution.shapley import KERNEL_SHAP, SHAPLEY
+from llava_lab.attribution.rollout import ROLLOUT, VISION
+from llava_lab.attribution.shapley import GREEDY, KERNEL_SHAP, SHAPLEY
 from llava_lab.attribution.tam import TAM
-from llava_lab.attribution.targets import Wanted, resolve_targets
-from llava_lab.attribution.value_attention import VALUE_ATTENTION
-from llava_lab.attribution.vision import VISION
 from llava_lab.errors import CheckpointError, OptionError
-from llava_lab.models import projectors
-from llava_lab.models.black_box import BlackBox
+from llava_lab.models import connectors as projectors
+from llava_lab.models import layout
+from llava_lab.remote.black_box import BlackBox
+from llava_lab.remote.explain import attribute_closed, refuse_inside
+from llava_lab.replay.targets import Wanted, resolve_targets
 from llava_lab.results import Relevance, Run
 
 if TYPE_CHECKING:
     from llava_lab.models import Lab
+
+GRADIENTS = frozenset(
+    {"relevancy", "gradient_input", "integrated_gradients", "smoothgrad", "gradcam"},
+)
+PLAIN_WEIGHTS = frozenset({"value_attention", "direct_logit", "logit_lens_map", "tam"})
+
+
+def refuse_unable(model: nn.Module, method: str, name: str) -> None:
+    """Raises OptionError (one line) where `method` needs what `model` does not have."""
+    packed, away = layout.is_quantized(model), layout.is_offloaded(model)
+    if not packed and not away:
+        return
+    what = "gradients" if method in GRADIENTS else "plain weights" if method in PLAIN_WEIGHTS else None
+    if what is None:
+        return
+    has = "weights packed into 8 or 4 bits" if packed else "weights that wait off the device (device_map)"
+    mend = "without quantization" if packed else "on a device that holds it whole"
+    raise OptionError(f"method {method!r} needs {what}, and {name!r} has {has}; load it {mend}, or use method='occlusion'")
+
 
 _ALL = (
     ROLLOUT,

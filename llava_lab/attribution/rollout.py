@@ -1,4 +1,22 @@
-"""Attention rollout through the language model, and on request through the vision tower, in one forward.
+"""Attention rollout as arithmetic: the running product of attention matrices, one layer at a time.
+
+``R = A~_L ... A~_1`` with ``A~ = (1 - residual) A + residual I``: row i of R says how the state at
+position i is mixed from the inputs, if values and feed-forward layers are ignored. Rows sum to 1.
+
+It knows matrices only, no model. `UniformFlow` is the same product when every layer attends
+uniformly to what it may see: what a rollout map looks like when attention says nothing. On a
+causal decoder that is not flat at all (early positions win), which is why it is worth dividing by.
+
+Sources: Abnar & Zuidema 2020 (arXiv 2005.00928) for the product with half residual.
+
+Sink columns: positions that draw attention from everywhere whatever they hold, usually the first token.
+
+They are found by their own statistics in the run at hand, never by constants from a paper. A position
+that many later positions look at because it matters is found too: what is removed is always listed.
+
+Source of the phenomenon: Xiao et al. 2023 (arXiv 2309.17453); on image tokens Kang et al. 2025 (arXiv 2503.03321).
+
+Attention rollout through the language model, and on request through the vision tower, in one forward.
 
 The product of all layers' attention is carried along while the forward runs, so no layer's attention
 outlives it. Plain rollout (half residual, no null) is nearly blind on a deep causal decoder: most of it
@@ -10,19 +28,29 @@ Abnar & Zuidema's own rollout is ``residual=0.5, null="none"`` with everything e
 It follows attention weights and residuals only: values and feed-forward layers are ignored.
 
 Sources: Abnar & Zuidema 2020 (arXiv 2005.00928); the bias of causal rollout, arXiv 2602.16837.
+
+What the vision tower looks at whatever is asked: a control that has seen the picture and not the question.
+
+Rollout through the tower's attention, averaged over the patch rows that LLaVA passes on (never the class
+token's, which it drops). A map of an answer that does no better than this one has shown what is striking
+in the picture, not what the answer came from.
+
+Source: Abnar & Zuidema 2020 (arXiv 2005.00928) on the tower alone; as a baseline, our own choice.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llava_lab.attribution.base import (
+from llava_lab.attribution.method import (
     Maps,
     Method,
     Targets,
@@ -34,15 +62,116 @@ from llava_lab.attribution.base import (
     target_rows,
     view_values,
 )
-from llava_lab.attribution.flow import Flow, UniformFlow, remove_columns, whole_rows
-from llava_lab.attribution.sinks import column_pull, find_sinks
 from llava_lab.capture import FUSIONS, LayerByLayer, Norms, undisturbed, watch_attention
 from llava_lab.errors import LabError, OptionError
-from llava_lab.models.layout import language_layers, require_patch_tokens, used_vision_layers
+from llava_lab.models.layout import language_layers, require_patch_tokens, used_vision_layers, vision_tower
 from llava_lab.results import Run
 
 if TYPE_CHECKING:
     from llava_lab.models import Lab
+
+BLOCK = 64  # rows at a time; a causal block only needs the rows above it
+
+Weight = float | Float[Tensor, " S"]  # of the identity, for all positions or for each
+
+
+class Flow:
+    """The running product, starting from the identity. One ``S x S`` float32 matrix.
+
+    `causal` promises that attention is lower triangular, which halves the work and more.
+    """
+
+    def __init__(self, size: int, *, causal: bool, device: torch.device | str = "cpu") -> None:
+        self.total: Float[Tensor, "S S"] = torch.eye(size, device=device)
+        self.causal = causal
+
+    def step(self, attention: Float[Tensor, "S S"], residual: Weight) -> None:
+        """Put one more layer on top: ``total = ((1 - residual) attention + residual I) total``."""
+        keep = _column(residual, attention)
+        if not self.causal:
+            self.total = torch.lerp(attention @ self.total, self.total, keep)
+            return
+        # A causal row only needs rows at or above it, so going from the last block up works in place.
+        for start in reversed(range(0, len(attention), BLOCK)):
+            stop = min(start + BLOCK, len(attention))
+            rows = slice(start, stop)
+            mixed = attention[rows, :stop] @ self.total[:stop, :stop]
+            self.total[rows, :stop] = torch.lerp(mixed, self.total[rows, :stop], keep[rows])
+
+
+class UniformFlow:
+    """The same product under uniform attention, in ``S x S`` time per layer instead of ``S x S x S``.
+
+    Each row attends equally to every column it may see, those in `removed` left out.
+    """
+
+    def __init__(self, size: int, *, causal: bool, removed: Sequence[int] = (), device: torch.device | str = "cpu") -> None:
+        self.total: Float[Tensor, "S S"] = torch.eye(size, device=device)
+        self.causal = causal
+        kept = torch.ones(size, 1, device=device)
+        kept[list(removed)] = 0.0
+        self._kept = kept if removed else None
+        self._count = kept.cumsum(0) if causal else kept.sum().expand(size, 1)  # columns each row may look at
+
+    def step(self, residual: Weight) -> None:
+        """Put one more uniform layer on top."""
+        offered = self.total if self._kept is None else self._kept * self.total
+        if self.causal:
+            mixed = offered.cumsum(0).div_(self._count.clamp_min(1.0))
+            if self._kept is not None:  # nothing left to look at: the position keeps itself
+                mixed = torch.where(self._count > 0, mixed, self.total)
+        else:
+            mixed = (offered.sum(0) / self._count.clamp_min(1.0)).expand_as(offered)
+        self.total = torch.lerp(mixed, self.total, _column(residual, self.total))
+
+
+def remove_columns(attention: Float[Tensor, "S S"], columns: Sequence[int]) -> Float[Tensor, "S S"]:
+    """Take `columns` out and let each row sum to 1 again; a row with nothing left attends to itself."""
+    left = attention.clone()
+    left[:, list(columns)] = 0.0
+    return whole_rows(left)
+
+
+def whole_rows(attention: Float[Tensor, "S S"]) -> Float[Tensor, "S S"]:
+    """Each row scaled to sum to 1; an empty row attends to itself."""
+    total = attention.sum(-1, keepdim=True)
+    itself = torch.eye(len(attention), device=attention.device)
+    return torch.where(total > 0, attention / total.clamp_min(torch.finfo(attention.dtype).tiny), itself)
+
+
+def _column(residual: Weight, like: Tensor) -> Float[Tensor, "S 1"]:
+    if isinstance(residual, Tensor):
+        return residual.to(like)[:, None]
+    return torch.full((len(like), 1), float(residual), device=like.device)
+
+
+OBSERVERS = 8  # later positions needed before a column's statistic is believed
+FAIR_SHARES = 5.0  # a sink draws at least this many times what uniform attention would give it
+DEVIATIONS = 10.0  # and lies this many robust standard deviations above the median column
+
+
+def column_pull(attention: Float[Tensor, "S S"]) -> Float[Tensor, " S"]:
+    """Attention each column gets from later rows, as a multiple of what uniform causal attention gives it.
+
+    Uniform causal attention gives 1 everywhere; the last column, which no row follows, is given 1.
+    """
+    size = len(attention)
+    strict = attention.tril(-1).sum(0)
+    shares = 1 / torch.arange(1, size + 1, device=attention.device, dtype=torch.float32)
+    fair = shares.flip(0).cumsum(0).flip(0) - shares  # of the rows after each column
+    return torch.where(fair > 0, strict / fair.clamp_min(torch.finfo(fair.dtype).tiny), torch.ones_like(fair))
+
+
+def find_sinks(pull: Float[Tensor, " S"]) -> tuple[int, ...]:
+    """Columns whose pull (mean over layers) is an outlier among all columns, in order."""
+    judged = pull[: max(len(pull) - OBSERVERS, 0)]
+    if len(judged) == 0:
+        return ()
+    middle = judged.median()
+    spread = 1.4826 * (judged - middle).abs().median()  # equals the standard deviation for a normal distribution
+    limit = torch.clamp(middle + DEVIATIONS * spread, min=FAIR_SHARES)
+    return tuple(int(i) for i in torch.nonzero(judged > limit)[:, 0])
+
 
 FLOOR = 1e-12  # added to both sides of the log-ratio; far below any share that can matter
 
@@ -215,4 +344,42 @@ ROLLOUT = Method(
         "through_vision": False,
     },
     compute=_compute,
+)
+
+
+RESIDUAL = 0.5  # Abnar & Zuidema's
+
+
+def _compute_vision(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> Maps:
+    fusion = choose("fusion", options["fusion"], FUSIONS)
+    require_patch_tokens(lab.model, "method 'vision'")
+    flows: list[Flow] = []
+
+    def fold(layer: int, attention: Tensor, norms: Norms | None) -> None:
+        if not flows:
+            flows.append(Flow(len(attention), causal=False, device=attention.device))
+        flows[0].step(whole_rows(attention) if fusion == "min" else attention, RESIDUAL)
+
+    layers = used_vision_layers(lab.model)
+    with undisturbed(lab.model), watch_attention(layers, LayerByLayer(fold, fusion=fusion)):
+        vision_tower(lab.model)(lab.inputs(run)["pixel_values"])
+    total, patches = flows[0].total, run.map.rows * run.map.cols
+    first = len(total) - patches  # 1 with a class token, 0 without
+    if first not in (0, 1):
+        raise LabError(f"expected {patches} patches and at most one CLS token in the vision tower, got {len(total)} positions")
+    seen = total[first:].mean(0)
+    values = seen[first:].cpu().numpy().reshape(run.map.rows, run.map.cols)
+    notes = ("The vision tower alone, before any question: a control, not an explanation.",)
+    extras = {"lost_to_cls": float(seen[:first].sum())}
+    return Maps(np.repeat(values[None], len(targets), 0), {"forward": 1}, notes, extras)
+
+
+VISION = Method(
+    name="vision",
+    truth="What the vision tower's patches are mixed from, the same for every question and every word.",
+    source="control (rollout after Abnar & Zuidema 2020)",
+    cost="1 forward of the vision tower alone",
+    blind_to="the question and the answer",
+    options={"fusion": "mean"},
+    compute=_compute_vision,
 )

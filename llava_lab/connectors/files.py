@@ -5,10 +5,18 @@ Both are a ``torch.save`` of a dict whose keys hold ``mm_projector.`` behind any
 what the projector was trained with, so that lies beside it in a small JSON file, which LLaVA does not read.
 
 Source: haotian-liu/LLaVA @ c121f04 ``llava/model/llava_arch.py`` (get_w), ``train/train.py``, ``model/builder.py``.
+
+Write a lab as a folder: with its connector as it is, or as stock transformers loads it without this library.
+
+`save` keeps the connector's type in config.json; `llava_lab.load` reads it back bit for bit, stock transformers does not
+know the type. `export` rewrites what can be said exactly in the stock projector's two layers. A linear map becomes its
+own first layer, the second being the identity and the activation "linear": the same numbers, bit for bit, with more
+parameters. It is for sharing and serving, not for training on.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pickle
@@ -17,12 +25,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llava_lab.errors import CheckpointError, OptionError
-from llava_lab.models import projectors
-from llava_lab.models.projector_parts import Connector
-from llava_lab.models.swapping import trained_beside
+from llava_lab.models import connectors as projectors
+from llava_lab.models.connectors import Connector
+from llava_lab.models.swap import Plug, trained_beside
 
 if TYPE_CHECKING:
     from llava_lab.models import Lab
@@ -167,3 +175,52 @@ def _stock_kind(lab: Lab) -> str:
     if act != "gelu":
         raise OptionError(f"LLaVA's file format knows GELU between the layers only, {lab.name!r} has {act!r}")
     return "mlp2x_gelu"
+
+
+EXPORTED = ("linear", "mlp1x_gelu", "mlp2x_gelu", "linear2x", "identity")
+
+
+def save(lab: Lab, folder: str | os.PathLike) -> Path:
+    """Write model, tokenizer and image processor; ``llava_lab.load(folder)`` gives them back bit for bit."""
+    folder = Path(folder)
+    lab.model.save_pretrained(folder)
+    lab.processor.save_pretrained(folder)
+    return folder
+
+
+def export(lab: Lab, folder: str | os.PathLike) -> Path:
+    """Write a folder that stock ``LlavaForConditionalGeneration.from_pretrained`` loads, giving the same numbers.
+
+    Possible for linear, mlp1x_gelu, mlp2x_gelu, linear2x and identity; raises OptionError for the others. The lab is
+    left as it is.
+    """
+    module: Any = lab.connector
+    if not isinstance(module, Connector):
+        return save(lab, folder)
+    if module.kind not in EXPORTED:
+        raise OptionError(f"stock transformers has no {module.kind!r}; can be exported: {', '.join(EXPORTED)}")
+    stock = _as_stock(module, lab)
+    stock.trained_with = {}  # type: ignore[assignment]
+    plug = Plug(lab, stock)
+    try:
+        plug.apply()
+        return save(lab, folder)
+    finally:
+        plug.undo()
+
+
+def _as_stock(module: Any, lab: Lab) -> nn.Module:
+    """The stock projector with the same function."""
+    config = copy.copy(lab.model.config)
+    config.projector_hidden_act = "gelu" if module.kind == "mlp2x_gelu" else "linear"
+    config.multimodal_projector_bias = module.sizes.bias
+    with torch.random.fork_rng(devices=[]):
+        stock: Any = projectors.STOCK(config)
+    eye = torch.eye(module.sizes.language)
+    with torch.no_grad():
+        for number in (1, 2):
+            mine, theirs = getattr(module, f"linear_{number}", None), getattr(stock, f"linear_{number}")
+            theirs.weight.copy_(eye if mine is None else mine.weight)
+            if theirs.bias is not None:
+                theirs.bias.copy_(torch.zeros_like(theirs.bias) if mine is None else mine.bias)
+    return stock.to(lab.device, lab.dtype).eval().requires_grad_(False)

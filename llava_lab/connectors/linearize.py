@@ -1,4 +1,8 @@
-"""The best linear stand-in for a connector, in closed form, on any checkpoint: no training, one pass over pictures.
+"""What goes into a connector and what comes out of it, picture by picture; the language model does not run.
+
+Pictures are prepared when their turn comes and nothing is kept, so memory does not grow with their number.
+
+The best linear stand-in for a connector, in closed form, on any checkpoint: no training, one pass over pictures.
 
 Ridge regression by its normal equations: the sums X'X and X'Y (float64) are all that is kept of the pictures, so memory
 does not grow with their number. The fit is scored on pictures it never saw, beside controls that say what the numbers
@@ -6,27 +10,105 @@ would be without it. How much of the answer hangs on the rest is `llava_lab.line
 
 Sources: Hoerl and Kennard 1970 (ridge); Izenman 1975 (reduced-rank regression: the rank-k fit that is best for the
 outputs keeps the directions along which the fitted outputs vary most).
+
+Scores of a linear fit on held-out tokens, in one streaming pass, each beside its controls.
+
+The controls: `mean`, the training mean for every token (R^2 about 0 by definition); `shuffle`, the connector's true
+outputs of the same picture at other places; `random`, a random map with the fit's size; `identity`, the features.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from llava_lab.connectors.scores import CONTROLS, Scores
-from llava_lab.connectors.tokens import Drawn, halves, tokens_of
+from llava_lab.capture import undisturbed
 from llava_lab.errors import DataError, OptionError
-from llava_lab.models.swapping import trained_beside
-from llava_lab.results_connectors import Linearized
+from llava_lab.models.layout import projector
+from llava_lab.models.pictures import PictureLike, read_picture
+from llava_lab.models.swap import trained_beside
+from llava_lab.results import Linearized
 
 if TYPE_CHECKING:
     from llava_lab.models import Lab
+
+Drawn = PictureLike | Callable[[], Any]  # a picture, or what draws one when it is needed
+
+
+def tokens_of(lab: Lab, pictures: Sequence[Drawn], chosen: Iterable[int], *, batch: int = 8) -> Iterator[tuple[Tensor, Tensor]]:
+    """(features, outputs) of the connector for the chosen pictures, (B, P, F) and (B, Q, D), in the model's own type."""
+    for group in _grouped(chosen, batch):
+        pixels = torch.cat([lab.pixels(_drawn(pictures[i])) for i in group])
+        yield run_connector(lab, pixels)
+
+
+def run_connector(lab: Lab, pixels: Float[Tensor, "B 3 S S"]) -> tuple[Float[Tensor, "B P F"], Float[Tensor, "B Q D"]]:
+    """One run of vision tower and connector, the model left as it was."""
+    config = lab.model.config
+    with undisturbed(lab.model), _watched(projector(lab.model)) as found:
+        lab.model.get_image_features(
+            pixel_values=pixels,
+            vision_feature_layer=config.vision_feature_layer,
+            vision_feature_select_strategy=config.vision_feature_select_strategy,
+        )
+    return found[0]
+
+
+def halves(pictures: Any, held_out: float) -> tuple[list[int], list[int]]:
+    """Numbers of the training and the held-out pictures, spread evenly. Raises DataError where there are too few."""
+    if not 0 < held_out < 1:
+        raise OptionError(f"held_out must lie between 0 and 1, got {held_out}")
+    if not hasattr(pictures, "__len__") or not hasattr(pictures, "__getitem__"):
+        raise DataError(
+            f"pictures must be a sequence that can be read twice, got {type(pictures).__name__}; make a list of paths"
+        )
+    count = len(pictures)
+    test = [i for i in range(count) if int((i + 1) * held_out) > int(i * held_out)]
+    train = sorted(set(range(count)) - set(test))
+    if not test or not train:
+        raise DataError(
+            f"{count} pictures with held_out={held_out} leave {len(train)} to fit and {len(test)} to score; give more"
+        )
+    return train, test
+
+
+def _drawn(picture: Drawn) -> Any:
+    return read_picture(picture() if callable(picture) else picture)
+
+
+def _grouped(numbers: Iterable[int], size: int) -> Iterator[list[int]]:
+    group: list[int] = []
+    for number in numbers:
+        group.append(number)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+@contextmanager
+def _watched(connector: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def keep(module: nn.Module, args: tuple, output: Tensor) -> None:
+        found.append((args[0].detach(), output.detach()))
+
+    handle = connector.register_forward_hook(keep)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
 
 PATIENCE = 2.0  # seconds before a progress bar appears
 SMALL = 1e-12  # of the largest eigenvalue; what is below is rounding
@@ -204,3 +286,84 @@ def _notes(sums: Sums, scores: Scores) -> tuple[str, ...]:
 
 def _shown(pairs: Iterator[tuple[Tensor, Tensor]], count: int, batch: int, label: str) -> Iterator[tuple[Tensor, Tensor]]:
     return iter(tqdm(pairs, total=-(-count // batch), desc=label, unit="batch", delay=PATIENCE, leave=False))
+
+
+FIT = "linear"
+CONTROLS = ("mean", "shuffle", "random", "identity")
+RESAMPLES = 2000
+TINY = 1e-12
+
+
+def random_map(full: Float[Tensor, "D F"], *, seed: int = 0) -> Float[Tensor, "D F"]:
+    """A map of normal numbers with the Frobenius norm of `full`."""
+    drawn = torch.randn(full.shape, generator=torch.Generator().manual_seed(seed), dtype=full.dtype)
+    return drawn * (full.norm() / drawn.norm())
+
+
+class Scores:
+    """Sums over held-out tokens from which every score follows; `add` takes pictures, `found` gives the fields."""
+
+    def __init__(
+        self, full: Tensor, directions: Tensor, sums: Sums, ranks: tuple[int, ...], grid: tuple[int, int], *, seed: int
+    ) -> None:
+        self._full, self._directions, self._ranks, self._grid = full, directions, ranks, grid
+        self._x, self._y = sums.feature_mean, sums.output_mean
+        self._random = random_map(full, seed=seed)
+        self._order = torch.randperm(grid[0] * grid[1], generator=torch.Generator().manual_seed(seed))
+        self._seed = seed
+        same = full.shape[0] == full.shape[1]
+        self.names = (FIT, *(CONTROLS if same else CONTROLS[:-1]))
+        self.tokens = 0
+        self._error = dict.fromkeys(self.names, 0.0)
+        self._cosine = dict(self._error)
+        self._norm = dict(self._error)
+        self._rank_error = torch.zeros(len(ranks)).double()
+        self._place = torch.zeros(2, grid[0] * grid[1]).double()  # squared error and squared distance from the mean
+        self._picture: list[tuple[float, float]] = []
+
+    def add(self, features: Float[Tensor, "B P F"], outputs: Float[Tensor, "B P D"]) -> None:
+        """Take pictures in, float64 on the CPU."""
+        centred = features - self._x
+        moved = centred @ self._full.T
+        fitted = {FIT: self._y + moved, "mean": self._y.expand_as(outputs), "shuffle": outputs[:, self._order]}
+        fitted["random"] = self._y + centred @ self._random.T
+        if CONTROLS[-1] in self.names:
+            fitted["identity"] = features
+        self.tokens += outputs.shape[0] * outputs.shape[1]
+        length = outputs.norm(dim=-1).clamp_min(TINY)
+        for name in self.names:
+            guess = fitted[name]
+            self._error[name] += float(((outputs - guess) ** 2).sum())
+            own = guess.norm(dim=-1)
+            self._cosine[name] += float(((outputs * guess).sum(-1) / (length * own.clamp_min(TINY))).sum())
+            self._norm[name] += float(((own - length).abs() / length).sum())
+        error, spread = ((outputs - fitted[FIT]) ** 2).sum(-1), ((outputs - self._y) ** 2).sum(-1)
+        self._place += torch.stack([error.sum(0), spread.sum(0)])
+        self._picture += list(zip(error.sum(1).tolist(), spread.sum(1).tolist(), strict=True))
+        self._add_ranks(moved.flatten(0, 1), (outputs - self._y).flatten(0, 1))
+
+    def _add_ranks(self, moved: Float[Tensor, "N D"], wanted: Float[Tensor, "N D"]) -> None:
+        """Squared error of each rank: the full fit's directions are orthonormal, so each adds its own share."""
+        guess, truth = moved @ self._directions, wanted @ self._directions
+        gain = (2 * guess * truth - guess**2).sum(0).cumsum(0)
+        self._rank_error += (wanted**2).sum() - gain[torch.tensor(self._ranks) - 1]
+
+    def found(self) -> dict[str, Any]:
+        """The fields of `Linearized` that are scores."""
+        pictures = np.array(self._picture)
+        total = max(float(pictures[:, 1].sum()), TINY)
+        drawn = np.random.default_rng(self._seed).integers(0, len(pictures), (RESAMPLES, len(pictures)))
+        means = pictures[drawn].sum(1)
+        low, high = np.quantile(1 - means[:, 0] / np.maximum(means[:, 1], TINY), [0.025, 0.975])
+        r2 = np.array([1 - self._error[name] / total for name in self.names])
+        place = 1 - self._place[0] / self._place[1].clamp_min(TINY)
+        return {
+            "rank_r2": (1 - self._rank_error / total).numpy(),
+            "r2": float(r2[0]),
+            "r2_interval": (float(low), float(high)),
+            "token_r2": place.reshape(self._grid).float().numpy(),
+            "variants": self.names,
+            "variant_r2": r2,
+            "cosine": np.array([self._cosine[name] / self.tokens for name in self.names]),
+            "norm_error": np.array([self._norm[name] / self.tokens for name in self.names]),
+        }

@@ -21,12 +21,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from llava_lab.capture import undisturbed
-from llava_lab.connectors.scores import random_map
-from llava_lab.connectors.tokens import Drawn, halves, tokens_of
+from llava_lab.connectors.linearize import Drawn, halves, random_map, tokens_of
 from llava_lab.errors import OptionError
-from llava_lab.models import projectors
+from llava_lab.models import connectors as projectors
 from llava_lab.models.layout import projector
-from llava_lab.results_connectors import Linearized, LocalLinearity
+from llava_lab.results import Linearized, LocalLinearity
 
 if TYPE_CHECKING:
     from llava_lab.models import Lab

@@ -1,6 +1,8 @@
 """How well a language model still reads plain text: perplexity on prose of our own that no training saw.
 
 ``python -m llava_lab.evaluation.plain_text smol`` prints the language model as it came and as it is after training.
+
+The free-form questions of `smol`'s card: chosen before any result was seen, answered by the model as it is shipped.
 """
 
 from __future__ import annotations
@@ -8,11 +10,14 @@ from __future__ import annotations
 import json
 import math
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from llava_lab.models import layout
+from llava_lab.models import Lab, layout
+from llava_lab.models.folders import ASSETS
+from llava_lab.worlds.picturebook import caption, scene
 
 # Written for this purpose, about nothing in the picture book.
 PROSE = (
@@ -49,8 +54,9 @@ def perplexity(model: Any, tokenizer: Any, texts: tuple[str, ...] = PROSE) -> fl
 
 def before_and_after() -> dict[str, float]:
     """The perplexity of `smol`'s language model as it came and after training."""
-    from llava_lab.models import load, smol
-    from llava_lab.models.loading import quiet
+    from llava_lab.models import load
+    from llava_lab.models.formats import smol
+    from llava_lab.models.load import quiet
 
     with quiet():
         model, processor = smol.assemble()
@@ -61,3 +67,22 @@ def before_and_after() -> dict[str, float]:
 
 if __name__ == "__main__":
     sys.stdout.write(json.dumps(before_and_after()) + "\n")
+
+
+QUESTIONS = ASSETS / "smol" / "free_form.json"
+
+
+def answer_free_form(lab: Lab, file: Path = QUESTIONS) -> list[dict[str, Any]]:
+    """Each question with what is really in its picture and the greedy answer, in the file's order."""
+    rows = []
+    for asked in json.loads(file.read_text(encoding="utf-8"))["questions"]:
+        drawn = scene(asked["split"], asked["index"])
+        rows.append({**asked, "shown": caption(drawn), "answer": lab.ask(drawn.picture(), asked["question"]).answer})
+    return rows
+
+
+def as_table(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table for the card."""
+    lines = ["| picture | what it shows | question | answer |", "|---|---|---|---|"]
+    lines += [f"| {row['split']} {row['index']} | {row['shown']} | {row['question']} | {row['answer']} |" for row in rows]
+    return "\n".join(line.replace("\n", " ") for line in lines)

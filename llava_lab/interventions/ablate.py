@@ -20,19 +20,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llava_lab.attribution.base import choose, whole_number
-from llava_lab.attribution.targets import Wanted, resolve_targets
+from llava_lab.attribution.method import choose, whole_number
 from llava_lab.capture import undisturbed
 from llava_lab.errors import LabError, OptionError
-from llava_lab.interventions.base import DRAWS, Enter, Plan, carry_out
-from llava_lab.interventions.cut import Cut, cutting, proving
-from llava_lab.interventions.places import Spots, patch_spots
+from llava_lab.interventions.knockout import Cut, cutting, proving
+from llava_lab.interventions.plan import DRAWS, Enter, Plan, Spots, carry_out, patch_spots
 from llava_lab.interventions.states import entering, states_before
-from llava_lab.interventions.tail import image_tokens
 from llava_lab.models import read_picture
 from llava_lab.models.layout import language_layers
-from llava_lab.results import Run
-from llava_lab.results_interventions import Effect
+from llava_lab.replay.prefix import image_tokens
+from llava_lab.replay.targets import Wanted, resolve_targets
+from llava_lab.results import Effect, Run
 from llava_lab.worlds import picturebook
 
 if TYPE_CHECKING:

@@ -20,21 +20,20 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from llava_lab.attribution.base import Targets, choose, whole_number
-from llava_lab.attribution.fills import fill_pixels
-from llava_lab.attribution.occlusion_levels import PATIENCE
-from llava_lab.attribution.scoring import read_scores
-from llava_lab.attribution.targets import Wanted, resolve_targets
+from llava_lab.attribution.method import Targets, choose, whole_number
 from llava_lab.capture import undisturbed
 from llava_lab.errors import LabError, OptionError
-from llava_lab.interventions.cut import windows_around
-from llava_lab.interventions.places import Spots, spots
+from llava_lab.interventions.knockout import windows_around
+from llava_lab.interventions.plan import Spots, spots
 from llava_lab.interventions.states import COMPONENTS, changing, parts
-from llava_lab.interventions.tail import Tail, image_tokens
 from llava_lab.models import read_picture
 from llava_lab.models.layout import language_layers
-from llava_lab.results import Run
-from llava_lab.results_interventions import PatchGrid
+from llava_lab.replay.alter import PATIENCE
+from llava_lab.replay.fills import fill_pixels
+from llava_lab.replay.prefix import Tail, image_tokens
+from llava_lab.replay.score import read_scores
+from llava_lab.replay.targets import Wanted, resolve_targets
+from llava_lab.results import PatchGrid, Run
 
 if TYPE_CHECKING:
     from llava_lab.models import Lab

@@ -18,16 +18,14 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from llava_lab.attribution.base import choose, whole_number
-from llava_lab.attribution.occlusion_levels import PATIENCE
+from llava_lab.attribution.method import choose, whole_number
 from llava_lab.capture import undisturbed
 from llava_lab.errors import OptionError
-from llava_lab.evaluation.metrics import exact_match, wilson
 from llava_lab.interventions.ablate import FILLS, _layer, _ways
-from llava_lab.interventions.base import answer_under
-from llava_lab.interventions.places import patch_spots
-from llava_lab.results import Run
-from llava_lab.results_interventions import ControlRates
+from llava_lab.interventions.plan import answer_under, patch_spots
+from llava_lab.replay.alter import PATIENCE
+from llava_lab.results import ControlRates, Run
+from llava_lab.stats import exact_match, wilson
 from llava_lab.worlds import picturebook, redcell
 
 if TYPE_CHECKING:

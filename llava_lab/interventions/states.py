@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from llava_lab.capture.watch import attention_module
 from llava_lab.errors import LabError
-from llava_lab.interventions.cut import first_position
-from llava_lab.interventions.places import Spots
+from llava_lab.interventions.knockout import first_position
+from llava_lab.interventions.plan import Spots
 from llava_lab.models.layout import language_layers
 
 if TYPE_CHECKING:

@@ -19,18 +19,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llava_lab.attribution.base import layer_window, number, whole_number
-from llava_lab.attribution.scoring import read_scores
-from llava_lab.attribution.targets import Wanted, resolve_targets
-from llava_lab.attribution.unembed import output_head
+from llava_lab.attribution.method import layer_window, number, whole_number
 from llava_lab.capture import undisturbed
 from llava_lab.errors import LabError, OptionError
-from llava_lab.interventions.base import DRAWS, Enter, Plan, answer_under, carry_out
-from llava_lab.interventions.places import Spots, spots
+from llava_lab.interventions.plan import DRAWS, Enter, Plan, Spots, answer_under, carry_out, spots
 from llava_lab.interventions.states import Changes, changing, parts, states_before
 from llava_lab.models.layout import language_layers
-from llava_lab.results import Run
-from llava_lab.results_interventions import Effect
+from llava_lab.replay.score import read_scores
+from llava_lab.replay.targets import Wanted, resolve_targets
+from llava_lab.replay.words import output_head
+from llava_lab.results import Effect, Run
 
 if TYPE_CHECKING:
     from llava_lab.models import Lab

@@ -2,10 +2,21 @@
 
 Everything after this module sees a folder. It looks at file names and the heads of JSON and
 safetensors files; it loads no weights and runs nothing that comes with a checkpoint.
+
+The families of models that can be loaded, one entry each: what a checkpoint's ``model_type`` stands for.
+
+A family is one of transformers' classes whose image tokens stand in the language model's sequence. Which tower and which
+language model are inside is the checkpoint's own business: ``llava`` covers LLaVA-1.5 (Vicuna), BakLLaVA (Mistral) and any
+other pair. A family that lays out its tokens in another way needs an entry here, and a `Lab` that says where they are.
+
+A checkpoint's processor from its parts, without the Auto classes: tokenizer, image processor, chat template.
+
+Nothing that comes with a checkpoint is executed. Image processors are taken in their Pillow form, which is what LLaVA used.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -16,7 +27,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from llava_lab.errors import CheckpointError
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from llava_lab.errors import CheckpointError, one_line
+from llava_lab.models import layout
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 ABLATION = ASSETS / "ablation"  # the shipped comparison of connectors and its models
@@ -24,7 +38,7 @@ NAMES = MappingProxyType(  # what can be loaded by a bare name
     {"tiny": ASSETS / "tiny", "tiny-linear": ABLATION / "linear", "tiny-mlp": ABLATION / "mlp2x_gelu"}
 )
 ABLATE = "llava-lab ablate --start runs/tiny --out runs/ablation --save runs/ablation/ablation.npz"
-SHIP = "llava_lab.training.ablation_ship.ship_ablation('runs/ablation')"  # makes ABLATION of what ABLATE leaves
+SHIP = "llava_lab.comparison.ship.ship_ablation('runs/ablation')"  # makes ABLATION of what ABLATE leaves
 EXAMPLE = "llava-hf/llava-1.5-7b-hf"
 
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
@@ -154,3 +168,140 @@ def _safetensors_head(file: Path) -> dict[str, tuple[int, ...]]:
         return {name: tuple(map(int, entry["shape"])) for name, entry in head.items() if name != "__metadata__"}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise CheckpointError(f"{file} is not a whole safetensors file ({error}); fetch it again") from None
+
+
+@dataclass(frozen=True)
+class Family:
+    """How checkpoints of one ``model_type`` are loaded. Names of classes, so that nothing is imported before its use."""
+
+    model_type: str
+    known: str  # checkpoints that belong to it
+    config: str  # in transformers
+    model: str
+    processor: str
+    lab: str  # in llava_lab: module and class
+
+    def config_class(self) -> Any:
+        return _transformers(self.config)
+
+    def model_class(self) -> Any:
+        return _transformers(self.model)
+
+    def processor_class(self) -> Any:
+        return _transformers(self.processor)
+
+    def lab_class(self) -> Any:
+        module, _, name = self.lab.rpartition(".")
+        return getattr(importlib.import_module(module), name)
+
+
+_ALL = (
+    Family(
+        "llava",
+        "LLaVA-1.5, BakLLaVA and others with one square",
+        "LlavaConfig",
+        "LlavaForConditionalGeneration",
+        "LlavaProcessor",
+        "llava_lab.models.lab.Lab",
+    ),
+    Family(
+        "llava_next",
+        "LLaVA-NeXT (1.6), the picture whole and in tiles",
+        "LlavaNextConfig",
+        "LlavaNextForConditionalGeneration",
+        "LlavaNextProcessor",
+        "llava_lab.models.tiles.TiledLab",
+    ),
+    Family(
+        "llava_onevision",
+        "LLaVA-OneVision, the same with at most so many tiles",
+        "LlavaOnevisionConfig",
+        "LlavaOnevisionForConditionalGeneration",
+        "LlavaNextProcessor",  # joins tokenizer and image processor; OneVision's own wants torchvision, for its videos
+        "llava_lab.models.tiles.TiledLab",
+    ),
+)
+FAMILIES = MappingProxyType({family.model_type: family for family in _ALL})
+ADAPTER = "its model, configuration and processor classes, and a Lab that finds each image token's place in sequence and picture"
+
+
+def family(model_type: Any, where: Any) -> Family:
+    """The family a ``model_type`` names. Raises CheckpointError (one line) that says what an adapter for another would need."""
+    if model_type not in FAMILIES:
+        raise CheckpointError(
+            f"{where} holds a model of type {model_type!r}; expected one of {', '.join(map(repr, FAMILIES))}. "
+            f"An adapter for it (llava_lab/models/families.py) needs {ADAPTER}"
+        )
+    return FAMILIES[model_type]
+
+
+def family_of(folder: Path) -> Family:
+    """The family of a folder in the transformers format."""
+    return family(read_json(folder / "config.json").get("model_type"), folder)
+
+
+def _transformers(name: str) -> Any:
+    return getattr(importlib.import_module("transformers"), name)
+
+
+CLIP_PROCESSORS, LLAVA_PROCESSORS = ("CLIPImageProcessor", "CLIPFeatureExtractor"), ("LlavaImageProcessor",)
+
+
+def build_processor(folder: Path, model: PreTrainedModel, family: Family) -> Any:
+    """The family's processor from its parts: tokenizer.json, the PIL image processor, the chat template."""
+    config: Any = model.config
+    return family.processor_class()(
+        image_processor(folder),
+        _tokenizer(folder),
+        patch_size=layout.processor_patch(model),
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=int(layout.has_class_token(model)),
+        chat_template=_chat_template(folder),
+    )
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    try:
+        if (folder / "tokenizer.json").is_file():
+            return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        from transformers import AutoTokenizer  # only a folder without tokenizer.json needs conversion
+
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare Exception on a malformed file
+        raise CheckpointError(f"the tokenizer in {folder} cannot be loaded ({one_line(error)})") from None
+
+
+def image_processor(folder: Path) -> Any:
+    """The checkpoint's image processor in its Pillow form, which is what LLaVA itself used."""
+    old = folder / "preprocessor_config.json"
+    settings = read_json(old) if old.is_file() else {}
+    new = folder / "processor_config.json"
+    if not settings and new.is_file():
+        settings = read_json(new).get("image_processor", {})
+    kind = str(settings.get("image_processor_type") or settings.get("feature_extractor_type") or "")
+    kind = kind.removesuffix("Pil").removesuffix("Fast")
+    if not settings:
+        raise CheckpointError(f"{folder} has no image processor settings; expected preprocessor_config.json")
+    if kind == "LlavaNextImageProcessor":
+        from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil as Processor
+    elif kind == "LlavaOnevisionImageProcessor":
+        from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+            LlavaOnevisionImageProcessorPil as Processor,
+        )
+    elif kind in LLAVA_PROCESSORS:
+        from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil as Processor
+    elif kind in CLIP_PROCESSORS:
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil as Processor
+    else:
+        from transformers import AutoImageProcessor
+
+        return AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return Processor.from_dict(settings)
+
+
+def _chat_template(folder: Path) -> str | None:
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        if (folder / name).is_file() and (template := read_json(folder / name).get("chat_template")):
+            return template
+    jinja = folder / "chat_template.jinja"
+    return jinja.read_text(encoding="utf-8") if jinja.is_file() else None

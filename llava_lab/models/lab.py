@@ -17,15 +17,13 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from llava_lab.errors import CheckpointError, OptionError, PictureError
 from llava_lab.geometry import View
-from llava_lab.models import layout, prompts
-from llava_lab.models.card import Card, make_card
-from llava_lab.models.fingerprint import fingerprint
+from llava_lab.models import layout
+from llava_lab.models import text as prompts
+from llava_lab.models.card import Card, fingerprint, make_card
 from llava_lab.models.generation import Generated, generate
-from llava_lab.models.pictures import PictureLike, read_picture
-from llava_lab.models.preprocess import Preprocessing
-from llava_lab.models.sequence import Sequence, encode, pieces, refuse_special_text
-from llava_lab.models.swapping import Plug, trained_beside
-from llava_lab.models.words import decode, finished, group_words
+from llava_lab.models.pictures import PictureLike, Preprocessing, read_picture
+from llava_lab.models.swap import Plug, trained_beside
+from llava_lab.models.text import Sequence, decode, encode, finished, group_words, pieces, refuse_special_text
 from llava_lab.results import Run
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import LlavaConfig
 
 from llava_lab.errors import CheckpointError, OptionError
-from llava_lab.models import projectors
+from llava_lab.models import connectors as projectors
 
 VISION_PATHS = ("model.vision_tower", "vision_tower")
 PROJECTOR_PATHS = ("model.multi_modal_projector", "multi_modal_projector")
@@ -34,7 +34,7 @@ def projector(model: nn.Module) -> nn.Module:
 
 
 def replace_projector(model: nn.Module, new: nn.Module) -> None:
-    """Set another module in the connector's place; config and grid are `llava_lab.models.swapping`'s business."""
+    """Set another module in the connector's place; config and grid are `llava_lab.models.swap`'s business."""
     for path in PROJECTOR_PATHS:
         home, _, name = path.rpartition(".")
         parent = _get(model, home)

@@ -1,4 +1,9 @@
-"""The cloud of image tokens from stage to stage: how long, how wide, how far from text, what survives the connector.
+"""Measures of a cloud of vectors, numpy only: how wide, how narrow a cone, how alike two clouds are, who stands out.
+
+Sources: Roy and Vetterli 2007 (effective rank); Ethayarajh 2019 (arXiv 1909.00512, anisotropy); Kornblith et al. 2019
+(arXiv 1905.00414, linear CKA); Liang et al. 2022 (arXiv 2203.02053, modality gap).
+
+The cloud of image tokens from stage to stage: how long, how wide, how far from text, what survives the connector.
 
 Every number stands beside that of the same model with the values inside each weight of tower, connector and layers
 put in random order: a random network also has norms, ranks and positions that can be read, and only the difference
@@ -9,23 +14,87 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import product
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import nn
 from tqdm.std import tqdm
 
-from llava_lab.attribution.base import whole_number
-from llava_lab.attribution.shuffling import weights_put_back
+from llava_lab.attribution.method import whole_number
 from llava_lab.errors import OptionError
+from llava_lab.judging.sanity import weights_put_back
 from llava_lab.models.layout import language_layers, projector, vision_tower
-from llava_lab.probes import cloud
-from llava_lab.probes.features import BEFORE, QUESTION, Stage, read_stages, stage_name, stages, subset
-from llava_lab.probes.ridge import held_out_classes
-from llava_lab.results_probes import TokenGeometry
+from llava_lab.probes.linear import BEFORE, QUESTION, Stage, held_out_classes, read_stages, stage_name, stages, subset
+from llava_lab.results import TokenGeometry
 
 if TYPE_CHECKING:
     from llava_lab.models import Lab
+
+BY_CHANCE = 0.01  # outliers expected in a picture whose log norms are normally distributed
+ROBUST = 1.4826  # median deviation to standard deviation, for a normal distribution
+ROUNDING = 1e-3  # of a norm; less is no difference
+
+
+def effective_rank(rows: np.ndarray) -> float:
+    """Exponential of the entropy of the singular values' shares, rows centred; from 1 to min(n - 1, W). NaN for one point."""
+    values = np.linalg.svd(rows - rows.mean(0), compute_uv=False)
+    total = float(values.sum())
+    if total <= 1e-6 * max(float(np.abs(rows).sum()), 1e-30):
+        return float("nan")
+    shares = values[values > 0] / total
+    return float(np.exp(-(shares * np.log(shares)).sum()))
+
+
+def anisotropy(rows: np.ndarray) -> float:
+    """Mean cosine of two different rows (n, W): 0 for a ball, 1 when all point one way."""
+    unit = _unit(rows)
+    total = unit.sum(0)
+    return float((total @ total - (unit * unit).sum()) / (len(rows) * (len(rows) - 1)))
+
+
+def gap(first: np.ndarray, second: np.ndarray) -> float:
+    """Distance between the mean unit vectors of two clouds of one width, 0 to 2."""
+    return float(np.linalg.norm(_unit(first).mean(0) - _unit(second).mean(0)))
+
+
+def linear_cka(first: np.ndarray, second: np.ndarray) -> float:
+    """Likeness of two clouds of the same n points, whatever their widths, turned or scaled: 0 to 1; NaN when one is flat."""
+    a, b = (rows - rows.mean(0) for rows in (first.astype(np.float64), second.astype(np.float64)))
+    own = np.linalg.norm(_gram(a)) * np.linalg.norm(_gram(b))
+    return float((np.linalg.norm(a.T @ b) ** 2) / own) if own > 0 else float("nan")
+
+
+def nearest_sets(rows: np.ndarray, count: int) -> np.ndarray:
+    """For each row the `count` others of highest cosine, bool (n, n)."""
+    unit = _unit(rows)
+    likeness = unit @ unit.T
+    np.fill_diagonal(likeness, -np.inf)
+    found = np.zeros(likeness.shape, bool)
+    np.put_along_axis(found, np.argsort(-likeness, axis=1, kind="stable")[:, :count], True, axis=1)
+    return found
+
+
+def outliers(norms: np.ndarray) -> np.ndarray:
+    """Which norms (n,) stand far above their own median, bool (n,): judged on logarithms, by their own spread.
+
+    The limit is what the largest of n normal draws passes once in a hundred pictures; no constant of any model.
+    """
+    logs = np.log(np.maximum(norms.astype(np.float64), 1e-30))
+    middle = np.median(logs)
+    spread = ROBUST * float(np.median(np.abs(logs - middle)))
+    limit = NormalDist().inv_cdf(1 - BY_CHANCE / len(norms)) * spread
+    return logs > middle + max(limit, ROUNDING)
+
+
+def _gram(rows: np.ndarray) -> np.ndarray:
+    return rows.T @ rows if rows.shape[1] <= rows.shape[0] else rows @ rows.T
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    size = np.linalg.norm(rows, axis=-1, keepdims=True)
+    return rows.astype(np.float64) / np.where(size > 0, size, 1.0)
+
 
 FOLDS = 5  # at most, for reading positions
 NOTES = (
@@ -77,7 +146,7 @@ def token_geometry(
         overlap=found["overlap"],
         control_overlap=other["overlap"],
         norms=found["norms"],
-        sinks=np.apply_along_axis(cloud.outliers, -1, found["norms"]),
+        sinks=np.apply_along_axis(outliers, -1, found["norms"]),
         neighbours=neighbours,
         chance_overlap=neighbours / (patches - 1),
         chance_position=sum(1 / side for side in lab.grid) / 2,
@@ -132,7 +201,7 @@ def _measured(
         for picture in tqdm(pictures, desc=doing, unit="picture", disable=not progress):
             text: dict[Stage, np.ndarray] = {}
             found = read_stages(lab, picture, wanted, question=question, text=text)
-            sets = np.stack([cloud.nearest_sets(found[stage], neighbours) for stage in wanted]).astype(np.float32)
+            sets = np.stack([nearest_sets(found[stage], neighbours) for stage in wanted]).astype(np.float32)
             at = subset(rng, len(found[wanted[0]]), most)
             for stage in wanted:
                 rows[stage].append(found[stage][at])
@@ -150,14 +219,14 @@ def _measured(
     table = [
         [
             float(np.median(size[number])),
-            cloud.effective_rank(tokens[stage]),
-            cloud.anisotropy(tokens[stage]),
-            float("nan") if stage == BEFORE else cloud.gap(tokens[stage], np.concatenate(texts[stage][:done])),
+            effective_rank(tokens[stage]),
+            anisotropy(tokens[stage]),
+            float("nan") if stage == BEFORE else gap(tokens[stage], np.concatenate(texts[stage][:done])),
             _position(tokens[stage], chosen, lab.grid, seed),
         ]
         for number, stage in enumerate(wanted)
     ]
-    cka = [cloud.linear_cka(tokens[a], tokens[b]) for a, b in product(wanted, wanted)]
+    cka = [linear_cka(tokens[a], tokens[b]) for a, b in product(wanted, wanted)]
     tables = {"table": np.array(table, np.float32), "cka": np.array(cka, np.float32).reshape(len(wanted), -1)}
     return {**tables, "overlap": np.stack(shared[:done]).mean(0).astype(np.float32), "norms": size}, done, interrupted
 

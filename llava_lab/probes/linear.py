@@ -1,6 +1,17 @@
-"""Linear probes: can a straight line read a label off image tokens, before the connector, after it, at each layer?
+"""Ridge classification in closed form, numpy only: one decomposition serves every penalty, width and labelling.
 
-Ridge classification in closed form (`llava_lab.probes.ridge`). Folds are of pictures, never of patches: patches of one
+Labels are one-hot and centred, features standardised by the training rows; the class of the largest value is said.
+With ``X = U S V'`` the coefficients at penalty c are ``V diag(s / (s^2 + c)) U' Y``; keeping the first k columns of V is
+ridge on k principal components, which is how stages of different width are compared at one.
+
+Image tokens of many pictures at chosen places of the model: before the connector, after it, after each layer.
+
+A stage is ``"before"`` (what the connector reads, the vision tower's width), ``"after"`` (what it gives) or a
+whole number l (the stream after l language layers; 0 is what the first layer is given). One picture is one forward.
+
+Linear probes: can a straight line read a label off image tokens, before the connector, after it, at each layer?
+
+Ridge classification in closed form (`llava_lab.probes.linear`). Folds are of pictures, never of patches: patches of one
 picture are alike, and a probe that has seen some of them knows the others. Beside every score stand what always
 saying the commonest label gives, the same probe on shuffled labels (selectivity), and the score at a width that all
 stages share (principal components of the training rows), because a wider stage is easier to probe. Penalties are chosen
@@ -10,24 +21,191 @@ A label that can be read need not be used, and one that cannot may be there in a
 
 Sources: Alain and Bengio 2016 (arXiv 1610.01644); Hewitt and Liang 2019 (arXiv 1909.03368) for selectivity, there with
 labels assigned to word types.
+
+What each patch of a picture-book scene shows, as labels for `linear_probe`: object or background, kind, colour.
+
+The scene knows every pixel of every thing, and the picture's own map takes them to patches. A patch is labelled when
+one thing covers most of it, or when nothing touches it; the rest, edges and corners, are left out. It runs no model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch import Tensor
 from tqdm.std import tqdm
 
-from llava_lab.attribution.base import whole_number
-from llava_lab.errors import OptionError
-from llava_lab.probes.features import QUESTION, Stage, read_stages, stage_name, stages, subset
-from llava_lab.probes.ridge import held_out_classes
-from llava_lab.results_probes import ProbeScores
+from llava_lab.attribution.method import choose, number, whole_number
+from llava_lab.capture import undisturbed
+from llava_lab.capture.residual import watch_stream
+from llava_lab.errors import CheckpointError, OptionError
+from llava_lab.models.layout import language_layers, projector, require_patch_tokens
+from llava_lab.models.pictures import read_picture
+from llava_lab.results import ProbeScores
+from llava_lab.worlds.scenes import COLOR_NAMES, KIND_NAMES, SIZE, Scene
 
 if TYPE_CHECKING:
     from llava_lab.models import Lab
+
+PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # times the mean squared singular value
+SMALLEST = 1e-6  # of the largest singular value; what is below is rounding
+INNER = 4  # one training picture in so many is kept back to choose the penalty
+
+
+class Ridge:
+    """Training rows decomposed once; `predict` then answers for any labels, penalty and width."""
+
+    def __init__(self, rows: np.ndarray) -> None:
+        """`rows` (n, W): the training rows."""
+        self.mean, scale = rows.mean(0), rows.std(0)
+        self.scale = np.where(scale > SMALLEST * max(float(scale.max(initial=0)), 1e-30), scale, 1.0)
+        left, values, right = np.linalg.svd(self._standard(rows), full_matrices=False)
+        keep = values > SMALLEST * max(float(values.max(initial=0)), 1e-30)
+        self.left, self.values, self.right = left[:, keep], values[keep], right[keep]
+
+    @property
+    def width(self) -> int:
+        return len(self.values)
+
+    def predict(self, labels: np.ndarray, classes: int, rows: np.ndarray, width: int, penalty: float) -> np.ndarray:
+        """Class numbers (draws, m) for `rows` (m, W), learnt from `labels` (draws, n)."""
+        k = min(width, self.width)
+        values = self.values[:k]
+        shrink = values / (values**2 + penalty * float((self.values**2).mean() if self.width else 1.0))
+        coded = np.eye(classes, dtype=np.float64)[labels]  # draws, n, C
+        mean = coded.mean(1, keepdims=True)
+        seen = (self._standard(rows) @ self.right[:k].T) * shrink  # m, k
+        return (seen @ (self.left[:, :k].T @ (coded - mean)) + mean).argmax(-1)
+
+    def _standard(self, rows: np.ndarray) -> np.ndarray:
+        return (rows.astype(np.float64) - self.mean) / self.scale
+
+
+def held_out_classes(
+    rows: np.ndarray,
+    labels: np.ndarray,
+    pictures: np.ndarray,
+    fold_of: np.ndarray,
+    classes: int,
+    widths: Sequence[int],
+    seed: int,
+) -> np.ndarray:
+    """The class said of every row by a probe that saw none of that row's picture, int (widths, draws, n).
+
+    `labels` (draws, n), `pictures` (n,) the picture of each row, `fold_of` (pictures,). The penalty is chosen per
+    fold, width and labelling on training pictures kept back, then all training rows are fitted.
+    """
+    said = np.zeros((len(widths), *labels.shape), np.int64)
+    folds = fold_of[pictures]
+    for fold in np.unique(folds):
+        test = folds == fold
+        train = ~test
+        back = _kept_back(pictures[train], np.random.default_rng((seed, int(fold))))
+        inner, outer = Ridge(rows[train][~back]), Ridge(rows[train])
+        learnt, asked, tried = labels[:, train][:, ~back], labels[:, train][:, back], rows[train][back]
+        for column, width in enumerate(widths):
+            scores = np.stack([(inner.predict(learnt, classes, tried, width, c) == asked).mean(1) for c in PENALTIES])
+            best = len(PENALTIES) - 1 - scores[::-1].argmax(0)  # of equals the strongest penalty
+            for choice in np.unique(best):
+                draws = best == choice
+                found = outer.predict(labels[draws][:, train], classes, rows[test], width, PENALTIES[choice])
+                said[column][np.ix_(draws, test)] = found
+    return said
+
+
+def _kept_back(pictures: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Rows of about a quarter of the pictures, at least one and never all (with one picture: every other row)."""
+    names = rng.permutation(np.unique(pictures))
+    if len(names) < 2:
+        return np.arange(len(pictures)) % 2 == 0
+    return np.isin(pictures, names[: max(1, len(names) // INNER)])
+
+
+QUESTION = "What is in the picture?"
+BEFORE, AFTER = "before", "after"
+
+Stage = str | int
+
+
+def stages(lab: Lab, at: Any) -> tuple[Stage, ...]:
+    """The stages `at` names, checked; None is before, after and after every layer."""
+    count = len(language_layers(lab.model))
+    if at is None:
+        at = BEFORE, AFTER, *range(1, count + 1)
+    wanted = (at,) if isinstance(at, (str, Integral)) else tuple(at)
+    for stage in wanted:
+        layer = isinstance(stage, Integral) and not isinstance(stage, bool) and 0 <= int(stage) <= count
+        if not layer and stage not in (BEFORE, AFTER):
+            raise OptionError(f"a stage is 'before', 'after' or a layer from 0 to {count}, got {stage!r}")
+    if not wanted or len(set(wanted)) != len(wanted):
+        raise OptionError(f"expected stages, each once, got {at!r}")
+    if BEFORE in wanted:
+        require_patch_tokens(lab.model, "stage 'before'")
+    return wanted
+
+
+def stage_name(stage: Stage) -> str:
+    return stage if isinstance(stage, str) else f"layer {stage}"
+
+
+def read_stages(
+    lab: Lab, picture: Any, wanted: Sequence[Stage], *, question: str = QUESTION, text: dict[Stage, np.ndarray] | None = None
+) -> dict[Stage, np.ndarray]:
+    """The picture's image tokens at each stage, float32 (patches, width), row-major; the model is left as it was.
+
+    `text` is filled with the prompt's other tokens at the same stages, (tokens, width), where they exist.
+    """
+    sequence = lab.sequence(question)
+    image = slice(*sequence.segments["image"])
+    ids = torch.from_numpy(sequence.token_ids)[None].to(lab.device)
+    found: dict[Stage, np.ndarray] = {}
+
+    def keep(stage: Stage, tokens: Tensor) -> None:
+        if stage in wanted:
+            found[stage] = tokens.detach().float().cpu().numpy()
+
+    def fold(number: int, state: Tensor) -> None:
+        keep(number, state[0, image])
+        stage: Stage = AFTER if number == 0 and AFTER in wanted else number
+        if text is not None and stage in wanted:
+            other = torch.cat([state[0, : image.start], state[0, image.stop :]])
+            text[stage] = other.detach().float().cpu().numpy()
+
+    with undisturbed(lab.model), _watch_connector(lab, keep), watch_stream(language_layers(lab.model), fold):
+        pixels = lab.pixels(read_picture(picture))
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+        lab.model(**given, use_cache=False, logits_to_keep=1)
+    return found
+
+
+def subset(rng: np.random.Generator, count: int, most: int | None) -> np.ndarray:
+    """At most `most` of 0 .. count-1 at random, sorted; None is all."""
+    return np.arange(count) if most is None or most >= count else np.sort(rng.choice(count, most, replace=False))
+
+
+@contextmanager
+def _watch_connector(lab: Lab, keep: Any) -> Iterator[None]:
+    connector, patches = projector(lab.model), lab.grid[0] * lab.grid[1]
+
+    def after(module: Any, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
+        given = args[0] if args else next(iter(kwargs.values()))
+        for stage, tokens in ((BEFORE, given), (AFTER, output)):
+            rows = tokens.reshape(-1, tokens.shape[-1])
+            if len(rows) != patches:
+                raise CheckpointError(f"expected {patches} tokens {stage} the connector, one per patch, got {len(rows)}")
+            keep(stage, rows)
+
+    handle = connector.register_forward_hook(after, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
 
 PLACES = ("row", "column")
 LEFT_OUT = -1  # a patch label that is not asked
@@ -191,3 +369,35 @@ def _notes(per: str, folds: int, matched: int) -> tuple[str, ...]:
         f"Ridge classification of {what}, {folds} folds of whole pictures; matched width: {matched} principal components.",
         "That a label can be read off a stage does not show that the model uses it.",
     )
+
+
+PATCH_LABELS: dict[str, tuple[str, ...]] = {  # what a patch may be asked, and what its numbers mean
+    "object": ("background", "object"),
+    "kind": KIND_NAMES,
+    "color": COLOR_NAMES,
+}
+
+
+def patch_labels(lab: Lab, scenes: Sequence[Scene], what: str = "object", *, most: float = 0.5) -> np.ndarray:
+    """Labels of every patch, int32 (scenes, rows, cols): positions in ``PATCH_LABELS[what]``, or -1 for left out.
+
+    "kind" and "color" label the patches that one thing covers by more than `most`, a share from 0.5 to below 1; "object"
+    calls those 1 and the patches that no thing touches 0. The scenes must be shown as `Scene.picture` draws them.
+    Raises OptionError: another `what`, a share out of range, no scenes.
+    """
+    choose("what", what, tuple(PATCH_LABELS))
+    if not 0.5 <= number("most", most) < 1:
+        raise OptionError(f"most must be a share from 0.5 to below 1, so that one thing covers most of a patch; got {most}")
+    if not len(scenes):
+        raise OptionError("expected scenes to label, got none")
+    way = lab.preprocessing.map(SIZE, SIZE)
+    labels = np.full((len(scenes), *lab.grid), LEFT_OUT, np.int32)
+    for one, scene in zip(labels, scenes, strict=True):
+        touched = np.zeros(lab.grid, bool)
+        for thing, mask in zip(scene.things, scene.masks(), strict=True):
+            covered = way.mask_to_patches(mask)
+            touched |= covered > 0
+            one[covered > most] = 1 if what == "object" else PATCH_LABELS[what].index(getattr(thing, what))
+        if what == "object":
+            one[~touched] = 0
+    return labels

@@ -19,16 +19,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llava_lab.attribution.base import choose, whole_number
-from llava_lab.attribution.unembed import output_head
+from llava_lab.attribution.method import choose, whole_number
 from llava_lab.capture import undisturbed
-from llava_lab.capture.values import watch_stream
+from llava_lab.capture.residual import watch_stream
 from llava_lab.errors import LabError, OptionError
 from llava_lab.models.layout import language_layers
-from llava_lab.models.sequence import pieces
-from llava_lab.probes.vocabulary import COLUMNS
-from llava_lab.results import Run
-from llava_lab.results_probes import NearestWords
+from llava_lab.models.text import pieces
+from llava_lab.replay.words import COLUMNS, output_head
+from llava_lab.results import NearestWords, Run
 
 if TYPE_CHECKING:
     from llava_lab.models import Lab

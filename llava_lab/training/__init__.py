@@ -1,7 +1,5 @@
 """Training: the recipe as data, the stages that make a small LLaVA from nothing, and LLaVA's two stages on any data."""
 
-from llava_lab.training.ablation_plan import ABLATION
-from llava_lab.training.llava_data import Source
 from llava_lab.training.recipe import (
     LLAVA_1_7B,
     LLAVA_15_7B,
@@ -14,10 +12,28 @@ from llava_lab.training.recipe import (
     Recipe,
     Stage,
 )
-from llava_lab.training.shared_steps import SharedTrained, train_connectors
-from llava_lab.training.tiny import STAGES, train
-from llava_lab.training.two_stages import Running, Trained, train_stage
+from llava_lab.training.rows import Source
+from llava_lab.training.stages import Running, Trained, train_stage
+from llava_lab.training.tiny.make import STAGES, train
+from llava_lab.training.together import SharedTrained, train_connectors
 
-__all__ = ["STAGES", "TINY", "Architecture", "Recipe", "Stage", "train"]
-__all__ += ["ABLATION", "SharedTrained", "train_connectors", "train_stage", "Running", "Source", "Trained"]
-__all__ += ["LLAVA_15_7B", "LLAVA_1_7B", "LLAVA_RECIPES", "LlavaRecipe", "LlavaStage", "Lora"]
+__all__ = [
+    "Architecture",
+    "LLAVA_15_7B",
+    "LLAVA_1_7B",
+    "LLAVA_RECIPES",
+    "LlavaRecipe",
+    "LlavaStage",
+    "Lora",
+    "Recipe",
+    "Running",
+    "STAGES",
+    "SharedTrained",
+    "Source",
+    "Stage",
+    "TINY",
+    "Trained",
+    "train",
+    "train_connectors",
+    "train_stage",
+]

@@ -6,26 +6,56 @@ optimiser, the schedule, the random states and the step. Under FSDP the sharded 
 
 Read against transformers 5.23 ``trainer.py`` (`_save_checkpoint`, `_load_from_checkpoint`, `_get_train_sampler`,
 `create_optimizer`); the connector's own rate is haotian-liu/LLaVA @ c121f04 ``llava_trainer.py`` (mm_projector_lr).
+
+From rows to a batch, and the model made to take it: padded ids, labels where they count, pictures as features.
+
+Logits are computed only at positions some row learns from (`logits_to_keep`), with the labels already moved
+one place. `reading_features` lets a stock LLaVA take cached features in place of pixels and keeps the tower
+out of every graph. A batch without pictures still goes through the connector, which gets zero gradients:
+processes that train together must all reduce the same parameters.
+
+Source of the empty picture: haotian-liu/LLaVA @ c121f04 ``llava/train/train.py`` (a zero image for text-only
+samples) and ``llava_arch.py`` (features ``[0:0]``).
+
+What a person sees of a run: one bar with the time left, one line of JSON a step, and a stop that keeps the work.
+
+The bar is tqdm's own for terminal or notebook. The first interrupt (Ctrl-C, a notebook's stop button) ends
+the run after the step under way, with a checkpoint; the second stops at once. Beside the main thread, where no
+interrupt is heard, `told` may raise KeyboardInterrupt: it is the first interrupt, and the step under way is its own.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
 import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from llava_lab.errors import CheckpointError
-from llava_lab.training.llava_data import LlavaData
+from llava_lab.models import layout
+from llava_lab.training.features import tower_features
+from llava_lab.training.rows import LlavaData
+from llava_lab.training.text import IGNORE
 
 log = logging.getLogger(__name__)
 
@@ -168,3 +198,148 @@ def sync(folder: Path) -> None:
                 os.fsync(handle)
             finally:
                 os.close(handle)
+
+
+@dataclass(frozen=True)
+class Collate:
+    """Rows of `LlavaData` as one batch; `empty` is the shape of one picture, features (K, W) or pixels (3, S, S)."""
+
+    pad_id: int
+    empty: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """The model's keywords: ``input_ids``, ``attention_mask`` (B, T), ``pixel_values`` (pictures, *empty), ``labels`` (B, K),
+        ``logits_to_keep`` (K,) positions. Without a picture in any row ``pixel_values`` is one of zeros, which meets no token.
+        """
+        longest = max(len(row["ids"]) for row in rows)
+        ids = np.full((len(rows), longest), self.pad_id, np.int64)
+        mask = np.zeros((len(rows), longest), np.int64)
+        next_label = np.full((len(rows), longest), IGNORE, np.int64)  # what the position before it should say
+        for i, row in enumerate(rows):
+            size = len(row["ids"])
+            ids[i, :size], mask[i, :size] = row["ids"], 1
+            next_label[i, : size - 1] = row["labels"][1:]
+        keep = np.flatnonzero((next_label != IGNORE).any(0))
+        seen = [torch.as_tensor(row["picture"]) for row in rows if row["picture"] is not None]
+        pixels = torch.stack(seen) if seen else torch.zeros(1, *self.empty, dtype=self.dtype)
+        found = torch.from_numpy(np.ascontiguousarray(next_label[:, keep]))
+        return {
+            "input_ids": torch.from_numpy(ids),
+            "attention_mask": torch.from_numpy(mask),
+            "pixel_values": pixels,
+            "labels": found,
+            "shift_labels": found,
+            "logits_to_keep": torch.from_numpy(keep),
+        }
+
+
+@contextmanager
+def reading_features(model: Any, *, cached: bool) -> Iterator[None]:
+    """Within it the model's pictures are cached features (B, K, W), or pixels through the tower without a graph.
+
+    A batch's only picture may be of zeros and belong to no row: it passes the connector and then is no token.
+    """
+    inner = model.model
+    projector, image_id = layout.projector(model), int(model.config.image_token_index)
+    expected = {"tokens": True}
+
+    def seen(pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
+        features = pixel_values if cached else tower_features(model, pixel_values)
+        weight = next(projector.parameters(), None)
+        projected = projector(features if weight is None else features.to(weight.dtype)).flatten(0, 1)
+        return BaseModelOutputWithPooling(pooler_output=[projected if expected["tokens"] else projected[:0]])
+
+    def look(module: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        ids = options["input_ids"] if "input_ids" in options else args[0]
+        expected["tokens"] = bool((ids == image_id).any())
+
+    hook = inner.register_forward_pre_hook(look, with_kwargs=True)
+    inner.get_image_features = seen
+    try:
+        yield
+    finally:
+        del inner.get_image_features
+        hook.remove()
+
+
+OnLog = Callable[[dict[str, Any]], None]
+
+
+class Stop:
+    """Whether someone asked to stop."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+
+class Progress(TrainerCallback):
+    """Bar, ``log.jsonl`` and `told` with every logged step; ends the run when `stop` was asked for."""
+
+    def __init__(self, name: str, log_file: Path, stop: Stop, *, show: bool = True, told: OnLog | None = None) -> None:
+        self.name, self.log_file, self.stop, self.show, self.told = name, log_file, stop, show, told
+        self.bar: Any = None
+        self.stepping = False  # within the optimiser's step weights are half new
+        self.begin = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.begin = time.monotonic()
+        if state.is_world_process_zero:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.name, unit="step", disable=not self.show)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.stepping = True
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.stepping = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+        if self.stop.asked:
+            control.should_training_stop = control.should_save = control.should_log = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if self.bar is None or not logs or "loss" not in logs:
+            return
+        row = {"step": state.global_step, **logs, "seconds": round(time.monotonic() - self.begin, 2)}
+        self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
+        with self.log_file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if state.global_step >= state.max_steps or self.stop.asked:
+            row["ended"] = "finished" if state.global_step >= state.max_steps else "interrupted"
+        try:
+            if self.told is not None:
+                self.told(row)
+        except KeyboardInterrupt:
+            if self.stop.asked:
+                raise
+            self.stop.asked = control.should_training_stop = control.should_save = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar away; also after an exception."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+@contextmanager
+def stopping(stop: Stop) -> Iterator[None]:
+    """Within it the first interrupt asks `stop`, the second raises KeyboardInterrupt; elsewhere nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def heard(number: int, frame: FrameType | None) -> None:
+        if stop.asked:
+            raise KeyboardInterrupt
+        stop.asked = True
+        log.warning("stopping after this step; interrupt again to stop at once")
+
+    before = signal.signal(signal.SIGINT, heard)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,7 +1,9 @@
 """Worlds: pictures we draw ourselves, with exact ground truth, and adapters to small public data sets."""
 
-from llava_lab.worlds import easy_vqa as easy_vqa
-from llava_lab.worlds import picturebook as picturebook
-from llava_lab.worlds import redcell as redcell
+from llava_lab.worlds import easy_vqa, picturebook, redcell
 
-__all__ = ["easy_vqa", "picturebook", "redcell"]
+__all__ = [
+    "easy_vqa",
+    "picturebook",
+    "redcell",
+]

@@ -13,18 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from llava_lab.worlds.scenes import HELD_OUT, Scene, Thing
-from llava_lab.worlds.wording import (
-    DIRECTIONS,
-    MARGIN,
-    NUMBERS,
-    OPPOSITE,
-    Question,
-    article,
-    at,
-    names_for,
-    place_of,
-    plural,
-)
+from llava_lab.worlds.wording import DIRECTIONS, MARGIN, NUMBERS, OPPOSITE, Question, article, at, names_for, place_of, plural
 
 
 def ask_about(scene: Scene, rng: np.random.Generator, count: int, types: tuple[str, ...] = ()) -> list[Question]:

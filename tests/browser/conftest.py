@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Browser
 
-from tests.lab_server import chromium, lab, lab_server
-from tests.widget_page import WidgetPage
+from tests.support.lab_server import chromium, lab, lab_server
+from tests.support.widget_page import WidgetPage
 
 __all__ = ["chromium", "lab", "lab_server"]
 

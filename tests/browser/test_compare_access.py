@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from playwright.sync_api import Browser
 
-from tests.compare_examples import METHODS, comparison_example, methods_example, three
-from tests.measure_widget import hover_times
-from tests.widget_examples import make_relevance, make_run
-from tests.widget_page import CONTRAST, WidgetPage
+from tests.support.compare_examples import METHODS, comparison_example, methods_example, three
+from tests.support.measure_widget import hover_times
+from tests.support.widget_examples import make_relevance, make_run
+from tests.support.widget_page import CONTRAST, WidgetPage
 from widgets import CompareView
 
 ATTACK = '<img/src=x/onerror="window.attacked=1"><script>window.attacked=1</script>'

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Locator
 
-from tests.compare_examples import CELLS, GREY, comparison_example, methods_example, three
-from tests.widget_examples import make_relevance, make_run, single_cell
-from tests.widget_page import WidgetPage, center, difference
+from tests.support.compare_examples import CELLS, GREY, comparison_example, methods_example, three
+from tests.support.widget_examples import make_relevance, make_run, single_cell
+from tests.support.widget_page import WidgetPage, center, difference
 from widgets import CompareView
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from playwright.sync_api import expect
 
-from tests.bench_examples import bench_example
-from tests.widget_page import WidgetPage, difference
+from tests.support.bench_examples import bench_example
+from tests.support.widget_page import WidgetPage, difference
 from widgets import ConnectorBench
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from playwright.sync_api import Browser, Locator
 
-from tests.flow_examples import two
-from tests.measure_widget import hover_times
-from tests.widget_page import CONTRAST, WidgetPage
+from tests.support.flow_examples import two
+from tests.support.measure_widget import hover_times
+from tests.support.widget_page import CONTRAST, WidgetPage
 from widgets import FlowView
 
 ATTACK = '<img/src=x/onerror="window.attacked=1">'

@@ -10,10 +10,10 @@ import pytest
 from playwright.sync_api import Browser
 
 from llava_lab.results import HeadMaps
-from tests.compare_examples import HEADS, LAYERS, one_patch_each
-from tests.measure_widget import hover_times
-from tests.widget_examples import make_run
-from tests.widget_page import CONTRAST, WidgetPage
+from tests.support.compare_examples import HEADS, LAYERS, one_patch_each
+from tests.support.measure_widget import hover_times
+from tests.support.widget_examples import make_run
+from tests.support.widget_page import CONTRAST, WidgetPage
 from widgets import HeadGrid
 
 ATTACK = '<img/src=x/onerror="window.attacked=1"><script>window.attacked=1</script>'

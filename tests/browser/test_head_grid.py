@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from playwright.sync_api import Locator
 
-from tests.compare_examples import HEADS, LAYERS, heads_example, one_patch_each, patch_of
-from tests.widget_page import WidgetPage, center, difference
+from tests.support.compare_examples import HEADS, LAYERS, heads_example, one_patch_each, patch_of
+from tests.support.widget_page import WidgetPage, center, difference
 from widgets import HeadGrid
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 from playwright.sync_api import Locator
 
-from tests.lab_server import LabPage
+from tests.support.lab_server import LabPage
 
 CELLS = [
     """
 import ipywidgets as ipw
-from tests.compare_examples import comparison_example, heads_example
+from tests.support.compare_examples import comparison_example, heads_example
 from widgets import CompareView, HeadGrid
 
 run, comparison = comparison_example()

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import expect
 
-from tests.lab_server import LabPage
-from tests.training_rows import write_rows
+from tests.support.lab_server import LabPage
+from tests.support.training_rows import write_rows
 
 CELLS = (
     """

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Locator
 
-from tests.lab_server import LabPage
+from tests.support.lab_server import LabPage
 
 SETUP = """
-from tests.widget_examples import example, make_run
+from tests.support.widget_examples import example, make_run
 from widgets import PatchExplorer
 
 run, maps = example()

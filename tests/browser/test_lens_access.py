@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser
 
-from tests.lens_examples import big, example
-from tests.measure_widget import hover_times
-from tests.widget_page import CONTRAST, WidgetPage
+from tests.support.lens_examples import big, example
+from tests.support.measure_widget import hover_times
+from tests.support.widget_page import CONTRAST, WidgetPage
 from widgets import TokenLens
 
 ATTACK = '<img/src=x/onerror="window.attacked=1"><script>window.attacked=1</script>'

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from playwright.sync_api import expect
 
-from tests.widget_page import WidgetPage
+from tests.support.widget_page import WidgetPage
 from widgets import LossPlot
 from widgets.bench_paint import round_top
 

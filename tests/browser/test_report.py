@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page
 
-from tests.compare_examples import comparison_example, heads_example
-from tests.widget_examples import make_relevance, make_run, spots
-from tests.widget_page import CONTRAST
+from tests.support.compare_examples import comparison_example, heads_example
+from tests.support.widget_examples import make_relevance, make_run, spots
+from tests.support.widget_page import CONTRAST
 from widgets import report
 
 ATTACK = "</script><img src=x onerror=window.attacked=1><!--<script>window.attacked=1</script>"

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from playwright.sync_api import Locator
 
-from tests.lens_examples import CAR, ONCE, SPOT, STATES, example
-from tests.widget_page import WidgetPage, center, difference
+from tests.support.lens_examples import CAR, ONCE, SPOT, STATES, example
+from tests.support.widget_page import WidgetPage, center, difference
 from widgets import TokenLens
 
 

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser
 
-from tests.widget_examples import example, make_relevance, make_run, single_cell, spots
-from tests.widget_page import WidgetPage
+from tests.support.widget_examples import example, make_relevance, make_run, single_cell, spots
+from tests.support.widget_page import WidgetPage
 from widgets import PatchExplorer
 
 FOCUSED = "() => document.activeElement.getAttribute('aria-label') || document.activeElement.innerText"

@@ -9,7 +9,7 @@ import pytest
 from playwright.sync_api import Browser
 
 from llava_lab.geometry import PictureMap
-from tests.widget_page import WidgetPage
+from tests.support.widget_page import WidgetPage
 from widgets.palette import palettes
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page
 
-from tests.widget_examples import example, make_relevance, make_run, spots
+from tests.support.widget_examples import example, make_relevance, make_run, spots
 from widgets import PatchExplorer
 from widgets.html import embed
 

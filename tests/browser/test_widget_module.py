@@ -6,8 +6,8 @@ import base64
 
 import numpy as np
 
-from tests.widget_examples import car_picture, example, make_relevance, make_run, single_cell, spots
-from tests.widget_page import WidgetPage, center, difference
+from tests.support.widget_examples import car_picture, example, make_relevance, make_run, single_cell, spots
+from tests.support.widget_page import WidgetPage, center, difference
 from widgets import PatchExplorer
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from tests.lab_server import LabPage
-from tests.measure_widget import measure
+from tests.support.lab_server import LabPage
+from tests.support.measure_widget import measure
 
 SLOWEST_MS = 50  # three frames; 8 to 10 ms were measured
 LEAST_TIMES = 5  # 20 and more were measured

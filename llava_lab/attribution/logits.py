@@ -1,0 +1,352 @@
+"""A logit taken apart: what every head wrote from every position, and all the rest, as one exact sum.
+
+The state that predicts a word is a sum: its own embedding, what every attention head added in every layer, and
+what every feed-forward layer added. With the final norm's scale held at the value it had, the logit is linear in
+that sum, and a head's addition is in turn a sum over the positions it looked at: weight times value.
+
+One forward fills the books. Beside it, for one layer at a time, stand its values in float32 (11 MB at LLaVA-1.5-7B)
+and a few tables (readings x heads x positions) of 3 MB for 32 readings; kept are (readings x image positions) and
+(readings x layers x heads), 0.2 MB. It knows positions and token ids, not targets or words.
+
+Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
+
+Direct logit attribution by patch: the target's logit as an exact sum, and the share each image token wrote into it.
+
+The map adds up, over all layers and heads, what heads at the predicting position carried from each image position
+into the target's logit. Everything else is the remainder and stands in the extras: text positions by segment,
+feed-forward layers, the embedding, biases, heads left out by the options, and rounding. All parts together are
+the model's logit, summed over the target's tokens; for a contrast, the difference of the two logits.
+
+Direct means the last step only. An image position's value at layer l already holds what it read from others, and
+what travels through text positions or feed-forward layers is in the remainder, not in the map. A logit has no
+natural zero; ``centre=True`` measures it from the mean logit of the vocabulary (a contrast needs no such choice).
+
+One forward; about 25 MB beside it at LLaVA-1.5-7B for 32 tokens explained (see `logit_split`); at that width the peak
+of the process does not rise above a plain forward's.
+
+Sources: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"; direct logit attribution as in
+Wang et al. 2022 (arXiv 2211.00593).
+
+Logit lens as a map: how probable the target word is when a patch's state is read as if it were the last one.
+
+State 0 is what the projector gives, state l the stream after l layers. Every state goes through the final
+norm exactly once and then through the output head. (transformers' ``hidden_states[-1]`` is already normed;
+norming it again is the usual mistake. Here all states are taken before the norm, the last one too.) Norm
+statistics are each state's own.
+
+Read several states and the strongest (or the mean) is shown; the maximum over states and patches is what
+vl-interp calls internal confidence. A word the lens cannot read may still be there in another basis.
+
+One forward and the output head at each state read; beside it, at LLaVA-1.5-7B, about 40 MB: one state in float32, 64
+rows of logits at a time, and 0.1 MB per token explained (33 states x 576 patches); at that width the peak of the
+process does not rise above a plain forward's.
+
+Sources: nostalgebraist 2020 (logit lens); Jiang et al. 2025 (arXiv 2410.02762) for its use on image tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from llava_lab.attribution.heads import Chosen, choose_heads
+from llava_lab.attribution.method import Maps, Method, Targets, choose, layer_window
+from llava_lab.capture import undisturbed, watch_attention
+from llava_lab.capture.residual import HeadSources, joined_by, seen_by_heads, watch_outputs, watch_stream
+from llava_lab.errors import LabError, OptionError
+from llava_lab.models.layout import language_layers
+from llava_lab.replay.words import final_norm, log_total, norm_gain, norm_scale, output_head, token_logits, word_rows
+from llava_lab.results import Run
+
+if TYPE_CHECKING:
+    from llava_lab.models import Lab
+
+LEFT_OVER = {torch.float32: 1e-3, torch.float64: 1e-6}  # share of the parts' sizes that rounding may explain
+LEFT_OVER_16 = 5e-2  # the same for 16-bit types
+VOCABULARY = 4096  # rows of the output head at a time
+
+
+class Reading(NamedTuple):
+    """One number to take apart: the logit of a token at a position, or its difference from another's."""
+
+    position: int
+    said: int
+    against: int | None = None
+
+
+@dataclass(frozen=True)
+class Split:
+    """The parts of each reading, float32 on the CPU. ``image.sum(1)`` and all of `parts` and `rounding` make `logit`."""
+
+    image: Float[Tensor, "N P"]  # through the chosen heads
+    by_head: Float[Tensor, "N L H"]  # image positions through every head of every layer
+    parts: dict[str, Tensor]  # name -> (N,): image_left_out, each text segment, mlp, embedding, bias
+    logit: Float[Tensor, " N"]  # as the model itself gave it
+    rounding: Float[Tensor, " N"]
+
+
+def split_logits(lab: Lab, run: Run, readings: Sequence[Reading], chosen: Chosen, *, centre: bool = False) -> Split:
+    """Take the readings apart in one forward. `centre` measures logits from the vocabulary's mean logit.
+
+    Raises LabError when the model is not made of parts that add up (another norm, parallel or scaled branches,
+    quantised output projections).
+    """
+    layers = language_layers(lab.model)
+    at = sorted({reading.position for reading in readings})
+    row = torch.tensor([at.index(reading.position) for reading in readings])
+    with undisturbed(lab.model):
+        rows, offsets = _directions(lab, readings, centre)
+        norm = final_norm(lab)
+        books = _Books(rows * norm_gain(norm, rows.shape[1]).to(rows.device), row, run.segments, chosen, len(layers))
+    keep = torch.tensor(at, device=lab.device)
+    with (
+        undisturbed(lab.model),
+        watch_stream(layers, lambda number, state: books.stream(number, state[0, at])),
+        watch_outputs(_feed_forward(layers), lambda _, output: books.wrote("mlp", output[0, at])),
+        watch_attention(layers, HeadSources(at, lambda number, *found: books.heads_wrote(number, layers[number], *found))),
+    ):
+        logits = lab.model(**lab.inputs(run), use_cache=False, logits_to_keep=keep).logits[0].float().cpu()
+    assert books.last is not None
+    with undisturbed(lab.model):
+        scale = norm_scale(norm, books.last).cpu()[row]
+    return books.closed(scale, _said(logits[row], readings, centre), offsets.cpu(), books.last.dtype)
+
+
+class _Books:
+    """Contributions of one forward to each reading, before the norm's scale."""
+
+    def __init__(
+        self, directions: Float[Tensor, "N W"], row: Tensor, segments: dict[str, tuple[int, int]], chosen: Chosen, layers: int
+    ) -> None:
+        self.directions, self.row, self.segments, self.chosen, self.count = directions, row, segments, chosen, layers
+        readings, (start, stop) = len(directions), segments["image"]
+        self.image = torch.zeros(readings, stop - start)
+        self.by_head: list[Tensor] = []
+        names = ("image_left_out", *(name for name in segments if name != "image"), "mlp", "embedding", "bias")
+        self.parts = {name: torch.zeros(readings) for name in names}
+        self.last: Tensor | None = None  # the wanted rows of the stream before the final norm
+
+    def stream(self, number: int, state: Float[Tensor, "Q W"]) -> None:
+        if number == 0:
+            self.wrote("embedding", state)
+        elif number == self.count:
+            self.last = state
+
+    def wrote(self, part: str, output: Float[Tensor, "Q W"]) -> None:
+        """Add what a part of the model put into the stream at each reading's position."""
+        self.parts[part] += (output.float().cpu()[self.row] * self.directions.cpu()).sum(-1)
+
+    def heads_wrote(self, number: int, layer: nn.Module, weights: Float[Tensor, "H Q K"], values: Float[Tensor, "H K D"]) -> None:
+        """Add one layer's attention: weight times (value . direction, seen through the head's output)."""
+        seen = seen_by_heads(layer, self.directions).to(values.device)  # N H D
+        carried = torch.einsum("nhd,hkd->nhk", seen, values.float())
+        carried = (carried * weights[:, self.row.to(weights.device)].transpose(0, 1)).cpu()
+        image = carried[:, :, slice(*self.segments["image"])]
+        self.by_head.append(image.sum(-1))
+        shown = torch.zeros(image.shape[1])
+        if number in self.chosen.layers:
+            wanted = self.chosen.of(number)
+            shown[slice(None) if wanted is None else list(wanted)] = 1.0
+        self.image += torch.einsum("h,nhp->np", shown, image)
+        self.parts["image_left_out"] += self.by_head[-1] @ (1 - shown)
+        for name, (start, stop) in self.segments.items():
+            if name != "image":
+                self.parts[name] += carried[:, :, start:stop].sum((1, 2))
+        bias = joined_by(layer).bias
+        if bias is not None:
+            self.parts["bias"] += self.directions.cpu() @ bias.detach().float().cpu()
+
+    def closed(self, scale: Float[Tensor, " N"], logit: Float[Tensor, " N"], offsets: Tensor, dtype: torch.dtype) -> Split:
+        """Everything times the norm's scale, checked against the model's own logits."""
+        image, parts = self.image * scale[:, None], {name: part * scale for name, part in self.parts.items()}
+        parts["bias"] = parts["bias"] + offsets
+        everything = torch.stack([image.sum(1), *parts.values()])
+        rounding = logit - everything.sum(0)
+        if bool((rounding.abs() > LEFT_OVER.get(dtype, LEFT_OVER_16) * everything.abs().sum(0) + 1e-5).any()):
+            raise LabError(
+                f"expected parts that add up to the logit, {float(rounding.abs().max()):.3g} is missing; this model's layers "
+                "do more than add attention and feed-forward outputs, so its logits cannot be split"
+            )
+        return Split(image, torch.stack(self.by_head, 1) * scale[:, None, None], parts, logit, rounding)
+
+
+def _directions(lab: Lab, readings: Sequence[Reading], centre: bool) -> tuple[Float[Tensor, "N W"], Float[Tensor, " N"]]:
+    """The direction of the normed state that each reading reads, and the output head's bias in it."""
+    rows, offsets = word_rows(lab, [reading.said for reading in readings])
+    pairs = [(i, reading.against) for i, reading in enumerate(readings) if reading.against is not None]
+    if pairs:
+        where, against = [i for i, _ in pairs], [token for _, token in pairs]
+        less, less_offset = word_rows(lab, against)
+        rows[where] -= less
+        offsets[where] -= less_offset
+    plain = [i for i, reading in enumerate(readings) if reading.against is None]
+    if centre and plain:
+        head = output_head(lab)
+        total = torch.stack([part.float().sum(0) for part in head.weight.detach().split(VOCABULARY)]).sum(0)
+        rows[plain] -= total / len(head.weight)
+        offsets[plain] -= 0.0 if head.bias is None else head.bias.detach().float().mean()
+    return rows, offsets
+
+
+def _said(logits: Float[Tensor, "N V"], readings: Sequence[Reading], centre: bool) -> Float[Tensor, " N"]:
+    """The model's own numbers that the parts must add up to."""
+    return torch.stack(
+        [
+            row[reading.said] - (row[reading.against] if reading.against is not None else row.mean() if centre else 0.0)
+            for row, reading in zip(logits, readings, strict=True)
+        ]
+    )
+
+
+def _feed_forward(layers: Sequence[nn.Module]) -> list[nn.Module]:
+    found = [part for layer in layers if isinstance(part := getattr(layer, "mlp", None), nn.Module)]
+    if len(found) != len(layers):
+        raise LabError(f"expected layers with attention and an mlp, got {type(layers[0]).__name__}; its logits cannot be split")
+    return found
+
+
+TOP_HEADS = 8  # named in the extras
+
+
+def _compute(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> Maps:
+    chosen = choose_heads(lab, options["layers"], options["heads"])
+    centre = choose("centre", options["centre"], (False, True))
+    readings, owners = [], []
+    for number, target in enumerate(targets):
+        against: Sequence[int | None] = target.against_ids or (None,) * len(target.token_ids)
+        readings += [Reading(*one) for one in zip(target.positions, target.token_ids, against, strict=True)]
+        owners += [number] * len(target.positions)
+    split = split_logits(lab, run, readings, chosen, centre=centre)
+
+    def summed(values: Tensor) -> Tensor:  # over each target's tokens
+        return torch.zeros(len(targets), *values.shape[1:]).index_add_(0, torch.tensor(owners), values)
+
+    values = summed(split.image)
+    parts = {"image": values.sum(1), **{name: summed(part) for name, part in split.parts.items()}}
+    parts["rounding"] = summed(split.rounding)
+    listed = {name: part.tolist() for name, part in parts.items()}
+    by_head = summed(split.by_head)
+    extras = {
+        "logit": summed(split.logit).tolist(),
+        "parts": [{name: part[i] for name, part in listed.items()} for i in range(len(targets))],
+        "image_by_layer": by_head.sum(-1).tolist(),
+        "top_heads": [_strongest(table) for table in by_head],
+    }
+    shape = (len(targets), run.map.rows, run.map.cols)
+    return Maps(values.numpy().reshape(shape), {"forward": 1}, _notes(centre, chosen, options, extras["parts"]), extras)
+
+
+def _strongest(table: Float[Tensor, "L H"]) -> list[dict[str, float]]:
+    heads = table.shape[1]
+    order = table.abs().flatten().argsort(descending=True, stable=True)[:TOP_HEADS].tolist()
+    return [{"layer": i // heads, "head": i % heads, "value": float(table[i // heads, i % heads])} for i in order]
+
+
+def _notes(centre: bool, chosen: Chosen, options: dict[str, Any], parts: list[dict[str, float]]) -> tuple[str, ...]:
+    what = "logit above the vocabulary's mean logit" if centre else "logit"
+    image = sum(abs(value) for part in parts for name, value in part.items() if name.startswith("image"))
+    everything = sum(abs(value) for part in parts for value in part.values())
+    notes = [
+        f"What each image token wrote directly into the target's {what} (for a contrast: the difference of two logits), "
+        "the final norm's scale held fixed; negative spoke against the word.",
+        f"Image tokens make up {image / everything if everything else 0:.0%} of the parts' absolute sizes; "
+        "the remainder (text, feed-forward layers, embedding, biases) is in the extras.",
+    ]
+    if options["layers"] is not None or options["heads"] is not None:
+        notes.append(f"The map holds {chosen}; the other heads are 'image_left_out' in the extras.")
+    return tuple(notes)
+
+
+DIRECT_LOGIT = Method(
+    name="direct_logit",
+    truth="How much each image token wrote, through attention heads, directly into the target's logit.",
+    source="direct logit attribution (Elhage et al. 2021; Wang et al. 2022, arXiv 2211.00593), split by source position",
+    cost="1 forward",
+    blind_to="what image tokens said by way of text positions, other image tokens or feed-forward layers",
+    options={"layers": None, "heads": None, "centre": False},
+    compute=_compute,
+)
+
+
+VALUES = ("probability", "logit")
+REDUCTIONS = ("max", "mean")
+
+
+def _compute_lens_map(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> Maps:
+    layers = language_layers(lab.model)
+    start, stop = _states(options["layers"], len(layers))
+    value = choose("value", options["value"], VALUES)
+    reduce = choose("reduce", options["reduce"], REDUCTIONS)
+    ids = sorted({i for target in targets for i in (*target.token_ids, *target.against_ids)})
+    image = slice(*run.segments["image"])
+    read: list[Tensor] = []  # one (P, N) table per state
+
+    def fold(number: int, state: Tensor) -> None:
+        if start <= number < stop:
+            read.append(_read(lab, state[0, image], ids, value).cpu())
+
+    with undisturbed(lab.model), watch_stream(layers, fold):
+        lab.model(**lab.inputs(run), use_cache=False, logits_to_keep=1)
+    table = torch.stack(read).numpy()  # states, P, N
+    column = {token: i for i, token in enumerate(ids)}
+    values, by_state = [], []
+    for target in targets:
+        said = table[:, :, [column[i] for i in target.token_ids]].mean(-1)  # states, P
+        other = table[:, :, [column[i] for i in target.against_ids]].mean(-1) if target.against_ids else None
+        shown, strongest = _reduced(said, reduce), said
+        if other is not None:
+            shown, strongest = shown - _reduced(other, reduce), said - other
+        values.append(shown.reshape(run.map.rows, run.map.cols))
+        by_state.append(strongest.max(1).tolist())
+    best = [start + int(np.argmax(row)) for row in by_state]
+    extras = {"states": list(range(start, stop)), "strongest_patch_by_state": by_state, "strongest_state": best}
+    return Maps(np.stack(values).astype(np.float32), {"forward": 1}, (_note(value, reduce, start, stop, len(layers)),), extras)
+
+
+def _read(lab: Lab, state: Tensor, ids: Sequence[int], value: str) -> Tensor:
+    """Logits or probabilities of `ids` at states that have not been normed yet, (P, N) float32."""
+    normed = final_norm(lab)(state)
+    logits = token_logits(lab, normed, ids)
+    return logits if value == "logit" else (logits - log_total(lab, normed)[:, None]).exp()
+
+
+def _reduced(table: np.ndarray, reduce: str) -> np.ndarray:
+    return table.max(0) if reduce == "max" else table.mean(0)
+
+
+def _states(layers: Any, count: int) -> tuple[int, int]:
+    """``[start, stop)`` of the states 0 .. count; a whole number is that state alone."""
+    if isinstance(layers, Integral) and not isinstance(layers, bool):
+        state = int(layers)
+        if not 0 <= state <= count:
+            raise OptionError(f"layers must be a state from 0 (projector output) to {count} (last layer), got {state}")
+        return state, state + 1
+    return layer_window(layers, count + 1)
+
+
+def _note(value: str, reduce: str, start: int, stop: int, last: int) -> str:
+    places = f"states {start} to {stop - 1}" if stop - start > 1 else f"state {start}"
+    over = f", {reduce} over them" if stop - start > 1 else ""
+    word = "Probability" if value == "probability" else "Logit"
+    return (
+        f"{word} of the target word at each image position, read at {places} of 0 to {last}{over}; each state normed once; "
+        "mean over the target's tokens (for a contrast: the difference of the two words)."
+    )
+
+
+LOGIT_LENS_MAP = Method(
+    name="logit_lens_map",
+    truth="How probable the target word is when each image token's intermediate state is read as if it were the last one.",
+    source="logit lens (nostalgebraist 2020) on image tokens (Jiang et al. 2025, arXiv 2410.02762)",
+    cost="1 forward, and the output head at each image token and state read",
+    blind_to="the question, whether the answer ever read these positions, and anything not written in the output head's basis",
+    options={"layers": None, "value": "probability", "reduce": "max"},
+    compute=_compute_lens_map,
+)

@@ -1,0 +1,283 @@
+"""Rollout while the answer is made: the prompt's products during its one forward, each new token's row on top.
+
+`flow.Flow` carries a whole ``S x S`` product through the layers and needs the finished sequence. Here the product
+has only the columns that are asked for, the image's and one for each other segment of the prompt, and each layer's
+is kept for the rows of the answer, which come later: below the diagonal only, 0.7 MB a layer at 576 image tokens. For
+prompts over `EXACT` positions it is kept in half precision, 8.5 MB a layer at 2,916; that rounding reaches an answer's
+map once, so each number is right to one part in 2,000. The running product itself is always float32.
+
+It knows matrices and spans only, no model.
+
+A picture, a question, and back come the answer and its maps, made while the answer was: no pass of their own.
+
+`attribute` explains any run, also a loaded one, with one more forward of the finished sequence. Where the map is
+wanted anyway, `ask_and_attribute` takes it from the forwards that make the answer. The numbers are the same; what
+they cost is measured by ``llava-lab bench capture``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from llava_lab.attribution.attention import ATTENTION
+from llava_lab.attribution.heads import choose_heads
+from llava_lab.attribution.method import (
+    Maps,
+    Targets,
+    choose,
+    image_values,
+    layer_window,
+    refuse_contrast,
+    segment_mass,
+    target_rows,
+)
+from llava_lab.attribution.registry import METHODS, _plain
+from llava_lab.attribution.rollout import BLOCK, FLOOR, ROLLOUT, Weight, _column, _notes, _residual, _Rollout, measured_residual
+from llava_lab.capture import FUSIONS, AnswerRows, Norms, watch_attention
+from llava_lab.errors import LabError, OptionError
+from llava_lab.models.layout import language_layers
+from llava_lab.replay.targets import Wanted, resolve_targets
+from llava_lab.results import Relevance, Run, Span
+
+if TYPE_CHECKING:
+    from llava_lab.models import Lab
+    from llava_lab.models.pictures import PictureLike
+
+EXACT = 1024  # positions of a prompt up to which what is kept is float32
+SCALE = 2.0**15  # shares are at most 1, half precision ends at 65,504 and loses digits below 6e-5
+
+
+class StreamedRollout:
+    """Feed it the prompt's layers in order (`step`), then the answer's rows of every layer (`rows`)."""
+
+    def __init__(self, prompt: int, segments: Mapping[str, Span], *, null: bool, device: torch.device | str = "cpu") -> None:
+        self.prompt, self._image = prompt, segments["image"]
+        self.others = [name for name in segments if name not in ("image", "answer")]
+        start, stop = self._image
+        columns = torch.zeros(prompt, len(self.others) + stop - start, device=device)
+        for number, name in enumerate(self.others):
+            columns[slice(*segments[name]), number] = 1.0
+        columns[range(start, stop), range(len(self.others), columns.shape[1])] = 1.0
+        self._spans = [segments[name] for name in self.others]
+        self.total: Float[Tensor, "S C"] = columns
+        self.uniform: Float[Tensor, "S C"] | None = columns.clone() if null else None
+        self._kept: list[list[tuple[slice, Tensor]]] = []  # a layer's input product, in blocks of rows; not the first's
+        self._sums: list[Float[Tensor, " C"]] = []  # column sums of the uniform product, a layer's input
+        self._precision = torch.float32 if prompt <= EXACT else torch.float16
+        self._layers = 0
+
+    def step(self, attention: Float[Tensor, "S S"], residual: Weight) -> None:
+        """Put one more layer on top of the prompt's rows."""
+        keep = _column(residual, attention)
+        kept = []
+        for start in reversed(range(0, self.prompt, BLOCK)):  # a causal row only needs rows at or above it
+            stop = min(start + BLOCK, self.prompt)
+            rows, columns = slice(start, stop), self._columns(stop)
+            if self._layers:
+                kept.append((rows, (self.total[rows, :columns] * SCALE).to(self._precision)))
+            mixed = attention[rows, :stop] @ self.total[:stop, :columns]
+            self.total[rows, :columns] = torch.lerp(mixed, self.total[rows, :columns], keep[rows])
+        self._kept.append(kept)
+        if self.uniform is not None:
+            self._sums.append(self.uniform.sum(0))
+            above = torch.zeros_like(self.uniform[0])
+            for start in range(0, self.prompt, BLOCK):
+                rows = slice(start, min(start + BLOCK, self.prompt))
+                part = self.uniform[rows]
+                mixed = part.cumsum(0).add_(above)
+                above = mixed[-1].clone()
+                count = torch.arange(start + 1, rows.stop + 1, device=part.device)[:, None]
+                self.uniform[rows] = torch.lerp(mixed.div_(count), part, keep[rows])
+        self._layers += 1
+
+    def rows(
+        self, count: int, attention: Callable[[int], Float[Tensor, "N K"]], residual: Callable[[int], Weight]
+    ) -> tuple[Float[Tensor, "N E"], Float[Tensor, "N E"] | None]:
+        """Rollout of the prompt's last position and of the `count` - 1 after it, and of uniform attention.
+
+        ``attention(layer)`` and ``residual(layer)`` speak of those `count` rows. The last of their E columns is the answer's.
+        """
+        new = count - 1
+        seen = torch.zeros(new, self.total.shape[1] + 1, device=self.total.device)
+        seen[:, -1] = 1.0
+        even = seen.clone()
+        for layer in range(self._layers):
+            weights = attention(layer)[1:]
+            keep = _column(residual(layer), seen.new_empty(count))[1:]
+            mixed = weights[:, self.prompt :] @ seen
+            mixed[:, :-1] += self._through_prompt(layer, weights[:, : self.prompt])
+            seen = torch.lerp(mixed, seen, keep)
+            if self.uniform is not None:
+                mixed = even.cumsum(0)
+                mixed[:, :-1] += self._sums[layer]
+                at = torch.arange(self.prompt + 1, self.prompt + count, device=even.device)[:, None]
+                even = torch.lerp(mixed / at, even, keep)
+        first = torch.nn.functional.pad(self.total[-1:], (0, 1))
+        if self.uniform is None:
+            return torch.cat([first, seen]), None
+        return torch.cat([first, seen]), torch.cat([torch.nn.functional.pad(self.uniform[-1:], (0, 1)), even])
+
+    def image(self, rows: Float[Tensor, "N E"]) -> Float[Tensor, "N P"]:
+        return rows[:, len(self.others) : -1]
+
+    def mass(self, rows: Float[Tensor, "N E"]) -> list[dict[str, float]]:
+        """Each row's share on each segment."""
+        shares = {name: rows[:, number] for number, name in enumerate(self.others)}
+        shares |= {"image": self.image(rows).sum(1), "answer": rows[:, -1]}
+        return [{name: float(column[row]) for name, column in shares.items()} for row in range(len(rows))]
+
+    def _columns(self, stop: int) -> int:
+        """How many columns rows before `stop` can have anything in: image columns follow the diagonal."""
+        start, end = self._image
+        return len(self.others) + min(max(stop - start, 0), end - start)
+
+    def _through_prompt(self, layer: int, weights: Float[Tensor, "N S"]) -> Float[Tensor, "N C"]:
+        out = weights.new_zeros(len(weights), self.total.shape[1])
+        if layer == 0:  # its input product is the identity
+            for number, span in enumerate(self._spans):
+                out[:, number] = weights[:, slice(*span)].sum(1)
+            out[:, len(self.others) :] = weights[:, slice(*self._image)]
+            return out
+        for rows, block in self._kept[layer]:
+            out[:, : block.shape[1]] += weights[:, rows] @ (block.float() / SCALE)
+        return out
+
+
+LATER = "made by ll.attribute(lab, run, ...) after the answer"
+NEVER: Mapping[str, Mapping[str, Any]] = MappingProxyType(  # options that need the finished sequence, at the value they keep
+    {ATTENTION.name: {"heads": None}, ROLLOUT.name: {"sinks": "keep", "through_vision": False}}
+)
+
+
+def ask_and_attribute(
+    lab: Lab,
+    picture: PictureLike,
+    question: str,
+    *,
+    method: str = "rollout",
+    target: Wanted = "words",
+    options: Mapping[str, Any] | None = None,
+    **asking: Any,
+) -> tuple[Run, Relevance]:
+    """Ask as `Lab.ask` does (`asking` are its options), and explain the answer from the forwards that made it.
+
+    `method`: ``rollout`` or ``attention``, with its own `options`. `target` as in `attribute`. Interrupted, it gives
+    the answer so far with its maps.
+
+    Raises OptionError (a method or option that needs the finished answer), TargetError, LabError.
+    """
+    if method not in NEVER:
+        known = METHODS if method not in METHODS else ()
+        raise OptionError(
+            f"no method {method!r}; the methods are {', '.join(known)}" if known else
+            f"while answering, method must be one of {', '.join(NEVER)}, got {method!r}; its map is {LATER}"
+        )  # fmt: skip
+    chosen = METHODS[method].with_defaults(options or {})
+    for name, value in NEVER[method].items():
+        if chosen[name] != value:
+            raise OptionError(f"while answering, {name} must be {value!r}, got {chosen[name]!r}; that map is {LATER}")
+    forms = {name: asking[name] for name in ("prompt", "history") if name in asking}
+    sequence = lab.sequence(question, **forms)
+    watching: _Attention | _Streamed
+    watching = (_Attention if method == ATTENTION.name else _Streamed)(lab, chosen, len(sequence.token_ids), sequence.segments)
+    with watch_attention(watching.layers, watching.reducer, calls=None):
+        run = lab.ask(picture, question, **asking)
+    start = time.perf_counter()
+    said = len(run.answer_positions)
+    if not said and run.options["stopped"] == "interrupted":
+        raise KeyboardInterrupt
+    if watching.reducer.count(len(watching.layers)) < said:
+        raise LabError(f"expected every layer to attend {said} times, got fewer; its map is {LATER}")
+    targets = resolve_targets(lab, run, target)
+    maps = watching.maps(run, targets, said)
+    assert np.isfinite(maps.values).all(), f"{method} gave values that are not finite"
+    return run, Relevance(
+        values=maps.values.astype(np.float32),
+        targets=targets,
+        method=method,
+        options={name: _plain(value) for name, value in chosen.items()},
+        map=run.map,
+        model=lab.name,
+        fingerprint=run.fingerprint,
+        seconds=time.perf_counter() - start,
+        passes={"forward": 0, "backward": 0},
+        notes=(*maps.notes, "Taken while the answer was made; the seconds are those after it."),
+        extras=maps.extras,
+    )
+
+
+class _Attention:
+    """`attention`, from the rows of the answer alone."""
+
+    def __init__(self, lab: Lab, options: dict[str, Any], prompt: int, segments: Mapping[str, Any]) -> None:
+        self._chosen = choose_heads(lab, options["layers"], None)
+        self._fusion = choose("fusion", options["fusion"], FUSIONS)
+        decoder = language_layers(lab.model)
+        self.layers = [decoder[layer] for layer in self._chosen.layers]
+        self.reducer = AnswerRows(prompt, fusion=self._fusion)
+
+    def maps(self, run: Run, targets: Targets, said: int) -> Maps:
+        refuse_contrast(ATTENTION.name, targets)
+        at = range(self.reducer.first, self.reducer.first + said)
+        parts = torch.stack([target_rows(self.reducer.picked(i, said), at, targets) for i in range(len(self.layers))])
+        rows = torch.nn.functional.pad(parts.mean(0), (0, 1))  # the last token attends after all was said
+        shares = parts[..., slice(*run.segments["image"])].sum(-1)
+        extras = {
+            "mass": segment_mass(rows, run),
+            "image_share": shares.mean(0).tolist(),
+            "image_share_by_layer": shares.tolist(),
+        }
+        which = f"{self._fusion} over {self._chosen.which}, mean over {self._chosen.window}"
+        return Maps(image_values(rows, run), {}, (f"Attention of the predicting positions, {which}.",), extras)
+
+
+class _Streamed:
+    """`rollout`, its prompt's part folded while the prompt is read."""
+
+    def __init__(self, lab: Lab, options: dict[str, Any], prompt: int, segments: Mapping[str, Any]) -> None:
+        decoder = language_layers(lab.model)
+        self._window = layer_window(options["layers"], len(decoder))
+        self.layers = decoder[slice(*self._window)]
+        self._options = options
+        null = choose("null", options["null"], ("none", "causal")) == "causal"
+        fusion = choose("fusion", options["fusion"], FUSIONS)
+        self._about = _Rollout(True, _residual(options["residual"]), null, fusion)
+        if fusion == "min":
+            raise OptionError(f"while answering, fusion must be mean or max, got 'min'; that map is {LATER}")
+        self._stream = StreamedRollout(prompt, segments, null=null, device=lab.device)
+        self.reducer = AnswerRows(prompt, fusion=fusion, fold=self._fold, norms=self._about.residual is None)
+
+    def maps(self, run: Run, targets: Targets, said: int) -> Maps:
+        refuse_contrast(ROLLOUT.name, targets)
+        rows, even = self._stream.rows(
+            said, lambda layer: self.reducer.picked(layer, said), lambda layer: self._weight(layer, said)
+        )
+        at = range(self.reducer.first, self.reducer.first + said)
+        seen = target_rows(rows, at, targets)
+        values: Tensor = self._stream.image(seen)
+        extras: dict[str, Any] = {"mass": self._stream.mass(seen), "residual_by_layer": self._about.kept}
+        if even is not None:
+            null = target_rows(even, at, targets)
+            extras["null_mass"] = self._stream.mass(null)
+            values = torch.log((values + FLOOR) / (self._stream.image(null) + FLOOR))
+        grid = values.cpu().numpy().reshape(len(targets), run.map.rows, run.map.cols)
+        return Maps(grid, {}, _notes(self._options, self._window, self._about, [], None), extras)
+
+    def _fold(self, layer: int, attention: Tensor, norms: Norms | None) -> None:
+        weight = self._about.residual if norms is None else measured_residual(norms)[0]
+        assert weight is not None
+        self._about.kept.append(float(weight.mean()) if isinstance(weight, Tensor) else weight)
+        self._stream.step(attention, weight)
+
+    def _weight(self, layer: int, said: int) -> Weight:
+        if self._about.residual is not None:
+            return self._about.residual
+        return measured_residual(self.reducer.row_norms(layer, said))[0]

@@ -1,0 +1,1 @@
+"""Measurements that `llava-lab bench` prints."""

@@ -1,0 +1,383 @@
+"""What every run of a comparison reads and is asked: frozen features computed once, and questions encoded once.
+
+A pool whose pictures are features instead of pixels goes through the recipe's own `AlignData` and `InstructData`
+unchanged, so that batches, their order and their words are the recipe's. Exams are the questions `llava-lab evaluate`
+asks of a split; an answer is right when every token of it, end mark included, is the most likely one, which is greedy
+exact match as long as the tokenizer spells an answer in one way.
+
+One run of a comparison: a fresh connector before the same start, the recipe's stages, one exam; kept as one file.
+
+Everything random comes from the run's seed and the step's number, so that runs of one seed read the same batches in the
+same order whatever the connector. The connector has a rate of its own; the language model keeps the recipe's.
+A file is written when its run is finished and under a temporary name first: a run is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from llava_lab.comparison.start import Start
+from llava_lab.connectors import connector as plugged
+from llava_lab.connectors import new_connector, save
+from llava_lab.errors import DataError, OptionError
+from llava_lab.evaluation.items import load_items
+from llava_lab.models import layout
+from llava_lab.results import Saved
+from llava_lab.training.features import SPARE, tower_features
+from llava_lab.training.loop import NOT_MUON, freeze_all_but, rate_at
+from llava_lab.training.recipe import Recipe, Stage
+from llava_lab.training.text import IGNORE, Apart, Joined, apart, apart_loss, joined_loss
+from llava_lab.training.tiny.pictures import Pool, default_workers, make_pool
+from llava_lab.training.tiny.sight import AlignData, InstructData
+from llava_lab.training.tiny.tower import normalise
+
+log = logging.getLogger(__name__)
+
+CHUNK = 32  # pictures through the tower, or through an exam, at a time
+
+Item = tuple[str, Apart | Joined, Tensor]  # form, words, features (B, K, W)
+
+
+@dataclass(frozen=True)
+class Exam:
+    """Questions about the first pictures of a pool, in batches."""
+
+    split: str
+    pool: Pool  # pictures are features
+    batches: tuple[tuple[np.ndarray, Apart], ...]  # pictures' numbers and their questions
+    asked: tuple[tuple[int, ...], ...]  # questions of each picture of a batch
+    types: tuple[str, ...]  # (Q,)
+    picture: np.ndarray  # int64 (Q,), number in the pool
+
+
+def feature_pool(start: Start, folder: Path, split: str, n: int, *, seed: int, progress: bool = True) -> Pool:
+    """`n` drawn pictures of a split as what the frozen tower sees of them: (n, K, W) float32, memory-mapped.
+
+    Named by the tower's fingerprint, so that every connector, seed and comparison in this folder shares it.
+    """
+    config: Any = start.lab.model.config
+    side, patch = config.vision_config.image_size, config.vision_config.patch_size
+    grid = side // patch
+    if side % patch:
+        raise OptionError(f"connectors are compared on whole patches, got {side} pixels and patches of {patch}")
+    pool = make_pool(folder / "pictures", n=n, side=side, grid=grid, split=split, seed=seed, workers=default_workers())
+    path = folder / "features" / f"{split}-{seed}-{n}-{start.fingerprints['vision']}.npy"
+    if not path.exists():
+        width = config.vision_config.hidden_size * len(layout.feature_layers(config))
+        _compute(start.lab.model, pool, path, (n, grid * grid, width), progress)
+    return replace(pool, pictures=np.load(path, mmap_mode="r"))
+
+
+def _compute(model: Any, pool: Pool, path: Path, shape: tuple[int, int, int], progress: bool) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    needed, free = 4 * int(np.prod(shape)), shutil.disk_usage(path.parent).free
+    if needed + SPARE > free:
+        raise OptionError(
+            f"features of {shape[0]:,} pictures need {needed / 1e9:.1f} GB in {path.parent}, {free / 1e9:.1f} GB are free; "
+            "take fewer pictures or another folder"
+        )
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        found = np.lib.format.open_memmap(part, mode="w+", dtype=np.float32, shape=shape)
+        with tqdm(total=shape[0], desc=f"vision features, {pool.split}", unit="picture", disable=not progress) as bar:
+            for first in range(0, shape[0], CHUNK):
+                seen = tower_features(model, normalise(pool.pictures[first : first + CHUNK]))
+                found[first : first + len(seen)] = seen.numpy()
+                bar.update(len(seen))
+        found.flush()
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def make_exam(tokenizer: PreTrainedTokenizerFast, pool: Pool, *, seed: int) -> Exam:
+    """The questions `llava-lab evaluate` asks about these pictures. Raises DataError when there is none."""
+    items = load_items("picturebook", split=pool.split, n=len(pool), seed=seed)
+    if not items:
+        raise DataError(f"{len(pool)} pictures of split {pool.split} gave no questions; ask for more pictures")
+    numbers = {pool.scene(i).name: i for i in range(len(pool))}
+    turns: dict[int, list[tuple[str, str]]] = {}
+    for item in items:
+        turns.setdefault(numbers[item.picture], []).append((item.question, item.answer))
+    chosen = list(turns)
+    batches, asked = [], []
+    for first in range(0, len(chosen), CHUNK):
+        rows = chosen[first : first + CHUNK]
+        batches.append((np.array(rows), apart(tokenizer, [turns[row] for row in rows], system=True)))
+        asked.append(tuple(len(turns[row]) for row in rows))
+    picture = np.array([numbers[item.picture] for item in items])
+    return Exam(pool.split, pool, tuple(batches), tuple(asked), tuple(item.type for item in items), picture)
+
+
+@torch.no_grad()
+def sit(model: nn.Module, connector: nn.Module, exam: Exam, image_id: int) -> tuple[np.ndarray, float]:
+    """Which answers are right, bool (Q,), and the mean loss per labelled token, nats. Float32 throughout."""
+    right: list[bool] = []
+    total = count = 0.0
+    for (rows, words), asked in zip(exam.batches, exam.asked, strict=True):
+        seen = torch.from_numpy(np.array(exam.pool.pictures[rows]))
+        loss, hits = apart_loss(model, words, connector(seen), image_id)
+        labelled = int((words.labels != IGNORE).sum())
+        total, count = total + float(loss) * labelled, count + labelled
+        for row, many in zip(hits.tolist(), asked, strict=True):
+            right += row[:many]
+    return np.array(right), total / count
+
+
+def loss_of(model: nn.Module, connector: nn.Module, item: Item, image_id: int) -> Tensor:
+    """Mean loss over a training batch's labelled tokens, from features."""
+    _, words, features = item
+    tokens = connector(features)
+    if isinstance(words, Joined):
+        return joined_loss(model, words, tokens, image_id)
+    return apart_loss(model, words, tokens, image_id)[0]
+
+
+def stamp(item: Item) -> int:
+    """A number for exactly this batch, words and pictures: two runs that read the same have the same stamps."""
+    _, words, features = item
+    found = zlib.crc32(features[:, 0].contiguous().numpy().tobytes())
+    for name in ("prefix", "ids", "labels"):
+        part = getattr(words, name, None)
+        if part is not None:
+            found = zlib.crc32(part.numpy().tobytes(), found)
+    return found
+
+
+Advance = Callable[[int], None]  # steps done since the last call
+
+
+@dataclass(frozen=True)
+class Job:
+    """What decides a run, beside what all runs of a comparison share."""
+
+    connector: str  # a name, or name:option=value,option=value
+    rate: float  # the connector's peak, AdamW's; Muon's follows in the recipe's proportion
+    seed: int
+    steps: tuple[int, int]  # of stage 1 and 2; 0 leaves a stage out
+    exams: tuple[str, ...]  # the splits it is asked about
+
+    @property
+    def id(self) -> str:
+        exams, steps = ("+".join(map(str, values)) for values in (self.exams, self.steps))
+        return f"{exams}-{file_name(self.connector)}-rate{self.rate:g}-steps{steps}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Finished(Saved):
+    """What a run leaves behind."""
+
+    KIND = "ablation run"
+
+    job: dict[str, Any]
+    setup: dict[str, Any]  # what all runs of the comparison share
+    right: np.ndarray  # bool (Q,), exam after exam
+    loss: np.ndarray  # float64 (exams,), nats per labelled token; not finite where training diverged
+    losses: np.ndarray  # float32 (steps,), of training
+    order: np.ndarray  # uint32 (steps,), a stamp of each batch
+    parameters: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Material:
+    """What all runs share."""
+
+    start: Start
+    recipe: Recipe
+    pool: Pool  # training pictures, as features
+    exams: Mapping[str, Exam]
+    setup: dict[str, Any]
+    bf16: bool = True
+
+    @property
+    def image_id(self) -> int:
+        return self.start.lab.image_id
+
+
+def file_name(connector: str) -> str:
+    """A connector's name and options as a part of a file's name."""
+    return re.sub(r"[^\w.-]+", "_", connector)
+
+
+def parse(text: str) -> tuple[str, dict[str, Any]]:
+    """``bottleneck:parameters=5000`` as (name, options). Raises OptionError where it does not read so."""
+    kind, _, rest = text.partition(":")
+    options: dict[str, Any] = {}
+    for pair in rest.split(",") if rest else []:
+        name, equals, value = pair.partition("=")
+        try:
+            options[name.strip()] = json.loads(value)
+        except json.JSONDecodeError:
+            equals = ""
+        if not equals:
+            raise OptionError(f"a connector is a name or name:option=number,..., got {text!r}")
+    return kind.strip(), options
+
+
+def fresh(start: Start, connector: str, seed: int) -> nn.Module:
+    """An untrained connector. Raises OptionError for one that does not fit, or has nothing to train."""
+    kind, options = parse(connector)
+    made = new_connector(start.lab, kind, seed=seed, **options)
+    if not any(True for _ in made.parameters()):
+        raise OptionError(f"connector {connector!r} has no parameters, so nothing to train")
+    return made
+
+
+def train_run(material: Material, job: Job, *, advance: Advance | None = None, keep: Path | None = None) -> Finished:
+    """Train and examine one connector; `keep` also writes the trained model as a folder. The start comes back as it was."""
+    begin = time.perf_counter()
+    start, recipe = material.start, material.recipe
+    module = fresh(start, job.connector, job.seed)
+    losses: list[float] = []
+    order: list[int] = []
+    try:
+        with plugged(start.lab, module):
+            for stage, steps in zip((recipe.align, recipe.instruct), job.steps, strict=True):
+                if steps and (not losses or math.isfinite(losses[-1])):
+                    _stage(material, module, replace(stage, steps=steps), job, losses, order, advance)
+            start.lab.model.requires_grad_(False)
+            sat = [sit(start.lab.model, module, material.exams[name], material.image_id) for name in job.exams]
+            if keep is not None:
+                _write(start, keep)
+    finally:
+        start.lab.model.requires_grad_(False)
+        start.reset()
+    return Finished(
+        job=asdict(job),
+        setup=material.setup,
+        right=np.concatenate([right for right, _ in sat]),
+        loss=np.array([loss for _, loss in sat]),
+        losses=np.array(losses, np.float32),
+        order=np.array(order, np.uint32),
+        parameters=sum(parameter.numel() for parameter in module.parameters()),
+        seconds=time.perf_counter() - begin,
+    )
+
+
+def _write(start: Start, folder: Path) -> None:
+    """The model as it stands, without transformers' own bar, which would break ours."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        save(start.lab, folder)
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def batches(material: Material, stage: Stage, seed: int) -> Any:
+    """Step number -> batch; the same for every connector."""
+    common: dict[str, Any] = {"batch": stage.batch, "seed": seed}
+    tokenizer = material.start.lab.tokenizer
+    if stage.name == "align":
+        return AlignData(material.pool, tokenizer, **common)
+    return InstructData(material.pool, tokenizer, turns=stage.turns, **common)
+
+
+def _stage(
+    material: Material,
+    module: nn.Module,
+    stage: Stage,
+    job: Job,
+    losses: list[float],
+    order: list[int],
+    advance: Advance | None,
+) -> None:
+    """One stage of the recipe; a loss that is not finite ends it."""
+    model: Any = material.start.lab.model
+    freeze_all_but(model, stage.trains)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    opts = optimizers(module, [layout.language_model(model), model.get_output_embeddings()], stage, job.rate)
+    data = batches(material, stage, job.seed)
+    for step in range(stage.steps):
+        item = data[step]
+        order.append(stamp(item))
+        share = rate_at(stage, step, stage.steps)
+        for optimizer in opts:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * share
+        with torch.autocast("cpu", torch.bfloat16, enabled=material.bf16):
+            loss = loss_of(model, module, item, material.image_id)
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            return
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, stage.clip)
+        for optimizer in opts:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if advance is not None:
+            advance(1)
+
+
+def optimizers(connector: nn.Module, others: list[nn.Module], stage: Stage, rate: float) -> list[torch.optim.Optimizer]:
+    """The recipe's AdamW and Muon, the connector at its own rate and the rest at the stage's.
+
+    As `llava_lab.training.loop.optimizers` splits parameters; Muon's rate keeps the stage's proportion to AdamW's.
+    """
+    ratio = stage.matrix_rate / stage.rate
+    groups: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
+    for modules, peak in (([connector], rate), (others, stage.rate)):
+        split: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+        for name, parameter in ((n, p) for part in modules for n, p in part.named_parameters() if p.requires_grad):
+            matrix = parameter.ndim == 2 and bool(ratio) and not any(part in name for part in NOT_MUON)
+            split[matrix].append(parameter)
+        for matrix, found in split.items():
+            if found:
+                groups[matrix].append(
+                    {"params": found, "lr": peak * (ratio if matrix else 1), "peak": peak * (ratio if matrix else 1)}
+                )
+    made: list[torch.optim.Optimizer] = []
+    if groups[False]:
+        made.append(torch.optim.AdamW(groups[False], betas=(0.9, 0.98), weight_decay=stage.decay, fused=True))
+    if groups[True]:
+        made.append(torch.optim.Muon(groups[True], weight_decay=stage.decay, momentum=0.95))
+    return made
+
+
+def read(folder: Path, job: Job, setup: Mapping[str, Any]) -> Finished | None:
+    """A finished run of this comparison, None when it is still to come. Raises DataError for another comparison's."""
+    path = folder / f"{job.id}.npz"
+    if not path.exists():
+        return None
+    found = Finished.load(path)
+    of_another(path, found.setup, setup)
+    if found.job != json.loads(json.dumps(asdict(job))):
+        raise DataError(f"{path} holds another run than its name says ({found.job}); remove it and run again")
+    return found
+
+
+def of_another(path: Path, found: Mapping[str, Any], setup: Mapping[str, Any]) -> None:
+    """Raises DataError when a run was made by another comparison than the one `setup` describes."""
+    wanted = json.loads(json.dumps(setup))
+    differs = [name for name in wanted if found.get(name) != wanted[name]]
+    if differs:
+        name = differs[0]
+        raise DataError(
+            f"{path} belongs to another comparison: {name} was {found.get(name)}, now {wanted[name]}; choose another folder"
+        )
+
+
+def refuse_foreign(folder: Path, setup: Mapping[str, Any]) -> None:
+    """Raises DataError when any run in a folder is another comparison's, before anything is written there."""
+    for path in sorted(folder.glob("*.npz")):
+        of_another(path, Finished.load(path).setup, setup)

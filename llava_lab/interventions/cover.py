@@ -1,0 +1,67 @@
+"""Ask again without some patches: cover them in the picture itself and let the model answer anew.
+
+Where `occlusion` gives the model its own words back and reads one number, this lets it say something
+else. The picture of the new run is the covered one, so what you see is what was asked about. Patches
+are covered in the picture's pixels; the resize that follows blurs their edges by less than a pixel of
+the model's square.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from llava_lab.attribution.method import choose
+from llava_lab.errors import CheckpointError, OptionError
+from llava_lab.replay.fills import BLUR, FILLS
+from llava_lab.results import Run
+
+if TYPE_CHECKING:
+    from llava_lab.models import Lab
+    from llava_lab.remote import BlackBox
+
+GREY = 128
+ASKED = ("max_new_tokens", "temperature", "prompt", "fit")  # a run's options that are arguments of `Lab.ask`
+
+Patches = Iterable[tuple[int, int]]
+
+
+def ask_without(lab: Lab | BlackBox, run: Run, patches: Patches, *, fill: str = FILLS[0], history: Any = ()) -> Run:
+    """The same question, asked the same way, about the run's picture with `patches` (row, col) covered.
+
+    `fill`: ``grey``, ``mean`` (the picture's own mean colour) or ``blur``. A run that came with earlier turns
+    needs them again as `history`. Raises OptionError (no patch, one outside the grid, missing turns),
+    CheckpointError (the run was made by another checkpoint).
+    """
+    if run.fingerprint != lab.fingerprint:
+        raise CheckpointError(f"expected a run made by {lab.name!r}, got one by {run.model!r} with other weights; ask again")
+    if "history" in run.segments and not history:
+        raise OptionError("this run had earlier turns, which it keeps only as prompt text; give them again as history=")
+    options = {name: run.options[name] for name in ASKED if name in run.options}
+    return lab.ask(cover(run, patches, fill=fill), run.question, seed=run.seed, history=history, **options)
+
+
+def cover(run: Run, patches: Patches, *, fill: str = FILLS[0]) -> np.ndarray:
+    """The run's picture, uint8 (height, width, 3), with `patches` filled; a new array."""
+    choose("fill", fill, FILLS)
+    rows, cols = run.map.rows, run.map.cols
+    grid = np.zeros((rows, cols), np.float32)
+    for row, col in patches:
+        if not (0 <= row < rows and 0 <= col < cols):
+            raise OptionError(f"patches lie in a {rows}x{cols} grid, counted from 0; got row {row}, column {col}")
+        grid[row, col] = 1
+    if not grid.any():
+        raise OptionError("expected at least one (row, column) patch to cover, got none")
+    covered = run.map.project(grid) == 1  # not a number, so never equal, where the model does not look
+    return np.where(covered[:, :, None], _filling(run.picture, fill), run.picture)
+
+
+def _filling(picture: np.ndarray, fill: str) -> np.ndarray:
+    if fill == "blur":
+        radius = BLUR * max(picture.shape[:2])
+        return np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(radius)))
+    color = np.full(3, GREY) if fill == "grey" else picture.mean((0, 1)).round()
+    return np.broadcast_to(color.astype(np.uint8), picture.shape)

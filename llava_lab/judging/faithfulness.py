@@ -1,0 +1,366 @@
+"""Whether one map on one picture did better than random maps: the steps, and the statistics. Numpy only.
+
+Steps lie densely at both ends, where a good map shows, and symmetrically, so that the pictures of a deletion
+curve read backwards are the insertion curve of the map upside down. A random map upside down is a random
+map too: each ranking serves twice, and the mean gain of random maps is exactly 0.
+
+In simulations (score additive over 144 patches, 4 to 144 of which count, two fills, 10 rankings) one or two of a
+hundred random maps beat random, and a perfect map nearly always; where one or two patches decide, hardly ever.
+
+Does the answer depend on the patches a map marks? Deletion, insertion and remove-one-thing, beside random maps.
+
+Patches are taken away (deletion) or given back to a filled picture (insertion) in the order of the map, and
+the finished answer is scored again each time. Three choices are made here:
+
+- **Scale.** ``probability`` is the probability of the target, the geometric mean over its tokens (for a
+  contrast: of the word said against the other), ``logprob`` the summed log-probability (the logit difference).
+  Curves are ``(s - s_filled) / (s_whole - s_filled)``.
+- **Fill.** No fill is neutral and a method does best under its own, so at least two others are used: by default, of
+  those the method did not use, the two under which the picture matters to most targets (the earlier in `SQUARES`).
+- **Control.** The gain is insertion minus deletion area. A map upside down has exactly the opposite gain, so random
+  maps have 0 on average *whatever the model*. How far they scatter is measured with `seeds` rankings.
+
+``beats_random`` is a verdict on one map of one picture, and strict: under every fill the gain must lie above
+every random map's and above 2.5 times their spread, and the 95% interval must lie above 0. That interval
+is of the map's gain minus the gain of *one* random map (each resample draws one, and draws the steps anew, for
+both); the interval of the difference from the *mean* random map would call half of all random maps better
+than random. Where few patches decide everything, random maps scatter so widely that one picture cannot tell;
+then a note says so, and `llava_lab.leaderboard` over many pictures can.
+
+Sources: Petsiuk et al. 2018 (arXiv 1806.07421) section 4.2, deletion and insertion; the normalisation is
+iGOS++'s (Khorram et al. 2021, arXiv 2012.15783); the symmetric control and the verdict are ours.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from llava_lab.attribution.controls import CENTER
+from llava_lab.attribution.method import Targets, choose, outside, whole_number
+from llava_lab.attribution.registry import METHODS
+from llava_lab.capture import undisturbed
+from llava_lab.errors import OptionError
+from llava_lab.remote.black_box import BlackBox
+from llava_lab.remote.explain import within_budget
+from llava_lab.replay.alter import Perturbed
+from llava_lab.replay.fills import EVERY_FILL, SQUARES, fill_pixels
+from llava_lab.replay.score import target_score
+from llava_lab.replay.targets import resolve_targets
+from llava_lab.results import Faithfulness, Relevance, Run, area, trapezoid
+from llava_lab.stats import best_first
+
+if TYPE_CHECKING:
+    from llava_lab.models import Lab
+
+FEWEST_FILLS = 2
+SIGMAS = 2.5  # spreads of random maps that a map must lie above them
+RESAMPLES, TAIL = 1000, 0.025
+
+
+def step_counts(patches: int, steps: int) -> np.ndarray:
+    """How many of `patches` are changed at each step, int (about steps + 1,): 0 first, all last, the same backwards."""
+    half = (1 - np.cos(np.pi * np.arange(steps // 2 + 1) / steps)) / 2
+    counts = np.floor(half * patches + 0.5).astype(int)
+    return np.unique(np.concatenate([counts, patches - counts]))
+
+
+def verdict(
+    fractions: np.ndarray, deletion: np.ndarray, insertion: np.ndarray, random: np.ndarray, seed: int = 0
+) -> tuple[tuple[float, float], bool]:
+    """The 95% interval of this map's gain minus one random map's, and whether the map beats random.
+
+    deletion, insertion (fills, steps) of one target, NaN where a fill tells nothing; random (2, seeds, fills, steps).
+    """
+    known = ~np.isnan(deletion).any(1)
+    if known.sum() < FEWEST_FILLS:
+        return (float("nan"), float("nan")), False
+    lead = (insertion - deletion)[known].astype(np.float64)
+    forth = (random[1] - random[0])[:, known].astype(np.float64)
+    others = np.concatenate([forth, -forth[..., ::-1]])  # maps, fills, steps
+    gains, scatter = area(fractions, lead), area(fractions, others)
+    above = (gains > scatter.max(0)) & (gains > SIGMAS * np.sqrt((scatter**2).mean(0)))
+    interval = _interval(trapezoid(fractions)[1:-1], (lead.mean(0) - others.mean(1))[:, 1:-1], seed)
+    return interval, bool(above.all() and interval[0] > 0)
+
+
+def told_apart(fractions: np.ndarray, random: np.ndarray) -> bool:
+    """Whether a perfect map could be told from random ones under some fill; random (2, seeds, fills, steps), one target."""
+    gains = area(fractions, random[1] - random[0])
+    spread = np.sqrt((gains[:, ~np.isnan(gains).any(0)] ** 2).mean(0))
+    return bool((SIGMAS * spread < trapezoid(fractions)[1:-1].sum()).any())
+
+
+def _interval(weights: np.ndarray, ahead: np.ndarray, seed: int) -> tuple[float, float]:
+    """Bootstrap over random maps and steps: weights (S,), ahead (maps, S) the map's lead over each random map at each step."""
+    rng = np.random.default_rng((seed, 19))
+    which = rng.integers(len(ahead), size=RESAMPLES)
+    times = rng.multinomial(len(weights), np.full(len(weights), 1 / len(weights)), RESAMPLES) * weights
+    means = (ahead[which] * times).sum(1) / times.sum(1) * weights.sum()
+    low, high = np.quantile(means, [TAIL, 1 - TAIL])
+    return float(low), float(high)
+
+
+STEPS, SEEDS, BATCH = 8, 10, 8
+SCALES = ("probability", "logprob")
+MATTERS = {"probability": 0.02, "logprob": 0.1}  # filling everything must lower the score by this much, or nothing can be told
+FILL_OPTIONS = ("fill", "fills", "baseline")  # the options by which methods name what they put in a patch's place
+CLAIMING = 200  # random maps that say how often marking the right thing is chance; they need no model
+
+
+def faithfulness(
+    lab: Lab | BlackBox,
+    run: Run,
+    rel: Relevance,
+    *,
+    fills: Sequence[str] | None = None,
+    steps: int = STEPS,
+    seeds: int = SEEDS,
+    seed: int = 0,
+    scale: str = SCALES[0],
+    things: np.ndarray | None = None,
+    batch: int = BATCH,
+) -> Faithfulness:
+    """Score `rel` against the model that made it; about ``(seeds + 1 + targets) * 2 * (steps - 1)`` passes per fill.
+
+    `things` are masks of the objects in the picture, bool (things, height, width): each is covered alone
+    (its box), and the map should mark most the one the answer needs most.
+
+    Raises OptionError (a fill the method used, fewer than two, a map of another picture),
+    CheckpointError (the run was made by another checkpoint); on a closed model also BudgetError and EndpointError.
+    """
+    if isinstance(lab, BlackBox):
+        lab.check(run)
+    wanted = allowed_fills([rel.options], fills)
+
+    def score(lab: Any) -> Faithfulness:
+        judge = Judge(lab, run, rel.targets, wanted, steps=steps, seeds=seeds, seed=seed, scale=scale, things=things, batch=batch)
+        judge.choose_fills(FEWEST_FILLS if fills is None else len(wanted))
+        judge.measure_controls()
+        return judge.score(rel, alone=True)
+
+    if not isinstance(lab, BlackBox):
+        return score(lab)
+    result, looks = within_budget(lab, run, score)
+    return replace(result, notes=(*result.notes, *looks.notes()))
+
+
+def allowed_fills(used: Sequence[Mapping[str, Any]], wanted: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Fills to score with when maps were made with the options `used`: `wanted` if they are fair, else all that are."""
+    own = {name for options in used for name in _own_fills(options)}
+    fair = tuple(name for name in SQUARES if name not in own)
+    if wanted is None:
+        if len(fair) < FEWEST_FILLS:
+            raise OptionError(
+                f"maps must be scored with two fills that made none of them; {', '.join(sorted(own))} were all used"
+            )
+        return fair
+    chosen = tuple(dict.fromkeys(choose("fills", name, SQUARES) for name in _as_list(wanted)))
+    unfair = [name for name in chosen if name in own]
+    if unfair:
+        raise OptionError(
+            f"a map made with fill {unfair[0]!r} must not be scored with it; choose from {', '.join(fair) or 'no other'}"
+        )
+    if len(chosen) < FEWEST_FILLS:
+        raise OptionError(f"expected at least {FEWEST_FILLS} different fills, since no fill is neutral; got {', '.join(chosen)}")
+    return chosen
+
+
+class Judge:
+    """Scores maps of one run and one set of targets; whatever does not depend on the map is measured once."""
+
+    def __init__(
+        self,
+        lab: Lab,
+        run: Run,
+        targets: Targets,
+        fills: Sequence[str],
+        *,
+        steps: int = STEPS,
+        seeds: int = SEEDS,
+        seed: int = 0,
+        scale: str = SCALES[0],
+        things: np.ndarray | None = None,
+        batch: int = BATCH,
+    ) -> None:
+        steps, self.seeds = whole_number("steps", steps, least=2), whole_number("seeds", seeds, least=2)
+        batch, self.seed = whole_number("batch", batch, least=1), whole_number("seed", seed)
+        self.scale, self.run = choose("scale", scale, SCALES), run
+        self.things = check_masks(run, things) if things is not None else np.zeros((0, *run.picture.shape[:2]), bool)
+        self.targets, self.seconds = resolve_targets(lab, run, list(targets)), 0.0
+        judged: Any = outside(lab, run) or lab
+        self.lab = judged
+        with undisturbed(self.lab.model):
+            pixels, score = target_score(judged, run, self.targets)
+            sources = {name: fill_pixels(judged, pixels, name, run.map, seed=self.seed) for name in fills}
+        self.probe = Perturbed(pixels, sources, score, run.map, batch=batch)
+        self.fills = tuple(fills)
+        self.counts = step_counts(len(self.probe.patches), steps)
+        self.fractions = self.counts / self.counts[-1]
+        self.shares = np.array([run.map.mask_to_patches(thing).ravel()[self.probe.patches] for thing in self.things])
+
+    def choose_fills(self, count: int) -> None:
+        """Keep `count` fills, those first under which the picture matters to more targets. Measures the whole and filled."""
+        with undisturbed(self.lab.model):
+            self.whole = self._scaled(self.probe.whole)
+            lows = {name: self._scaled(self.probe.filled(name)) for name in self.fills}
+        telling = {name: int((self.whole - low >= MATTERS[self.scale]).sum()) for name, low in lows.items()}
+        kept = sorted(self.fills, key=lambda name: -telling[name])[:count]
+        self.fills = tuple(name for name in self.fills if name in kept)
+        self.filled = np.stack([lows[name] for name in self.fills], 1)  # targets, fills
+        self.tells = self.whole[:, None] - self.filled >= MATTERS[self.scale]
+
+    def measure_controls(self) -> None:
+        """Random maps, the centre, and each thing covered alone."""
+        start = time.perf_counter()
+        size = len(self.probe.patches)
+        orders = [np.random.default_rng((self.seed, 17, number)).permutation(size) for number in range(self.seeds)]
+        bump = CENTER.compute(cast(Any, None), self.run, self.targets[:1], {}).values[0]  # it runs no model
+        with undisturbed(self.lab.model):
+            self.random = np.stack([self._curves(order) for order in orders], 1)
+            self.center = self._curves(self._order(bump))
+            self.effects = self._remove_things()
+        self.forwards, self.seconds = self.probe.forwards, time.perf_counter() - start
+
+    def score(self, rel: Relevance, *, alone: bool = False) -> Faithfulness:
+        """The scores of one map. `alone` counts the shared passes and seconds as its own."""
+        if rel.map != self.run.map or rel.fingerprint != self.run.fingerprint or rel.targets != self.targets:
+            raise OptionError("expected a map of this run and these targets, got one of another picture, checkpoint or answer")
+        start, before = time.perf_counter(), self.probe.forwards
+        with undisturbed(self.lab.model):
+            curves = np.stack([self._curves(self._order(values))[:, i] for i, values in enumerate(rel.values)], 1)
+        judged = [
+            verdict(self.fractions, curves[0, i], curves[1, i], self.random[:, :, i], self.seed) for i in range(len(self.targets))
+        ]
+        flat = rel.values.reshape(len(rel.values), -1)[:, self.probe.patches]
+        chance = np.random.default_rng(self.seed).random((CLAIMING, flat.shape[1]))
+        return Faithfulness(
+            method=rel.method,
+            options=rel.options,
+            targets=self.targets,
+            fills=self.fills,
+            fractions=self.fractions,
+            deletion=curves[0],
+            insertion=curves[1],
+            random=self.random,
+            center=self.center,
+            whole=self.whole,
+            filled=self.filled,
+            interval=np.array([interval for interval, _ in judged]),
+            beats_random=np.array([beats for _, beats in judged]),
+            effects=self.effects,
+            claims=self._claims(flat),
+            random_claims=self._claims(chance),
+            scale=self.scale,
+            fingerprint=self.run.fingerprint,
+            passes={"forward": self.probe.forwards - (0 if alone else before), "backward": 0},
+            seconds=time.perf_counter() - start + (self.seconds if alone else 0.0),
+            notes=self.notes(),
+        )
+
+    def notes(self) -> tuple[str, ...]:
+        """What the reader of these scores must see, one sentence each."""
+        filled = f"Patches are filled with {' and '.join(self.fills)}, which the method did not use."
+        found = [f"Scored on the {self.scale} of the target, 0 with every patch filled and 1 with none. {filled}"]
+        for i, target in enumerate(self.targets):
+            for name in (name for name, tells in zip(self.fills, self.tells[i], strict=True) if not tells):
+                found.append(f"Filling the whole picture with {name} hardly lowers {target.text!r}; it is not counted.")
+            if self.tells[i].sum() < FEWEST_FILLS:
+                found.append(f"Fewer than two fills tell anything about {target.text!r}: no map of it can be judged.")
+            elif not told_apart(self.fractions, self.random[:, :, i]):
+                found.append(
+                    f"A few patches decide {target.text!r}, so random maps scatter too widely for any map to be told from "
+                    "them on this one picture; compare over many."
+                )
+        return tuple(found)
+
+    def _curves(self, order: np.ndarray) -> np.ndarray:
+        """Deletion and insertion, float32 (2, targets, fills, steps), for patches in `order`, best first."""
+        place = np.argsort(order)  # of each patch
+        gone = place[None] < self.counts[:, None]  # steps, patches
+        found = []
+        for masks in (gone, ~gone):
+            scores = [self._covered(i, masks) for i in range(len(self.fills))]  # steps, targets
+            found.append(np.stack(scores).transpose(2, 0, 1))
+        return np.stack(found).astype(np.float32)
+
+    def _covered(self, fill: int, masks: np.ndarray) -> np.ndarray:
+        """Normalised scores (steps, targets); a fill that tells nothing of any target costs nothing."""
+        if not self.tells[:, fill].any():
+            return np.full((len(masks), len(self.targets)), np.nan)
+        return self._normal(self.probe.covered(self.fills[fill], masks), fill)
+
+    def _remove_things(self) -> np.ndarray:
+        """The normalised drop when each thing's box alone is filled, float32 (targets, fills, things)."""
+        if not len(self.things):
+            return np.zeros((len(self.targets), len(self.fills), 0), np.float32)
+        boxes = np.stack([self._box(thing) for thing in self.things])
+        unknown = np.full((len(boxes), len(self.targets)), np.nan)
+        drops = [
+            1 - self._normal(self.probe.pixels_covered(name, boxes), i) if self.tells[:, i].any() else unknown
+            for i, name in enumerate(self.fills)
+        ]
+        return np.stack(drops).transpose(2, 0, 1).astype(np.float32)
+
+    def _box(self, thing: np.ndarray) -> np.ndarray:
+        """The thing's box in the model's pixels, bool (Y, X): its outline would still tell what it is."""
+        height, width = self.probe.pixels.shape[-2:]
+        inside = np.zeros((height, width), bool)
+        ys, xs = np.flatnonzero(thing.any(1)), np.flatnonzero(thing.any(0))
+        left, top = self.run.map.to_model(xs[0], ys[0])
+        right, bottom = self.run.map.to_model(xs[-1] + 1, ys[-1] + 1)
+        y = slice(max(int(np.floor(top)), 0), max(int(np.ceil(bottom)), 0))
+        x = slice(max(int(np.floor(left)), 0), max(int(np.ceil(right)), 0))
+        inside[y, x] = True
+        return inside
+
+    def _claims(self, values: np.ndarray) -> np.ndarray:
+        """What maps (maps, patches) put on each thing beyond their own average, float32 (maps, things)."""
+        if not len(self.things):
+            return np.zeros((len(values), 0), np.float32)
+        return ((values - values.mean(1, keepdims=True)) @ self.shares.T).astype(np.float32)
+
+    def _order(self, values: np.ndarray) -> np.ndarray:
+        return best_first(values.ravel()[self.probe.patches], np.random.default_rng((self.seed, 23)))
+
+    def _normal(self, scores: np.ndarray, fill: int) -> np.ndarray:
+        """Raw scores (B, targets) -> 1 whole, 0 filled; NaN for targets of which this fill tells nothing."""
+        low, tells = self.filled[:, fill], self.tells[:, fill]
+        span = self.whole - low
+        return np.where(tells, (self._scaled(scores) - low) / np.where(tells, span, 1.0), np.nan)
+
+    def _scaled(self, scores: np.ndarray) -> np.ndarray:
+        """Log-probabilities (..., targets) on the scale chosen."""
+        if self.scale == "logprob":
+            return scores
+        lengths = np.array([1 if target.against_ids else len(target.token_ids) for target in self.targets])
+        contrast = np.array([bool(target.against_ids) for target in self.targets])
+        with np.errstate(over="ignore"):  # a hopeless contrast is 0, as it should be
+            return np.where(contrast, 1 / (1 + np.exp(-scores)), np.exp(np.minimum(scores, 0.0) / lengths))
+
+
+def check_masks(run: Run, masks: Any, what: str = "things") -> np.ndarray:
+    """Masks bool (things, height, width) of the run's picture, none of them empty; one mask alone is taken too."""
+    found = np.asarray(masks)
+    found = found[None] if found.ndim == 2 else found
+    if found.dtype != bool or found.shape[1:] != run.picture.shape[:2]:
+        height, width = run.picture.shape[:2]
+        raise OptionError(f"{what} must be masks, bool (things, {height}, {width}), got {found.dtype} {found.shape}")
+    if not all(mask.any() for mask in found):
+        raise OptionError(f"{what} has an empty mask, which names no place; leave it out")
+    return found
+
+
+def _own_fills(options: Mapping[str, Any]) -> list[str]:
+    """The fills a map was made with, also where it was made from another method's map."""
+    own = [name for key in FILL_OPTIONS for name in _as_list(options.get(key)) if name in EVERY_FILL]
+    inner = METHODS.get(str(options.get("of")))
+    return own + (_own_fills(inner.with_defaults(options.get("options") or {})) if inner else [])
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [value] if isinstance(value, str) else list(value) if isinstance(value, (list, tuple)) else []

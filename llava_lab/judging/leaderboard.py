@@ -1,0 +1,507 @@
+"""From one record per picture to the leaderboard: means, intervals over pictures, differences from random.
+
+Intervals are percentile bootstraps that resample pictures, the same resamples for every method, so that
+methods are compared on equal terms. The difference from random is paired: taken picture by picture, from
+what random maps score on that very picture. Faithfulness and ground truth stay in columns of their own.
+
+A function of a Lab over many numbered pieces of work, in this process or in several.
+
+A small model's passes are too short to share between threads, so the pieces are shared between processes. Each
+has a model of its own; results come back in any order, and an interrupt loses only pieces under way.
+
+Every method on many pictures of the picture book: is it faithful, does it find the thing, what does it cost?
+
+One question is asked about each picture, its type in turn, and one the model answers right: the map of a wrong
+answer has no right place to be. What is explained is the word that answers ("red", "Yes", "top left"), since
+function words need no picture; a question that the model answers without the picture too (filling all of it
+hardly lowers the probability) is passed over, for there is nothing to explain.
+
+Each finished picture is one JSON line in `out`; asking again with the same settings goes on where the file
+ends. The table is made by `llava_lab.judging.leaderboard`.
+
+What ships already computed: the leaderboard beside a model, and the comparison of connectors; opened in a moment.
+
+A leaderboard is one file in the model's own folder under `llava_lab/assets`, and it speaks about the weights it was
+computed on and no others. The comparison of connectors stands beside the two models it ships with. Nothing here
+measures anything.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import transformers
+from tqdm.auto import tqdm
+
+from llava_lab.attribution.method import whole_number
+from llava_lab.attribution.registry import METHODS
+from llava_lab.errors import DataError, OptionError
+from llava_lab.judging.compare import Options, chosen_methods, compare
+from llava_lab.judging.faithfulness import BATCH, FEWEST_FILLS, SCALES, Judge, allowed_fills
+from llava_lab.judging.ground_truth import MEASURES as TRUTH
+from llava_lab.models.folders import ABLATE, ABLATION, NAMES, SHIP
+from llava_lab.results import Ablation, Comparison, Faithfulness, Leaderboard, Run, Target, area, mean_of_known
+from llava_lab.stats import LEVEL, RESAMPLES, exact_match, wilson
+from llava_lab.worlds import picturebook
+
+if TYPE_CHECKING:
+    from llava_lab.models import Lab
+
+FAITHFUL = ("gain", "deletion", "insertion", "better", "object")  # better: share of pictures on which the map beats random
+COST = ("forward", "backward", "seconds")
+MEASURES = (*FAITHFUL, *TRUTH, *COST)
+SHARES = ("better", "object", "pointing")  # yes or no on each picture
+ASKED = ("asked", "wrong", "blind")  # questions: all, answered wrong, answered right without the picture
+DIGITS = 5
+
+Record = Mapping[str, Any]
+
+
+def method_values(result: Comparison) -> dict[str, dict[str, float | None]]:
+    """Every measure of every method on one example's first target."""
+    found = {}
+    for name in result.methods:
+        score, rel = result.faithfulness[name], result.maps[name]
+        values = {"gain": score.gain[0], "deletion": score.deletion_area[0], "insertion": score.insertion_area[0]}
+        judged = not np.isnan(score.interval[0]).any()
+        values |= {"better": float(score.beats_random[0]) if judged else np.nan, "object": score.hits[0]}
+        if name in result.truth:
+            values |= {measure: result.truth[name].value(measure) for measure in TRUTH}
+        values |= {"forward": rel.passes["forward"], "backward": rel.passes["backward"], "seconds": rel.seconds}
+        found[name] = {measure: _plain(value) for measure, value in values.items()}
+    return found
+
+
+def control_values(result: Comparison) -> dict[str, float | None]:
+    """What random maps score on average on the same example."""
+    score: Faithfulness = next(iter(result.faithfulness.values()))
+    level = area(score.fractions, score.random[:, :, 0])  # (2, seeds, fills); reversed maps swap the two areas
+    middle = float(mean_of_known(level.mean((0, 1))))
+    values = {"gain": middle * 0, "deletion": middle, "insertion": middle, "object": score.random_hits[0]}
+    if result.truth:
+        truth = next(iter(result.truth.values()))
+        values |= dict(zip(truth.measures, truth.expected, strict=True))
+    return {measure: _plain(value) for measure, value in values.items()}
+
+
+def tabulate(records: Sequence[Record], methods: tuple[str, ...], about: Mapping[str, Any]) -> Leaderboard:
+    """The table of what is in `records`; pictures without a right answer only count among the asked."""
+    told = [record for record in records if "methods" in record]
+    values = np.array([[_values(record["methods"].get(name, {})) for name in methods] for record in told])
+    control = np.array([_values(record["control"]) for record in told])
+    types = np.array([record["type"] for record in told])
+    names = ("all", *(name for name in picturebook.TYPES if name in types))
+    cells = [_cells(values[rows], control[rows]) for rows in (types == name if name != "all" else types != "" for name in names)]
+    mean, interval, against, against_interval, counts = (np.stack(part, 1) for part in zip(*cells, strict=True))
+    refused = {name: reason for record in told for name, reason in record["refused"].items()}
+    numbers = {"pictures": len(records), "explained": len(told)}
+    numbers |= {name: sum(record[name] for record in records) for name in ASKED}
+    return Leaderboard(
+        methods=methods,
+        types=names,
+        measures=MEASURES,
+        mean=mean,
+        interval=interval,
+        against=against,
+        against_interval=against_interval,
+        counts=counts,
+        spearman=_agreement(told, methods),
+        refused=refused,
+        about={**about, **numbers},
+    )
+
+
+def as_data(board: Leaderboard) -> dict[str, Any]:
+    """The object that ``llava-lab compare --data picturebook --json`` prints."""
+    parts = {"faithfulness": FAITHFUL, "ground_truth": TRUTH, "cost": COST}
+    rows = [
+        {"method": name, "type": kind} | {part: _cell_data(board, name, kind, measures) for part, measures in parts.items()}
+        for name in board.methods
+        for kind in board.types
+    ]
+    agreement = {"methods": list(board.methods), "spearman": board.spearman.round(DIGITS)}
+    return {"rows": rows, "agreement": agreement, "refused": board.refused, "about": board.about}
+
+
+def _cell_data(board: Leaderboard, method: str, kind: str, measures: tuple[str, ...]) -> dict[str, Any]:
+    found = {}
+    for measure in measures:
+        cell = board.at(method, measure, kind)
+        shown = {"mean": cell["mean"], "interval": cell["interval"], "n": cell["n"]}
+        if measure not in (*COST, "better"):
+            shown |= {"against_random": cell["against"], "against_random_interval": cell["against_interval"]}
+        found[measure] = {name: np.round(value, DIGITS).tolist() for name, value in shown.items()}
+    return found
+
+
+def _cells(values: np.ndarray, control: np.ndarray) -> tuple[np.ndarray, ...]:
+    """values (pictures, methods, measures), control (pictures, measures) -> means and intervals (methods, measures, ...)."""
+    share = np.array([measure in SHARES for measure in MEASURES])
+    mean, interval = _bootstrap(values, share)
+    against, against_interval = _bootstrap(values - control[:, None], np.zeros_like(share))
+    constant = share & ~np.isnan(against) & ((mean == 0) | (mean == 1))  # all or none: as sure as the share itself, no more
+    against_interval[constant] = interval[constant] - (mean - against)[constant][:, None]
+    return mean, interval, against, against_interval, (~np.isnan(values)).sum(0)
+
+
+def _bootstrap(values: np.ndarray, share: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Means over pictures of what is known, and their intervals (..., 2); one picture alone has no interval."""
+    pictures, *shape = values.shape
+    flat = values.reshape(pictures, -1)
+    known = ~np.isnan(flat)
+    filled = np.where(known, flat, 0.0)
+    mean = mean_of_known(flat.T)
+    times = np.random.default_rng(pictures).multinomial(pictures, np.full(pictures, 1 / pictures), RESAMPLES).astype(float)
+    counts = times @ known
+    resampled = np.where(
+        counts > 0, times @ filled / np.maximum(counts, 1), np.nan_to_num(mean)
+    )  # a resample without any says nothing new
+    interval = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0).T
+    interval[known.sum(0) < 2] = np.nan
+    for column in np.flatnonzero(np.tile(share, shape[0]) & (known.sum(0) > 1) & ((mean == 0) | (mean == 1))):
+        n = int(known[:, column].sum())  # all or none: the bootstrap has no spread
+        interval[column] = wilson(n if mean[column] == 1 else 0, n)
+    return mean.reshape(shape), interval.reshape(*shape, 2)
+
+
+def _agreement(told: Sequence[Record], methods: tuple[str, ...]) -> np.ndarray:
+    """Mean rank correlation over pictures, (methods, methods); a method that refused a picture is missing there."""
+    every = np.full((len(told), len(methods), len(methods)), np.nan)
+    for number, record in enumerate(told):
+        at = [methods.index(name) for name in record["methods"]]
+        every[number][np.ix_(at, at)] = np.array(record["spearman"], float)
+    return mean_of_known(every.transpose(1, 2, 0))
+
+
+def _values(given: Mapping[str, Any]) -> list[float]:
+    return [np.nan if given.get(measure) is None else float(given[measure]) for measure in MEASURES]
+
+
+def _plain(value: Any) -> float | None:
+    number = float(value)
+    return None if np.isnan(number) else round(number, DIGITS)
+
+
+Piece = Callable[["Lab", int], Any]
+
+_here: dict[str, Any] = {}  # of a worker: what it works with
+
+
+def spread(lab: Lab, piece: Piece, indices: Sequence[int], *, workers: int = 1) -> Iterator[tuple[int, Any]]:
+    """(index, ``piece(lab, index)``) for each index, in any order; `piece` must be picklable when `workers` is above 1.
+
+    Raises OptionError for no workers, or for several on a GPU, which one process fills.
+    """
+    if whole_number("workers", workers, least=1) > 1 and lab.device.type != "cpu":
+        raise OptionError(f"workers above 1 are for a model on the processor; this one is on {lab.device}, so leave workers at 1")
+    if workers == 1 or len(indices) < 2:
+        yield from ((index, piece(lab, index)) for index in indices)
+        return
+    threads = max(1, torch.get_num_threads() // workers)
+    level = logging.getLogger("llava_lab").level
+    context = torch.multiprocessing.get_context("spawn")
+    with context.Pool(min(workers, len(indices)), initializer=_settle, initargs=(_packed(lab), piece, threads, level)) as pool:
+        yield from pool.imap_unordered(_work, indices)
+        pool.close()
+        pool.join()
+
+
+def _packed(lab: Lab) -> dict[str, Any]:
+    """What a Lab is made of; the model itself cannot be pickled once transformers has hung its hooks on it."""
+    model: Any = lab.model
+    return {
+        "config": model.config,
+        "attention": model.config._attn_implementation,
+        "dtype": model.dtype,
+        "weights": model.state_dict(),
+        "processor": lab.processor,
+        "name": lab.name,
+        "card": lab.card,
+    }
+
+
+def _unpacked(parts: dict[str, Any]) -> Lab:
+    from transformers import LlavaForConditionalGeneration
+
+    from llava_lab.models import Lab
+
+    model = LlavaForConditionalGeneration._from_config(
+        parts["config"], dtype=parts["dtype"], attn_implementation=parts["attention"]
+    )
+    model.load_state_dict(parts["weights"])
+    return Lab(model.eval(), parts["processor"], name=parts["name"], card=parts["card"])
+
+
+def _settle(parts: dict[str, Any], piece: Piece, threads: int, level: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    torch.set_num_threads(threads)
+    logging.getLogger("llava_lab").setLevel(level)
+    _here.update(lab=_unpacked(parts), piece=piece)
+
+
+def _work(index: int) -> tuple[int, Any]:
+    return index, _here["piece"](_here["lab"], index)
+
+
+STEPS = 5  # of a curve
+SEEDS = 4  # random rankings per picture, each also read backwards; the intervals come from the pictures
+ATTEMPTS = 6  # questions tried on one picture until one is answered right, from the picture
+LONGEST = 48  # tokens an answer may take
+FORMAT = 1  # of the lines
+
+# What the sweeps may spend here: a leaderboard asks the same hundreds of times. About a thousand passes a picture in all,
+# scoring included; single patches are too small for occlusion to matter in the picture book, so its blocks are larger too.
+ECONOMY: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "occlusion": {"block": 3, "stride": 2},
+        "rise": {"masks": 64},
+        "shapley": {"orders": 3},
+        "kernel_shap": {"samples": 48},
+        "greedy": {"steps": 3},
+        "integrated_gradients": {"steps": 12},
+        "smoothgrad": {"samples": 6},
+    }
+)
+
+
+def leaderboard(
+    lab: Lab,
+    *,
+    data: str = "picturebook",
+    split: str = "test",
+    n: int = 200,
+    methods: str | Sequence[str] = "all",
+    options: Options | None = None,
+    seed: int = 0,
+    steps: int = STEPS,
+    seeds: int = SEEDS,
+    scale: str = SCALES[0],
+    batch: int = BATCH,
+    out: str | os.PathLike | None = None,
+    workers: int = 1,
+    progress: bool = True,
+) -> Leaderboard:
+    """Score `methods` on `n` pictures. Ctrl-C gives the table of the pictures finished so far.
+
+    `options` are per method and come before those of `ECONOMY`. Each picture has its own seed, so random maps
+    differ from one to the next. `workers` processes share the pictures; the scores are the same.
+    Raises DataError (unknown data or split, a file of other settings),
+    OptionError (unknown method or option).
+    """
+    if data != "picturebook":
+        raise DataError(f"a leaderboard needs to know what decides each question, so data must be picturebook, got {data!r}")
+    n, seed = whole_number("n", n, least=1), whole_number("seed", seed)
+    picturebook.scene(split, 0, seed=seed)  # an unknown split is said at once
+    given = economical(methods, options or {})
+    chosen = chosen_methods(methods, given)
+    settings = {"data": data, "split": split, "seed": seed, "steps": steps, "seeds": seeds, "scale": scale}
+    settings |= {"model": lab.name, "fingerprint": lab.fingerprint, "methods": json.loads(json.dumps(chosen))}
+    measured = {"steps": steps, "seeds": seeds, "scale": scale, "batch": batch, "options": given}
+    start, interrupted = time.perf_counter(), False
+    with _Lines(out, settings) as lines, tqdm(total=n, desc="leaderboard", unit="picture", disable=not progress) as bar:
+        bar.update(sum(index < n for index in lines.records))
+        missing = [index for index in range(n) if index not in lines.records]
+        piece = partial(_picture, split=split, seed=seed, chosen=chosen, measured=measured)
+        try:
+            for index, record in spread(lab, piece, missing, workers=workers):
+                lines.add(index, record)
+                bar.update()
+        except KeyboardInterrupt:
+            interrupted = True
+    records = [lines.records[index] for index in sorted(lines.records) if index < n]
+    if not any("methods" in record for record in records):
+        if interrupted:
+            raise KeyboardInterrupt
+        raise DataError(f"{lab.name!r} answered no question of {n} pictures right and from the picture: nothing to explain")
+    about = {
+        **settings,
+        "n": n,
+        "seconds": round(time.perf_counter() - start, 1),
+        "interrupted": interrupted,
+        "versions": _versions(),
+    }
+    return tabulate(records, tuple(chosen), about)
+
+
+def economical(methods: str | Sequence[str], options: Options) -> dict[str, dict[str, Any]]:
+    """`options` filled up from `ECONOMY`, for the methods asked for."""
+    wanted = list(METHODS) if methods == "all" else [methods] if isinstance(methods, str) else list(methods)
+    given = {name: {**ECONOMY.get(name, {}), **options.get(name, {})} for name in {**dict.fromkeys(wanted), **options}}
+    return {name: chosen for name, chosen in given.items() if chosen or name in options}
+
+
+def answer_target(run: Run, short: str) -> Target:
+    """The words of the answer that spell `short`, as one target; the whole answer where they do not stand together."""
+    wanted = [_bare(word) for word in short.split()]
+    for first in range(len(run.words) - len(wanted) + 1):
+        words = run.words[first : first + len(wanted)]
+        if [_bare(word.text) for word in words] == wanted:
+            return run.target(replace(words[0], text=" ".join(word.text for word in words), stop=words[-1].stop))
+    return run.target()
+
+
+def _picture(
+    lab: Lab, index: int, *, split: str, seed: int, chosen: Mapping[str, dict[str, Any]], measured: Mapping[str, Any]
+) -> dict[str, Any]:
+    """One picture's record: every method on the first question it answers right."""
+    scene = picturebook.scene(split, index, seed=seed)
+    asked, found = _ask(lab, scene, index, chosen, measured["scale"])
+    record: dict[str, Any] = {"picture": scene.name, **asked}
+    if found is None:
+        return record
+    question, run, target = found
+    masks = scene.masks()
+    result = compare(
+        lab,
+        run,
+        list(chosen),
+        target=target,
+        things=masks,
+        deciding=masks[list(question.deciding)] if question.deciding else None,
+        seed=seed + index,
+        progress=False,
+        **measured,
+    )
+    if result.interrupted:
+        raise KeyboardInterrupt
+    score = next(iter(result.faithfulness.values()))
+    record |= {"type": question.type, "question": question.text, "answer": run.answer, "target": score.targets[0].text}
+    record |= {"fills": list(score.fills), "control": control_values(result), "methods": method_values(result)}
+    return record | {"refused": result.refused, "spearman": _rounded(result.spearman), "seconds": round(result.seconds, 3)}
+
+
+def _ask(
+    lab: Lab, scene: picturebook.Scene, index: int, chosen: Mapping[str, dict[str, Any]], scale: str
+) -> tuple[dict[str, int], tuple[picturebook.Question, Run, Target] | None]:
+    """How many questions were asked, wrong, and answered without the picture; and the first that was answered from it."""
+    rng = np.random.default_rng((picturebook.SPLITS[scene.split], scene.seed, index, 6))
+    picture, types = np.asarray(scene.picture()), picturebook.TYPES
+    counts = {"asked": 0, "wrong": 0, "blind": 0}
+    for turn in range(len(types)):
+        for question in picturebook.ask_about(scene, rng, 1, (types[(index + turn) % len(types)],)):
+            run = lab.ask(picture, question.text, max_new_tokens=LONGEST)
+            if run.options["stopped"] == "interrupted":
+                raise KeyboardInterrupt
+            counts["asked"] += 1
+            if not exact_match(run.answer, question.answer):
+                counts["wrong"] += 1
+                continue
+            target = answer_target(run, question.short)
+            judge = Judge(lab, run, (target,), allowed_fills(list(chosen.values())), scale=scale)
+            judge.choose_fills(FEWEST_FILLS)
+            if judge.tells.sum() >= FEWEST_FILLS:
+                return counts, (question, run, target)
+            counts["blind"] += 1
+        if counts["asked"] == ATTEMPTS:
+            break
+    return counts, None
+
+
+class _Lines:
+    """The finished pictures: in memory, and one JSON line each in a file when there is one."""
+
+    def __init__(self, path: str | os.PathLike | None, settings: dict[str, Any]) -> None:
+        self.path = None if path is None else Path(path)
+        self.settings = {"llava_lab_leaderboard": FORMAT, **settings}
+        self.records: dict[int, dict[str, Any]] = {}
+        self.file: IO[bytes] | None = None
+
+    def __enter__(self) -> _Lines:
+        if self.path is not None:
+            whole = self._read()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = self.path.open("ab")
+            self.file.truncate(whole)  # a line that a crash cut short is written anew
+            if not whole:
+                self._write(self.settings)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.file is not None:
+            self.file.close()
+
+    def add(self, index: int, record: dict[str, Any]) -> None:
+        self.records[index] = record
+        self._write({"index": index, **record})
+
+    def _write(self, data: dict[str, Any]) -> None:
+        if self.file is not None:
+            self.file.write(json.dumps(data, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+            self.file.flush()
+
+    def _read(self) -> int:
+        """Take in the lines that are there; returns how many bytes of them are whole."""
+        assert self.path is not None
+        text = self.path.read_bytes() if self.path.exists() else b""
+        whole = text.rfind(b"\n") + 1
+        lines = text[:whole].splitlines()
+        try:
+            head, *records = [json.loads(line) for line in lines] or [self.settings]
+            self.records = {record.pop("index"): record for record in records}
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise DataError(f"{self.path} does not hold the lines of a leaderboard; give another file") from None
+        differing = [name for name, value in self.settings.items() if not isinstance(head, dict) or head.get(name) != value]
+        if differing or (text and not whole):
+            raise DataError(
+                f"{self.path} was made with other settings ({', '.join(differing) or 'unreadable'}); give another file"
+            )
+        return whole
+
+
+def _bare(text: str) -> str:
+    return text.strip(" .,!?").casefold()
+
+
+def _rounded(values: np.ndarray) -> list[list[float | None]]:
+    return [[None if np.isnan(value) else round(float(value), 4) for value in row] for row in values]
+
+
+def _versions() -> dict[str, str]:
+    ours = importlib.import_module("llava_lab").__version__
+    return {"llava_lab": ours, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+FILE = "leaderboard.npz"
+COMPARISON = ABLATION / "ablation.npz"
+COMMAND = "llava-lab compare --model {name} --data picturebook --n 200 --methods all --save leaderboard.npz"
+
+
+def shipped_leaderboard(lab: Lab) -> Leaderboard:
+    """The leaderboard of the loaded model, as it ships with this project.
+
+    Raises DataError when none ships with it, or when it was computed on other weights than the loaded ones;
+    the message holds the command that computes one.
+    """
+    path = NAMES[lab.name] / FILE if lab.name in NAMES else None
+    again = f"compute one with: {COMMAND.format(name=lab.name)}"
+    if path is None or not path.is_file():
+        raise DataError(f"no leaderboard ships with {lab.name!r}; {again}")
+    board = Leaderboard.load(path)
+    made_by = board.about.get("fingerprint")
+    if made_by != lab.fingerprint:
+        raise DataError(f"the shipped leaderboard is of weights {made_by}, and {lab.name!r} now has {lab.fingerprint}; {again}")
+    return board
+
+
+def shipped_ablation() -> Ablation:
+    """The comparison of connectors as it ships: linear, MLP and their controls, every answer of every seed.
+
+    The models of its first seed are ``load("tiny-linear")`` and ``load("tiny-mlp")``. Raises DataError with the command
+    that makes one when none ships.
+    """
+    if not COMPARISON.is_file():
+        raise DataError(f"no comparison of connectors ships at {COMPARISON}; make one with: {ABLATE}; then {SHIP}")
+    return Ablation.load(COMPARISON)

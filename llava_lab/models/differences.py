@@ -1,0 +1,213 @@
+"""`llava-lab doctor --model X`: how a checkpoint differs from LLaVA-1.5, line by line. Reads JSON and file heads, no weights.
+
+Every fact is compared with what LLaVA-1.5 has; for a language model of another width or depth the two published sizes, 7B
+and 13B, are both expected values. A difference is not a fault: it says what a map or a score will depend on.
+
+Sources: llava-hf/llava-1.5-7b-hf's files; haotian-liu/LLaVA @ c121f04 (the original's config and defaults).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llava_lab.models import folders
+from llava_lab.models.formats import original
+
+CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+DIFFERENT_MEAN = 1e-4
+MISSING = "not stated"
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One thing compared. `same` is whether it is as in LLaVA-1.5."""
+
+    name: str
+    found: Any
+    expected: Any
+    same: bool
+    why: str = ""  # what it changes, where it differs
+
+
+def examine_model(name: str | os.PathLike) -> dict[str, Any]:
+    """The comparison as plain data: model, folder, format, and every fact. Raises CheckpointError where there is none."""
+    folder = folders.find(name)
+    config = folders.read_json(folder.path / "config.json")
+    if original.is_original(config):
+        form = f"original LLaVA, {original.layout_of(folder.path)}"
+        facts = _original_facts(folder.path, config)
+    else:
+        form = "transformers"
+        facts = _facts(folder.path, config)
+    facts += _weight_facts(folder.path, form)
+    return {
+        "model": folder.name,
+        "folder": str(folder.path),
+        "format": form,
+        "same": all(fact.same for fact in facts),
+        "facts": [asdict(fact) for fact in facts],
+    }
+
+
+def render_model(report: dict[str, Any]) -> str:
+    """The report as text: one line for each difference, then how many facts agree."""
+    facts = report["facts"]
+    lines = [f"{report['model']} ({report['format']} format) beside LLaVA-1.5:"]
+    for fact in facts:
+        if not fact["same"]:
+            why = f"; {fact['why']}" if fact["why"] else ""
+            lines.append(f"  {fact['name']}: {fact['found']}, LLaVA-1.5 has {fact['expected']}{why}")
+    agree = [fact["name"] for fact in facts if fact["same"]]
+    lines.append(f"  as in LLaVA-1.5: {', '.join(agree)}" if agree else "  nothing is as in LLaVA-1.5")
+    return "\n".join(lines)
+
+
+def _fact(name: str, found: Any, *expected: Any, why: str = "") -> Fact:
+    said = expected[0] if len(expected) == 1 else " or ".join(map(str, expected))
+    return Fact(name, MISSING if found is None else found, said, found in expected, why)
+
+
+def _facts(folder: Path, config: dict[str, Any]) -> list[Fact]:
+    vision, text = config.get("vision_config") or {}, config.get("text_config") or {}
+    width = vision.get("hidden_size", 1024)
+    wide = text.get("hidden_size", 4096)
+    kind = config.get("mm_projector_type") or f"mlp2x_{config.get('projector_hidden_act', 'gelu')}"
+    image_id = config.get("image_token_index", config.get("image_token_id", 32000))
+    facts = [
+        _fact("family", config.get("model_type"), "llava", why="another family puts pictures in another way"),
+        _fact("connector", kind, "mlp2x_gelu"),
+        _fact("connector widths", f"{width} to {wide}", "1024 to 4096", "1024 to 5120"),
+        *_tower_facts(vision, config.get("vision_feature_layer", -2), config.get("vision_feature_select_strategy", "default")),
+        *_language_facts(text),
+        _fact("vocabulary", text.get("vocab_size", 32000), 32064),
+        _fact("image token id", image_id, 32000),
+        _fact("pad token id", config.get("pad_token_id"), 32001),
+    ]
+    tied = bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
+    facts.append(_fact("tied embedding and head", tied, False, why="the head reads with the table of the words"))
+    facts.append(_fact("dtype", config.get("dtype") or config.get("torch_dtype"), "float16", "bfloat16"))
+    facts += _token_facts(folder, image_id)
+    facts += _picture_facts(_images(folder), vision.get("image_size", 336))
+    facts.append(_prompt_fact(folder))
+    return facts + _generation_facts(folder)
+
+
+def _original_facts(folder: Path, config: dict[str, Any]) -> list[Fact]:
+    read = original.read(folder)
+    tower = original.KNOWN_TOWERS.get(read.tower, {})
+    widths = f"{config.get('mm_hidden_size')} to {config.get('hidden_size')}"
+    facts = [
+        _fact("family", config.get("model_type"), "llava_llama"),
+        _fact("connector", read.kind, "mlp2x_gelu"),
+        _fact("connector widths", widths, "1024 to 4096", "1024 to 5120"),
+        _fact("vision tower", read.tower, "openai/clip-vit-large-patch14-336"),
+        *(_tower_facts(tower, read.layer, read.strategy) if tower else [
+            _fact("feature layer", read.layer, -2), _fact("select strategy", read.strategy, "default")]),
+        *_language_facts(config),
+        _fact("vocabulary", config.get("vocab_size"), 32000),
+        _fact("preprocessing", "pad" if read.pad else "crop", "pad", why="what stands outside the square is cut off"),
+        _fact("dtype", config.get("dtype") or config.get("torch_dtype"), "float16", "bfloat16"),
+        _fact("tied embedding and head", bool(config.get("tie_word_embeddings", False)), False),
+        _fact("longest sequence", config.get("tokenizer_model_max_length"), 2048),
+    ]  # fmt: skip
+    return facts + _generation_facts(folder)
+
+
+def _tower_facts(vision: dict[str, Any], layer: Any, strategy: str) -> list[Fact]:
+    size, patch = vision.get("image_size", 336), vision.get("patch_size", 14)
+    family = vision.get("model_type", "clip_vision_model")
+    shape = f"{family}, {vision.get('num_hidden_layers', 24)} layers x {vision.get('hidden_size', 1024)}"
+    tokens = (size // patch) ** 2 + (strategy == "full" and family == "clip_vision_model")
+    return [
+        _fact("tower", shape, "clip_vision_model, 24 layers x 1024"),
+        _fact("feature layer", layer, -2),
+        _fact("select strategy", strategy, "default", why="'full' keeps the class token, and a map needs one token per patch"),
+        _fact("image size", f"{size} px in patches of {patch}", "336 px in patches of 14"),
+        _fact("image tokens", tokens, 576),
+    ]
+
+
+def _language_facts(text: dict[str, Any]) -> list[Fact]:
+    family = "llama" if text.get("model_type", "llama") in ("llama", *original.FAMILIES) else text["model_type"]
+    heads = text.get("num_attention_heads", 32)
+    shape = f"{family}, {text.get('num_hidden_layers', 32)} layers x {text.get('hidden_size', 4096)}, {heads} heads"
+    known = ("llama, 32 layers x 4096, 32 heads", "llama, 40 layers x 5120, 40 heads")
+    return [_fact("language model", shape, *known)]
+
+
+def _token_facts(folder: Path, image_id: Any) -> list[Fact]:
+    if not (folder / "tokenizer.json").is_file():
+        return []
+    added = folders.read_json(folder / "tokenizer.json").get("added_tokens") or []
+    ids = {entry.get("content"): entry.get("id") for entry in added if isinstance(entry, dict)}
+    return [_fact("tokenizer's <image>", ids.get("<image>"), image_id, why="it must be the config's image token id")]
+
+
+def _images(folder: Path) -> dict[str, Any]:
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).is_file():
+            data = folders.read_json(folder / name)
+            data = data if name.startswith("pre") else data.get("image_processor") or {}
+            if data:
+                return data
+    return {}
+
+
+def _picture_facts(images: dict[str, Any], size: int) -> list[Fact]:
+    if not images:
+        return [Fact("preprocessing", MISSING, "crop", False, "a picture cannot be given to it without preprocessor_config.json")]
+    way = "pad" if images.get("do_pad") else "crop" if images.get("do_center_crop", True) else "squeeze"
+    crop = images.get("crop_size", images.get("size", size))
+    side = crop if isinstance(crop, int) else (crop or {}).get("height", size)
+    facts = [
+        _fact("preprocessing", way, "pad", why="LLaVA-1.5 was trained with pad; the hub's copy crops; ask(fit='pad') pads"),
+        _fact("picture side", side, 336),
+    ]
+    for name, expected in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD)):
+        found = images.get(name) or []
+        same = len(found) == 3 and all(abs(a - b) < DIFFERENT_MEAN for a, b in zip(found, expected, strict=True))
+        facts.append(Fact(name.replace("_", " "), found or MISSING, expected, same))
+    return facts
+
+
+def _prompt_fact(folder: Path) -> Fact:
+    template = _template(folder)
+    if template is None:
+        found = "no chat template"
+    else:
+        turns = "ASSISTANT:" in template
+        system = "A chat between a curious user" in template
+        found = ("Vicuna turns" if turns else "other turns") + (
+            " after the system sentence" if system else ", no system sentence"
+        )
+    why = "ask(prompt='llava-1.5') writes the turns LLaVA-1.5 was trained with, whatever the template says"
+    return _fact("prompt", found, "Vicuna turns after the system sentence", why=why)
+
+
+def _template(folder: Path) -> str | None:
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        if (folder / name).is_file() and (template := folders.read_json(folder / name).get("chat_template")):
+            return str(template)
+    jinja = folder / "chat_template.jinja"
+    return jinja.read_text(encoding="utf-8") if jinja.is_file() else None
+
+
+def _generation_facts(folder: Path) -> list[Fact]:
+    file = folder / "generation_config.json"
+    given = folders.read_json(file) if file.is_file() else {}
+    return [
+        _fact("end of answer", given.get("eos_token_id"), 2),
+        _fact("sampling", bool(given.get("do_sample", False)), False, why="ask is greedy unless it is told a temperature"),
+    ]
+
+
+def _weight_facts(folder: Path, form: str) -> list[Fact]:
+    if form not in ("transformers", f"original LLaVA, {original.WHOLE}"):
+        return []
+    count = folders.count_parameters(folders.weight_files(folder)) / 1e9
+    known = ("7B", "13B")
+    near = "7B" if 6.5 < count < 7.5 else "13B" if 12.5 < count < 14 else f"{count:.3g}B"
+    return [_fact("parameters", near, *known)]

@@ -1,0 +1,1 @@
+"""Checkpoint formats: original LLaVA folders, the compact file, smol's parts."""

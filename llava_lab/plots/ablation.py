@@ -1,0 +1,207 @@
+"""Figures of a comparison of connectors: accuracies with every seed, differences with their two intervals, the rate sweep.
+
+Numbers come from `llava_lab.results` and are never made here; no model, no torch. Every function takes ``ax=``
+and returns its Axes. Accuracies are percent, differences percent points. With stage 1 is blue and round, without it
+orange and square; in differences grey always means: not told apart (blue is better, red is worse).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llava_lab.errors import OptionError
+from llava_lab.plots.scores import BLUE, GREY, RED, TEXT, _new_axes
+from llava_lab.results import MANY, WORDS, Ablation
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+ORANGE = "#c05621"
+STAGES = {True: (BLUE, "o", "with stage 1"), False: (ORANGE, "s", "without stage 1")}
+VERDICTS = {1: BLUE, -1: RED, 0: GREY}
+LINES = ("#2b6cb0", "#d69e2e", "#2f855a", "#97266d", "#4a5568", "#00838f")  # connectors in the sweep; told apart also by marker
+MARKERS = "osD^vP"
+MINUS = "\N{MINUS SIGN}"
+
+_APART, _WITHIN = 0.17, 0.07  # rows: between the two stage settings, and between the seeds and their mean
+_GAP = 0.9  # rows between two groups of differences
+
+
+def accuracies(result: Ablation, *, split: str | None = None, ax: Axes | None = None) -> Axes:
+    """Percent right of every connector, with and without stage 1 side by side, at the result's first budget.
+
+    A pale dot per seed; the mean over seeds with its 95% interval (resampling pictures) below them. The first connector is
+    at the top. Raises OptionError for a split that was not tested.
+    """
+    x, arms = _split(result, split), _arms(result)
+    names = list(dict.fromkeys(result.connectors[arm] for arm in arms))
+    both = len({bool(result.stage1[arm]) for arm in arms}) == 2
+    ax = ax if ax is not None else _new_axes((6.2, 1.1 + 0.62 * len(names)))
+    asked = result.question_split == x
+    labelled: set[bool] = set()
+    for arm in arms:
+        aligned = bool(result.stage1[arm])
+        color, marker, label = STAGES[aligned]
+        height = names.index(result.connectors[arm]) + (_APART * (-1 if aligned else 1) if both else 0)
+        seeds = 100 * result.right[arm][:, asked].mean(1)
+        ax.plot(seeds, np.full(len(seeds), height - _WITHIN), marker, color=color, alpha=0.35, markersize=5, markeredgewidth=0)
+        low, high = 100 * result.accuracy_interval[arm, x, 0]
+        ax.plot([low, high], [height + _WITHIN] * 2, color=color, linewidth=2, solid_capstyle="round")
+        mean = 100 * result.accuracy[arm, x, 0]
+        said = None if aligned in labelled else label
+        ax.plot(mean, height + _WITHIN, marker, color=color, markersize=7, markeredgecolor="white", label=said)
+        labelled.add(aligned)
+    ax.set_yticks(range(len(names)), names, fontsize=9, **TEXT)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.set_xlabel(
+        f"right, % of {int(result.questions[x, 0]):,} questions\npale: each of {len(result.seeds)} seeds    "
+        "strong: their mean, 95% over pictures",
+        fontsize=8,
+    )
+    ax.set_title(f"{result.splits[x]}, equal {result.budgets[arms[0]]}", fontsize=10, **TEXT)
+    _plain(ax)
+    ax.legend(fontsize=8, framealpha=0.9, edgecolor="none", loc="best")
+    return ax
+
+
+def differences(result: Ablation, *, split: str | None = None, ax: Axes | None = None) -> Axes:
+    """Every two connectors under the same stages: second minus first in percent points, at the result's first budget.
+
+    Thick: the effect with its 95% interval over seeds, what a repetition would give; thin, below it: over pictures, of
+    these very models. The verdict stands beside each, with the seeds that would tell where it is "not distinguishable".
+    Raises OptionError for a split that was not tested.
+    """
+    x, arms = _split(result, split), set(_arms(result))
+    groups = [
+        (
+            aligned,
+            [n for n, (i, j) in enumerate(result.pairs) if {i, j} <= arms and result.stage1[i] == result.stage1[j] == aligned],
+        )
+        for aligned in (True, False)
+    ]
+    groups = [(aligned, pairs) for aligned, pairs in groups if pairs]
+    count = sum(len(pairs) for _, pairs in groups)
+    ax = ax if ax is not None else _new_axes((7.6, 1.2 + 0.36 * (count + _GAP * len(groups))))
+    ax.axvline(0, color="0.25", linewidth=0.9)
+    height = 0.0
+    places: list[float] = []
+    names: list[str] = []
+    heads: list[int] = []
+    for aligned, pairs in groups:
+        places.append(height)
+        names.append(STAGES[aligned][2])
+        heads.append(len(names) - 1)
+        height += _GAP
+        for pair in pairs:
+            _difference(ax, result, pair, x, height)
+            first, second = (result.connectors[arm] for arm in result.pairs[pair])
+            places.append(height)
+            names.append(f"{second} {MINUS} {first}")
+            height += 1
+    ax.set_yticks(places, names, fontsize=8, **TEXT)
+    for number in heads:
+        ax.get_yticklabels()[number].set(weight="bold", fontsize=9)
+    ax.set_ylim(height - 0.4, -0.6)
+    ax.set_xlabel(
+        "difference of what is right, percent points\nthick: 95% over seeds    thin: 95% over pictures    grey: not told apart",
+        fontsize=8,
+    )
+    ax.set_title(f"{result.splits[x]}, equal {result.budgets[min(arms)]}, {len(result.seeds)} seeds", fontsize=10, **TEXT)
+    _plain(ax)
+    return ax
+
+
+def sweep(result: Ablation, *, ax: Axes | None = None) -> Axes:
+    """Validation loss against the connector's peak rate, at the result's first budget; a ring marks the rate that was chosen.
+
+    Solid with stage 1, dashed without. A rate at which training diverged has no point.
+    """
+    arms = _arms(result)
+    names = list(dict.fromkeys(result.connectors[arm] for arm in arms))
+    ax = ax if ax is not None else _new_axes((6.2, 3.6))
+    rates = result.sweep_rates
+    for arm in arms:
+        number = names.index(result.connectors[arm])
+        color, marker = LINES[number % len(LINES)], MARKERS[number % len(MARKERS)]
+        losses = np.where(np.isfinite(result.sweep_loss[arm]), result.sweep_loss[arm], np.nan)
+        style = "-" if result.stage1[arm] else "--"
+        ax.plot(rates, losses, style, color=color, marker=marker, markersize=5, linewidth=1.6, label=result.connectors[arm])
+        chosen = np.isclose(rates, result.rate[arm])
+        ax.plot(
+            rates[chosen], losses[chosen], "o", markersize=12, markerfacecolor="none", markeredgecolor=color, markeredgewidth=1.4
+        )
+    ax.set_xscale("log")
+    ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    ax.minorticks_off()
+    ax.margins(x=0.08, y=0.12)
+    ax.set_xlabel("peak rate of the connector", fontsize=8)
+    ax.set_ylabel("validation loss, nats per token", fontsize=8)
+    ax.set_title("each connector's own rate (ring: chosen)", fontsize=10)
+    ax.tick_params(labelsize=8)
+    ax.grid(color="0.92")
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+    _sweep_legend(ax, names, {bool(result.stage1[arm]) for arm in arms})
+    return ax
+
+
+def _difference(ax: Axes, result: Ablation, pair: int, x: int, height: float) -> None:
+    verdict = int(result.verdict[pair, x, 0])
+    color = VERDICTS[verdict]
+    of_seeds, of_pictures = (100 * values[pair, x, 0] for values in (result.seed_interval, result.picture_interval))
+    ax.plot(of_seeds, [height - 0.08] * 2, color=color, linewidth=3.2, solid_capstyle="round")
+    ax.plot(of_pictures, [height + 0.22] * 2, color=color, linewidth=1, solid_capstyle="butt")
+    ax.plot(100 * result.effect[pair, x, 0], height - 0.08, "o", color=color, markersize=6.5, markeredgecolor="white")
+    said = WORDS[verdict]
+    needed = float(result.seeds_needed[pair, x, 0])
+    if verdict == 0 and needed > len(result.seeds):  # else other pairs' correction or the pictures left it open
+        said += f"; {_seeds(needed)}"
+    ax.text(
+        1.015,
+        height,
+        said,
+        transform=ax.get_yaxis_transform(),
+        fontsize=8,
+        va="center",
+        color="0.35" if verdict == 0 else color,
+        weight="normal" if verdict == 0 else "bold",
+    )
+
+
+def _seeds(needed: float) -> str:
+    if not np.isfinite(needed):
+        return "the difference is 0"
+    return f"about {needed:,.0f} seeds would tell" if needed <= MANY else f"more than {MANY:,} seeds to tell"
+
+
+def _sweep_legend(ax: Axes, names: list[str], stages: set[bool]) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], color=LINES[number % len(LINES)], marker=MARKERS[number % len(MARKERS)], markersize=5, label=name)
+        for number, name in enumerate(names)
+    ]
+    if len(stages) == 2:
+        handles += [Line2D([], [], color="0.4", linestyle="-" if one else "--", label=STAGES[one][2]) for one in (True, False)]
+    ax.legend(handles=handles, fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+def _arms(result: Ablation) -> list[int]:
+    """The arms of the first budget."""
+    return [arm for arm, budget in enumerate(result.budgets) if budget == result.budgets[0]]
+
+
+def _split(result: Ablation, split: str | None) -> int:
+    if split is not None and split not in result.splits:
+        raise OptionError(f"split must be one of {', '.join(result.splits)}, got {split!r}")
+    return 0 if split is None else result.splits.index(split)
+
+
+def _plain(ax: Axes) -> None:
+    ax.tick_params(axis="x", labelsize=8)
+    ax.tick_params(axis="y", length=0)
+    ax.grid(axis="x", color="0.92")
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right", "left"]].set_visible(False)

@@ -1,0 +1,168 @@
+"""Drawings that explain how a model works, from the numbers of one real run.
+
+`journey` follows a picture through the three parts of a LLaVA to its answer; `matrices` shows small
+matrices with their numbers, for arithmetic done by hand. Maps on pictures are `llava_lab.plots`.
+No model, no torch: what a drawing needs beyond the run is given as plain numbers.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llava_lab.errors import OptionError
+from llava_lab.geometry import PictureMap
+from llava_lab.plots.maps import AS_TEXT, OTHER, SEGMENT_COLORS
+from llava_lab.results import Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SIZE = (10.0, 4.3)  # inches; one inch is one unit of the drawing
+SIDE = 1.75  # of the picture and of its patches
+TOP, BOTTOM = 3.15, 0.85  # heights at which the two rows are centred
+INK, SOFT = "#2b303a", "#6a7280"
+BOX_COLOR, PAD_COLOR = "#eef1f5", 0.88
+PATCH_PIXELS, GAP_PIXELS, FINER = 20, 5, 3
+ARROW = {"arrowstyle": "-|>", "color": SOFT, "linewidth": 1.2, "shrinkA": 0, "shrinkB": 0}
+
+Box = tuple[float, float, float, float]  # left, right, bottom, top
+
+
+def journey(run: Run, *, widths: tuple[int, int] | None = None, ax: Axes | None = None) -> Axes:
+    """Picture -> patches -> image tokens -> answer, with this run's own counts.
+
+    `widths` is (numbers per patch after the vision encoder, numbers per token after the connector).
+    """
+    ax = ax or _canvas(SIZE)
+    ax.set(xlim=(0, SIZE[0]), ylim=(0, SIZE[1]), aspect="equal")
+    ax.axis("off")
+    rows, cols = run.map.rows, run.map.cols
+    count = run.segments["image"][1] - run.segments["image"][0]
+    _picture(ax, run.picture, 0.1, "the picture")
+    _arrow(ax, 1.95, 2.4, TOP)
+    _picture(ax, patch_mosaic(run.picture, run.map), 2.5, f"{rows} × {cols} patches")
+    _arrow(ax, 4.35, 4.8, TOP)
+    _part(ax, (4.9, 6.3, TOP - 0.5, TOP + 0.5), "vision\nencoder")
+    _arrow(ax, 6.4, 7.55, TOP)
+    _part(ax, (7.65, 9.05, TOP - 0.5, TOP + 0.5), "connector")
+    if widths is not None:
+        _under(ax, 6.97, TOP - 0.13, f"{count} vectors\nof {widths[0]} numbers")
+        _under(ax, 8.35, TOP - 0.6, f"{count} vectors\nof {widths[1]} numbers")
+    image = _strip(ax, run, 0.1, 5.7)
+    bend = TOP - 1.3
+    ax.plot([9.15, 9.5, 9.5, image], [TOP, TOP, bend, bend], color=SOFT, linewidth=1.2)
+    ax.annotate("", (image, BOTTOM + 0.25), (image, bend), arrowprops=ARROW)
+    _arrow(ax, 5.8, 6.2, BOTTOM)
+    _part(ax, (6.3, 7.7, BOTTOM - 0.5, BOTTOM + 0.5), "language\nmodel")
+    _arrow(ax, 7.8, 8.2, BOTTOM)
+    answer = textwrap.fill(textwrap.shorten(run.answer, 80, placeholder=" …"), 16)
+    ax.text(8.3, BOTTOM, answer, ha="left", va="center", fontsize=12, color=SEGMENT_COLORS["answer"], weight="bold", **AS_TEXT)
+    return ax
+
+
+def matrices(
+    given: Mapping[str, np.ndarray], *, labels: Sequence[str] = (), ax: Sequence[Axes] | None = None, digits: int = 2
+) -> Figure:
+    """Small matrices side by side, darker for larger, each number written in its cell; zeros are left blank."""
+    if not given:
+        raise OptionError("expected at least one matrix to draw, got none")
+    shape = np.shape(next(iter(given.values())))
+    panels = list(ax) if ax is not None else _row(len(given), shape)
+    if len(panels) < len(given):
+        raise OptionError(f"expected at least {len(given)} axes, one per matrix, got {len(panels)}")
+    for panel, (title, values) in zip(panels, given.items(), strict=False):
+        _matrix(panel, np.asarray(values, float), title, labels, digits)
+    return panels[0].figure  # type: ignore[return-value]
+
+
+def patch_mosaic(picture: np.ndarray, where: PictureMap) -> np.ndarray:
+    """The model's square as its patches with white gaps, float (height, width, 3) in 0..1; padding is light grey."""
+    height, width = picture.shape[:2]
+    fine = PATCH_PIXELS * FINER
+    y = ((np.arange(where.rows * fine) + 0.5) * where.size / (where.rows * fine) - where.offset_y) / where.scale_y
+    x = ((np.arange(where.cols * fine) + 0.5) * where.size / (where.cols * fine) - where.offset_x) / where.scale_x
+    there = ((y >= 0) & (y < height))[:, None] & ((x >= 0) & (x < width))[None, :]
+    iy, ix = np.clip(y.astype(int), 0, height - 1), np.clip(x.astype(int), 0, width - 1)
+    square = np.where(there[..., None], picture[iy][:, ix] / 255.0, PAD_COLOR)
+    patches = square.reshape(where.rows, PATCH_PIXELS, FINER, where.cols, PATCH_PIXELS, FINER, 3).mean((2, 5))
+    step = PATCH_PIXELS + GAP_PIXELS
+    mosaic = np.ones((where.rows, step, where.cols, step, 3))
+    mosaic[:, :PATCH_PIXELS, :, :PATCH_PIXELS] = patches
+    return mosaic.reshape(where.rows * step, where.cols * step, 3)[:-GAP_PIXELS, :-GAP_PIXELS]
+
+
+def _canvas(size: tuple[float, float]) -> Axes:
+    from matplotlib import pyplot
+
+    figure = pyplot.figure(figsize=size)
+    return figure.add_axes((0, 0, 1, 1))
+
+
+def _row(count: int, shape: tuple[int, ...]) -> list[Axes]:
+    from matplotlib import pyplot
+
+    size = (0.62 * shape[-1] + 0.75, 0.62 * shape[0] + 0.6)
+    grid = pyplot.subplots(1, count, figsize=(size[0] * count, size[1]), layout="constrained", squeeze=False)[1]
+    return list(grid.ravel())
+
+
+def _picture(ax: Axes, pixels: np.ndarray, left: float, label: str) -> None:
+    height, width = pixels.shape[:2]
+    w, h = SIDE * width / max(width, height) / 2, SIDE * height / max(width, height) / 2
+    middle = left + SIDE / 2
+    ax.imshow(pixels, extent=(middle - w, middle + w, TOP - h, TOP + h), interpolation="antialiased")
+    ax.set(xlim=(0, SIZE[0]), ylim=(0, SIZE[1]))  # imshow moves them
+    _under(ax, middle, TOP - SIDE / 2 - 0.08, label)
+
+
+def _part(ax: Axes, box: Box, name: str) -> None:
+    from matplotlib.patches import FancyBboxPatch
+
+    left, right, bottom, top = box
+    style = "round,pad=0,rounding_size=0.12"
+    ax.add_patch(FancyBboxPatch((left, bottom), right - left, top - bottom, boxstyle=style, facecolor=BOX_COLOR, edgecolor=SOFT))
+    ax.text((left + right) / 2, (bottom + top) / 2, name, ha="center", va="center", fontsize=12, color=INK)
+
+
+def _strip(ax: Axes, run: Run, left: float, right: float) -> float:
+    """The prompt as coloured blocks, wider for more tokens (by the root, so that all can be read); the image's middle."""
+    from matplotlib.patches import Rectangle
+
+    blocks = {name: stop - start for name, (start, stop) in run.segments.items() if name != "answer" and stop > start}
+    sizes = np.sqrt(np.array(list(blocks.values()), float))
+    sizes = np.maximum(sizes / sizes.sum(), 0.15)
+    edges = left + np.concatenate([[0], np.cumsum(sizes / sizes.sum())]) * (right - left)
+    middles = dict(zip(blocks, (edges[:-1] + edges[1:]) / 2, strict=True))
+    for i, (name, count) in enumerate(blocks.items()):
+        color = SEGMENT_COLORS.get(name, OTHER)
+        ax.add_patch(Rectangle((edges[i], BOTTOM - 0.2), edges[i + 1] - edges[i] - 0.05, 0.4, facecolor=color, linewidth=0))
+        ax.text(middles[name], BOTTOM, name, ha="center", va="center", fontsize=9, color="white", weight="bold")
+        _under(ax, middles[name], BOTTOM - 0.26, f"{count}")
+    _under(ax, (left + right) / 2, BOTTOM - 0.48, "tokens of the prompt, in order")
+    return float(middles["image"])
+
+
+def _matrix(ax: Axes, values: np.ndarray, title: str, labels: Sequence[str], digits: int) -> None:
+    ax.imshow(values, cmap="Blues", vmin=0, vmax=1.25 * max(float(values.max()), 1e-9))
+    for (row, col), value in np.ndenumerate(values):
+        if value:
+            dark = value > 0.7 * values.max()
+            ax.text(col, row, f"{value:.{digits}f}", ha="center", va="center", fontsize=9, color="white" if dark else INK)
+    for axis, size in ((ax.xaxis, values.shape[1]), (ax.yaxis, values.shape[0])):
+        axis.set_ticks(range(size), list(labels) if len(labels) == size else [""] * size, fontsize=9, **AS_TEXT)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    ax.set_title(title, fontsize=10, **AS_TEXT)
+
+
+def _arrow(ax: Axes, start: float, stop: float, height: float) -> None:
+    ax.annotate("", (stop, height), (start, height), arrowprops=ARROW)
+
+
+def _under(ax: Axes, x: float, y: float, text: str) -> None:
+    ax.text(x, y, text, ha="center", va="top", fontsize=9, color=SOFT, linespacing=1.25)

@@ -1,0 +1,363 @@
+"""A closed model's options, what works with it, and what a call would cost: plain data and checks.
+
+It sends nothing and knows no address; `llava_lab.remote.black_box` does.
+
+BlackBox: a vision model behind an OpenAI-compatible address, asked like a `Lab` and explained from outside.
+
+It speaks the chat completions of GPT-4's vision, vLLM, llama.cpp's server and Ollama. What is inside stays
+unknown: no patches, no attention, no gradients. So the grid is ours, laid over all of the picture, and only the
+methods in `WORKS` apply; everything that looks inside is refused in one line.
+
+Pictures leave this machine, which is why the address is always given and never assumed. They are sent as PNG,
+without loss, at most `longest` pixels on their longer side.
+
+How altered pictures are scored is said in `llava_lab.remote.explain`.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import inspect
+import io
+import json
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from PIL import Image
+
+from llava_lab.errors import BudgetError, CheckpointError, EndpointError, OptionError, TargetError
+from llava_lab.geometry import PictureMap
+from llava_lab.models import text as prompts
+from llava_lab.models.pictures import PictureLike, read_picture
+from llava_lab.models.text import Spelt, cut
+from llava_lab.remote.client import Endpoint, Reply, ReplyCache, read_reply, token_id
+from llava_lab.results import Run, Target
+
+PREFIX = "openai:"
+WORKS = ("occlusion", "rise", "shapley", "kernel_shap", "random", "center", "edges")  # methods that need no inside
+SCORINGS = ("auto", "top", "prefill", "agreement")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a call will ask for, at most; str() is a line to read before it starts."""
+
+    requests: int  # that will be sent, retries not counted
+    known: int  # answered from what was kept
+    left: int  # requests that may still be sent
+    tokens: tuple[int, int] | None  # read and written; None where the server does not count
+    cost: float | None  # in the currency of `price`
+
+    def __str__(self) -> str:
+        said = f"{self.requests} requests to send, {self.known} known already, {self.left} left of the budget"
+        if self.tokens:
+            said += f"; about {self.tokens[0]:,} tokens to read and {self.tokens[1]:,} to write"
+        return said + (f", {self.cost:.4g} at the price given" if self.cost is not None else "")
+
+
+def works() -> str:
+    """What can be done with a closed model, for one-line refusals."""
+    return f"with a closed model work ask, ask_without, faithfulness, and attribute with method {', '.join(WORKS)}"
+
+
+def check_options(model: str, grid: Any, scoring: str, floor: float, price: Any, numbers: dict[str, int], timeout: float) -> None:
+    """Raises OptionError on the first option out of its range."""
+    if not model.strip():
+        raise OptionError(f"expected {PREFIX}MODEL with the name the server knows, got {PREFIX + model!r}")
+    if not (isinstance(grid, (tuple, list)) and len(grid) == 2 and all(isinstance(n, int) and 1 <= n <= 64 for n in grid)):
+        raise OptionError(f"grid must be (rows, columns) of 1 to 64 cells each, got {grid!r}")
+    if scoring not in SCORINGS:
+        raise OptionError(f"scoring must be one of {', '.join(SCORINGS)}, got {scoring!r}")
+    if not -1000 <= floor < 0:
+        raise OptionError(f"floor is the log-probability of what is not listed, below 0; got {floor!r}")
+    if price is not None and not (
+        isinstance(price, (tuple, list)) and len(price) == 2 and all(0 <= one < float("inf") for one in price)
+    ):
+        raise OptionError(f"price must be (per million tokens read, per million written), got {price!r}")
+    for name, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise OptionError(f"{name} must be a whole number of at least 1, got {number!r}")
+    if not 0 < timeout < float("inf"):
+        raise OptionError(f"timeout must be seconds above 0, got {timeout!r}")
+
+
+def cache_folder(cache: str | os.PathLike | bool | None) -> Path | None:
+    """Where replies are kept: the folder given, the user's own for None, nowhere for False."""
+    if cache is False:
+        return None
+    if cache is None or cache is True:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return Path(home) / "llava-lab" / "replies"
+    return Path(cache).expanduser()
+
+
+MOST_LISTED = 20  # tokens OpenAI and vLLM list at each place
+INSIDE = frozenset(  # what a Lab has and a closed model has not
+    {"model", "processor", "tokenizer", "connector", "preprocessing", "swap", "inputs", "sequence", "pixels", "measure"}
+    | {"image_id", "eos_ids", "card", "dtype", "context"}
+)
+
+
+@dataclass(frozen=True)
+class Look:
+    """One request: a picture beside a conversation."""
+
+    picture: np.ndarray  # uint8 (height, width, 3), as sent
+    turns: tuple[tuple[str, str | None], ...]
+    limit: int  # tokens
+    temperature: float
+    seed: int
+    begun: str = ""  # the answer's beginning, for the server to go on from
+
+
+class BlackBox:
+    """A closed model, its address, its budget and what it has answered so far."""
+
+    def __init__(
+        self,
+        model: str,
+        base_url: str,
+        *,
+        grid: tuple[int, int] = (12, 12),
+        scoring: str = "auto",
+        repeats: int = 1,
+        floor: float = -10.0,
+        max_requests: int = 500,
+        price: tuple[float, float] | None = None,
+        parallel: int = 4,
+        cache: str | os.PathLike | bool | None = None,
+        key_variable: str | None = None,
+        timeout: float = 60.0,
+        retries: int = 4,
+        longest: int = 768,
+        system: str | None = None,
+        detail: str | None = None,
+    ) -> None:
+        """`llava_lab.load("openai:MODEL", base_url=...)` is the way here, with these options.
+
+        `grid`: rows and columns of cells. `scoring`: "auto" is "top" where the server lists log-probabilities and
+        else "agreement", with `repeats` answers to each picture; "prefill" is for servers that go on from a given
+        beginning (vLLM, llama.cpp); `floor` is the least a token may count (see `llava_lab.remote.explain`).
+        `max_requests`: all that may ever be sent, retries included. `price`: per million tokens read, and written.
+        `parallel`: requests at once. `cache`: a folder, None for the user's own
+        (``~/.cache/llava-lab/replies``), False for none. `key_variable`: the environment variable that holds the
+        key, ``OPENAI_API_KEY`` if it is not named. `timeout`: seconds for a whole reply. `longest`: pixels of the longer
+        side as sent. `system`: a system text. `detail`: OpenAI's "low", "high" or "auto".
+        """
+        self.model_name, self.name = model, f"{PREFIX}{model}"
+        numbers = {"repeats": repeats, "max_requests": max_requests, "parallel": parallel, "longest": longest}
+        check_options(model, grid, scoring, floor, price, {**numbers, "retries + 1": retries + 1}, timeout)
+        self.grid, self.scoring, self.repeats, self.floor = (int(grid[0]), int(grid[1])), scoring, repeats, float(floor)
+        self.price, self.parallel, self.longest = price, parallel, longest
+        self.system, self.detail = system, detail
+        self.endpoint = Endpoint(base_url, max_requests=max_requests, key_variable=key_variable, timeout=timeout, retries=retries)
+        self.cache = ReplyCache(cache_folder(cache))
+        self.used = [0, 0]  # tokens read and written by requests sent
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        rows, cols = self.grid
+        sent = f"{self.endpoint.requests} of {self.endpoint.max_requests} requests sent"
+        return f"BlackBox({self.name!r}, at {self.endpoint.base_url}, {rows}x{cols} cells, {sent})"
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name in INSIDE:
+            raise EndpointError(f"{self.name!r} is a black box and has no {name} to look at; {works()}")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    @property
+    def fingerprint(self) -> str:
+        """The name of what is asked: address, model and system text. The server may change the weights behind it."""
+        return hashlib.sha256(repr((self.endpoint.base_url, self.model_name, self.system)).encode()).hexdigest()[:16]
+
+    @property
+    def max_requests(self) -> int:
+        """The budget of this lab, in requests sent; it may be raised at any time."""
+        return self.endpoint.max_requests
+
+    @max_requests.setter
+    def max_requests(self, number: int) -> None:
+        self.endpoint.max_requests = number
+
+    @property
+    def cost(self) -> float | None:
+        """What the requests sent so far cost at `price`, by the server's own count of tokens."""
+        return self._cost((self.used[0], self.used[1]))
+
+    def ask(
+        self,
+        picture: PictureLike,
+        question: str,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        seed: int = 0,
+        history: prompts.History = (),
+        on_token: Callable[[str], None] | None = None,
+    ) -> Run:
+        """Ask about a picture; one request, or none if this was asked before.
+
+        The run's `tokens` and `logprobs` are the server's where it gives them, else words without (NaN). Its
+        prompt is the question alone, since the server's own form is unknown; `on_token` gets the answer whole.
+        Raises EndpointError, BudgetError, OptionError, PictureError.
+        """
+        if max_new_tokens < 1 or not 0 <= temperature < float("inf"):
+            raise OptionError(f"expected max_new_tokens >= 1 and temperature >= 0, got {max_new_tokens} and {temperature}")
+        pixels = read_picture(picture)
+        turns = tuple(prompts.turns(question, history))
+        reply = self.replies([Look(self.shrunk(pixels), turns, max_new_tokens, float(temperature), seed)])[0]
+        if not reply.text:
+            raise EndpointError(
+                f"{self.name!r} gave no text (it stopped with {reply.stopped!r}); ask otherwise, or for more tokens"
+            )
+        if on_token:
+            on_token(reply.text)
+        options = {"max_new_tokens": max_new_tokens, "temperature": float(temperature), "stopped": reply.stopped}
+        return self._run(pixels, turns, reply, seed, options)
+
+    def check(self, run: Run) -> None:
+        """Raises CheckpointError for a run that another model, address or system text gave."""
+        if run.fingerprint != self.fingerprint:
+            raise CheckpointError(f"expected a run made by {self.name!r} at its address, got one by {run.model!r}; ask again")
+
+    def contrast(self, run: Run, said: str, instead: str) -> Target:
+        """`said` in the answer against `instead` at the same place; both must be one token there."""
+        word = run.word(said)
+        piece = run.tokens[word.start]
+        at = piece.casefold().find(said.casefold())
+        if word.stop - word.start != 1 or at < 0 or said.casefold() == instead.casefold():
+            raise TargetError(f"a closed model compares two words of one token each; {said!r} is not one here, explain it alone")
+        spelt = piece[at : at + len(said)]
+        instead = instead[:1].upper() + instead[1:] if spelt[:1].isupper() else instead
+        other = token_id((piece[:at] + instead + piece[at + len(said) :]).encode())
+        own = int(run.token_ids[word.start])
+        return Target("contrast", f"{spelt}, not {instead}", (word.start - 1,), (own,), (other,))
+
+    def shrunk(self, picture: np.ndarray) -> np.ndarray:
+        """The picture as it is sent: at most `longest` pixels on its longer side."""
+        height, width = picture.shape[:2]
+        if max(height, width) <= self.longest:
+            return picture
+        scale = self.longest / max(height, width)
+        size = max(round(width * scale), 1), max(round(height * scale), 1)
+        return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS))
+
+    def replies(self, looks: Sequence[Look]) -> list[Reply]:
+        """The answer to each look, `parallel` requests at a time; what was asked before is not asked again.
+
+        On any error or Ctrl-C nothing more is sent, and every reply that came is kept.
+        """
+        keys = [self.key(look) for look in looks]
+        new = {key: look for key, look in zip(keys, looks, strict=True) if key not in self.cache}
+        stop = threading.Event()
+        pool = ThreadPoolExecutor(max_workers=min(self.parallel, max(len(new), 1)))
+        try:
+            for one in as_completed([pool.submit(self._fetch, key, look, stop) for key, look in new.items()]):
+                one.result()
+        except BudgetError:
+            pool.shutdown(wait=True)  # what is on its way is paid for
+            raise
+        finally:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+        found = [self.cache.get(key) for key in keys]
+        assert all(reply is not None for reply in found)
+        return [reply for reply in found if reply is not None]
+
+    def key(self, look: Look) -> str:
+        """The name of a request by its content: address, model, words, settings and every pixel."""
+        shape = "x".join(map(str, look.picture.shape))
+        mark = f"{shape} {hashlib.sha256(np.ascontiguousarray(look.picture).tobytes()).hexdigest()}"
+        text = json.dumps([self.endpoint.base_url, self._body(look, mark)], sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def estimate(self, requests: int, known: int, run: Run) -> Estimate:
+        """The cost of `requests` like the one that `run` was."""
+        used = run.options.get("used")
+        tokens = None if used is None else (used[0] * requests, used[1] * requests)
+        return Estimate(requests, known, self.endpoint.left, tokens, None if tokens is None else self._cost(tokens))
+
+    def _fetch(self, key: str, look: Look, stop: threading.Event) -> None:
+        buffer = io.BytesIO()
+        Image.fromarray(look.picture).save(buffer, "PNG")
+        address = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        reply = read_reply(self.endpoint.post(self._body(look, address), stop))
+        with self._lock:
+            self.used = [total + one for total, one in zip(self.used, reply.used or (0, 0), strict=True)]
+        self.cache.put(key, reply)
+
+    def _body(self, look: Look, address: str) -> dict[str, Any]:
+        messages: list[dict[str, Any]] = [{"role": "system", "content": self.system}] if self.system else []
+        place = {"url": address} | ({"detail": self.detail} if self.detail else {})
+        for number, (asked, said) in enumerate(look.turns):
+            text = {"type": "text", "text": asked}
+            shown = [{"type": "image_url", "image_url": place}] if number == 0 else []
+            messages.append({"role": "user", "content": [*shown, text]})
+            if said is not None:
+                messages.append({"role": "assistant", "content": said})
+        if look.begun:
+            messages.append({"role": "assistant", "content": look.begun})
+        body: dict[str, Any] = {
+            "model": self.model_name,
+            "messages": messages,
+            "max_tokens": look.limit,
+            "temperature": look.temperature,
+        }
+        listed = {"logprobs": True, "top_logprobs": MOST_LISTED} if self.scoring != "agreement" else {}
+        going_on = {"continue_final_message": True, "add_generation_prompt": False} if look.begun else {}  # vLLM's words
+        return body | {"seed": look.seed} | listed | going_on
+
+    def _run(
+        self, picture: np.ndarray, turns: tuple[tuple[str, str | None], ...], reply: Reply, seed: int, options: dict[str, Any]
+    ) -> Run:
+        if self.scoring in ("top", "prefill") and reply.tokens is None:
+            raise EndpointError(
+                f"{self.name!r} gives no log-probabilities, which scoring={self.scoring!r} needs; use 'agreement' or 'auto'"
+            )
+        rows, cols = self.grid
+        known = reply.tokens is not None and self.scoring != "agreement"
+        scoring = "agreement" if not known else "prefill" if self.scoring == "prefill" else "top"
+        pieces = [one.piece for one in reply.tokens or ()] if known else cut(reply.text)
+        ids = [token_id(piece) for piece in pieces]
+        before = ["<image>"] * (rows * cols) + [str(turns[:-1])] * (len(turns) > 1) + [turns[-1][0]]
+        start, last = len(before), len(before) - 1
+        segments = {"image": (0, rows * cols), "question": (last, start), "answer": (start, start + len(ids))}
+        if len(turns) > 1:
+            segments["history"] = (last - 1, last)
+        height, width = picture.shape[:2]
+        about: dict[str, Any] = {"scoring": scoring, "used": reply.used and list(reply.used)}
+        return Run(
+            picture=picture,
+            question=turns[-1][0],
+            answer=reply.text,
+            prompt=f"{prompts.IMAGE}\n{turns[-1][0]}",
+            token_ids=np.array([token_id(one.encode()) for one in before] + ids, np.int64),
+            tokens=(*before, *(piece.decode("utf-8", "replace") for piece in pieces)),
+            segments=segments,
+            words=Spelt(dict(zip(ids, pieces, strict=True))).words(ids, start),
+            logprobs=np.array([one.logprob for one in reply.tokens or ()] if known else [np.nan] * len(ids), np.float32),
+            map=PictureMap.whole(width, height, rows=rows, cols=cols),
+            model=self.name,
+            fingerprint=self.fingerprint,
+            seed=seed,
+            options=options | about | {"turns": [list(turn) for turn in turns]},
+        )
+
+    def _cost(self, tokens: tuple[int, int]) -> float | None:
+        return None if self.price is None else (tokens[0] * self.price[0] + tokens[1] * self.price[1]) / 1e6
+
+
+def open_black_box(model: str, base_url: str | None, **options: Any) -> BlackBox:
+    """A `BlackBox` with its options; nothing is sent. Raises OptionError on a missing address or an unknown option."""
+    known = [name for name, one in inspect.signature(BlackBox).parameters.items() if one.kind is one.KEYWORD_ONLY]
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise OptionError(f"a closed model has no option {unknown[0]!r}; its options are base_url, {', '.join(known)}")
+    return BlackBox(model, base_url or "", **options)

@@ -1,0 +1,55 @@
+"""How probable the model finds its own answer for other pictures: teacher forcing, no sampling.
+
+The finished sequence is given again with each picture, and the targets' log-probabilities are read at
+their predicting positions. Every method that changes the input is scored here, by the same number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from llava_lab.attribution.method import Targets, outside, predicting_rows
+from llava_lab.results import Run
+
+if TYPE_CHECKING:
+    from llava_lab.models import Lab
+
+Score = Callable[[Float[Tensor, "B 3 Y X"]], Float[Tensor, "B N"]]  # pictures -> score of each target
+
+
+def target_score(lab: Lab, run: Run, targets: Targets) -> tuple[Float[Tensor, "1 3 Y X"], Score]:
+    """The run's own pixels, and a function from a batch of pixels to each target's score in float32.
+
+    The score is the natural log-probability of the target's tokens, summed; for a contrast, the logit of
+    the token said minus that of the token not said. Call it inside `capture.undisturbed`.
+    """
+    if other := outside(lab, run):
+        return other.target_score(targets)
+    inputs = lab.inputs(run)
+    pixels = inputs.pop("pixel_values")
+    at = predicting_rows(targets)
+    keep = torch.tensor(at, device=inputs["input_ids"].device)
+
+    def score(batch: Tensor) -> Tensor:
+        repeated = {name: value.expand(len(batch), *value.shape[1:]) for name, value in inputs.items()}
+        logits = lab.model(**repeated, pixel_values=batch, logits_to_keep=keep, use_cache=False).logits
+        return read_scores(logits, at, targets)
+
+    return pixels, score
+
+
+def read_scores(logits: Float[Tensor, "B R V"], at: Sequence[int], targets: Targets) -> Float[Tensor, "B N"]:
+    """Each target's score from the logits at the positions `at`, one row of `logits` each, in float32."""
+    where = {position: i for i, position in enumerate(at)}
+    logprobs = logits.float().log_softmax(-1)
+    columns = []
+    for target in targets:
+        rows = [where[position] for position in target.positions]
+        said = logprobs[:, rows, list(target.token_ids)].sum(1)
+        columns.append(said - logprobs[:, rows, list(target.against_ids)].sum(1) if target.against_ids else said)
+    return torch.stack(columns, 1)

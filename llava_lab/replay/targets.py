@@ -1,0 +1,74 @@
+"""From what a user types to predicting positions: words, tokens, the whole answer, contrasts.
+
+A contrast ("red" and not "blue") needs the tokenizer: the word in the answer is replaced, and the
+first token that differs is where the model chose. `Run.target` resolves everything else without a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
+
+from llava_lab.errors import TargetError
+from llava_lab.models.text import decode
+from llava_lab.remote.black_box import BlackBox
+from llava_lab.results import Run, Target, Word
+
+if TYPE_CHECKING:
+    from llava_lab.models import Lab
+
+Wanted = str | int | Word | Target | tuple[str, str] | Sequence[Any] | None
+
+
+def resolve_targets(lab: Lab | BlackBox, run: Run, target: Wanted = None) -> tuple[Target, ...]:
+    """Everything `target` names, as predicting positions.
+
+    None or ``"answer"`` is the whole answer, ``"words"`` each word, an int an answer token, a str a
+    word, a tuple of two str their contrast (the first must be in the answer); a list is several.
+
+    Raises TargetError when something is not in the answer.
+    """
+    if isinstance(target, str) and target == "words":
+        found = run.word_targets()
+    elif _is_pair(target):
+        found = (_contrast(lab, run, *target),)  # type: ignore[misc]
+    elif isinstance(target, (list, tuple)):
+        found = tuple(one for item in target for one in resolve_targets(lab, run, item))
+    else:
+        plain = int(target) if isinstance(target, Integral) and not isinstance(target, bool) else target
+        found = (run.target(plain),)  # type: ignore[arg-type]
+    if not found or any(not one.positions for one in found):
+        raise TargetError("expected something to explain, got an empty answer or an empty list of targets")
+    start, stop = run.segments["answer"]
+    for one in found:
+        if not all(start - 1 <= position < stop - 1 for position in one.positions):
+            raise TargetError(f"target {one.text!r} points outside the answer; was it made from another run?")
+    return found
+
+
+def _is_pair(target: Any) -> bool:
+    return isinstance(target, tuple) and len(target) == 2 and all(isinstance(word, str) for word in target)
+
+
+def _contrast(lab: Lab | BlackBox, run: Run, said: str, instead: str) -> Target:
+    """The first token where the answer with `said` and the answer with `instead` part ways."""
+    if isinstance(lab, BlackBox):
+        return lab.contrast(run, said, instead)
+    word = run.word(said)
+    if said.casefold() == instead.casefold():
+        raise TargetError(f"a contrast needs two different words, got {said!r} twice")
+    tokenizer = lab.tokenizer
+    start, stop = run.segments["answer"]
+    ids = [int(i) for i in run.token_ids[start:stop]]
+    text, before = decode(tokenizer, ids), decode(tokenizer, ids[: word.start - start])
+    at = text.casefold().find(said.casefold(), len(before.rstrip()))
+    spelt = text[at : at + len(said)] if at >= 0 else said
+    if spelt[:1].isupper() and instead[:1].islower():
+        instead = instead[:1].upper() + instead[1:]
+    changed = text[:at] + instead + text[at + len(said) :]
+    kept, other = (tokenizer.encode(one, add_special_tokens=False) for one in (text, changed))
+    first = next((i for i, (one, two) in enumerate(zip(kept, other, strict=False)) if one != two), None)
+    if at < 0 or first is None or kept[: first + 1] != ids[: first + 1]:
+        raise TargetError(f"cannot put {instead!r} in the place of {said!r}: the tokenizer splits this answer differently")
+    return Target("contrast", f"{spelt}, not {instead}", (start + first - 1,), (ids[first],), (other[first],))

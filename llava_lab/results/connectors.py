@@ -1,0 +1,347 @@
+"""What is found out about a connector, as frozen dataclasses over numpy arrays; each is one ``.npz`` file.
+
+They load without torch and without the model. Every score stands beside its controls: the mean vector, shuffled tokens,
+a random map of the same size, and the features themselves where the widths allow it.
+
+What came of training connectors side by side: every answer of every run, and what may be concluded from them.
+
+An *arm* is a connector under one condition: a budget (equal samples, or equal floating-point operations) with or
+without stage 1. All arms of a seed read the same data in the same order and answer the same questions. It loads
+without torch and without the models.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+
+from llava_lab.errors import DataError, OptionError
+from llava_lab.results.save import Saved
+
+
+@dataclass(frozen=True)
+class Linearized(Saved):
+    """The best linear stand-in for a connector, fitted on some pictures and scored on others.
+
+    Scores are over the held-out pictures' tokens. R^2 is 1 - squared error / squared distance from the training mean:
+    1 is perfect, 0 as good as the mean vector, below 0 worse.
+    """
+
+    KIND: ClassVar[str] = "linearized connector"
+
+    weight: np.ndarray  # float32 (D, F), of rank `rank`; out = weight @ feature + bias
+    bias: np.ndarray  # float32 (D,)
+    full: np.ndarray  # float32 (D, F), the fit before it was cut to a rank
+    directions: np.ndarray  # float32 (D, K), orthonormal; the outputs the fit varies along, most first
+    feature_mean: np.ndarray  # float64 (F,), over the training tokens
+    output_mean: np.ndarray  # float64 (D,)
+    rank: int  # 1 .. K
+    ranks: tuple[int, ...]  # where the curve was measured, rising; the last is K
+    rank_r2: np.ndarray  # float64 (ranks,), R^2 of each rank
+    r2: float  # of the full fit
+    r2_interval: tuple[float, float]  # 95%, resampling held-out pictures
+    token_r2: np.ndarray  # float32 (rows, cols), R^2 of the full fit at each place of the grid
+    variants: tuple[str, ...]  # "linear" and the controls
+    variant_r2: np.ndarray  # float64 (variants,)
+    cosine: np.ndarray  # float64 (variants,), mean over tokens, -1 to 1
+    norm_error: np.ndarray  # float64 (variants,), mean of | |fit| - |output| | / |output|
+    train_r2: float  # on the pictures it was fitted to
+    ridge: float  # penalty, times the mean feature variance
+    pictures: tuple[int, int]  # training, held out
+    tokens: tuple[int, int]
+    connector: str
+    language: str  # fingerprint of the language model it stands before
+    vision: str  # fingerprint of the vision tower
+    model: str
+    fingerprint: str
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.weight.shape != self.full.shape or self.bias.shape != self.weight.shape[:1]:
+            raise DataError(f"expected weight (D, F) and bias (D,), got {self.weight.shape} and {self.bias.shape}")
+
+    @property
+    def beside(self) -> dict[str, str]:
+        """The models it was fitted between; `llava_lab.connector` warns where they are others."""
+        return {"language": self.language, "vision": self.vision}
+
+    @property
+    def limit(self) -> int:
+        """The largest rank there is."""
+        return self.directions.shape[1]
+
+    def at_rank(self, rank: int) -> Linearized:
+        """The same fit cut to the `rank` output directions it varies along most (reduced-rank regression).
+
+        Raises OptionError outside 1 .. `limit`.
+        """
+        if not 1 <= rank <= self.limit:
+            raise OptionError(f"rank must be from 1 to {self.limit}, got {rank}")
+        if rank == self.limit:
+            weight = self.full.astype(np.float64)
+        else:
+            kept = self.directions[:, :rank].astype(np.float64)
+            weight = kept @ (kept.T @ self.full.astype(np.float64))
+        bias = self.output_mean - weight @ self.feature_mean
+        return replace(self, weight=weight.astype(np.float32), bias=bias.astype(np.float32), rank=rank)
+
+
+@dataclass(frozen=True)
+class LocalLinearity(Saved):
+    """How far a connector is from a straight line where its inputs lie."""
+
+    KIND: ClassVar[str] = "local linearity"
+
+    cosine: np.ndarray  # float64 (tokens,), between the Jacobian and the fit as flat vectors, -1 to 1
+    distance: np.ndarray  # float64 (tokens,), |Jacobian - fit| / |fit|, Frobenius
+    random_cosine: np.ndarray  # float64 (tokens,), the same against a random map of the fit's size: the control
+    units: int  # GELU units, 0 where there are none
+    open_share: float  # of all units and tokens: slope within `tolerance` of 1
+    shut_share: float  # slope within `tolerance` of 0
+    bent_share: float  # neither: where the unit is not a line
+    straight_units: float  # share of units whose output is a line of their input over all tokens, R^2 of 0.99 and more
+    unit_r2: np.ndarray  # float32 (units,), that R^2; a unit that never moves counts as 1
+    tolerance: float
+    tokens: int  # tokens the GELU shares were counted on
+    model: str
+    fingerprint: str
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LinearEffect(Saved):
+    """What plugging in a stand-in does to the answers, by question type; the first type is "all".
+
+    Differences are stand-in minus original. Intervals are 95% and resample pictures; an answer is flipped when its text
+    is another.
+    """
+
+    KIND: ClassVar[str] = "effect of a linear connector"
+
+    variants: tuple[str, ...]  # V: "linear", "rank k", then controls
+    types: tuple[str, ...]  # T, the first is "all"
+    kl: np.ndarray  # float64 (V, T), nats, mean KL(original || variant) over the answer's tokens, 0 and up
+    kl_interval: np.ndarray  # float64 (V, T, 2)
+    flipped: np.ndarray  # float64 (V, T), share 0 to 1
+    flipped_interval: np.ndarray  # float64 (V, T, 2)
+    accuracy_change: np.ndarray  # float64 (V, T), -1 to 1, paired by question
+    accuracy_interval: np.ndarray  # float64 (V, T, 2)
+    original_accuracy: np.ndarray  # float64 (T,)
+    questions: np.ndarray  # int64 (T,)
+    pictures: int
+    data: str
+    split: str
+    seed: int
+    model: str
+    fingerprint: str
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+    def row(self, variant: str, type: str = "all") -> dict[str, float | tuple[float, float]]:  # noqa: A002
+        """One cell with its intervals. Raises OptionError for a variant or a type that was not measured."""
+        if variant not in self.variants or type not in self.types:
+            raise OptionError(
+                f"expected one of {', '.join(self.variants)} and one of {', '.join(self.types)}, got {variant}, {type}"
+            )
+        at = self.variants.index(variant), self.types.index(type)
+        found: dict[str, float | tuple[float, float]] = {}
+        for name, interval in (
+            ("kl", self.kl_interval),
+            ("flipped", self.flipped_interval),
+            ("accuracy_change", self.accuracy_interval),
+        ):
+            found[name] = float(getattr(self, name)[at])
+            found[f"{name}_interval"] = (float(interval[at][0]), float(interval[at][1]))
+        return found
+
+
+ALL = "all"
+WORDS = {1: "better", -1: "worse", 0: "not distinguishable"}
+MANY = 10_000  # seeds or pictures beyond which a number says nothing
+
+
+@dataclass(frozen=True)
+class Ablation(Saved):
+    """Connectors compared. A arms, S seeds, Q questions, N pairs of arms, X splits, T question types (the first is "all").
+
+    Accuracies and differences are shares, 0 to 1 and -1 to 1; a difference is the second arm of a pair minus the first.
+    Cells without questions are NaN.
+    """
+
+    KIND: ClassVar[str] = "connector ablation"
+
+    # arms
+    connectors: tuple[str, ...]  # (A,)
+    budgets: tuple[str, ...]  # (A,), "samples" or "flops"
+    stage1: np.ndarray  # bool (A,), whether the connector was aligned first
+    steps: np.ndarray  # int64 (A, 2), of alignment and of instruction tuning
+    rate: np.ndarray  # float64 (A,), the connector's peak, chosen on validation
+    parameters: np.ndarray  # int64 (A,), the connector's
+    flops: np.ndarray  # float64 (A,), of one run, forward and backward, without the optimiser
+    # the sweep that chose the rates; it never read a test question
+    sweep_rates: np.ndarray  # float64 (R,)
+    sweep_loss: np.ndarray  # float64 (A, R), validation, nats per labelled token
+    sweep_accuracy: np.ndarray  # float64 (A, R), validation
+    # answers
+    seeds: tuple[int, ...]  # (S,)
+    splits: tuple[str, ...]  # (X,)
+    types: tuple[str, ...]  # (T,)
+    right: np.ndarray  # bool (A, S, Q)
+    question_split: np.ndarray  # int64 (Q,), number of its split
+    question_type: np.ndarray  # int64 (Q,), number of its type, from 1
+    question_picture: np.ndarray  # int64 (Q,), number of its picture within the split
+    losses: np.ndarray  # float32 (A, S, steps), of training; NaN after an arm's last step
+    accuracy: np.ndarray  # float64 (A, X, T), mean over seeds
+    accuracy_sd: np.ndarray  # float64 (A, X, T), over seeds
+    accuracy_interval: np.ndarray  # float64 (A, X, T, 2), 95%, resampling pictures
+    questions: np.ndarray  # int64 (X, T)
+    # pairs
+    pairs: np.ndarray  # int64 (N, 2), numbers of arms
+    effect: np.ndarray  # float64 (N, X, T)
+    picture_interval: np.ndarray  # float64 (N, X, T, 2), 95%, resampling pictures; of these models
+    seed_sd: np.ndarray  # float64 (N, X, T), of the differences seed by seed
+    seed_interval: np.ndarray  # float64 (N, X, T, 2), 95%, Student's t over seeds; of a repetition
+    p: np.ndarray  # float64 (N, X, T), two-sided, of that t test
+    p_adjusted: np.ndarray  # float64 (N, X, T), Holm over what is judged together
+    gained: np.ndarray  # int64 (N, X, T), answers that only the second has right, all seeds
+    lost: np.ndarray  # int64 (N, X, T), only the first
+    mcnemar_p: np.ndarray  # float64 (N, X, T), exact, on those; of these models
+    seeds_needed: np.ndarray  # float64 (N, X, T), for this effect at 80% power; infinite for an effect of 0
+    pictures_needed: np.ndarray  # float64 (N, X, T), the same for pictures' noise
+    detectable: np.ndarray  # float64 (N, X, T), smallest true difference that these seeds find at 80% power
+    verdict: np.ndarray  # int64 (N, X, T), 1 better, -1 worse, 0 not distinguishable
+    # about
+    data: str
+    pictures: tuple[int, ...]  # training, validation, then each split's
+    seed: int
+    model: str
+    start: dict[str, str]  # fingerprints of "vision", "language" and "head" that every run starts from
+    recipe: dict[str, Any]
+    seconds: float  # of all runs together
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        expected = (len(self.connectors), len(self.seeds), len(self.question_split))
+        if self.right.shape != expected:
+            raise DataError(f"expected answers (arms, seeds, questions) of {expected}, got {self.right.shape}")
+
+    def arm(self, connector: str, *, budget: str | None = None, stage1: bool | None = None) -> int:
+        """The number of an arm; what is not said is the first there is. Raises OptionError when there is none."""
+        for number, name in enumerate(self.connectors):
+            if (
+                name == connector
+                and budget in (None, self.budgets[number])
+                and stage1 in (None, bool(self.stage1[number]))
+            ):  # fmt: skip
+                return number
+        there = ", ".join(self.label(number) for number in range(len(self.connectors)))
+        raise OptionError(f"no arm {connector!r} with budget {budget or 'any'} and stage1 {stage1}; there are {there}")
+
+    def label(self, arm: int) -> str:
+        """An arm in words."""
+        return f"{self.connectors[arm]} ({self.budgets[arm]}, {'with' if self.stage1[arm] else 'without'} stage 1)"
+
+    def row(
+        self,
+        second: str,
+        first: str,
+        *,
+        budget: str | None = None,
+        stage1: bool | None = None,
+        split: str | None = None,
+        type: str = ALL,  # noqa: A002
+    ) -> dict[str, Any]:
+        """One comparison, `second` minus `first`, with all that is known of it. Raises OptionError for what was not compared."""
+        of_first = self.arm(first, budget=budget, stage1=stage1)
+        of_second = self.arm(second, budget=self.budgets[of_first], stage1=bool(self.stage1[of_first]))
+        x, y = self._place(split, type)
+        for number, pair in enumerate(self.pairs.tolist()):
+            if pair == [of_first, of_second]:
+                return self._cell(number, x, y)
+            if pair == [of_second, of_first]:
+                return _turned(self._cell(number, x, y), self.label(of_first), self.label(of_second))
+        raise OptionError(f"{self.label(of_first)} and {self.label(of_second)} were not compared")
+
+    def rows(self, *, split: str | None = None, type: str = ALL) -> list[dict[str, Any]]:  # noqa: A002
+        """Every pair on one split and question type."""
+        x, y = self._place(split, type)
+        return [self._cell(number, x, y) for number in range(len(self.pairs))]
+
+    def scores(self, *, split: str | None = None) -> list[dict[str, Any]]:
+        """Every arm on one split: accuracy with its interval and spread over seeds, and by question type."""
+        x, _ = self._place(split, ALL)
+        return [
+            {
+                "connector": name,
+                "budget": self.budgets[arm],
+                "stage1": bool(self.stage1[arm]),
+                "parameters": int(self.parameters[arm]),
+                "rate": float(self.rate[arm]),
+                "steps": self.steps[arm].tolist(),
+                "flops": float(self.flops[arm]),
+                "accuracy": float(self.accuracy[arm, x, 0]),
+                "interval": tuple(self.accuracy_interval[arm, x, 0].tolist()),
+                "sd": float(self.accuracy_sd[arm, x, 0]),
+                "by_type": dict(zip(self.types[1:], self.accuracy[arm, x, 1:].tolist(), strict=True)),
+            }
+            for arm, name in enumerate(self.connectors)
+        ]
+
+    def _place(self, split: str | None, type: str) -> tuple[int, int]:  # noqa: A002
+        split = self.splits[0] if split is None else split
+        if split not in self.splits or type not in self.types:
+            raise OptionError(f"expected one of {', '.join(self.splits)} and one of {', '.join(self.types)}, got {split}, {type}")
+        return self.splits.index(split), self.types.index(type)
+
+    def _cell(self, pair: int, x: int, y: int) -> dict[str, Any]:
+        first, second = self.pairs[pair].tolist()
+        names = ("effect", "seed_sd", "p", "p_adjusted", "mcnemar_p", "seeds_needed", "pictures_needed", "detectable")
+        found: dict[str, Any] = {name: float(getattr(self, name)[pair, x, y]) for name in names}
+        found |= {name: int(getattr(self, name)[pair, x, y]) for name in ("gained", "lost")}
+        found |= {name: tuple(getattr(self, name)[pair, x, y].tolist()) for name in ("picture_interval", "seed_interval")}
+        found |= {"first": self.label(first), "second": self.label(second), "split": self.splits[x], "type": self.types[y]}
+        found |= {"verdict": WORDS[int(self.verdict[pair, x, y])], "seeds": len(self.seeds)}
+        return found | {"text": in_words(found)}
+
+
+def in_words(row: dict[str, Any]) -> str:
+    """A comparison as one sentence: the verdict, the effect beside the spread, and what would tell."""
+    low, high = row["seed_interval"]
+    said = (
+        f"{100 * row['effect']:+.2f} points [{100 * low:+.2f}, {100 * high:+.2f}], "
+        f"spread of the difference over {row['seeds']} seeds {100 * row['seed_sd']:.2f}"
+    )
+    if row["verdict"] != WORDS[0]:
+        return f"{row['second']} is {row['verdict']} than {row['first']}: {said}"
+    return f"{row['second']} is {WORDS[0]} from {row['first']}: {said}; {_what_would_tell(row)}"
+
+
+def _what_would_tell(row: dict[str, Any]) -> str:
+    if row["effect"] == 0:
+        return "the difference is 0, which no number of seeds tells from nothing"
+    seeds, pictures = row["seeds_needed"], row["pictures_needed"]
+    text = f"if it is real, {_number(seeds)} seeds would tell"
+    low, high = row["picture_interval"]
+    if low <= 0 <= high:
+        text += f", and {_number(pictures)} pictures"
+    return f"{text}; these {row['seeds']} find {100 * row['detectable']:.2f} points or more"
+
+
+def _number(value: float) -> str:
+    return f"about {value:,.0f}" if math.isfinite(value) and value <= MANY else f"more than {MANY:,}"
+
+
+def _turned(row: dict[str, Any], first: str, second: str) -> dict[str, Any]:
+    """The same comparison seen from the other side."""
+    turned = dict(row) | {"first": first, "second": second, "effect": -row["effect"]}
+    turned |= {"gained": row["lost"], "lost": row["gained"]}
+    for name in ("picture_interval", "seed_interval"):
+        low, high = row[name]
+        turned[name] = (-high, -low)
+    turned["verdict"] = {WORDS[1]: WORDS[-1], WORDS[-1]: WORDS[1]}.get(row["verdict"], row["verdict"])
+    return turned | {"text": in_words(turned)}

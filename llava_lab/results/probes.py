@@ -1,0 +1,295 @@
+"""What the probes find, as frozen dataclasses over numpy arrays; each is one ``.npz`` file and loads without a model.
+
+A state l is the residual stream after l language layers; state 0 is what the projector gives.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from llava_lab.errors import DataError, OptionError
+from llava_lab.geometry import PictureMap
+from llava_lab.results.save import Saved
+
+LEVEL = 0.95  # of every interval here
+RESAMPLES = 2000  # of pictures, for an interval
+
+
+@dataclass(frozen=True)
+class LogitLens(Saved):
+    """What each image token would say at each state, if the model stopped there."""
+
+    KIND: ClassVar[str] = "logit lens"
+
+    states: tuple[int, ...]  # S of 0 .. layers
+    top_ids: np.ndarray  # int32 (S, P, top), likeliest first
+    top_probs: np.ndarray  # float32 (S, P, top), 0 to 1
+    entropy: np.ndarray  # float32 (S, P), nats, 0 to log(vocabulary)
+    words: tuple[str, ...]  # the N chosen words
+    word_ids: tuple[int, ...]  # the token each is read as
+    ranks: np.ndarray  # int32 (S, P, N), 1 is the likeliest of the vocabulary
+    probs: np.ndarray  # float32 (S, P, N), 0 to 1
+    piece_ids: np.ndarray  # int32, every token that occurs in `top_ids`, sorted
+    pieces: tuple[str, ...]  # its text
+    vocabulary: int
+    map: PictureMap
+    model: str
+    fingerprint: str
+    seconds: float
+    tuned: bool = False  # each state went through its own trained affine first
+    notes: tuple[str, ...] = ()
+
+    def at(self, state: int, row: int, col: int) -> list[tuple[str, float]]:
+        """The top words of one patch at one state, as (text, probability), likeliest first."""
+        number, patch = _state(self.states, state), _patch(self.map, row, col)
+        found = np.searchsorted(self.piece_ids, self.top_ids[number, patch])
+        return [(self.pieces[i], float(p)) for i, p in zip(found, self.top_probs[number, patch], strict=True)]
+
+    def rank_of(self, word: str) -> np.ndarray:
+        """Rank of a chosen word, int32 (states, rows, cols)."""
+        return self.ranks[:, :, _word(self.words, word)].reshape(-1, self.map.rows, self.map.cols)
+
+
+@dataclass(frozen=True)
+class WordActivation(Saved):
+    """How probable chosen words are at every patch and state."""
+
+    KIND: ClassVar[str] = "word activation"
+
+    values: np.ndarray  # float32 (words, states, rows, cols), probability 0 to 1
+    words: tuple[str, ...]
+    word_ids: tuple[int, ...]
+    states: tuple[int, ...]
+    map: PictureMap
+    model: str
+    fingerprint: str
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def confidence(self) -> np.ndarray:
+        """The highest probability over patches and states, float32 (words,): vl-interp's internal confidence."""
+        return self.values.max((1, 2, 3))
+
+    def peak(self, word: str) -> tuple[int, int, int]:
+        """(state, row, col) where `word` is most probable."""
+        number = _word(self.words, word)
+        state, row, col = np.unravel_index(int(self.values[number].argmax()), self.values[number].shape)
+        return self.states[int(state)], int(row), int(col)
+
+
+@dataclass(frozen=True)
+class HallucinationCheck(Saved):
+    """Whether words for what is in the picture light up more than words for what is not."""
+
+    KIND: ClassVar[str] = "hallucination check"
+
+    words: tuple[str, ...]  # every word asked, picture by picture
+    picture: np.ndarray  # int32 (words,), which picture it was asked of
+    present: np.ndarray  # bool (words,), whether it is there
+    confidence: np.ndarray  # float32 (words,), highest probability over patches and states
+    auc: float  # chance that a present word of any picture beats an absent one; 0.5 says nothing
+    low: float  # interval by resampling pictures
+    high: float
+    model: str
+    fingerprint: str
+    interrupted: bool = False
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class NamingShare(Saved):
+    """How often image tokens name what they show, by state, beside two controls."""
+
+    KIND: ClassVar[str] = "naming share"
+    GROUPS: ClassVar[tuple[str, ...]] = ("object", "background", "shuffled")
+    WHAT: ClassVar[tuple[str, ...]] = ("kind", "color", "either")
+
+    states: tuple[int, ...]  # S
+    share: np.ndarray  # float32 (groups, what, S), 0 to 1, pooled over patches
+    interval: np.ndarray  # float32 (groups, what, S, 2), resampling pictures
+    patches: tuple[int, ...]  # of each group
+    top: int  # words looked at
+    split: str
+    pictures: int
+    model: str
+    fingerprint: str
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+    def of(self, group: str, what: str = "either") -> np.ndarray:
+        """Shares by state, float32 (S,). Raises OptionError for an unknown group or `what`."""
+        if group not in self.GROUPS or what not in self.WHAT:
+            raise OptionError(f"expected one of {', '.join(self.GROUPS)} and of {', '.join(self.WHAT)}, got {group!r}, {what!r}")
+        return self.share[self.GROUPS.index(group), self.WHAT.index(what)]
+
+    def table(self) -> str:
+        """Text: a row for each state, objects beside background and shuffled pictures, in percent."""
+        lines = ["state  kind of its thing  its color  either (95%)          background  shuffled"]
+        for i, state in enumerate(self.states):
+            kind, color, either = self.share[0, :, i]
+            low, high = self.interval[0, 2, i]
+            rest = f"{self.share[1, 2, i]:10.1%}  {self.share[2, 2, i]:8.1%}"
+            lines.append(f"{state:5d}  {kind:17.1%}  {color:9.1%}  {either:6.1%} ({low:.1%} to {high:.1%})  {rest}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class NearestWords(Saved):
+    """The words of the vocabulary each projected image token points nearest to."""
+
+    KIND: ClassVar[str] = "nearest words"
+
+    top_ids: np.ndarray  # int32 (P, top), nearest first
+    cosines: np.ndarray  # float32 (P, top), -1 to 1
+    piece_ids: np.ndarray  # int32, every token of `top_ids`, sorted
+    pieces: tuple[str, ...]
+    norms: np.ndarray  # float32 (P,), of the token as the projector gives it
+    readable: np.ndarray  # bool (P,), whether the nearest token is a whole word
+    random_shares: np.ndarray  # float32 (draws,), the same share for random vectors of the same entries
+    random_cosines: np.ndarray  # float32 (draws,), their mean nearest cosine
+    vocabulary_share: float  # of all the tokens compared with, how many are whole words
+    common_direction: float  # squared length of the mean unit vector of the vocabulary as given; 1: all point one way
+    space: str  # "input" | "output"
+    centered: bool
+    map: PictureMap
+    model: str
+    fingerprint: str
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def readable_share(self) -> float:
+        """Share of patches whose nearest token is a whole word, to be read beside `random_shares`."""
+        return float(self.readable.mean())
+
+    def at(self, row: int, col: int) -> list[tuple[str, float]]:
+        """The nearest words of one patch, as (text, cosine)."""
+        patch = _patch(self.map, row, col)
+        found = np.searchsorted(self.piece_ids, self.top_ids[patch])
+        return [(self.pieces[i], float(c)) for i, c in zip(found, self.cosines[patch], strict=True)]
+
+
+@dataclass(frozen=True)
+class ProbeScores(Saved):
+    """How well a linear probe reads a label at each stage, at the stage's own width and at a width common to all."""
+
+    KIND: ClassVar[str] = "probe scores"
+    WIDTHS: ClassVar[tuple[str, ...]] = ("own", "matched")
+
+    stages: tuple[str, ...]  # S of "before", "after", "layer l"
+    right: np.ndarray  # float32 (S, 2, pictures), share of each test picture's labels read right; last but one: own, matched
+    counts: np.ndarray  # int32 (pictures,), labels of each picture
+    shuffled: np.ndarray  # float32 (S, 2, draws), accuracy when labels were shuffled before anything was fitted
+    majority: float  # accuracy of always saying the training pictures' commonest label
+    widths: np.ndarray  # int32 (S, 2), dimensions used
+    classes: tuple[str, ...]
+    per: str  # "patch" | "picture": what one label is about
+    folds: int
+    seed: int
+    model: str
+    fingerprint: str
+    interrupted: bool = False
+    notes: tuple[str, ...] = ()
+
+    @property
+    def accuracy(self) -> np.ndarray:
+        """Share read right of all held-out labels, float64 (stages, 2)."""
+        return self._mean(self.right)
+
+    @property
+    def selectivity(self) -> np.ndarray:
+        """Accuracy less what the same probe reaches with shuffled labels, (stages, 2)."""
+        return self.accuracy - self.shuffled.mean(-1)
+
+    @property
+    def interval(self) -> np.ndarray:
+        """95% interval of the accuracy by resampling pictures, (stages, 2, low and high)."""
+        return self._interval(self.right)
+
+    def difference(self, first: str, second: str, *, width: str = "matched") -> tuple[float, float, float]:
+        """Accuracy at `second` less that at `first` on the same pictures: (difference, low, high) with a paired interval."""
+        for stage in (first, second):
+            if stage not in self.stages:
+                raise OptionError(f"stage must be one of {', '.join(self.stages)}, got {stage!r}")
+        if width not in self.WIDTHS:
+            raise OptionError(f"width must be one of {', '.join(self.WIDTHS)}, got {width!r}")
+        at = self.WIDTHS.index(width)
+        delta = self.right[self.stages.index(second), at] - self.right[self.stages.index(first), at]
+        low, high = self._interval(delta)
+        return float(self._mean(delta)), float(low), float(high)
+
+    def verdict(self, first: str = "before", second: str = "after") -> str:
+        """``adds``, ``loses`` or ``no difference shown`` between two stages at equal width."""
+        _, low, high = self.difference(first, second)
+        return "adds" if low > 0 else "loses" if high < 0 else "no difference shown"
+
+    def _mean(self, right: np.ndarray) -> np.ndarray:
+        return right.astype(np.float64) @ self.counts / self.counts.sum()
+
+    def _interval(self, right: np.ndarray) -> np.ndarray:
+        rng = np.random.default_rng(self.seed)
+        drawn = rng.multinomial(len(self.counts), np.full(len(self.counts), 1 / len(self.counts)), RESAMPLES) * self.counts
+        means = (right.astype(np.float64) @ drawn.T) / np.maximum(drawn.sum(1), 1)
+        return np.stack([np.quantile(means, edge, axis=-1) for edge in ((1 - LEVEL) / 2, (1 + LEVEL) / 2)], -1)
+
+
+@dataclass(frozen=True)
+class TokenGeometry(Saved):
+    """The shape of the cloud of image tokens at each stage; each table beside that of the same model with shuffled weights."""
+
+    KIND: ClassVar[str] = "token geometry"
+    MEASURES: ClassVar[tuple[str, ...]] = ("norm", "effective rank", "anisotropy", "modality gap", "position")
+
+    stages: tuple[str, ...]
+    table: np.ndarray  # float32 (S, measures); not a number where a measure has no meaning
+    control: np.ndarray  # the same with every weight of tower, connector and layers shuffled
+    cka: np.ndarray  # float32 (S, S), linear CKA between stages, 0 to 1
+    control_cka: np.ndarray
+    overlap: np.ndarray  # float32 (S, S), share of nearest neighbours in common, 0 to 1
+    control_overlap: np.ndarray
+    norms: np.ndarray  # float32 (S, pictures, P)
+    sinks: np.ndarray  # bool (S, pictures, P), tokens whose norm is an outlier among their own picture's
+    neighbours: int
+    chance_overlap: float  # of random neighbours
+    chance_position: float  # accuracy of guessing a patch's place
+    rows: int
+    cols: int
+    pictures: int
+    seed: int
+    model: str
+    fingerprint: str
+    interrupted: bool = False
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        want = (len(self.stages), len(self.MEASURES))
+        if self.table.shape != want:
+            raise DataError(f"the table must be {want} (stages, measures), got {self.table.shape}")
+
+    def measure(self, name: str, *, control: bool = False) -> np.ndarray:
+        """One measure over the stages, float32 (S,)."""
+        if name not in self.MEASURES:
+            raise OptionError(f"measure must be one of {', '.join(self.MEASURES)}, got {name!r}")
+        return (self.control if control else self.table)[:, self.MEASURES.index(name)]
+
+
+def _state(states: tuple[int, ...], state: int) -> int:
+    if state not in states:
+        raise OptionError(f"this lens read states {states[0]} to {states[-1]}, got {state}")
+    return states.index(state)
+
+
+def _patch(grid: PictureMap, row: int, col: int) -> int:
+    if not (0 <= row < grid.rows and 0 <= col < grid.cols):
+        raise OptionError(f"patches lie in a {grid.rows}x{grid.cols} grid, counted from 0; got row {row}, column {col}")
+    return row * grid.cols + col
+
+
+def _word(words: tuple[str, ...], word: str) -> int:
+    if word not in words:
+        raise OptionError(f"word must be one that was asked for: {', '.join(words) or 'none was'}; got {word!r}")
+    return words.index(word)

@@ -1,0 +1,287 @@
+"""Maps as rankings: the order of their patches, how far two orders agree, how well one finds a set. Numpy only.
+
+Ties are never broken by position, which would favour the top left: an order shuffles them by a seed, and
+the measures count them as half.
+
+Scores and their intervals. Questions about one picture are not independent, so pictures are resampled.
+
+Sources: Wilson, JASA 1927 (score interval); Field and Welsh, JRSS-B 2007 (cluster bootstrap).
+
+What may be said of trained connectors: paired differences, their two kinds of noise, and how much more would tell.
+
+Two things vary. Other pictures would give other scores: pictures are resampled, whole, the same ones for both sides.
+Another seed would give another model: the differences seed by seed have a spread, and Student's t on them says what a
+repetition of the training would give. A verdict needs both. McNemar's test on the pooled answers speaks of these very
+models only, so it stands beside the verdict and does not decide it.
+
+Sources: Field and Welsh, JRSS-B 2007 (cluster bootstrap); McNemar, Psychometrika 1947, exact form; Holm, Scand. J.
+Statist. 1979; Guenther, Am. Statistician 1981 (sample size of a t test).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import binomtest, norm, t
+
+from llava_lab.errors import DataError, OptionError
+
+
+def best_first(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Indices of `values` (P,), highest first, ties in random order."""
+    return np.lexsort((rng.permutation(len(values)), -values))
+
+
+def average_ranks(values: np.ndarray) -> np.ndarray:
+    """Rank of each value, 1 the lowest; equal values share the mean of their ranks."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = counts.cumsum()
+    return (last - (counts - 1) / 2)[inverse]
+
+
+def spearman(one: np.ndarray, two: np.ndarray) -> float:
+    """Rank correlation; NaN when a map is flat."""
+    a, b = (average_ranks(values) - (len(values) + 1) / 2 for values in (one, two))
+    size = float(np.sqrt((a @ a) * (b @ b)))
+    return float(a @ b) / size if size else float("nan")
+
+
+def top_overlap(one: np.ndarray, two: np.ndarray, k: int) -> float:
+    """Share of the `k` highest in common. A patch tied at the edge counts by its chance of being among them."""
+    return float(_membership(one, k) @ _membership(two, k)) / k
+
+
+def roc_auc(values: np.ndarray, inside: np.ndarray) -> float:
+    """Chance that a value inside (bool) is above one outside, ties half; NaN when one of the two is empty."""
+    yes, no = int(inside.sum()), int((~inside).sum())
+    if not yes or not no:
+        return float("nan")
+    return float(average_ranks(values)[inside].sum() - yes * (yes + 1) / 2) / (yes * no)
+
+
+def iou(values: np.ndarray, inside: np.ndarray) -> float:
+    """Intersection over union of `inside` (bool) and as many of the highest values; NaN when it is empty."""
+    size = int(inside.sum())
+    if not size:
+        return float("nan")
+    common = float(_membership(values, size)[inside].sum())
+    return common / (2 * size - common)
+
+
+def _membership(values: np.ndarray, k: int) -> np.ndarray:
+    """Chance of each value to be among the `k` highest when ties are drawn by lot; sums to k."""
+    edge = np.sort(values)[-k]
+    above, tied = values > edge, values == edge
+    return above + tied * ((k - above.sum()) / tied.sum())
+
+
+RESAMPLES = 2000
+LEVEL = 0.95
+Z = 1.959963984540054  # two-sided 95% of the normal distribution
+
+
+def exact_match(answer: str, expected: str) -> bool:
+    """Equal after trimming outer white space; case and punctuation count."""
+    return answer.strip() == expected.strip()
+
+
+NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
+
+def normalised(answer: str) -> str:
+    """Lower case, one space between words, no final full stop, no articles (a, an, the), numbers 0 to 10 as words, none is no."""
+    words = answer.lower().strip().rstrip(".").split()
+    named = [NUMBER_WORDS[int(word)] if word.isdecimal() and int(word) <= 10 else word for word in words]
+    return " ".join("no" if word in ("zero", "none") else word for word in named if word not in ("a", "an", "the"))
+
+
+def same_answer(answer: str, expected: str) -> bool:
+    """Equal after `normalised`."""
+    return normalised(answer) == normalised(expected)
+
+
+def wilson(right: int, total: int) -> tuple[float, float]:
+    """95% score interval of a proportion, sound also at 0 and 1."""
+    if total < 1:
+        raise OptionError(f"an interval needs at least one case, got {total}")
+    share = right / total
+    centre = (share + Z**2 / (2 * total)) / (1 + Z**2 / total)
+    half = Z / (1 + Z**2 / total) * math.sqrt(share * (1 - share) / total + Z**2 / (4 * total**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def cluster_interval(right: np.ndarray, cluster: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
+    """95% percentile interval of the mean of `right`, resampling whole clusters (pictures).
+
+    right (n,) bool, cluster (n,) labels. Where all are right or all wrong the bootstrap has no
+    spread; Wilson's interval over the number of clusters stands in.
+    """
+    if right.shape != cluster.shape or right.ndim != 1 or not len(right):
+        raise OptionError(f"right and cluster must be equally long and not empty, got {right.shape} and {cluster.shape}")
+    _, index = np.unique(cluster, return_inverse=True)
+    n = int(index.max()) + 1
+    if right.all() or not right.any():
+        return wilson(n if right.all() else 0, n)
+    hits = np.bincount(index, right.astype(float), n)
+    sizes = np.bincount(index, minlength=n)
+    drawn = np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
+    means = hits[drawn].sum(1) / sizes[drawn].sum(1)
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+ALPHA = 0.05
+POWER = 0.8
+
+FIELDS = ("effect", "picture_interval", "seed_sd", "seed_interval", "p", "p_adjusted", "gained", "lost", "mcnemar_p",
+          "seeds_needed", "pictures_needed", "detectable")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Where each of Q questions belongs."""
+
+    split: np.ndarray  # int64 (Q,), 0 .. splits - 1
+    kind: np.ndarray  # int64 (Q,), 1 .. types - 1; type 0 is all of them
+    pictures: np.ndarray  # int64 (Q,), labels within the split
+    splits: int
+    types: int
+
+    def cells(self) -> Iterator[tuple[int, int, np.ndarray]]:
+        """(split, type, which questions) wherever there are any."""
+        for x in range(self.splits):
+            for y in range(self.types):
+                asked = (self.split == x) & ((self.kind == y) | (y == 0))
+                if asked.any():
+                    yield x, y, asked
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Two-sided exact p of answers that one side alone has right: (only second, only first). 1 when there are none."""
+    if min(gained, lost) < 0:
+        raise DataError(f"counts of answers must be 0 or more, got {gained} and {lost}")
+    return 1.0 if gained + lost == 0 else float(binomtest(gained, gained + lost, 0.5).pvalue)
+
+
+def seeds_needed(effect: float, sd: float) -> float:
+    """Seeds until a paired t test (5%, two-sided) finds this effect four times of five; infinite for an effect of 0.
+
+    ``(z_0.975 + z_0.8)^2 sd^2 / effect^2 + z_0.975^2 / 2``, rounded up, 2 at least.
+    """
+    if not math.isfinite(effect) or not math.isfinite(sd):
+        return math.nan
+    if effect == 0:
+        return math.inf
+    both, one = norm.ppf(1 - ALPHA / 2) + norm.ppf(POWER), norm.ppf(1 - ALPHA / 2)
+    return float(max(2, math.ceil((both * sd / effect) ** 2 + one**2 / 2)))
+
+
+def detectable(sd: float, seeds: int) -> float:
+    """The smallest true difference that so many seeds find four times of five, given the spread of the differences."""
+    return float((t.ppf(1 - ALPHA / 2, seeds - 1) + t.ppf(POWER, seeds - 1)) * sd / math.sqrt(seeds))
+
+
+def paired_t(differences: np.ndarray) -> tuple[float, tuple[float, float]]:
+    """(two-sided p, 95% interval of the mean) of one difference per seed, (S,) with S of 2 or more."""
+    count, mean, sd = len(differences), float(differences.mean()), float(differences.std(ddof=1))
+    if sd < 1e-12:  # every seed says the same: no spread to go by, so the sign test
+        return (1.0 if abs(mean) < 1e-12 else 2 * 0.5**count), (mean, mean)
+    error = sd / math.sqrt(count)
+    half = float(t.ppf(1 - ALPHA / 2, count - 1)) * error
+    return float(2 * t.sf(abs(mean) / error, count - 1)), (mean - half, mean + half)
+
+
+def holm(p: np.ndarray) -> np.ndarray:
+    """p values of one family, adjusted so that the chance of any false finding stays at its level."""
+    order = np.argsort(p, kind="stable")
+    raised = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    found = np.empty(len(p))
+    found[order] = np.minimum(1.0, raised)
+    return found
+
+
+def resampled(values: np.ndarray, pictures: np.ndarray, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """95% percentile intervals (N, 2) and standard errors (N,) of the means of rows (N, Q), resampling whole pictures."""
+    _, index = np.unique(pictures, return_inverse=True)
+    count = int(index.max()) + 1
+    sums = np.stack([np.bincount(index, row, count) for row in values], 1)
+    weights = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLES).astype(float)
+    means = weights @ sums / (weights @ np.bincount(index, minlength=count))[:, None]
+    edges = np.quantile(means, [ALPHA / 2, 1 - ALPHA / 2], axis=0).T
+    return edges, means.std(0, ddof=1)
+
+
+def compare(right: np.ndarray, pairs: Sequence[tuple[int, int]], pictures: np.ndarray, *, seed: int = 0) -> dict[str, np.ndarray]:
+    """Second minus first of each pair of arms, on one set of questions; p not yet adjusted and no verdict.
+
+    right (A, S, Q) bool, pictures (Q,) labels. Gives arrays over pairs (N,) and intervals (N, 2).
+    """
+    answers = right.astype(float)
+    change = np.stack([answers[second] - answers[first] for first, second in pairs])  # N, S, Q
+    by_seed, effect = change.mean(2), change.mean((1, 2))
+    intervals, errors = resampled(change.mean(1), pictures, seed=seed)
+    sd = by_seed.std(1, ddof=1)
+    tests = [paired_t(row) for row in by_seed]
+    gained, lost = (change > 0).sum((1, 2)), (change < 0).sum((1, 2))
+    count, both = len(np.unique(pictures)), float(norm.ppf(1 - ALPHA / 2) + norm.ppf(POWER))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        more = np.where(effect == 0, np.inf, np.ceil(count * (both * errors / effect) ** 2))
+    return {
+        "effect": effect,
+        "picture_interval": intervals,
+        "seed_sd": sd,
+        "seed_interval": np.array([interval for _, interval in tests]),
+        "p": np.array([p for p, _ in tests]),
+        "gained": gained,
+        "lost": lost,
+        "mcnemar_p": np.array([mcnemar(int(a), int(b)) for a, b in zip(gained, lost, strict=True)]),
+        "seeds_needed": np.array([seeds_needed(float(e), float(s)) for e, s in zip(effect, sd, strict=True)]),
+        "pictures_needed": more,
+        "detectable": np.array([detectable(float(s), right.shape[1]) for s in sd]),
+    }
+
+
+def table(
+    right: np.ndarray, pairs: Sequence[tuple[int, int]], families: np.ndarray, questions: Questions, *, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """Every pair on every split and question type, (N, X, T): type 0 is all questions. Cells without questions are NaN.
+
+    right (A, S, Q), families (N,) labels of pairs that are judged together. p is adjusted (Holm) within a family and
+    split: over its pairs for type 0, over pairs and types for the rest. A verdict is 1 (better), -1 (worse) or 0: it
+    needs an adjusted p below 5% and pictures' interval on the same side of 0.
+    """
+    shape = (len(pairs), questions.splits, questions.types)
+    found = {name: np.full((*shape, 2) if name.endswith("interval") else shape, np.nan) for name in FIELDS}
+    for x, y, asked in questions.cells():
+        for name, values in compare(right[:, :, asked], pairs, questions.pictures[asked], seed=seed).items():
+            found[name][:, x, y] = values
+    for x in range(questions.splits):
+        for family in np.unique(families):
+            for columns in (slice(0, 1), slice(1, None)):
+                block = found["p"][families == family, x, columns]
+                known = ~np.isnan(block)
+                block[known] = holm(block[known])
+                found["p_adjusted"][families == family, x, columns] = block
+    low, high = found["picture_interval"][..., 0], found["picture_interval"][..., 1]
+    sure = found["p_adjusted"] < ALPHA
+    found["verdict"] = (sure & (low > 0)).astype(np.int64) - (sure & (high < 0)).astype(np.int64)
+    for name in ("gained", "lost"):
+        found[name] = np.nan_to_num(found[name]).astype(np.int64)
+    return found
+
+
+def accuracies(right: np.ndarray, questions: Questions, *, seed: int = 0) -> dict[str, np.ndarray]:
+    """Each arm's accuracy (A, X, T), its spread over seeds (A, X, T), pictures' interval (A, X, T, 2); questions (X, T)."""
+    shape = (len(right), questions.splits, questions.types)
+    found = {"accuracy": np.full(shape, np.nan), "accuracy_sd": np.full(shape, np.nan)}
+    found |= {"accuracy_interval": np.full((*shape, 2), np.nan), "questions": np.zeros(shape[1:], np.int64)}
+    for x, y, asked in questions.cells():
+        part = right[:, :, asked].astype(float)
+        found["questions"][x, y] = asked.sum()
+        found["accuracy"][:, x, y] = part.mean((1, 2))
+        found["accuracy_sd"][:, x, y] = part.mean(2).std(1, ddof=1)
+        found["accuracy_interval"][:, x, y] = resampled(part.mean(1), questions.pictures[asked], seed=seed)[0]
+    return found

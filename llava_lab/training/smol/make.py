@@ -1,0 +1,298 @@
+"""Trains `smol`: a frozen pretrained language model gets eyes, in LLaVA's two stages on the picture book.
+
+Stage 1 (align) trains the connector alone, stage 2 (instruct) the connector and LoRA on every linear layer of the language
+model; `practice` goes on with stage 2 at a fresh rate on the questions that come last: relations, comparisons, counts.
+The frozen parts run in bfloat16, what trains is kept in float32. The layers are stock transformers; blocks are kept apart by
+the attention mask (`smol_data`). The tower costs a three-hundredth of a step and runs in it.
+
+So that the language model keeps its ability with text, a share of stage 2 reads texts the untouched model wrote itself. Few
+texts, read often, are learnt by heart and do not help (perplexity on other prose rose ninefold); so `recall` reads many, half of
+its steps, and stays near what the untouched model expects next at every word (`distance`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from llava_lab.errors import OptionError
+from llava_lab.models import layout
+from llava_lab.models.formats import smol
+from llava_lab.training.features import tower_features
+from llava_lab.training.loop import run_stage
+from llava_lab.training.recipe import Stage
+from llava_lab.training.smol.batches import Batch, Chat, SmolData, asked_blocks, draw
+from llava_lab.training.smol.own_texts import many_texts, own_texts
+from llava_lab.training.text import IGNORE
+from llava_lab.training.tiny.tower import normalise
+from llava_lab.worlds.picturebook import scene
+
+log = logging.getLogger(__name__)
+
+CHECK_PICTURES, CHECK_EVERY = 24, 100
+
+
+ALIGN = Stage("align", ("connector",), steps=350, batch=8, rate=2e-3, warmup=0.05)
+INSTRUCT = Stage("instruct", ("connector", "lora"), steps=700, batch=8, rate=1e-3)
+PRACTICE = Stage("practice", ("connector", "lora"), steps=600, batch=8, rate=8e-4)
+RECALL = Stage("recall", ("connector", "lora"), steps=240, batch=8, rate=5e-4)
+
+
+@dataclass(frozen=True)
+class SmolRecipe:
+    """The stages and the adapters."""
+
+    seed: int = 0
+    rank: int = 16
+    scale: float = 2.0  # alpha / rank
+    align: Stage = ALIGN
+    instruct: Stage = INSTRUCT
+    practice: Stage = PRACTICE
+    recall: Stage = RECALL
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return self.align, self.instruct, self.practice, self.recall
+
+
+SMOL = SmolRecipe()
+
+
+class Low(nn.Module):
+    """The two thin matrices beside one linear layer; the second starts at nothing."""
+
+    def __init__(self, inside: int, outside: int, rank: int) -> None:
+        super().__init__()
+        self.down, self.up = nn.Parameter(torch.empty(rank, inside)), nn.Parameter(torch.zeros(outside, rank))
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+
+
+class Adapted(nn.Module):
+    """A frozen linear layer with its `Low` beside it."""
+
+    def __init__(self, base: nn.Linear, low: Low, scale: float) -> None:
+        super().__init__()
+        self.base, self.low, self.scale = base, low, scale
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.base(hidden) + self.scale * F.linear(F.linear(hidden, self.low.down), self.low.up)
+
+
+def adapt(language: nn.Module, rank: int, scale: float, seed: int) -> nn.ModuleDict:
+    """Put adapters beside every linear layer; returns them by layer name, with ``/`` for the points."""
+    lows = nn.ModuleDict()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name, linear in [(n, m) for n, m in language.named_modules() if isinstance(m, nn.Linear)]:
+            parent, _, last = name.rpartition(".")
+            low = Low(linear.in_features, linear.out_features, rank)
+            lows[name.replace(".", "/")] = low
+            setattr(language.get_submodule(parent), last, Adapted(linear, low, scale))
+    return lows
+
+
+def in_bfloat16(module: nn.Module) -> None:
+    """Parameters in bfloat16; buffers stay, for the rotary frequencies do not fit 16 bits."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+
+
+@torch.no_grad()
+def fit_start(model: Any, features: Tensor) -> None:
+    """A fresh connector reads features as if standardised and writes tokens as long as the words' embeddings."""
+    projector, words = layout.projector(model), model.get_input_embeddings().weight
+    flat = features.flatten(0, 1).float()
+    mean, spread = flat.mean(0), flat.std(0).clamp_min(1e-3)
+    first, second = projector.linear_1, projector.linear_2
+    first.weight.div_(spread)
+    first.bias.sub_(first.weight @ mean)
+    length = projector(features.float()).norm(dim=-1).mean()
+    share = words.float().norm(dim=-1).mean() / length
+    second.weight.mul_(share)
+    second.bias.mul_(share)
+
+
+def compiled(language: Any) -> None:
+    """Compile every block of the language model in place; one compilation serves them all."""
+    torch._dynamo.config.recompile_limit = 64
+    for block in language.layers:
+        block.compile(dynamic=False)
+
+
+def block_mask(block: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, S) block numbers -> (B, 1, S, S), 0 where a place may look: back, at what is shared and at its own block."""
+    size = block.shape[1]
+    seen = (block[:, None, :] == 0) | (block[:, None, :] == block[:, :, None])
+    seen = seen & torch.ones(size, size, dtype=torch.bool).tril()
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+
+
+def states(model: Any, batch: Batch, *, image_id: int) -> tuple[Tensor, Tensor]:
+    """Normed states at the labelled places (n, D) and their labels (n,)."""
+    language, table = layout.language_model(model), model.get_input_embeddings().weight
+    embedded = F.embedding(batch.ids, table)
+    if batch.pictures is not None:
+        features = tower_features(model, normalise(batch.pictures))
+        tokens = layout.projector(model)(features).to(embedded.dtype)
+        at = (batch.ids == image_id)[..., None]
+        embedded = embedded.masked_scatter(at, tokens)
+    mask = block_mask(batch.block, embedded.dtype)
+    hidden = language(inputs_embeds=embedded, attention_mask=mask, position_ids=batch.position, use_cache=False).last_hidden_state
+    where = batch.labels != IGNORE
+    return hidden[where], batch.labels[where]
+
+
+def loss_of(model: Any, batch: Batch, *, image_id: int) -> tuple[Tensor, dict[str, float]]:
+    """Mean cross-entropy over labelled tokens, and what a log line says of the batch."""
+    hidden, wanted = states(model, batch, image_id=image_id)
+    loss = F.cross_entropy(model.get_output_embeddings()(hidden).float(), wanted)
+    return loss, {"tokens": len(wanted), "text": float(batch.pictures is None)}
+
+
+def distance(model: Any, teacher: Any, batch: Batch, *, image_id: int) -> tuple[Tensor, dict[str, float]]:
+    """`loss_of` for pictures; for plain texts the mean Kullback-Leibler divergence, in nats, from what `teacher` expects next."""
+    if batch.pictures is not None:
+        return loss_of(model, batch, image_id=image_id)
+    hidden, wanted = states(model, batch, image_id=image_id)
+    with torch.no_grad():
+        expected, _ = states(teacher, batch, image_id=image_id)
+        target = teacher.get_output_embeddings()(expected).float().log_softmax(-1)
+    said = model.get_output_embeddings()(hidden).float().log_softmax(-1)
+    loss = F.kl_div(said, target, log_target=True, reduction="batchmean")
+    return loss, {"tokens": len(wanted), "text": 1.0}
+
+
+class Check:
+    """Loss and share of questions whose every token is the likeliest, with the right pictures and with each other's.
+
+    Every token the likeliest is the same as: the greedy answer equals the expected one.
+    """
+
+    def __init__(self, model: Any, form: Chat, side: int, *, pictures: int = CHECK_PICTURES, batch: int = 8) -> None:
+        self.model, self.image_id = model, form.image_id
+        scenes = [scene("validation", i) for i in range(pictures)]
+        rows = [asked_blocks(one, np.random.default_rng((2, 0, i, 5))) for i, one in enumerate(scenes)]
+        seen = draw(scenes, side)
+        self.right = [form.batch(rows[i : i + batch], seen[i : i + batch]) for i in range(0, pictures, batch)]
+        self.wrong = [replace(b, pictures=b.pictures.roll(1, 0)) for b in self.right if b.pictures is not None]
+
+    @torch.no_grad()
+    def __call__(self, step: int) -> dict[str, float]:
+        row: dict[str, float] = {}
+        for name, batches in (("", self.right), ("_shuffled", self.wrong)):
+            losses, exact = [], []
+            for batch in batches:
+                with torch.autocast("cpu", torch.bfloat16):
+                    hidden, wanted = states(self.model, batch, image_id=self.image_id)
+                    logits = self.model.get_output_embeddings()(hidden).float()
+                losses.append(F.cross_entropy(logits, wanted, reduction="none"))
+                place = (torch.arange(len(batch.block))[:, None] * 1000 + batch.block)[batch.labels != IGNORE]
+                good = logits.argmax(-1) == wanted
+                exact += [bool(good[place == one].all()) for one in place.unique()]
+            row |= {f"check{name}": round(float(torch.cat(losses).mean()), 4), f"exact{name}": round(float(np.mean(exact)), 4)}
+        return row
+
+
+def train_smol(
+    out: str | os.PathLike,
+    *,
+    resume: bool = False,
+    steps_scale: float = 1.0,
+    recipe: SmolRecipe = SMOL,
+    stages: Sequence[str] | None = None,
+    blind: bool = False,
+    fused: bool = False,
+    parts: dict[str, Any] | None = None,
+    texts: Sequence[Sequence[int]] | None = None,
+) -> Path:
+    """Train all stages in `out` and write ``out/weights`` (connector, LoRA), which is what the repository holds.
+
+    `parts` are `smol.assemble`'s; `blind` trains on grey pictures, as a control; `fused` joins small operations with
+    torch.compile (a third faster, wants a C++ compiler, rounds differently); `texts` (token ids) stand for the model's own.
+    Raises OptionError when `out` holds a run and `resume` is off, or for an unknown stage.
+    """
+    folder = Path(out)
+    names = [stage.name for stage in recipe.stages]
+    if unknown := set(stages or ()) - set(names):
+        raise OptionError(f"stages are {', '.join(names)}; got {', '.join(sorted(unknown))}")
+    if steps_scale <= 0:
+        raise OptionError(f"steps_scale must be above 0, got {steps_scale}")
+    if not resume and any((folder / f"{name}.pt").exists() for name in names):
+        raise OptionError(f"{folder} holds a run already; add --resume to go on with it, or choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    model, processor = smol.assemble(**(parts or {}))
+    model.requires_grad_(False)
+    in_bfloat16(layout.language_model(model))
+    side = model.config.vision_config.image_size
+    form = Chat(processor.tokenizer, layout.image_token_count(model))
+    connector = layout.projector(model)
+    fit_start(model, tower_features(model, normalise(torch.from_numpy(draw([scene("train", i) for i in range(32)], side)))))
+    few = texts
+    if texts is None and {"instruct", "practice"} & set(stages or names):
+        few = own_texts(model, processor.tokenizer, folder / "texts.json")
+    check = Check(model, form, side)
+    lows: nn.ModuleDict | None = None
+    connector.requires_grad_(True)
+    modules: dict[str, nn.Module] = {"connector": connector}
+    for number, stage in enumerate(recipe.stages):
+        if stages is not None and stage.name not in stages:
+            continue
+        if "lora" in stage.trains and lows is None:
+            lows = modules["lora"] = adapt(layout.language_model(model), recipe.rank, recipe.scale, recipe.seed)
+        if number:
+            _go_on_from(folder, names[number - 1], modules)
+        if fused:
+            compiled(layout.language_model(model))
+        scaled = replace(stage, steps=max(1, round(stage.steps * steps_scale)))
+        data = SmolData(form, stage=stage.name, batch=stage.batch, side=side, seed=recipe.seed, texts=few, blind=blind)
+        (folder / f"{stage.name}.recipe.json").write_text(json.dumps(asdict(scaled), indent=1))
+        made = partial(loss_of, model, image_id=form.image_id)
+        if stage.name == "recall":
+            teacher = _teacher(parts)
+            data.texts = many_texts(teacher, processor.tokenizer, folder / "many.json") if texts is None else texts
+            made = partial(distance, model, teacher, image_id=form.image_id)
+        run_stage(scaled, modules, data, made, folder=folder, check=check, check_every=CHECK_EVERY)
+    return write_weights(folder, connector, lows, recipe)
+
+
+def _teacher(parts: dict[str, Any] | None) -> Any:
+    """The model as it was before any training, its language model in bfloat16."""
+    model, _ = smol.assemble(**(parts or {}))
+    in_bfloat16(layout.language_model(model.requires_grad_(False)))
+    return model
+
+
+def write_weights(folder: Path, connector: nn.Module, lows: nn.ModuleDict | None, recipe: SmolRecipe) -> Path:
+    """``folder/weights``: connector and LoRA in bfloat16, and the scale that goes with them."""
+    target = folder / "weights"
+    target.mkdir(exist_ok=True)
+    tensors = {f"connector.{name}": value for name, value in connector.state_dict().items()}
+    for name, value in (lows.state_dict() if lows is not None else {}).items():
+        tensors[f"lora.{name.replace('/', '.')}"] = value
+    part = target / "part"
+    save_file({name: value.to(torch.bfloat16).contiguous() for name, value in tensors.items()}, part)
+    part.replace(target / smol.WEIGHTS)
+    (target / "smol.json").write_text(json.dumps({"rank": recipe.rank, "scale": recipe.scale, "seed": recipe.seed}) + "\n")
+    return target
+
+
+def _go_on_from(folder: Path, stage: str, modules: dict[str, nn.Module]) -> None:
+    """Load what the stage before left; adapters it did not train start at nothing."""
+    file = folder / f"{stage}.pt"
+    if not file.exists():
+        raise OptionError(f"{file} is missing; train stage {stage} first")
+    for name, state in torch.load(file, weights_only=True)["modules"].items():
+        modules[name].load_state_dict(state)

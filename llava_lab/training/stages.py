@@ -1,0 +1,470 @@
+"""LoRA through peft for stage 2: low-rank adapters on every linear layer of the language model, merged at the end.
+
+As LLaVA trains it: the head has no adapter, the connector trains in full beside them. peft is imported
+only here. Source: haotian-liu/LLaVA @ c121f04 ``scripts/v1_5/finetune_lora.sh`` and ``train.py``
+(find_all_linear_names).
+
+LLaVA's two stages on data in its format, with transformers' Trainer underneath.
+
+`train_stage` checks the data, computes what the frozen tower sees once, trains, and saves an ordinary
+checkpoint to ``OUT/STAGE/model``. The same call runs in one process or, under ``accelerate launch``, in many;
+the global batch is given, so their loss curves agree. A run that was killed goes on with ``resume`` to the
+same weights, bit for bit: the order of data is a function of the seed, and checkpoints are whole or absent.
+
+Recipes: `llava_lab.training.recipe`. Source: haotian-liu/LLaVA @ c121f04 ``llava/train/train.py``.
+
+One stage carried out: the model prepared and put back, the Trainer run, the result saved whole.
+
+The heavy imports (accelerate, transformers' Trainer) are here, so that `two_stages` can be named cheaply.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from llava_lab.errors import CheckpointError, DataError, OptionError
+from llava_lab.models import layout
+from llava_lab.models.card import fingerprint
+from llava_lab.training.loop import freeze_all_but
+from llava_lab.training.recipe import LLAVA_15_7B, LlavaStage, Lora
+from llava_lab.training.rows import (
+    LlavaData,
+    Order,
+    Problems,
+    Source,
+    Text,
+    build_index,
+    open_index,
+    read_pixels,
+    samples_per_epoch,
+)
+from llava_lab.training.trainer import (
+    Collate,
+    LlavaTrainer,
+    OnLog,
+    Progress,
+    Stop,
+    last_checkpoint,
+    load_trained,
+    reading_features,
+    stopping,
+)
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from llava_lab.models import Lab
+    from llava_lab.training.trainer import OnLog
+
+
+@contextmanager
+def adapters(model: Any, lora: Lora | None) -> Iterator[Any]:
+    """The model with adapters, or as it is without `lora`. They are merged on leaving, or removed after an exception."""
+    if lora is None:
+        yield model
+        return
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise OptionError("LoRA needs peft; `pip install 'llava-lab[train]'` brings it") from None
+    names = adapted(model)
+    options: dict[str, Any] = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "bias": "none"}
+    with warnings.catch_warnings():  # peft asks transformers by a name that is on its way out
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        wrapped = get_peft_model(model, LoraConfig(target_modules=names, **options))
+    layout.projector(model).requires_grad_(True)
+    try:
+        yield wrapped
+    except BaseException:
+        wrapped.unload()
+        raise
+    wrapped.merge_and_unload()
+
+
+def adapted(model: Any) -> list[str]:
+    """Full names of the language model's linear layers."""
+    inside = layout.language_model(model)
+    prefix = next(name for name, module in model.named_modules() if module is inside)
+    return [f"{prefix}.{name}" for name, module in inside.named_modules() if isinstance(module, nn.Linear)]
+
+
+log = logging.getLogger(__name__)
+
+NOT_DECIDING = ("device_batch", "checkpointing", "report_to", "save_every", "log_every", "workers", "progress")
+
+
+@dataclass(frozen=True)
+class Running:
+    """How a run is carried out; of these only `seed` and `bf16` decide the weights beyond the last bits."""
+
+    seed: int = 0
+    bf16: bool = False  # autocast; weights and optimiser stay in the model's own precision
+    device_batch: int | None = None  # samples a process takes at a time; None is as many as its share of the batch
+    checkpointing: bool = False  # activations are computed again in the backward pass: less memory, a third more time
+    report_to: str = "none"  # tensorboard, trackio, wandb, ... as transformers knows them
+    save_every: int = 200  # steps
+    log_every: int = 1  # steps
+    workers: int = 0  # processes that read rows ahead
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run did. `losses` are per logged step, of the whole run, also of what ran before a resume."""
+
+    folder: str  # the saved model
+    steps: int
+    of: int  # steps the schedule has
+    stopped: str  # finished, or interrupted
+    losses: tuple[float, ...]
+    logged: tuple[int, ...]  # the steps of `losses`
+    seconds: float  # of this call
+    skipped: tuple[str, ...]  # file, row and reason
+
+
+def train_stage(
+    lab: Lab,
+    data: str | os.PathLike | Source | Sequence[Source],
+    stage: str = "align",
+    out: str | os.PathLike = "runs/llava",
+    *,
+    recipe: LlavaStage | None = None,
+    steps: int | None = None,
+    resume: bool = False,
+    skip_bad: bool = False,
+    cut_long: bool = False,
+    cache: str | os.PathLike | bool = True,
+    told: OnLog | None = None,
+    running: Running | None = None,
+) -> Trained:
+    """Train one stage and save the model to ``out/stage/model``; `lab` has the new weights afterwards.
+
+    `recipe` is a `LlavaStage` (default: LLaVA-1.5's); `steps` overrides its epochs. `cache`: a folder for vision
+    features, True for the usual one, False to compute them as the run goes. `told` is called with each log row; the last one also
+    has ``"ended"``, and where `told` raises KeyboardInterrupt the run ends as at an interrupt.
+    Raises DataError naming file and row for bad data, before the first step; OptionError for a folder that
+    holds a run; CheckpointError when a checkpoint cannot be written, which leaves the last good one.
+    Interrupting keeps what is trained: `Trained.stopped` says so and ``resume`` goes on.
+    """
+    # MERGED  # brings accelerate and transformers' Trainer
+
+    recipe = recipe or LLAVA_15_7B.stage(_stage(stage))
+    if recipe.name != stage:
+        raise OptionError(f"the recipe is for stage {recipe.name!r}, the stage asked for is {stage!r}")
+    running, folder, begin = running or Running(), Path(out) / stage, time.monotonic()
+    sources = [data] if isinstance(data, Source) else [Source(data)] if isinstance(data, (str, os.PathLike)) else list(data)
+    args = arguments(lab, folder, recipe, running)
+    problems = Problems(skip=skip_bad)
+    text = Text(lab.tokenizer, lab.image_id, layout.image_token_count(lab.model), lab.context, stage, cut_long=cut_long)
+    with args.main_process_first(local=False):
+        first = args.process_index == 0
+        if first:
+            _check_folder(folder, resume)
+        rows, seen = _rows(lab, sources, text, folder, problems, cache=cache, fit=recipe.fit, first=first, show=running.progress)
+        problems.refuse()
+        order = _order(rows, recipe, args, steps, running.seed)
+        if first:
+            _remember(folder, lab, rows, recipe, running, order, resume=resume)
+    args.max_steps = order.total // recipe.batch
+    done = carry_out(lab, rows, order, args, recipe, running, folder=folder, cached=seen, told=told)
+    skipped = tuple(problems.named)
+    if skipped:
+        log.warning("skipped %d rows", problems.count)
+    return Trained(str(folder / "model"), *done, seconds=time.monotonic() - begin, skipped=skipped)
+
+
+def arguments(lab: Lab, folder: Path, recipe: LlavaStage, running: Running) -> TrainingArguments:
+    """transformers' TrainingArguments for a stage; under a launcher this also joins the other processes."""
+    try:
+        import accelerate  # noqa: F401
+    except ImportError:
+        raise OptionError("training needs accelerate; `pip install 'llava-lab[train]'` brings it") from None
+    import torch
+    from transformers import TrainingArguments
+
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    per, accumulate = shares(recipe.batch, world, running.device_batch)
+    on_cpu = not torch.cuda.is_available() or (world == 1 and lab.device.type == "cpu")
+    return TrainingArguments(
+        output_dir=str(folder),
+        use_cpu=on_cpu,
+        ddp_backend="gloo" if on_cpu and world > 1 else None,
+        ddp_find_unused_parameters=False,
+        ddp_timeout=86_400,  # other processes wait while the first reads the data and runs the tower
+        per_device_train_batch_size=per,
+        gradient_accumulation_steps=accumulate,
+        learning_rate=recipe.rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=recipe.warmup,  # below 1 it is a share of the steps
+        weight_decay=recipe.decay,
+        max_grad_norm=recipe.clip,
+        optim="adamw_torch",
+        num_train_epochs=1,  # the order runs through all epochs
+        bf16=running.bf16,
+        activation_checkpointing=running.checkpointing,
+        report_to=running.report_to,
+        logging_steps=running.log_every,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=running.save_every,
+        seed=running.seed,
+        dataloader_num_workers=running.workers,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+    )
+
+
+def shares(batch: int, world: int, device_batch: int | None) -> tuple[int, int]:
+    """(samples a process takes at a time, how many such batches it adds up) for a global batch."""
+    if batch % world:
+        raise OptionError(f"the global batch of {batch} cannot be split over {world} processes evenly")
+    share = batch // world
+    per = device_batch or share
+    if per < 1 or share % per:
+        raise OptionError(f"device_batch must divide {share}, each process's share of the batch of {batch}; got {per}")
+    return per, share // per
+
+
+def _stage(stage: str) -> str:
+    if stage not in ("align", "instruct"):
+        raise OptionError(f"stage must be align or instruct, got {stage!r}")
+    return stage
+
+
+def _rows(
+    lab: Lab,
+    sources: list[Source],
+    text: Text,
+    folder: Path,
+    problems: Problems,
+    *,
+    cache: str | os.PathLike | bool,
+    fit: str | None,
+    first: bool,
+    show: bool,
+) -> tuple[LlavaData, Any]:
+    """The checked rows of all sources and their features' cache, None without one. The first process does the work."""
+    from llava_lab.training.features import FeatureCache, content_key
+
+    if not sources:
+        raise OptionError("no data: give at least one file in LLaVA's format")
+    places = [folder / f"rows-{number}.index" for number in range(len(sources))]
+    if first:
+        key = content_key if cache else None
+        indexes = [
+            build_index(s, text, p, problems=problems, key=key, progress=show) for s, p in zip(sources, places, strict=True)
+        ]
+    else:
+        indexes = [open_index(place) for place in places]
+    rows = LlavaData(sources, indexes, text, read_pixels(lab.preprocessing, fit))
+    problems.refuse()
+    if not len(rows):
+        raise DataError(f"no usable row in {', '.join(str(source.path) for source in sources)}")
+    if not cache:
+        return rows, None
+    features = FeatureCache(lab, None if cache is True else cache, fit=fit)
+    left_out = folder / "unreadable.json"
+    if first:
+        bad = features.prepare(rows, problems=problems, progress=show)
+        left_out.write_text(json.dumps(sorted(bad)))
+    rows.see = features.read
+    return rows.without(json.loads(left_out.read_text())), features
+
+
+def _order(rows: LlavaData, recipe: LlavaStage, args: TrainingArguments, steps: int | None, seed: int) -> Order:
+    weights = [source.weight for source in rows.sources]
+    if steps is None:
+        steps = math.ceil(samples_per_epoch(rows.sizes, weights) * recipe.epochs / recipe.batch)
+    if steps < 1:
+        raise OptionError(f"steps must be 1 or more, got {steps}")
+    per = args.per_device_train_batch_size
+    return Order(
+        rows.words,
+        rows.sizes,
+        weights,
+        total=steps * recipe.batch,
+        batch=per,
+        chunks=recipe.batch // per,
+        group=recipe.group,
+        seed=seed,
+    )
+
+
+def _check_folder(folder: Path, resume: bool) -> None:
+    if not resume and (folder / "run.json").exists():
+        raise OptionError(f"{folder} holds a run already; add --resume to go on with it, or choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder / ".part", ignore_errors=True)  # of a checkpoint that was being written when a run was killed
+
+
+def _remember(
+    folder: Path, lab: Lab, rows: LlavaData, recipe: LlavaStage, running: Running, order: Order, *, resume: bool
+) -> None:
+    """Write what decides the weights, or hold a resumed run against it."""
+    plain = asdict(replace(recipe, sources=()))
+    settings = {name: value for name, value in asdict(running).items() if name not in NOT_DECIDING}
+    data = [
+        [str(source.path.resolve()), size, source.weight, source.suffix]
+        for source, size in zip(rows.sources, rows.sizes, strict=True)
+    ]
+    now = {"model": _frozen(lab, recipe), "recipe": plain, "running": settings, "data": data, "samples": order.total}
+    now = json.loads(json.dumps(now))
+    note = folder / "run.json"
+    if note.exists() and resume:
+        then = json.loads(note.read_text())
+        if different := [name for name in now if now[name] != then.get(name)]:
+            name = different[0]
+            raise OptionError(f"{folder} was begun with another {name}: {then.get(name)}, now {now[name]}; resume with the same")
+    part = note.with_suffix(".part")
+    part.write_text(json.dumps(now, indent=1))
+    os.replace(part, note)
+
+
+def _frozen(lab: Lab, recipe: LlavaStage) -> str:
+    """A name for the parts that do not train: those that do come from the checkpoint when a run goes on."""
+    parts = {
+        "vision_tower": layout.vision_tower,
+        "multi_modal_projector": layout.projector,
+        "language_model": layout.language_model,
+    }
+    return fingerprint(nn.ModuleDict({name: find(lab.model) for name, find in parts.items() if name not in recipe.trains}))
+
+
+_ABSENT = object()
+
+Done = tuple[int, int, str, tuple[float, ...], tuple[int, ...]]
+
+
+def carry_out(
+    lab: Lab,
+    rows: LlavaData,
+    order: Order,
+    args: Any,
+    recipe: LlavaStage,
+    running: Running,
+    *,
+    folder: Path,
+    cached: Any,
+    told: OnLog | None,
+) -> Done:
+    """Train, save ``folder/model``, and say (steps, of, stopped, losses, their steps); see `two_stages.Trained`."""
+    stop = Stop()
+    progress = Progress(recipe.name, folder / "log.jsonl", stop, show=running.progress, told=told)
+    resume = last_checkpoint(folder)
+    if args.process_index == 0:
+        _forget_later(folder / "log.jsonl", resume)
+    collate = Collate(int(lab.tokenizer.pad_token_id or 0), *_picture_shape(lab, cached))
+    with ExitStack() as held:
+        held.enter_context(parts_training(lab.model, recipe.trains))
+        held.enter_context(reading_features(lab.model, cached=cached is not None))
+        model = held.enter_context(adapters(lab.model, recipe.lora))
+        held.enter_context(stopping(stop))
+        options: dict[str, Any] = {"data": rows, "order": order, "collate": collate, "connector_rate": recipe.connector_rate}
+        trainer = LlavaTrainer(model, args, **options, callbacks=[progress])
+        if recipe.lora and trainer.is_fsdp_enabled:
+            raise OptionError("LoRA adapters are merged in one piece, FSDP has them in parts; launch without --use_fsdp")
+        stopped = _train(trainer, progress, folder, resume)
+    _save(lab, trainer, folder)
+    history = [row for row in trainer.state.log_history if "loss" in row]
+    losses, logged = tuple(float(row["loss"]) for row in history), tuple(int(row["step"]) for row in history)
+    finished = trainer.state.global_step >= args.max_steps
+    return trainer.state.global_step, args.max_steps, "finished" if finished else stopped, losses, logged
+
+
+def _train(trainer: LlavaTrainer, progress: Progress, folder: Path, resume: Path | None) -> str:
+    """Run it; an interrupt ends it, and weights caught half-way through a step go back to the last checkpoint."""
+    try:
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        return "interrupted"  # unless every step is done, which the caller sees
+    except KeyboardInterrupt:
+        good = last_checkpoint(folder)
+        if progress.stepping and good is not None and not trainer.is_fsdp_enabled:
+            load_trained(trainer.model, good)
+        log.warning("stopped at step %d", trainer.state.global_step)
+        return "interrupted"
+    finally:
+        progress.close()
+
+
+def _save(lab: Lab, trainer: LlavaTrainer, folder: Path) -> None:
+    """Write the model as an ordinary transformers folder, whole or not at all."""
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
+    if trainer.is_world_process_zero():
+        part, target = folder / "model.part", folder / "model"
+        try:
+            shutil.rmtree(part, ignore_errors=True)
+            lab.model.save_pretrained(part, state_dict=state)
+            lab.processor.save_pretrained(part)
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(part, target)
+        except OSError as error:
+            shutil.rmtree(part, ignore_errors=True)
+            raise CheckpointError(f"cannot write {target} ({error}); its checkpoints stay, make room and --resume") from error
+    trainer.accelerator.wait_for_everyone()
+
+
+@contextmanager
+def parts_training(model: Any, names: Sequence[str]) -> Iterator[list[str]]:
+    """Within it only parameters under the named parts train; flags, modes and config are put back afterwards."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    caches = [(part, part.__dict__.get("use_cache", _ABSENT)) for part in (model.config, model.config.text_config)]
+    try:
+        trained = freeze_all_but(model, names)
+        if not trained:
+            raise OptionError(f"nothing to train: no parameter under {', '.join(names)}")
+        yield trained
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+            parameter.grad = None
+        for module, mode in modes:
+            module.training = mode
+        for part, value in caches:
+            if value is not _ABSENT:
+                part.use_cache = value
+            elif "use_cache" in part.__dict__:  # the Trainer sets it on configurations that never had it
+                del part.use_cache
+        if model.is_activation_checkpointing:
+            model.activation_checkpointing_disable()
+
+
+def _picture_shape(lab: Lab, cached: Any) -> tuple[tuple[int, ...], torch.dtype]:
+    config: Any = lab.model.config
+    vision = config.vision_config
+    if cached is None:
+        return (3, vision.image_size, vision.image_size), torch.float32
+    tokens = (vision.image_size // vision.patch_size) ** 2
+    if config.vision_feature_select_strategy != "default":
+        tokens += int(layout.has_class_token(lab.model))
+    return (tokens, vision.hidden_size * len(layout.feature_layers(config))), cached.dtype
+
+
+def _forget_later(log_file: Path, resume: Path | None) -> None:
+    """Drop log rows of steps that will be done again."""
+    if not log_file.exists():
+        return
+    step = int(resume.name.split("-")[1]) if resume else 0
+    kept = []
+    for line in log_file.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # cut short by the end of the process that wrote it
+        if row["step"] <= step:
+            kept.append(line + "\n")
+    log_file.write_text("".join(kept))

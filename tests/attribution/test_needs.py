@@ -1,0 +1,81 @@
+"""Packed or absent weights: methods that need gradients or plain weights say so first, the others work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import cpu_offload
+
+from llava_lab.attribution import METHODS, attribute
+from llava_lab.attribution.registry import GRADIENTS, PLAIN_WEIGHTS
+from llava_lab.errors import OptionError
+from llava_lab.models import Lab, layout, load
+from tests.support.refusals import refused
+
+
+@pytest.fixture
+def packed(tiny_folder: Path) -> Lab:
+    """A lab that says of itself what bitsandbytes makes a model say."""
+    lab = load(tiny_folder)
+    lab.model.is_quantized = True  # type: ignore[attr-defined]
+    return lab
+
+
+@pytest.mark.parametrize("method", sorted(GRADIENTS | PLAIN_WEIGHTS))
+def test_methods_that_cannot_work_on_packed_weights_say_so_first(packed: Lab, picture: np.ndarray, method: str) -> None:
+    run = packed.ask(picture, "What?", max_new_tokens=2)
+    calls: list[Any] = []
+    packed.model.register_forward_pre_hook(lambda *args: calls.append(1))
+    with pytest.raises(OptionError, match=f"'{method}' needs .*packed into 8 or 4 bits.*occlusion"):
+        attribute(packed, run, method=method)
+    assert not calls
+
+
+def test_the_named_methods_exist() -> None:
+    assert set(METHODS) >= GRADIENTS | PLAIN_WEIGHTS
+
+
+def test_other_methods_work_on_packed_weights(packed: Lab, picture: np.ndarray) -> None:
+    run = packed.ask(picture, "What?", max_new_tokens=2)
+    assert attribute(packed, run, method="rollout").values.shape == (1, 4, 4)
+
+
+def test_weights_that_wait_elsewhere_are_said(tiny_folder: Path, picture: np.ndarray) -> None:
+    lab = load(tiny_folder)
+    run = lab.ask(picture, "What?", max_new_tokens=2)
+    lab.model.lm_head.to("meta")
+    with pytest.raises(OptionError, match="wait off the device"):
+        attribute(lab, run, method="relevancy")
+
+
+def test_a_model_with_waiting_weights_is_asked_and_named_as_before(tiny_folder: Path, picture: np.ndarray) -> None:
+    lab = load(tiny_folder)
+    whole, answer = lab.fingerprint, lab.ask(picture, "What?", max_new_tokens=2).token_ids.tolist()
+    cpu_offload(lab.model.lm_head, execution_device=torch.device("cpu"))
+    assert layout.is_offloaded(lab.model)
+    assert lab.fingerprint == whole
+    assert lab.ask(picture, "What?", max_new_tokens=2).token_ids.tolist() == answer
+
+
+def test_a_device_map_goes_to_transformers(tiny_folder: Path, tiny_random: Lab) -> None:
+    lab = load(tiny_folder, device_map={"": "cpu"})
+    assert lab.fingerprint == tiny_random.fingerprint
+    assert "device_map" in refused(tiny_folder, OptionError, device="cpu", device_map="auto")
+
+
+def test_quantization_without_its_library_is_one_line(tiny_folder: Path) -> None:
+    from transformers import BitsAndBytesConfig
+
+    text = refused(tiny_folder, OptionError, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+    assert "quantization_config cannot be used here" in text
+
+
+def test_integers_among_the_weights_count_as_packed(tiny_folder: Path) -> None:
+    lab = load(tiny_folder)
+    assert not layout.is_quantized(lab.model)
+    lab.model.lm_head.weight = torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
+    assert layout.is_quantized(lab.model)

@@ -1,0 +1,282 @@
+"""Watching attention: equal to eager, causal, free for the logits, and gone afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration
+
+from llava_lab.capture import FUSIONS, Full, LayerByLayer, PickedRows, Reducer, fuse_heads, undisturbed, watch_attention
+from llava_lab.capture.watch import attention_rows
+from llava_lab.errors import LabError, OptionError
+from llava_lab.models.layout import language_layers, vision_layers
+from tests.support.checkpoints import build_llama_model, byte_tokenizer, llava_config
+from tests.support.rounding import in_dtype
+
+LENGTH = 150  # more than two chunks of query rows
+
+
+@pytest.fixture(scope="module", params=[4, 2], ids=["every head its own key", "keys shared by two heads"])
+def model(request: pytest.FixtureRequest) -> LlavaForConditionalGeneration:
+    config = llava_config(
+        byte_tokenizer(),
+        image=32,
+        patch=8,
+        vision_width=32,
+        vision_layers=3,
+        hidden=64,
+        layers=3,
+        heads=4,
+        feature_layer=-2,
+        feature_strategy="default",
+        projector_bias=True,
+        context=512,
+        vocab=400,
+    )
+    config.text_config.num_key_value_heads = request.param
+    model = build_llama_model(config)
+    with torch.no_grad():
+        model(**_inputs(model))  # transformers installs its own recording hooks once, at the first forward
+    return model
+
+
+def _inputs(model: LlavaForConditionalGeneration, batch: int = 1) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(5, 300, (batch, LENGTH), generator=generator)
+    ids[:, 20:36] = model.config.image_token_id
+    pixels = torch.randn(batch, 3, 32, 32, generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+
+
+@pytest.fixture
+def eager(model: LlavaForConditionalGeneration) -> Iterator[Callable[[dict[str, Tensor]], Any]]:
+    """The reference way: eager attention with everything kept."""
+
+    def run(inputs: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        model.set_attn_implementation("eager")
+        with torch.no_grad():
+            language = model(**inputs, output_attentions=True).attentions
+            vision = model.model.vision_tower(inputs["pixel_values"], output_attentions=True).attentions
+        model.set_attn_implementation("sdpa")
+        return list(language), list(vision)
+
+    yield run
+    model.set_attn_implementation("sdpa")
+
+
+def _capture(model: LlavaForConditionalGeneration, inputs: dict[str, Tensor]) -> tuple[Full, Full, Tensor]:
+    layers, patches = language_layers(model), vision_layers(model)
+    with undisturbed(model), watch_attention(layers, Full()) as text, watch_attention(patches, Full()) as vision:
+        logits = model(**inputs).logits
+    return text, vision, logits
+
+
+def test_capture_equals_eager_in_both_towers(model: LlavaForConditionalGeneration, eager: Callable) -> None:
+    inputs = _inputs(model)
+    text, vision, _ = _capture(model, inputs)
+    for ours, theirs in zip((text, vision), eager(inputs), strict=True):
+        assert len(ours.attention) == len(theirs) == 3
+        for layer, reference in enumerate(theirs):
+            torch.testing.assert_close(ours.attention[layer], reference, atol=1e-5, rtol=0)
+
+
+def test_rows_sum_to_one_and_the_future_is_zero(model: LlavaForConditionalGeneration) -> None:
+    text, vision, _ = _capture(model, _inputs(model))
+    for full in (text, vision):
+        for attention in full.attention.values():
+            torch.testing.assert_close(attention.sum(-1), torch.ones_like(attention[..., 0]), atol=1e-6, rtol=0)
+    for attention in text.attention.values():
+        assert attention.triu(1).abs().max() == 0
+    assert vision.attention[0].triu(1).max() > 0, "the vision tower looks both ways"
+
+
+def test_logits_are_bitwise_the_same_while_watched(model: LlavaForConditionalGeneration) -> None:
+    inputs = _inputs(model)
+    with torch.no_grad():
+        plain = model(**inputs).logits
+    assert torch.equal(plain, _capture(model, inputs)[2])
+
+
+def test_left_padding_gives_the_same_attention_and_padded_rows_none(model: LlavaForConditionalGeneration) -> None:
+    inputs = _inputs(model)
+    whole, _, _ = _capture(model, inputs)
+    pad = torch.full((1, 5), 2)
+    padded = {
+        "input_ids": torch.cat([pad, inputs["input_ids"]], 1),
+        "attention_mask": torch.cat([torch.zeros_like(pad), inputs["attention_mask"]], 1),
+        "position_ids": torch.cat([torch.zeros_like(pad), torch.arange(LENGTH)[None]], 1),
+        "pixel_values": inputs["pixel_values"],
+    }
+    text, _, _ = _capture(model, padded)
+    for layer, attention in text.attention.items():
+        torch.testing.assert_close(attention[:, :, 5:, 5:], whole.attention[layer], atol=1e-5, rtol=0)
+        assert attention[:, :, 5:, :5].max() == 0
+
+
+def test_a_batch_is_captured_row_by_row(model: LlavaForConditionalGeneration, eager: Callable) -> None:
+    inputs = _inputs(model, batch=2)
+    text, _, _ = _capture(model, inputs)
+    for layer, reference in enumerate(eager(inputs)[0]):
+        torch.testing.assert_close(text.attention[layer], reference, atol=1e-5, rtol=0)
+
+
+def test_decoding_with_a_cache_reports_the_new_rows(model: LlavaForConditionalGeneration) -> None:
+    inputs = _inputs(model)
+    whole, _, _ = _capture(model, inputs)
+
+    class Steps(Reducer):
+        def __init__(self) -> None:
+            self.seen: list[tuple[int, int, int, Tensor]] = []
+
+        def add(self, layer: int, rows: slice | Tensor, attention: Tensor) -> None:
+            assert isinstance(rows, slice)
+            self.seen.append((layer, rows.start, rows.stop, attention))
+
+    short = {name: value[:, : LENGTH - 1] if value.ndim == 2 else value for name, value in inputs.items()}
+    with undisturbed(model), watch_attention(language_layers(model), Steps(), calls=2) as steps:
+        cache = model(**short, use_cache=True).past_key_values
+        model(input_ids=inputs["input_ids"][:, -1:], attention_mask=inputs["attention_mask"], past_key_values=cache)
+    last = [one for one in steps.seen if one[1] == LENGTH - 1]
+    assert [one[0] for one in last] == [0, 1, 2]
+    for layer, _, stop, attention in last:
+        assert stop == LENGTH
+        torch.testing.assert_close(attention, whole.attention[layer][:, :, -1:], atol=1e-5, rtol=0)
+
+
+def test_reducers_keep_what_they_say(model: LlavaForConditionalGeneration) -> None:
+    inputs, layers = _inputs(model), language_layers(model)
+    full, _, _ = _capture(model, inputs)
+    seen: dict[int, Tensor] = {}
+    with undisturbed(model):
+        with watch_attention(layers, PickedRows([140, 3, 99], fusion="max", heads=(1, 2))) as picked:
+            model(**inputs)
+        with watch_attention(layers, LayerByLayer(lambda i, a, norms: seen.update({i: a.clone()}))):
+            model(**inputs)
+    for layer, attention in full.attention.items():
+        torch.testing.assert_close(seen[layer], attention[0].mean(0), atol=1e-6, rtol=0)
+        want = fuse_heads(attention, "max", (1, 2))[:, [3, 99, 140]]
+        torch.testing.assert_close(picked.layers[layer], want, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_fused_rows_still_sum_to_one(fusion: str) -> None:
+    attention = torch.randn(1, 3, 5, 7).softmax(-1)
+    torch.testing.assert_close(fuse_heads(attention, fusion).sum(-1), torch.ones(1, 5))
+
+
+def test_norms_are_those_of_the_branch_and_of_the_stream_it_joins(model: LlavaForConditionalGeneration) -> None:
+    inputs, layers = _inputs(model), language_layers(model)
+    text, _, _ = _capture(model, inputs)
+    with torch.no_grad():
+        states = model(**inputs, output_hidden_states=True).hidden_states
+    kept: list[Tensor] = []
+    handle = layers[1].self_attn.register_forward_hook(lambda module, args, output: kept.append(output[0]))
+    with torch.no_grad():
+        model(**inputs)
+    handle.remove()
+    torch.testing.assert_close(text.layer_norms[1].stream, states[1].norm(dim=-1))
+    torch.testing.assert_close(text.layer_norms[1].branch, kept[0].norm(dim=-1))
+
+
+def test_bfloat16_is_captured_in_float32(model: LlavaForConditionalGeneration) -> None:
+    inputs = _inputs(model)
+    exact, _, _ = _capture(model, inputs)
+    with in_dtype(model, torch.bfloat16):
+        text, _, _ = _capture(model, inputs | {"pixel_values": inputs["pixel_values"].bfloat16()})
+    assert text.attention[0].dtype == torch.float32
+    # 8 bits of mantissa in the scores, and sharp attention: rows agree to about a percent
+    assert (text.attention[0] - exact.attention[0]).abs().mean() < 1e-3
+
+
+def _state(model: LlavaForConditionalGeneration) -> dict[str, Any]:
+    """Everything a capture could leave behind."""
+    modules = list(model.modules())
+    return {
+        "implementation": [
+            part._attn_implementation for part in (model.config, model.config.text_config, model.config.vision_config)
+        ],
+        "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in modules],
+        "training": [m.training for m in modules],
+        "grad": [p.requires_grad for p in model.parameters()],
+        "grads": [p.grad is None for p in model.parameters()],
+        "grad mode": torch.is_grad_enabled(),
+        "random": torch.get_rng_state().tolist(),
+    }
+
+
+@pytest.mark.parametrize("how", [None, RuntimeError, KeyboardInterrupt])
+def test_nothing_is_left_behind(model: LlavaForConditionalGeneration, how: type[BaseException] | None) -> None:
+    class Failing(Full):
+        def close(self, layer: int, norms: Any) -> None:
+            super().close(layer, norms)
+            torch.rand(1)  # a random number drawn inside must not shift the stream outside
+            if layer == 1 and how is not None:
+                raise how("stop")
+
+    model.train()
+    model.model.vision_tower.eval()  # a mixture of training flags must come back as the same mixture
+    first = next(model.parameters())
+    first.requires_grad_(True)
+    before = _state(model)
+    assert before["implementation"] == ["sdpa"] * 3
+    try:
+        layers, patches = language_layers(model), vision_layers(model)
+        with undisturbed(model), watch_attention(layers, Failing()), watch_attention(patches, Full()):
+            assert not model.training
+            model(**_inputs(model))
+    except (RuntimeError, KeyboardInterrupt):
+        assert how is not None
+    else:
+        assert how is None
+    after = _state(model)
+    first.requires_grad_(False)
+    model.eval()
+    assert after == before
+    _capture(model, _inputs(model))  # and it can be watched again
+
+
+def _watched(model: LlavaForConditionalGeneration, layers: Any, reducer: Reducer, *, batch: int = 1, forwards: int = 1) -> None:
+    with undisturbed(model), watch_attention(layers, reducer):
+        for _ in range(forwards):
+            model(**_inputs(model, batch))
+
+
+def test_silent_emptiness_is_refused(model: LlavaForConditionalGeneration) -> None:
+    layers = language_layers(model)
+    with pytest.raises(LabError, match="no forward ran"):
+        _watched(model, layers, Full(), forwards=0)
+    with pytest.raises(LabError, match=r"1 time\(s\), got \[2, 2, 2\]"):
+        _watched(model, layers, Full(), forwards=2)
+
+
+def test_watching_twice_or_nothing_is_refused(model: LlavaForConditionalGeneration) -> None:
+    layers = language_layers(model)
+    with watch_attention(layers, Full(), calls=0), pytest.raises(LabError, match="watched already"):
+        _watched(model, layers[:1], Full())
+    with pytest.raises(LabError, match="watched already"):
+        _watched(model, [layers[0], layers[0]], Full())
+    with pytest.raises(LabError, match="at least one layer"):
+        _watched(model, [], Full())
+    with pytest.raises(LabError, match="self_attn"):
+        _watched(model, [model.lm_head], Full())
+    with pytest.raises(OptionError, match="batch of 2"):
+        _watched(model, layers, LayerByLayer(lambda *_: None), batch=2)
+
+
+def test_unwatched_layers_run_as_before(model: LlavaForConditionalGeneration) -> None:
+    inputs = _inputs(model)
+    full, _, _ = _capture(model, inputs)
+    with undisturbed(model), watch_attention(language_layers(model)[1:2], Full()) as one:
+        model(**inputs)
+    assert list(one.attention) == [0]
+    torch.testing.assert_close(one.attention[0], full.attention[1], atol=1e-6, rtol=0)
+
+
+def test_a_causal_chunk_without_a_mask_needs_all_its_keys() -> None:
+    query, key = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 5, 4)
+    with pytest.raises(LabError, match="expected a mask for 3 new rows over 5 keys"):
+        list(attention_rows(query, key, None, 0.5, causal=True))

@@ -1,0 +1,107 @@
+"""Evaluation: batches answer as single questions do, intervals are honest, controls are controls."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+
+import numpy as np
+import pytest
+
+from llava_lab.errors import DataError, OptionError
+from llava_lab.evaluation import Item, answer_all, evaluate, load_items
+from llava_lab.evaluation.scoring import _blind, _majority, _shuffled
+from llava_lab.stats import cluster_interval, exact_match, wilson
+
+
+def test_exact_match_forgives_outer_space_only() -> None:
+    assert exact_match(" The car is red. ", "The car is red.")
+    assert not exact_match("the car is red.", "The car is red.")
+    assert not exact_match("The car is red", "The car is red.")
+
+
+def test_wilson_equals_the_published_example() -> None:
+    low, high = wilson(81, 263)  # Newcombe 1998, table I, method 3
+    assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
+    assert wilson(20, 20)[1] == 1.0
+    assert wilson(20, 20)[0] > 0.8
+
+
+def test_cluster_interval_is_wider_when_pictures_decide_together() -> None:
+    rng = np.random.default_rng(0)
+    picture_right = rng.random(100) < 0.7
+    together = np.repeat(picture_right, 10)
+    clusters = np.repeat(np.arange(100), 10)
+    alone = rng.random(1000) < 0.7
+    low, high = cluster_interval(together, clusters)
+    low_alone, high_alone = cluster_interval(alone, np.arange(1000))
+    assert high - low > 2 * (high_alone - low_alone)
+    assert low < together.mean() < high
+
+
+def test_cluster_interval_of_all_right_is_not_a_point() -> None:
+    low, high = cluster_interval(np.ones(50, bool), np.arange(50))
+    assert high == 1.0
+    assert 0.9 < low < 1.0
+    with pytest.raises(OptionError, match="equally long"):
+        cluster_interval(np.ones(3, bool), np.arange(4))
+
+
+def test_batched_answers_equal_single_questions(tiny_random) -> None:
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 255, (40, 40, 3), dtype=np.uint8) for _ in range(3)]
+    questions = ("What color is the car?", "Is there a blue house left of the tree?", "How many stars?", "Car?")
+    draws = [partial(np.copy, p) for p in pictures]
+    items = [Item(str(i), draw, q, "", "", "all") for i, draw in enumerate(draws) for q in questions]
+    batched = answer_all(tiny_random, items, max_new_tokens=8, batch=5, progress=False)
+    single = [tiny_random.ask(item.draw(), item.question, max_new_tokens=8).answer.strip() for item in items]
+    assert batched == single
+
+
+def test_shuffled_never_shows_a_picture_its_own_question() -> None:
+    items = load_items("picturebook", n=7)
+    for item, other in zip(items, _shuffled(items, 0), strict=True):
+        assert not np.array_equal(item.draw(), other.draw())
+        assert (item.question, item.answer) == (other.question, other.answer)
+    assert len({item.draw().tobytes() for item in _blind(items)}) == 1
+
+
+def test_majority_comes_from_the_training_split() -> None:
+    items = load_items("picturebook", n=200)
+    share = _majority(items, "picturebook", 0).mean()
+    assert 0.15 < share < 0.55
+
+
+def test_evaluate_reports_what_json_promises(tiny_random) -> None:
+    result = evaluate(tiny_random, n=3, progress=False)
+    assert set(result) >= {"accuracy", "interval", "n", "by_type", "controls", "model", "data", "split", "seed", "seconds"}
+    assert set(result["controls"]) == {"blind", "shuffled", "majority"}
+    for part in (result, *result["controls"].values(), *result["by_type"].values()):
+        low, high = part["interval"]
+        assert 0 <= low <= high <= 1
+        assert part["n"] >= 1
+    json.dumps(result)
+
+
+def test_llava_json_items_ask_each_turn_alone(tmp_path) -> None:
+    from llava_lab.worlds.picturebook import write_dataset
+
+    path = write_dataset(tmp_path, n=2, split="test", progress=False)
+    items = load_items(str(path), n=2)
+    rows = json.loads(path.read_text())
+    assert len(items) == sum(len(r["conversations"]) // 2 for r in rows)
+    assert items[0].question == rows[0]["conversations"][0]["value"].removeprefix("<image>\n")
+    assert items[0].draw().shape == (288, 288, 3)
+
+
+def test_bad_data_is_refused_in_one_line(tmp_path) -> None:
+    with pytest.raises(DataError, match="picturebook, easy-vqa or a .json"):
+        load_items("vqa")
+    with pytest.raises(DataError, match="no such data file"):
+        load_items(str(tmp_path / "none.json"))
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(DataError, match="not a JSON list"):
+        load_items(str(tmp_path / "bad.json"))
+    (tmp_path / "row.json").write_text('[{"image": "a.png"}]')
+    with pytest.raises(DataError, match="row 0"):
+        load_items(str(tmp_path / "row.json"))

@@ -1,0 +1,254 @@
+"""Loading: exactly what was saved or one clear line, from a folder, the hub's cache, or old file formats."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers.utils import logging as transformers_logging
+
+from llava_lab.errors import OptionError
+from llava_lab.models import Lab, load
+from tests.support.checkpoints import build_llava
+from tests.support.refusals import refused
+
+LINEAR_1 = "multi_modal_projector.linear_1.weight"
+
+
+@pytest.fixture
+def copy(tiny_folder: Path, tmp_path: Path) -> Path:
+    """A checkpoint of one's own to spoil."""
+    return Path(shutil.copytree(tiny_folder, tmp_path / "copy"))
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    data = json.loads(path.read_text())
+    data.update(changes)
+    path.write_text(json.dumps(data))
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_loaded_weights_are_the_saved_ones_bitwise(tiny_folder: Path, tiny_random: Lab) -> None:
+    saved = load_file(tiny_folder / "model.safetensors")
+    state = tiny_random.model.state_dict()
+    assert len(saved) == len(state)
+    assert torch.equal(state["model.multi_modal_projector.linear_1.weight"], saved[LINEAR_1])
+    mine = sorted(value.double().sum().item() for value in state.values())
+    assert mine == sorted(value.double().sum().item() for value in saved.values())
+
+
+def test_the_model_comes_ready_and_unlearning(tiny_random: Lab) -> None:
+    assert not tiny_random.model.training
+    assert not any(parameter.requires_grad for parameter in tiny_random.model.parameters())
+    assert tiny_random.grid == (4, 4)
+    assert (tiny_random.device.type, tiny_random.dtype) == ("cpu", torch.float32)
+
+
+def test_loading_changes_no_settings_of_torch_or_transformers(tiny_folder: Path) -> None:
+    def settings() -> tuple[Any, ...]:
+        bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+        return torch.get_num_threads(), torch.get_default_dtype(), torch.get_rng_state().tolist(), bars, level
+
+    before = settings()
+    load(tiny_folder)
+    assert settings() == before
+
+
+def test_loading_prints_nothing(tiny_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    load(tiny_folder)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_card_says_what_was_loaded_and_why(tiny_folder: Path, tiny_random: Lab) -> None:
+    card = tiny_random.card
+    assert card.source == f"folder {tiny_folder}"
+    assert card.connector == "mlp2x_gelu"
+    assert (card.image_tokens, card.fit, card.dtype, card.attention) == (16, "pad", "float32", "sdpa")
+    assert card.parameters == sum(p.numel() for p in tiny_random.model.parameters())
+    assert "float32: 0.2M parameters fit easily" in card.why
+    assert card.licence == "not stated"
+    assert all(str(value).split()[0] in card.describe() for value in card.to_dict().values() if isinstance(value, str))
+    assert json.dumps(card.to_dict())
+
+
+def test_licence_and_origin_come_from_the_readme_head(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (copy / "README.md").write_text("---\nlicense: apache-2.0\nbase_model:\n- a/b\n- c/d\ntags: [x]\n---\nlicense: not this\n")
+    card = load(copy).card
+    assert (card.licence, card.origin, card.non_commercial) == ("apache-2.0", "a/b", False)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("head", ["license: cc-by-nc-4.0", "license: other\nlicense_name: some-non-commercial-terms"])
+def test_a_non_commercial_licence_is_shown_when_the_model_loads(copy: Path, caplog: pytest.LogCaptureFixture, head: str) -> None:
+    (copy / "README.md").write_text(f"---\n{head}\n---\n")
+    lab = load(copy)
+    assert lab.card.non_commercial
+    assert "non-commercial licence" in caplog.text
+    assert lab.card.licence in caplog.text
+
+
+def test_dtype_attention_and_device_are_taken_as_asked(tiny_folder: Path, picture: np.ndarray) -> None:
+    lab = load(tiny_folder, dtype="bfloat16", attention="eager", device="cpu")
+    assert lab.dtype == torch.bfloat16
+    assert lab.model.config._attn_implementation == "eager"
+    assert lab.card.why == "cpu: as asked; bfloat16: as asked"
+    assert lab.ask(picture, "What?", max_new_tokens=2).logprobs.dtype == np.float32
+
+
+def test_unusable_options_list_what_there_is(tiny_folder: Path) -> None:
+    assert "float32, bfloat16, float16" in refused(tiny_folder, OptionError, dtype="int8")
+    assert "eager" in refused(tiny_folder, OptionError, attention="flash")
+    assert "usable: cpu" in refused(tiny_folder, OptionError, device="cuda")
+    assert "'cpu'" in refused(tiny_folder, OptionError, device="gpu")
+
+
+def test_other_families_and_half_an_original_are_refused(copy: Path) -> None:
+    edit_json(copy / "config.json", model_type="llama")
+    assert "'llama'" in refused(copy)
+    edit_json(copy / "config.json", model_type="llava_llama", mm_vision_tower="openai/clip")
+    assert "mm_vision_select_layer" in refused(copy)
+
+
+def test_broken_files_are_named(copy: Path) -> None:
+    weights, config = (copy / "model.safetensors").read_bytes(), (copy / "config.json").read_text()
+    (copy / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    assert "model.safetensors" in refused(copy) or "damaged" in refused(copy)
+    (copy / "model.safetensors").write_bytes(b"\xff" * 40)
+    assert "not a whole safetensors file" in refused(copy)
+    (copy / "model.safetensors").unlink()
+    assert "no weights" in refused(copy)
+    (copy / "model.safetensors").write_bytes(weights)
+    (copy / "config.json").write_text(config[:50])
+    assert "not readable JSON" in refused(copy)
+    (copy / "config.json").write_text("[]")
+    assert "JSON object" in refused(copy)
+    (copy / "config.json").write_text(config.replace('"llama"', '"no-such-model"'))
+    assert "does not describe a LLaVA" in refused(copy)
+    (copy / "config.json").write_text(config)
+    (copy / "tokenizer.json").write_text("{}")
+    assert "tokenizer" in refused(copy)
+
+
+def test_processor_files_that_are_missing_or_of_another_model_are_refused(copy: Path) -> None:
+    settings = json.loads((copy / "processor_config.json").read_text())
+    edit_json(
+        copy / "processor_config.json", image_processor=settings["image_processor"] | {"crop_size": {"height": 24, "width": 24}}
+    )
+    assert "24 px" in refused(copy)
+    (copy / "processor_config.json").unlink()
+    assert "image processor" in refused(copy)
+
+
+def test_a_missing_weight_is_an_error_that_names_it(copy: Path) -> None:
+    edit_weights(copy, lambda weights: weights.pop(LINEAR_1))
+    assert "1 missing: model.multi_modal_projector.linear_1.weight" in refused(copy)
+
+
+def test_an_unexpected_weight_is_an_error_that_names_it(copy: Path) -> None:
+    edit_weights(copy, lambda weights: weights.update({"multi_modal_projector.linear_3.weight": torch.zeros(2)}))
+    assert "1 unexpected: model.multi_modal_projector.linear_3.weight" in refused(copy)
+
+
+def test_a_misshapen_weight_is_an_error_with_both_shapes(copy: Path) -> None:
+    edit_weights(copy, lambda weights: weights.update({LINEAR_1: torch.zeros(64, 33)}))
+    text = refused(copy)
+    assert "1 misshapen: model.multi_modal_projector.linear_1.weight (64, 33) not (64, 32)" in text
+
+
+def test_many_missing_weights_are_counted(copy: Path) -> None:
+    edit_weights(copy, lambda weights: [weights.pop(name) for name in list(weights) if "vision_tower" in name])
+    assert "and " in (text := refused(copy))
+    assert "more" in text
+
+
+def test_constants_of_old_checkpoints_are_no_surprise(copy: Path, tiny_random: Lab) -> None:
+    computed = {
+        "language_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8),
+        "vision_tower.vision_model.embeddings.position_ids": torch.arange(17)[None],
+    }
+    edit_weights(copy, lambda weights: weights.update(computed))
+    assert load(copy).fingerprint == tiny_random.fingerprint
+
+
+def test_a_config_whose_image_id_is_not_the_tokenizer_s_is_refused(copy: Path) -> None:
+    edit_json(copy / "config.json", image_token_index=5)
+    assert "image_token_index 5" in refused(copy)
+
+
+def test_a_checkpoint_that_keeps_the_class_token_is_refused(tmp_path: Path) -> None:
+    assert "17 image tokens of 4x4 patches" in refused(build_llava(tmp_path / "full", feature_strategy="full"))
+
+
+def test_several_feature_layers_and_a_biasless_connector_load(tmp_path: Path, picture: np.ndarray) -> None:
+    lab = load(build_llava(tmp_path / "several", feature_layer=[-2, -3], projector_bias=False))
+    assert lab.ask(picture, "What?", max_new_tokens=2).segments["image"][1] > 0
+
+
+def test_pytorch_weights_load_when_there_is_no_safetensors(copy: Path, tiny_random: Lab) -> None:
+    weights = load_file(copy / "model.safetensors")
+    (copy / "model.safetensors").unlink()
+    torch.save(weights, copy / "pytorch_model.bin")
+    assert load(copy).fingerprint == tiny_random.fingerprint
+
+
+def test_safetensors_is_preferred_over_pytorch_weights(copy: Path, tiny_random: Lab) -> None:
+    (copy / "pytorch_model.bin").write_bytes(b"never read")
+    assert load(copy).fingerprint == tiny_random.fingerprint
+
+
+class Trap:
+    """What an attacker would pickle into a weight file."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return exec, ("import os; os.environ['LLAVA_LAB_TRAP'] = 'sprung'",)
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda data, path: Path(path).write_bytes(pickle.dumps(data, protocol=2))])
+def test_code_in_a_weight_file_is_refused_and_not_run(copy: Path, save: Callable[[Any, Any], Any]) -> None:
+    (copy / "model.safetensors").unlink()
+    save({"lm_head.weight": Trap()}, copy / "pytorch_model.bin")
+    assert "hold more than weights" in refused(copy)
+    assert "LLAVA_LAB_TRAP" not in os.environ
+
+
+def test_code_beside_a_checkpoint_is_never_asked_for_or_run(copy: Path, tiny_random: Lab) -> None:
+    (copy / "evil.py").write_text("import os; os.environ['LLAVA_LAB_TRAP'] = 'sprung'")
+    remote = {"AutoModel": "evil.Model", "AutoConfig": "evil.Config", "AutoTokenizer": ["evil.T", None]}
+    edit_json(copy / "config.json", auto_map=remote)
+    edit_json(copy / "tokenizer_config.json", auto_map=remote)
+    config = json.loads((copy / "config.json").read_text())
+    edit_json(copy / "config.json", text_config=config["text_config"] | {"auto_map": remote})
+    assert load(copy).fingerprint == tiny_random.fingerprint
+    assert "LLAVA_LAB_TRAP" not in os.environ
+
+
+def test_two_spellings_in_one_folder_are_refused(copy: Path) -> None:
+    edit_weights(copy, lambda weights: weights.update({"model." + LINEAR_1: weights[LINEAR_1].clone()}))
+    assert "mix two spellings" in refused(copy)
+
+
+def test_names_as_in_memory_and_sharded_pytorch_weights_load(copy: Path, tiny_random: Lab) -> None:
+    (copy / "model.safetensors").unlink()
+    state = tiny_random.model.state_dict()
+    where = {}
+    for number in range(2):
+        file = f"pytorch_model-{number + 1:05}-of-00002.bin"
+        part = {name: state[name] for name in sorted(state)[number::2]}
+        torch.save(part, copy / file)
+        where |= dict.fromkeys(part, file)
+    (copy / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    assert load(copy).fingerprint == tiny_random.fingerprint

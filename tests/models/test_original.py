@@ -1,0 +1,199 @@
+"""Original LLaVA folders: every layout gives the logits of the same weights in transformers' classes, to 1e-5."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlavaForConditionalGeneration
+
+from llava_lab.errors import CheckpointError
+from llava_lab.models import Lab, load
+from llava_lab.models import connectors as projectors
+from llava_lab.models.formats import original
+from llava_lab.models.formats import original as original_config
+from llava_lab.models.formats.original_weights import new_rows
+from tests.support import original_folders as made
+from tests.support.original_folders import IMAGE_ID, PAD_ID, ROWS, WORDS, Parts
+
+QUESTION = "What color is the car?"
+
+
+@pytest.fixture(scope="module")
+def parts() -> Parts:
+    return made.make_parts()
+
+
+def agrees(lab: Lab, parts: Parts) -> None:
+    """The lab's logits are the reference's, and its words are where they should be."""
+    ids, pixels = made.probe()
+    assert torch.allclose(made.logits(lab.model, ids, pixels), made.logits(parts.model, ids, pixels), atol=1e-5, rtol=0)
+    assert lab.image_id == IMAGE_ID == lab.tokenizer.convert_tokens_to_ids("<image>")
+    assert lab.tokenizer.pad_token_id == PAD_ID == lab.model.config.pad_token_id
+    assert lab.model.config.text_config.vocab_size == ROWS == lab.model.lm_head.weight.shape[0]
+
+
+@pytest.mark.parametrize("safetensors", [False, True])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_consolidated_checkpoint_gets_its_tower_from_a_folder(
+    tmp_path: Path, parts: Parts, shards: int, safetensors: bool
+) -> None:
+    folder = made.write_whole(tmp_path / "llava", parts, shards=shards, safetensors=safetensors)
+    lab = load(folder, vision=made.write_tower(tmp_path / "clip", parts))
+    agrees(lab, parts)
+    assert (lab.card.connector, lab.card.fit, lab.grid) == ("mlp2x_gelu", "pad", (4, 4))
+    assert "original LLaVA format" in lab.card.source
+    assert str(tmp_path / "clip") in lab.card.source
+
+
+def test_a_tower_that_the_config_names_as_a_folder_is_found(tmp_path: Path, parts: Parts) -> None:
+    tower = made.write_tower(tmp_path / "clip", parts)
+    agrees(load(made.write_whole(tmp_path / "llava", parts, mm_vision_tower=str(tower))), parts)
+
+
+def test_a_checkpoint_with_the_tower_inside_uses_that_one(tmp_path: Path, parts: Parts) -> None:
+    folder = made.write_whole(tmp_path / "llava", parts, inside=True)
+    other = made.make_parts(seed=8)
+    lab = load(folder, vision=made.write_tower(tmp_path / "clip", other))  # its sizes only
+    agrees(lab, parts)
+    assert "inside" in lab.card.source
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp1x_gelu", "mlp3x_gelu"])
+def test_other_projectors_are_read_by_their_own_names(tmp_path: Path, kind: str) -> None:
+    parts = made.make_parts(kind)
+    folder = made.write_whole(tmp_path / "llava", parts, shards=1, mm_projector_type=None if kind == "linear" else kind)
+    lab = load(folder, vision=made.write_tower(tmp_path / "clip", parts))
+    agrees(lab, parts)
+    assert lab.card.connector == kind
+
+
+def test_v1_s_family_name_and_last_layer_are_read(tmp_path: Path) -> None:
+    parts = made.make_parts("linear", layer=-1)
+    changes = {"model_type": "llava", "mm_vision_select_layer": -1, "image_aspect_ratio": "square"}
+    folder = made.write_whole(tmp_path / "llava", parts, shards=1, **changes)
+    lab = load(folder, vision=made.write_tower(tmp_path / "clip", parts))
+    agrees(lab, parts)
+    assert lab.card.fit == "crop"
+
+
+def test_pictures_between_marks_as_v1_had_them(tmp_path: Path, parts: Parts, picture: np.ndarray) -> None:
+    folder = made.write_whole(tmp_path / "llava", parts, mm_use_im_start_end=True)
+    lab = load(folder, vision=made.write_tower(tmp_path / "clip", parts))
+    agrees(lab, parts)
+    lab.model.save_pretrained(tmp_path / "hf")
+    lab.processor.save_pretrained(tmp_path / "hf")
+    for one in (lab, load(tmp_path / "hf")):
+        for prompt in ("llava-1.5", "hf", "chat"):
+            run = one.ask(picture, QUESTION, prompt=prompt, max_new_tokens=3)
+            start, stop = run.segments["image"]
+            assert (run.tokens[start - 1], run.tokens[stop]) == ("<im_start>", "<im_end>")
+            assert run.token_ids[[start - 1, stop]].tolist() == [WORDS - 2, WORDS - 1]
+    ids = torch.from_numpy(run.token_ids)[None]
+    given = lab.inputs(run)["pixel_values"]
+    assert torch.allclose(made.logits(lab.model, ids, given), made.logits(parts.model, ids, given), atol=1e-5, rtol=0)
+
+
+def test_marks_without_a_row_are_no_random_words(tmp_path: Path, parts: Parts) -> None:
+    base = made.write_language(tmp_path / "base", parts)
+    folder = made.write_projector_only(tmp_path / "projector", parts, mm_use_im_start_end=True)
+    with pytest.raises(CheckpointError, match="<im_start> and <im_end> among them"):
+        load(folder, base=base, vision=made.write_tower(tmp_path / "clip", parts))
+
+
+def test_a_lora_run_is_merged_into_its_base(tmp_path: Path, parts: Parts) -> None:
+    base = made.write_lora(tmp_path / "lora", parts)
+    language = made.write_language(tmp_path / "vicuna", parts, base)
+    lab = load(tmp_path / "lora", base=language, vision=made.write_tower(tmp_path / "clip", parts))
+    agrees(lab, parts)
+    assert f"LoRA over {language}" in lab.card.source
+
+
+def test_a_lora_s_base_may_be_a_llava_and_be_named_by_its_files(tmp_path: Path, parts: Parts) -> None:
+    base = made.write_lora(tmp_path / "lora", parts)
+    other = made.make_parts(seed=8)
+    whole = made.write_whole(tmp_path / "llava", Parts(other.model, other.kind, base, other.projector, other.vision))
+    adapter = tmp_path / "lora" / "adapter_config.json"
+    adapter.write_text(adapter.read_text().replace("lmsys/vicuna-7b-v1.5", str(whole)))
+    agrees(load(tmp_path / "lora", vision=made.write_tower(tmp_path / "clip", parts)), parts)
+
+
+def test_a_projector_alone_is_put_on_its_base(tmp_path: Path, parts: Parts) -> None:
+    folder = made.write_projector_only(tmp_path / "stage1", parts)
+    language = made.write_language(tmp_path / "vicuna", parts)
+    lab = load(folder, base=language, vision=made.write_tower(tmp_path / "clip", parts))
+    agrees(lab, parts)
+    assert lab.card.fit == "crop"  # stage 1 does not pad
+    assert f"projector only over {language}" in lab.card.source
+
+
+def test_an_answer_and_its_record_are_the_original_s(tmp_path: Path, parts: Parts, picture: np.ndarray) -> None:
+    lab = load(made.write_whole(tmp_path / "llava", parts), vision=made.write_tower(tmp_path / "clip", parts))
+    run = lab.ask(picture, QUESTION, max_new_tokens=3)
+    assert run.prompt.startswith("A chat between a curious user and an artificial intelligence assistant. The assistant gives")
+    assert run.prompt.endswith(f"USER: <image>\n{QUESTION} ASSISTANT:")
+    assert (run.options["fit"], run.options["prompt"], len(run.image_positions)) == ("pad", "llava-1.5", 16)
+    assert lab.sequence(QUESTION, prompt="chat").text == run.prompt
+    again = lab.ask(picture, QUESTION, max_new_tokens=1, prompt="chat", history=[("Is it red?", "Yes")])
+    assert again.prompt == lab.sequence(QUESTION, history=[("Is it red?", "Yes")]).text
+
+
+def test_new_words_are_drawn_from_the_old_ones_and_always_the_same(tmp_path: Path, parts: Parts) -> None:
+    folder, tower = made.write_whole(tmp_path / "llava", parts), made.write_tower(tmp_path / "clip", parts)
+    first, second = (original.assemble(folder, vision=tower).weights for _ in range(2))
+    for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(first[name], second[name])
+        old = parts.language["model.embed_tokens.weight"]
+        assert torch.allclose(first[name][WORDS:], old.mean(0).expand(ROWS - WORDS, -1), atol=0.02)
+        assert not torch.equal(first[name][WORDS], first[name][WORDS + 1])
+
+
+def test_new_rows_have_the_mean_and_a_hundred_thousandth_of_the_covariance() -> None:
+    old = torch.randn(50, 3, generator=torch.Generator().manual_seed(1)) @ torch.tensor([[2.0, 1, 0], [0, 1, 1], [0, 0, 3]]) + 7
+    drawn = new_rows(old, 200_000, torch.Generator().manual_seed(2))
+    wanted = 1e-5 * torch.cov(old.T, correction=0)
+    assert torch.allclose(drawn.mean(0), old.mean(0), atol=1e-4)
+    assert torch.allclose(torch.cov(drawn.T), wanted, atol=0.03 * wanted.abs().max().item())
+
+
+def test_a_patch_token_comes_before_the_image_token(tmp_path: Path, parts: Parts) -> None:
+    folder = made.write_whole(tmp_path / "llava", parts, mm_use_im_patch_token=True)
+    lab = load(folder, vision=made.write_tower(tmp_path / "clip", parts))
+    assert lab.tokenizer.convert_tokens_to_ids(["<im_patch>", "<image>", "<pad>"]) == [400, 401, 402]
+
+
+@pytest.mark.parametrize("write", [made.write_whole, made.write_projector_only])
+def test_reading_leaves_the_folder_as_it_was(tmp_path: Path, parts: Parts, write: Callable[..., Path]) -> None:
+    folder, language = write(tmp_path / "llava", parts), made.write_language(tmp_path / "vicuna", parts)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    base = {"base": language} if write is made.write_projector_only else {}
+    load(folder, vision=made.write_tower(tmp_path / "clip", parts), **base)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("width", "inner", "layers", "kind", "parameters"),
+    [
+        (4096, 11008, 32, "mlp2x_gelu", 7_063_427_072),
+        (4096, 11008, 32, "linear", 7_046_645_760),
+        (5120, 13824, 40, "mlp2x_gelu", None),
+    ],
+)
+def test_true_sizes_become_the_hub_s_model(
+    tmp_path: Path, parts: Parts, width: int, inner: int, layers: int, kind: str, parameters: int | None
+) -> None:
+    sizes = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers, "vocab_size": 32000}
+    sizes |= {"num_attention_heads": width // 128, "num_key_value_heads": width // 128, "mm_hidden_size": 1024}
+    made.write_json(tmp_path / "config.json", made.config_of(parts, mm_projector_type=kind, **sizes))
+    read = original_config.read(tmp_path)
+    tower = original_config.vision_config(read, None)
+    config = original_config.llava_config(read, tower, vocabulary=32064, image_id=32000, pad_id=32001)
+    with torch.device("meta"), projectors.patched():
+        model = LlavaForConditionalGeneration(config)
+    assert config.image_seq_length == 576
+    assert tuple(model.lm_head.weight.shape) == (32064, width)
+    if parameters is not None:
+        assert sum(parameter.numel() for parameter in model.parameters()) == parameters

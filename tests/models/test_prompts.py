@@ -1,0 +1,147 @@
+"""Prompts are LLaVA's to the letter, and every part of the sequence is found where it is."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llava_lab.errors import CheckpointError, OptionError
+from llava_lab.models import Lab, layout
+from llava_lab.models.text import PROMPTS, SYSTEM, build_prompt, chat_messages, encode
+from tests.support.checkpoints import byte_tokenizer, sentencepiece_tokenizer
+
+TURN = [("What color is the car?", "It is red.")]
+
+
+def test_the_llava_prompt_is_vicuna_v1_to_the_letter() -> None:
+    assert build_prompt("Why?") == (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+        "and polite answers to the user's questions. USER: <image>\nWhy? ASSISTANT:"
+    )
+    assert build_prompt("Why?", history=TURN) == (
+        f"{SYSTEM} USER: <image>\nWhat color is the car? ASSISTANT: It is red.</s>USER: Why? ASSISTANT:"
+    )
+
+
+def test_the_hf_prompt_has_no_system_sentence() -> None:
+    assert build_prompt("Why?", "hf") == "USER: <image>\nWhy? ASSISTANT:"
+    assert build_prompt("Why?", "hf", TURN) + " Because." == (
+        "USER: <image>\nWhat color is the car? ASSISTANT: It is red.</s>USER: Why? ASSISTANT: Because."
+    )
+
+
+def test_white_space_around_a_question_is_dropped() -> None:
+    assert build_prompt("  Why?\n") == build_prompt("Why?")
+
+
+@pytest.mark.parametrize(
+    ("question", "form", "history", "words"),
+    [
+        ("Why?", "vicuna", (), ("llava-1.5, hf, chat", "vicuna")),
+        ("", "hf", (), ("empty",)),
+        (" \n", "hf", (), ("empty",)),
+        (3, "hf", (), ("int",)),
+        ("a <image> b", "hf", (), ("<image>",)),
+        ("a</s>", "hf", (), ("</s>",)),
+        ("Why?", "hf", [("a", "")], ("earlier answer",)),
+        ("Why?", "hf", ["ab"], ("pairs",)),
+        ("Why?", "hf", "ab", ("pairs",)),
+        ("Why?", "chat", (), ("template",)),
+    ],
+)
+def test_unusable_questions_are_refused_in_one_line(question: Any, form: str, history: Any, words: tuple[str, ...]) -> None:
+    with pytest.raises(OptionError) as error:
+        build_prompt(question, form, history)
+    assert "\n" not in str(error.value)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_chat_messages_hold_the_picture_once() -> None:
+    messages = chat_messages("Why?", TURN)
+    assert [message["role"] for message in messages] == ["user", "assistant", "user"]
+    assert [part["type"] for message in messages for part in message["content"]] == ["image", "text", "text", "text"]
+
+
+@pytest.mark.parametrize("tokenizer", [byte_tokenizer(), sentencepiece_tokenizer()], ids=["byte-level", "sentencepiece"])
+@pytest.mark.parametrize("form", ["llava-1.5", "hf"])
+@pytest.mark.parametrize("question", ["What color is the car?", "café ASSISTANT: naïve 🦊", "?", "USER: and\nlines"])
+@pytest.mark.parametrize("history", [(), TURN])
+def test_segments_cover_the_prompt_and_hold_their_own_text(tokenizer: Any, form: str, question: str, history: Any) -> None:
+    image_id = tokenizer.convert_tokens_to_ids("<image>")
+    text = build_prompt(question, form, history)
+    found = encode(tokenizer, text, question, image_id=image_id, image_tokens=9, history=bool(history))
+    spans = list(found.segments.values())
+    assert spans[0][0] == 0
+    assert spans[-1][1] == len(found.token_ids)
+    assert all(a[1] == b[0] for a, b in pairwise(spans))
+    assert list(found.segments) == ["system", "image", *(["history"] if history else []), "question", "cue"]
+    said = {name: tokenizer.decode(found.token_ids[slice(*span)]).strip() for name, span in found.segments.items()}
+    assert (found.token_ids[slice(*found.segments["image"])] == image_id).all()
+    assert said["question"] == question
+    assert said["cue"] == "ASSISTANT:"
+    assert said["system"].endswith("USER:")
+    assert not history or said["history"].endswith("USER:")
+
+
+def test_a_token_over_the_question_s_end_belongs_to_the_question() -> None:
+    class Straddling:
+        """Characters as tokens, but one token spans the question's last sign and the space after it."""
+
+        bos_token = None
+
+        def __call__(self, text: str, **_: Any) -> dict[str, list[Any]]:
+            image, end = text.index("<image>"), text.index("? ")
+            spans = [(i, i + 1) for i in range(image)] + [(image, image + 7)] + [(i, i + 1) for i in range(image + 7, end)]
+            spans += [(end, end + 2)] + [(i, i + 1) for i in range(end + 2, len(text))]
+            return {"input_ids": [3 if span == (image, image + 7) else 9 for span in spans], "offset_mapping": spans}
+
+    found = encode(Straddling(), build_prompt("Why?", "hf"), "Why?", image_id=3, image_tokens=4)
+    start, stop = found.segments["question"]
+    assert stop - start == len("\nWhy") + 1
+    assert found.segments["cue"] == (stop, stop + len("ASSISTANT:"))
+
+
+@pytest.mark.parametrize("form", ["llava-1.5", "hf", "chat"])
+def test_the_sequence_equals_the_processor_s_own(tiny_random: Lab, picture: np.ndarray, form: str) -> None:
+    found = tiny_random.sequence("What color is the car?", prompt=form)
+    theirs = tiny_random.processor(text=found.text, images=picture, return_tensors="np")
+    assert np.array_equal(found.token_ids, theirs["input_ids"][0])
+
+
+def test_every_form_in_the_table_can_be_asked(tiny_random: Lab, picture: np.ndarray) -> None:
+    for form in PROMPTS:
+        assert tiny_random.ask(picture, "Why?", prompt=form, max_new_tokens=1).options["prompt"] == form
+
+
+def test_the_chat_form_takes_history(tiny_random: Lab) -> None:
+    found = tiny_random.sequence("Why?", prompt="chat", history=TURN)
+    assert list(found.segments) == ["system", "image", "history", "question", "cue"]
+    assert found.text == "USER: <image>\nWhat color is the car? ASSISTANT: It is red.</s>USER: Why? ASSISTANT:"
+
+
+def test_a_template_without_one_image_is_refused(tiny_random: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny_random.processor, "chat_template", "{{ messages[0]['content'][1]['text'] }}")
+    with pytest.raises(CheckpointError, match="once"):
+        tiny_random.sequence("Why?", prompt="chat")
+    monkeypatch.setattr(tiny_random.processor, "chat_template", None)
+    with pytest.raises(OptionError, match="chat template"):
+        tiny_random.sequence("Why?", prompt="chat")
+
+
+def test_one_image_id_and_an_expanded_prompt_come_to_the_same() -> None:
+    one, many = np.array([5, 3, 6]), np.array([5, 3, 3, 3, 3, 6])
+    assert layout.expand_image(one, 3, 4).tolist() == many.tolist()
+    assert layout.expand_image(many, 3, 4).tolist() == many.tolist()
+    assert layout.image_span(many, 3, 4) == (1, 5)
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [([5, 6], "found 0"), ([3, 3, 6], "found 2"), ([3, 3, 5, 3, 3], "one block"), ([3, 3, 3, 3, 3], "found 5")],
+)
+def test_image_tokens_that_do_not_add_up_are_refused(ids: list[int], words: str) -> None:
+    with pytest.raises(CheckpointError, match=words):
+        layout.expand_image(np.array(ids), 3, 4)

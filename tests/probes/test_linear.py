@@ -1,0 +1,228 @@
+"""Linear probes: closed-form ridge against plain algebra, labels that are there are read, leakage and chance are not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from llava_lab.errors import OptionError
+from llava_lab.models import Lab, load
+from llava_lab.models.layout import projector
+from llava_lab.probes import linear, linear_probe
+from llava_lab.probes import linear as features
+from llava_lab.probes.linear import Ridge, held_out_classes
+from llava_lab.results import ProbeScores
+from tests.support.logit_cases import states_and_logits
+from tests.support.planted import RED, scripted_run
+
+COUNT = 12
+
+
+def squares(count: int = COUNT) -> tuple[list[np.ndarray], np.ndarray]:
+    """Grey pictures with one red 8x8 patch each, and which patch it is, (count, 4, 4)."""
+    rng = np.random.default_rng(1)
+    pictures, labels = [], np.zeros((count, 4, 4), np.int64)
+    for number in range(count):
+        pixels = rng.integers(90, 160, (32, 32, 3), dtype=np.uint8)
+        row, col = rng.integers(0, 4, 2)
+        pixels[row * 8 : row * 8 + 8, col * 8 : col * 8 + 8] = RED
+        labels[number, row, col] = 1
+        pictures.append(pixels)
+    return pictures, labels
+
+
+@pytest.fixture(scope="module")
+def red() -> tuple[list[np.ndarray], np.ndarray]:
+    return squares()
+
+
+def placed(folder: Path) -> Lab:
+    """A random model whose patches say loudly where they stand; where they stand is all that a label of place needs."""
+    lab = load(str(folder))
+    with torch.no_grad():
+        next(one for name, one in lab.model.named_parameters() if "position_embedding" in name).mul_(30)
+    return lab
+
+
+@pytest.fixture(scope="module")
+def places(tiny_folder: Path, red: tuple[list[np.ndarray], np.ndarray]) -> ProbeScores:
+    lab = placed(tiny_folder)
+    return linear_probe(lab, red[0], "row", at=("before", "after", 2), per_picture=None, shuffles=4, progress=False)
+
+
+def test_ridge_is_the_normal_equations() -> None:
+    rng = np.random.default_rng(0)
+    rows, labels, fresh = rng.normal(size=(30, 5)), rng.integers(0, 3, 30), rng.normal(size=(40, 5))
+    fitted = Ridge(rows)
+    x, new = (rows - rows.mean(0)) / rows.std(0), (fresh - rows.mean(0)) / rows.std(0)
+    y = np.eye(3)[labels]
+    cost = 0.7 * np.mean(fitted.values**2)
+    weights = np.linalg.solve(x.T @ x + cost * np.eye(5), x.T @ (y - y.mean(0)))
+    said = fitted.predict(labels[None], 3, fresh, 5, 0.7)[0]
+    np.testing.assert_array_equal(said, (new @ weights + y.mean(0)).argmax(1))
+    kept = x @ fitted.right[:2].T
+    weights = np.linalg.solve(kept.T @ kept + cost * np.eye(2), kept.T @ (y - y.mean(0)))
+    np.testing.assert_array_equal(
+        fitted.predict(labels[None], 3, fresh, 2, 0.7)[0], (new @ fitted.right[:2].T @ weights + y.mean(0)).argmax(1)
+    )
+
+
+def test_a_constant_column_and_wide_rows_do_no_harm() -> None:
+    rng = np.random.default_rng(0)
+    rows = np.hstack([rng.normal(size=(12, 40)), np.full((12, 1), 7.0)])
+    labels = (rows[:, 0] > 0).astype(int)
+    assert (Ridge(rows).predict(labels[None], 2, rows, 99, 1e-3)[0] == labels).all()
+    assert np.isfinite(Ridge(np.ones((4, 3))).predict(np.array([[0, 1, 1, 1]]), 2, np.ones((2, 3)), 3, 1.0)).all()
+
+
+def test_folds_are_of_pictures_so_what_only_its_own_picture_knows_is_not_read() -> None:
+    """Each picture has its own direction and its own label: patch-wise folds would read it, picture-wise ones must not."""
+    rng = np.random.default_rng(0)
+    where = np.repeat(np.arange(60), 10)
+    rows = 5 * rng.normal(size=(60, 80))[where] + 0.01 * rng.normal(size=(600, 80))
+    labels = rng.permutation(np.arange(60) % 2)[where][None]
+    leaky = held_out_classes(rows, labels, np.arange(600), rng.permutation(np.arange(600) % 5), 2, (80,), 0)
+    honest = held_out_classes(rows, labels, where, rng.permutation(np.arange(60) % 5), 2, (80,), 0)
+    assert (leaky[0] == labels).mean() > 0.95
+    assert (honest[0] == labels).mean() < 0.7
+
+
+def test_no_held_out_label_is_ever_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    rows, where, fold_of = rng.normal(size=(40, 6)), np.repeat(np.arange(10), 4), np.arange(10) % 5
+    labels = rng.integers(0, 2, (1, 40))
+    said = held_out_classes(rows, labels, where, fold_of, 2, (6, 3), 0)
+    other = labels.copy()
+    test = fold_of[where] == 2
+    other[:, test] = 1 - other[:, test]
+    again = held_out_classes(rows, other, where, fold_of, 2, (6, 3), 0)
+    np.testing.assert_array_equal(said[:, :, test], again[:, :, test])
+
+
+def test_rows_are_read_off_patches_and_shuffled_labels_are_not(places: ProbeScores) -> None:
+    assert places.stages == ("before", "after", "layer 2")
+    assert (places.accuracy > 0.9).all()
+    assert (places.shuffled < 0.5).all()
+    assert places.majority < 0.3
+    assert (places.selectivity > 0.5).all()
+    assert (places.interval[..., 0] <= places.accuracy).all()
+    assert (places.interval[..., 1] >= places.accuracy).all()
+    assert places.widths[:, 0].tolist() == [32, 64, 64]
+    assert set(places.widths[:, 1]) == {32}
+    assert places.counts.tolist() == [16] * COUNT
+    assert places.per == "patch"
+
+
+def test_a_connector_that_throws_away_loses_and_a_straight_one_keeps(tiny_folder: Path) -> None:
+    pictures, _ = squares(20)
+    lab = placed(tiny_folder)
+    connector: Any = projector(lab.model)
+    with torch.no_grad():
+        connector.linear_2.weight.zero_()
+    lost = linear_probe(lab, pictures, "column", at=("before", "after"), shuffles=1, progress=False)
+    assert lost.verdict() == "loses"
+    difference, low, high = lost.difference("before", "after")
+    assert low <= difference <= high < 0
+    assert difference == pytest.approx(lost.accuracy[1, 1] - lost.accuracy[0, 1], abs=1e-6)
+    assert lost.difference("before", "before") == (0, 0, 0)
+
+
+def test_one_label_per_picture_is_read_off_the_mean_token(tiny_random: Lab) -> None:
+    rng = np.random.default_rng(0)
+    names = np.array(["dark", "light"])[np.arange(12) % 2]
+    pictures = [np.clip(rng.normal(60 if name == "dark" else 190, 20, (32, 32, 3)), 0, 255).astype(np.uint8) for name in names]
+    found = linear_probe(tiny_random, pictures, names, at="after", progress=False)
+    assert found.per == "picture"
+    assert found.classes == ("dark", "light")
+    assert found.accuracy.min() == 1
+    assert found.counts.tolist() == [1] * 12
+
+
+def test_stages_are_what_the_model_computes(tiny_random: Lab, picture: np.ndarray) -> None:
+    run = scripted_run(tiny_random, picture, "red", question=features.QUESTION)
+    states, _ = states_and_logits(tiny_random, run)
+    image = slice(*run.segments["image"])
+    text: dict[features.Stage, np.ndarray] = {}
+    found = features.read_stages(tiny_random, picture, ("before", "after", 1, 2), text=text)
+    np.testing.assert_allclose(found["after"], states[0][image], atol=1e-5)
+    np.testing.assert_allclose(found[2], states[2][image], atol=1e-4)
+    assert found["before"].shape == (16, 32)
+    with torch.no_grad():
+        given = torch.from_numpy(found["before"])
+        np.testing.assert_allclose(projector(tiny_random.model)(given), found["after"], atol=1e-4)
+    assert set(text) == {"after", 1, 2}
+    np.testing.assert_allclose(text["after"][0], states[0][0], atol=1e-5)
+
+
+def test_left_out_patches_are_not_asked(tiny_random: Lab, red: tuple[list[np.ndarray], np.ndarray]) -> None:
+    labels = red[1].copy()
+    labels[:, 0] = -1
+    found = linear_probe(tiny_random, red[0], labels, at="before", per_picture=None, shuffles=1, progress=False)
+    assert found.counts.tolist() == [12] * COUNT
+    assert found.classes == ("0", "1")
+
+
+def test_ctrl_c_probes_the_pictures_read_and_leaves_the_model(
+    tiny_random: Lab, red: tuple[list[np.ndarray], np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = scripted_run(tiny_random, red[0][0], "red")
+    logits = states_and_logits(tiny_random, run)[1]
+    real: Callable[..., Any] = linear.read_stages
+
+    def stops_at(number: int) -> Callable[..., Any]:
+        calls: list[int] = []
+
+        def read(*args: Any, **options: Any) -> Any:
+            calls.append(1)
+            if len(calls) > number:
+                raise KeyboardInterrupt
+            return real(*args, **options)
+
+        return read
+
+    monkeypatch.setattr(linear, "read_stages", stops_at(7))
+    found = linear_probe(tiny_random, red[0], "row", at="after", progress=False)
+    assert found.interrupted
+    assert len(found.counts) == 7
+    monkeypatch.setattr(linear, "read_stages", stops_at(3))
+    with pytest.raises(KeyboardInterrupt):
+        linear_probe(tiny_random, red[0], "row", at="after", progress=False)
+    assert not projector(tiny_random.model)._forward_hooks
+    assert torch.equal(states_and_logits(tiny_random, run)[1], logits)
+
+
+def test_scores_survive_the_disk(places: ProbeScores, tmp_path: Path) -> None:
+    again = ProbeScores.load(places.save(tmp_path / "probe.npz"))
+    np.testing.assert_array_equal(again.interval, places.interval)
+    assert (again.stages, again.classes, again.notes) == (places.stages, places.classes, places.notes)
+    with pytest.raises(OptionError, match="stage must be one of before, after, layer 2, got 'layer 1'"):
+        again.difference("before", "layer 1")
+    with pytest.raises(OptionError, match="width must be one of own, matched, got 'full'"):
+        again.difference("before", "after", width="full")
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "message"),
+    [
+        (np.zeros(5, int), {}, r"expected labels \(12,\), one per picture, or \(12, 4, 4\), one per patch; got \(5,\)"),
+        (np.arange(12) / 3, {}, "labels must be whole numbers or text, got float64"),
+        (np.zeros(12, int), {}, "at least two different labels, got 1"),
+        (np.arange(12) - 1, {}, "labels of pictures must be 0 or more"),
+        ("colour", {}, "labels must be an array, 'row' or 'column', got 'colour'"),
+        ("row", {"at": ("before", 9)}, "a stage is 'before', 'after' or a layer from 0 to 3, got 9"),
+        ("row", {"at": ("after", "after")}, "expected stages, each once"),
+        ("row", {"folds": 13}, "got 12 pictures for 13 folds"),
+        ("row", {"folds": 1}, "folds must be a whole number of at least 2"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(
+    tiny_random: Lab, red: tuple[list[np.ndarray], np.ndarray], labels: Any, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(OptionError, match=message) as error:
+        linear_probe(tiny_random, red[0], labels, progress=False, **options)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,55 @@
+"""Fixtures shared by the suite: small random checkpoints and a picture. Loaded by `tests/conftest.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from tests.support.lessons import Lesson, runner
+
+if TYPE_CHECKING:
+    from llava_lab.models import Lab
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random LLaVA folder: 32 px, 4x4 patches, 4 vision layers, 3 language layers."""
+    from tests.support.checkpoints import build_llava
+
+    return build_llava(tmp_path_factory.mktemp("checkpoints") / "tiny-random")
+
+
+@pytest.fixture(scope="session")
+def tiny_random(tiny_folder: Path) -> Lab:
+    """The Lab of `tiny_folder`. Shared: a test that changes it must put it back."""
+    from llava_lab.models import load
+
+    return load(str(tiny_folder))
+
+
+@pytest.fixture(scope="session")
+def llava15_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LLaVA-1.5's config keys, 336 px, 576 image tokens, vocabulary 32064; 3 + 2 layers of width 64."""
+    from tests.support.checkpoints import build_llava
+
+    return build_llava(
+        tmp_path_factory.mktemp("checkpoints") / "llava-1.5-random", llava15_config=True, layers=2, vision_layers=3
+    )
+
+
+@pytest.fixture
+def picture() -> np.ndarray:
+    """A wide uint8 picture, 60x40, grey noise with a red square in its lower left."""
+    pixels = np.random.default_rng(0).integers(90, 160, (40, 60, 3), dtype=np.uint8)
+    pixels[24:36, 6:18] = (220, 30, 30)
+    return pixels
+
+
+@pytest.fixture(scope="session")
+def run_once() -> Callable[[Path], Lesson]:
+    """Each lesson's stored notebook, a fresh run of it, and what its probe printed; run once for the whole suite."""
+    return runner()

@@ -1,0 +1,90 @@
+"""What the tests of gradient methods share: a method without the registry, and everything it could leave changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llava_lab.attribution.method import Maps, Method
+from llava_lab.capture.open_layer import _OPENING
+from llava_lab.models import Lab
+from llava_lab.models.layout import projector
+from llava_lab.replay import resolve_targets
+from llava_lab.results import Run, Target
+from tests.support.planted import scripted_run
+
+ANSWER = "Yes, the car is blue."
+PLACES = ("projector", "vision", "pixels")
+
+
+def noise_run(lab: Lab, answer: str = ANSWER, **options: Any) -> Run:
+    """A wide picture of noise, and `answer` put in the model's mouth."""
+    wide = np.random.default_rng(3).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    return scripted_run(lab, wide, answer, **options)
+
+
+def compute(lab: Lab, run: Run, method: Method, target: Any = None, **options: Any) -> Maps:
+    return method.compute(lab, run, resolve_targets(lab, run, target), method.with_defaults(options))
+
+
+def logit(lab: Any, run: Run, target: Target, *, at: str, value: Tensor) -> Tensor:
+    """A target's logit by the model's own forward, with `value` for the pixels, the tower's output or the image tokens."""
+    inputs = lab.inputs(run)
+    connector, handle = projector(lab.model), None
+    if at == "pixels":
+        inputs["pixel_values"] = value
+    elif at == "vision":
+        handle = connector.register_forward_pre_hook(lambda *args: (value,))
+    else:
+        handle = connector.register_forward_hook(lambda *args: value)
+    try:
+        logits = lab.model(**inputs).logits[0]
+    finally:
+        if handle:
+            handle.remove()
+    said = logits[list(target.positions), list(target.token_ids)].sum()
+    return said - logits[list(target.positions), list(target.against_ids)].sum() if target.against_ids else said
+
+
+def stands_at(lab: Any, at: str, pixels: Tensor) -> Tensor:
+    """What `pixels` become at a place: themselves, or (1, P, D) before or after the projector."""
+    if at == "pixels":
+        return pixels
+    seen: list[Tensor] = []
+    connector = projector(lab.model)
+    handle = connector.register_forward_hook(lambda module, args, output: seen.append(args[0] if at == "vision" else output))
+    with torch.no_grad():
+        lab.model.get_image_features(pixel_values=pixels)
+    handle.remove()
+    return seen[0]
+
+
+def leave_one_trained(lab: Lab) -> None:
+    """The model as someone who trains its head would have it: mixed modes, and one parameter that wants a gradient."""
+    lab.model.train()
+    lab.model.model.vision_tower.eval()
+    lab.model.lm_head.requires_grad_(True)
+
+
+def put_back(lab: Lab) -> None:
+    lab.model.eval()
+    lab.model.requires_grad_(False)
+
+
+def leftovers(lab: Lab) -> dict[str, Any]:
+    """Everything a method could leave changed."""
+    modules = list(lab.model.modules())
+    configs = (lab.model.config, lab.model.config.text_config, lab.model.config.vision_config)
+    return {
+        "implementation": [part._attn_implementation for part in configs],
+        "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in modules],
+        "training": [m.training for m in modules],
+        "grad": [(p.requires_grad, p.grad is None) for p in lab.model.parameters()],
+        "weights": lab.fingerprint,
+        "random": torch.get_rng_state().tolist(),
+        "opening": len(_OPENING),
+        "mode": torch.is_grad_enabled(),
+    }

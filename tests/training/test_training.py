@@ -1,0 +1,272 @@
+"""The recipe on a handful of steps: each stage changes its own parts only, learns, repeats and resumes exactly."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from llava_lab.errors import DataError, OptionError
+from llava_lab.training import TINY, Architecture, Recipe, train
+from llava_lab.training.loop import rate_at
+from llava_lab.training.text import IGNORE, apart, apart_loss, encode, joined, joined_loss, plain, render
+from llava_lab.training.tiny.make import _Work
+from llava_lab.training.tiny.model import build_config, build_model, build_processor, build_tokenizer
+from llava_lab.training.tiny.pictures import NOTHING, make_pool, truth_of
+from llava_lab.training.tiny.sight import FORMS, InstructData
+from llava_lab.training.tiny.streams import shared_prefix
+from llava_lab.training.tiny.tower import normalise, swapped
+from llava_lab.worlds.picturebook import SHORT, conversation, scene
+
+SMALL = Architecture(
+    image=48,
+    patch=8,
+    vision_width=32,
+    vision_layers=3,
+    vision_heads=2,
+    vision_mlp=64,
+    hidden=32,
+    layers=2,
+    heads=2,
+    mlp=64,
+    vocabulary=700,
+)
+QUICK = Recipe(
+    name="quick",
+    pictures=120,
+    architecture=SMALL,
+    tower=replace(TINY.tower, steps=6, batch=8),
+    language=replace(TINY.language, steps=11, batch=4, turns=3),
+    align=replace(TINY.align, steps=6, batch=8),
+    instruct=replace(TINY.instruct, steps=8, batch=4, turns=3),
+)
+PARTS = {"tower": "vision_tower", "language": "language_model|lm_head", "align": "multi_modal_projector"}
+PARTS["instruct"] = "multi_modal_projector|language_model|lm_head"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished quick run."""
+    out = tmp_path_factory.mktemp("quick")
+    train("quick", out, recipe=QUICK)
+    return out
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer(700, samples=300)
+
+
+def losses(folder: Path, stage: str) -> list[float]:
+    return torch.load(folder / f"{stage}.pt", weights_only=True)["losses"]
+
+
+def test_every_stage_changes_its_own_parts_bitwise_and_nothing_else(folder: Path) -> None:
+    work = _Work(QUICK, folder, 1.0)
+    after: dict[str, torch.Tensor] = {k: v.clone() for k, v in work.model.state_dict().items()}
+    for stage in QUICK.stages:
+        before = dict(after)
+        work.load([stage.name])
+        after = {k: v.clone() for k, v in work.model.state_dict().items()}
+        changed = {name for name in after if not torch.equal(after[name], before[name])}
+        own = {name for name in after if any(part in name for part in PARTS[stage.name].split("|"))}
+        assert changed <= own, f"{stage.name} changed {sorted(changed - own)[:3]}"
+        missed = {n for n in own - changed if "position_ids" not in n and not _last_tower_layer(n)}
+        assert not missed, f"{stage.name} left {sorted(missed)[:3]} untouched"
+
+
+def _last_tower_layer(name: str) -> bool:
+    """Key biases shift every score alike, so softmax gives them no gradient worth a bit."""
+    return name.endswith("k_proj.bias")
+
+
+def test_losses_fall(folder: Path) -> None:
+    for stage in ("tower", "align"):
+        found = losses(folder, stage)
+        assert np.mean(found[-2:]) < np.mean(found[:2]), f"{stage}: {found}"
+    text = losses(folder, "language")
+    assert text[7] < text[0]  # steps 0 and 7 read descriptions
+
+
+def test_same_seed_same_losses_and_another_seed_others(folder: Path, tmp_path: Path) -> None:
+    train("quick", tmp_path / "again", recipe=QUICK, stages=["tower"])
+    assert losses(tmp_path / "again", "tower") == losses(folder, "tower")
+    train("quick", tmp_path / "other", recipe=QUICK, stages=["tower"], seed=1)
+    assert losses(tmp_path / "other", "tower") != losses(folder, "tower")
+
+
+def test_a_stage_stopped_half_way_resumes_to_the_same_bits(folder: Path, tmp_path: Path) -> None:
+    work = _Work(QUICK, tmp_path, 1.0)
+    half = replace(QUICK.tower, steps=3)
+    work.run(replace(half, warmup=0.0))
+    first = losses(tmp_path, "tower")
+    work = _Work(QUICK, tmp_path, 1.0)
+    whole = work.run(replace(QUICK.tower, warmup=0.0))
+    assert whole[:3] == first
+    assert len(whole) == 6
+
+
+def test_finished_stages_are_not_repeated(folder: Path) -> None:
+    before = (folder / "tower.pt").stat().st_mtime_ns
+    train("quick", folder, recipe=QUICK, resume=True)
+    assert (folder / "tower.pt").stat().st_mtime_ns == before
+
+
+def test_the_saved_model_loads_and_answers(folder: Path) -> None:
+    from llava_lab.models import load
+
+    lab = load(str(folder / "model"))
+    run = lab.ask(scene("test", 0).picture(), "What color is the car?", max_new_tokens=5)
+    assert len(run.image_positions) == 36
+    assert lab.card.connector == "mlp2x_gelu"
+
+
+def test_logs_carry_the_share_of_supervised_tokens(folder: Path) -> None:
+    rows = [json.loads(line) for line in (folder / "instruct.jsonl").read_text().splitlines()]
+    assert all(0 < row["supervised"] < 1 for row in rows)
+    assert "by_type" in rows[-1]
+
+
+def test_only_answers_and_their_end_marks_are_learned(tokenizer) -> None:
+    for i in range(25):
+        turns = conversation(scene("train", i), np.random.default_rng(i), 4)
+        for apart_ in (False, True):
+            encoded = encode(tokenizer, turns, system=bool(i % 2), apart=apart_)
+            learned = tokenizer.decode(encoded.ids[encoded.labels != IGNORE])
+            assert learned == "".join(f" {answer}</s>" for _, answer in turns)
+
+
+def test_turn_numbers_split_prefix_from_questions(tokenizer) -> None:
+    turns = [("What color is the car?", "The car is red."), ("Is there a tree?", "No, there is no tree.")]
+    encoded = encode(tokenizer, turns, system=True, apart=True)
+    assert tokenizer.decode(encoded.ids[encoded.turn == 0]).endswith("USER: <image>\n")
+    for i, (asked, answered) in enumerate(turns, 1):
+        assert tokenizer.decode(encoded.ids[encoded.turn == i]) == f"{asked} ASSISTANT: {answered}</s>"
+
+
+def test_joined_form_is_the_prompt_that_asking_uses(tokenizer) -> None:
+    from llava_lab.models.text import build_prompt
+
+    turns = [("One?", "Yes."), ("Two?", "No.")]
+    text, _, _ = render(turns, system=True)
+    assert text == build_prompt("Two?", "llava-1.5", [("One?", "Yes.")]) + " No.</s>"
+    assert render(turns[:1], system=False)[0] == build_prompt("One?", "hf") + " Yes.</s>"
+
+
+def test_a_token_that_straddles_an_answer_raises(tokenizer) -> None:
+    class Greedy:
+        """A tokenizer whose second token reaches from the cue into the answer."""
+
+        def __call__(self, text: str, **_: object) -> dict:
+            cut = text.index("ASSISTANT:") + 12
+            return {"input_ids": [1, 2, 3], "offset_mapping": [(0, cut - 6), (cut - 6, cut), (cut, len(text))]}
+
+        def convert_ids_to_tokens(self, token: int) -> str:
+            return f"piece{token}"
+
+    with pytest.raises(DataError, match="straddles"):
+        encode(Greedy(), [("Q?", "Answer.")], system=False)  # type: ignore[arg-type]
+
+
+def test_questions_apart_equal_the_stock_forward_of_each_alone(tokenizer) -> None:
+    config = build_config(SMALL, tokenizer)
+    model = build_model(config, seed=3).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    turns = [("What color is the car?", "The car is red."), (f"How big is it?\n{SHORT}", "small"), ("Where?", "On the left.")]
+    batch = apart(tokenizer, [turns, turns[::-1]], system=True)
+    embed = model.model.language_model.embed_tokens
+    prefix = embed(batch.prefix)[None].repeat(2, 1, 1)
+    with torch.no_grad():
+        hidden = shared_prefix(model.model.language_model, prefix, embed(batch.ids))
+        for b in range(2):
+            for n in range(3):
+                length = int((batch.ids[b, n] != tokenizer.pad_token_id).sum())
+                whole = torch.cat([batch.prefix, batch.ids[b, n, :length]])[None]
+                stock = model.model.language_model(input_ids=whole).last_hidden_state[0, len(batch.prefix) :]
+                torch.testing.assert_close(hidden[b, n, :length], stock, atol=2e-5, rtol=1e-4)
+
+
+def test_losses_apart_and_joined_agree_on_a_single_turn(tokenizer) -> None:
+    config = build_config(SMALL, tokenizer)
+    model = build_model(config, seed=3).eval()
+    image_id = int(tokenizer.convert_tokens_to_ids("<image>"))
+    turns = [("What color is the car?", "The car is red.")]
+    tokens = torch.randn(1, 36, SMALL.hidden)
+    with torch.no_grad():
+        one, _ = apart_loss(model, apart(tokenizer, [turns], system=True), tokens, image_id)
+        two = joined_loss(model, joined(tokenizer, [encode(tokenizer, turns, system=True)]), tokens, image_id)
+    torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
+
+
+def test_plain_form_learns_the_whole_caption_and_the_newline(tokenizer) -> None:
+    image_id = int(tokenizer.convert_tokens_to_ids("<image>"))
+    batch = plain(tokenizer, [["A small red car."]], image_id)
+    learned = batch.labels[0, 0][batch.labels[0, 0] != IGNORE]
+    assert tokenizer.decode(learned) == "A small red car.\n"
+    assert batch.prefix.tolist() == [tokenizer.bos_token_id, image_id]
+
+
+def test_training_pictures_are_what_the_processor_shows_the_model(tokenizer) -> None:
+    config = build_config(SMALL, tokenizer)
+    processor = build_processor(config, tokenizer)
+    drawn = scene("test", 4)
+    small, owners, things = truth_of(drawn, SMALL.image, SMALL.grid)
+    shown = processor.image_processor(images=drawn.picture(), return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(normalise(small[None]), shown.float(), atol=1e-5, rtol=1e-5)
+    assert set(np.unique(owners)) <= {NOTHING, *range(len(drawn.things))}
+    for i, thing in enumerate(drawn.things):
+        assert owners[int(thing.y * SMALL.grid) * SMALL.grid + int(thing.x * SMALL.grid)] == i
+        assert things[i][2] == (thing.size == "large")
+
+
+def test_the_pool_is_the_same_however_it_is_drawn(tmp_path: Path) -> None:
+    one = make_pool(tmp_path / "a", n=5, side=48, grid=6, workers=1)
+    two = make_pool(tmp_path / "b", n=7, side=48, grid=6, workers=2)
+    assert np.array_equal(one.pictures, two.pictures[:5])
+    assert np.array_equal(one.owners, two.owners[:5])
+
+
+def test_hard_negatives_differ_and_never_show_a_held_out_pair() -> None:
+    for i in range(60):
+        original = scene("train", i)
+        other = swapped(original, np.random.default_rng(i))
+        assert other.things != original.things
+        assert not any(t.held_out for t in other.things)
+
+
+def test_rates_warm_up_then_fall() -> None:
+    rates = [rate_at(TINY.align, step, 100) for step in range(100)]
+    assert rates[0] < rates[2] == max(rates) == 1.0
+    assert rates[-1] < 0.03
+
+
+def test_any_text_a_user_types_encodes_and_decodes(tokenizer) -> None:
+    for text in ("What colour is the car?", "¿Dónde está el coche? 🚗", "日本語\ttabs\n"):
+        assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+
+
+def test_bad_requests_are_refused_in_one_line(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="recipe must be one of tiny"):
+        train("huge", tmp_path)
+    with pytest.raises(OptionError, match="stages are tower, language, align, instruct"):
+        train("tiny", tmp_path, stages=["pretrain"])
+    with pytest.raises(OptionError, match="--resume"):
+        train("quick", folder, recipe=QUICK)
+    with pytest.raises(OptionError, match="train stage tower first"):
+        train("quick", tmp_path / "gap", recipe=QUICK, stages=["language"])
+
+
+def test_a_scene_without_a_question_is_described_instead(tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = make_pool(tmp_path, n=24, side=32, grid=4)
+    monkeypatch.setattr("llava_lab.training.tiny.sight.conversation", lambda *_: [])
+    data = InstructData(pool, tokenizer, batch=4, turns=4, seed=0)
+    form, batch, _ = data[FORMS.index("joined")]
+    assert form == "joined"
+    assert ((batch.ids == data.image_id).sum(1) == 1).all()
+    assert ((batch.labels != IGNORE).sum(1) > 5).all()

@@ -1,0 +1,235 @@
+"""PatchExplorer as Python sees it: options, traits, asking again, and what stays when no script runs."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import traitlets
+from PIL import Image
+
+from tests.support.widget_examples import example, make_relevance, make_run, spots
+from widgets import CompareView, ConnectorBench, FlowView, HeadGrid, LossPlot, PatchExplorer, TokenLens
+from widgets.base import LabWidget, bundle, styles
+from widgets.paint import columns_of, range_of, strongest_of
+from widgets.patch_explorer import read_answer
+from widgets.still import fit, in_font, overlay
+
+JS = Path(__file__).resolve().parents[2] / "widgets" / "js"
+
+
+@pytest.fixture
+def widget() -> PatchExplorer:
+    return PatchExplorer(*example(), ask=lambda patches: ("No car", [0.5, 0.25]))
+
+
+def test_a_misspelt_option_is_an_error_that_names_the_choices() -> None:
+    with pytest.raises(
+        TypeError, match=r"no option 'opcity'; did you mean 'opacity'\? Its options are ask, word, opacity, smooth"
+    ):
+        PatchExplorer(*example(), opcity=0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"opacity": 1.5}, ValueError, r"opacity must lie in 0\.\.1, got 1\.5"),
+        ({"ask": "later"}, TypeError, "ask must be a function of the selected patches, got str"),
+        ({"word": 9}, traitlets.TraitError, r"word must lie in 0\.\.4, got 9"),
+        ({"word": "blue"}, ValueError, "the answer has no word 'blue'"),
+    ],
+)
+def test_wrong_options_say_what_is_right(options: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        PatchExplorer(*example(), **options)
+
+
+def test_a_widget_without_a_still_picture_is_a_bug_that_says_so() -> None:
+    with pytest.raises(TypeError, match="LabWidget must draw its own still picture"):
+        LabWidget().draw_png()
+
+
+def test_the_first_word_is_the_last_one_with_a_map() -> None:
+    run = make_run()
+    assert PatchExplorer(*example()).word == 3
+    assert PatchExplorer(run, {"a": make_relevance(run, spots(run)[1:2], [run.target("car")])}).word == 1
+    assert PatchExplorer(run, {"a": make_relevance(run, spots(run)[:1], [run.target(None)])}).word == 4
+    assert PatchExplorer(*example(), word="car").word == 1
+
+
+def test_selection_is_sorted_unique_and_inside_the_grid(widget: PatchExplorer) -> None:
+    widget.selected = [14, 3, 14]
+    assert widget.selected == [3, 14]
+    assert widget.patches == [(0, 3), (1, 2)]
+    assert widget.mask.sum() == 2
+    assert widget.mask[1, 2]
+    for name, value in (("selected", [144]), ("selected", [-1]), ("word", 5), ("layer", 6), ("method", "rolout")):
+        with pytest.raises(traitlets.TraitError, match=r"must (lie in|be one of)"):
+            setattr(widget, name, value)
+
+
+def test_asking_again_gives_rows_and_columns_to_the_callback() -> None:
+    asked = []
+    widget = PatchExplorer(*example(), ask=lambda patches: asked.append(patches) or ("No car", [0.5, 0.25]))
+    states = []
+    widget.observe(lambda change: states.append(change["new"]["state"]), "reply")
+    widget._hear(widget, {"kind": "ask", "id": 7, "selected": [13, 14]}, [])
+    assert asked == [[(1, 1), (1, 2)]]
+    assert states == ["busy", "done"]
+    assert widget.reply["id"] == 7
+    assert widget.reply["words"] == [{"text": "No", "p": 0.5}, {"text": "car", "p": 0.25}]
+    assert widget.reply["p"] == 0.125
+
+
+def test_a_run_is_an_answer_too() -> None:
+    run = make_run("A blue house.", probabilities=[0.5, 0.5, 0.5])
+    answer = read_answer(run)
+    assert answer["answer"] == "A blue house."
+    assert [word["text"] for word in answer["words"]] == ["A", "blue", "house."]
+    assert answer["p"] == pytest.approx(0.125)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (None, r"ask must return a Run or \(answer, probabilities per word\), got NoneType"),
+        (("a b", [0.1]), "ask returned 1 probabilities for 2 words"),
+    ],
+)
+def test_what_the_callback_may_return_is_checked(given: object, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        read_answer(given)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
+def test_errors_in_the_callback_become_a_reply(error: BaseException, caplog: pytest.LogCaptureFixture) -> None:
+    def fail(patches: list) -> None:
+        raise error
+
+    widget = PatchExplorer(*example(), ask=fail)  # type: ignore[arg-type]
+    widget._hear(widget, {"kind": "ask", "id": 1, "selected": [3]}, [])
+    assert widget.reply["state"] == "error"
+    assert widget.reply["message"] in ("RuntimeError: out of memory", "KeyboardInterrupt")
+    assert "in fail" in widget.reply["trace"]
+    assert "asking again failed" in caplog.text
+
+
+def test_other_messages_are_ignored(widget: PatchExplorer) -> None:
+    widget._hear(widget, {"kind": "hello"}, [])
+    widget._hear(widget, "noise", [])
+    assert widget.reply == {}
+
+
+def test_a_wrong_selection_in_a_message_is_a_reply_too(widget: PatchExplorer) -> None:
+    widget._hear(widget, {"kind": "ask", "id": 1, "selected": [999]}, [])
+    assert widget.reply["state"] == "error"
+    assert "must lie in 0..143" in widget.reply["message"]
+
+
+def test_the_mime_bundle_carries_text_picture_and_view(widget: PatchExplorer) -> None:
+    data, _ = widget._repr_mimebundle_()  # type: ignore[misc]
+    assert data["text/plain"] == "PatchExplorer('What color is the car?' → 'The car is red.'; rollout, occlusion, random)"
+    assert data["application/vnd.jupyter.widget-view+json"]["model_id"] == widget.model_id
+    image = Image.open(io.BytesIO(base64.b64decode(data["image/png"])))
+    assert image.size[0] == 960
+    assert len(base64.b64decode(data["image/png"])) < 300_000
+
+
+def test_the_still_picture_is_the_same_bytes_each_time() -> None:
+    assert PatchExplorer(*example()).draw_png() == PatchExplorer(*example()).draw_png()
+
+
+def test_the_still_picture_lights_the_cell_of_the_map() -> None:
+    run = make_run(picture=np.full((288, 288, 3), 128, np.uint8))
+    values = np.zeros((12, 12))
+    values[2, 9] = 1.0
+    drawn = np.asarray(overlay(run, values, (0.0, 1.0), (144, 144)), int)
+    bright = np.abs(drawn - drawn[0, 0]).sum(-1) > 30
+    assert bright[24:36, 108:120].all()
+    assert bright.sum() == 144
+
+
+def test_the_still_picture_darkens_what_was_not_seen() -> None:
+    run = make_run(picture=np.full((200, 400, 3), 200, np.uint8), mode="crop")
+    drawn = np.asarray(overlay(run, np.zeros((12, 12)), (0.0, 1.0), fit(run, 120)), int)
+    assert drawn.shape == (60, 120, 3)
+    assert (drawn[:, :29] < 120).all()
+    assert (drawn[:, 31:89] > 150).all()
+
+
+def test_columns_and_range_of_the_still_picture() -> None:
+    run, maps = example()
+    layers = {name: given if isinstance(given, list) else [("", given)] for name, given in maps.items()}
+    assert [target.text for target in columns_of(run, layers)] == ["The", "car", "is", "red."]
+    assert [target.text for target in columns_of(run, {"occlusion": layers["occlusion"]})] == ["car", "red."]
+    assert range_of(layers["occlusion"])[0] == -range_of(layers["occlusion"])[1]
+    assert range_of(layers["rollout"])[1] == max(float(rel.values.max()) for _, rel in maps["rollout"])
+
+
+def test_text_the_font_cannot_draw_is_made_plain() -> None:
+    assert in_font("crème × 中 − “a”") == 'creme x ? - "a"'
+
+
+def test_where_there_is_no_room_the_words_with_the_highest_peaks_stay() -> None:
+    run = make_run()
+    layers = {"rollout": [("", make_relevance(run, np.arange(4)[::-1, None, None] * np.ones((4, 12, 12))))]}
+    assert [t.text for t in strongest_of(columns_of(run, layers), layers, 2)] == ["The", "car"]
+    assert len(strongest_of(columns_of(run, layers), layers, 9)) == 4
+
+
+def test_long_answers_and_many_methods_still_fit_a_notebook() -> None:
+    run = make_run(
+        " ".join(f"word{i}" for i in range(40)), picture=np.random.default_rng(0).integers(0, 256, (300, 500, 3), dtype=np.uint8)
+    )
+    rel = make_relevance(run, spots(run))
+    png = PatchExplorer(run, {f"method {i}": rel for i in range(9)}).draw_png()
+    assert len(png) < 700_000
+    assert Image.open(io.BytesIO(png)).size[0] == 960
+
+
+def test_joined_modules_share_one_scope_without_a_name_defined_twice() -> None:
+    shown = (PatchExplorer, CompareView, HeadGrid, TokenLens, FlowView, ConnectorBench, LossPlot)
+    used = dict.fromkeys([*(name for widget in shown for name in widget.modules), "page.js"])
+    assert sorted(used) == sorted(path.name for path in JS.glob("*.js"))
+    source = bundle(*used)  # a report has them all in one module
+    names = re.findall(r"^(?:export )?(?:async )?(?:function|class|const|let) (\w+)", source, re.MULTILINE)
+    assert len(names) == len(set(names))
+    assert not re.search(r"^import ", source, re.MULTILINE)
+    for widget in shown:
+        assert widget._esm.count("export default") == 1
+        assert f"function {widget.entry}(" in widget._esm
+
+
+def test_modules_state_their_types_and_stay_readable() -> None:
+    for path in JS.glob("*.js"):
+        text = path.read_text("utf-8")
+        assert text.startswith("// @ts-check\n/**"), path.name
+        assert len(text.splitlines()) <= 300, path.name
+
+
+def test_every_name_a_module_imports_is_exported_by_the_file_it_names() -> None:
+    for path in JS.glob("*.js"):
+        for names, file in re.findall(r'^import \{([^}]*)\} from "\./(\w+\.js)";', path.read_text("utf-8"), re.MULTILINE):
+            exported = set(re.findall(r"^export (?:function|class|const) (\w+)", (JS / file).read_text("utf-8"), re.MULTILINE))
+            assert {name.strip() for name in names.split(",") if name.strip()} <= exported, f"{path.name} from {file}"
+
+
+def test_css_classes_carry_the_prefix() -> None:
+    sheets = styles(*sorted(path.name for path in JS.parent.glob("*.css")))
+    classes = re.findall(r"\.([a-z][\w-]*)", re.sub(r"\d\.\d+|/\*.*?\*/", "", sheets, flags=re.DOTALL))
+    assert [name for name in classes if not name.startswith("lab-")] == []
+
+
+def test_maps_not_better_than_random_are_grey_in_the_explorer_too() -> None:
+    run, maps = example()
+    widget = PatchExplorer(run, maps, beats_random={"rollout": False, "occlusion": [True, False, True]})
+    assert [method["beats"] for method in widget.spec["methods"]] == [[False] * 4, [True, False, True], [None] * 4]
+    assert widget.draw_png() != PatchExplorer(run, maps).draw_png()
+    with pytest.raises(
+        ValueError, match="beats_random names 'rollot', which has no map; the maps are rollout, occlusion, random"
+    ):
+        PatchExplorer(run, maps, beats_random={"rollot": True})

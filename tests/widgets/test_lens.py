@@ -1,0 +1,190 @@
+"""TokenLens as Python sees it: one buffer that gives every number back, refusals, and what stays when no script runs."""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import traitlets
+from PIL import Image
+
+from tests.support.lens_examples import CAR, ONCE, SPOT, STATES, VOCABULARY, big, example, lens_of
+from tests.support.widget_examples import make_run
+from widgets import TokenLens
+from widgets.lens_pack import COSINE_STEPS, STEPS
+from widgets.lens_paint import some_states
+from widgets.lens_words import matching, seen, word_values
+
+
+def part(widget: TokenLens, name: str) -> np.ndarray:
+    """One table as the page reads it."""
+    kind, start, count = widget.spec["parts"][name]
+    assert start % np.dtype(kind).itemsize == 0
+    return np.frombuffer(widget.maps, f"<{kind}", count, start)
+
+
+def test_ids_and_ranks_come_back_exactly() -> None:
+    run, lens, near = example()
+    widget = TokenLens(run, lens, near)
+    known = dict(zip(lens.piece_ids.tolist(), lens.pieces, strict=True))
+    pieces = widget.spec["pieces"]
+    assert [pieces[i] for i in part(widget, "ids")] == [known[i] for i in lens.top_ids.ravel().tolist()]
+    assert [pieces[i] for i in part(widget, "near_ids")][3 * SPOT] == " wheel"
+    np.testing.assert_array_equal(part(widget, "word_ranks"), lens.ranks.ravel())
+
+
+def test_probabilities_come_back_to_the_step_and_one_in_a_million_keeps_two_figures() -> None:
+    run, lens, near = example()
+    widget = TokenLens(run, lens, near)
+    for name, values in (("probs", lens.top_probs), ("word_probs", lens.probs)):
+        given, got = values.ravel().astype(np.float64), (part(widget, name) / STEPS) ** 2
+        assert (np.abs(got - given) <= 0.51 * (2 * np.sqrt(given) / STEPS + 1 / STEPS**2)).all()
+    small = (part(widget, "word_probs") / STEPS) ** 2
+    np.testing.assert_allclose(small[1::2], 1e-6, rtol=0.02)
+
+
+def test_entropies_cosines_and_norms_come_back_to_their_steps() -> None:
+    run, lens, near = example()
+    widget = TokenLens(run, lens, near)
+    step = np.log(VOCABULARY) / STEPS
+    np.testing.assert_allclose(part(widget, "entropy") * step, lens.entropy.ravel(), atol=0.51 * step)
+    np.testing.assert_allclose(part(widget, "cosines") / COSINE_STEPS, near.cosines.ravel(), atol=0.51 / COSINE_STEPS)
+    np.testing.assert_array_equal(part(widget, "norms"), near.norms)
+
+
+def test_more_words_than_two_bytes_can_count_take_four() -> None:
+    run = make_run()
+    ids = np.full((1, 144, 1), 70_000)
+    lens = lens_of(run, ids, np.full((1, 144, 1), 0.5), vocabulary=128_000)
+    lens = replace(lens, words=("x",), word_ids=(1,), ranks=np.full((1, 144, 1), 70_001, np.int32), probs=np.zeros((1, 144, 1)))
+    widget = TokenLens(run, lens)
+    assert widget.spec["parts"]["word_ranks"][0] == "u4"
+    assert (part(widget, "word_ranks") == 70_001).all()
+
+
+def test_7b_is_under_a_megabyte_with_its_texts() -> None:
+    widget = TokenLens(*big())
+    assert len(widget.maps) < 430_000
+    assert len(widget.maps) + len(" ".join(widget.spec["pieces"])) < 1_000_000
+
+
+def test_a_word_asked_for_is_known_everywhere_and_any_other_among_the_top_words_only() -> None:
+    _, lens, _ = example()
+    np.testing.assert_allclose(word_values(lens, " car ")[:, SPOT], CAR, rtol=1e-6)
+    assert word_values(lens, "car").min() > 0
+    found = word_values(lens, "sky")  # two tokens read so
+    assert sorted(matching(lens, "sky").tolist()) == [4, 7]
+    assert found[0, 0] == pytest.approx(0.2)
+    assert found[4, SPOT] == pytest.approx(0.9 / 16)
+    assert np.argwhere(word_values(lens, "red")).tolist() == [list(ONCE)]  # case alone does not hide a word
+    assert not seen(lens, "zebra")
+    assert not word_values(lens, "zebra").any()
+
+
+def test_the_first_state_is_where_the_word_is_likeliest_else_the_last() -> None:
+    run, lens, near = example()
+    assert TokenLens(run, lens).state == STATES - 1
+    assert TokenLens(run, lens, word="zebra").state == STATES - 1
+    assert TokenLens(run, lens, word="red").state == ONCE[0]
+    widget = TokenLens(run, lens, near, word=" car ", state=2, patch=(8, 5))
+    assert (widget.word, widget.state, widget.selected, widget.patches) == ("car", 2, [SPOT], [(8, 5)])
+
+
+def test_values_are_the_map_that_is_shown() -> None:
+    run, lens, _ = example()
+    widget = TokenLens(run, lens, state=1)
+    np.testing.assert_array_equal(widget.values.ravel(), lens.entropy[1])
+    widget.word = "car"
+    assert widget.values[8, 5] == pytest.approx(CAR[1])
+
+
+def test_states_are_called_by_their_own_numbers() -> None:
+    run, lens, _ = example()
+    few = replace(lens, states=(3, 4, 5, 6, 7))
+    widget = TokenLens(run, few, word="red")
+    assert widget.state == 6
+    with pytest.raises(traitlets.TraitError, match="state must be one of 3 to 7, which this lens read, got 2"):
+        widget.state = 2
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"state": 9}, traitlets.TraitError, "state must be one of 0 to 4, which this lens read, got 9"),
+        ({"word": "two\nlines"}, traitlets.TraitError, "word must be one line of at most 80 signs"),
+        ({"word": "x" * 81}, traitlets.TraitError, "word must be one line of at most 80 signs"),
+        ({"patch": (12, 0)}, ValueError, r"patch must lie in the 12x12 grid, rows and columns from 0, got \(12, 0\)"),
+        ({"patch": 7}, ValueError, r"patch must be a pair \(row, column\), got 7"),
+        ({"opacity": 2}, ValueError, r"opacity must lie in 0\.\.1, got 2"),
+        ({"wrod": "car"}, TypeError, r"no option 'wrod'; did you mean 'word'\?"),
+    ],
+)
+def test_wrong_options_say_what_is_right(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        TokenLens(*example(), **options)
+
+
+def test_one_patch_can_be_locked_and_it_must_exist() -> None:
+    widget = TokenLens(*example())
+    with pytest.raises(traitlets.TraitError, match="one patch can be locked at a time, got 2"):
+        widget.selected = [1, 2]
+    with pytest.raises(traitlets.TraitError, match=r"selected patches must lie in 0\.\.143, got 144"):
+        widget.selected = [144]
+    widget.selected = [5]
+    assert widget.patches == [(0, 5)]
+
+
+def test_what_is_of_another_run_or_of_another_kind_is_refused() -> None:
+    run, lens, near = example()
+    moved = replace(lens.map, offset_x=3.0)
+    wrong: dict[str, tuple[Any, Any]] = {
+        "lens was read from another checkpoint": (replace(lens, fingerprint="other"), near),
+        "near was read from another checkpoint": (lens, replace(near, fingerprint="other")),
+        "lens was read through another picture geometry": (replace(lens, map=moved), near),
+        "near was read through another picture geometry": (lens, replace(near, map=moved)),
+        "values that are not finite": (replace(lens, entropy=np.full_like(lens.entropy, np.nan)), near),
+        "lens must be what llava_lab.logit_lens gives, got NearestWords": (near, lens),
+        "near must be what llava_lab.nearest_words gives, got LogitLens": (lens, lens),
+        "lens must be what llava_lab.logit_lens gives, got dict": ({}, None),
+    }
+    for message, given in wrong.items():
+        with pytest.raises((ValueError, TypeError), match=message):
+            TokenLens(run, *given)
+
+
+def test_the_mime_bundle_carries_text_picture_and_view() -> None:
+    widget = TokenLens(*example(), word="car")
+    data, _ = widget._repr_mimebundle_()  # type: ignore[misc]
+    assert data["text/plain"].endswith("states 0 to 4, 12 x 12 patches; looking for 'car')")
+    raw = base64.b64decode(data["image/png"])
+    assert Image.open(io.BytesIO(raw)).size[0] == 960
+    assert len(raw) < 300_000
+    assert raw == TokenLens(*example(), word="car").draw_png()
+
+
+def test_the_still_follows_word_state_and_patch() -> None:
+    run, lens, near = example()
+    drawn = [
+        TokenLens(run, lens, near, **options).draw_png()
+        for options in ({}, {"word": "car"}, {"word": "zebra"}, {"word": "car", "patch": (0, 0)})
+    ]
+    assert len(set(drawn)) == 4
+    assert TokenLens(run, lens, word="car").draw_png() != drawn[1]  # no nearest words to name
+
+
+def test_the_still_of_many_states_shows_the_one_chosen() -> None:
+    assert some_states(33, 7) == [0, 5, 11, 16, 21, 27, 32]
+    assert 19 in some_states(33, 7, 19)
+    assert len(some_states(33, 7, 19)) == 7
+    assert some_states(3, 7) == [0, 1, 2]
+    assert Image.open(io.BytesIO(TokenLens(*big(), state=19).draw_png())).size[0] == 960
+
+
+def test_a_page_without_a_kernel_holds_all_of_it(tmp_path: Any) -> None:
+    text = TokenLens(*example(), word="car").to_html(tmp_path / "lens.html")
+    assert "renderLens" in text
+    assert (tmp_path / "lens.html").read_text("utf-8") == text
