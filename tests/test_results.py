@@ -80,7 +80,7 @@ def test_a_failing_save_leaves_the_old_file(run: Run, tmp_path: Path, monkeypatc
     def full(*_: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("llava_lab.results.os.replace", full)
+    monkeypatch.setattr("llava_lab.results.save.os.replace", full)
     with pytest.raises(OSError, match="No space"):
         run.save(path)
     assert path.read_bytes() == before

@@ -53,9 +53,7 @@ from llava_lab.attribution.method import (
     Maps,
     Method,
     Targets,
-    choose,
     image_values,
-    number,
     predicting_rows,
     refuse_contrast,
     segment_mass,
@@ -64,6 +62,7 @@ from llava_lab.attribution.method import (
 )
 from llava_lab.capture import CHUNK, FUSIONS, Reducer, undisturbed, watch_attention
 from llava_lab.capture.watch import attention_module
+from llava_lab.checks import number, one_of
 from llava_lab.errors import LabError, OptionError
 from llava_lab.models.layout import language_layers
 from llava_lab.models.text import encode, refuse_special_text
@@ -76,7 +75,7 @@ if TYPE_CHECKING:
 def _compute(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> Maps:
     refuse_contrast("attention", targets)
     chosen = choose_heads(lab, options["layers"], options["heads"])
-    fusion = choose("fusion", options["fusion"], FUSIONS)
+    fusion = one_of("fusion", options["fusion"], FUSIONS)
     at = predicting_rows(targets)
     seen = read_rows(lab, lab.inputs(run, tiles=True), at, chosen, fusion)
     rows = target_rows(seen.fused, at, targets)
@@ -187,8 +186,8 @@ def head_weights(projection: nn.Module, value: Float[Tensor, "B G K d"]) -> Floa
 def _compute_value_attention(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> Maps:
     refuse_contrast("value_attention", targets)
     chosen = choose_heads(lab, options["layers"], options["heads"])
-    join = choose("join", options["join"], JOINS)
-    share = choose("scale", options["scale"], SCALES) == "share"
+    join = one_of("join", options["join"], JOINS)
+    share = one_of("scale", options["scale"], SCALES) == "share"
     at = predicting_rows(targets)
     decoder = language_layers(lab.model)
     watched = [decoder[layer] for layer in chosen.layers]
@@ -253,9 +252,9 @@ def ratio(rows: Float[Tensor, "N P"], beside: Float[Tensor, "N P"], floor: float
 def _compute_relative(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> Maps:
     refuse_contrast("relative_attention", targets)
     chosen = choose_heads(lab, options["layers"], options["heads"])
-    fusion = choose("fusion", options["fusion"], FUSIONS)
-    same = choose("beside", options["beside"], ("cue", "answer")) == "answer"
-    log = choose("scale", options["scale"], ("ratio", "log")) == "log"
+    fusion = one_of("fusion", options["fusion"], FUSIONS)
+    same = one_of("beside", options["beside"], ("cue", "answer")) == "answer"
+    log = one_of("scale", options["scale"], ("ratio", "log")) == "log"
     floor = 1 / len(run.token_ids) if options["floor"] is None else number("floor", options["floor"])
     other = ask_instead(lab, run, options["neutral"])
     at = predicting_rows(targets)

@@ -48,8 +48,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from llava_lab.attribution.method import Maps, Method, Targets, choose, predicting_rows, whole_number
+from llava_lab.attribution.method import Maps, Method, Targets, predicting_rows
 from llava_lab.capture import undisturbed
+from llava_lab.checks import one_of, whole_number
 from llava_lab.errors import CheckpointError, LabError, OptionError
 from llava_lab.replay.alter import PLACES, embedded, open_level
 from llava_lab.replay.fills import FILLS
@@ -168,8 +169,8 @@ def _quantisation(model: nn.Module) -> str:
 
 def _compute(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> Maps:
     refuse_quantised(lab, "gradient_input")
-    at = choose("at", options["at"], AT)
-    fill = choose("fill", options["fill"], (None, *FILLS))
+    at = one_of("at", options["at"], AT)
+    fill = one_of("fill", options["fill"], (None, *FILLS))
     with undisturbed(lab.model):
         here = open_point(lab, run, targets, at=at, fill=fill)
         with torch.enable_grad():
@@ -233,11 +234,11 @@ class _Steps:
 
 def _integrated(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> Maps:
     refuse_quantised(lab, "integrated_gradients")
-    at = choose("at", options["at"], AT)
-    fill = choose("fill", options["fill"], FILLS)
+    at = one_of("at", options["at"], AT)
+    fill = one_of("fill", options["fill"], FILLS)
     steps = whole_number("steps", options["steps"], least=1)
     batch = whole_number("batch", options["batch"], least=1)
-    rule = choose("rule", options["rule"], RULES)
+    rule = one_of("rule", options["rule"], RULES)
     captum = _captum("integrated_gradients")
     with undisturbed(lab.model):
         here = open_point(lab, run, targets, at=at, fill=fill)
@@ -273,12 +274,12 @@ def _completeness(moved: list[float], summed: list[float], gaps: list[float]) ->
 
 def _smooth(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> Maps:
     refuse_quantised(lab, "smoothgrad")
-    at = choose("at", options["at"], AT)
+    at = one_of("at", options["at"], AT)
     samples = whole_number("samples", options["samples"], least=1)
     batch = whole_number("batch", options["batch"], least=1)
     seed = whole_number("seed", options["seed"])
     noise = _share(options["noise"])
-    times_input = choose("times_input", options["times_input"], (True, False))
+    times_input = one_of("times_input", options["times_input"], (True, False))
     captum = _captum("smoothgrad")
     with undisturbed(lab.model):
         torch.manual_seed(seed)  # captum draws from the global generator; `undisturbed` puts its state back
@@ -356,7 +357,7 @@ SMOOTHGRAD = Method(
 
 def _compute_gradcam(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> Maps:
     refuse_quantised(lab, "gradcam")
-    positive = choose("positive", options["positive"], (True, False))
+    positive = one_of("positive", options["positive"], (True, False))
     with undisturbed(lab.model):
         here = open_point(lab, run, targets, at="vision")
         with torch.enable_grad():

@@ -39,18 +39,10 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from llava_lab.attribution.method import (
-    Maps,
-    Method,
-    Targets,
-    layer_window,
-    number,
-    predicting_rows,
-    refuse_contrast,
-    whole_number,
-)
+from llava_lab.attribution.method import Maps, Method, Targets, predicting_rows, refuse_contrast
 from llava_lab.capture import HeadRows, PickedRows, fuse_heads, undisturbed, watch_attention
 from llava_lab.capture.watch import attention_module
+from llava_lab.checks import layer_window, number, whole_number
 from llava_lab.errors import CheckpointError, OptionError
 from llava_lab.models.layout import language_layers
 from llava_lab.replay.targets import Wanted, resolve_targets
@@ -81,7 +73,7 @@ class Chosen:
         return "all heads" if self.heads is None else "heads " + ", ".join(map(str, self.heads))
 
     @property
-    def window(self) -> str:
+    def layer_window(self) -> str:
         return f"layers {self.layers[0]} to {self.layers[-1]}"
 
     def __str__(self) -> str:

@@ -38,9 +38,10 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from llava_lab.attribution.method import Targets, choose, predicting_rows, whole_number
+from llava_lab.attribution.method import Targets, predicting_rows
 from llava_lab.attribution.registry import METHODS, attribute
 from llava_lab.capture import undisturbed
+from llava_lab.checks import one_of, whole_number
 from llava_lab.errors import CheckpointError, LabError, OptionError, TargetError
 from llava_lab.replay.fills import FILLS, fill_pixels
 from llava_lab.replay.score import read_scores
@@ -272,7 +273,7 @@ def _checked(fill: str, orders: int, side: int | None, seed: int, batch: int) ->
     if side is not None:
         side = whole_number("side", side, least=1)
     return {
-        "fill": choose("fill", fill, FILLS),
+        "fill": one_of("fill", fill, FILLS),
         "orders": whole_number("orders", orders),
         "side": side,
         "seed": whole_number("seed", seed),

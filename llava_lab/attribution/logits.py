@@ -57,9 +57,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from llava_lab.attribution.heads import Chosen, choose_heads
-from llava_lab.attribution.method import Maps, Method, Targets, choose, layer_window
+from llava_lab.attribution.method import Maps, Method, Targets
 from llava_lab.capture import undisturbed, watch_attention
 from llava_lab.capture.residual import HeadSources, joined_by, seen_by_heads, watch_outputs, watch_stream
+from llava_lab.checks import layer_window, one_of
 from llava_lab.errors import LabError, OptionError
 from llava_lab.models.layout import language_layers
 from llava_lab.replay.words import final_norm, log_total, norm_gain, norm_scale, output_head, token_logits, word_rows
@@ -217,7 +218,7 @@ TOP_HEADS = 8  # named in the extras
 
 def _compute(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> Maps:
     chosen = choose_heads(lab, options["layers"], options["heads"])
-    centre = choose("centre", options["centre"], (False, True))
+    centre = one_of("centre", options["centre"], (False, True))
     readings, owners = [], []
     for number, target in enumerate(targets):
         against: Sequence[int | None] = target.against_ids or (None,) * len(target.token_ids)
@@ -282,8 +283,8 @@ REDUCTIONS = ("max", "mean")
 def _compute_lens_map(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> Maps:
     layers = language_layers(lab.model)
     start, stop = _states(options["layers"], len(layers))
-    value = choose("value", options["value"], VALUES)
-    reduce = choose("reduce", options["reduce"], REDUCTIONS)
+    value = one_of("value", options["value"], VALUES)
+    reduce = one_of("reduce", options["reduce"], REDUCTIONS)
     ids = sorted({i for target in targets for i in (*target.token_ids, *target.against_ids)})
     image = slice(*run.segments["image"])
     read: list[Tensor] = []  # one (P, N) table per state

@@ -24,9 +24,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from llava_lab.attribution.heads import target_mix
-from llava_lab.attribution.method import Maps, Method, Targets, choose, layer_window, predicting_rows, refuse_contrast
+from llava_lab.attribution.method import Maps, Method, Targets, predicting_rows, refuse_contrast
 from llava_lab.attribution.rollout import whole_rows
 from llava_lab.capture import FUSIONS, LayerByLayer, Norms, undisturbed, watch_attention
+from llava_lab.checks import layer_window, one_of
 from llava_lab.errors import OptionError
 from llava_lab.models.layout import language_layers
 from llava_lab.results import Run
@@ -85,7 +86,7 @@ def _compute(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> M
     refuse_contrast("attention_flow", targets)
     layers = language_layers(lab.model)
     start, stop = layer_window(options["layers"], len(layers))
-    fusion = choose("fusion", options["fusion"], FUSIONS)
+    fusion = one_of("fusion", options["fusion"], FUSIONS)
     at = predicting_rows(targets)
     image = range(*run.segments["image"])
     _refuse_too_large(stop - start, at, image)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -88,37 +87,6 @@ def outside(lab: Any, run: Run) -> Outside | None:
     from llava_lab.replay.alter import TiledLooks  # it builds on what imports this file
 
     return TiledLooks(lab, run)
-
-
-def choose(name: str, value: Any, choices: Sequence[Any]) -> Any:
-    """`value` if it is one of `choices`, else an OptionError that lists them."""
-    if value not in choices:
-        raise OptionError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-    return value
-
-
-def whole_number(name: str, value: Any, *, least: int = 0) -> int:
-    """`value` as an int of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise OptionError(f"{name} must be a whole number of at least {least}, got {value!r}")
-    return int(value)
-
-
-def number(name: str, value: Any, *, least: float = 0.0) -> float:
-    """`value` as a finite float of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not least <= float(value) < float("inf"):
-        raise OptionError(f"{name} must be a number of at least {least:g}, got {value!r}")
-    return float(value)
-
-
-def layer_window(layers: Any, count: int) -> tuple[int, int]:
-    """``(start, stop)`` of a model with `count` layers; None is all of them."""
-    if layers is None:
-        return 0, count
-    fine = isinstance(layers, Sequence) and len(layers) == 2 and all(isinstance(end, Integral) for end in layers)
-    if not fine or not 0 <= layers[0] < layers[1] <= count:
-        raise OptionError(f"layers must be (start, stop) with 0 <= start < stop <= {count}, or None for all; got {layers!r}")
-    return int(layers[0]), int(layers[1])
 
 
 def refuse_contrast(method: str, targets: Targets) -> None:

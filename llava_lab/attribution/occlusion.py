@@ -60,8 +60,9 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from llava_lab.attribution.method import Maps, Method, Targets, choose, whole_number
+from llava_lab.attribution.method import Maps, Method, Targets
 from llava_lab.capture import undisturbed
+from llava_lab.checks import one_of, whole_number
 from llava_lab.errors import LabError, OptionError
 from llava_lab.replay.alter import LEVELS, PATIENCE, PLACES, Level, open_level
 from llava_lab.replay.fills import FILLS, SQUARES, inpaint
@@ -413,7 +414,7 @@ def _compute_knockout_map(lab: Lab, run: Run, targets: Targets, options: dict[st
     block = whole_number("block", options["block"], least=1)
     if block > min(grid):
         raise OptionError(f"block must be at most {min(grid)} for a grid of {grid[0]}x{grid[1]}, got {block}")
-    rows = choose("rows", options["rows"], BLOCKED_ROWS)
+    rows = one_of("rows", options["rows"], BLOCKED_ROWS)
     blocks = blocks_of(*grid, block, block)  # padding too: its tokens are read like any other
     start = run.segments["answer"][0] - 1 if rows == "answer" else run.segments["image"][1]
     every = (*targets, run.target())  # the whole answer, so that passes do not depend on what is explained

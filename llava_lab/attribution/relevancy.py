@@ -38,10 +38,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from llava_lab.attribution.gradients import inputs_until, refuse_quantised, target_logits
-from llava_lab.attribution.method import Maps, Method, Targets, choose, image_values, predicting_rows, segment_mass
+from llava_lab.attribution.method import Maps, Method, Targets, image_values, predicting_rows, segment_mass
 from llava_lab.capture import undisturbed
 from llava_lab.capture.open_layer import Call, OpenLayer, keep_calls, open_layer
 from llava_lab.capture.watch import attention_rows
+from llava_lab.checks import one_of
 from llava_lab.errors import LabError, OptionError, TargetError
 from llava_lab.models.layout import (
     feature_layers,
@@ -183,10 +184,10 @@ class _Plan:
 
 def _compute(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> Maps:
     refuse_quantised(lab, "relevancy")
-    vision = choose("vision", options["vision"], (False, True))
+    vision = one_of("vision", options["vision"], (False, True))
     if vision:
         require_patch_tokens(lab.model, "vision=True")
-    variant = choose("variant", options["variant"], VARIANTS)
+    variant = one_of("variant", options["variant"], VARIANTS)
     plan = _plan(run, targets, variant, vision)
     inputs = inputs_until(lab, run, plan.at)
     layers = language_layers(lab.model)

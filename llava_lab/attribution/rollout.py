@@ -54,15 +54,14 @@ from llava_lab.attribution.method import (
     Maps,
     Method,
     Targets,
-    choose,
     image_values,
-    layer_window,
     refuse_contrast,
     segment_mass,
     target_rows,
     view_values,
 )
 from llava_lab.capture import FUSIONS, LayerByLayer, Norms, undisturbed, watch_attention
+from llava_lab.checks import layer_window, one_of
 from llava_lab.errors import LabError, OptionError
 from llava_lab.models.layout import language_layers, require_patch_tokens, used_vision_layers, vision_tower
 from llava_lab.results import Run
@@ -227,10 +226,10 @@ def _compute(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> M
     start, stop = layer_window(options["layers"], len(layers))
     window = layers[start:stop]
     residual = _residual(options["residual"])
-    fusion = choose("fusion", options["fusion"], FUSIONS)
-    null = choose("null", options["null"], ("none", "causal")) == "causal"
-    find = choose("sinks", options["sinks"], ("keep", "remove")) == "remove"
-    chain = choose("through_vision", options["through_vision"], (False, True))
+    fusion = one_of("fusion", options["fusion"], FUSIONS)
+    null = one_of("null", options["null"], ("none", "causal")) == "causal"
+    find = one_of("sinks", options["sinks"], ("keep", "remove")) == "remove"
+    chain = one_of("through_vision", options["through_vision"], (False, True))
     if chain:
         require_patch_tokens(lab.model, "through_vision=True")
         if run.views:
@@ -351,7 +350,7 @@ RESIDUAL = 0.5  # Abnar & Zuidema's
 
 
 def _compute_vision(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> Maps:
-    fusion = choose("fusion", options["fusion"], FUSIONS)
+    fusion = one_of("fusion", options["fusion"], FUSIONS)
     require_patch_tokens(lab.model, "method 'vision'")
     flows: list[Flow] = []
 

@@ -56,8 +56,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from llava_lab.attribution.method import Maps, Method, Targets, choose, whole_number
+from llava_lab.attribution.method import Maps, Method, Targets
 from llava_lab.capture import undisturbed
+from llava_lab.checks import one_of, whole_number
 from llava_lab.errors import LabError, OptionError
 from llava_lab.replay.alter import LEVELS, PATIENCE, PLACES, Level, open_level
 from llava_lab.replay.fills import FILLS
@@ -75,7 +76,7 @@ def superpixels(run: Run, regions: int, *, shape: str = SHAPES[0]) -> np.ndarray
 
     A picture of fewer patches than `regions` gets one region per patch; ``"grid"`` gives about as many as asked for.
     """
-    choose("shape", shape, SHAPES)
+    one_of("shape", shape, SHAPES)
     if regions < 2:
         raise OptionError(f"regions must be a whole number of at least 2, got {regions}")
     covered = run.map.coverage() > 0

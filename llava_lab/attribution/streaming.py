@@ -29,19 +29,11 @@ from torch import Tensor
 
 from llava_lab.attribution.attention import ATTENTION
 from llava_lab.attribution.heads import choose_heads
-from llava_lab.attribution.method import (
-    Maps,
-    Targets,
-    choose,
-    image_values,
-    layer_window,
-    refuse_contrast,
-    segment_mass,
-    target_rows,
-)
+from llava_lab.attribution.method import Maps, Targets, image_values, refuse_contrast, segment_mass, target_rows
 from llava_lab.attribution.registry import METHODS, _plain
 from llava_lab.attribution.rollout import BLOCK, FLOOR, ROLLOUT, Weight, _column, _notes, _residual, _Rollout, measured_residual
 from llava_lab.capture import FUSIONS, AnswerRows, Norms, watch_attention
+from llava_lab.checks import layer_window, one_of
 from llava_lab.errors import LabError, OptionError
 from llava_lab.models.layout import language_layers
 from llava_lab.replay.targets import Wanted, resolve_targets
@@ -219,7 +211,7 @@ class _Attention:
 
     def __init__(self, lab: Lab, options: dict[str, Any], prompt: int, segments: Mapping[str, Any]) -> None:
         self._chosen = choose_heads(lab, options["layers"], None)
-        self._fusion = choose("fusion", options["fusion"], FUSIONS)
+        self._fusion = one_of("fusion", options["fusion"], FUSIONS)
         decoder = language_layers(lab.model)
         self.layers = [decoder[layer] for layer in self._chosen.layers]
         self.reducer = AnswerRows(prompt, fusion=self._fusion)
@@ -247,8 +239,8 @@ class _Streamed:
         self._window = layer_window(options["layers"], len(decoder))
         self.layers = decoder[slice(*self._window)]
         self._options = options
-        null = choose("null", options["null"], ("none", "causal")) == "causal"
-        fusion = choose("fusion", options["fusion"], FUSIONS)
+        null = one_of("null", options["null"], ("none", "causal")) == "causal"
+        fusion = one_of("fusion", options["fusion"], FUSIONS)
         self._about = _Rollout(True, _residual(options["residual"]), null, fusion)
         if fusion == "min":
             raise OptionError(f"while answering, fusion must be mean or max, got 'min'; that map is {LATER}")

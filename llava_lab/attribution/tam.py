@@ -26,9 +26,10 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from llava_lab.attribution.method import Maps, Method, Targets, choose
+from llava_lab.attribution.method import Maps, Method, Targets
 from llava_lab.capture import undisturbed
 from llava_lab.capture.residual import watch_stream
+from llava_lab.checks import one_of
 from llava_lab.errors import OptionError
 from llava_lab.models.layout import language_layers
 from llava_lab.replay.words import final_norm, token_logits
@@ -83,8 +84,8 @@ def without_context(own: np.ndarray, others: np.ndarray, weights: np.ndarray) ->
 
 
 def _compute(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> Maps:
-    correction = choose("correction", options["correction"], CORRECTIONS)
-    clip = choose("clip", options["clip"], (True, False))
+    correction = one_of("correction", options["correction"], CORRECTIONS)
+    clip = one_of("clip", options["clip"], (True, False))
     size = _filter_size(options["filter"], min(run.map.rows, run.map.cols))
     book = _read(lab, run, targets)
     values, extras = [], []

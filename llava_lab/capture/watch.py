@@ -20,7 +20,7 @@ It does not watch anything; `llava_lab.capture.watch` does that.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -276,3 +276,31 @@ def undisturbed(model: nn.Module) -> Iterator[nn.Module]:
         torch.set_rng_state(state)
         if cuda_states:
             torch.cuda.set_rng_state_all(cuda_states)
+
+
+@contextmanager
+def hooked(
+    module: nn.Module,
+    *,
+    before: Callable[..., Any] | None = None,
+    after: Callable[..., Any] | None = None,
+    with_kwargs: bool = False,
+) -> Iterator[None]:
+    """Call `before` and `after` around every forward of `module` inside the block; they are off on leaving, whatever happens.
+
+    The signatures are torch's own: ``before(module, args)`` may give new arguments back, ``after(module, args, output)``
+    a new output; with `with_kwargs` the keyword arguments come after `args`. This is the only place that registers hooks.
+
+        with hooked(connector, after=lambda module, args, output: kept.append(output)):
+            lab.model(**inputs)
+    """
+    handles = []
+    try:
+        if before is not None:
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=with_kwargs))
+        if after is not None:
+            handles.append(module.register_forward_hook(after, with_kwargs=with_kwargs))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -20,8 +20,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llava_lab.attribution.method import choose, whole_number
 from llava_lab.capture import undisturbed
+from llava_lab.checks import one_of, whole_number
 from llava_lab.errors import LabError, OptionError
 from llava_lab.interventions.knockout import Cut, cutting, proving
 from llava_lab.interventions.plan import DRAWS, Enter, Plan, Spots, carry_out, patch_spots
@@ -134,7 +134,7 @@ def _drawn(run: Run, count: int, draws: int, seed: int) -> tuple[list[tuple[int,
 
 def _ways(lab: Lab, run: Run, fill: str, layer: int, pictures: Any, other: Any, seed: int) -> Touch:
     """A context manager that takes away the tokens of any place; its fill is made once."""
-    choose("fill", fill, FILLS)
+    one_of("fill", fill, FILLS)
     if (other is not None) != (fill == "other"):
         raise OptionError(f"expected other= (a picture) with fill='other' and only there, got fill={fill!r} and other={other!r}")
     if fill == "drop":

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageFilter
 
-from llava_lab.attribution.method import choose
+from llava_lab.checks import one_of
 from llava_lab.errors import CheckpointError, OptionError
 from llava_lab.replay.fills import BLUR, FILLS
 from llava_lab.results import Run
@@ -46,7 +46,7 @@ def ask_without(lab: Lab | BlackBox, run: Run, patches: Patches, *, fill: str = 
 
 def cover(run: Run, patches: Patches, *, fill: str = FILLS[0]) -> np.ndarray:
     """The run's picture, uint8 (height, width, 3), with `patches` filled; a new array."""
-    choose("fill", fill, FILLS)
+    one_of("fill", fill, FILLS)
     rows, cols = run.map.rows, run.map.cols
     grid = np.zeros((rows, cols), np.float32)
     for row, col in patches:

@@ -33,9 +33,10 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from llava_lab.attribution.method import Targets, layer_window, whole_number
+from llava_lab.attribution.method import Targets
 from llava_lab.capture import Reducer, undisturbed, watch_attention
 from llava_lab.capture.watch import attention_module
+from llava_lab.checks import layer_window, whole_number
 from llava_lab.errors import LabError, OptionError
 from llava_lab.interventions.plan import DRAWS, Plan, Spots, carry_out, is_patches, spots
 from llava_lab.models.layout import language_layers

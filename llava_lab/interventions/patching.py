@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from llava_lab.attribution.method import Targets, choose, whole_number
+from llava_lab.attribution.method import Targets
 from llava_lab.capture import undisturbed
+from llava_lab.checks import one_of, whole_number
 from llava_lab.errors import LabError, OptionError
 from llava_lab.interventions.knockout import windows_around
 from llava_lab.interventions.plan import Spots, spots
@@ -69,7 +70,7 @@ def patch(
     for one in (
         components if isinstance(components, Sequence) and not isinstance(components, str) and components else (components,)
     ):
-        choose("components", one, COMPONENTS)
+        one_of("components", one, COMPONENTS)
     centres = _centres(layers, len(language_layers(lab.model)))
     windows = windows_around(len(language_layers(lab.model)), whole_number("width", width, least=1), centres)
     with undisturbed(lab.model):

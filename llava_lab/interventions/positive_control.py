@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from llava_lab.attribution.method import choose, whole_number
 from llava_lab.capture import undisturbed
+from llava_lab.checks import one_of, whole_number
 from llava_lab.errors import OptionError
 from llava_lab.interventions.ablate import FILLS, _layer, _ways
 from llava_lab.interventions.plan import answer_under, patch_spots
@@ -64,8 +64,8 @@ def positive_control(
     Raises OptionError when no question can be used.
     """
     began = time.perf_counter()
-    choose("task", task, TASKS)
-    choose("fill", fill, [one for one in FILLS if one != "other"])
+    one_of("task", task, TASKS)
+    one_of("fill", fill, [one for one in FILLS if one != "other"])
     n, buffer, seed = (whole_number(*one) for one in (("n", n), ("buffer", buffer), ("seed", seed)))
     layer, rng = _layer(lab, at), np.random.default_rng((seed, 47))
     rows: list[tuple[bool, bool, int]] = []

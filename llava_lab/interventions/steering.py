@@ -19,8 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llava_lab.attribution.method import layer_window, number, whole_number
 from llava_lab.capture import undisturbed
+from llava_lab.checks import layer_window, number, whole_number
 from llava_lab.errors import LabError, OptionError
 from llava_lab.interventions.plan import DRAWS, Enter, Plan, Spots, answer_under, carry_out, spots
 from llava_lab.interventions.states import Changes, changing, parts, states_before

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from llava_lab.attribution.method import Targets, whole_number
+from llava_lab.attribution.method import Targets
 from llava_lab.attribution.registry import METHODS, attribute
+from llava_lab.checks import whole_number
 from llava_lab.errors import LabError, OptionError
 from llava_lab.judging.faithfulness import BATCH, FEWEST_FILLS, SCALES, SEEDS, STEPS, Judge, allowed_fills
 from llava_lab.judging.ground_truth import deciding_share, ground_truth

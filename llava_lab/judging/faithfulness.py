@@ -41,9 +41,10 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from llava_lab.attribution.controls import CENTER
-from llava_lab.attribution.method import Targets, choose, outside, whole_number
+from llava_lab.attribution.method import Targets, outside
 from llava_lab.attribution.registry import METHODS
 from llava_lab.capture import undisturbed
+from llava_lab.checks import one_of, whole_number
 from llava_lab.errors import OptionError
 from llava_lab.remote.black_box import BlackBox
 from llava_lab.remote.explain import within_budget
@@ -159,7 +160,7 @@ def allowed_fills(used: Sequence[Mapping[str, Any]], wanted: Sequence[str] | Non
                 f"maps must be scored with two fills that made none of them; {', '.join(sorted(own))} were all used"
             )
         return fair
-    chosen = tuple(dict.fromkeys(choose("fills", name, SQUARES) for name in _as_list(wanted)))
+    chosen = tuple(dict.fromkeys(one_of("fills", name, SQUARES) for name in _as_list(wanted)))
     unfair = [name for name in chosen if name in own]
     if unfair:
         raise OptionError(
@@ -189,7 +190,7 @@ class Judge:
     ) -> None:
         steps, self.seeds = whole_number("steps", steps, least=2), whole_number("seeds", seeds, least=2)
         batch, self.seed = whole_number("batch", batch, least=1), whole_number("seed", seed)
-        self.scale, self.run = choose("scale", scale, SCALES), run
+        self.scale, self.run = one_of("scale", scale, SCALES), run
         self.things = check_masks(run, things) if things is not None else np.zeros((0, *run.picture.shape[:2]), bool)
         self.targets, self.seconds = resolve_targets(lab, run, list(targets)), 0.0
         judged: Any = outside(lab, run) or lab

@@ -19,7 +19,7 @@ from typing import Any, cast
 import numpy as np
 
 from llava_lab.attribution.controls import CENTER
-from llava_lab.attribution.method import whole_number
+from llava_lab.checks import whole_number
 from llava_lab.errors import OptionError
 from llava_lab.judging.faithfulness import check_masks
 from llava_lab.results import GroundTruth, Relevance, Run

@@ -46,8 +46,8 @@ import torch
 import transformers
 from tqdm.auto import tqdm
 
-from llava_lab.attribution.method import whole_number
 from llava_lab.attribution.registry import METHODS
+from llava_lab.checks import whole_number
 from llava_lab.errors import DataError, OptionError
 from llava_lab.judging.compare import Options, chosen_methods, compare
 from llava_lab.judging.faithfulness import BATCH, FEWEST_FILLS, SCALES, Judge, allowed_fills

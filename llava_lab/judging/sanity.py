@@ -41,8 +41,9 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from llava_lab.attribution.method import Targets, whole_number
+from llava_lab.attribution.method import Targets
 from llava_lab.attribution.registry import attribute
+from llava_lab.checks import whole_number
 from llava_lab.errors import OptionError
 from llava_lab.models.layout import language_layers, projector, vision_tower
 from llava_lab.models.text import encode, pieces, refuse_special_text

@@ -21,7 +21,7 @@ import numpy as np
 from torch import nn
 from tqdm.std import tqdm
 
-from llava_lab.attribution.method import whole_number
+from llava_lab.checks import whole_number
 from llava_lab.errors import OptionError
 from llava_lab.judging.sanity import weights_put_back
 from llava_lab.models.layout import language_layers, projector, vision_tower

@@ -39,9 +39,9 @@ import torch
 from torch import Tensor
 from tqdm.std import tqdm
 
-from llava_lab.attribution.method import number, whole_number
 from llava_lab.capture import undisturbed
 from llava_lab.capture.residual import watch_stream
+from llava_lab.checks import number, whole_number
 from llava_lab.errors import CheckpointError, OptionError
 from llava_lab.models.layout import language_layers
 from llava_lab.probes.linear import QUESTION, patch_labels, read_stages, subset
@@ -128,18 +128,18 @@ def _train_one(
             goal = _log_probs(lab, last[rows])
         return (goal.exp() * (goal - read)).sum(-1).mean()
 
-    def whole() -> float:
+    def whole_number() -> float:
         with torch.no_grad():
             parts = torch.arange(len(states), device=states.device).split(BATCH)
             return sum(float(loss(rows)) * len(rows) for rows in parts) / len(states)
 
-    before = whole()
+    before = whole_number()
     with torch.enable_grad():
         for _ in range(steps):
             rows = torch.randint(len(states), (min(BATCH, len(states)),), generator=generator).to(states.device)
             weight.grad, bias.grad = torch.autograd.grad(loss(rows), (weight, bias))  # so the model's own grads stay None
             optimiser.step()
-    return weight.detach().cpu().numpy(), bias.detach().cpu().numpy(), before, whole()
+    return weight.detach().cpu().numpy(), bias.detach().cpu().numpy(), before, whole_number()
 
 
 def _log_probs(lab: Lab, states: Tensor) -> Tensor:

@@ -40,9 +40,9 @@ import torch
 from torch import Tensor
 from tqdm.std import tqdm
 
-from llava_lab.attribution.method import choose, number, whole_number
 from llava_lab.capture import undisturbed
 from llava_lab.capture.residual import watch_stream
+from llava_lab.checks import number, one_of, whole_number
 from llava_lab.errors import CheckpointError, OptionError
 from llava_lab.models.layout import language_layers, projector, require_patch_tokens
 from llava_lab.models.pictures import read_picture
@@ -385,7 +385,7 @@ def patch_labels(lab: Lab, scenes: Sequence[Scene], what: str = "object", *, mos
     calls those 1 and the patches that no thing touches 0. The scenes must be shown as `Scene.picture` draws them.
     Raises OptionError: another `what`, a share out of range, no scenes.
     """
-    choose("what", what, tuple(PATCH_LABELS))
+    one_of("what", what, tuple(PATCH_LABELS))
     if not 0.5 <= number("most", most) < 1:
         raise OptionError(f"most must be a share from 0.5 to below 1, so that one thing covers most of a patch; got {most}")
     if not len(scenes):

@@ -19,9 +19,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llava_lab.attribution.method import choose, whole_number
 from llava_lab.capture import undisturbed
 from llava_lab.capture.residual import watch_stream
+from llava_lab.checks import one_of, whole_number
 from llava_lab.errors import LabError, OptionError
 from llava_lab.models.layout import language_layers
 from llava_lab.models.text import pieces
@@ -47,8 +47,8 @@ def nearest_words(
     Raises OptionError (another space, `top` or `draws` out of range), CheckpointError, LabError (quantised embeddings).
     """
     begin = time.perf_counter()
-    choose("space", space, SPACES)
-    choose("centered", centered, (True, False))
+    one_of("space", space, SPACES)
+    one_of("centered", centered, (True, False))
     whole_number("draws", draws, least=1)
     rows = _matrix(lab, space)
     kept = _comparable(lab, len(rows))

@@ -40,8 +40,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from llava_lab.attribution.method import Outside, Targets, choose, outside, predicting_rows
+from llava_lab.attribution.method import Outside, Targets, outside, predicting_rows
 from llava_lab.capture import undisturbed
+from llava_lab.checks import one_of
 from llava_lab.errors import LabError, OptionError
 from llava_lab.geometry import PictureMap
 from llava_lab.models.layout import projector, require_patch_tokens
@@ -90,7 +91,7 @@ def open_level(
     Further in than the pixels, ``grey`` and ``blur`` are what the model makes of a grey or blurred picture, and
     ``mean`` and ``noise`` take their statistics over the picture's own tokens.
     """
-    choose("at", at, LEVELS)
+    one_of("at", at, LEVELS)
     if fill not in fills:
         raise OptionError(f"fill must be one of {', '.join(fills)}, got {fill!r}")
     if other := outside(lab, run):

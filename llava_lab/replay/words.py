@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llava_lab.attribution.method import layer_window
+from llava_lab.checks import layer_window
 from llava_lab.errors import LabError, OptionError
 from llava_lab.models.layout import language_model
 from llava_lab.models.text import pieces

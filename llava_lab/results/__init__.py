@@ -13,8 +13,8 @@ from llava_lab.results.probes import (
     TokenGeometry,
     WordActivation,
 )
-from llava_lab.results.run import FORMAT, HeadMaps, Relevance, Run, Span, Target, Word, load_npz, save_npz
-from llava_lab.results.save import Result, Saved, join, split
+from llava_lab.results.run import HeadMaps, Relevance, Run, Span, Target, Word
+from llava_lab.results.save import FORMAT, Result, Saved, join, load_npz, save_npz, split, whole_file
 from llava_lab.results.scores import (
     SAME,
     VERDICTS,
@@ -73,4 +73,5 @@ __all__ = [
     "save_npz",
     "split",
     "trapezoid",
+    "whole_file",
 ]

@@ -7,10 +7,7 @@ about how it is shown: `llava_lab.plots` and `widgets` do that.
 
 from __future__ import annotations
 
-import io
-import json
 import os
-import zipfile
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -19,42 +16,9 @@ import numpy as np
 
 from llava_lab.errors import DataError, OptionError, TargetError
 from llava_lab.geometry import PictureMap, View
-
-FORMAT = 1  # raised when a saved file's meaning changes
+from llava_lab.results.save import load_npz, save_npz
 
 Span = tuple[int, int]  # [start, stop) positions in the sequence
-
-
-def save_npz(path: str | os.PathLike, kind: str, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> Path:
-    """Write one result to `path` by way of a temporary name, so a crash leaves no half file."""
-    path = Path(path)
-    text = json.dumps({"llava_lab": FORMAT, "kind": kind, **header}, ensure_ascii=False)
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, header=np.frombuffer(text.encode(), np.uint8), **arrays)  # type: ignore[arg-type]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    try:
-        temporary.write_bytes(buffer.getvalue())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
-
-
-def load_npz(path: str | os.PathLike, kind: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Read what `save_npz` wrote. Raises DataError with one line on anything else."""
-    try:
-        with Path(path).open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        header = json.loads(arrays.pop("header").tobytes().decode())
-    except FileNotFoundError:
-        raise DataError(f"no such file: {path}") from None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} is not a saved {kind} ({type(error).__name__}: {error})") from None
-    if header.get("kind") != kind or header.get("llava_lab") != FORMAT:
-        found = f"{header.get('kind')} of format {header.get('llava_lab')}"
-        raise DataError(f"{path} holds a {found}; expected a {kind} of format {FORMAT}")
-    return header, arrays
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ import numpy as np
 
 from llava_lab.errors import OptionError
 from llava_lab.geometry import PictureMap
-from llava_lab.results.run import Relevance, Target, load_npz, save_npz
-from llava_lab.results.save import Saved, join, split
+from llava_lab.results.run import Relevance, Target
+from llava_lab.results.save import Saved, join, load_npz, save_npz, split
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,106 @@
+"""Checks that every entry shares, and the progress of long work.
+
+A check gives the value back or raises one line that says what was expected and what came. `Sweep` is the
+progress bar of anything that may take seconds: it shows itself after two of them, and Ctrl-C ends the work
+early but keeps what is done.
+
+    from llava_lab.checks import Sweep, one_of
+
+    one_of("fill", "grey", ("grey", "blur"))
+    with Sweep("occlusion", total=9, unit="block") as done:
+        for block in range(9):
+            done.step()
+    assert done.count == 9 and not done.interrupted
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from tqdm.auto import tqdm
+
+from llava_lab.errors import CheckpointError, OptionError
+
+if TYPE_CHECKING:
+    from llava_lab.results import Run
+
+PATIENCE = 2.0  # seconds before a progress bar appears
+
+
+def one_of(name: str, value: Any, choices: Sequence[Any]) -> Any:
+    """`value` if it is one of `choices`. Raises OptionError with the list of them."""
+    if value not in choices:
+        raise OptionError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return value
+
+
+def known(kind: str, name: Any, names: Iterable[str]) -> Any:
+    """`name` if it is one of `names`. Raises OptionError: "no method 'x'; the methods are a, b"."""
+    names = tuple(names)
+    if name not in names:
+        raise OptionError(f"no {kind} {name!r}; the {kind}s are {', '.join(names)}")
+    return name
+
+
+def whole_number(name: str, value: Any, *, least: int = 0) -> int:
+    """`value` as an int of at least `least`. Raises OptionError."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise OptionError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    return int(value)
+
+
+def number(name: str, value: Any, *, least: float = 0.0) -> float:
+    """`value` as a finite float of at least `least`. Raises OptionError."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not least <= float(value) < float("inf"):
+        raise OptionError(f"{name} must be a number of at least {least:g}, got {value!r}")
+    return float(value)
+
+
+def layer_window(layers: Any, count: int) -> tuple[int, int]:
+    """``(start, stop)`` within a model of `count` layers; None is all of them. Raises OptionError."""
+    if layers is None:
+        return 0, count
+    fine = isinstance(layers, Sequence) and len(layers) == 2 and all(isinstance(end, Integral) for end in layers)
+    if not fine or not 0 <= layers[0] < layers[1] <= count:
+        raise OptionError(f"layers must be (start, stop) with 0 <= start < stop <= {count}, or None for all; got {layers!r}")
+    return int(layers[0]), int(layers[1])
+
+
+def same_model(lab: Any, run: Run) -> str:
+    """The fingerprint of the weights that made `run`, if `lab` holds them. Raises CheckpointError.
+
+    `lab` is anything with a `name` and a `fingerprint`.
+    """
+    weights: str = lab.fingerprint
+    if run.fingerprint != weights:
+        raise CheckpointError(f"expected a run made by {lab.name!r}, got one by {run.model!r} with other weights; ask again")
+    return weights
+
+
+class Sweep:
+    """Progress of `total` steps. Ctrl-C inside the block ends it early once `least` steps are done, and is raised before.
+
+    After the block, `count` says how far it came and `interrupted` whether it was ended early.
+    """
+
+    def __init__(self, what: str, *, total: int, unit: str = "step", least: int = 1, show: bool = True) -> None:
+        self.count = 0
+        self.interrupted = False
+        self._least = least
+        self._bar = tqdm(total=total, desc=what, unit=unit, delay=PATIENCE, leave=False, disable=not show)
+
+    def step(self, steps: int = 1) -> None:
+        """Say that `steps` more are done; what they gave must be kept by then."""
+        self.count += steps
+        self._bar.update(steps)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+        self._bar.close()
+        self.interrupted = kind is KeyboardInterrupt and self.count >= self._least
+        return self.interrupted
