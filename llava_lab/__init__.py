@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from llava_lab.attribution import head_maps as head_maps
     from llava_lab.attribution import image_share as image_share
     from llava_lab.comparison import compare_connectors as compare_connectors
+    from llava_lab.comparison import linear_effect as linear_effect
     from llava_lab.connectors import connector as connector
     from llava_lab.connectors import export as export
-    from llava_lab.connectors import linear_effect as linear_effect
     from llava_lab.connectors import linearize as linearize
     from llava_lab.connectors import local_linearity as local_linearity
     from llava_lab.connectors import new_connector as new_connector
@@ -166,7 +166,7 @@ _HOMES = {
     "save": "llava_lab.connectors",
     "export": "llava_lab.connectors",
     "ForeignConnector": "llava_lab.models",
-    "linear_effect": "llava_lab.connectors",
+    "linear_effect": "llava_lab.comparison",
     "compare_connectors": "llava_lab.comparison",
     "train_stage": "llava_lab.training",
     "Ablation": "llava_lab.results",

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -171,7 +172,7 @@ def test_no_import_circle() -> None:
         if path.name == "__init__.py":  # a package lists names; whoever imports through it imports what it lists
             continue
         used = (found for _, found in imports(path.read_text("utf-8"), package=_package(path), typing_too=False))
-        arrows[name] = {target for target in map(lambda n: _module_of(n, known), used) if target and target != name}
+        arrows[name] = {target for target in (_module_of(name, known) for name in used) if target and target != name}
     circles = _circles(arrows)
     assert circles == [], "\n".join(" -> ".join(circle) for circle in circles)
 
@@ -185,11 +186,14 @@ def _module_of(name: str, known: dict[str, Path]) -> str | None:
         return stem
     if stem == "llava_lab" and last in llava_lab._HOMES:
         stem = llava_lab._HOMES[last]
-    if stem in known:
-        for node in ast.parse(known[stem].read_text("utf-8")).body:
-            if isinstance(node, ast.ImportFrom) and last in {alias.asname or alias.name for alias in node.names}:
-                return node.module
-    return None
+    return _listed(known[stem]).get(last) if stem in known else None
+
+
+@cache
+def _listed(init: Path) -> dict[str, str]:
+    """The names a package lists, and the module each comes from."""
+    nodes = (node for node in ast.parse(init.read_text("utf-8")).body if isinstance(node, ast.ImportFrom))
+    return {alias.asname or alias.name: node.module or "" for node in nodes for alias in node.names}
 
 
 def _circles(arrows: dict[str, set[str]]) -> list[list[str]]:
@@ -340,9 +344,10 @@ def test_long_files_and_functions_are_named_as_advice() -> None:
         if len(text.splitlines()) > ADVISED_FILE:
             print(f"{_name(path)}: {len(text.splitlines())} lines; is it one idea?")
         for node in ast.walk(ast.parse(text)):
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno is not None:
-                if node.end_lineno - node.lineno + 1 > ADVISED_FUNCTION:
-                    print(f"{_name(path)}: {node.name} has {node.end_lineno - node.lineno + 1} lines; can it be read at once?")
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                length = (node.end_lineno or 0) - node.lineno + 1
+                if length > ADVISED_FUNCTION:
+                    print(f"{_name(path)}: {node.name} has {length} lines; can it be read at once?")
 
 
 def test_lessons_use_public_names_only() -> None:

@@ -1,6 +1,5 @@
 """Connectors: make one, plug it in, read and write LLaVA's projector files, and fit a linear one without training."""
 
-from llava_lab.connectors.effect import linear_effect
 from llava_lab.connectors.files import export, read_projector, save, write_projector
 from llava_lab.connectors.linearize import linearize
 from llava_lab.connectors.local import local_linearity
@@ -12,7 +11,6 @@ __all__ = [
     "connector",
     "export",
     "initialize",
-    "linear_effect",
     "linearize",
     "local_linearity",
     "new_connector",

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import llava_lab as ll
-from llava_lab.connectors.effect import mean_interval, plugged
+from llava_lab.comparison.effect import mean_interval, plugged
 from llava_lab.connectors.linearize import Sums, random_map
 from llava_lab.connectors.local import Slopes, gelu_slope, jacobian
 from llava_lab.errors import DataError, OptionError
