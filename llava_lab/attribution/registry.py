@@ -33,8 +33,7 @@ from llava_lab.attribution.rollout import ROLLOUT, VISION
 from llava_lab.attribution.shapley import GREEDY, KERNEL_SHAP, SHAPLEY
 from llava_lab.attribution.tam import TAM
 from llava_lab.errors import CheckpointError, OptionError
-from llava_lab.models import connectors as projectors
-from llava_lab.models import layout
+from llava_lab.models import connectors, layout
 from llava_lab.remote.black_box import BlackBox
 from llava_lab.remote.explain import attribute_closed, refuse_inside
 from llava_lab.replay.targets import Wanted, resolve_targets
@@ -138,7 +137,7 @@ def attribute(lab: Lab | BlackBox, run: Run, *, method: str = "rollout", target:
         fingerprint=weights,
         seconds=time.perf_counter() - start,
         passes={"forward": 0, "backward": 0, **maps.passes},
-        notes=maps.notes if closed or projectors.placed(lab.model.config) else (*maps.notes, UNPLACED),
+        notes=maps.notes if closed or connectors.placed(lab.model.config) else (*maps.notes, UNPLACED),
         extras=maps.extras,
         views=run.views if maps.views else (),
         view_values=tuple(values.astype(np.float32) for values in maps.views),

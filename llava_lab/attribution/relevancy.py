@@ -45,11 +45,11 @@ from llava_lab.capture.watch import attention_rows
 from llava_lab.checks import one_of
 from llava_lab.errors import LabError, OptionError, TargetError
 from llava_lab.models.layout import (
+    connector_of,
     feature_layers,
     language_layers,
     language_model,
     last_feature_state,
-    projector,
     require_patch_tokens,
     used_vision_layers,
     vision_layers,
@@ -193,7 +193,7 @@ def _compute(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> M
     layers = language_layers(lab.model)
     tower = used_vision_layers(lab.model) if vision else []
     lost: list[float] | None = None
-    with undisturbed(lab.model), keep_calls([*layers, *tower], projector(lab.model)) as calls:
+    with undisturbed(lab.model), keep_calls([*layers, *tower], connector_of(lab.model)) as calls:
         keep = torch.tensor(plan.at, device=inputs["input_ids"].device)
         logits = lab.model(**inputs, use_cache=False, logits_to_keep=keep).logits
         down = _through_language(lab, [calls[layer] for layer in layers], logits, plan, further=vision)
@@ -284,7 +284,7 @@ def _through_vision(
 ) -> tuple[Float[Tensor, "N P"], list[float]]:
     """On from the image tokens to the patches the tower was given; and the share that ends on its class token."""
     start, stop = run.segments["image"]
-    connector = calls[projector(lab.model)]
+    connector = calls[connector_of(lab.model)]
     wanted = _at_features(connector, down.gradient[:, start:stop])
     seen = down.relevance[:, :, start:stop]
     if not tower:

@@ -193,18 +193,18 @@ def _stock(setting: Setting, *, share: bool = False) -> Gradients:
         for which in (0, 1)
     )
     given: dict[str, Any] = {"input_ids": ids.to(lab.device), "labels": labels.to(lab.device), "use_cache": False}
-    own, gradients = layout.projector(lab.model), []
+    own, gradients = layout.connector_of(lab.model), []
     features = _seen(setting) if share else None
     try:
         for connector in setting.connectors:
-            layout.replace_projector(lab.model, connector)
+            layout.replace_connector(lab.model, connector)
             if features is None:
                 loss = lab.model(**given, pixel_values=setting.pixels).loss
             else:
                 loss = _with_features(lab, given, features)
             gradients.append(_update(connector, loss))
     finally:
-        layout.replace_projector(lab.model, own)
+        layout.replace_connector(lab.model, own)
     return gradients
 
 

@@ -189,7 +189,7 @@ def _captum_projector(lab: Lab, run: Run, chosen: np.ndarray) -> Values:
     from captum.attr import LayerFeatureAblation
 
     from llava_lab.capture import undisturbed
-    from llava_lab.models.layout import projector
+    from llava_lab.models.layout import connector_of
     from llava_lab.replay.alter import open_level
     from llava_lab.replay.score import target_score
 
@@ -197,7 +197,7 @@ def _captum_projector(lab: Lab, run: Run, chosen: np.ndarray) -> Values:
         level = open_level(lab, run, (run.target(),), at="projector", fill="mean")
         assert level.fill is not None
         pixels, score = target_score(lab, run, (run.target(),))
-        ablation = LayerFeatureAblation(lambda picture: score(picture)[:, 0], projector(lab.model))
+        ablation = LayerFeatureAblation(lambda picture: score(picture)[:, 0], connector_of(lab.model))
         mask = _numbered(run, chosen).reshape(1, -1, 1)
         drops = ablation.attribute(pixels, layer_baselines=level.tokens(level.fill), layer_mask=mask)
     return drops[0, chosen, 0].cpu().numpy()

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from llava_lab.errors import CheckpointError, OptionError
-from llava_lab.models import Lab, layout, load
-from llava_lab.models import connectors as projectors
+from llava_lab.models import Lab, connectors, layout, load
 from llava_lab.models.card import fingerprint
 from llava_lab.training.recipe import TINY
 from llava_lab.training.tiny.model import build_config, build_model, build_processor
@@ -90,7 +89,7 @@ def _copied(lab: Lab) -> Lab:
     """The same model in float32 on the processor; attention eager, which is faster there when gradients are wanted."""
     source: Any = lab.model
     config = copy.deepcopy(source.config)
-    with torch.random.fork_rng(devices=[]), projectors.patched() if projectors.spec(config) else nullcontext():
+    with torch.random.fork_rng(devices=[]), connectors.patched() if connectors.spec(config) else nullcontext():
         model = LlavaForConditionalGeneration._from_config(config, dtype=torch.float32, attn_implementation="eager")
     model.load_state_dict(source.state_dict())
     model.generation_config = copy.deepcopy(source.generation_config)
@@ -105,7 +104,7 @@ def _from_recipe(folder: Path) -> Lab:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
     finished = folder / "model"
     config = LlavaConfig.from_pretrained(finished) if finished.is_dir() else build_config(TINY.architecture, tokenizer)
-    for key in (projectors.TYPE, projectors.OPTIONS):
+    for key in (connectors.TYPE, connectors.OPTIONS):
         vars(config).pop(key, None)
     model: Any = build_model(config, seed=0).float()
     model.set_attn_implementation("eager")

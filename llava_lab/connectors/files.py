@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_lab.errors import CheckpointError, OptionError
-from llava_lab.models import connectors as projectors
+from llava_lab.models import connectors
 from llava_lab.models.connectors import Connector
 from llava_lab.models.swap import Plug, trained_beside
 
@@ -50,7 +50,7 @@ def write_projector(lab: Lab, path: str | os.PathLike) -> Path:
     own. A ``.json`` of the same name records the connector's type and the models it stands between. Returns the path.
     """
     path = Path(path)
-    kind, options = projectors.spec(lab.model.config) or (_stock_kind(lab), {})
+    kind, options = connectors.spec(lab.model.config) or (_stock_kind(lab), {})
     prefix = (LORA_PREFIX if path.name == LORA_FILE else PLAIN_PREFIX) + MARK
     module = lab.connector
     tensors = {prefix + _original(name, kind): value.detach().cpu().clone() for name, value in module.state_dict().items()}
@@ -80,12 +80,12 @@ def read_projector(lab: Lab, path: str | os.PathLike, *, kind: str | None = None
     if kind is None and record:
         kind, options = record["mm_projector_type"], record.get("mm_projector_options") or {}
     kind = kind or _kind_of(found, path)
-    sizes = projectors.sizes_of(lab.model.config)
+    sizes = connectors.sizes_of(lab.model.config)
     if _has_layers(kind):
         bias = any(name.endswith("bias") for name in found)
-        sizes = projectors.Sizes(sizes.vision, sizes.language, sizes.grid, bias=bias)
+        sizes = connectors.Sizes(sizes.vision, sizes.language, sizes.grid, bias=bias)
     with torch.random.fork_rng(devices=[]):
-        made = projectors.build(kind, sizes, options)
+        made = connectors.build(kind, sizes, options)
     given = {_ours(name, kind): value for name, value in found.items()}
     _fit(made, given, path, kind)
     made.load_state_dict(given)
@@ -215,7 +215,7 @@ def _as_stock(module: Any, lab: Lab) -> nn.Module:
     config.projector_hidden_act = "gelu" if module.kind == "mlp2x_gelu" else "linear"
     config.multimodal_projector_bias = module.sizes.bias
     with torch.random.fork_rng(devices=[]):
-        stock: Any = projectors.STOCK(config)
+        stock: Any = connectors.STOCK(config)
     eye = torch.eye(module.sizes.language)
     with torch.no_grad():
         for number in (1, 2):

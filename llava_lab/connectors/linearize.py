@@ -21,19 +21,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from llava_lab.capture import undisturbed
 from llava_lab.errors import DataError, OptionError
-from llava_lab.models.layout import projector
+from llava_lab.models.layout import read_connector
 from llava_lab.models.pictures import PictureLike, read_picture
 from llava_lab.models.swap import trained_beside
 from llava_lab.results import Linearized
@@ -48,19 +47,9 @@ def tokens_of(lab: Lab, pictures: Sequence[Drawn], chosen: Iterable[int], *, bat
     """(features, outputs) of the connector for the chosen pictures, (B, P, F) and (B, Q, D), in the model's own type."""
     for group in _grouped(chosen, batch):
         pixels = torch.cat([lab.pixels(_drawn(pictures[i])) for i in group])
-        yield run_connector(lab, pixels)
-
-
-def run_connector(lab: Lab, pixels: Float[Tensor, "B 3 S S"]) -> tuple[Float[Tensor, "B P F"], Float[Tensor, "B Q D"]]:
-    """One run of vision tower and connector, the model left as it was."""
-    config = lab.model.config
-    with undisturbed(lab.model), _watched(projector(lab.model)) as found:
-        lab.model.get_image_features(
-            pixel_values=pixels,
-            vision_feature_layer=config.vision_feature_layer,
-            vision_feature_select_strategy=config.vision_feature_select_strategy,
-        )
-    return found[0]
+        with undisturbed(lab.model):
+            pair = read_connector(lab.model, pixels)
+        yield pair
 
 
 def halves(pictures: Any, held_out: float) -> tuple[list[int], list[int]]:
@@ -94,20 +83,6 @@ def _grouped(numbers: Iterable[int], size: int) -> Iterator[list[int]]:
             group = []
     if group:
         yield group
-
-
-@contextmanager
-def _watched(connector: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    found: list[tuple[Tensor, Tensor]] = []
-
-    def keep(module: nn.Module, args: tuple, output: Tensor) -> None:
-        found.append((args[0].detach(), output.detach()))
-
-    handle = connector.register_forward_hook(keep)
-    try:
-        yield found
-    finally:
-        handle.remove()
 
 
 PATIENCE = 2.0  # seconds before a progress bar appears

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from llava_lab.capture import undisturbed
 from llava_lab.connectors.linearize import Drawn, halves, random_map, tokens_of
 from llava_lab.errors import OptionError
-from llava_lab.models import connectors as projectors
-from llava_lab.models.layout import projector
+from llava_lab.models import connectors
+from llava_lab.models.layout import connector_of
 from llava_lab.results import Linearized, LocalLinearity
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def local_linearity(
         raise OptionError(f"expected tolerance between 0 and 0.5 and tokens from 1, got {tolerance} and {tokens}")
     _, test = halves(pictures, held_out)
     slopes = Slopes(tolerance)
-    with slopes.watched(projector(lab.model)):
+    with slopes.watched(connector_of(lab.model)):
         chosen, seen = _sample(tokens_of(lab, pictures, test, batch=batch), fit, tokens, np.random.default_rng(seed))
     weight = torch.from_numpy(fit.weight).double()
     control = random_map(weight, seed=seed)
@@ -100,7 +100,7 @@ def _sample(
 
 def jacobian(lab: Lab, feature: Float[Tensor, " F"]) -> Float[Tensor, "D F"]:
     """d output / d feature of the connector at one token, float64 on the CPU; the model is left as it was."""
-    connector, width = projector(lab.model), projectors.sizes_of(lab.model.config).language
+    connector, width = connector_of(lab.model), connectors.sizes_of(lab.model.config).language
     rows = []
     with undisturbed(lab.model), torch.enable_grad():
         for start in range(0, width, ROWS):  # as many copies of the token as rows; each copy is asked for one output

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from llava_lab.connectors.files import read_projector
 from llava_lab.errors import OptionError
-from llava_lab.models import connectors as projectors
+from llava_lab.models import connectors
 from llava_lab.models.connectors import Connector
 from llava_lab.models.lab import Lab
-from llava_lab.models.layout import projector
+from llava_lab.models.layout import connector_of
 from llava_lab.models.swap import Plug
 from llava_lab.results import Linearized
 
@@ -58,7 +58,7 @@ def as_connector(lab: Lab, what: Any) -> nn.Module:
     if isinstance(what, nn.Module):
         return what
     if isinstance(what, (str, os.PathLike)):
-        if os.fspath(what) in projectors.CONNECTORS:
+        if os.fspath(what) in connectors.CONNECTORS:
             raise OptionError(
                 f"{what!r} is a name, not a connector with weights; make one: llava_lab.new_connector(lab, {what!r})"
             )
@@ -68,11 +68,11 @@ def as_connector(lab: Lab, what: Any) -> nn.Module:
 
 def linear_connector(lab: Lab, weight: Any, bias: Any, *, trained_with: dict[str, str] | None) -> Connector:
     """A ``linear`` connector with this weight (D, F) and bias (D,), where `lab`'s model is and in its type."""
-    sizes = projectors.sizes_of(lab.model.config)
+    sizes = connectors.sizes_of(lab.model.config)
     if tuple(weight.shape) != (sizes.language, sizes.vision):
         raise OptionError(f"expected a linear map of {sizes.language}x{sizes.vision} for {lab.name!r}, got {tuple(weight.shape)}")
     with torch.random.fork_rng(devices=[]):
-        made: Any = projectors.build("linear", projectors.Sizes(sizes.vision, sizes.language, sizes.grid, bias=True))
+        made: Any = connectors.build("linear", connectors.Sizes(sizes.vision, sizes.language, sizes.grid, bias=True))
     with torch.no_grad():
         made.linear_1.weight.copy_(torch.as_tensor(weight))
         made.linear_1.bias.copy_(torch.as_tensor(bias))
@@ -92,7 +92,7 @@ def shuffled_tokens(lab: Lab, *, seed: int = 0) -> Iterator[Lab]:
     def shuffle(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return output[:, order.to(output.device)]
 
-    handle = projector(lab.model).register_forward_hook(shuffle)
+    handle = connector_of(lab.model).register_forward_hook(shuffle)
     try:
         yield lab
     finally:
@@ -113,7 +113,7 @@ def new_connector(lab: Lab, kind: str, *, init: str = "llava", seed: int = 0, **
     _check(init)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        made = projectors.build(kind, projectors.sizes_of(lab.model.config), options)
+        made = connectors.build(kind, connectors.sizes_of(lab.model.config), options)
         if init == "transformers":
             _draw(made.modules(), STD)
     made.trained_with = {}

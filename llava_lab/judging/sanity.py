@@ -45,7 +45,7 @@ from llava_lab.attribution.method import Targets
 from llava_lab.attribution.registry import attribute
 from llava_lab.checks import whole_number
 from llava_lab.errors import OptionError
-from llava_lab.models.layout import language_layers, projector, vision_tower
+from llava_lab.models.layout import connector_of, language_layers, vision_tower
 from llava_lab.models.text import encode, pieces, refuse_special_text
 from llava_lab.replay.targets import Wanted, resolve_targets
 from llava_lab.results import Relevance, Run, Sanity
@@ -67,7 +67,7 @@ def parts_from_top(model: nn.Module, groups: int) -> list[tuple[str, list[nn.Par
     for stop, start in pairwise(edges):
         name = f"layer {start}" if stop - start == 1 else f"layers {start} to {stop - 1}"
         steps.append((name, [parameter for layer in layers[start:stop] for parameter in layer.parameters()]))
-    return [*steps, ("connector", list(projector(model).parameters())), (LAST, list(vision_tower(model).parameters()))]
+    return [*steps, ("connector", list(connector_of(model).parameters())), (LAST, list(vision_tower(model).parameters()))]
 
 
 @contextmanager

@@ -94,7 +94,7 @@ def make_card(
 
 def connector_name(model: nn.Module) -> str:
     """LLaVA's name of the connector in place, read from its modules: ``linear``, ``mlp2x_gelu``, ..."""
-    part = layout.projector(model)
+    part = layout.connector_of(model)
     if isinstance(part, Connector):
         options = ", ".join(f"{name}={value}" for name, value in part.options.items() if value is not None)
         return f"{part.kind}({options})" if options else part.kind

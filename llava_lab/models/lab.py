@@ -62,7 +62,7 @@ class Lab:
     @property
     def connector(self) -> nn.Module:
         """The connector in place; it now carries a record of the models it works between (see `swap`)."""
-        found: Any = layout.projector(self.model)
+        found: Any = layout.connector_of(self.model)
         if getattr(found, "trained_with", None) is None:
             found.trained_with = trained_beside(self.model)
         return found

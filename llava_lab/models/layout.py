@@ -9,15 +9,19 @@ Source: transformers ``LlavaModel`` (5.x has no ``vision_model`` level in the CL
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from transformers import LlavaConfig
 
+from llava_lab.capture import hooked
 from llava_lab.errors import CheckpointError, OptionError
-from llava_lab.models import connectors as projectors
+from llava_lab.models import connectors
 
 VISION_PATHS = ("model.vision_tower", "vision_tower")
-PROJECTOR_PATHS = ("model.multi_modal_projector", "multi_modal_projector")
+CONNECTOR_PATHS = ("model.multi_modal_projector", "multi_modal_projector")
 LANGUAGE_PATHS = ("model.language_model", "language_model")
 INNER_PATHS = ("", "vision_model", "model")  # wrappers around the stack of layers
 LAYER_PATHS = ("encoder.layers", "layers")
@@ -28,20 +32,37 @@ def vision_tower(model: nn.Module) -> nn.Module:
     return _find(model, VISION_PATHS, "vision tower")
 
 
-def projector(model: nn.Module) -> nn.Module:
+def connector_of(model: nn.Module) -> nn.Module:
     """The connector from the vision width to the language width."""
-    return _find(model, PROJECTOR_PATHS, "projector")
+    return _find(model, CONNECTOR_PATHS, "connector")
 
 
-def replace_projector(model: nn.Module, new: nn.Module) -> None:
+def read_connector(model: Any, pixel_values: Float[Tensor, "B 3 S S"]) -> tuple[Float[Tensor, "B P F"], Float[Tensor, "B Q D"]]:
+    """What goes into the connector and what comes out of it, for pictures that all give one square.
+
+    Vision tower and connector run once, the language model does not. Gradients and evaluation mode are the caller's choice.
+    """
+    passes: list[tuple[Tensor, Tensor]] = []
+    with hooked(connector_of(model), after=lambda module, args, output: passes.append((args[0], output))):
+        model.get_image_features(
+            pixel_values=pixel_values,
+            vision_feature_layer=model.config.vision_feature_layer,
+            vision_feature_select_strategy=model.config.vision_feature_select_strategy,
+        )
+    if len(passes) != 1:
+        raise CheckpointError(f"expected the connector to run once for a batch of pictures, it ran {len(passes)} times")
+    return passes[0]
+
+
+def replace_connector(model: nn.Module, new: nn.Module) -> None:
     """Set another module in the connector's place; config and grid are `llava_lab.models.swap`'s business."""
-    for path in PROJECTOR_PATHS:
+    for path in CONNECTOR_PATHS:
         home, _, name = path.rpartition(".")
         parent = _get(model, home)
         if parent is not None and isinstance(getattr(parent, name, None), nn.Module):
             setattr(parent, name, new)
             return
-    raise CheckpointError(f"{type(model).__name__} has no projector at {' or '.join(PROJECTOR_PATHS)}; expected a LLaVA model")
+    raise CheckpointError(f"{type(model).__name__} has no connector at {' or '.join(CONNECTOR_PATHS)}; expected a LLaVA model")
 
 
 def language_model(model: nn.Module) -> nn.Module:
@@ -105,7 +126,7 @@ def has_class_token(model: nn.Module) -> bool:
 def image_token_count(model: nn.Module) -> int:
     """How many tokens the model makes of one picture, from its configuration."""
     config: LlavaConfig = model.config
-    if grid := projectors.token_grid(config):
+    if grid := connectors.token_grid(config):
         return grid[0] * grid[1]
     side = config.vision_config.image_size // config.vision_config.patch_size
     dropped = config.vision_feature_select_strategy == "default"
@@ -119,7 +140,7 @@ def patch_grid(model: nn.Module) -> tuple[int, int]:
     """
     config: LlavaConfig = model.config
     side = config.vision_config.image_size // config.vision_config.patch_size
-    grid = projectors.token_grid(config)
+    grid = connectors.token_grid(config)
     count = side * side + int(has_class_token(model)) - int(config.vision_feature_select_strategy == "default")
     if count != side * side:
         strategy = config.vision_feature_select_strategy
@@ -134,7 +155,7 @@ def require_patch_tokens(model: nn.Module, what: str) -> None:
     """Raises OptionError where the connector makes one token of several patches, so that the tower's patches have no place."""
     config: LlavaConfig = model.config
     side = config.vision_config.image_size // config.vision_config.patch_size
-    if (grid := projectors.token_grid(config)) not in (None, (side, side)):
+    if (grid := connectors.token_grid(config)) not in (None, (side, side)):
         raise OptionError(
             f"{what} needs an image token for each of the {side}x{side} vision patches, and the connector makes "
             f"{grid[0]}x{grid[1]} tokens of them; choose what looks at image tokens"
@@ -158,7 +179,7 @@ def processor_patch(model: nn.Module) -> int:
     The vision tower's where the connector keeps its tokens; else the side that gives the connector's grid.
     """
     config: LlavaConfig = model.config
-    return config.vision_config.patch_size if projectors.token_grid(config) is None else cell_pixels(model)
+    return config.vision_config.patch_size if connectors.token_grid(config) is None else cell_pixels(model)
 
 
 def image_span(token_ids: np.ndarray, image_id: int, count: int) -> tuple[int, int]:

@@ -14,7 +14,7 @@ import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -23,8 +23,7 @@ from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGener
 from transformers.utils import logging as transformers_logging
 
 from llava_lab.errors import CheckpointError, OptionError, one_line
-from llava_lab.models import connectors as projectors
-from llava_lab.models import folders, layout
+from llava_lab.models import connectors, folders, layout
 from llava_lab.models import folders as families
 from llava_lab.models import folders as processors
 from llava_lab.models.card import make_card
@@ -32,10 +31,13 @@ from llava_lab.models.formats import compact, original
 from llava_lab.models.formats import original as original_config
 from llava_lab.models.lab import Lab
 from llava_lab.models.placement import Placement, choose_device
-from llava_lab.remote.black_box import PREFIX, BlackBox, open_black_box
+
+if TYPE_CHECKING:
+    from llava_lab.remote import BlackBox
 
 logger = logging.getLogger(__name__)
 
+PREFIX = "openai:"
 _LISTED = 5  # names shown of a long list
 
 
@@ -83,6 +85,8 @@ def load(
     Raises CheckpointError (one line) for anything that cannot be loaded exactly as it was saved, OptionError.
     """
     if isinstance(name, str) and name.startswith(PREFIX):
+        from llava_lab.remote.black_box import open_black_box
+
         if device is not None or dtype is not None:
             raise OptionError(f"device and dtype are the server's own for {name!r}; leave them out")
         return open_black_box(name.removeprefix(PREFIX), base_url, **options)
@@ -163,9 +167,9 @@ def _config(folder: Path) -> LlavaConfig:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise CheckpointError(f"{folder / 'config.json'} does not describe a LLaVA ({one_line(error)})") from None
     try:
-        if named := projectors.spec(config):
+        if named := connectors.spec(config):
             with torch.device("meta"):
-                projectors.build(named[0], projectors.sizes_of(config), named[1])
+                connectors.build(named[0], connectors.sizes_of(config), named[1])
     except OptionError as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
     return config
@@ -193,7 +197,7 @@ def _model(
 ) -> LlavaForConditionalGeneration:
     implementation = _known_attention(attention)
     try:
-        with projectors.patched() if projectors.spec(config) else nullcontext():
+        with connectors.patched() if connectors.spec(config) else nullcontext():
             model, info = (
                 families.family(config.model_type, folder)
                 .model_class()

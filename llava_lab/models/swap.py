@@ -16,15 +16,14 @@ import torch
 from torch import nn
 
 from llava_lab.errors import OptionError
-from llava_lab.models import connectors as projectors
-from llava_lab.models import layout
+from llava_lab.models import connectors, layout
 from llava_lab.models.card import connector_name, fingerprint
 from llava_lab.models.connectors import Connector
 
 if TYPE_CHECKING:
     from llava_lab.models.lab import Lab
 
-_ENTRIES = (projectors.TYPE, projectors.OPTIONS, "image_seq_length", "projector_hidden_act", "multimodal_projector_bias")
+_ENTRIES = (connectors.TYPE, connectors.OPTIONS, "image_seq_length", "projector_hidden_act", "multimodal_projector_bias")
 _ACTS = ("gelu", "linear", "quick_gelu", "gelu_pytorch_tanh", "relu", "silu")
 
 
@@ -37,7 +36,7 @@ class Plug:
 
     def __init__(self, lab: Lab, module: nn.Module) -> None:
         """Check that `module` fits; nothing is changed yet. Raises OptionError (one line) where it does not."""
-        self.lab, self.before = lab, layout.projector(lab.model)
+        self.lab, self.before = lab, layout.connector_of(lab.model)
         self.same = module is self.before
         self._check(module)
         self.module = module if self.same else _beside(module, self.before, lab)
@@ -52,7 +51,7 @@ class Plug:
             return
         try:
             config: Any = self.lab.model.config
-            layout.replace_projector(self.lab.model, self.module)
+            layout.replace_connector(self.lab.model, self.module)
             for name, value in _entries(self.module).items():
                 _set(config, name, value)
             config.image_seq_length = layout.image_token_count(self.lab.model)
@@ -73,7 +72,7 @@ class Plug:
         """Everything as it was before `apply`."""
         if self.same:
             return
-        layout.replace_projector(self.lab.model, self.before)
+        layout.replace_connector(self.lab.model, self.before)
         for name, value in self._entries.items():
             _set(self.lab.model.config, name, value)
         for name, value in self._lab.items():
@@ -81,12 +80,12 @@ class Plug:
         self.lab.processor.patch_size = self._patch_size
 
     def _check(self, module: Any) -> None:
-        if not isinstance(module, (Connector, projectors.STOCK)):
+        if not isinstance(module, (Connector, connectors.STOCK)):
             raise OptionError(
-                f"a connector is one of llava_lab's or the stock {projectors.STOCK.__name__}, got {type(module).__name__}; "
+                f"a connector is one of llava_lab's or the stock {connectors.STOCK.__name__}, got {type(module).__name__}; "
                 "make one with llava_lab.new_connector"
             )
-        want = projectors.sizes_of(self.lab.model.config)
+        want = connectors.sizes_of(self.lab.model.config)
         if isinstance(module, Connector):
             got, grid = (module.sizes.vision, module.sizes.language), module.sizes.grid
         else:
@@ -96,7 +95,7 @@ class Plug:
                 f"expected a connector from width {want.vision} to width {want.language}, as {self.lab.name!r} has them; "
                 f"got one from {got[0]} to {got[1]}"
             )
-        if isinstance(module, Connector) and projectors.architecture(module.kind).mixes and grid != want.grid:
+        if isinstance(module, Connector) and connectors.architecture(module.kind).mixes and grid != want.grid:
             raise OptionError(f"expected a connector for {want.grid[0]}x{want.grid[1]} patches, got one for {grid[0]}x{grid[1]}")
 
 
@@ -133,8 +132,8 @@ def _entries(module: nn.Module) -> dict[str, Any]:
     """The config entries that describe a connector; ``...`` is an entry that must not be there."""
     if isinstance(module, Connector):
         return {
-            projectors.TYPE: module.kind,
-            projectors.OPTIONS: dict(module.options),
+            connectors.TYPE: module.kind,
+            connectors.OPTIONS: dict(module.options),
             "multimodal_projector_bias": module.sizes.bias,
         }
     from transformers.activations import ACT2FN
@@ -144,7 +143,7 @@ def _entries(module: nn.Module) -> dict[str, Any]:
     if name is None:
         raise OptionError(f"the connector's activation must be one of {', '.join(_ACTS)}, got {type(act).__name__}")
     bias = module.linear_1.bias is not None  # type: ignore[union-attr]
-    return {projectors.TYPE: ..., projectors.OPTIONS: ..., "projector_hidden_act": name, "multimodal_projector_bias": bias}
+    return {connectors.TYPE: ..., connectors.OPTIONS: ..., "projector_hidden_act": name, "multimodal_projector_bias": bias}
 
 
 def _set(config: Any, name: str, value: Any) -> None:

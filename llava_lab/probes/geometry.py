@@ -24,7 +24,7 @@ from tqdm.std import tqdm
 from llava_lab.checks import whole_number
 from llava_lab.errors import OptionError
 from llava_lab.judging.sanity import weights_put_back
-from llava_lab.models.layout import language_layers, projector, vision_tower
+from llava_lab.models.layout import connector_of, language_layers, vision_tower
 from llava_lab.probes.linear import BEFORE, QUESTION, Stage, held_out_classes, read_stages, stage_name, stages, subset
 from llava_lab.results import TokenGeometry
 
@@ -245,4 +245,4 @@ def _position(rows: np.ndarray, chosen: list[np.ndarray], grid: tuple[int, int],
 
 
 def _parts(lab: Lab) -> list[nn.Module]:
-    return [*language_layers(lab.model), projector(lab.model), vision_tower(lab.model)]
+    return [*language_layers(lab.model), connector_of(lab.model), vision_tower(lab.model)]

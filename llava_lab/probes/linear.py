@@ -44,7 +44,7 @@ from llava_lab.capture import undisturbed
 from llava_lab.capture.residual import watch_stream
 from llava_lab.checks import number, one_of, whole_number
 from llava_lab.errors import CheckpointError, OptionError
-from llava_lab.models.layout import language_layers, projector, require_patch_tokens
+from llava_lab.models.layout import connector_of, language_layers, require_patch_tokens
 from llava_lab.models.pictures import read_picture
 from llava_lab.results import ProbeScores
 from llava_lab.worlds.scenes import COLOR_NAMES, KIND_NAMES, SIZE, Scene
@@ -190,7 +190,7 @@ def subset(rng: np.random.Generator, count: int, most: int | None) -> np.ndarray
 
 @contextmanager
 def _watch_connector(lab: Lab, keep: Any) -> Iterator[None]:
-    connector, patches = projector(lab.model), lab.grid[0] * lab.grid[1]
+    connector, patches = connector_of(lab.model), lab.grid[0] * lab.grid[1]
 
     def after(module: Any, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
         given = args[0] if args else next(iter(kwargs.values()))

@@ -45,7 +45,7 @@ from llava_lab.capture import undisturbed
 from llava_lab.checks import one_of
 from llava_lab.errors import LabError, OptionError
 from llava_lab.geometry import PictureMap
-from llava_lab.models.layout import projector, require_patch_tokens
+from llava_lab.models.layout import connector_of, read_connector, require_patch_tokens
 from llava_lab.replay.fills import BLUR, EVERY_FILL, blur_fill, fill_pixels, inpaint, mean_fill, noise_fill
 from llava_lab.replay.score import Score, read_scores, target_score
 from llava_lab.results import Run
@@ -109,7 +109,7 @@ def open_level(
     else:
         seen = torch.from_numpy(run.map.coverage() > 0).to(states.device)
         square = mean_fill(states, seen) if fill == "mean" else noise_fill(states, seen, seed=seed)
-    connector = projector(lab.model)
+    connector = connector_of(lab.model)
 
     def tokens(grid: Tensor) -> Tensor:
         flat = grid.flatten(2).transpose(1, 2)
@@ -131,29 +131,15 @@ def embedded(lab: Lab, run: Run, tokens: Float[Tensor, "B P D"]) -> Float[Tensor
 
 
 def _states(lab: Lab, run: Run, pixels: Float[Tensor, "1 3 Y X"], at: str) -> Float[Tensor, "1 C rows cols"]:
-    """What goes into the projector, or what comes out of it, as a grid; the language model does not run."""
+    """What goes into the connector, or what comes out of it, as a grid; the language model does not run."""
     if at == "vision":
         require_patch_tokens(lab.model, "what changes the tower's features patch by patch")
-    found: list[Tensor] = []
-
-    def keep(module: nn.Module, args: tuple, output: Tensor) -> None:
-        found.append(args[0] if at == "vision" else output)
-
-    config = lab.model.config
-    handle = projector(lab.model).register_forward_hook(keep)
-    try:
-        lab.model.get_image_features(
-            pixel_values=pixels,
-            vision_feature_layer=config.vision_feature_layer,
-            vision_feature_select_strategy=config.vision_feature_select_strategy,
-        )
-    finally:
-        handle.remove()
+    features, tokens = read_connector(lab.model, pixels)
+    states = features if at == "vision" else tokens
     rows, cols = run.map.rows, run.map.cols
-    shape = tuple(found[0].shape) if len(found) == 1 else None
-    if shape is None or len(shape) != 3 or shape[:2] != (1, rows * cols):
-        raise LabError(f"expected the projector to see 1 x {rows * cols} patches once, got {[tuple(one.shape) for one in found]}")
-    return found[0].transpose(1, 2).reshape(1, shape[2], rows, cols)
+    if states.dim() != 3 or states.shape[:2] != (1, rows * cols):
+        raise LabError(f"expected the projector to see 1 x {rows * cols} patches once, got {[tuple(states.shape)]}")
+    return states.transpose(1, 2).reshape(1, -1, rows, cols)
 
 
 def _token_score(lab: Lab, run: Run, targets: Targets) -> Callable[[Tensor], Tensor]:

@@ -32,7 +32,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from llava_lab.attribution.method import Targets, predicting_rows
 from llava_lab.errors import LabError
-from llava_lab.models.layout import language_layers, projector
+from llava_lab.models.layout import language_layers, read_connector
 from llava_lab.replay.alter import PATIENCE, Level, embedded
 from llava_lab.replay.score import read_scores
 from llava_lab.results import Run
@@ -289,16 +289,5 @@ class Tail:
 
 
 def image_tokens(lab: Lab, run: Run, pixels: Tensor | None = None) -> Float[Tensor, "1 P D"]:
-    """What the projector makes of the run's picture, or of `pixels`; the language model does not run."""
-    found: list[Tensor] = []
-    config = lab.model.config
-    handle = projector(lab.model).register_forward_hook(lambda module, args, output: found.append(output))
-    try:
-        lab.model.get_image_features(
-            pixel_values=lab.inputs(run)["pixel_values"] if pixels is None else pixels,
-            vision_feature_layer=config.vision_feature_layer,
-            vision_feature_select_strategy=config.vision_feature_select_strategy,
-        )
-    finally:
-        handle.remove()
-    return found[0]
+    """What the connector makes of the run's picture, or of `pixels`; the language model does not run."""
+    return read_connector(lab.model, lab.inputs(run)["pixel_values"] if pixels is None else pixels)[1]

@@ -86,7 +86,7 @@ def adapters(model: Any, lora: Lora | None) -> Iterator[Any]:
     with warnings.catch_warnings():  # peft asks transformers by a name that is on its way out
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         wrapped = get_peft_model(model, LoraConfig(target_modules=names, **options))
-    layout.projector(model).requires_grad_(True)
+    layout.connector_of(model).requires_grad_(True)
     try:
         yield wrapped
     except BaseException:
@@ -338,7 +338,7 @@ def _frozen(lab: Lab, recipe: LlavaStage) -> str:
     """A name for the parts that do not train: those that do come from the checkpoint when a run goes on."""
     parts = {
         "vision_tower": layout.vision_tower,
-        "multi_modal_projector": layout.projector,
+        "multi_modal_projector": layout.connector_of,
         "language_model": layout.language_model,
     }
     return fingerprint(nn.ModuleDict({name: find(lab.model) for name, find in parts.items() if name not in recipe.trains}))

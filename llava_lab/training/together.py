@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 from transformers.models.llama.modeling_llama import rotate_half
 
 from llava_lab.errors import OptionError
-from llava_lab.models import connectors as projectors
+from llava_lab.models import connectors as architectures
 from llava_lab.models import layout
 from llava_lab.training.features import tower_features
 from llava_lab.training.recipe import LLAVA_15_7B, LlavaStage
@@ -395,11 +395,11 @@ def _one_token_rows(
 def _tokens(lab: Lab, connector: Any) -> int:
     """Image tokens a connector makes."""
     kind = getattr(connector, "kind", None)
-    if kind is None or not (entry := projectors.architecture(kind)).mixes:
+    if kind is None or not (entry := architectures.architecture(kind)).mixes:
         config: Any = lab.model.config
         side = config.vision_config.image_size // config.vision_config.patch_size
         return side * side + (config.vision_feature_select_strategy != "default" and layout.has_class_token(lab.model))
-    rows, cols = entry.tokens(projectors.sizes_of(lab.model.config), connector.options)
+    rows, cols = entry.tokens(architectures.sizes_of(lab.model.config), connector.options)
     return rows * cols
 
 
@@ -424,7 +424,7 @@ def _check(
         raise OptionError(f"rates name {', '.join(unknown)}, the connectors are {', '.join(connectors)}")
     if len({id(connector) for connector in connectors.values()}) < len(connectors):
         raise OptionError("two names share one connector; each needs its own")
-    expected = projectors.sizes_of(lab.model.config)
+    expected = architectures.sizes_of(lab.model.config)
     for name, connector in connectors.items():
         if not any(True for _ in connector.parameters()):
             raise OptionError(f"connector {name!r} has no parameters, so nothing to train")

@@ -241,7 +241,7 @@ def reading_features(model: Any, *, cached: bool) -> Iterator[None]:
     A batch's only picture may be of zeros and belong to no row: it passes the connector and then is no token.
     """
     inner = model.model
-    projector, image_id = layout.projector(model), int(model.config.image_token_index)
+    projector, image_id = layout.connector_of(model), int(model.config.image_token_index)
     expected = {"tokens": True}
 
     def seen(pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:

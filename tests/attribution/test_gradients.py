@@ -20,7 +20,7 @@ from llava_lab.attribution.method import Maps, Method
 from llava_lab.attribution.relevancy import RELEVANCY
 from llava_lab.errors import CheckpointError, OptionError
 from llava_lab.models import Lab, load
-from llava_lab.models.layout import language_layers, projector
+from llava_lab.models.layout import connector_of, language_layers
 from llava_lab.replay import fill_pixels, resolve_targets
 from llava_lab.replay.alter import open_level
 from llava_lab.results import Run, Target
@@ -157,7 +157,7 @@ def test_gradcam_is_captum_s_on_the_layer_llava_reads(tiny_random: Lab, run: Run
     planes = states[:, 1:].transpose(1, 2).reshape(1, -1, 4, 4)
 
     def forward(features: Tensor) -> Tensor:
-        tokens = projector(tiny_random.model)(tap(features).flatten(2).transpose(1, 2))
+        tokens = connector_of(tiny_random.model)(tap(features).flatten(2).transpose(1, 2))
         return torch.stack([logit(tiny_random, run, target, at="projector", value=tokens) for target in targets])[None]
 
     for number in range(2):

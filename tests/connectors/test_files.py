@@ -126,9 +126,9 @@ def test_stock_transformers_loads_an_export_and_gives_the_same_bits(
 ) -> None:
     lab = ll.load(tiny_folder, dtype=dtype)
     lab.swap(ll.new_connector(lab, kind, seed=2))
-    want, module = logits(lab.model, lab, picture), layout.projector(lab.model)
+    want, module = logits(lab.model, lab, picture), layout.connector_of(lab.model)
     ll.export(lab, tmp_path)
-    assert layout.projector(lab.model) is module
+    assert layout.connector_of(lab.model) is module
     stock, info = LlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]

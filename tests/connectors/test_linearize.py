@@ -128,10 +128,10 @@ def test_pictures_are_drawn_when_needed_and_let_go(tiny_random: Lab) -> None:
 
 def test_nothing_is_left_behind(tiny_random: Lab, fit: ll.Linearized) -> None:
     tiny_random.ask(PICTURES[0], "What?", max_new_tokens=1)  # transformers keeps hooks of its own from the first forward on
-    before, module = leftovers(tiny_random), layout.projector(tiny_random.model)
+    before, module = leftovers(tiny_random), layout.connector_of(tiny_random.model)
     ll.local_linearity(tiny_random, fit, PICTURES, tokens=2)
     assert leftovers(tiny_random) == before
-    assert layout.projector(tiny_random.model) is module
+    assert layout.connector_of(tiny_random.model) is module
     assert not any(p.requires_grad for p in tiny_random.model.parameters())
 
 
@@ -167,7 +167,7 @@ def test_a_line_is_a_line_everywhere_and_an_mlp_is_not(tiny_random: Lab, fit: ll
 def test_the_jacobian_is_the_connector_s_own(tiny_random: Lab) -> None:
     feature = torch.randn(32, generator=torch.Generator().manual_seed(0))
     found = jacobian(tiny_random, feature)
-    connector: Any = layout.projector(tiny_random.model)
+    connector: Any = layout.connector_of(tiny_random.model)
     slope = gelu_slope(connector.linear_1(feature))
     oracle = connector.linear_2.weight @ (slope[:, None] * connector.linear_1.weight)
     assert torch.allclose(found.float(), oracle, atol=1e-4)
@@ -273,7 +273,7 @@ def _tokens(lab: Lab, number: int) -> tuple[np.ndarray, np.ndarray]:
     with torch.no_grad():
         states = layout.vision_tower(lab.model)(lab.pixels(PICTURES[number]), output_hidden_states=True).hidden_states
         features = states[-2][0, 1:]
-        return features.double().numpy(), layout.projector(lab.model)(features).double().numpy()
+        return features.double().numpy(), layout.connector_of(lab.model)(features).double().numpy()
 
 
 def _held_out(lab: Lab) -> tuple[np.ndarray, np.ndarray]:

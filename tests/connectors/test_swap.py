@@ -14,8 +14,7 @@ from transformers.models.llava import modeling_llava
 
 import llava_lab as ll
 from llava_lab.errors import CheckpointError, OptionError
-from llava_lab.models import Lab, layout
-from llava_lab.models import connectors as projectors
+from llava_lab.models import Lab, connectors, layout
 from llava_lab.models.swap import trained_beside
 
 QUESTION = "What color is the car?"
@@ -53,7 +52,7 @@ def tokens(lab: Lab, pixels: torch.Tensor) -> torch.Tensor:
 
 def snapshot(lab: Lab) -> tuple[Any, ...]:
     config = lab.model.config
-    return (layout.projector(lab.model), config.to_dict(), lab.grid, lab.preprocessing, lab.card, lab.fingerprint,
+    return (layout.connector_of(lab.model), config.to_dict(), lab.grid, lab.preprocessing, lab.card, lab.fingerprint,
             lab.processor.patch_size)  # fmt: skip
 
 
@@ -74,12 +73,12 @@ def test_every_connector_saves_and_loads_bit_for_bit(
     assert all(torch.equal(value, tower[key]) for key, value in again.model.state_dict().items())
     assert snapshot(tiny_random) == before
     assert monkey_patching.get_patch_mapping() == {}
-    assert modeling_llava.LlavaMultiModalProjector is projectors.STOCK
+    assert modeling_llava.LlavaMultiModalProjector is connectors.STOCK
 
 
 def test_a_hub_mlp_loads_into_ours_unchanged(tiny_random: Lab, pixels: torch.Tensor) -> None:
-    stock = layout.projector(tiny_random.model)
-    ours = projectors.build("mlp2x_gelu", projectors.sizes_of(tiny_random.model.config))
+    stock = layout.connector_of(tiny_random.model)
+    ours = connectors.build("mlp2x_gelu", connectors.sizes_of(tiny_random.model.config))
     assert not any(ours.load_state_dict(stock.state_dict()))
     ours.trained_with = trained_beside(tiny_random.model)
     want, name = tokens(tiny_random, pixels), tiny_random.fingerprint
@@ -136,13 +135,13 @@ def test_everything_comes_back_after_an_exception(tiny_random: Lab, error: type[
 
 def test_the_patched_classes_come_back_after_an_exception() -> None:
     def interrupted() -> None:
-        with projectors.patched():
-            assert modeling_llava.LlavaMultiModalProjector is projectors.Chosen
+        with connectors.patched():
+            assert modeling_llava.LlavaMultiModalProjector is connectors.Chosen
             raise RuntimeError("in the middle")
 
     with pytest.raises(RuntimeError, match="in the middle"):
         interrupted()
-    assert modeling_llava.LlavaMultiModalProjector is projectors.STOCK
+    assert modeling_llava.LlavaMultiModalProjector is connectors.STOCK
     assert monkey_patching.get_patch_mapping() == {}
 
 
@@ -205,7 +204,7 @@ def test_a_bottleneck_is_as_wide_as_its_parameters_allow(tiny_random: Lab, count
 
 
 def test_identity_passes_features_on_and_needs_equal_widths(tiny_random: Lab) -> None:
-    made = projectors.build("identity", projectors.Sizes(8, 8, (2, 2)))
+    made = connectors.build("identity", connectors.Sizes(8, 8, (2, 2)))
     given = torch.randn(1, 4, 8)
     assert made(given) is given
     with pytest.raises(OptionError, match=r"equal widths, got 32 \(vision\) and 64"):
@@ -248,14 +247,14 @@ def test_what_does_not_fit_is_refused_in_one_line(tiny_random: Lab, kind: str, o
 
 def test_another_width_or_another_thing_is_not_plugged_in(tiny_random: Lab) -> None:
     before = snapshot(tiny_random)
-    wide = projectors.build("linear", projectors.Sizes(16, 64, (4, 4)))
+    wide = connectors.build("linear", connectors.Sizes(16, 64, (4, 4)))
     with pytest.raises(OptionError, match="expected a connector from width 32 to width 64, .* got one from 16 to 64"):
         tiny_random.swap(wide)
     with pytest.raises(OptionError, match=r"got Linear; make one with llava_lab\.new_connector"):
         tiny_random.swap(torch.nn.Linear(32, 64))
     with pytest.raises(OptionError, match="'linear' is a name"), ll.connector(tiny_random, "linear"):
         pass
-    grid = projectors.build("avgpool", projectors.Sizes(32, 64, (8, 8)))
+    grid = connectors.build("avgpool", connectors.Sizes(32, 64, (8, 8)))
     with pytest.raises(OptionError, match="4x4 patches, got one for 8x8"):
         tiny_random.swap(grid)
     assert snapshot(tiny_random) == before
@@ -271,7 +270,7 @@ def test_a_config_with_an_unknown_connector_is_refused(tiny_random: Lab, tmp_pat
     path.write_text(path.read_text().replace('"qformer"', '"mlp2x_gelu"'))
     with pytest.raises(CheckpointError, match="missing: .*linear_2"):
         ll.load(tmp_path)
-    assert modeling_llava.LlavaMultiModalProjector is projectors.STOCK
+    assert modeling_llava.LlavaMultiModalProjector is connectors.STOCK
 
 
 def test_a_connector_of_another_language_model_is_plugged_in_with_a_warning(tiny_random: Lab) -> None:

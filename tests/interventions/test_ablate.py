@@ -14,7 +14,7 @@ from llava_lab.interventions import ablate_tokens, ablated
 from llava_lab.interventions.ablate import FILLS, _shuffled
 from llava_lab.interventions.states import states_before
 from llava_lab.models import Lab
-from llava_lab.models.layout import projector
+from llava_lab.models.layout import connector_of
 from llava_lab.replay.alter import embedded
 from llava_lab.replay.prefix import image_tokens
 from llava_lab.results import Run
@@ -42,7 +42,7 @@ def test_zero_at_the_projector_is_the_projector_with_zero_rows(tiny_random: Lab,
         changed[:, PLACES] = 0
         return changed
 
-    handle = projector(tiny_random.model).register_forward_hook(zeroed)
+    handle = connector_of(tiny_random.model).register_forward_hook(zeroed)
     with undisturbed(tiny_random.model):
         expected = _score(tiny_random, run, tiny_random.model(**tiny_random.inputs(run)).logits)
     handle.remove()

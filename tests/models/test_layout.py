@@ -21,7 +21,7 @@ def test_parts_are_the_model_s_own_modules(tiny_random: Lab) -> None:
     model: Any = tiny_random.model
     assert layout.language_layers(model) == list(model.model.language_model.layers)
     assert layout.vision_layers(model) == list(model.model.vision_tower.encoder.layers)
-    assert layout.projector(model) is model.model.multi_modal_projector
+    assert layout.connector_of(model) is model.model.multi_modal_projector
     assert layout.has_class_token(model)
     assert layout.image_token_count(model) == 16
 
@@ -39,7 +39,7 @@ def test_parts_are_found_under_older_names_too() -> None:
     old.vision_tower, old.language_model, old.multi_modal_projector = tower, text, nn.Linear(1, 1)
     assert len(layout.vision_layers(old)) == 1
     assert len(layout.language_layers(old)) == 2
-    assert layout.projector(old) is old.multi_modal_projector
+    assert layout.connector_of(old) is old.multi_modal_projector
 
 
 def test_a_model_without_the_parts_is_refused() -> None:

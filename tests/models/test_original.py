@@ -11,8 +11,7 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from llava_lab.errors import CheckpointError
-from llava_lab.models import Lab, load
-from llava_lab.models import connectors as projectors
+from llava_lab.models import Lab, connectors, load
 from llava_lab.models.formats import original
 from llava_lab.models.formats import original as original_config
 from llava_lab.models.formats.original_weights import new_rows
@@ -191,7 +190,7 @@ def test_true_sizes_become_the_hub_s_model(
     read = original_config.read(tmp_path)
     tower = original_config.vision_config(read, None)
     config = original_config.llava_config(read, tower, vocabulary=32064, image_id=32000, pad_id=32001)
-    with torch.device("meta"), projectors.patched():
+    with torch.device("meta"), connectors.patched():
         model = LlavaForConditionalGeneration(config)
     assert config.image_seq_length == 576
     assert tuple(model.lm_head.weight.shape) == (32064, width)

@@ -12,7 +12,7 @@ import torch
 
 from llava_lab.errors import OptionError
 from llava_lab.models import Lab, load
-from llava_lab.models.layout import projector
+from llava_lab.models.layout import connector_of
 from llava_lab.probes import linear, linear_probe
 from llava_lab.probes import linear as features
 from llava_lab.probes.linear import Ridge, held_out_classes
@@ -121,7 +121,7 @@ def test_rows_are_read_off_patches_and_shuffled_labels_are_not(places: ProbeScor
 def test_a_connector_that_throws_away_loses_and_a_straight_one_keeps(tiny_folder: Path) -> None:
     pictures, _ = squares(20)
     lab = placed(tiny_folder)
-    connector: Any = projector(lab.model)
+    connector: Any = connector_of(lab.model)
     with torch.no_grad():
         connector.linear_2.weight.zero_()
     lost = linear_probe(lab, pictures, "column", at=("before", "after"), shuffles=1, progress=False)
@@ -154,7 +154,7 @@ def test_stages_are_what_the_model_computes(tiny_random: Lab, picture: np.ndarra
     assert found["before"].shape == (16, 32)
     with torch.no_grad():
         given = torch.from_numpy(found["before"])
-        np.testing.assert_allclose(projector(tiny_random.model)(given), found["after"], atol=1e-4)
+        np.testing.assert_allclose(connector_of(tiny_random.model)(given), found["after"], atol=1e-4)
     assert set(text) == {"after", 1, 2}
     np.testing.assert_allclose(text["after"][0], states[0][0], atol=1e-5)
 
@@ -192,7 +192,7 @@ def test_ctrl_c_probes_the_pictures_read_and_leaves_the_model(
     monkeypatch.setattr(linear, "read_stages", stops_at(3))
     with pytest.raises(KeyboardInterrupt):
         linear_probe(tiny_random, red[0], "row", at="after", progress=False)
-    assert not projector(tiny_random.model)._forward_hooks
+    assert not connector_of(tiny_random.model)._forward_hooks
     assert torch.equal(states_and_logits(tiny_random, run)[1], logits)
 
 

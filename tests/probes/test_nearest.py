@@ -11,7 +11,7 @@ import torch
 
 from llava_lab.errors import CheckpointError, OptionError
 from llava_lab.models import Lab, load
-from llava_lab.models.layout import projector
+from llava_lab.models.layout import connector_of
 from llava_lab.probes import nearest, nearest_words
 from llava_lab.replay.words import word_tokens
 from llava_lab.results import NearestWords, Run
@@ -56,7 +56,7 @@ def test_a_word_written_into_the_connector_is_found_and_counts_as_readable(tiny_
     lab = load(str(tiny_folder))
     (_, (blue,), notes) = word_tokens(lab, "blue")
     assert not notes
-    connector: Any = projector(lab.model)
+    connector: Any = connector_of(lab.model)
     with torch.no_grad():
         connector.linear_2.weight.zero_()
         connector.linear_2.bias.copy_(lab.model.get_input_embeddings().weight[blue])
@@ -76,7 +76,7 @@ def test_a_common_direction_dominates_raw_cosine_and_not_the_centred_one(tiny_fo
     lab = load(str(tiny_folder))
     with torch.no_grad():
         lab.model.get_input_embeddings().weight[:, 0] += 50
-        connector: Any = projector(lab.model)
+        connector: Any = connector_of(lab.model)
         connector.linear_2.bias[0] += 50
     run = scripted_run(lab, picture, "red")
     raw, centred = (nearest_words(lab, run, centered=centered, draws=1) for centered in (False, True))

@@ -17,7 +17,7 @@ from llava_lab.attribution import attribute
 from llava_lab.capture import undisturbed
 from llava_lab.errors import LabError
 from llava_lab.models import Lab, load
-from llava_lab.models.layout import projector
+from llava_lab.models.layout import connector_of
 from llava_lab.replay.alter import open_level
 from llava_lab.replay.prefix import Branches, _groups
 from llava_lab.results import Run
@@ -52,7 +52,7 @@ def _naive(lab: Lab, run: Run, at: str, change: Callable[[Tensor], None] | None)
         change(states[0])  # type: ignore[misc]
         return states
 
-    part = projector(model)
+    part = connector_of(model)
     handles = []
     if change is not None:
         handles = [part.register_forward_pre_hook(into) if at == "vision" else part.register_forward_hook(out)]
@@ -79,7 +79,7 @@ def _hooks(lab: Lab) -> list[tuple[int, int]]:
 def _seen_by(lab: Lab, run: Run, at: str) -> Tensor:
     """The picture's tokens at that place, patches by width."""
     kept: list[Tensor] = []
-    handle = projector(lab.model).register_forward_hook(lambda m, args, out: kept.append(args[0] if at == "vision" else out))
+    handle = connector_of(lab.model).register_forward_hook(lambda m, args, out: kept.append(args[0] if at == "vision" else out))
     with torch.no_grad():
         lab.model(**lab.inputs(run))
     handle.remove()
@@ -142,7 +142,7 @@ def test_grey_tokens_are_what_the_model_makes_of_a_grey_picture(tiny_random: Lab
         black = open_level(tiny_random, run, (run.target(),), at="pixels", fill="grey")
     inputs = {**tiny_random.inputs(run), "pixel_values": black.fill}
     kept: list[Tensor] = []
-    handle = projector(tiny_random.model).register_forward_hook(lambda m, args, out: kept.append(out))
+    handle = connector_of(tiny_random.model).register_forward_hook(lambda m, args, out: kept.append(out))
     with torch.no_grad():
         tiny_random.model(**inputs)
     handle.remove()
@@ -223,7 +223,7 @@ def test_a_mask_that_leaks_is_refused(tiny_random: Lab, run: Run, monkeypatch: p
 
 
 def test_a_projector_that_mixes_patches_is_refused(tiny_random: Lab, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    part = projector(tiny_random.model)
+    part = connector_of(tiny_random.model)
     forward = part.forward
     monkeypatch.setattr(part, "forward", lambda states: forward(states + 3 * states.mean(1, keepdim=True)))
     with pytest.raises(LabError, match="treats each patch by itself.*use at='projector'"):

@@ -11,7 +11,7 @@ from torch import Tensor
 from llava_lab.attribution.method import Maps, Method
 from llava_lab.capture.open_layer import _OPENING
 from llava_lab.models import Lab
-from llava_lab.models.layout import projector
+from llava_lab.models.layout import connector_of
 from llava_lab.replay import resolve_targets
 from llava_lab.results import Run, Target
 from tests.support.planted import scripted_run
@@ -33,7 +33,7 @@ def compute(lab: Lab, run: Run, method: Method, target: Any = None, **options: A
 def logit(lab: Any, run: Run, target: Target, *, at: str, value: Tensor) -> Tensor:
     """A target's logit by the model's own forward, with `value` for the pixels, the tower's output or the image tokens."""
     inputs = lab.inputs(run)
-    connector, handle = projector(lab.model), None
+    connector, handle = connector_of(lab.model), None
     if at == "pixels":
         inputs["pixel_values"] = value
     elif at == "vision":
@@ -54,7 +54,7 @@ def stands_at(lab: Any, at: str, pixels: Tensor) -> Tensor:
     if at == "pixels":
         return pixels
     seen: list[Tensor] = []
-    connector = projector(lab.model)
+    connector = connector_of(lab.model)
     handle = connector.register_forward_hook(lambda module, args, output: seen.append(args[0] if at == "vision" else output))
     with torch.no_grad():
         lab.model.get_image_features(pixel_values=pixels)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from llava_lab.models import Lab
-from llava_lab.models.layout import language_layers, projector
+from llava_lab.models.layout import connector_of, language_layers
 from llava_lab.results import Run
 from tests.support.checkpoints import SENTENCES, build_llama_model, build_processor, byte_tokenizer, llava_config
 from tests.support.planted import planted_lab
@@ -33,7 +33,7 @@ def grouped_lab() -> Lab:
 def speaking_lab() -> Lab:
     """The planted model changed so that a red image token itself asks for "red", and nothing is attended to."""
     lab = planted_lab()
-    connector: Any = projector(lab.model)
+    connector: Any = connector_of(lab.model)
     with torch.no_grad():
         connector.linear_2.weight[2, 0] = 1.0
         for layer in language_layers(lab.model):

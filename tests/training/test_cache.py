@@ -74,7 +74,7 @@ def test_folder_changes_with_tower_transform_and_precision_and_not_with_the_rest
     lab = ll.load(str(tiny_folder))
     name = FeatureCache(lab, tmp_path).folder
     with torch.no_grad():
-        next(layout.projector(lab.model).parameters()).add_(1)
+        next(layout.connector_of(lab.model).parameters()).add_(1)
         next(layout.language_model(lab.model).parameters()).add_(1)
     assert FeatureCache(lab, tmp_path).folder == name
     assert FeatureCache(lab, tmp_path, fit="crop").folder != name

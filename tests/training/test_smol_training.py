@@ -70,7 +70,7 @@ def test_what_is_written_is_the_connector_and_two_matrices_for_every_linear_laye
     names = set(weights(whole))
     model, _ = smol.assemble(language=language)
     linear = [n for n, m in layout.language_model(model).named_modules() if isinstance(m, torch.nn.Linear)]
-    connector = {f"connector.{name}" for name in layout.projector(model).state_dict()}
+    connector = {f"connector.{name}" for name in layout.connector_of(model).state_dict()}
     assert names == connector | {f"lora.{name}.{part}" for name in linear for part in ("down", "up")}
     assert all(weights(whole)[f"lora.{name}.up"].abs().sum() > 0 for name in linear)
 
@@ -90,7 +90,7 @@ def test_the_loaded_model_says_what_the_adapted_one_said(
     adapted, _ = smol.assemble(language=language)
     lows = training.adapt(layout.language_model(adapted), RECIPE.rank, RECIPE.scale, 0)
     lows.load_state_dict(kept["lows"])
-    layout.projector(adapted).load_state_dict(kept["connector"])
+    layout.connector_of(adapted).load_state_dict(kept["connector"])
     merged, processor = smol.load_smol(torch.float32, folder, language=language)
     asked = processor(images=scene().picture(), text="<|im_start|>user\n<image>\nx<|im_end|>\n", return_tensors="pt")
     with torch.no_grad():

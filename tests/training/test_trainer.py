@@ -138,7 +138,7 @@ def test_loss_and_gradients_are_the_stock_models(tiny_random: Lab, seen: int, al
         for row in rows[:seen]:
             row["picture"] = tower_features(model, row["picture"][None])[0]
     batch = Collate(2, (16, 32) if cached else (3, 32, 32))(rows)
-    projector = layout.projector(model)
+    projector = layout.connector_of(model)
     try:
         projector.requires_grad_(True)
         wanted = model(**stock).loss

@@ -38,8 +38,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 from llava_lab.errors import CheckpointError, OptionError
-from llava_lab.models import connectors as projectors
-from llava_lab.models import folders
+from llava_lab.models import connectors, folders
 from llava_lab.models import text as prompts
 from llava_lab.models.formats import original_weights as files
 from llava_lab.models.text import CUE, END_OF_TURN, IMAGE, SYSTEM
@@ -98,7 +97,7 @@ def read(folder: Path) -> Original:
             raise CheckpointError(f"{path} has no {key}; an original LLaVA's config.json names its tower and its layer")
     kind = given.get("mm_projector_type") or "linear"
     try:
-        projectors.architecture(kind)
+        connectors.architecture(kind)
     except OptionError as error:
         raise CheckpointError(f"{path} has an unknown mm_projector_type: {error}") from None
     if kind != "linear" and kind != "identity" and not kind.startswith("mlp"):
@@ -169,7 +168,7 @@ def llava_config(original: Original, vision: CLIPVisionConfig, *, vocabulary: in
     """The same model as transformers describes it, with a vocabulary of so many rows."""
     text = {key: original.given[key] for key in _TEXT_KEYS if original.given.get(key) is not None}
     text |= {"vocab_size": vocabulary, "pad_token_id": pad_id}
-    named: dict[str, Any] = {} if original.kind == STOCK_KIND else {projectors.TYPE: original.kind}
+    named: dict[str, Any] = {} if original.kind == STOCK_KIND else {connectors.TYPE: original.kind}
     named |= {prompts.MARKED: list(original.marks)} if original.marks else {}
     side = vision.image_size // vision.patch_size
     try:

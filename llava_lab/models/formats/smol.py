@@ -176,7 +176,7 @@ def add_weights(model: Any, folder: Path) -> None:
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise CheckpointError(f"the trained weights in {folder} cannot be read ({said}); fetch or train them again") from None
-    projector: Any = layout.projector(model)
+    projector: Any = layout.connector_of(model)
     found = {name.removeprefix("connector."): value for name, value in tensors.items() if name.startswith("connector.")}
     try:
         projector.load_state_dict({name: value.to(projector.linear_1.weight.dtype) for name, value in found.items()})

@@ -113,7 +113,7 @@ def in_bfloat16(module: nn.Module) -> None:
 @torch.no_grad()
 def fit_start(model: Any, features: Tensor) -> None:
     """A fresh connector reads features as if standardised and writes tokens as long as the words' embeddings."""
-    projector, words = layout.projector(model), model.get_input_embeddings().weight
+    projector, words = layout.connector_of(model), model.get_input_embeddings().weight
     flat = features.flatten(0, 1).float()
     mean, spread = flat.mean(0), flat.std(0).clamp_min(1e-3)
     first, second = projector.linear_1, projector.linear_2
@@ -146,7 +146,7 @@ def states(model: Any, batch: Batch, *, image_id: int) -> tuple[Tensor, Tensor]:
     embedded = F.embedding(batch.ids, table)
     if batch.pictures is not None:
         features = tower_features(model, normalise(batch.pictures))
-        tokens = layout.projector(model)(features).to(embedded.dtype)
+        tokens = layout.connector_of(model)(features).to(embedded.dtype)
         at = (batch.ids == image_id)[..., None]
         embedded = embedded.masked_scatter(at, tokens)
     mask = block_mask(batch.block, embedded.dtype)
@@ -238,7 +238,7 @@ def train_smol(
     in_bfloat16(layout.language_model(model))
     side = model.config.vision_config.image_size
     form = Chat(processor.tokenizer, layout.image_token_count(model))
-    connector = layout.projector(model)
+    connector = layout.connector_of(model)
     fit_start(model, tower_features(model, normalise(torch.from_numpy(draw([scene("train", i) for i in range(32)], side)))))
     few = texts
     if texts is None and {"instruct", "practice"} & set(stages or names):
