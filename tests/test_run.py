@@ -180,13 +180,27 @@ def test_pytest_gets_its_arguments_as_typed(monkeypatch: pytest.MonkeyPatch) -> 
     assert given == [["-k", "a or b", "--port", "-x", "tests/test_run.py"]]
 
 
+def test_the_suite_leaves_long_tests_out_unless_all_are_wanted() -> None:
+    workers = ["-n", str(run.WORKERS), "--dist", "loadfile"]
+    assert run._selection([]) == [*workers, "-m", "not long"]
+    assert run._selection(["--all", "-q"]) == [*workers, "-q"]
+    assert run._selection(["-m", "long", "-x"]) == [*workers, "-m", "long", "-x"]
+    assert run._selection(["-k", "rollout", "-n0"]) == ["-m", "not long", "-k", "rollout", "-n0"]
+
+
+def test_a_named_file_runs_whole_and_in_one_process() -> None:
+    for named in ("tests/test_run.py", "tests/test_run.py::test_x"):
+        assert run._selection([named, "-x"]) == [named, "-x"]
+
+
 def test_tests_run_with_the_browser_that_was_found(checkout: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
     environments: list[dict[str, str]] = []
     fake = run.subprocess.run
     monkeypatch.setattr(run.subprocess, "run", lambda command, **o: environments.append(o.get("env", {})) or fake(command, **o))
     monkeypatch.setattr(run, "find_chromium", lambda: "/opt/chromium")
     assert run.main(["test", "-q"]) == 0
-    assert calls[-1][1:] == ["-m", "pytest", "-q"]
+    assert calls[-1][1:3] == ["-m", "pytest"]
+    assert calls[-1][-1] == "-q"
     assert environments[-1]["CHROME_PATH"] == "/opt/chromium"
 
 
