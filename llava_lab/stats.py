@@ -1,33 +1,38 @@
-"""Maps as rankings: the order of their patches, how far two orders agree, how well one finds a set. Numpy only.
+"""Statistics that several rooms need: rankings, intervals over pictures, and verdicts on trained connectors.
 
-Ties are never broken by position, which would favour the top left: an order shuffles them by a seed, and
-the measures count them as half.
+Questions about one picture are not independent, so every interval here resamples whole pictures: `cluster_bootstrap`.
+Ties of a map are never broken by position, which would favour the top left: an order shuffles them by a seed, and the
+measures count them as half.
 
-Scores and their intervals. Questions about one picture are not independent, so pictures are resampled.
+A comparison of trained connectors has two kinds of noise. Other pictures would give other scores: pictures are
+resampled, the same ones for both sides. Another seed would give another model: Student's t on the differences seed by
+seed says what a repetition of the training would give. A verdict needs both. McNemar's test on the pooled answers is
+about these very models only, so it stands beside the verdict and does not decide it.
 
-Sources: Wilson, JASA 1927 (score interval); Field and Welsh, JRSS-B 2007 (cluster bootstrap).
+    right, picture = np.array([True, True, False]), np.array([0, 0, 1])
+    low, high = cluster_interval(right, picture)
 
-What may be said of trained connectors: paired differences, their two kinds of noise, and how much more would tell.
-
-Two things vary. Other pictures would give other scores: pictures are resampled, whole, the same ones for both sides.
-Another seed would give another model: the differences seed by seed have a spread, and Student's t on them says what a
-repetition of the training would give. A verdict needs both. McNemar's test on the pooled answers speaks of these very
-models only, so it stands beside the verdict and does not decide it.
-
-Sources: Field and Welsh, JRSS-B 2007 (cluster bootstrap); McNemar, Psychometrika 1947, exact form; Holm, Scand. J.
-Statist. 1979; Guenther, Am. Statistician 1981 (sample size of a t test).
+Sources: Wilson, JASA 1927 (score interval); Field and Welsh, JRSS-B 2007 (cluster bootstrap); McNemar, Psychometrika
+1947, exact form; Holm, Scand. J. Statist. 1979; Guenther, Am. Statistician 1981 (sample size of a t test).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binomtest, norm, t
+import scipy
 
 from llava_lab.errors import DataError, OptionError
+
+RESAMPLES = 2000  # of pictures, for an interval
+EDGES = (0.025, 0.975)  # of every interval here: 95%
+ALPHA = 0.05
+POWER = 0.8
+
+# -- maps as rankings -----------------------------------------------------------------------
 
 
 def best_first(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -35,18 +40,11 @@ def best_first(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.lexsort((rng.permutation(len(values)), -values))
 
 
-def average_ranks(values: np.ndarray) -> np.ndarray:
-    """Rank of each value, 1 the lowest; equal values share the mean of their ranks."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = counts.cumsum()
-    return (last - (counts - 1) / 2)[inverse]
-
-
 def spearman(one: np.ndarray, two: np.ndarray) -> float:
-    """Rank correlation; NaN when a map is flat."""
-    a, b = (average_ranks(values) - (len(values) + 1) / 2 for values in (one, two))
-    size = float(np.sqrt((a @ a) * (b @ b)))
-    return float(a @ b) / size if size else float("nan")
+    """Rank correlation of two vectors, equal values sharing their mean rank; NaN when one of them is flat."""
+    first, second = (scipy.stats.rankdata(values) - (len(values) + 1) / 2 for values in (one, two))
+    size = float(np.sqrt((first @ first) * (second @ second)))
+    return float(first @ second) / size if size else float("nan")
 
 
 def top_overlap(one: np.ndarray, two: np.ndarray, k: int) -> float:
@@ -59,7 +57,7 @@ def roc_auc(values: np.ndarray, inside: np.ndarray) -> float:
     yes, no = int(inside.sum()), int((~inside).sum())
     if not yes or not no:
         return float("nan")
-    return float(average_ranks(values)[inside].sum() - yes * (yes + 1) / 2) / (yes * no)
+    return float(scipy.stats.rankdata(values)[inside].sum() - yes * (yes + 1) / 2) / (yes * no)
 
 
 def iou(values: np.ndarray, inside: np.ndarray) -> float:
@@ -72,15 +70,13 @@ def iou(values: np.ndarray, inside: np.ndarray) -> float:
 
 
 def _membership(values: np.ndarray, k: int) -> np.ndarray:
-    """Chance of each value to be among the `k` highest when ties are drawn by lot; sums to k."""
+    """Chance of each value to be among the `k` highest when ties are broken at random; sums to k."""
     edge = np.sort(values)[-k]
     above, tied = values > edge, values == edge
     return above + tied * ((k - above.sum()) / tied.sum())
 
 
-RESAMPLES = 2000
-LEVEL = 0.95
-Z = 1.959963984540054  # two-sided 95% of the normal distribution
+# -- answers -------------------------------------------------------------------------------
 
 
 def exact_match(answer: str, expected: str) -> bool:
@@ -103,14 +99,62 @@ def same_answer(answer: str, expected: str) -> bool:
     return normalised(answer) == normalised(expected)
 
 
+# -- intervals over pictures ----------------------------------------------------------------
+
+
 def wilson(right: int, total: int) -> tuple[float, float]:
     """95% score interval of a proportion, sound also at 0 and 1."""
     if total < 1:
         raise OptionError(f"an interval needs at least one case, got {total}")
-    share = right / total
-    centre = (share + Z**2 / (2 * total)) / (1 + Z**2 / total)
-    half = Z / (1 + Z**2 / total) * math.sqrt(share * (1 - share) / total + Z**2 / (4 * total**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    low, high = scipy.stats.binomtest(right, total).proportion_ci(EDGES[1] - EDGES[0], method="wilson")
+    return float(low), float(high)
+
+
+def cluster_bootstrap(
+    statistic: Callable[[np.ndarray], np.ndarray],
+    clusters: int,
+    *,
+    seed: int | np.random.Generator = 0,
+    resamples: int = RESAMPLES,
+    one_by_one: bool = False,
+) -> np.ndarray:
+    """Values of `statistic` with whole clusters (pictures) resampled, (resamples, ...).
+
+    `statistic` takes weights, float64 (resamples, clusters): how often each cluster was drawn; it gives (resamples, ...).
+    `one_by_one` draws the clusters singly instead of counting them at once: the same distribution from another stream
+    of random numbers, by which stored intervals of some results were made.
+
+        sums, sizes = np.array([3.0, 1.0]), np.array([4, 4])  # of each picture: right answers, questions
+        draws = cluster_bootstrap(lambda weights: weights @ sums / (weights @ sizes), len(sums))
+        low, high = percentiles(draws)
+    """
+    rng = np.random.default_rng(seed)
+    if one_by_one:
+        weights = np.stack([np.bincount(rng.integers(0, clusters, clusters), minlength=clusters) for _ in range(resamples)])
+    else:
+        weights = rng.multinomial(clusters, np.full(clusters, 1 / clusters), resamples)
+    return statistic(weights.astype(float))
+
+
+def percentiles(draws: np.ndarray) -> np.ndarray:
+    """The 95% percentile interval of bootstrap draws (resamples, ...), (..., 2)."""
+    return np.moveaxis(np.quantile(draws, EDGES, axis=0), 0, -1)
+
+
+def resampled_means(
+    values: np.ndarray, pictures: np.ndarray, *, seed: int = 0, one_by_one: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """95% intervals (..., 2) and standard errors (...) of means over the last axis, resampling pictures (labels, (Q,))."""
+    _, index = np.unique(pictures, return_inverse=True)
+    sizes = np.bincount(index)
+    rows = values.reshape(-1, values.shape[-1])
+    sums = np.stack([np.bincount(index, row, len(sizes)) for row in rows], 1)
+
+    def means(weights: np.ndarray) -> np.ndarray:
+        return weights @ sums / (weights @ sizes)[:, None]
+
+    draws = cluster_bootstrap(means, len(sizes), seed=seed, one_by_one=one_by_one)
+    return percentiles(draws).reshape(*values.shape[:-1], 2), draws.std(0, ddof=1).reshape(values.shape[:-1])
 
 
 def cluster_interval(right: np.ndarray, cluster: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
@@ -121,20 +165,14 @@ def cluster_interval(right: np.ndarray, cluster: np.ndarray, *, seed: int = 0) -
     """
     if right.shape != cluster.shape or right.ndim != 1 or not len(right):
         raise OptionError(f"right and cluster must be equally long and not empty, got {right.shape} and {cluster.shape}")
-    _, index = np.unique(cluster, return_inverse=True)
-    n = int(index.max()) + 1
     if right.all() or not right.any():
-        return wilson(n if right.all() else 0, n)
-    hits = np.bincount(index, right.astype(float), n)
-    sizes = np.bincount(index, minlength=n)
-    drawn = np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
-    means = hits[drawn].sum(1) / sizes[drawn].sum(1)
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        count = len(np.unique(cluster))
+        return wilson(count if right.all() else 0, count)
+    low, high = resampled_means(right.astype(float), cluster, seed=seed, one_by_one=True)[0]
     return float(low), float(high)
 
 
-ALPHA = 0.05
-POWER = 0.8
+# -- verdicts on trained connectors ---------------------------------------------------------
 
 FIELDS = ("effect", "picture_interval", "seed_sd", "seed_interval", "p", "p_adjusted", "gained", "lost", "mcnemar_p",
           "seeds_needed", "pictures_needed", "detectable")  # fmt: skip
@@ -163,7 +201,7 @@ def mcnemar(gained: int, lost: int) -> float:
     """Two-sided exact p of answers that one side alone has right: (only second, only first). 1 when there are none."""
     if min(gained, lost) < 0:
         raise DataError(f"counts of answers must be 0 or more, got {gained} and {lost}")
-    return 1.0 if gained + lost == 0 else float(binomtest(gained, gained + lost, 0.5).pvalue)
+    return 1.0 if gained + lost == 0 else float(scipy.stats.binomtest(gained, gained + lost, 0.5).pvalue)
 
 
 def seeds_needed(effect: float, sd: float) -> float:
@@ -175,13 +213,13 @@ def seeds_needed(effect: float, sd: float) -> float:
         return math.nan
     if effect == 0:
         return math.inf
-    both, one = norm.ppf(1 - ALPHA / 2) + norm.ppf(POWER), norm.ppf(1 - ALPHA / 2)
+    both, one = scipy.stats.norm.ppf(1 - ALPHA / 2) + scipy.stats.norm.ppf(POWER), scipy.stats.norm.ppf(1 - ALPHA / 2)
     return float(max(2, math.ceil((both * sd / effect) ** 2 + one**2 / 2)))
 
 
 def detectable(sd: float, seeds: int) -> float:
     """The smallest true difference that so many seeds find four times of five, given the spread of the differences."""
-    return float((t.ppf(1 - ALPHA / 2, seeds - 1) + t.ppf(POWER, seeds - 1)) * sd / math.sqrt(seeds))
+    return float((scipy.stats.t.ppf(1 - ALPHA / 2, seeds - 1) + scipy.stats.t.ppf(POWER, seeds - 1)) * sd / math.sqrt(seeds))
 
 
 def paired_t(differences: np.ndarray) -> tuple[float, tuple[float, float]]:
@@ -190,8 +228,8 @@ def paired_t(differences: np.ndarray) -> tuple[float, tuple[float, float]]:
     if sd < 1e-12:  # every seed says the same: no spread to go by, so the sign test
         return (1.0 if abs(mean) < 1e-12 else 2 * 0.5**count), (mean, mean)
     error = sd / math.sqrt(count)
-    half = float(t.ppf(1 - ALPHA / 2, count - 1)) * error
-    return float(2 * t.sf(abs(mean) / error, count - 1)), (mean - half, mean + half)
+    half = float(scipy.stats.t.ppf(1 - ALPHA / 2, count - 1)) * error
+    return float(2 * scipy.stats.t.sf(abs(mean) / error, count - 1)), (mean - half, mean + half)
 
 
 def holm(p: np.ndarray) -> np.ndarray:
@@ -203,17 +241,6 @@ def holm(p: np.ndarray) -> np.ndarray:
     return found
 
 
-def resampled(values: np.ndarray, pictures: np.ndarray, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """95% percentile intervals (N, 2) and standard errors (N,) of the means of rows (N, Q), resampling whole pictures."""
-    _, index = np.unique(pictures, return_inverse=True)
-    count = int(index.max()) + 1
-    sums = np.stack([np.bincount(index, row, count) for row in values], 1)
-    weights = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLES).astype(float)
-    means = weights @ sums / (weights @ np.bincount(index, minlength=count))[:, None]
-    edges = np.quantile(means, [ALPHA / 2, 1 - ALPHA / 2], axis=0).T
-    return edges, means.std(0, ddof=1)
-
-
 def compare(right: np.ndarray, pairs: Sequence[tuple[int, int]], pictures: np.ndarray, *, seed: int = 0) -> dict[str, np.ndarray]:
     """Second minus first of each pair of arms, on one set of questions; p not yet adjusted and no verdict.
 
@@ -222,11 +249,11 @@ def compare(right: np.ndarray, pairs: Sequence[tuple[int, int]], pictures: np.nd
     answers = right.astype(float)
     change = np.stack([answers[second] - answers[first] for first, second in pairs])  # N, S, Q
     by_seed, effect = change.mean(2), change.mean((1, 2))
-    intervals, errors = resampled(change.mean(1), pictures, seed=seed)
+    intervals, errors = resampled_means(change.mean(1), pictures, seed=seed)
     sd = by_seed.std(1, ddof=1)
     tests = [paired_t(row) for row in by_seed]
     gained, lost = (change > 0).sum((1, 2)), (change < 0).sum((1, 2))
-    count, both = len(np.unique(pictures)), float(norm.ppf(1 - ALPHA / 2) + norm.ppf(POWER))
+    count, both = len(np.unique(pictures)), float(scipy.stats.norm.ppf(1 - ALPHA / 2) + scipy.stats.norm.ppf(POWER))
     with np.errstate(divide="ignore", invalid="ignore"):
         more = np.where(effect == 0, np.inf, np.ceil(count * (both * errors / effect) ** 2))
     return {
@@ -283,5 +310,5 @@ def accuracies(right: np.ndarray, questions: Questions, *, seed: int = 0) -> dic
         found["questions"][x, y] = asked.sum()
         found["accuracy"][:, x, y] = part.mean((1, 2))
         found["accuracy_sd"][:, x, y] = part.mean(2).std(1, ddof=1)
-        found["accuracy_interval"][:, x, y] = resampled(part.mean(1), questions.pictures[asked], seed=seed)[0]
+        found["accuracy_interval"][:, x, y] = resampled_means(part.mean(1), questions.pictures[asked], seed=seed)[0]
     return found

@@ -24,6 +24,7 @@ import numpy as np
 from llava_lab.bench.harness import SHAPES, _child, _median, _row, bench_lab
 from llava_lab.bench.relevancy import _flops, _matmul_peak, _memory
 from llava_lab.errors import OptionError
+from llava_lab.stats import spearman
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -138,19 +139,8 @@ def measure_ranks(model: str, pictures: int) -> dict[str, float]:
         exact = attribute(lab, run, method="occlusion", at="projector", fill="mean").values.ravel()
         for name, options in STAND_INS.items():
             found[name].append(spearman(attribute(lab, run, method=name, **options).values.ravel(), exact))
-    return {name: float(np.mean(values)) for name, values in found.items()}
-
-
-def spearman(one: np.ndarray, two: np.ndarray) -> float:
-    """Correlation of ranks, equals sharing their mean rank; 0 where one of them is flat."""
-
-    def ranks(values: np.ndarray) -> np.ndarray:
-        _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-        return (count.cumsum() - (count + 1) / 2)[place]
-
-    first, second = (ranks(values) - ranks(values).mean() for values in (one, two))
-    scale = np.sqrt((first**2).sum() * (second**2).sum())
-    return float((first * second).sum() / scale) if scale > 0 else 0.0
+    # a flat map agrees with nothing
+    return {name: float(np.nan_to_num(values).mean()) for name, values in found.items()}
 
 
 # -- the ways -------------------------------------------------------------------------------

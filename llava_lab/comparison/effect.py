@@ -26,7 +26,7 @@ from llava_lab.evaluation.items import Item, load_items
 from llava_lab.evaluation.scoring import answer_all
 from llava_lab.models import Lab
 from llava_lab.results import LinearEffect, Linearized
-from llava_lab.stats import LEVEL, RESAMPLES, exact_match
+from llava_lab.stats import exact_match, resampled_means
 
 ALL = "all"
 PATIENCE = 2.0
@@ -154,18 +154,8 @@ def _table(
     found = {}
     names = (("kl", "kl_interval"), ("flipped", "flipped_interval"), ("accuracy_change", "accuracy_interval"))
     for number, (mean, interval) in enumerate(names):
-        found[mean] = np.array([[row[number][mask].mean() for mask in masks] for row in rows])
-        found[interval] = np.array(
-            [[mean_interval(row[number][mask], pictures[mask], seed=seed) for mask in masks] for row in rows]
-        )
+        values = np.stack([row[number] for row in rows])
+        found[mean] = np.stack([values[:, mask].mean(1) for mask in masks], 1)
+        intervals = [resampled_means(values[:, mask], pictures[mask], seed=seed, one_by_one=True)[0] for mask in masks]
+        found[interval] = np.stack(intervals, 1)
     return found
-
-
-def mean_interval(values: np.ndarray, pictures: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
-    """95% percentile interval of the mean of `values` (n,), resampling whole pictures (labels, (n,))."""
-    _, index = np.unique(pictures, return_inverse=True)
-    count = int(index.max()) + 1
-    sums, sizes = np.bincount(index, values, count), np.bincount(index, minlength=count)
-    drawn = np.random.default_rng(seed).integers(0, count, (RESAMPLES, count))
-    low, high = np.quantile(sums[drawn].sum(1) / sizes[drawn].sum(1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)

@@ -36,6 +36,7 @@ from llava_lab.models.layout import read_connector
 from llava_lab.models.pictures import PictureLike, read_picture
 from llava_lab.models.swap import trained_beside
 from llava_lab.results import Linearized
+from llava_lab.stats import cluster_bootstrap, percentiles
 
 if TYPE_CHECKING:
     from llava_lab.models import Lab
@@ -265,7 +266,6 @@ def _shown(pairs: Iterator[tuple[Tensor, Tensor]], count: int, batch: int, label
 
 FIT = "linear"
 CONTROLS = ("mean", "shuffle", "random", "identity")
-RESAMPLES = 2000
 TINY = 1e-12
 
 
@@ -327,9 +327,12 @@ class Scores:
         """The fields of `Linearized` that are scores."""
         pictures = np.array(self._picture)
         total = max(float(pictures[:, 1].sum()), TINY)
-        drawn = np.random.default_rng(self._seed).integers(0, len(pictures), (RESAMPLES, len(pictures)))
-        means = pictures[drawn].sum(1)
-        low, high = np.quantile(1 - means[:, 0] / np.maximum(means[:, 1], TINY), [0.025, 0.975])
+
+        def fits(weights: np.ndarray) -> np.ndarray:
+            error, spread = (weights @ pictures).T
+            return 1 - error / np.maximum(spread, TINY)
+
+        low, high = percentiles(cluster_bootstrap(fits, len(pictures), seed=self._seed, one_by_one=True))
         r2 = np.array([1 - self._error[name] / total for name in self.names])
         place = 1 - self._place[0] / self._place[1].clamp_min(TINY)
         return {

@@ -53,14 +53,13 @@ from llava_lab.replay.fills import EVERY_FILL, SQUARES, fill_pixels
 from llava_lab.replay.score import target_score
 from llava_lab.replay.targets import resolve_targets
 from llava_lab.results import Faithfulness, Relevance, Run, area, trapezoid
-from llava_lab.stats import best_first
+from llava_lab.stats import RESAMPLES, best_first, cluster_bootstrap, percentiles
 
 if TYPE_CHECKING:
     from llava_lab.models import Lab
 
 FEWEST_FILLS = 2
 SIGMAS = 2.5  # spreads of random maps that a map must lie above them
-RESAMPLES, TAIL = 1000, 0.025
 
 
 def step_counts(patches: int, steps: int) -> np.ndarray:
@@ -99,10 +98,13 @@ def told_apart(fractions: np.ndarray, random: np.ndarray) -> bool:
 def _interval(weights: np.ndarray, ahead: np.ndarray, seed: int) -> tuple[float, float]:
     """Bootstrap over random maps and steps: weights (S,), ahead (maps, S) the map's lead over each random map at each step."""
     rng = np.random.default_rng((seed, 19))
-    which = rng.integers(len(ahead), size=RESAMPLES)
-    times = rng.multinomial(len(weights), np.full(len(weights), 1 / len(weights)), RESAMPLES) * weights
-    means = (ahead[which] * times).sum(1) / times.sum(1) * weights.sum()
-    low, high = np.quantile(means, [TAIL, 1 - TAIL])
+    which = rng.integers(len(ahead), size=RESAMPLES // 2)
+
+    def means(times: np.ndarray) -> np.ndarray:
+        times = times * weights
+        return (ahead[which] * times).sum(1) / times.sum(1) * weights.sum()
+
+    low, high = percentiles(cluster_bootstrap(means, len(weights), seed=rng, resamples=RESAMPLES // 2))
     return float(low), float(high)
 
 

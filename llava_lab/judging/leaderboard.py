@@ -54,7 +54,7 @@ from llava_lab.judging.faithfulness import BATCH, FEWEST_FILLS, SCALES, Judge, a
 from llava_lab.judging.ground_truth import MEASURES as TRUTH
 from llava_lab.models.folders import ABLATE, ABLATION, NAMES, SHIP
 from llava_lab.results import Ablation, Comparison, Faithfulness, Leaderboard, Run, Target, area, mean_of_known
-from llava_lab.stats import LEVEL, RESAMPLES, exact_match, wilson
+from llava_lab.stats import cluster_bootstrap, exact_match, percentiles, wilson
 from llava_lab.worlds import picturebook
 
 if TYPE_CHECKING:
@@ -164,12 +164,13 @@ def _bootstrap(values: np.ndarray, share: np.ndarray) -> tuple[np.ndarray, np.nd
     known = ~np.isnan(flat)
     filled = np.where(known, flat, 0.0)
     mean = mean_of_known(flat.T)
-    times = np.random.default_rng(pictures).multinomial(pictures, np.full(pictures, 1 / pictures), RESAMPLES).astype(float)
-    counts = times @ known
-    resampled = np.where(
-        counts > 0, times @ filled / np.maximum(counts, 1), np.nan_to_num(mean)
-    )  # a resample without any says nothing new
-    interval = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0).T
+
+    def means(weights: np.ndarray) -> np.ndarray:
+        counts = weights @ known
+        # a resample without any says nothing new
+        return np.where(counts > 0, weights @ filled / np.maximum(counts, 1), np.nan_to_num(mean))
+
+    interval = percentiles(cluster_bootstrap(means, pictures, seed=pictures))
     interval[known.sum(0) < 2] = np.nan
     for column in np.flatnonzero(np.tile(share, shape[0]) & (known.sum(0) > 1) & ((mean == 0) | (mean == 1))):
         n = int(known[:, column].sum())  # all or none: the bootstrap has no spread

@@ -46,7 +46,8 @@ from llava_lab.errors import CheckpointError, OptionError
 from llava_lab.models.layout import language_layers
 from llava_lab.probes.linear import QUESTION, patch_labels, read_stages, subset
 from llava_lab.replay.words import Reading, final_norm, output_head, read_words, state_window, token_texts, word_tokens
-from llava_lab.results import LEVEL, RESAMPLES, HallucinationCheck, LogitLens, NamingShare, Run, Saved, WordActivation
+from llava_lab.results import HallucinationCheck, LogitLens, NamingShare, Run, Saved, WordActivation
+from llava_lab.stats import RESAMPLES, cluster_bootstrap, percentiles, roc_auc
 from llava_lab.worlds.picturebook import scene
 from llava_lab.worlds.scenes import COLOR_NAMES, KIND_NAMES, Scene
 
@@ -264,22 +265,20 @@ def hallucination_check(
     return HallucinationCheck(*about, lab.name, lab.fingerprint, interrupted, tuple(notes))
 
 
-def auc(present: np.ndarray, absent: np.ndarray) -> float:
-    """Chance that a value of `present` exceeds one of `absent`, ties counted half."""
-    difference = present[:, None] - absent[None]
-    return float(((difference > 0) + 0.5 * (difference == 0)).mean())
-
-
 def _separation(where: np.ndarray, there: np.ndarray, sure: np.ndarray, seed: int) -> tuple[float, float, float]:
-    rng, names = np.random.default_rng(seed), np.unique(where)
-    groups = [np.flatnonzero(where == name) for name in names]
-    draws = []
-    for _ in range(RESAMPLES // 4):
-        rows = np.concatenate([groups[i] for i in rng.integers(0, len(groups), len(groups))])
-        if 0 < there[rows].sum() < len(rows):
-            draws.append(auc(sure[rows][there[rows]], sure[rows][~there[rows]]))
-    low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if draws else (0.0, 1.0)
-    return auc(sure[there], sure[~there]), float(low), float(high)
+    """Area under the ROC curve, and its interval over resamples of pictures that hold words of both kinds."""
+    pictures, picture = np.unique(where, return_inverse=True)
+    present, absent = sure[there][:, None], sure[~there]
+    wins = (present > absent) + 0.5 * (present == absent)
+
+    def areas(weights: np.ndarray) -> np.ndarray:
+        yes, no = weights[:, picture[there]], weights[:, picture[~there]]
+        pairs = yes.sum(1) * no.sum(1)
+        return ((yes @ wins) * no).sum(1)[pairs > 0] / pairs[pairs > 0]
+
+    draws = cluster_bootstrap(areas, len(pictures), seed=seed, resamples=RESAMPLES // 4, one_by_one=True)
+    low, high = percentiles(draws) if len(draws) else (0.0, 1.0)
+    return roc_auc(sure, there), float(low), float(high)
 
 
 def _read(
@@ -396,9 +395,9 @@ def _named(said: np.ndarray, names: dict[str, list[np.ndarray]], kind: np.ndarra
 
 def _shares(hits: np.ndarray, counts: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """(pictures, groups, 3, S) hits and (pictures, groups) patches -> pooled shares (groups, 3, S) and their intervals."""
-    rng, n = np.random.default_rng(seed), len(hits)
-    weights = np.stack([np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(RESAMPLES // 4)])
-    drawn = np.einsum("rn,ngws->rgws", weights, hits) / np.maximum(weights @ counts, 1)[:, :, None, None]
-    share = hits.sum(0) / np.maximum(counts.sum(0), 1)[:, None, None]
-    interval = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-    return share.astype(np.float32), np.moveaxis(interval, 0, -1).astype(np.float32)
+
+    def shares(weights: np.ndarray) -> np.ndarray:
+        return np.einsum("rn,ngws->rgws", weights, hits) / np.maximum(weights @ counts, 1)[:, :, None, None]
+
+    draws = cluster_bootstrap(shares, len(hits), seed=seed, resamples=RESAMPLES // 4, one_by_one=True)
+    return shares(np.ones((1, len(hits))))[0].astype(np.float32), percentiles(draws).astype(np.float32)

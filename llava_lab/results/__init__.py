@@ -3,8 +3,6 @@
 from llava_lab.results.connectors import ALL, MANY, WORDS, Ablation, LinearEffect, Linearized, LocalLinearity, in_words
 from llava_lab.results.interventions import ControlRates, Effect, FlowSweep, PatchGrid
 from llava_lab.results.probes import (
-    LEVEL,
-    RESAMPLES,
     HallucinationCheck,
     LogitLens,
     NamingShare,
@@ -40,7 +38,6 @@ __all__ = [
     "GroundTruth",
     "HallucinationCheck",
     "HeadMaps",
-    "LEVEL",
     "Leaderboard",
     "LinearEffect",
     "Linearized",
@@ -51,7 +48,6 @@ __all__ = [
     "NearestWords",
     "PatchGrid",
     "ProbeScores",
-    "RESAMPLES",
     "Relevance",
     "Result",
     "Run",

@@ -13,9 +13,7 @@ import numpy as np
 from llava_lab.errors import DataError, OptionError
 from llava_lab.geometry import PictureMap
 from llava_lab.results.save import Saved
-
-LEVEL = 0.95  # of every interval here
-RESAMPLES = 2000  # of pictures, for an interval
+from llava_lab.stats import cluster_bootstrap, percentiles
 
 
 @dataclass(frozen=True)
@@ -231,10 +229,11 @@ class ProbeScores(Saved):
         return right.astype(np.float64) @ self.counts / self.counts.sum()
 
     def _interval(self, right: np.ndarray) -> np.ndarray:
-        rng = np.random.default_rng(self.seed)
-        drawn = rng.multinomial(len(self.counts), np.full(len(self.counts), 1 / len(self.counts)), RESAMPLES) * self.counts
-        means = (right.astype(np.float64) @ drawn.T) / np.maximum(drawn.sum(1), 1)
-        return np.stack([np.quantile(means, edge, axis=-1) for edge in ((1 - LEVEL) / 2, (1 + LEVEL) / 2)], -1)
+        def means(weights: np.ndarray) -> np.ndarray:
+            labels = weights * self.counts
+            return np.moveaxis(right.astype(np.float64) @ labels.T / np.maximum(labels.sum(1), 1), -1, 0)
+
+        return percentiles(cluster_bootstrap(means, len(self.counts), seed=self.seed))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import llava_lab as ll
-from llava_lab.comparison.effect import mean_interval, plugged
+from llava_lab.comparison.effect import plugged
 from llava_lab.connectors.linearize import Sums, random_map
 from llava_lab.connectors.local import Slopes, gelu_slope, jacobian
 from llava_lab.errors import DataError, OptionError
@@ -215,12 +215,6 @@ def test_a_connector_that_mixes_patches_has_no_linear_map(tiny_random: Lab, fit:
         ll.linearize(lab, PICTURES)
     with pytest.raises(OptionError, match="rank must be from 1 to 32, got 33"):
         fit.at_rank(33)
-
-
-def test_intervals_resample_pictures_not_questions() -> None:
-    values, pictures = np.array([0.0, 0.0, 1.0, 1.0]), np.array(["a", "a", "b", "b"])
-    assert mean_interval(values, pictures) == (0, 1)
-    assert mean_interval(np.array([0.0, 1.0, 0.0, 1.0]), pictures) == (0.5, 0.5)
 
 
 def test_effects_are_nothing_for_a_line_and_something_for_the_controls(tiny_folder: Path, tmp_path: Path) -> None:

@@ -8,43 +8,9 @@ from functools import partial
 import numpy as np
 import pytest
 
-from llava_lab.errors import DataError, OptionError
+from llava_lab.errors import DataError
 from llava_lab.evaluation import Item, answer_all, evaluate, load_items
 from llava_lab.evaluation.scoring import _blind, _majority, _shuffled
-from llava_lab.stats import cluster_interval, exact_match, wilson
-
-
-def test_exact_match_forgives_outer_space_only() -> None:
-    assert exact_match(" The car is red. ", "The car is red.")
-    assert not exact_match("the car is red.", "The car is red.")
-    assert not exact_match("The car is red", "The car is red.")
-
-
-def test_wilson_equals_the_published_example() -> None:
-    low, high = wilson(81, 263)  # Newcombe 1998, table I, method 3
-    assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
-    assert wilson(20, 20)[1] == 1.0
-    assert wilson(20, 20)[0] > 0.8
-
-
-def test_cluster_interval_is_wider_when_pictures_decide_together() -> None:
-    rng = np.random.default_rng(0)
-    picture_right = rng.random(100) < 0.7
-    together = np.repeat(picture_right, 10)
-    clusters = np.repeat(np.arange(100), 10)
-    alone = rng.random(1000) < 0.7
-    low, high = cluster_interval(together, clusters)
-    low_alone, high_alone = cluster_interval(alone, np.arange(1000))
-    assert high - low > 2 * (high_alone - low_alone)
-    assert low < together.mean() < high
-
-
-def test_cluster_interval_of_all_right_is_not_a_point() -> None:
-    low, high = cluster_interval(np.ones(50, bool), np.arange(50))
-    assert high == 1.0
-    assert 0.9 < low < 1.0
-    with pytest.raises(OptionError, match="equally long"):
-        cluster_interval(np.ones(3, bool), np.arange(4))
 
 
 def test_batched_answers_equal_single_questions(tiny_random) -> None:

@@ -9,14 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from llava_lab.errors import OptionError
 from llava_lab.geometry import Mode, PictureMap
 from llava_lab.judging import ground_truth
 from llava_lab.judging.ground_truth import INSIDE, MEASURES
 from llava_lab.results import GroundTruth, Relevance, Run, Target
-from llava_lab.stats import average_ranks, best_first, iou, roc_auc, spearman, top_overlap
 from llava_lab.worlds import picturebook
 from tests.support.score_examples import example_truth
 from tests.support.stand_in import finished_run
@@ -148,41 +146,3 @@ def test_round_trips_exactly(tmp_path: Path) -> None:
         assert np.array_equal(one, two, equal_nan=True) if isinstance(one, np.ndarray) else one == two, name
     with pytest.raises(OptionError, match="no measure 'dice' here; there is pointing, mass, auc, iou"):
         truth.value("dice")
-
-
-# -- ranks ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("levels", [3, 1000])
-def test_ranks_correlation_and_auc_equal_scipy(levels: int) -> None:
-    rng = np.random.default_rng(levels)
-    one, two = rng.integers(0, levels, (2, 60)).astype(float)
-    inside = rng.random(60) < 0.3
-    np.testing.assert_allclose(average_ranks(one), stats.rankdata(one))
-    assert spearman(one, two) == pytest.approx(stats.spearmanr(one, two).statistic)
-    wins = stats.mannwhitneyu(one[inside], one[~inside]).statistic
-    assert roc_auc(one, inside) == pytest.approx(wins / (inside.sum() * (~inside).sum()))
-
-
-def test_flat_and_empty_have_no_number() -> None:
-    ones, values = np.ones(4), np.arange(4.0)
-    assert np.isnan(spearman(ones, values))
-    assert np.isnan(roc_auc(values, np.zeros(4, bool)))
-    assert np.isnan(roc_auc(values, np.ones(4, bool)))
-    assert np.isnan(iou(values, np.zeros(4, bool)))
-
-
-def test_overlap_counts_ties_by_their_chance() -> None:
-    one, two = np.array([4.0, 3, 2, 1]), np.array([4.0, 1, 3, 2])
-    assert top_overlap(one, two, 2) == 0.5
-    assert top_overlap(one, one, 2) == 1
-    assert top_overlap(np.ones(4), one, 2) == 0.5  # two of four drawn by lot
-    assert top_overlap(np.ones(4), np.ones(4), 2) == 0.5
-
-
-def test_ties_are_drawn_by_lot_and_order_is_kept_otherwise() -> None:
-    values = np.array([1.0, 2, 1, 1, 0])
-    orders = [best_first(values, np.random.default_rng(seed)) for seed in range(30)]
-    assert {order[0] for order in orders} == {1}
-    assert {order[-1] for order in orders} == {4}
-    assert {order[1] for order in orders} == {0, 2, 3}
