@@ -110,13 +110,14 @@ def attention_backward(
 
     `seen` is shown each block of attention weights times their gradient. Without ``further`` nothing else is done.
     """
-    query, key, value = (part.detach().float() for part in (layer.query, layer.key, layer.value))
+    opened = layer.attention
+    query, key, value = (part.detach().float() for part in (opened.query, opened.key, opened.value))
     groups = key.shape[1]
-    scaled_query, scaled_key = query * layer.scaling, key * layer.scaling
+    scaled_query, scaled_key = query * opened.scaling, key * opened.scaling
     at_query = gradient.new_zeros(len(gradient), *query.shape[1:]) if further else None
     at_key, at_value = (gradient.new_zeros(len(gradient), *key.shape[1:]) if further else None for _ in range(2))
     out = gradient.transpose(1, 2)  # N H S E
-    blocks = attention_rows(query, key, layer.mask, layer.scaling, causal=layer.causal, rows=_busy_rows(gradient))
+    blocks = attention_rows(query, key, opened.mask, opened.scaling, causal=opened.causal, rows=_busy_rows(gradient))
     for rows, weights in blocks:
         stop = weights.shape[-1]
         kept = None if own_from is None else _own_only(rows, stop, own_from, weights.device)

@@ -1,18 +1,10 @@
-"""Reducers: what is kept of each layer's attention while a forward runs.
+"""Reducers: what is kept of each layer's attention while a forward runs. Each states its size.
 
-Each keeps exactly what its name says and states its size. They know nothing about words or
-pictures; `llava_lab.attribution` gives their numbers a meaning.
-
-Watch an answer being made, token by token, for next to nothing.
-
-A new token's attention is one row per head, so `AnswerRows` works it out beside the step's own and keeps its head
-mean, a few kB. On request the prompt's attention is handed over layer by layer while the first forward runs, as one
-head-fused ``S x S`` matrix that is dropped before the next.
-
-Memory is taken for `ROOM` rows at a time and no key is held on to: the cache makes new tensors every step, and
-small ones that stay between them, or old ones that stay a moment longer, leave holes larger than all the rows.
-
-It knows nothing of LLaVA, words or pictures.
+`AnswerRows` watches an answer being made, token by token, for next to nothing: a new token's attention is one row per head,
+so it is worked out beside the step's own and its head mean is kept, a few kB. On request the prompt's attention is handed over
+layer by layer while the first forward runs, as one head-fused ``S x S`` matrix that is dropped before the next. Memory is taken
+for `ROOM` rows at a time and no key is held on to: the cache makes new tensors every step, and small ones that stay between
+them, or old ones that stay a moment longer, leave holes larger than all the rows.
 """
 
 from __future__ import annotations
@@ -46,22 +38,32 @@ def fuse_heads(
     return fused / fused.sum(-1, keepdim=True).clamp_min(torch.finfo(fused.dtype).tiny)
 
 
-class Full(Reducer):
-    """Everything: ``layers x B x H x S x S``. For small models and for tests; 1.6 GB at LLaVA-1.5-7B."""
-
-    norms = True
+class _Collected(Reducer):
+    """Blocks of rows, filled up to every column, until the layer closes."""
 
     def __init__(self) -> None:
-        self.attention: dict[int, Float[Tensor, "B H Q K"]] = {}
-        self.layer_norms: dict[int, Norms] = {}
         self._parts: list[Tensor] = []
         self._keys = 0
 
     def open(self, layer: int, keys: int) -> None:
         self._parts, self._keys = [], keys
 
+    def _whole(self, part: Float[Tensor, "... k"]) -> Float[Tensor, "... K"]:
+        return torch.nn.functional.pad(part, (0, self._keys - part.shape[-1]))
+
+
+class Full(_Collected):
+    """Everything: ``layers x B x H x S x S``. For small models and for tests; 1.6 GB at LLaVA-1.5-7B."""
+
+    norms = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention: dict[int, Float[Tensor, "B H Q K"]] = {}
+        self.layer_norms: dict[int, Norms] = {}
+
     def add(self, layer: int, rows: slice | Tensor, attention: Tensor) -> None:
-        self._parts.append(torch.nn.functional.pad(attention, (0, self._keys - attention.shape[-1])))
+        self._parts.append(self._whole(attention))
 
     def close(self, layer: int, norms: Norms | None) -> None:
         self.attention[layer] = torch.cat(self._parts, 2)
@@ -69,28 +71,23 @@ class Full(Reducer):
         self.layer_norms[layer] = norms
 
 
-class PickedRows(Reducer):
+class PickedRows(_Collected):
     """Head-fused attention of a few query rows, ``L x B x rows x K``: 50 kB a row at LLaVA-1.5-7B."""
 
     def __init__(self, rows: Sequence[int], *, fusion: str = "mean", heads: Sequence[int] | None = None) -> None:
+        super().__init__()
         self.rows = tuple(sorted(set(rows)))
         self.layers: dict[int, Float[Tensor, "B Q K"]] = {}
         self._fusion, self._heads = fusion, heads
-        self._parts: list[Tensor] = []
-        self._keys = 0
-
-    def open(self, layer: int, keys: int) -> None:
-        self._parts, self._keys = [], keys
 
     def add(self, layer: int, rows: slice | Tensor, attention: Tensor) -> None:
-        fused = fuse_heads(attention, self._fusion, self._heads)
-        self._parts.append(torch.nn.functional.pad(fused, (0, self._keys - fused.shape[-1])))
+        self._parts.append(self._whole(fuse_heads(attention, self._fusion, self._heads)))
 
     def close(self, layer: int, norms: Norms | None) -> None:
         self.layers[layer] = torch.cat(self._parts, 1)
 
 
-class HeadRows(Reducer):
+class HeadRows(_Collected):
     """Every head's attention of a few query rows over some columns, ``L x B x H x N x columns``.
 
     `mix` (N, rows) replaces the rows by N weighted sums of them, for example one mean per target: 2.4 MB
@@ -98,18 +95,19 @@ class HeadRows(Reducer):
     """
 
     def __init__(self, rows: Sequence[int], *, columns: slice | None = None, mix: Float[Tensor, "N Q"] | None = None) -> None:
+        super().__init__()
         self.rows = tuple(sorted(set(rows)))
         self.layers: dict[int, Float[Tensor, "B H N K"]] = {}
         self._columns, self._mix = columns or slice(None), mix
         self._sum: Tensor | None = None
-        self._parts: list[Tensor] = []
-        self._keys = self._seen = 0
+        self._seen = 0
 
     def open(self, layer: int, keys: int) -> None:
-        self._parts, self._sum, self._keys, self._seen = [], None, keys, 0
+        super().open(layer, keys)
+        self._sum, self._seen = None, 0
 
     def add(self, layer: int, rows: slice | Tensor, attention: Tensor) -> None:
-        part = torch.nn.functional.pad(attention, (0, self._keys - attention.shape[-1]))[..., self._columns]
+        part = self._whole(attention)[..., self._columns]
         if self._mix is None:
             self._parts.append(part.clone())
             return

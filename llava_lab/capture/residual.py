@@ -1,22 +1,24 @@
 """What flows through the decoder besides attention weights: the values that heads mix, and the residual stream.
 
-Everything is handed to a function while the forward runs and then dropped; nothing of the size
-``layers x heads x S x S`` or ``layers x S x width`` is ever kept. It knows decoder layers with a
-``self_attn`` whose ``o_proj`` joins the heads (Llama and its relatives), and nothing about pictures,
-words or targets.
+Everything is handed to a function while the forward runs and then dropped; nothing of the size ``layers x heads x S x S`` or
+``layers x S x width`` is ever kept. Layers need a ``self_attn`` whose ``o_proj`` joins the heads (Llama and its relatives).
+
+    norms = {}
+    with watch_stream(layers, lambda number, state: norms.update({number: float(state.norm())})):
+        model(**inputs)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llava_lab.capture.watch import Norms, Reducer, attention_module
+from llava_lab.capture.watch import Norms, Reducer, attention_module, hooked
 from llava_lab.errors import LabError
 
 HeadFold = Callable[[int, Float[Tensor, "H Q K"], Float[Tensor, "H K D"]], None]  # layer, weights, values
@@ -92,21 +94,15 @@ def watch_outputs(modules: Sequence[nn.Module], fold: StateFold) -> Iterator[Non
         raise LabError("expected at least one module to watch, got none")
     calls = [0] * len(modules)
 
-    def after(number: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            calls[number] += 1
-            fold(number, _first(output))
+    def after(number: int, output: Any) -> None:
+        calls[number] += 1
+        fold(number, (output[0] if isinstance(output, tuple) else output).detach())
 
-        return hook
-
-    handles: list[Any] = []
-    try:
+    with ExitStack() as stack:
         for number, module in enumerate(modules):
-            handles.append(module.register_forward_hook(after(number)))
+            # torch's arguments come behind the number; a hook must give nothing back, or it would replace the output
+            stack.enter_context(hooked(module, after=lambda _, args, output, number=number: after(number, output)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
     if any(count != 1 for count in calls):
         raise LabError(f"expected each of {len(modules)} modules to run once, they ran {calls} times; run one whole forward")
 
@@ -123,13 +119,6 @@ def watch_stream(layers: Sequence[nn.Module], fold: StateFold) -> Iterator[None]
     def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         fold(0, (args[0] if args else kwargs["hidden_states"]).detach())
 
-    handle = layers[0].register_forward_pre_hook(before, with_kwargs=True)
-    try:
-        with watch_outputs(layers, lambda number, state: fold(number + 1, state)):
-            yield
-    finally:
-        handle.remove()
-
-
-def _first(output: Any) -> Tensor:
-    return (output[0] if isinstance(output, tuple) else output).detach()
+    after = watch_outputs(layers, lambda number, state: fold(number + 1, state))
+    with hooked(layers[0], before=before, with_kwargs=True), after:
+        yield

@@ -1,27 +1,25 @@
-"""Watch attention while a forward runs, without changing the forward.
+"""Watch attention while a forward runs, without changing the forward; and the few ways to touch a model that leave no trace.
 
-The layer's output still comes from sdpa, so logits stay what they were. Beside it the attention
-weights are computed again in float32, a few query rows at a time, and handed to a *reducer*, which
-keeps only its reduction: a sum, some rows, a running product. The full ``layers x heads x S x S``
-never exists (1.6 GB at LLaVA-1.5-7B).
+The layer's output still comes from sdpa, so logits stay what they were. Beside it the attention weights are computed again
+in float32, a few query rows at a time, and handed to a *reducer*, which keeps only its reduction: a sum, some rows, a running
+product. The full ``layers x heads x S x S`` never exists (1.6 GB at LLaVA-1.5-7B). Any layer with a ``self_attn`` that goes
+through transformers' attention interface can be watched: Llama and CLIP alike.
 
-It knows transformers' attention interface and nothing about LLaVA, targets or pictures. Any layer
-with a ``self_attn`` that goes through that interface can be watched: Llama and CLIP alike.
+    reducer = PickedRows([-1 % length])
+    with undisturbed(model), watch_attention(layers, reducer):
+        model(**inputs)
+    reducer.layers[0]  # 1 x 1 x K
 
-Two registrations are needed. With only the attention function registered, transformers builds no
-mask for the unknown name, and a causal decoder silently looks into the future.
+Two registrations are needed. With only the attention function registered, transformers builds no mask for the unknown name,
+and a causal decoder silently looks into the future.
 
 Sources: transformers 5.x ``AttentionInterface``, ``AttentionMaskInterface``, ``integrations/sdpa_attention.py``.
-
-Run a model without disturbing it: evaluation mode, no gradients, the random state put back.
-
-It does not watch anything; `llava_lab.capture.watch` does that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -34,9 +32,25 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llava_lab.errors import LabError
 
-NAME = "llava_lab_watch"  # in transformers' registries; plain sdpa for every module that is not watched
+NAME = "llava_lab"  # in transformers' registries; plain sdpa for every module without a handler
 CHUNK = 64  # query rows at a time: small enough to stay in cache, large enough for the matmul
 CHANGES_SCORES = ("softcap", "position_bias", "s_aux")  # options that change the weights in ways not repeated here
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One call of a module's attention, before it is computed."""
+
+    module: nn.Module
+    query: Float[Tensor, "B H Q D"]
+    key: Float[Tensor, "B G K D"]
+    value: Float[Tensor, "B G K D"]
+    mask: Tensor | None
+    scaling: float
+    causal: bool
+
+
+Handler = Callable[[Attention, Callable[[], Tensor]], Tensor]  # given the call and what computes it, the output to go on with
 
 
 @dataclass(frozen=True)
@@ -83,28 +97,27 @@ class _Session:
     calls: list[int] = field(default_factory=list)
     streams: dict[int, Tensor] = field(default_factory=dict)  # layer -> norm of the residual stream, until it is used
 
-    def report(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scaling: float,
-        causal: bool,
-    ) -> None:
-        layer = self.layers[module]
+    def handle(self, call: Attention, attend: Callable[[], Tensor]) -> Tensor:
+        """Report the weights of one layer to the reducer; the layer's own output is what it would have been."""
+        layer = self.layers[call.module]
         with torch.no_grad():
-            if not self.reducer.take(layer, query, key, mask, scaling, causal):
-                self.reducer.open(layer, key.shape[2])
-                self.reducer.values(layer, value)
+            if not self.reducer.take(layer, call.query, call.key, call.mask, call.scaling, call.causal):
+                self.reducer.open(layer, call.key.shape[2])
+                self.reducer.values(layer, call.value)
                 for rows, attention in attention_rows(
-                    query, key, mask, scaling, causal=causal, rows=self.reducer.rows, chunk=self.chunk
+                    call.query,
+                    call.key,
+                    call.mask,
+                    call.scaling,
+                    causal=call.causal,
+                    rows=self.reducer.rows,
+                    chunk=self.chunk,
                 ):
                     self.reducer.add(layer, rows, attention)
         self.calls[layer] += 1
         if not self.reducer.norms:
             self.reducer.close(layer, None)
+        return attend()
 
     def before_layer(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         stream = args[0] if args else kwargs["hidden_states"]
@@ -117,8 +130,6 @@ class _Session:
 
 
 AnyReducer = TypeVar("AnyReducer", bound=Reducer)
-
-_ACTIVE: dict[nn.Module, _Session] = {}  # attention module -> who watches it; empty outside `watch_attention`
 
 
 @contextmanager
@@ -136,30 +147,17 @@ def watch_attention(
     if not layers:
         raise LabError("expected at least one layer to watch, got none")
     attentions = [attention_module(layer) for layer in layers]
-    taken = [module for module in attentions if module in _ACTIVE]
-    if taken or len(set(attentions)) < len(attentions):
+    if any(module in _HANDLERS for module in attentions) or len(set(attentions)) < len(attentions):
         raise LabError("expected layers that nobody watches, got one that is watched already; leave the other block first")
     session = _Session(reducer, {module: i for i, module in enumerate(attentions)}, chunk, [0] * len(attentions))
-    configs = list({id(module.config): module.config for module in attentions}.values())
-    before = [config._attn_implementation for config in configs]
-    handles = []
-    AttentionInterface.register(NAME, _attend)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    try:
-        for config in configs:
-            config._attn_implementation_internal = NAME  # the public setter would also reach into sub-configs
-        _ACTIVE.update(dict.fromkeys(attentions, session))
+    with ExitStack() as stack:
+        stack.enter_context(routed(attentions))
+        stack.enter_context(handled(dict.fromkeys(attentions, session.handle)))
         if reducer.norms:
-            handles += [layer.register_forward_pre_hook(session.before_layer, with_kwargs=True) for layer in layers]
-            handles += [module.register_forward_hook(session.after_attention) for module in attentions]
+            for layer, module in zip(layers, attentions, strict=True):
+                stack.enter_context(hooked(layer, before=session.before_layer, with_kwargs=True))
+                stack.enter_context(hooked(module, after=session.after_attention))
         yield reducer
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module in attentions:
-            _ACTIVE.pop(module, None)
-        for config, name in zip(configs, before, strict=True):
-            config._attn_implementation_internal = name
     if calls is not None and any(count != calls for count in session.calls):
         raise LabError(
             f"expected each of {len(layers)} layers to report its attention {calls} time(s), got {session.calls}; "
@@ -236,6 +234,40 @@ def _scores(query: Float[Tensor, "B H q D"], key: Float[Tensor, "B G k D"]) -> F
     return (grouped @ key.transpose(2, 3)).reshape(batch, heads, rows, key.shape[2])
 
 
+_HANDLERS: dict[nn.Module, Handler] = {}  # attention module -> who takes part in its attention; empty outside `handled`
+
+
+@contextmanager
+def routed(attentions: Sequence[nn.Module]) -> Iterator[None]:
+    """Let the attention of these modules pass by their handlers inside the block; without a handler it is plain sdpa.
+
+    Afterwards their configs name the implementation they named before, whatever happened.
+    """
+    configs = list({id(module.config): module.config for module in attentions}.values())
+    before = [config._attn_implementation for config in configs]
+    AttentionInterface.register(NAME, _attend)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    try:
+        for config in configs:
+            # the public setter would also reach into sub-configs
+            config._attn_implementation_internal = NAME
+        yield
+    finally:
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation_internal = name
+
+
+@contextmanager
+def handled(handlers: Mapping[nn.Module, Handler]) -> Iterator[None]:
+    """Inside the block these routed attention modules ask their handler for their output."""
+    _HANDLERS.update(handlers)
+    try:
+        yield
+    finally:
+        for module in handlers:
+            _HANDLERS.pop(module, None)
+
+
 def _attend(
     module: nn.Module,
     query: Tensor,
@@ -245,16 +277,38 @@ def _attend(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """sdpa, and beside it the weights for whoever watches this module."""
-    session = _ACTIVE.get(module)
-    if session is not None:
-        unknown = [name for name in CHANGES_SCORES if kwargs.get(name) is not None]
-        if unknown:
-            raise LabError(f"expected plain scaled dot-product attention, got {', '.join(unknown)}; it cannot be watched")
-        causal = kwargs.get("is_causal")
-        causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
-        session.report(module, query, key, value, attention_mask, scaling or query.shape[-1] ** -0.5, causal)
-    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    """sdpa, past the module's handler if it has one."""
+    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    handler = _HANDLERS.get(module)
+    if handler is None:
+        return plain(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    unknown = [name for name in CHANGES_SCORES if kwargs.get(name) is not None]
+    if unknown:
+        raise LabError(f"expected plain scaled dot-product attention, got {', '.join(unknown)}; it cannot be watched or opened")
+    causal = kwargs.get("is_causal")
+    call = Attention(
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        scaling or query.shape[-1] ** -0.5,
+        bool(getattr(module, "is_causal", True) if causal is None else causal),
+    )
+    return handler(call, lambda: plain(module, query, key, value, attention_mask, scaling=scaling, **kwargs)[0]), None
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, every module's own mode again afterwards."""
+    training = [module for module in model.modules() if module.training]
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextmanager
@@ -263,16 +317,12 @@ def undisturbed(model: nn.Module) -> Iterator[nn.Module]:
 
     `requires_grad` is never touched: `torch.no_grad` makes that unnecessary.
     """
-    training = [module for module in model.modules() if module.training]
     state = torch.get_rng_state()
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     try:
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             yield model
     finally:
-        for module in training:
-            module.training = True
         torch.set_rng_state(state)
         if cuda_states:
             torch.cuda.set_rng_state_all(cuda_states)

@@ -28,10 +28,10 @@ from torch import Tensor
 from tqdm.std import tqdm
 from transformers import Cache
 
+from llava_lab.capture import evaluating
 from llava_lab.errors import DataError
 from llava_lab.evaluation.items import WORLDS, Item, load_items
 from llava_lab.models import Lab
-from llava_lab.models.generation import evaluating
 from llava_lab.stats import cluster_interval, exact_match, same_answer
 
 BATCH = 128

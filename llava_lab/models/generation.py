@@ -9,14 +9,15 @@ it could not be explained.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+from llava_lab.capture import evaluating
 
 logger = logging.getLogger(__name__)
 
@@ -69,19 +70,6 @@ def generate(
         logger.warning("interrupted after %d tokens; the answer so far is kept", len(said))
     ids = np.array([token for token, _ in said], np.int64)
     return Generated(ids, np.array([logprob for _, logprob in said], np.float32), stopped)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, every module's own mode again afterwards."""
-    training = [module for module in model.modules() if module.training]
-    if training:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _choose(logits: Float[Tensor, " V"], image_id: int, temperature: float, random: torch.Generator) -> int:

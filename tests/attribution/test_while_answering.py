@@ -111,7 +111,7 @@ def test_nothing_is_left_behind(lab: Lab, stop: type[BaseException]) -> None:
 
     def state() -> tuple[Any, ...]:
         hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in lab.model.modules()]
-        return hooks, lab.model.config.text_config._attn_implementation, dict(watch._ACTIVE)
+        return hooks, lab.model.config.text_config._attn_implementation, dict(watch._HANDLERS)
 
     handle = lab.model.model.language_model.layers[1].register_forward_pre_hook(interrupt)
     before = state()
@@ -144,7 +144,7 @@ def test_interrupted_it_gives_the_answer_so_far_with_its_maps(lab: Lab) -> None:
     assert said == 2
     assert np.array_equal(run.token_ids, whole.token_ids[: len(run.token_ids)])
     np.testing.assert_allclose(found.values, attribute(lab, run, **PLAIN).values, atol=1e-5)
-    assert not watch._ACTIVE
+    assert not watch._HANDLERS
 
 
 def test_a_long_answer_is_kept_in_several_blocks(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llava_lab.attribution.method import Maps, Method
-from llava_lab.capture.open_layer import _OPENING
+from llava_lab.capture.watch import _HANDLERS
 from llava_lab.models import Lab
 from llava_lab.models.layout import connector_of
 from llava_lab.replay import resolve_targets
@@ -85,6 +85,6 @@ def leftovers(lab: Lab) -> dict[str, Any]:
         "grad": [(p.requires_grad, p.grad is None) for p in lab.model.parameters()],
         "weights": lab.fingerprint,
         "random": torch.get_rng_state().tolist(),
-        "opening": len(_OPENING),
+        "opening": len(_HANDLERS),
         "mode": torch.is_grad_enabled(),
     }
