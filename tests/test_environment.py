@@ -148,7 +148,7 @@ def test_suite_cannot_leave_this_machine() -> None:
 
 
 def test_shapes_in_signatures_are_checked_while_tests_run() -> None:
-    from llava_lab.attribution.method import target_rows
+    from llava_lab.replay.targets import target_rows
     from llava_lab.results import Target
 
     target = Target("token", "red", (1,), (2,))

@@ -49,23 +49,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from llava_lab.attribution.heads import Chosen, choose_heads, read_rows
-from llava_lab.attribution.method import (
-    Maps,
-    Method,
-    Targets,
-    image_values,
-    predicting_rows,
-    refuse_contrast,
-    segment_mass,
-    target_rows,
-    view_values,
-)
+from llava_lab.attribution.method import Maps, Method, refuse_contrast
 from llava_lab.capture import CHUNK, FUSIONS, Reducer, undisturbed, watch_attention
 from llava_lab.capture.watch import attention_module
 from llava_lab.checks import number, one_of
 from llava_lab.errors import LabError, OptionError
 from llava_lab.models.layout import language_layers
 from llava_lab.models.text import encode, refuse_special_text
+from llava_lab.replay.targets import Targets, image_values, predicting_rows, segment_mass, target_rows, view_values
 from llava_lab.results import Run, Target
 
 if TYPE_CHECKING:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llava_lab.attribution.method import Maps, Method, Targets
+from llava_lab.attribution.method import Maps, Method
 from llava_lab.checks import whole_number
 from llava_lab.errors import OptionError
+from llava_lab.replay.targets import Targets
 from llava_lab.results import Run
 
 if TYPE_CHECKING:

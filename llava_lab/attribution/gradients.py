@@ -48,12 +48,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from llava_lab.attribution.method import Maps, Method, Targets, predicting_rows
+from llava_lab.attribution.method import Maps, Method
 from llava_lab.capture import undisturbed
 from llava_lab.checks import one_of, whole_number
 from llava_lab.errors import CheckpointError, LabError, OptionError
 from llava_lab.replay.alter import PLACES, embedded, open_level
 from llava_lab.replay.fills import FILLS
+from llava_lab.replay.targets import Targets, predicting_rows
 from llava_lab.results import Run
 
 if TYPE_CHECKING:

@@ -39,13 +39,13 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from llava_lab.attribution.method import Maps, Method, Targets, predicting_rows, refuse_contrast
+from llava_lab.attribution.method import Maps, Method, refuse_contrast
 from llava_lab.capture import HeadRows, PickedRows, fuse_heads, undisturbed, watch_attention
 from llava_lab.capture.watch import attention_module
 from llava_lab.checks import layer_window, number, whole_number
 from llava_lab.errors import CheckpointError, OptionError
 from llava_lab.models.layout import language_layers
-from llava_lab.replay.targets import Wanted, resolve_targets
+from llava_lab.replay.targets import Targets, Wanted, predicting_rows, resolve_targets
 from llava_lab.results import HeadMaps, Run
 
 if TYPE_CHECKING:

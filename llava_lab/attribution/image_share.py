@@ -38,14 +38,13 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from llava_lab.attribution.method import Targets, predicting_rows
 from llava_lab.attribution.registry import METHODS, attribute
 from llava_lab.capture import undisturbed
 from llava_lab.checks import one_of, whole_number
 from llava_lab.errors import CheckpointError, LabError, OptionError, TargetError
 from llava_lab.replay.fills import FILLS, fill_pixels
 from llava_lab.replay.score import read_scores
-from llava_lab.replay.targets import Wanted, resolve_targets
+from llava_lab.replay.targets import Targets, Wanted, predicting_rows, resolve_targets
 from llava_lab.results import Run, Target
 
 if TYPE_CHECKING:

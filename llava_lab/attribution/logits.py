@@ -57,12 +57,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from llava_lab.attribution.heads import Chosen, choose_heads
-from llava_lab.attribution.method import Maps, Method, Targets
+from llava_lab.attribution.method import Maps, Method
 from llava_lab.capture import undisturbed, watch_attention
 from llava_lab.capture.residual import HeadSources, joined_by, seen_by_heads, watch_outputs, watch_stream
 from llava_lab.checks import layer_window, one_of
 from llava_lab.errors import LabError, OptionError
 from llava_lab.models.layout import language_layers
+from llava_lab.replay.targets import Targets
 from llava_lab.replay.words import final_norm, log_total, norm_gain, norm_scale, output_head, token_logits, word_rows
 from llava_lab.results import Run
 

@@ -24,12 +24,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from llava_lab.attribution.heads import target_mix
-from llava_lab.attribution.method import Maps, Method, Targets, predicting_rows, refuse_contrast
+from llava_lab.attribution.method import Maps, Method, refuse_contrast
 from llava_lab.attribution.rollout import whole_rows
 from llava_lab.capture import FUSIONS, LayerByLayer, Norms, undisturbed, watch_attention
 from llava_lab.checks import layer_window, one_of
 from llava_lab.errors import OptionError
 from llava_lab.models.layout import language_layers
+from llava_lab.replay.targets import Targets, predicting_rows
 from llava_lab.results import Run
 
 if TYPE_CHECKING:

@@ -60,7 +60,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from llava_lab.attribution.method import Maps, Method, Targets
+from llava_lab.attribution.method import Maps, Method
 from llava_lab.capture import undisturbed
 from llava_lab.checks import one_of, whole_number
 from llava_lab.errors import LabError, OptionError
@@ -68,6 +68,7 @@ from llava_lab.replay.alter import LEVELS, PATIENCE, PLACES, Level, open_level
 from llava_lab.replay.fills import FILLS, SQUARES, inpaint
 from llava_lab.replay.prefix import ROWS, Branches, agree, sweep_tokens
 from llava_lab.replay.score import Score
+from llava_lab.replay.targets import Targets
 from llava_lab.results import Run
 
 if TYPE_CHECKING:

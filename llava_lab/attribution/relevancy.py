@@ -38,7 +38,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from llava_lab.attribution.gradients import inputs_until, refuse_quantised, target_logits
-from llava_lab.attribution.method import Maps, Method, Targets, image_values, predicting_rows, segment_mass
+from llava_lab.attribution.method import Maps, Method
 from llava_lab.capture import undisturbed
 from llava_lab.capture.open_layer import Call, OpenLayer, keep_calls, open_layer
 from llava_lab.capture.watch import attention_rows
@@ -54,6 +54,7 @@ from llava_lab.models.layout import (
     used_vision_layers,
     vision_layers,
 )
+from llava_lab.replay.targets import Targets, image_values, predicting_rows, segment_mass
 from llava_lab.results import Run, Target
 
 if TYPE_CHECKING:

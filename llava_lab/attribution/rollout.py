@@ -50,20 +50,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llava_lab.attribution.method import (
-    Maps,
-    Method,
-    Targets,
-    image_values,
-    refuse_contrast,
-    segment_mass,
-    target_rows,
-    view_values,
-)
+from llava_lab.attribution.method import Maps, Method, refuse_contrast
 from llava_lab.capture import FUSIONS, LayerByLayer, Norms, undisturbed, watch_attention
 from llava_lab.checks import layer_window, one_of
 from llava_lab.errors import LabError, OptionError
 from llava_lab.models.layout import language_layers, require_patch_tokens, used_vision_layers, vision_tower
+from llava_lab.replay.targets import Targets, image_values, segment_mass, target_rows, view_values
 from llava_lab.results import Run
 
 if TYPE_CHECKING:

@@ -56,12 +56,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from llava_lab.attribution.method import Maps, Method, Targets
+from llava_lab.attribution.method import Maps, Method
 from llava_lab.capture import undisturbed
 from llava_lab.checks import one_of, whole_number
 from llava_lab.errors import LabError, OptionError
 from llava_lab.replay.alter import LEVELS, PATIENCE, PLACES, Level, open_level
 from llava_lab.replay.fills import FILLS
+from llava_lab.replay.targets import Targets
 from llava_lab.results import Run, Target
 
 if TYPE_CHECKING:

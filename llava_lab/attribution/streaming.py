@@ -29,14 +29,14 @@ from torch import Tensor
 
 from llava_lab.attribution.attention import ATTENTION
 from llava_lab.attribution.heads import choose_heads
-from llava_lab.attribution.method import Maps, Targets, image_values, refuse_contrast, segment_mass, target_rows
+from llava_lab.attribution.method import Maps, refuse_contrast
 from llava_lab.attribution.registry import METHODS, _plain
 from llava_lab.attribution.rollout import BLOCK, FLOOR, ROLLOUT, Weight, _column, _notes, _residual, _Rollout, measured_residual
 from llava_lab.capture import FUSIONS, AnswerRows, Norms, watch_attention
 from llava_lab.checks import layer_window, one_of
 from llava_lab.errors import LabError, OptionError
 from llava_lab.models.layout import language_layers
-from llava_lab.replay.targets import Wanted, resolve_targets
+from llava_lab.replay.targets import Targets, Wanted, image_values, resolve_targets, segment_mass, target_rows
 from llava_lab.results import Relevance, Run, Span
 
 if TYPE_CHECKING:

@@ -26,12 +26,13 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from llava_lab.attribution.method import Maps, Method, Targets
+from llava_lab.attribution.method import Maps, Method
 from llava_lab.capture import undisturbed
 from llava_lab.capture.residual import watch_stream
 from llava_lab.checks import one_of
 from llava_lab.errors import OptionError
 from llava_lab.models.layout import language_layers
+from llava_lab.replay.targets import Targets
 from llava_lab.replay.words import final_norm, token_logits
 from llava_lab.results import Run
 

@@ -33,7 +33,6 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from llava_lab.attribution.method import Targets
 from llava_lab.capture import Reducer, undisturbed, watch_attention
 from llava_lab.capture.watch import attention_module
 from llava_lab.checks import layer_window, whole_number
@@ -42,7 +41,7 @@ from llava_lab.interventions.plan import DRAWS, Plan, Spots, carry_out, is_patch
 from llava_lab.models.layout import language_layers
 from llava_lab.replay.alter import PATIENCE
 from llava_lab.replay.prefix import Tail
-from llava_lab.replay.targets import Wanted, resolve_targets
+from llava_lab.replay.targets import Targets, Wanted, resolve_targets
 from llava_lab.results import Effect, FlowSweep, Run
 
 if TYPE_CHECKING:

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from llava_lab.attribution.method import Targets
 from llava_lab.capture import undisturbed
 from llava_lab.checks import one_of, whole_number
 from llava_lab.errors import LabError, OptionError
@@ -33,7 +32,7 @@ from llava_lab.replay.alter import PATIENCE
 from llava_lab.replay.fills import fill_pixels
 from llava_lab.replay.prefix import Tail, image_tokens
 from llava_lab.replay.score import read_scores
-from llava_lab.replay.targets import Wanted, resolve_targets
+from llava_lab.replay.targets import Targets, Wanted, resolve_targets
 from llava_lab.results import PatchGrid, Run
 
 if TYPE_CHECKING:

@@ -23,13 +23,13 @@ from jaxtyping import Bool
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from llava_lab.attribution.method import Targets
 from llava_lab.capture import undisturbed
 from llava_lab.errors import LabError, OptionError
 from llava_lab.models.generation import Generated, generate
 from llava_lab.models.text import decode
 from llava_lab.replay.alter import PATIENCE
 from llava_lab.replay.prefix import AGREE, Tail
+from llava_lab.replay.targets import Targets
 from llava_lab.results import Effect, Run
 
 if TYPE_CHECKING:

@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from llava_lab.attribution.method import Targets
 from llava_lab.attribution.registry import METHODS, attribute
 from llava_lab.checks import whole_number
 from llava_lab.errors import LabError, OptionError
 from llava_lab.judging.faithfulness import BATCH, FEWEST_FILLS, SCALES, SEEDS, STEPS, Judge, allowed_fills
 from llava_lab.judging.ground_truth import deciding_share, ground_truth
-from llava_lab.replay.targets import Wanted, resolve_targets
+from llava_lab.replay.targets import Targets, Wanted, resolve_targets
 from llava_lab.results import Comparison, Faithfulness, GroundTruth, Relevance, Run, mean_of_known
 from llava_lab.stats import spearman, top_overlap
 

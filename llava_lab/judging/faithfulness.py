@@ -41,7 +41,6 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from llava_lab.attribution.controls import CENTER
-from llava_lab.attribution.method import Targets, outside
 from llava_lab.attribution.registry import METHODS
 from llava_lab.capture import undisturbed
 from llava_lab.checks import one_of, whole_number
@@ -50,8 +49,8 @@ from llava_lab.remote.black_box import BlackBox
 from llava_lab.remote.explain import within_budget
 from llava_lab.replay.alter import Perturbed
 from llava_lab.replay.fills import EVERY_FILL, SQUARES, fill_pixels
-from llava_lab.replay.score import target_score
-from llava_lab.replay.targets import resolve_targets
+from llava_lab.replay.score import outside, target_score
+from llava_lab.replay.targets import Targets, resolve_targets
 from llava_lab.results import Faithfulness, Relevance, Run, area, trapezoid
 from llava_lab.stats import RESAMPLES, best_first, cluster_bootstrap, percentiles
 

@@ -41,13 +41,12 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from llava_lab.attribution.method import Targets
 from llava_lab.attribution.registry import attribute
 from llava_lab.checks import whole_number
 from llava_lab.errors import OptionError
 from llava_lab.models.layout import connector_of, language_layers, vision_tower
 from llava_lab.models.text import encode, pieces, refuse_special_text
-from llava_lab.replay.targets import Wanted, resolve_targets
+from llava_lab.replay.targets import Targets, Wanted, resolve_targets
 from llava_lab.results import Relevance, Run, Sanity
 from llava_lab.stats import spearman, top_overlap
 

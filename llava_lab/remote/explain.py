@@ -42,12 +42,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llava_lab.attribution.method import Maps, Method, Targets
+from llava_lab.attribution.method import Maps, Method
 from llava_lab.errors import BudgetError, EndpointError, OptionError
 from llava_lab.models.text import Spelt, cut
 from llava_lab.remote.black_box import WORKS, BlackBox, Estimate, Look, works
 from llava_lab.remote.client import Reply, token_id
 from llava_lab.replay.alter import Veiled
+from llava_lab.replay.targets import Targets
 from llava_lab.results import Run, Target
 
 if TYPE_CHECKING:

@@ -40,14 +40,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from llava_lab.attribution.method import Outside, Targets, outside, predicting_rows
 from llava_lab.capture import undisturbed
 from llava_lab.checks import one_of
 from llava_lab.errors import LabError, OptionError
 from llava_lab.geometry import PictureMap
 from llava_lab.models.layout import connector_of, read_connector, require_patch_tokens
 from llava_lab.replay.fills import BLUR, EVERY_FILL, blur_fill, fill_pixels, inpaint, mean_fill, noise_fill
-from llava_lab.replay.score import Score, read_scores, target_score
+from llava_lab.replay.score import Outside, Score, outside, read_scores, target_score
+from llava_lab.replay.targets import Targets, predicting_rows
 from llava_lab.results import Run
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
-from llava_lab.attribution.method import Outside
 from llava_lab.errors import OptionError
 from llava_lab.geometry import PictureMap
+from llava_lab.replay.score import Outside
 
 if TYPE_CHECKING:
     from llava_lab.models import Lab

@@ -30,11 +30,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.cache_utils import Cache, DynamicLayer
 
-from llava_lab.attribution.method import Targets, predicting_rows
 from llava_lab.errors import LabError
 from llava_lab.models.layout import language_layers, read_connector
 from llava_lab.replay.alter import PATIENCE, Level, embedded
 from llava_lab.replay.score import read_scores
+from llava_lab.replay.targets import Targets, predicting_rows
 from llava_lab.results import Run
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 A contrast ("red" and not "blue") needs the tokenizer: the word in the answer is replaced, and the
 first token that differs is where the model chose. `Run.target` resolves everything else without a model.
+The small readers below cut each target's rows, and the image's columns, out of what was recorded.
 """
 
 from __future__ import annotations
@@ -10,18 +11,24 @@ from collections.abc import Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from llava_lab.errors import TargetError
 from llava_lab.models.text import decode
-from llava_lab.remote.black_box import BlackBox
 from llava_lab.results import Run, Target, Word
 
 if TYPE_CHECKING:
     from llava_lab.models import Lab
+    from llava_lab.remote.black_box import BlackBox
 
+Targets = tuple[Target, ...]
 Wanted = str | int | Word | Target | tuple[str, str] | Sequence[Any] | None
 
 
-def resolve_targets(lab: Lab | BlackBox, run: Run, target: Wanted = None) -> tuple[Target, ...]:
+def resolve_targets(lab: Lab | BlackBox, run: Run, target: Wanted = None) -> Targets:
     """Everything `target` names, as predicting positions.
 
     None or ``"answer"`` is the whole answer, ``"words"`` each word, an int an answer token, a str a
@@ -47,13 +54,43 @@ def resolve_targets(lab: Lab | BlackBox, run: Run, target: Wanted = None) -> tup
     return found
 
 
+def predicting_rows(targets: Targets) -> tuple[int, ...]:
+    """Every position that predicts a token of some target, sorted."""
+    return tuple(sorted({position for target in targets for position in target.positions}))
+
+
+def target_rows(rows: Float[Tensor, "Q K"], at: Sequence[int], targets: Targets) -> Float[Tensor, "N K"]:
+    """Mean row of each target; `at` names the position of each row given."""
+    where = {position: i for i, position in enumerate(at)}
+    return torch.stack([rows[[where[position] for position in target.positions]].mean(0) for target in targets])
+
+
+def image_values(rows: Float[Tensor, "N K"], run: Run) -> np.ndarray:
+    """The image columns of each target's row, float32 (targets, rows, cols); of the first view where there are several."""
+    if run.views:
+        return view_values(rows, run)[0]
+    start, stop = run.segments["image"]
+    return rows[:, start:stop].float().cpu().numpy().reshape(len(rows), run.map.rows, run.map.cols)
+
+
+def view_values(rows: Float[Tensor, "N K"], run: Run) -> tuple[np.ndarray, ...]:
+    """The same for each view, newline tokens left out; nothing where the run has one."""
+    return tuple(rows.float().cpu().numpy()[:, view.positions] for view in run.views)
+
+
+def segment_mass(rows: Float[Tensor, "N K"], run: Run) -> list[dict[str, float]]:
+    """How much of each target's row lies on each segment of the sequence."""
+    return [{name: float(row[start:stop].sum()) for name, (start, stop) in run.segments.items()} for row in rows]
+
+
 def _is_pair(target: Any) -> bool:
     return isinstance(target, tuple) and len(target) == 2 and all(isinstance(word, str) for word in target)
 
 
 def _contrast(lab: Lab | BlackBox, run: Run, said: str, instead: str) -> Target:
     """The first token where the answer with `said` and the answer with `instead` part ways."""
-    if isinstance(lab, BlackBox):
+    # a model that can only be asked has no tokenizer: it builds its contrasts from its replies
+    if hasattr(lab, "contrast"):
         return lab.contrast(run, said, instead)
     word = run.word(said)
     if said.casefold() == instead.casefold():
