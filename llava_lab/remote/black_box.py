@@ -1,12 +1,13 @@
-"""A closed model's options, what works with it, and what a call would cost: plain data and checks.
+"""BlackBox: a vision model behind an OpenAI-compatible address, asked like a `Lab` and explained from outside.
 
-It sends nothing and knows no address; `llava_lab.remote.black_box` does.
-
-BlackBox: a vision model behind an OpenAI-compatible address, asked like a `Lab` and explained from outside.
+    box = ll.load("openai:gpt-4o", base_url="https://api.openai.com/v1", max_requests=200)
+    run = box.ask("picture.png", "What color is the car?")
+    print(ll.estimate(box, run, method="occlusion", target="red"))
+    relevance = ll.attribute(box, run, method="occlusion", target="red")
 
 It speaks the chat completions of GPT-4's vision, vLLM, llama.cpp's server and Ollama. What is inside stays
 unknown: no patches, no attention, no gradients. So the grid is ours, laid over all of the picture, and only the
-methods in `WORKS` apply; everything that looks inside is refused in one line.
+methods that need nothing but altered pictures apply; everything that looks inside is refused in one line.
 
 Pictures leave this machine, which is why the address is always given and never assumed. They are sent as PNG,
 without loss, at most `longest` pixels on their longer side.
@@ -32,17 +33,23 @@ from typing import Any, NoReturn
 import numpy as np
 from PIL import Image
 
+from llava_lab.checks import one_of, whole_number
 from llava_lab.errors import BudgetError, CheckpointError, EndpointError, OptionError, TargetError
 from llava_lab.geometry import PictureMap
 from llava_lab.models import text as prompts
 from llava_lab.models.pictures import PictureLike, read_picture
-from llava_lab.models.text import Spelt, cut
 from llava_lab.remote.client import Endpoint, Reply, ReplyCache, read_reply, token_id
 from llava_lab.results import Run, Target
 
 PREFIX = "openai:"
 WORKS = ("occlusion", "rise", "shapley", "kernel_shap", "random", "center", "edges")  # methods that need no inside
 SCORINGS = ("auto", "top", "prefill", "agreement")
+MOST_LISTED = 20  # tokens OpenAI and vLLM list at each place
+LARGEST_GRID = 64  # cells a side
+INSIDE = frozenset(  # what a Lab has and a closed model has not
+    {"model", "processor", "tokenizer", "connector", "preprocessing", "swap", "inputs", "sequence", "pixels", "measure"}
+    | {"image_id", "eos_ids", "card", "dtype", "context"}
+)
 
 
 @dataclass(frozen=True)
@@ -56,53 +63,15 @@ class Estimate:
     cost: float | None  # in the currency of `price`
 
     def __str__(self) -> str:
-        said = f"{self.requests} requests to send, {self.known} known already, {self.left} left of the budget"
+        line = f"{self.requests} requests to send, {self.known} known already, {self.left} left of the budget"
         if self.tokens:
-            said += f"; about {self.tokens[0]:,} tokens to read and {self.tokens[1]:,} to write"
-        return said + (f", {self.cost:.4g} at the price given" if self.cost is not None else "")
+            line += f"; about {self.tokens[0]:,} tokens to read and {self.tokens[1]:,} to write"
+        return line + (f", {self.cost:.4g} at the price given" if self.cost is not None else "")
 
 
 def works() -> str:
     """What can be done with a closed model, for one-line refusals."""
     return f"with a closed model work ask, ask_without, faithfulness, and attribute with method {', '.join(WORKS)}"
-
-
-def check_options(model: str, grid: Any, scoring: str, floor: float, price: Any, numbers: dict[str, int], timeout: float) -> None:
-    """Raises OptionError on the first option out of its range."""
-    if not model.strip():
-        raise OptionError(f"expected {PREFIX}MODEL with the name the server knows, got {PREFIX + model!r}")
-    if not (isinstance(grid, (tuple, list)) and len(grid) == 2 and all(isinstance(n, int) and 1 <= n <= 64 for n in grid)):
-        raise OptionError(f"grid must be (rows, columns) of 1 to 64 cells each, got {grid!r}")
-    if scoring not in SCORINGS:
-        raise OptionError(f"scoring must be one of {', '.join(SCORINGS)}, got {scoring!r}")
-    if not -1000 <= floor < 0:
-        raise OptionError(f"floor is the log-probability of what is not listed, below 0; got {floor!r}")
-    if price is not None and not (
-        isinstance(price, (tuple, list)) and len(price) == 2 and all(0 <= one < float("inf") for one in price)
-    ):
-        raise OptionError(f"price must be (per million tokens read, per million written), got {price!r}")
-    for name, number in numbers.items():
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise OptionError(f"{name} must be a whole number of at least 1, got {number!r}")
-    if not 0 < timeout < float("inf"):
-        raise OptionError(f"timeout must be seconds above 0, got {timeout!r}")
-
-
-def cache_folder(cache: str | os.PathLike | bool | None) -> Path | None:
-    """Where replies are kept: the folder given, the user's own for None, nowhere for False."""
-    if cache is False:
-        return None
-    if cache is None or cache is True:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        return Path(home) / "llava-lab" / "replies"
-    return Path(cache).expanduser()
-
-
-MOST_LISTED = 20  # tokens OpenAI and vLLM list at each place
-INSIDE = frozenset(  # what a Lab has and a closed model has not
-    {"model", "processor", "tokenizer", "connector", "preprocessing", "swap", "inputs", "sequence", "pixels", "measure"}
-    | {"image_id", "eos_ids", "card", "dtype", "context"}
-)
 
 
 @dataclass(frozen=True)
@@ -118,7 +87,12 @@ class Look:
 
 
 class BlackBox:
-    """A closed model, its address, its budget and what it has answered so far."""
+    """A closed model, its address, its budget and what it has answered so far.
+
+    >>> box = ll.BlackBox("a-model", "http://127.0.0.1:8000/v1", max_requests=10, cache=False)
+    >>> box.endpoint.left
+    10
+    """
 
     def __init__(
         self,
@@ -151,15 +125,26 @@ class BlackBox:
         key, ``OPENAI_API_KEY`` if it is not named. `timeout`: seconds for a whole reply. `longest`: pixels of the longer
         side as sent. `system`: a system text. `detail`: OpenAI's "low", "high" or "auto".
         """
+        if not model.strip():
+            raise OptionError(f"expected {PREFIX}MODEL with the name the server knows, got {PREFIX + model!r}")
         self.model_name, self.name = model, f"{PREFIX}{model}"
-        numbers = {"repeats": repeats, "max_requests": max_requests, "parallel": parallel, "longest": longest}
-        check_options(model, grid, scoring, floor, price, {**numbers, "retries + 1": retries + 1}, timeout)
-        self.grid, self.scoring, self.repeats, self.floor = (int(grid[0]), int(grid[1])), scoring, repeats, float(floor)
-        self.price, self.parallel, self.longest = price, parallel, longest
+        self.grid, self.scoring, self.floor = _grid(grid), one_of("scoring", scoring, SCORINGS), float(floor)
+        self.repeats, self.parallel = whole_number("repeats", repeats, least=1), whole_number("parallel", parallel, least=1)
+        self.longest, self.price = whole_number("longest", longest, least=1), _price(price)
+        if not -1000 <= floor < 0:
+            raise OptionError(f"floor is the log-probability of what is not listed, below 0; got {floor!r}")
+        if not 0 < timeout < float("inf"):
+            raise OptionError(f"timeout must be seconds above 0, got {timeout!r}")
         self.system, self.detail = system, detail
-        self.endpoint = Endpoint(base_url, max_requests=max_requests, key_variable=key_variable, timeout=timeout, retries=retries)
-        self.cache = ReplyCache(cache_folder(cache))
-        self.used = [0, 0]  # tokens read and written by requests sent
+        self.endpoint = Endpoint(
+            base_url,
+            max_requests=whole_number("max_requests", max_requests, least=1),
+            key_variable=key_variable,
+            timeout=timeout,
+            retries=whole_number("retries", retries),
+        )
+        self.cache = ReplyCache(_cache_folder(cache))
+        self.used = (0, 0)  # tokens read and written by requests sent
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
@@ -189,7 +174,7 @@ class BlackBox:
     @property
     def cost(self) -> float | None:
         """What the requests sent so far cost at `price`, by the server's own count of tokens."""
-        return self._cost((self.used[0], self.used[1]))
+        return self._cost(self.used)
 
     def ask(
         self,
@@ -259,17 +244,15 @@ class BlackBox:
         stop = threading.Event()
         pool = ThreadPoolExecutor(max_workers=min(self.parallel, max(len(new), 1)))
         try:
-            for one in as_completed([pool.submit(self._fetch, key, look, stop) for key, look in new.items()]):
-                one.result()
+            for future in as_completed([pool.submit(self._fetch, key, look, stop) for key, look in new.items()]):
+                future.result()
         except BudgetError:
             pool.shutdown(wait=True)  # what is on its way is paid for
             raise
         finally:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
-        found = [self.cache.get(key) for key in keys]
-        assert all(reply is not None for reply in found)
-        return [reply for reply in found if reply is not None]
+        return [reply for key in keys if (reply := self.cache.get(key)) is not None]
 
     def key(self, look: Look) -> str:
         """The name of a request by its content: address, model, words, settings and every pixel."""
@@ -289,30 +272,25 @@ class BlackBox:
         Image.fromarray(look.picture).save(buffer, "PNG")
         address = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
         reply = read_reply(self.endpoint.post(self._body(look, address), stop))
+        read, written = reply.used or (0, 0)
         with self._lock:
-            self.used = [total + one for total, one in zip(self.used, reply.used or (0, 0), strict=True)]
-        self.cache.put(key, reply)
+            self.used = self.used[0] + read, self.used[1] + written
+            self.cache.put(key, reply)
 
     def _body(self, look: Look, address: str) -> dict[str, Any]:
         messages: list[dict[str, Any]] = [{"role": "system", "content": self.system}] if self.system else []
         place = {"url": address} | ({"detail": self.detail} if self.detail else {})
-        for number, (asked, said) in enumerate(look.turns):
-            text = {"type": "text", "text": asked}
+        for number, (question, answer) in enumerate(look.turns):
             shown = [{"type": "image_url", "image_url": place}] if number == 0 else []
-            messages.append({"role": "user", "content": [*shown, text]})
-            if said is not None:
-                messages.append({"role": "assistant", "content": said})
+            messages.append({"role": "user", "content": [*shown, {"type": "text", "text": question}]})
+            if answer is not None:
+                messages.append({"role": "assistant", "content": answer})
         if look.begun:
             messages.append({"role": "assistant", "content": look.begun})
-        body: dict[str, Any] = {
-            "model": self.model_name,
-            "messages": messages,
-            "max_tokens": look.limit,
-            "temperature": look.temperature,
-        }
+        settings = {"max_tokens": look.limit, "temperature": look.temperature, "seed": look.seed}
         listed = {"logprobs": True, "top_logprobs": MOST_LISTED} if self.scoring != "agreement" else {}
         going_on = {"continue_final_message": True, "add_generation_prompt": False} if look.begun else {}  # vLLM's words
-        return body | {"seed": look.seed} | listed | going_on
+        return {"model": self.model_name, "messages": messages, **settings, **listed, **going_on}
 
     def _run(
         self, picture: np.ndarray, turns: tuple[tuple[str, str | None], ...], reply: Reply, seed: int, options: dict[str, Any]
@@ -322,32 +300,37 @@ class BlackBox:
                 f"{self.name!r} gives no log-probabilities, which scoring={self.scoring!r} needs; use 'agreement' or 'auto'"
             )
         rows, cols = self.grid
-        known = reply.tokens is not None and self.scoring != "agreement"
-        scoring = "agreement" if not known else "prefill" if self.scoring == "prefill" else "top"
-        pieces = [one.piece for one in reply.tokens or ()] if known else cut(reply.text)
+        tokens = reply.tokens if self.scoring != "agreement" else None
+        scoring = "agreement" if tokens is None else "prefill" if self.scoring == "prefill" else "top"
+        pieces = [token.piece for token in tokens] if tokens else prompts.cut(reply.text)
         ids = [token_id(piece) for piece in pieces]
-        before = ["<image>"] * (rows * cols) + [str(turns[:-1])] * (len(turns) > 1) + [turns[-1][0]]
+        question = turns[-1][0]
+        before = ["<image>"] * (rows * cols) + [str(turns[:-1])] * (len(turns) > 1) + [question]
         start, last = len(before), len(before) - 1
         segments = {"image": (0, rows * cols), "question": (last, start), "answer": (start, start + len(ids))}
         if len(turns) > 1:
             segments["history"] = (last - 1, last)
         height, width = picture.shape[:2]
-        about: dict[str, Any] = {"scoring": scoring, "used": reply.used and list(reply.used)}
         return Run(
             picture=picture,
-            question=turns[-1][0],
+            question=question,
             answer=reply.text,
-            prompt=f"{prompts.IMAGE}\n{turns[-1][0]}",
-            token_ids=np.array([token_id(one.encode()) for one in before] + ids, np.int64),
+            prompt=f"{prompts.IMAGE}\n{question}",
+            token_ids=np.array([token_id(text.encode()) for text in before] + ids, np.int64),
             tokens=(*before, *(piece.decode("utf-8", "replace") for piece in pieces)),
             segments=segments,
-            words=Spelt(dict(zip(ids, pieces, strict=True))).words(ids, start),
-            logprobs=np.array([one.logprob for one in reply.tokens or ()] if known else [np.nan] * len(ids), np.float32),
+            words=prompts.Spelt(dict(zip(ids, pieces, strict=True))).words(ids, start),
+            logprobs=np.array([token.logprob for token in tokens] if tokens else [np.nan] * len(ids), np.float32),
             map=PictureMap.whole(width, height, rows=rows, cols=cols),
             model=self.name,
             fingerprint=self.fingerprint,
             seed=seed,
-            options=options | about | {"turns": [list(turn) for turn in turns]},
+            options={
+                **options,
+                "scoring": scoring,
+                "used": reply.used and list(reply.used),
+                "turns": [list(turn) for turn in turns],
+            },
         )
 
     def _cost(self, tokens: tuple[int, int]) -> float | None:
@@ -356,8 +339,33 @@ class BlackBox:
 
 def open_black_box(model: str, base_url: str | None, **options: Any) -> BlackBox:
     """A `BlackBox` with its options; nothing is sent. Raises OptionError on a missing address or an unknown option."""
-    known = [name for name, one in inspect.signature(BlackBox).parameters.items() if one.kind is one.KEYWORD_ONLY]
+    parameters = inspect.signature(BlackBox).parameters
+    known = [name for name, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
     unknown = [name for name in options if name not in known]
     if unknown:
         raise OptionError(f"a closed model has no option {unknown[0]!r}; its options are base_url, {', '.join(known)}")
     return BlackBox(model, base_url or "", **options)
+
+
+def _grid(grid: Any) -> tuple[int, int]:
+    fine = isinstance(grid, (tuple, list)) and len(grid) == 2
+    if not fine or not all(isinstance(cells, int) and 1 <= cells <= LARGEST_GRID for cells in grid):
+        raise OptionError(f"grid must be (rows, columns) of 1 to {LARGEST_GRID} cells each, got {grid!r}")
+    return int(grid[0]), int(grid[1])
+
+
+def _price(price: Any) -> tuple[float, float] | None:
+    fine = price is None or (isinstance(price, (tuple, list)) and len(price) == 2)
+    if not fine or not all(0 <= part < float("inf") for part in price or ()):
+        raise OptionError(f"price must be (per million tokens read, per million written), got {price!r}")
+    return price
+
+
+def _cache_folder(cache: str | os.PathLike | bool | None) -> Path | None:
+    """Where replies are kept: the folder given, the user's own for None, nowhere for False."""
+    if cache is False:
+        return None
+    if cache is None or cache is True:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return Path(home) / "llava-lab" / "replies"
+    return Path(cache).expanduser()

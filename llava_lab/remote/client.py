@@ -1,23 +1,21 @@
-"""One address of an OpenAI-compatible server: requests with a budget, retries, and a key that stays unseen.
-
-It sends JSON and gives back JSON. It knows nothing of pictures or answers; `BlackBox` does.
+"""One address of an OpenAI-compatible server: requests with a budget, retries, a key that stays unseen, and the replies.
 
 - **Key.** Read from the environment for every request, never kept on an object, and cut out of whatever a server
   sends back. Plain http to another machine carries it only if its variable was named. Redirects are never followed.
 - **Budget.** Every request that leaves counts, retries too, for a retry may be charged as well.
 - **Retries.** 408, 429, 5xx, time-outs, broken connections and damaged JSON, with doubling pauses or the server's
   own ``Retry-After``. Everything else is the user's to mend and is said at once.
+- **Replies.** Read once, here: text, tokens with their log-probabilities where the server gives them, and what was
+  used. Tokens are compared by their bytes, since a server gives no numbers for them; `token_id` turns bytes into the
+  number that a `Run` holds. `ReplyCache` remembers replies by what was asked, without pictures, questions or key.
 
-The standard library's client is used: nothing to install, and each of these rules is in sight.
+    endpoint = Endpoint("http://127.0.0.1:8000/v1", max_requests=10)
+    reply = read_reply(endpoint.post({"model": "name", "messages": [{"role": "user", "content": "Hello"}]}))
 
-What an OpenAI-compatible server answers, as plain data, and a folder that remembers it.
-
-A reply is read once, here, and nothing of the server's JSON goes further: text, tokens with their
-log-probabilities where the server gives them, and what was used. Tokens are compared by their bytes, since a
-server gives no numbers for them; `token_id` turns bytes into the number that a `Run` holds.
-
-The folder is keyed by what was asked (`BlackBox` makes the key). It holds neither pictures nor questions, and
-never a key to a server.
+Why the standard library and not the official ``openai`` package (tried with 3.57): what it would save is one method
+here, `Endpoint._send`. Its time-out starts anew with every byte, so a server that drips is never left; its errors carry
+the request with the key in it; under it httpx writes a reply's headers, and a key echoed in them, to the debug log; and
+importing it takes seconds. Counting, pauses, messages and the cutting out of the key would stay as they are.
 
 Source: OpenAI's chat completions (``choices[].message.content``, ``choices[].logprobs.content[].top_logprobs``),
 which vLLM, llama.cpp's server and Ollama follow.
@@ -36,7 +34,6 @@ import os
 import random
 import re
 import ssl
-import tempfile
 import threading
 import time
 import urllib.error
@@ -48,6 +45,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from llava_lab.errors import BudgetError, EndpointError, OptionError
+from llava_lab.results.save import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +53,8 @@ KEY_VARIABLE = "OPENAI_API_KEY"
 TRANSIENT = (408, 409, 429, 500, 502, 503, 504, 529)
 LARGEST = 32 * 2**20  # bytes of a reply; an answer has a few thousand
 FIRST_PAUSE = 0.5  # seconds, doubled each time
-LEAST_SECRET = 8  # characters; what is shorter ("EMPTY", "x") is no secret and may be part of any text
+LONGEST_PAUSE = 60.0  # seconds; a server that asks for more is not waited for
+SHORTEST_SECRET = 8  # characters; what is shorter ("EMPTY", "x") is no secret and may be part of any text
 EXAMPLE = "http://127.0.0.1:8000/v1"
 
 # What newer or smaller servers refuse, and what is sent instead of it: nothing, or another name.
@@ -63,17 +62,16 @@ INSTEAD = {"max_tokens": "max_completion_tokens", "top_logprobs": None, "logprob
 
 
 @dataclass(frozen=True)
-class _Outcome:
-    """What became of one request: its JSON, or a message and whether to try again, after how long."""
+class Failure:
+    """Why one request gave no answer, and whether another may."""
 
-    data: dict[str, Any] | None = None
-    message: str = ""
-    again: bool = False
-    wait: float | None = None  # seconds, as the server asks
-    refused: str = ""  # what a 400 said, for `INSTEAD`
+    message: str
+    passing: bool = False  # trying again may help
+    wait: float | None = None  # seconds until then, as the server asks
+    refusal: str = ""  # what a 400 says, which may name one of `INSTEAD`
 
 
-class _StayHere(urllib.request.HTTPRedirectHandler):
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
     """A redirect is an answer like any other: nothing is sent to where it points."""
 
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
@@ -84,31 +82,33 @@ class Endpoint:
     """``POST {base_url}/chat/completions``."""
 
     def __init__(
-        self,
-        base_url: str,
-        *,
-        max_requests: int,
-        key_variable: str | None = None,
-        timeout: float = 60.0,
-        retries: int = 4,
-        longest_wait: float = 60.0,
+        self, base_url: str, *, max_requests: int, key_variable: str | None = None, timeout: float = 60.0, retries: int = 4
     ) -> None:
         self.base_url = _checked(base_url)
         self.key_variable = key_variable or KEY_VARIABLE
-        self.named = key_variable is not None
-        self.timeout, self.retries, self.longest_wait = timeout, retries, longest_wait
+        self.key_is_named = key_variable is not None
+        self.timeout, self.retries = timeout, retries
         self.max_requests = max_requests
         self.requests = 0  # sent so far
         self.left_out: tuple[str, ...] = ()  # of `INSTEAD`, what this server refused
         self._lock = threading.Lock()
-        local = _is_local(self.base_url)
-        proxies = [urllib.request.ProxyHandler({})] if local else []
-        self._opener = urllib.request.build_opener(_StayHere, *proxies)
+        proxies = [urllib.request.ProxyHandler({})] if _is_local(self.base_url) else []
+        self._opener = urllib.request.build_opener(_NoRedirects, *proxies)
 
     @property
     def left(self) -> int:
         """Requests that may still be sent."""
         return max(self.max_requests - self.requests, 0)
+
+    def key(self) -> str:
+        """The key to send now, or nothing. Raises EndpointError where the named variable holds none, or no possible one."""
+        key = os.environ.get(self.key_variable, "").strip()
+        if self.key_is_named and not key:
+            raise EndpointError(f"the variable {self.key_variable} holds no key; set it before asking")
+        if not key.isascii() or not key.isprintable():
+            raise EndpointError(f"the variable {self.key_variable} holds characters that no key has; set it again")
+        safe = self.base_url.startswith("https://") or _is_local(self.base_url) or self.key_is_named
+        return key if safe else ""
 
     def post(self, body: dict[str, Any], stop: threading.Event | None = None) -> dict[str, Any]:
         """The server's JSON for `body`. `stop`, when set, ends the waiting between retries.
@@ -116,31 +116,27 @@ class Endpoint:
         Raises EndpointError (unreachable, refused, not an answer), BudgetError (no request left).
         """
         stop = stop or threading.Event()
-        for _ in range(len(INSTEAD) + 1):
-            outcome = self._patiently(json.dumps(self._as_taken(body)).encode(), stop)
-            if outcome.data is not None:
-                return outcome.data
-            if not self._leave_out(body, outcome.refused):
-                raise EndpointError(outcome.message)
-        raise EndpointError(f"{self.base_url} refused every form of the request")
-
-    def _patiently(self, data: bytes, stop: threading.Event) -> _Outcome:
-        for attempt in range(self.retries + 1):
-            if stop.is_set():
-                return _Outcome(message="stopped")
+        tries = 0
+        while not stop.is_set():
             self._count()
-            outcome = self._send(data)
-            if not outcome.again:
+            outcome = self._send(json.dumps(self._as_taken(body)).encode())
+            if isinstance(outcome, dict):
                 return outcome
-            wait = outcome.wait if outcome.wait is not None else FIRST_PAUSE * 2**attempt * random.uniform(0.75, 1.25)
-            if outcome.wait is not None and wait > self.longest_wait:
-                return _Outcome(
-                    message=f"{outcome.message}; it asks to wait {wait:.0f} s, more than {self.longest_wait:g}; try later"
-                )
-            if attempt < self.retries:
-                logger.info("%s; trying again in %.1f s (%d of %d)", outcome.message, wait, attempt + 1, self.retries)
-                stop.wait(min(wait, self.longest_wait))
-        return _Outcome(message=f"{outcome.message}; tried {self.retries + 1} times")
+            if self._leave_out(body, outcome.refusal):
+                tries = 0
+                continue
+            if not outcome.passing:
+                raise EndpointError(outcome.message)
+            if outcome.wait is not None and outcome.wait > LONGEST_PAUSE:
+                asked = f"it asks to wait {outcome.wait:.0f} s, more than {LONGEST_PAUSE:g}; try later"
+                raise EndpointError(f"{outcome.message}; {asked}")
+            tries += 1
+            if tries > self.retries:
+                raise EndpointError(f"{outcome.message}; tried {tries} times")
+            pause = FIRST_PAUSE * 2 ** (tries - 1) * random.uniform(0.75, 1.25) if outcome.wait is None else outcome.wait
+            logger.info("%s; trying again in %.1f s (%d of %d)", outcome.message, pause, tries, self.retries)
+            stop.wait(min(pause, LONGEST_PAUSE))
+        raise EndpointError("stopped")
 
     def _count(self) -> None:
         with self._lock:
@@ -151,9 +147,9 @@ class Endpoint:
                 )
             self.requests += 1
 
-    def _send(self, data: bytes) -> _Outcome:
+    def _send(self, data: bytes) -> dict[str, Any] | Failure:
         """One request. No exception of the HTTP client leaves here: it could carry the headers."""
-        key = self._key()
+        key = self.key()
         headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "llava-lab"}
         if key:
             headers["Authorization"] = f"Bearer {key}"
@@ -161,95 +157,106 @@ class Endpoint:
         deadline = time.monotonic() + self.timeout
         try:
             try:
-                with self._opener.open(request, timeout=self.timeout) as reply:
-                    status, about, text = reply.status, reply.headers, _read(reply, deadline)
+                reply: Any = self._opener.open(request, timeout=self.timeout)
             except urllib.error.HTTPError as error:
-                with error:
-                    status, about, text = error.code, error.headers, _read(error, deadline)
+                reply = error  # an answer too: it has a status, headers and a body
+            with reply:
+                status, about, text = reply.status, reply.headers, _read(reply, deadline)
         except (OSError, http.client.HTTPException, EndpointError) as error:
             return self._unreached(error)
-        return self._judge(status, about, _without(text, key), key)
+        return self._judge(status, about, without(key, text), key)
 
-    def _judge(self, status: int, headers: Message, text: str, key: str) -> _Outcome:
+    def _judge(self, status: int, headers: Message, text: str, key: str) -> dict[str, Any] | Failure:
         if status == 200:
             return self._read_json(headers, text, key)
-        said = _without(_reason(text), key)
-        where = f"{self.base_url} answered {status}" + (f" ({said})" if said else "")
+        reason = without(key, _reason(text))
+        where = f"{self.base_url} answered {status}" + (f" ({reason})" if reason else "")
         if 300 <= status < 400:
             to = urlsplit(headers.get("Location") or "")
             host = to.netloc.rpartition("@")[2]
             place = f"{to.scheme}://{host}{to.path}".removesuffix("/chat/completions") if host else "elsewhere"
-            place = _without(place, key)
-            return _Outcome(
-                message=f"{where} and sends on to {place}, which is not followed; if that is right, give it as base_url"
-            )
+            sends = f"sends on to {without(key, place)}, which is not followed"
+            return Failure(f"{where} and {sends}; if that is right, give it as base_url")
         if status in (401, 403):
-            sent = "does not accept the key in" if key else "wants a key, and none was sent; set the variable"
-            return _Outcome(message=f"{where}: it {sent} {self.key_variable}")
+            wrong = "does not accept the key in" if key else "wants a key, and none was sent; set the variable"
+            return Failure(f"{where}: it {wrong} {self.key_variable}")
         if status == 404:
-            return _Outcome(message=f"{where}: no such model or address; base_url usually ends in /v1")
+            return Failure(f"{where}: no such model or address; base_url usually ends in /v1")
         if status == 429 and "insufficient_quota" in text:
-            return _Outcome(message=f"{where}: the account has no credit left")
+            return Failure(f"{where}: the account has no credit left")
         if status in TRANSIENT:
-            return _Outcome(message=where, again=True, wait=_retry_after(headers))
-        return _Outcome(message=where, refused=text if status in (400, 422) else "")
+            return Failure(where, passing=True, wait=retry_after(headers))
+        return Failure(where, refusal=text if status in (400, 422) else "")
 
-    def _read_json(self, headers: Message, text: str, key: str) -> _Outcome:
+    def _read_json(self, headers: Message, text: str, key: str) -> dict[str, Any] | Failure:
+        answered = f"{self.base_url} answered with"
         kind = headers.get_content_type()
         if headers.get("Content-Type") and "json" not in kind:
-            return _Outcome(
-                message=f"{self.base_url} answered with {kind}, expected application/json; base_url usually ends in /v1"
-            )
+            return Failure(f"{answered} {kind}, expected application/json; base_url usually ends in /v1")
         try:
             data = json.loads(text)
         except ValueError:
-            return _Outcome(message=f"{self.base_url} answered with damaged JSON of {len(text)} characters", again=True)
+            return Failure(f"{answered} damaged JSON of {len(text)} characters", passing=True)
         if not isinstance(data, dict):
-            return _Outcome(message=f"{self.base_url} answered with a JSON {type(data).__name__}, expected an object")
+            return Failure(f"{answered} a JSON {type(data).__name__}, expected an object")
         if data.get("error") and not data.get("choices"):
-            return _Outcome(message=f"{self.base_url} answered with an error ({_reason(text)})")
-        return _Outcome(data=_scrubbed(data, key))
+            return Failure(f"{answered} an error ({without(key, _reason(text))})")
+        return without(key, data)
 
-    def _unreached(self, error: Exception) -> _Outcome:
+    def _unreached(self, error: Exception) -> Failure:
         cause = getattr(error, "reason", error)
         if isinstance(cause, ConnectionRefusedError):
-            return _Outcome(message=f"nothing listens at {self.base_url}; is the server started, and is the port right?")
+            return Failure(f"nothing listens at {self.base_url}; is the server started, and is the port right?")
         if isinstance(cause, (ssl.SSLError, ssl.CertificateError)):
-            return _Outcome(message=f"{self.base_url} has no certificate this machine trusts ({type(cause).__name__})")
+            return Failure(f"{self.base_url} has no certificate this machine trusts ({type(cause).__name__})")
         if isinstance(cause, TimeoutError):
-            return _Outcome(message=f"{self.base_url} gave no answer within {self.timeout:g} s", again=True)
+            return Failure(f"{self.base_url} gave no answer within {self.timeout:g} s", passing=True)
         if isinstance(cause, (ConnectionError, http.client.HTTPException)):
-            return _Outcome(message=f"the connection to {self.base_url} broke ({type(cause).__name__})", again=True)
+            return Failure(f"the connection to {self.base_url} broke ({type(cause).__name__})", passing=True)
         if isinstance(cause, EndpointError):
-            return _Outcome(message=str(cause))
-        return _Outcome(message=f"{self.base_url} cannot be reached ({type(cause).__name__})")
-
-    def _key(self) -> str:
-        """The key to send now, or nothing."""
-        key = os.environ.get(self.key_variable, "").strip()
-        if self.named and not key:
-            raise EndpointError(f"the variable {self.key_variable} holds no key; set it before asking")
-        if not key.isascii() or not key.isprintable():
-            raise EndpointError(f"the variable {self.key_variable} holds characters that no key has; set it again")
-        safe = self.base_url.startswith("https://") or _is_local(self.base_url) or self.named
-        return key if safe else ""
+            return Failure(str(cause))
+        return Failure(f"{self.base_url} cannot be reached ({type(cause).__name__})")
 
     def _as_taken(self, body: dict[str, Any]) -> dict[str, Any]:
-        """`body` without what this server refused."""
-        kept = {name: value for name, value in body.items() if name not in self.left_out}
-        renamed = {INSTEAD[name]: body[name] for name in self.left_out if name in body and INSTEAD[name]}
-        return kept | {str(name): value for name, value in renamed.items()}
+        """`body` without what this server refused, or with it under another name."""
+        names = {name: INSTEAD[name] if name in self.left_out else name for name in body}
+        return {name: body[old] for old, name in names.items() if name}
 
-    def _leave_out(self, body: dict[str, Any], said: str) -> bool:
-        """Whether a refusal names something that can be left out; from now on it is."""
+    def _leave_out(self, body: dict[str, Any], refusal: str) -> bool:
+        """Whether `refusal` names something that can be left out; from now on it is."""
         for name in INSTEAD:
-            if name in body and name not in self.left_out and re.search(rf"\b{name}\b", said):
+            if name in body and name not in self.left_out and re.search(rf"\b{name}\b", refusal):
                 both = ("top_logprobs", "logprobs") if "logprobs" in name else (name,)  # neither goes without the other
                 with self._lock:
                     self.left_out = tuple(dict.fromkeys((*self.left_out, *both)))
                 logger.info("%s takes no %s; asking without", self.base_url, " and ".join(both))
                 return True
         return False
+
+
+def without(key: str, value: Any) -> Any:
+    """Text or JSON without the key, also where it is spelt in bytes, as tokens are."""
+    if len(key) < SHORTEST_SECRET:
+        return value
+    if isinstance(value, str):
+        return value.replace(key, "[key]")
+    if isinstance(value, dict):
+        return {without(key, name): without(key, item) for name, item in value.items()}
+    if isinstance(value, list):
+        spells_it = all(isinstance(item, int) and 0 <= item < 256 for item in value) and key.encode() in bytes(value)
+        return None if spells_it else [without(key, item) for item in value]
+    return value
+
+
+def retry_after(headers: Message) -> float | None:
+    """``Retry-After`` in seconds or as a date; None where it is missing or makes no sense."""
+    text = (headers.get("Retry-After") or "").strip()
+    try:
+        if text.replace(".", "", 1).isdigit():
+            return float(text)
+        return max(email.utils.parsedate_to_datetime(text).timestamp() - time.time(), 0.0)
+    except (ValueError, TypeError):
+        return None
 
 
 def _checked(base_url: str) -> str:
@@ -277,59 +284,28 @@ def _is_local(base_url: str) -> bool:
 
 def _read(reply: Any, deadline: float) -> str:
     """The body, within the time allowed in all: a server that drips must not hold us for ever."""
-    parts: list[bytes] = []
-    size = 0
+    body = b""
     while part := reply.read1(65536):
-        parts.append(part)
-        size += len(part)
-        if size > LARGEST:
+        body += part
+        if len(body) > LARGEST:
             raise EndpointError(f"a reply of more than {LARGEST:,} bytes is no answer")
         if time.monotonic() > deadline:
             raise TimeoutError
-    return b"".join(parts).decode("utf-8", "replace")
-
-
-def _without(text: str, key: str) -> str:
-    return text.replace(key, "[key]") if len(key) >= LEAST_SECRET else text
-
-
-def _scrubbed(value: Any, key: str) -> Any:
-    """JSON without the key, also where it is spelt in bytes, as tokens are."""
-    if len(key) < LEAST_SECRET:
-        return value
-    if isinstance(value, str):
-        return _without(value, key)
-    if isinstance(value, dict):
-        return {_without(name, key): _scrubbed(one, key) for name, one in value.items()}
-    if isinstance(value, list):
-        spelt = all(isinstance(one, int) and 0 <= one < 256 for one in value) and key.encode() in bytes(value)
-        return None if spelt else [_scrubbed(one, key) for one in value]
-    return value
+    return body.decode("utf-8", "replace")
 
 
 def _reason(text: str) -> str:
     """The server's own words in one short line."""
     try:
-        said = json.loads(text)
+        reason = json.loads(text)
         for name in ("error", "message", "detail"):
-            said = said.get(name, said) if isinstance(said, dict) else said
+            reason = reason.get(name, reason) if isinstance(reason, dict) else reason
     except ValueError:
-        said = re.sub(r"<[^>]*>", " ", text)
-    return " ".join(str(said or "").split())[:200]
+        reason = re.sub(r"<[^>]*>", " ", text)
+    return " ".join(str(reason or "").split())[:200]
 
 
-def _retry_after(headers: Message) -> float | None:
-    """``Retry-After`` in seconds or as a date; None where it is missing or makes no sense."""
-    text = (headers.get("Retry-After") or "").strip()
-    if not text:
-        return None
-    try:
-        return max(float(text), 0.0) if text.replace(".", "", 1).isdigit() else max(
-            email.utils.parsedate_to_datetime(text).timestamp() - time.time(), 0.0
-        )  # fmt: skip
-    except (ValueError, TypeError):
-        return None
-
+# -- what comes back ------------------------------------------------------------------------
 
 FORMAT = 1  # of the files in the folder
 UNLIKELY = -9999.0  # OpenAI's own mark for a token outside its list
@@ -354,9 +330,10 @@ class Reply:
     used: tuple[int, int] | None  # tokens read and written, as the server counts them
 
     def to_dict(self) -> dict[str, Any]:
-        tokens = None if self.tokens is None else [
-            [one.piece.hex(), one.logprob, [[piece.hex(), value] for piece, value in one.top]] for one in self.tokens
-        ]  # fmt: skip
+        """Plain data for a JSON file, bytes as hexadecimal text."""
+        tokens = self.tokens and [
+            [token.piece.hex(), token.logprob, [[piece.hex(), logprob] for piece, logprob in token.top]] for token in self.tokens
+        ]
         return {"format": FORMAT, "text": self.text, "tokens": tokens, "stopped": self.stopped, "used": self.used}
 
     @classmethod
@@ -364,11 +341,11 @@ class Reply:
         """Raises KeyError, TypeError or ValueError on anything that `to_dict` did not write."""
         if data["format"] != FORMAT:
             raise ValueError(data["format"])
-        tokens = data["tokens"] if data["tokens"] is None else tuple(
-            Token(bytes.fromhex(piece), float(value), tuple((bytes.fromhex(other), float(its)) for other, its in top))
-            for piece, value, top in data["tokens"]
-        )  # fmt: skip
-        used = None if data["used"] is None else (int(data["used"][0]), int(data["used"][1]))
+        tokens = data["tokens"] and tuple(
+            Token(bytes.fromhex(piece), float(logprob), tuple((bytes.fromhex(other), float(value)) for other, value in top))
+            for piece, logprob, top in data["tokens"]
+        )
+        used = data["used"] and (int(data["used"][0]), int(data["used"][1]))
         return cls(str(data["text"]), tokens, str(data["stopped"]), used)
 
 
@@ -393,33 +370,30 @@ def read_reply(data: Any) -> Reply:
             "expected a chat completion with choices[0].message.content, got JSON without it "
             f"({type(error).__name__}: {error}); is the address one of an OpenAI-compatible server?"
         ) from None
-    return Reply(content.strip(), _tokens(choice, content), {"stop": "eos"}.get(finish, finish), _used(data))
+    try:
+        used = int(data["usage"]["prompt_tokens"]), int(data["usage"]["completion_tokens"])
+    except (KeyError, TypeError, ValueError):
+        used = None
+    return Reply(content.strip(), _read_tokens(choice, content), {"stop": "eos"}.get(finish, finish), used)
 
 
-def _tokens(choice: Any, content: str) -> tuple[Token, ...] | None:
+def _read_tokens(choice: Any, content: str) -> tuple[Token, ...] | None:
     """The answer's tokens if they spell it; end marks that some servers list are dropped, leading space is kept."""
     try:
         listed = (choice.get("logprobs") or {}).get("content") or ()
-        tokens = [Token(*_listed(one), tuple(_listed(other) for other in one.get("top_logprobs") or ())) for one in listed]
+        tokens = [Token(*_piece(entry), tuple(map(_piece, entry.get("top_logprobs") or ()))) for entry in listed]
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
-    while tokens and b"".join(one.piece for one in tokens).decode("utf-8", "replace").strip() != content.strip():
+    while tokens and b"".join(token.piece for token in tokens).decode("utf-8", "replace").strip() != content.strip():
         tokens.pop()
     return tuple(tokens) or None
 
 
-def _listed(token: Any) -> tuple[bytes, float]:
+def _piece(token: Any) -> tuple[bytes, float]:
     """A token's bytes and its log-probability."""
     piece = bytes(token["bytes"]) if token.get("bytes") else str(token["token"]).encode()
-    value = float(token["logprob"])
-    return piece, value if math.isfinite(value) else UNLIKELY
-
-
-def _used(data: Any) -> tuple[int, int] | None:
-    try:
-        return int(data["usage"]["prompt_tokens"]), int(data["usage"]["completion_tokens"])
-    except (KeyError, TypeError, ValueError):
-        return None
+    logprob = float(token["logprob"])
+    return piece, logprob if math.isfinite(logprob) else UNLIKELY
 
 
 class ReplyCache:
@@ -427,35 +401,30 @@ class ReplyCache:
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
-        self._known: dict[str, Reply] = {}
+        self._replies: dict[str, Reply] = {}
 
     def __contains__(self, key: str) -> bool:
         return self.get(key) is not None
 
     def get(self, key: str) -> Reply | None:
         """The reply kept under `key`, or None; a damaged file counts as none."""
-        if key not in self._known and self.folder is not None:
+        if key not in self._replies and self.folder is not None:
             try:
-                self._known[key] = Reply.from_dict(json.loads(self._path(key).read_text("utf-8")))
+                self._replies[key] = Reply.from_dict(json.loads(self._path(key).read_text("utf-8")))
             except (OSError, ValueError, KeyError, TypeError, IndexError):
                 return None
-        return self._known.get(key)
+        return self._replies.get(key)
 
     def put(self, key: str, reply: Reply) -> None:
-        """Keep a reply; on disk by way of a temporary name, so that no half file is ever read."""
-        self._known[key] = reply
+        """Keep a reply. Raises EndpointError where the folder cannot be written."""
+        self._replies[key] = reply
         if self.folder is None:
             return
         path = self._path(key)
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-            try:
-                with os.fdopen(handle, "w", encoding="utf-8") as file:
-                    json.dump(reply.to_dict(), file, ensure_ascii=False)
-                os.replace(temporary, path)
-            finally:
-                Path(temporary).unlink(missing_ok=True)
+            with whole_file(path) as temporary:
+                temporary.write_text(json.dumps(reply.to_dict(), ensure_ascii=False), "utf-8")
         except OSError as error:
             raise EndpointError(
                 f"the reply cannot be kept in {self.folder} ({error.strerror or error}); give cache=FOLDER, or cache=False"

@@ -17,7 +17,7 @@ import pytest
 import llava_lab as ll
 from llava_lab.errors import EndpointError
 from llava_lab.remote import client as endpoint
-from llava_lab.remote.client import _retry_after
+from llava_lab.remote.client import retry_after
 from tests.support.endpoint_server import Answered, Answerer, Asked, open_box, says, serving
 
 PLAIN = np.full((36, 36, 3), (220, 30, 30), np.uint8)
@@ -111,13 +111,13 @@ def test_the_servers_own_pause_is_kept(tmp_path: Path) -> None:
 def test_retry_after_is_read_in_seconds_and_as_a_date(text: str, seconds: float | None) -> None:
     headers = Message()
     headers["Retry-After"] = text
-    assert _retry_after(headers) == seconds
+    assert retry_after(headers) == seconds
 
 
 def test_retry_after_may_be_a_date_to_come() -> None:
     headers = Message()
     headers["Retry-After"] = email.utils.formatdate(time.time() + 100, usegmt=True)
-    assert _retry_after(headers) == pytest.approx(100, abs=5)  # dates have whole seconds; the rest is a slow machine's
+    assert retry_after(headers) == pytest.approx(100, abs=5)  # dates have whole seconds; the rest is a slow machine's
 
 
 def test_a_server_that_hangs_is_left_after_the_time_allowed(tmp_path: Path) -> None:

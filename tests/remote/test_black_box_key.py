@@ -103,7 +103,7 @@ def test_no_redirect_carries_the_key_anywhere(tmp_path: Path) -> None:
     ("http://example.org/v1", "OPENAI_API_KEY", True),
 ])  # fmt: skip
 def test_plain_http_to_another_machine_carries_only_a_key_that_was_named(base_url: str, variable: str | None, sent: bool) -> None:
-    assert Endpoint(base_url, max_requests=1, key_variable=variable)._key() == (KEY if sent else "")
+    assert Endpoint(base_url, max_requests=1, key_variable=variable).key() == (KEY if sent else "")
 
 
 def test_a_key_is_read_from_the_variable_that_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,7 +75,7 @@ def test_patches_can_be_taken_away_and_the_question_asked_again(tmp_path: Path) 
     [
         ({"grid": 12}, "grid must be"),
         ({"grid": (0, 3)}, "grid must be"),
-        ({"scoring": "echo"}, "auto, top, prefill, agreement"),
+        ({"scoring": "echo"}, "'auto', 'top', 'prefill', 'agreement'"),
         ({"floor": 1.0}, "below 0"),
         ({"price": 3}, "per million"),
         ({"parallel": 0}, "parallel must be"),
