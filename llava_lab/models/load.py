@@ -13,6 +13,7 @@ import os
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PREFIX = "openai:"
+# Names with a prefix belong to another room; it is imported when one is given, and its `open_black_box` opens the name.
+ELSEWHERE = {"openai:": "llava_lab.remote"}
 _LISTED = 5  # names shown of a long list
 
 
@@ -84,15 +86,15 @@ def load(
     "openai:MODEL" with `base_url` is a closed model behind a server; its options are those of `open_black_box`.
     Raises CheckpointError (one line) for anything that cannot be loaded exactly as it was saved, OptionError.
     """
-    if isinstance(name, str) and name.startswith(PREFIX):
-        from llava_lab.remote.black_box import open_black_box
-
-        if device is not None or dtype is not None:
-            raise OptionError(f"device and dtype are the server's own for {name!r}; leave them out")
-        return open_black_box(name.removeprefix(PREFIX), base_url, **options)
+    for prefix, room in ELSEWHERE.items():
+        if str(name).startswith(prefix):
+            if device is not None or dtype is not None:
+                raise OptionError(f"device and dtype are the server's own for {name!r}; leave them out")
+            box: BlackBox = import_module(room).open_black_box(str(name).removeprefix(prefix), base_url, **options)
+            return box
     if base_url is not None or options:
         given = ", ".join(["base_url"] * (base_url is not None) + list(options))
-        raise OptionError(f"{given} belong to a model behind a server, {PREFIX}MODEL; got {str(name)!r}")
+        raise OptionError(f"{given} belong to a model behind a server, {' or '.join(ELSEWHERE)}MODEL; got {str(name)!r}")
     if name == "smol":  # put together from parts, see there
         from llava_lab.models.formats.smol import open_smol
 

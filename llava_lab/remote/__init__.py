@@ -1,9 +1,11 @@
-"""Closed models behind a server: asked and explained within a budget."""
+"""Closed models behind a server: asked and explained within a budget. Imported when a server is named."""
 
-from llava_lab.remote.black_box import BlackBox
+import llava_lab.attribution  # noqa: F401
+from llava_lab.remote.black_box import BlackBox, open_black_box
 from llava_lab.remote.explain import estimate
 
 __all__ = [
     "BlackBox",
     "estimate",
+    "open_black_box",
 ]
