@@ -127,15 +127,17 @@ class PictureMap:
         cols = self._overlap(self.cols, self.width, self.scale_x, self.offset_x)  # cols x width
         return (rows @ mask.astype(np.float64) @ cols.T).astype(np.float32)
 
-    def project(self, values: np.ndarray, *, smooth: bool = False) -> np.ndarray:
+    def project(self, values: np.ndarray, *, smooth: bool = False, shape: tuple[int, int] | None = None) -> np.ndarray:
         """Paint grid values on the picture: float32 (height, width), NaN where the model never looked.
 
-        ``smooth=False`` is nearest, the honest grid; True is bilinear between patch centres.
+        ``smooth=False`` is nearest, the honest grid; True is bilinear between patch centres. `shape` (height, width) is
+        that of an enlarged or reduced picture to paint on; by default it is the picture's own.
         """
         if values.shape != (self.rows, self.cols):
             raise OptionError(f"values must be {self.rows}x{self.cols} like the grid, got {values.shape}")
-        my = (np.arange(self.height) + 0.5) * self.scale_y + self.offset_y
-        mx = (np.arange(self.width) + 0.5) * self.scale_x + self.offset_x
+        height, width = shape or (self.height, self.width)
+        my = (np.arange(height) + 0.5) * (self.height / height) * self.scale_y + self.offset_y
+        mx = (np.arange(width) + 0.5) * (self.width / width) * self.scale_x + self.offset_x
         gy, gx = my * self.rows / self.size, mx * self.cols / self.size
         seen = ((gy >= 0) & (gy < self.rows))[:, None] & ((gx >= 0) & (gx < self.cols))[None, :]
         grid = np.asarray(values, np.float32)

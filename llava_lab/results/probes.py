@@ -50,6 +50,29 @@ class LogitLens(Saved):
         """Rank of a chosen word, int32 (states, rows, cols)."""
         return self.ranks[:, :, _word(self.words, word)].reshape(-1, self.map.rows, self.map.cols)
 
+    def matching(self, word: str) -> np.ndarray:
+        """Ids of the kept pieces that read `word` without the spaces around them, int32; by any case if none is spelt so."""
+        texts, wanted = [piece.strip() for piece in self.pieces], word.strip()
+        same = np.array([text == wanted for text in texts], bool)
+        if not same.any():
+            same = np.array([text.lower() == wanted.lower() for text in texts], bool)
+        return self.piece_ids[same] if wanted else self.piece_ids[:0]
+
+    def knows(self, word: str) -> bool:
+        """Whether `word` is one that was asked for, or is among the top words of some patch and state."""
+        return word.strip() in [text.strip() for text in self.words] or len(self.matching(word)) > 0
+
+    def probability_of(self, word: str) -> np.ndarray:
+        """Probability of `word`, float64 (states, patches).
+
+        A word that was asked for is read from its own table. Any other is the sum over the pieces that read so, wherever
+        they are among the top words; elsewhere it counts as 0.
+        """
+        words = [text.strip() for text in self.words]
+        if word.strip() in words:
+            return self.probs[:, :, words.index(word.strip())].astype(np.float64)
+        return np.where(np.isin(self.top_ids, self.matching(word)), self.top_probs, 0).sum(-1, dtype=np.float64)
+
 
 @dataclass(frozen=True)
 class WordActivation(Saved):

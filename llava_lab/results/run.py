@@ -44,6 +44,13 @@ class Target:
     token_ids: tuple[int, ...]
     against_ids: tuple[int, ...] = ()
 
+    @property
+    def scored(self) -> str:
+        """What an intervention scores for it, as an axis names it."""
+        if self.against_ids:
+            return f"logit difference ({self.text})"
+        return "log p(whole answer)" if self.kind == "answer" else f"log p({self.text})"
+
 
 @dataclass(frozen=True)
 class Run:
