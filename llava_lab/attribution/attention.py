@@ -41,7 +41,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -49,10 +49,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from llava_lab.attribution.heads import Chosen, choose_heads, read_rows
-from llava_lab.attribution.method import Maps, Method, refuse_contrast
-from llava_lab.capture import CHUNK, FUSIONS, Reducer, undisturbed, watch_attention
+from llava_lab.attribution.method import Fusion, Heads, Maps, Window, at_least, method
+from llava_lab.capture import CHUNK, Reducer, undisturbed, watch_attention
 from llava_lab.capture.watch import attention_module
-from llava_lab.checks import number, one_of
 from llava_lab.errors import LabError, OptionError
 from llava_lab.models.layout import language_layers
 from llava_lab.models.text import encode, refuse_special_text
@@ -63,10 +62,20 @@ if TYPE_CHECKING:
     from llava_lab.models import Lab
 
 
-def _compute(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> Maps:
-    refuse_contrast("attention", targets)
-    chosen = choose_heads(lab, options["layers"], options["heads"])
-    fusion = one_of("fusion", options["fusion"], FUSIONS)
+@method(
+    truth="How much the positions that predict the target attend to each image token, averaged over layers and heads.",
+    source="the usual head mean (Vaswani et al. 2017 weights; drawn by most viewers)",
+    cost="1 forward",
+    blind_to="what the values carry, and everything that reached the answer through other positions",
+    reach="tokens",
+    contrast=False,
+    mass={},
+    streams={"heads": None},
+)
+def attention(
+    lab: Lab, run: Run, targets: Targets, *, layers: Window = None, heads: Heads = None, fusion: Fusion = "mean"
+) -> Maps:
+    chosen = choose_heads(lab, layers, heads)
     at = predicting_rows(targets)
     seen = read_rows(lab, lab.inputs(run, tiles=True), at, chosen, fusion)
     rows = target_rows(seen.fused, at, targets)
@@ -83,19 +92,6 @@ def _compute(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> M
     return Maps(image_values(rows, run), {"forward": 1}, notes, extras, view_values(rows, run))
 
 
-ATTENTION = Method(
-    name="attention",
-    truth="How much the positions that predict the target attend to each image token, averaged over layers and heads.",
-    source="the usual head mean (Vaswani et al. 2017 weights; drawn by most viewers)",
-    cost="1 forward",
-    blind_to="what the values carry, and everything that reached the answer through other positions",
-    options={"layers": None, "heads": None, "fusion": "mean"},
-    compute=_compute,
-)
-
-
-JOINS = ("norms", "vectors")
-SCALES = ("share", "raw")
 OUT_PATHS = ("o_proj", "out_proj")  # Llama and most decoders; CLIP and OPT
 FLOOR = 1e-12  # a row without any value at all stays zero instead of being divided by zero
 
@@ -174,38 +170,42 @@ def head_weights(projection: nn.Module, value: Float[Tensor, "B G K d"]) -> Floa
     return through.reshape(-1, width, through.shape[1])
 
 
-def _compute_value_attention(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> Maps:
-    refuse_contrast("value_attention", targets)
-    chosen = choose_heads(lab, options["layers"], options["heads"])
-    join = one_of("join", options["join"], JOINS)
-    share = one_of("scale", options["scale"], SCALES) == "share"
+@method(
+    truth="How large a vector the positions that predict the target fetch from each image token: attention times value norm.",
+    source="Kobayashi et al. 2020, norm-based analysis",
+    cost="1 forward",
+    blind_to="whether what was fetched speaks for the target, and everything that reached it through other positions",
+    needs="plain weights",
+    reach="tokens",
+    contrast=False,
+)
+def value_attention(
+    lab: Lab,
+    run: Run,
+    targets: Targets,
+    *,
+    layers: Window = None,
+    heads: Heads = None,
+    join: Literal["norms", "vectors"] = "norms",
+    scale: Literal["share", "raw"] = "share",
+) -> Maps:
+    chosen = choose_heads(lab, layers, heads)
     at = predicting_rows(targets)
     decoder = language_layers(lab.model)
     watched = [decoder[layer] for layer in chosen.layers]
     with undisturbed(lab.model), watch_attention(watched, ValueRows(at, watched, chosen, join=join)) as kept:
         lab.model(**lab.inputs(run, tiles=True), use_cache=False, logits_to_keep=1)
     by_layer = torch.stack([kept.layers[i] for i in range(len(watched))])  # L Q K
-    if share:
+    if scale == "share":
         by_layer = by_layer / by_layer.sum(-1, keepdim=True).clamp_min(FLOOR)
     rows = target_rows(by_layer.mean(0), at, targets)
     image = slice(*run.segments["image"])
     total = rows.sum(1).clamp_min(FLOOR)
     extras = {"mass": segment_mass(rows, run), "image_share": (rows[:, image].sum(1) / total).tolist()}
     how = "mean length of the heads' vectors" if join == "norms" else "length of the heads' summed vector"
-    unit = "as a share of its row, mean over layers" if share else "in the model's own units, mean over layers"
+    unit = "as a share of its row, mean over layers" if scale == "share" else "in the model's own units, mean over layers"
     notes = (f"What the predicting positions fetch through {chosen}: {how}, {unit}.",)
     return Maps(image_values(rows, run), {"forward": 1}, notes, extras, view_values(rows, run))
-
-
-VALUE_ATTENTION = Method(
-    name="value_attention",
-    truth="How large a vector the positions that predict the target fetch from each image token: attention times value norm.",
-    source="Kobayashi et al. 2020, norm-based analysis",
-    cost="1 forward",
-    blind_to="whether what was fetched speaks for the target, and everything that reached it through other positions",
-    options={"layers": None, "heads": None, "join": "norms", "scale": "share"},
-    compute=_compute_value_attention,
-)
 
 
 NEUTRAL = "Describe the picture."
@@ -240,21 +240,37 @@ def ratio(rows: Float[Tensor, "N P"], beside: Float[Tensor, "N P"], floor: float
     return (rows + floor + TINY) / (beside + floor + TINY)
 
 
-def _compute_relative(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> Maps:
-    refuse_contrast("relative_attention", targets)
-    chosen = choose_heads(lab, options["layers"], options["heads"])
-    fusion = one_of("fusion", options["fusion"], FUSIONS)
-    same = one_of("beside", options["beside"], ("cue", "answer")) == "answer"
-    log = one_of("scale", options["scale"], ("ratio", "log")) == "log"
-    floor = 1 / len(run.token_ids) if options["floor"] is None else number("floor", options["floor"])
-    other = ask_instead(lab, run, options["neutral"])
+@method(
+    truth="How much more the target's positions attend to each image token than they would under a neutral instruction.",
+    source="Zhang et al. 2025, relative attention (mllms_know)",
+    cost="2 forwards",
+    blind_to="what any instruction would look at, what the values carry, and which word is predicted at a position",
+    contrast=False,
+)
+def relative_attention(
+    lab: Lab,
+    run: Run,
+    targets: Targets,
+    *,
+    neutral: str = NEUTRAL,
+    layers: Window = None,
+    heads: Heads = None,
+    fusion: Fusion = "mean",
+    beside: Literal["cue", "answer"] = "cue",
+    floor: Annotated[float, at_least(0)] | None = None,
+    scale: Literal["ratio", "log"] = "ratio",
+) -> Maps:
+    chosen = choose_heads(lab, layers, heads)
+    same, log = beside == "answer", scale == "log"
+    floor = 1 / len(run.token_ids) if floor is None else floor
+    other = ask_instead(lab, run, neutral)
     at = predicting_rows(targets)
     rows = target_rows(read_rows(lab, lab.inputs(run), at, chosen, fusion).fused, at, targets)
     moved = tuple(_moved(target, run, other, same) for target in targets)
     there = predicting_rows(moved)
-    beside = target_rows(read_rows(lab, lab.inputs(other), there, chosen, fusion).fused, there, moved)
-    values = ratio(rows[:, slice(*run.segments["image"])], beside[:, slice(*other.segments["image"])], floor)
-    extras = {"mass": segment_mass(rows, run), "neutral_mass": segment_mass(beside, other), "neutral": other.question}
+    neutral_rows = target_rows(read_rows(lab, lab.inputs(other), there, chosen, fusion).fused, there, moved)
+    values = ratio(rows[:, slice(*run.segments["image"])], neutral_rows[:, slice(*other.segments["image"])], floor)
+    extras = {"mass": segment_mass(rows, run), "neutral_mass": segment_mass(neutral_rows, other), "neutral": other.question}
     unit = "natural log of the ratio, 0 is" if log else "ratio, 1 is"
     where = "the same words of the answer" if same else "the first word of an answer"
     notes = (
@@ -275,22 +291,3 @@ def _moved(target: Target, run: Run, other: Run, same: bool) -> Target:
         return replace(target, positions=(first - 1,))
     shift = first - run.segments["answer"][0]
     return replace(target, positions=tuple(position + shift for position in target.positions))
-
-
-RELATIVE_ATTENTION = Method(
-    name="relative_attention",
-    truth="How much more the target's positions attend to each image token than they would under a neutral instruction.",
-    source="Zhang et al. 2025, relative attention (mllms_know)",
-    cost="2 forwards",
-    blind_to="what any instruction would look at, what the values carry, and which word is predicted at a position",
-    options={
-        "neutral": NEUTRAL,
-        "layers": None,
-        "heads": None,
-        "fusion": "mean",
-        "beside": "cue",
-        "floor": None,
-        "scale": "ratio",
-    },
-    compute=_compute_relative,
-)

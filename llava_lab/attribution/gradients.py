@@ -3,7 +3,7 @@
 Gradient methods explain the *logit* of what was said, summed over the target's tokens (for a contrast, the
 difference of the two words' logits), not its log-probability: the softmax would mix in every other word.
 Places and fills are occlusion's own, so that a gradient times a step is comparable with the real step.
-A model whose weights are quantised is refused before anything runs. It knows nothing about maps.
+It knows nothing about maps.
 
 Gradient times input: what each patch would add to the logit if the model were the straight line it is just here.
 
@@ -41,17 +41,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from llava_lab.attribution.method import Maps, Method
+from llava_lab.attribution.method import Count, FillOf, Maps, PlainFill, Seed, method
 from llava_lab.capture import undisturbed
-from llava_lab.checks import one_of, whole_number
-from llava_lab.errors import CheckpointError, LabError, OptionError
+from llava_lab.errors import LabError, OptionError
 from llava_lab.replay.alter import PLACES, embedded, open_level
 from llava_lab.replay.fills import FILLS
 from llava_lab.replay.targets import Targets, predicting_rows
@@ -60,18 +59,8 @@ from llava_lab.results import Run
 if TYPE_CHECKING:
     from llava_lab.models import Lab
 
-AT = ("projector", "vision", "pixels")
+At = Literal["projector", "vision", "pixels"]
 WORDS = PLACES  # how each place is called in a note
-QUANTISED = (
-    "bitsandbytes",
-    "torch.ao.nn.quantized",
-    "torch.ao.nn.intrinsic.quantized",
-    "torchao",
-    "auto_gptq",
-    "gptqmodel",
-    "awq",
-)
-
 Scores = Callable[[Float[Tensor, "B C Y X"]], Float[Tensor, "B N"]]
 
 
@@ -145,33 +134,23 @@ def inputs_until(lab: Lab, run: Run, at: Sequence[int]) -> dict[str, Tensor]:
     return {name: value if name == "pixel_values" else value[:, :stop] for name, value in inputs.items()}
 
 
-def refuse_quantised(lab: Lab, method: str) -> None:
-    """Raise CheckpointError when the model's weights cannot carry a gradient."""
-    kind = _quantisation(lab.model)
-    if kind:
-        raise CheckpointError(
-            f"method {method!r} needs gradients and {lab.name!r} is quantised ({kind}); load it unquantised, for example with "
-            "dtype='bfloat16', or use a method without gradients such as 'rollout' or 'occlusion'"
-        )
+def noise_share(name: str, value: Any) -> float:
+    """The option `noise`, checked."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
+        raise OptionError(f"{name} is a share of the values' range, 0 to 1, got {value!r}")
+    return float(value)
 
 
-def _quantisation(model: nn.Module) -> str:
-    """What quantised the model's weights; empty when nothing did."""
-    settings = getattr(model.config, "quantization_config", None)
-    if settings is not None or getattr(model, "hf_quantizer", None) is not None:
-        method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
-        return str(getattr(method, "value", method) or "by transformers")
-    odd = next((parameter.dtype for parameter in model.parameters() if not parameter.dtype.is_floating_point), None)
-    if odd is not None:
-        return str(odd).removeprefix("torch.")
-    homes = (type(module).__module__ for module in model.modules())
-    return next((home.split(".")[0] for home in homes if home.startswith(QUANTISED)), "")
-
-
-def _compute(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> Maps:
-    refuse_quantised(lab, "gradient_input")
-    at = one_of("at", options["at"], AT)
-    fill = one_of("fill", options["fill"], (None, *FILLS))
+@method(
+    truth="How much the target's logit would lose if a patch were taken away and the model were linear.",
+    source="Shrikumar et al. 2016; with a fill, the first-order form of occlusion",
+    cost="1 forward, 1 backward (each further target adds its own reverse pass over the same graph)",
+    blind_to="everything beyond first order: saturation, and patches that stand in for one another",
+    needs="gradients",
+)
+def gradient_input(
+    lab: Lab, run: Run, targets: Targets, *, at: At = "projector", fill: Annotated[str | None, FillOf((None, *FILLS))] = None
+) -> Maps:
     with undisturbed(lab.model):
         here = open_point(lab, run, targets, at=at, fill=fill)
         with torch.enable_grad():
@@ -188,19 +167,7 @@ def _compute(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> M
     return Maps(values.cpu().numpy(), {"forward": 1 + here.passes, "backward": 1}, notes, extras)
 
 
-GRADIENT_INPUT = Method(
-    name="gradient_input",
-    truth="How much the target's logit would lose if a patch were taken away and the model were linear.",
-    source="Shrikumar et al. 2016; with a fill, the first-order form of occlusion",
-    cost="1 forward, 1 backward (each further target adds its own reverse pass over the same graph)",
-    blind_to="everything beyond first order: saturation, and patches that stand in for one another",
-    options={"at": AT[0], "fill": None},
-    compute=_compute,
-)
-
-
 PATIENCE = 2.0  # seconds before a progress bar appears
-RULES = ("gausslegendre", "riemann_middle", "riemann_trapezoid")
 
 
 class _Steps:
@@ -233,13 +200,25 @@ class _Steps:
         return found
 
 
-def _integrated(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> Maps:
-    refuse_quantised(lab, "integrated_gradients")
-    at = one_of("at", options["at"], AT)
-    fill = one_of("fill", options["fill"], FILLS)
-    steps = whole_number("steps", options["steps"], least=1)
-    batch = whole_number("batch", options["batch"], least=1)
-    rule = one_of("rule", options["rule"], RULES)
+@method(
+    truth="What each patch adds to the target's logit, summed along the straight line from a filled picture to the picture.",
+    source="Sundararajan et al. 2017, by captum's IntegratedGradients",
+    cost="one forward and one backward per step, plus 3 forwards at most",
+    blind_to="every way there but the straight one, and what the fill itself says",
+    needs="gradients",
+    economy={"steps": 12},
+)
+def integrated_gradients(
+    lab: Lab,
+    run: Run,
+    targets: Targets,
+    *,
+    at: At = "projector",
+    fill: PlainFill = "grey",
+    steps: Count = 16,
+    batch: Count = 1,
+    rule: Literal["gausslegendre", "riemann_middle", "riemann_trapezoid"] = "gausslegendre",
+) -> Maps:
     captum = _captum("integrated_gradients")
     with undisturbed(lab.model):
         here = open_point(lab, run, targets, at=at, fill=fill)
@@ -273,14 +252,26 @@ def _completeness(moved: list[float], summed: list[float], gaps: list[float]) ->
     )
 
 
-def _smooth(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> Maps:
-    refuse_quantised(lab, "smoothgrad")
-    at = one_of("at", options["at"], AT)
-    samples = whole_number("samples", options["samples"], least=1)
-    batch = whole_number("batch", options["batch"], least=1)
-    seed = whole_number("seed", options["seed"])
-    noise = _share(options["noise"])
-    times_input = one_of("times_input", options["times_input"], (True, False))
+@method(
+    truth="Gradient times input, averaged over noisy copies of the picture so that what only one of them shows is lost.",
+    source="Smilkov et al. 2017, by captum's NoiseTunnel",
+    cost="one forward and one backward per copy, plus 1 forward",
+    blind_to="what lies further away than the noise reaches",
+    needs="gradients",
+    economy={"samples": 6},
+)
+def smoothgrad(
+    lab: Lab,
+    run: Run,
+    targets: Targets,
+    *,
+    at: At = "projector",
+    samples: Count = 8,
+    noise: Annotated[float, noise_share] = 0.15,
+    times_input: bool = True,
+    batch: Count = 1,
+    seed: Seed = 0,
+) -> Maps:
     captum = _captum("smoothgrad")
     with undisturbed(lab.model):
         torch.manual_seed(seed)  # captum draws from the global generator; `undisturbed` puts its state back
@@ -320,12 +311,6 @@ def _noisy_sum(
     return total
 
 
-def _share(noise: Any) -> float:
-    if isinstance(noise, bool) or not isinstance(noise, Real) or not 0 <= float(noise) <= 1:
-        raise OptionError(f"noise is a share of the values' range, 0 to 1, got {noise!r}")
-    return float(noise)
-
-
 def _captum(method: str) -> Any:
     """captum's attribution methods; imported here because it takes two seconds."""
     try:
@@ -335,30 +320,14 @@ def _captum(method: str) -> Any:
     return captum.attr
 
 
-INTEGRATED_GRADIENTS = Method(
-    name="integrated_gradients",
-    truth="What each patch adds to the target's logit, summed along the straight line from a filled picture to the picture.",
-    source="Sundararajan et al. 2017, by captum's IntegratedGradients",
-    cost="one forward and one backward per step, plus 3 forwards at most",
-    blind_to="every way there but the straight one, and what the fill itself says",
-    options={"at": AT[0], "fill": "grey", "steps": 16, "batch": 1, "rule": RULES[0]},
-    compute=_integrated,
+@method(
+    truth="Where the vision tower holds the features that, over the whole picture, raise the target's logit.",
+    source="Selvaraju et al. 2017, on the tower layer that LLaVA reads",
+    cost="1 forward, 1 backward (each further target adds its own reverse pass over the same graph)",
+    blind_to="which patches the language model looked at: a channel's weight is the same everywhere",
+    needs="gradients",
 )
-
-SMOOTHGRAD = Method(
-    name="smoothgrad",
-    truth="Gradient times input, averaged over noisy copies of the picture so that what only one of them shows is lost.",
-    source="Smilkov et al. 2017, by captum's NoiseTunnel",
-    cost="one forward and one backward per copy, plus 1 forward",
-    blind_to="what lies further away than the noise reaches",
-    options={"at": AT[0], "samples": 8, "noise": 0.15, "times_input": True, "batch": 1, "seed": 0},
-    compute=_smooth,
-)
-
-
-def _compute_gradcam(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> Maps:
-    refuse_quantised(lab, "gradcam")
-    positive = one_of("positive", options["positive"], (True, False))
+def gradcam(lab: Lab, run: Run, targets: Targets, *, positive: bool = True) -> Maps:
     with undisturbed(lab.model):
         here = open_point(lab, run, targets, at="vision")
         with torch.enable_grad():
@@ -374,14 +343,3 @@ def _compute_gradcam(lab: Lab, run: Run, targets: Targets, options: dict[str, An
         notes.append(f"Negative values are cut to 0, as in the paper; they were {sum(hidden) / len(hidden):.0%} of the patches.")
     extras = {"score": scores[0].tolist(), "negative_share": hidden}
     return Maps(values.cpu().numpy(), {"forward": 1, "backward": 1}, tuple(notes), extras)
-
-
-GRADCAM = Method(
-    name="gradcam",
-    truth="Where the vision tower holds the features that, over the whole picture, raise the target's logit.",
-    source="Selvaraju et al. 2017, on the tower layer that LLaVA reads",
-    cost="1 forward, 1 backward (each further target adds its own reverse pass over the same graph)",
-    blind_to="which patches the language model looked at: a channel's weight is the same everywhere",
-    options={"positive": True},
-    compute=_compute_gradcam,
-)

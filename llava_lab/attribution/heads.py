@@ -31,7 +31,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
@@ -39,11 +39,11 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from llava_lab.attribution.method import Maps, Method, refuse_contrast
+from llava_lab.attribution.method import Count, Heads, Maps, Window, at_least, method, refuse_contrast
 from llava_lab.capture import HeadRows, PickedRows, fuse_heads, undisturbed, watch_attention
 from llava_lab.capture.watch import attention_module
-from llava_lab.checks import layer_window, number, whole_number
-from llava_lab.errors import CheckpointError, OptionError
+from llava_lab.checks import layer_window, same_model, whole_number
+from llava_lab.errors import OptionError
 from llava_lab.models.layout import language_layers
 from llava_lab.replay.targets import Targets, Wanted, predicting_rows, resolve_targets
 from llava_lab.results import HeadMaps, Run
@@ -73,7 +73,7 @@ class Chosen:
         return "all heads" if self.heads is None else "heads " + ", ".join(map(str, self.heads))
 
     @property
-    def layer_window(self) -> str:
+    def window(self) -> str:
         return f"layers {self.layers[0]} to {self.layers[-1]}"
 
     def __str__(self) -> str:
@@ -167,9 +167,7 @@ def head_maps(lab: Lab, run: Run, *, target: Wanted = "words") -> HeadMaps:
 
     Raises TargetError (not in the answer, a contrast), CheckpointError (the run was made by another checkpoint).
     """
-    weights = lab.fingerprint
-    if run.fingerprint != weights:
-        raise CheckpointError(f"expected a run made by {lab.name!r}, got one by {run.model!r} with other weights; ask again")
+    weights = same_model(lab, run)
     targets = resolve_targets(lab, run, target)
     refuse_contrast("head_maps", targets)
     start = time.perf_counter()
@@ -301,15 +299,28 @@ def _head_maps(lab: Lab, run: Run, targets: Targets, layers: Any) -> tuple[np.nd
     return maps.reshape(*maps.shape[:3], run.map.rows, run.map.cols), start
 
 
-def _compute(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> Maps:
-    refuse_contrast("localization_heads", targets)
-    top = whole_number("top", options["top"], least=1)
-    sigma, threshold = number("sigma", options["sigma"]), options["threshold"]
-    threshold = None if threshold is None else number("threshold", threshold)
-    given = None if options["heads"] is None else choose_heads(lab, None, options["heads"])
+@method(
+    truth="Where the few heads look whose attention goes to the picture and forms one region.",
+    source="Kang et al. 2025, localisation heads",
+    cost="1 forward",
+    blind_to="what the values carry, every other head, and whether the region pointed at is the right one",
+    contrast=False,
+)
+def localization_heads(
+    lab: Lab,
+    run: Run,
+    targets: Targets,
+    *,
+    top: Count = 3,
+    layers: Window = None,
+    heads: Heads = None,
+    threshold: Annotated[float, at_least(0)] | None = None,
+    sigma: Annotated[float, at_least(0)] = 1.0,
+) -> Maps:
+    given = None if heads is None else choose_heads(lab, None, heads)
     if given is not None and not given.pairs:
         raise OptionError(f"heads must be (layer, head) pairs like ((14, 24), (14, 13)), or None to find them; got {given.heads}")
-    layers = options["layers"] if given is None else (given.layers[0], given.layers[-1] + 1)
+    layers = layers if given is None else (given.layers[0], given.layers[-1] + 1)
     maps, start = _head_maps(lab, run, targets, layers)
     chosen = [_found(one, start, threshold, top) if given is None else _named(one, start, given.pairs) for one in maps]
     values = np.stack([_mean_map(one, start, heads, sigma) for one, heads in zip(maps, chosen, strict=True)])
@@ -345,14 +356,3 @@ def _plain(one: HeadScore) -> dict[str, Any]:
 
 def _list(heads: list[HeadScore]) -> str:
     return ", ".join(f"L{one.layer}H{one.head}" for one in heads)
-
-
-LOCALIZATION_HEADS = Method(
-    name="localization_heads",
-    truth="Where the few heads look whose attention goes to the picture and forms one region.",
-    source="Kang et al. 2025, localisation heads",
-    cost="1 forward",
-    blind_to="what the values carry, every other head, and whether the region pointed at is the right one",
-    options={"top": 3, "layers": None, "heads": None, "threshold": None, "sigma": 1.0},
-    compute=_compute,
-)

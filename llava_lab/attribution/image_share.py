@@ -40,8 +40,8 @@ from tqdm.auto import tqdm
 
 from llava_lab.attribution.registry import METHODS, attribute
 from llava_lab.capture import undisturbed
-from llava_lab.checks import one_of, whole_number
-from llava_lab.errors import CheckpointError, LabError, OptionError, TargetError
+from llava_lab.checks import one_of, same_model, whole_number
+from llava_lab.errors import LabError, OptionError, TargetError
 from llava_lab.replay.fills import FILLS, fill_pixels
 from llava_lab.replay.score import read_scores
 from llava_lab.replay.targets import Targets, Wanted, predicting_rows, resolve_targets
@@ -173,11 +173,6 @@ def describe(run: Run, players: Players) -> dict[str, Any]:
 
 
 REMOVED = "removed"  # the way that takes the image tokens out of the sequence
-MASSES: dict[str, dict[str, Any]] = {  # methods whose `mass` by segment is read, with the options they are read with
-    "attention": {},
-    "rollout": {"null": "none"},
-    "relevancy": {},
-}
 LEVEL = 0.95  # of the interval
 
 
@@ -233,8 +228,7 @@ def image_share(
     Raises OptionError, TargetError (not in the answer, or several), CheckpointError (another model's run).
     """
     options = _checked(fill, orders, side, seed, batch)
-    if run.fingerprint != lab.fingerprint:
-        raise CheckpointError(f"expected a run made by {lab.name!r}, got one by {run.model!r} with other weights; ask again")
+    same_model(lab, run)
     targets = resolve_targets(lab, run, target)
     if len(targets) != 1:
         raise TargetError(f"expected one target to share out, got {len(targets)}; ask for one at a time")
@@ -311,9 +305,9 @@ def _masses(lab: Lab, run: Run, target: Target) -> tuple[dict[str, float], dict[
     """Share of each method's mass on the image tokens, the passes it took, and what could not be had."""
     mass: dict[str, float] = {}
     spent, notes = {"forward": 0, "backward": 0}, []
-    for name in (name for name in MASSES if name in METHODS):
+    for name in (name for name, entry in METHODS.items() if entry.mass is not None):
         try:
-            found = attribute(lab, run, method=name, target=target, **MASSES[name])
+            found = attribute(lab, run, method=name, target=target, **METHODS[name].mass)
         except LabError as error:  # a contrast has no attention, a quantised model no gradients
             notes.append(f"No {name} mass: {error}")
             continue

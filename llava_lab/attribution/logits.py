@@ -49,7 +49,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -57,10 +57,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from llava_lab.attribution.heads import Chosen, choose_heads
-from llava_lab.attribution.method import Maps, Method
+from llava_lab.attribution.method import Heads, Maps, Window, method
 from llava_lab.capture import undisturbed, watch_attention
 from llava_lab.capture.residual import HeadSources, joined_by, seen_by_heads, watch_outputs, watch_stream
-from llava_lab.checks import layer_window, one_of
+from llava_lab.checks import layer_window
 from llava_lab.errors import LabError, OptionError
 from llava_lab.models.layout import language_layers
 from llava_lab.replay.targets import Targets
@@ -217,9 +217,17 @@ def _feed_forward(layers: Sequence[nn.Module]) -> list[nn.Module]:
 TOP_HEADS = 8  # named in the extras
 
 
-def _compute(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> Maps:
-    chosen = choose_heads(lab, options["layers"], options["heads"])
-    centre = one_of("centre", options["centre"], (False, True))
+@method(
+    truth="How much each image token wrote, through attention heads, directly into the target's logit.",
+    source="direct logit attribution (Elhage et al. 2021; Wang et al. 2022, arXiv 2211.00593), split by source position",
+    cost="1 forward",
+    blind_to="what image tokens said by way of text positions, other image tokens or feed-forward layers",
+    needs="plain weights",
+)
+def direct_logit(
+    lab: Lab, run: Run, targets: Targets, *, layers: Window = None, heads: Heads = None, centre: bool = False
+) -> Maps:
+    chosen = choose_heads(lab, layers, heads)
     readings, owners = [], []
     for number, target in enumerate(targets):
         against: Sequence[int | None] = target.against_ids or (None,) * len(target.token_ids)
@@ -242,7 +250,12 @@ def _compute(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> M
         "top_heads": [_strongest(table) for table in by_head],
     }
     shape = (len(targets), run.map.rows, run.map.cols)
-    return Maps(values.numpy().reshape(shape), {"forward": 1}, _notes(centre, chosen, options, extras["parts"]), extras)
+    return Maps(
+        values.numpy().reshape(shape),
+        {"forward": 1},
+        _notes(centre, chosen, layers is None and heads is None, extras["parts"]),
+        extras,
+    )
 
 
 def _strongest(table: Float[Tensor, "L H"]) -> list[dict[str, float]]:
@@ -251,7 +264,7 @@ def _strongest(table: Float[Tensor, "L H"]) -> list[dict[str, float]]:
     return [{"layer": i // heads, "head": i % heads, "value": float(table[i // heads, i % heads])} for i in order]
 
 
-def _notes(centre: bool, chosen: Chosen, options: dict[str, Any], parts: list[dict[str, float]]) -> tuple[str, ...]:
+def _notes(centre: bool, chosen: Chosen, whole: bool, parts: list[dict[str, float]]) -> tuple[str, ...]:
     what = "logit above the vocabulary's mean logit" if centre else "logit"
     image = sum(abs(value) for part in parts for name, value in part.items() if name.startswith("image"))
     everything = sum(abs(value) for part in parts for value in part.values())
@@ -261,31 +274,29 @@ def _notes(centre: bool, chosen: Chosen, options: dict[str, Any], parts: list[di
         f"Image tokens make up {image / everything if everything else 0:.0%} of the parts' absolute sizes; "
         "the remainder (text, feed-forward layers, embedding, biases) is in the extras.",
     ]
-    if options["layers"] is not None or options["heads"] is not None:
+    if not whole:
         notes.append(f"The map holds {chosen}; the other heads are 'image_left_out' in the extras.")
     return tuple(notes)
 
 
-DIRECT_LOGIT = Method(
-    name="direct_logit",
-    truth="How much each image token wrote, through attention heads, directly into the target's logit.",
-    source="direct logit attribution (Elhage et al. 2021; Wang et al. 2022, arXiv 2211.00593), split by source position",
-    cost="1 forward",
-    blind_to="what image tokens said by way of text positions, other image tokens or feed-forward layers",
-    options={"layers": None, "heads": None, "centre": False},
-    compute=_compute,
+@method(
+    truth="How probable the target word is when each image token's intermediate state is read as if it were the last one.",
+    source="logit lens (nostalgebraist 2020) on image tokens (Jiang et al. 2025, arXiv 2410.02762)",
+    cost="1 forward, and the output head at each image token and state read",
+    blind_to="the question, whether the answer ever read these positions, and anything not written in the output head's basis",
+    needs="plain weights",
 )
-
-
-VALUES = ("probability", "logit")
-REDUCTIONS = ("max", "mean")
-
-
-def _compute_lens_map(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> Maps:
-    layers = language_layers(lab.model)
-    start, stop = _states(options["layers"], len(layers))
-    value = one_of("value", options["value"], VALUES)
-    reduce = one_of("reduce", options["reduce"], REDUCTIONS)
+def logit_lens_map(
+    lab: Lab,
+    run: Run,
+    targets: Targets,
+    *,
+    layers: int | Window = None,
+    value: Literal["probability", "logit"] = "probability",
+    reduce: Literal["max", "mean"] = "max",
+) -> Maps:
+    decoder = language_layers(lab.model)
+    start, stop = _states(layers, len(decoder))
     ids = sorted({i for target in targets for i in (*target.token_ids, *target.against_ids)})
     image = slice(*run.segments["image"])
     read: list[Tensor] = []  # one (P, N) table per state
@@ -294,7 +305,7 @@ def _compute_lens_map(lab: Lab, run: Run, targets: Targets, options: dict[str, A
         if start <= number < stop:
             read.append(_read(lab, state[0, image], ids, value).cpu())
 
-    with undisturbed(lab.model), watch_stream(layers, fold):
+    with undisturbed(lab.model), watch_stream(decoder, fold):
         lab.model(**lab.inputs(run), use_cache=False, logits_to_keep=1)
     table = torch.stack(read).numpy()  # states, P, N
     column = {token: i for i, token in enumerate(ids)}
@@ -309,7 +320,7 @@ def _compute_lens_map(lab: Lab, run: Run, targets: Targets, options: dict[str, A
         by_state.append(strongest.max(1).tolist())
     best = [start + int(np.argmax(row)) for row in by_state]
     extras = {"states": list(range(start, stop)), "strongest_patch_by_state": by_state, "strongest_state": best}
-    return Maps(np.stack(values).astype(np.float32), {"forward": 1}, (_note(value, reduce, start, stop, len(layers)),), extras)
+    return Maps(np.stack(values).astype(np.float32), {"forward": 1}, (_note(value, reduce, start, stop, len(decoder)),), extras)
 
 
 def _read(lab: Lab, state: Tensor, ids: Sequence[int], value: str) -> Tensor:
@@ -341,14 +352,3 @@ def _note(value: str, reduce: str, start: int, stop: int, last: int) -> str:
         f"{word} of the target word at each image position, read at {places} of 0 to {last}{over}; each state normed once; "
         "mean over the target's tokens (for a contrast: the difference of the two words)."
     )
-
-
-LOGIT_LENS_MAP = Method(
-    name="logit_lens_map",
-    truth="How probable the target word is when each image token's intermediate state is read as if it were the last one.",
-    source="logit lens (nostalgebraist 2020) on image tokens (Jiang et al. 2025, arXiv 2410.02762)",
-    cost="1 forward, and the output head at each image token and state read",
-    blind_to="the question, whether the answer ever read these positions, and anything not written in the output head's basis",
-    options={"layers": None, "value": "probability", "reduce": "max"},
-    compute=_compute_lens_map,
-)

@@ -16,7 +16,7 @@ Source: Abnar & Zuidema 2020 (arXiv 2005.00928), section 4; ``scipy.sparse.csgra
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,10 +24,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from llava_lab.attribution.heads import target_mix
-from llava_lab.attribution.method import Maps, Method, refuse_contrast
+from llava_lab.attribution.method import Fusion, Maps, Window, method
 from llava_lab.attribution.rollout import whole_rows
-from llava_lab.capture import FUSIONS, LayerByLayer, Norms, undisturbed, watch_attention
-from llava_lab.checks import layer_window, one_of
+from llava_lab.capture import LayerByLayer, Norms, undisturbed, watch_attention
+from llava_lab.checks import layer_window
 from llava_lab.errors import OptionError
 from llava_lab.models.layout import language_layers
 from llava_lab.replay.targets import Targets, predicting_rows
@@ -83,15 +83,20 @@ def max_flow(units: np.ndarray, source: int, sink: int) -> float:
     return float(maximum_flow(pipes, count - 1, 0).flow_value) * UNIT
 
 
-def _compute(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> Maps:
-    refuse_contrast("attention_flow", targets)
-    layers = language_layers(lab.model)
-    start, stop = layer_window(options["layers"], len(layers))
-    fusion = one_of("fusion", options["fusion"], FUSIONS)
+@method(
+    truth="The most that could flow from each image token to the predicting positions if attention weights were pipes.",
+    source="Abnar & Zuidema 2020, attention flow",
+    cost="1 forward, then one maximum flow per patch and position on the processor",
+    blind_to="values, feed-forward layers, how patches compete for the same pipes, and which word is predicted",
+    contrast=False,
+)
+def attention_flow(lab: Lab, run: Run, targets: Targets, *, layers: Window = None, fusion: Fusion = "mean") -> Maps:
+    decoder = language_layers(lab.model)
+    start, stop = layer_window(layers, len(decoder))
     at = predicting_rows(targets)
     image = range(*run.segments["image"])
     _refuse_too_large(stop - start, at, image)
-    units = _watch(lab, run, layers[start:stop], fusion)
+    units = _watch(lab, run, decoder[start:stop], fusion)
     flows, done = _sweep(units, at, image)
     mix = target_mix(at, targets).numpy()
     values = (mix @ flows).reshape(len(targets), run.map.rows, run.map.cols)
@@ -143,14 +148,3 @@ def _refuse_too_large(layers: int, at: Sequence[int], image: range) -> None:
             f"exact attention flow of {len(image)} patches to {len(at)} positions through {layers} layers means {work:,} edges, "
             f"and the limit is {LIMIT:,}; explain one word, give fewer layers=(start, stop), or use method='rollout'"
         )
-
-
-ATTENTION_FLOW = Method(
-    name="attention_flow",
-    truth="The most that could flow from each image token to the predicting positions if attention weights were pipes.",
-    source="Abnar & Zuidema 2020, attention flow",
-    cost="1 forward, then one maximum flow per patch and position on the processor",
-    blind_to="values, feed-forward layers, how patches compete for the same pipes, and which word is predicted",
-    options={"layers": None, "fusion": "mean"},
-    compute=_compute,
-)

@@ -51,7 +51,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -60,12 +60,11 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from llava_lab.attribution.method import Maps, Method
+from llava_lab.attribution.method import Count, Fill, Maps, Seed, SquareFill, at_least, method
 from llava_lab.capture import undisturbed
-from llava_lab.checks import one_of, whole_number
 from llava_lab.errors import LabError, OptionError
-from llava_lab.replay.alter import LEVELS, PATIENCE, PLACES, Level, open_level
-from llava_lab.replay.fills import FILLS, SQUARES, inpaint
+from llava_lab.replay.alter import PATIENCE, PLACES, Level, open_level
+from llava_lab.replay.fills import SQUARES, inpaint
 from llava_lab.replay.prefix import ROWS, Branches, agree, sweep_tokens
 from llava_lab.replay.score import Score
 from llava_lab.replay.targets import Targets
@@ -74,6 +73,7 @@ from llava_lab.results import Run
 if TYPE_CHECKING:
     from llava_lab.models import Lab
 
+At = Literal["pixels", "vision", "projector"]  # where something is hidden
 Block = tuple[slice, slice]  # rows and columns of the patch grid
 
 
@@ -140,19 +140,35 @@ def spread(drops: np.ndarray, blocks: Sequence[Block], grid: tuple[int, int]) ->
     return (total / np.maximum(count, 1)).astype(np.float32)
 
 
-def _compute(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> Maps:
+@method(
+    truth="How much less likely the target becomes when the patch is covered and nothing else is changed.",
+    source="Zeiler & Fergus 2014, section 4.2",
+    cost="one forward per block, plus one; behind the vision tower about half a forward of the language model per block",
+    blind_to="patches that stand in for one another, and what the fill itself says",
+    reach="pixels",
+    economy={"block": 3, "stride": 2},
+)
+def occlusion(
+    lab: Lab,
+    run: Run,
+    targets: Targets,
+    *,
+    block: Count = 1,
+    stride: Count | None = None,
+    fill: Fill = "grey",
+    batch: Count = 8,
+    at: At = "pixels",
+    seed: Seed = 0,
+) -> Maps:
     grid = run.map.rows, run.map.cols
-    block = whole_number("block", options["block"], least=1)
-    stride = block if options["stride"] is None else whole_number("stride", options["stride"], least=1)
-    batch = whole_number("batch", options["batch"], least=1)
-    seed = whole_number("seed", options["seed"])
+    stride = block if stride is None else stride
     if block > min(grid) or stride > block:
         raise OptionError(f"expected stride <= block <= {min(grid)}, got block {block} and stride {stride}")
     covered = run.map.coverage() > 0
     every = blocks_of(*grid, block, stride)
     blocks = [one for one in every if covered[one].any()]
     with undisturbed(lab.model):
-        level = open_level(lab, run, targets, at=options["at"], fill=options["fill"], seed=seed)
+        level = open_level(lab, run, targets, at=at, fill=fill, seed=seed)
         if level.name == "pixels":
             drops, whole = sweep(level.whole, level.fill, blocks, level.score, patch=level.patch, batch=batch)
             order, work = list(range(len(drops))), {}
@@ -162,7 +178,7 @@ def _compute(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> M
             work = {"positions": rows, "positions_of_full_passes": (len(drops) + 1) * len(run.token_ids)}
     done = len(drops)
     values = spread(drops.cpu().numpy(), [blocks[i] for i in order], grid) * covered
-    notes = [says(options["fill"], level.name, f"{block}x{block} patches")]
+    notes = [says(fill, level.name, f"{block}x{block} patches")]
     if done < len(blocks):
         notes.append(f"Interrupted after {done} of {len(blocks)} blocks; patches not reached are 0.")
     if len(blocks) < len(every):
@@ -177,17 +193,6 @@ def says(fill: str, at: str, what: str) -> str:
         f"Drop of the target's log-probability (for a contrast: of the logit difference) when {what} "
         f"are filled with {fill} at {PLACES[at]}; negative means the answer got likelier."
     )
-
-
-OCCLUSION = Method(
-    name="occlusion",
-    truth="How much less likely the target becomes when the patch is covered and nothing else is changed.",
-    source="Zeiler & Fergus 2014, section 4.2",
-    cost="one forward per block, plus one; behind the vision tower about half a forward of the language model per block",
-    blind_to="patches that stand in for one another, and what the fill itself says",
-    options={"block": 1, "stride": None, "fill": FILLS[0], "batch": 8, "at": LEVELS[0], "seed": 0},
-    compute=_compute,
-)
 
 
 @dataclass
@@ -225,28 +230,43 @@ def tiles(grid: tuple[int, int], side: int) -> list[Block]:
     return [(y, x) for y in rows for x in cols]
 
 
-def _compute_occlusion_coarse(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> Maps:
+@method(
+    truth="How much less likely the target becomes when a block is covered, blocks getting finer where the answer changed most.",
+    source="Zeiler & Fergus 2014, searched from coarse to fine",
+    cost="some tens of forwards",
+    blind_to="patches whose block did not stand out, patches that stand in for one another, and what the fill itself says",
+    reach="tokens",
+)
+def occlusion_coarse(
+    lab: Lab,
+    run: Run,
+    targets: Targets,
+    *,
+    first: Count | None = None,
+    keep: Count = 4,
+    fill: Fill = "grey",
+    batch: Count = 8,
+    at: At = "pixels",
+    seed: Seed = 0,
+) -> Maps:
     grid = run.map.rows, run.map.cols
-    side = first_side(grid) if options["first"] is None else whole_number("first", options["first"], least=1)
+    side = first_side(grid) if first is None else first
     if side > min(grid):
         raise OptionError(f"first must be at most {min(grid)} for a grid of {grid[0]}x{grid[1]}, got {side}")
-    keep = whole_number("keep", options["keep"], least=1)
-    batch = whole_number("batch", options["batch"], least=1)
-    seed = whole_number("seed", options["seed"])
     covered = run.map.coverage() > 0
     start, stop = run.segments["answer"]
     deciding = tuple(run.target(i) for i in range(stop - start))
     found = _Search(np.zeros((len(targets), *grid), np.float32))
     with undisturbed(lab.model):
         every = (*targets, *deciding)
-        level = open_level(lab, run, every, at=options["at"], fill=options["fill"], seed=seed)
+        level = open_level(lab, run, every, at=at, fill=fill, seed=seed)
         blocks = [one for one in tiles(grid, side) if covered[one].any()]
         while blocks and not found.interrupted:
             strong = _round(lab, run, every, level, blocks, covered, found, batch)
             divisible = [blocks[i] for i in strong if _area(blocks[i]) > 1]
             blocks = [part for block in divisible[:keep] for part in cut(block) if covered[part].any()]
     assert found.whole is not None
-    notes = [says(options["fill"], level.name, "blocks of patches") + " A block's drop is shared out over its patches."]
+    notes = [says(fill, level.name, "blocks of patches") + " A block's drop is shared out over its patches."]
     notes.append(
         f"Blocks of {side}x{side} first, the {keep} that changed the answer most cut in four, and so on to single patches."
     )
@@ -286,17 +306,6 @@ def _round(
 
 def _area(block: Block) -> int:
     return (block[0].stop - block[0].start) * (block[1].stop - block[1].start)
-
-
-OCCLUSION_COARSE = Method(
-    name="occlusion_coarse",
-    truth="How much less likely the target becomes when a block is covered, blocks getting finer where the answer changed most.",
-    source="Zeiler & Fergus 2014, searched from coarse to fine",
-    cost="some tens of forwards",
-    blind_to="patches whose block did not stand out, patches that stand in for one another, and what the fill itself says",
-    options={"first": None, "keep": 4, "fill": FILLS[0], "batch": 8, "at": LEVELS[0], "seed": 0},
-    compute=_compute_occlusion_coarse,
-)
 
 
 FLOOR = 1e-6  # of a patch's total weight, for one that no mask ever showed
@@ -341,34 +350,55 @@ def weighed(
     return value.float().reshape(shape), error.float().reshape(shape)
 
 
+def shown_share(name: str, value: Any) -> float:
+    """The option `shown`, checked."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < 1:
+        raise OptionError(f"{name} is the share of the picture a mask shows, between 0 and 1; got {value!r}")
+    return float(value)
+
+
 def natural_cells(grid: tuple[int, int]) -> int:
     """Cells a side when none are asked for: about three patches each, 2 to 8 (the paper's 7 is for whole photographs)."""
     return min(max(min(grid) // 3, 2), 8, min(grid))
 
 
-def _compute_rise(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> Maps:
+@method(
+    truth="How much likelier the target is on average under random masks that show the patch than under all of them.",
+    source="Petsiuk et al. 2018",
+    cost="one forward per mask",
+    blind_to="anything finer than a mask's cells, and differences within its own noise",
+    reach="pixels",
+    economy={"masks": 64},
+)
+def rise(
+    lab: Lab,
+    run: Run,
+    targets: Targets,
+    *,
+    masks: Annotated[int, at_least(2)] = 128,
+    cells: Count | None = None,
+    shown: Annotated[float, shown_share] = 0.5,
+    fill: SquareFill = "grey",
+    at: At = "pixels",
+    batch: Count = 8,
+    seed: Seed = 0,
+) -> Maps:
     grid = run.map.rows, run.map.cols
-    count = whole_number("masks", options["masks"], least=2)
-    cells = natural_cells(grid) if options["cells"] is None else whole_number("cells", options["cells"], least=1)
-    batch = whole_number("batch", options["batch"], least=1)
-    seed = whole_number("seed", options["seed"])
-    shown = options["shown"]
-    if isinstance(shown, bool) or not isinstance(shown, Real) or not 0 < float(shown) < 1:
-        raise OptionError(f"shown is the share of the picture a mask shows, between 0 and 1; got {shown!r}")
+    cells = natural_cells(grid) if cells is None else cells
     if cells > min(grid):
         raise OptionError(f"cells must be at most {min(grid)} for a grid of {grid[0]}x{grid[1]}, got {cells}")
     with undisturbed(lab.model):
-        level = open_level(lab, run, targets, at=options["at"], fill=options["fill"], seed=seed, fills=SQUARES)
-        scores, masks = _looks(level, count, batch, cells=cells, shown=float(shown), seed=seed)
+        level = open_level(lab, run, targets, at=at, fill=fill, seed=seed, fills=SQUARES)
+        scores, visible = _looks(level, masks, batch, cells=cells, shown=shown, seed=seed)
     done = len(scores)
-    values, errors = weighed(scores.float().cpu(), masks)
+    values, errors = weighed(scores.float().cpu(), visible)
     covered = run.map.coverage() > 0
     notes = [
         "Mean log-probability of the target (for a contrast: logit difference) over masks that show the patch, minus the mean "
-        f"over all; what is hidden is filled with {options['fill']} at {PLACES[level.name]}."
+        f"over all; what is hidden is filled with {fill} at {PLACES[level.name]}."
     ]
-    if done < count:
-        notes.append(f"Interrupted after {done} of {count} masks; the means are over these.")
+    if done < masks:
+        notes.append(f"Interrupted after {done} of {masks} masks; the means are over these.")
     extras = {"masks": done, "standard_error": errors[:, torch.from_numpy(covered)].mean(1).tolist()}
     return Maps(values.numpy() * covered, {"forward": done + level.passes}, tuple(notes), extras)
 
@@ -395,27 +425,19 @@ def _looks(
     return torch.cat(scores[: len(seen)]), torch.cat(seen)
 
 
-RISE = Method(
-    name="rise",
-    truth="How much likelier the target is on average under random masks that show the patch than under all of them.",
-    source="Petsiuk et al. 2018",
-    cost="one forward per mask",
-    blind_to="anything finer than a mask's cells, and differences within its own noise",
-    options={"masks": 128, "cells": None, "shown": 0.5, "fill": SQUARES[0], "at": LEVELS[0], "batch": 8, "seed": 0},
-    compute=_compute_rise,
-)
-
-
-BLOCKED_ROWS = ("answer", "text")
 SAME = 1e-6  # what a blocked token may still change, relative above 1: it should be nothing at all
 
 
-def _compute_knockout_map(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> Maps:
+@method(
+    truth="How much less likely the target becomes when the answer may not attend to the image token, in any layer.",
+    source="attention knockout, Geva et al. 2023; all patches in one shared cache added here",
+    cost="about five forwards for all patches",
+    blind_to="what reached the answer through the question's words or other image tokens, and tokens that replace each other",
+)
+def token_knockout(lab: Lab, run: Run, targets: Targets, *, rows: Literal["answer", "text"] = "answer", block: Count = 1) -> Maps:
     grid = run.map.rows, run.map.cols
-    block = whole_number("block", options["block"], least=1)
     if block > min(grid):
         raise OptionError(f"block must be at most {min(grid)} for a grid of {grid[0]}x{grid[1]}, got {block}")
-    rows = one_of("rows", options["rows"], BLOCKED_ROWS)
     blocks = blocks_of(*grid, block, block)  # padding too: its tokens are read like any other
     start = run.segments["answer"][0] - 1 if rows == "answer" else run.segments["image"][1]
     every = (*targets, run.target())  # the whole answer, so that passes do not depend on what is explained
@@ -497,14 +519,3 @@ def _prove(branches: Branches, run: Run, block: Block, grid: tuple[int, int], st
             "does not follow the mask: load the model with sdpa or eager attention"
         )
     return leak, change
-
-
-TOKEN_KNOCKOUT = Method(
-    name="token_knockout",
-    truth="How much less likely the target becomes when the answer may not attend to the image token, in any layer.",
-    source="attention knockout, Geva et al. 2023; all patches in one shared cache added here",
-    cost="about five forwards for all patches",
-    blind_to="what reached the answer through the question's words or other image tokens, and tokens that replace each other",
-    options={"rows": BLOCKED_ROWS[0], "block": 1},
-    compute=_compute_knockout_map,
-)

@@ -1,12 +1,9 @@
-"""What a method needs of the weights, said before it starts: gradients, or weights that are plain numbers.
+"""Every attribution method under one name and one signature.
 
-Weights packed into 8 or 4 bits (bitsandbytes) answer questions, but their gradients are not those of the model that was
-trained, and they cannot be read. Weights that wait elsewhere (`device_map` with offloading) are not there to be read either.
-Every other method only runs the model, and works with both.
+A method registers itself (`attribution.method`). To add one, write its function in the file of its family; a new file
+needs its import here, and a place in `FAMILIES`.
 
-Every attribution method under one name and one signature. To add a method, write its `Method` and list it here.
-
-It decides nothing about how a map is made; that is each method's own file.
+    relevance = attribute(lab, run, method="occlusion", target="red")
 """
 
 from __future__ import annotations
@@ -14,89 +11,45 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import singledispatch
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from torch import nn
 
-from llava_lab.attribution.attention import ATTENTION, RELATIVE_ATTENTION, VALUE_ATTENTION
-from llava_lab.attribution.controls import CENTER, EDGES, INVERSE, RANDOM
-from llava_lab.attribution.gradients import GRADCAM, GRADIENT_INPUT, INTEGRATED_GRADIENTS, SMOOTHGRAD
-from llava_lab.attribution.heads import LOCALIZATION_HEADS
-from llava_lab.attribution.logits import DIRECT_LOGIT, LOGIT_LENS_MAP
-from llava_lab.attribution.max_flow import ATTENTION_FLOW
-from llava_lab.attribution.method import Method
-from llava_lab.attribution.occlusion import OCCLUSION, OCCLUSION_COARSE, RISE, TOKEN_KNOCKOUT
-from llava_lab.attribution.relevancy import RELEVANCY
-from llava_lab.attribution.rollout import ROLLOUT, VISION
-from llava_lab.attribution.shapley import GREEDY, KERNEL_SHAP, SHAPLEY
-from llava_lab.attribution.tam import TAM
-from llava_lab.errors import CheckpointError, OptionError
-from llava_lab.models import connectors, layout
-from llava_lab.remote.black_box import BlackBox
-from llava_lab.remote.explain import attribute_closed, refuse_inside
-from llava_lab.replay.targets import Wanted, resolve_targets
+from llava_lab.attribution import (
+    attention,
+    controls,
+    gradients,
+    heads,
+    logits,
+    max_flow,
+    occlusion,
+    relevancy,
+    rollout,
+    shapley,
+    tam,
+)
+from llava_lab.attribution.method import REGISTERED, Maps, Method
+from llava_lab.checks import known, same_model
+from llava_lab.models import connectors
+from llava_lab.replay.targets import Targets, Wanted, resolve_targets
 from llava_lab.results import Relevance, Run
 
-if TYPE_CHECKING:
-    from llava_lab.models import Lab
-
-GRADIENTS = frozenset(
-    {"relevancy", "gradient_input", "integrated_gradients", "smoothgrad", "gradcam"},
-)
-PLAIN_WEIGHTS = frozenset({"value_attention", "direct_logit", "logit_lens_map", "tam"})
-
-
-def refuse_unable(model: nn.Module, method: str, name: str) -> None:
-    """Raises OptionError (one line) where `method` needs what `model` does not have."""
-    packed, away = layout.is_quantized(model), layout.is_offloaded(model)
-    if not packed and not away:
-        return
-    what = "gradients" if method in GRADIENTS else "plain weights" if method in PLAIN_WEIGHTS else None
-    if what is None:
-        return
-    has = "weights packed into 8 or 4 bits" if packed else "weights that wait off the device (device_map)"
-    mend = "without quantization" if packed else "on a device that holds it whole"
-    raise OptionError(f"method {method!r} needs {what}, and {name!r} has {has}; load it {mend}, or use method='occlusion'")
-
-
-_ALL = (
-    ROLLOUT,
-    ATTENTION,
-    OCCLUSION,
-    RANDOM,
-    CENTER,
-    OCCLUSION_COARSE,
-    TOKEN_KNOCKOUT,
-    RISE,
-    SHAPLEY,
-    KERNEL_SHAP,
-    GREEDY,
-    TAM,
-    DIRECT_LOGIT,
-    LOGIT_LENS_MAP,
-    EDGES,
-    INVERSE,
-    VALUE_ATTENTION,
-    LOCALIZATION_HEADS,
-    RELATIVE_ATTENTION,
-    ATTENTION_FLOW,
-    RELEVANCY,
-    GRADIENT_INPUT,
-    INTEGRATED_GRADIENTS,
-    SMOOTHGRAD,
-    GRADCAM,
-    VISION,
-)
+FAMILIES = (rollout, attention, heads, max_flow, occlusion, shapley, gradients, relevancy, logits, tam, controls)
 UNPLACED = (
     "The connector's tokens have no place in the picture: where something was hidden in the pixels the map is a place, "
     "otherwise its cells are numbers of tokens."
 )
-METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _ALL})
+
+# The order in which they are listed: the default first, controls last.
+PLACE = {family.__name__: place for place, family in enumerate(FAMILIES)}
+for entry in sorted(REGISTERED.values(), key=lambda entry: (entry.control, PLACE[entry.function.__module__])):
+    REGISTERED[entry.name] = REGISTERED.pop(entry.name)
+METHODS: Mapping[str, Method] = MappingProxyType(REGISTERED)
 
 
-def attribute(lab: Lab | BlackBox, run: Run, *, method: str = "rollout", target: Wanted = None, **options: Any) -> Relevance:
+def attribute(lab: Any, run: Run, *, method: str = "rollout", target: Wanted = None, **options: Any) -> Relevance:
     """Which patches of the picture the answer came from, as `method` understands it.
 
     `target`: None or ``"answer"`` the whole answer, ``"words"`` a map per word, an int an answer token,
@@ -106,42 +59,73 @@ def attribute(lab: Lab | BlackBox, run: Run, *, method: str = "rollout", target:
 
     Raises OptionError (unknown method or option), TargetError (not in the answer), CheckpointError
     (the run was made by another checkpoint).
+
+    >>> relevance = ll.attribute(lab, run, method="attention", target="words")
+    >>> relevance.values.shape == (len(run.words), 12, 12)
+    True
     """
-    if method not in METHODS:
-        raise OptionError(f"no method {method!r}; the methods are {', '.join(METHODS)}")
-    closed = isinstance(lab, BlackBox)
-    if closed:
-        refuse_inside(method)
-    chosen = METHODS[method].with_defaults(options)
-    if not isinstance(lab, BlackBox):
-        refuse_unable(lab.model, method, lab.name)
-    weights = lab.fingerprint
-    if run.fingerprint != weights:
-        raise CheckpointError(f"expected a run made by {lab.name!r}, got one by {run.model!r} with other weights; ask again")
+    entry = METHODS[known("method", method, METHODS)]
+    chosen = entry.with_defaults(options)
+    entry.refuse(lab)
+    weights = same_model(lab, run)
     targets = resolve_targets(lab, run, target)
     start = time.perf_counter()
-    if isinstance(lab, BlackBox):
-        maps = attribute_closed(lab, run, targets, METHODS[method], chosen)
-    else:
-        maps = METHODS[method].compute(lab, run, targets, chosen)
-    assert np.isfinite(maps.values).all(), f"{method} gave values that are not finite"
-    if run.views:
-        maps = replace(maps, notes=(*maps.notes, in_views(run, bool(maps.views))))
+    maps = compute_maps(lab, run, targets, entry, chosen)
+    notes = (*maps.notes, in_views(run, bool(maps.views))) if run.views else maps.notes
+    return result_of(
+        replace(maps, notes=notes),
+        entry,
+        chosen,
+        run,
+        targets,
+        model=lab.name,
+        weights=weights,
+        seconds=time.perf_counter() - start,
+    )
+
+
+@singledispatch
+def compute_maps(lab: Any, run: Run, targets: Targets, method: Method, options: Mapping[str, Any]) -> Maps:
+    """The maps that `method` makes of `run`. Another kind of lab registers its own way."""
+    maps = method.compute(lab, run, targets, options)
+    return maps if connectors.placed(lab.model.config) else replace(maps, notes=(*maps.notes, UNPLACED))
+
+
+def result_of(
+    maps: Maps,
+    method: Method,
+    options: Mapping[str, Any],
+    run: Run,
+    targets: Targets,
+    *,
+    model: str,
+    weights: str,
+    seconds: float,
+) -> Relevance:
+    """What a method gave, as the result that is kept."""
+    assert np.isfinite(maps.values).all(), f"{method.name} gave values that are not finite"
     return Relevance(
         values=maps.values.astype(np.float32),
         targets=targets,
-        method=method,
-        options={name: _plain(value) for name, value in chosen.items()},
+        method=method.name,
+        options={name: _plain(value) for name, value in options.items()},
         map=run.map,
-        model=lab.name,
+        model=model,
         fingerprint=weights,
-        seconds=time.perf_counter() - start,
+        seconds=seconds,
         passes={"forward": 0, "backward": 0, **maps.passes},
-        notes=maps.notes if closed or connectors.placed(lab.model.config) else (*maps.notes, UNPLACED),
+        notes=maps.notes,
         extras=maps.extras,
         views=run.views if maps.views else (),
         view_values=tuple(values.astype(np.float32) for values in maps.views),
+        control=method.control,
     )
+
+
+def works_at(reach: str) -> tuple[str, ...]:
+    """Names of the methods that work on closed models (``"pixels"``) or on pictures seen in tiles (``"tokens"``)."""
+    enough = ("pixels",) if reach == "pixels" else ("pixels", "tokens")
+    return tuple(name for name, entry in METHODS.items() if entry.reach in enough)
 
 
 def in_views(run: Run, apart: bool) -> str:
@@ -154,4 +138,4 @@ def in_views(run: Run, apart: bool) -> str:
 
 def _plain(value: Any) -> Any:
     """Tuples as lists, also inside: what a saved result gives back."""
-    return [_plain(one) for one in value] if isinstance(value, (tuple, list)) else value
+    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value

@@ -31,18 +31,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llava_lab.attribution.gradients import inputs_until, refuse_quantised, target_logits
-from llava_lab.attribution.method import Maps, Method
+from llava_lab.attribution.gradients import inputs_until, target_logits
+from llava_lab.attribution.method import Maps, method
 from llava_lab.capture import undisturbed
 from llava_lab.capture.open_layer import Call, OpenLayer, keep_calls, open_layer
 from llava_lab.capture.watch import attention_rows
-from llava_lab.checks import one_of
 from llava_lab.errors import LabError, OptionError, TargetError
 from llava_lab.models.layout import (
     connector_of,
@@ -184,12 +183,19 @@ class _Plan:
     own_from: int | None  # rows from here on reach only themselves; None: every stream reaches back everywhere
 
 
-def _compute(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> Maps:
-    refuse_quantised(lab, "relevancy")
-    vision = one_of("vision", options["vision"], (False, True))
+@method(
+    truth="How much each image token reaches the target through attention that would raise its logit if there were more of it.",
+    source="Chefer, Gur & Wolf 2021, rules 5 and 6",
+    cost="2 forwards, 1 backward (each further target adds its own way back through the same layers)",
+    blind_to="what attention does not carry, everything that lowers the logit, and the residual's own share",
+    needs="gradients",
+    mass={},
+)
+def relevancy(
+    lab: Lab, run: Run, targets: Targets, *, vision: bool = False, variant: Literal["chefer", "lvlm-interpret"] = "chefer"
+) -> Maps:
     if vision:
         require_patch_tokens(lab.model, "vision=True")
-    variant = one_of("variant", options["variant"], VARIANTS)
     plan = _plan(run, targets, variant, vision)
     inputs = inputs_until(lab, run, plan.at)
     layers = language_layers(lab.model)
@@ -349,14 +355,3 @@ def _notes(variant: str, extras: dict[str, Any]) -> tuple[str, ...]:
             f"Chained through the vision tower; {lost:.0%} of the image's relevance went to its class token and is not shown."
         )
     return tuple(notes)
-
-
-RELEVANCY = Method(
-    name="relevancy",
-    truth="How much each image token reaches the target through attention that would raise its logit if there were more of it.",
-    source="Chefer, Gur & Wolf 2021, rules 5 and 6",
-    cost="2 forwards, 1 backward (each further target adds its own way back through the same layers)",
-    blind_to="what attention does not carry, everything that lowers the logit, and the residual's own share",
-    options={"vision": False, "variant": VARIANTS[0]},
-    compute=_compute,
-)

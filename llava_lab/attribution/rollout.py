@@ -43,16 +43,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llava_lab.attribution.method import Maps, Method, refuse_contrast
-from llava_lab.capture import FUSIONS, LayerByLayer, Norms, undisturbed, watch_attention
-from llava_lab.checks import layer_window, one_of
+from llava_lab.attribution.method import Fusion, Maps, Window, method
+from llava_lab.capture import LayerByLayer, Norms, undisturbed, watch_attention
+from llava_lab.checks import layer_window
 from llava_lab.errors import LabError, OptionError
 from llava_lab.models.layout import language_layers, require_patch_tokens, used_vision_layers, vision_tower
 from llava_lab.replay.targets import Targets, image_values, segment_mass, target_rows, view_values
@@ -164,6 +164,14 @@ def find_sinks(pull: Float[Tensor, " S"]) -> tuple[int, ...]:
     return tuple(int(i) for i in torch.nonzero(judged > limit)[:, 0])
 
 
+def residual_weight(name: str, value: Any) -> float | str:
+    """The option `residual`, checked."""
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if value != "measured" and not (number and 0 <= float(value) <= 1):
+        raise OptionError(f"{name} is the weight of the identity, 0 to 1, or 'measured'; got {value!r}")
+    return value
+
+
 FLOOR = 1e-12  # added to both sides of the log-ratio; far below any share that can matter
 
 
@@ -212,26 +220,43 @@ def measured_residual(norms: Norms) -> Float[Tensor, "B Q"]:
     return torch.where(total > 0, norms.stream / total, torch.ones_like(total))
 
 
-def _compute(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> Maps:
-    refuse_contrast("rollout", targets)
-    layers = language_layers(lab.model)
-    start, stop = layer_window(options["layers"], len(layers))
-    window = layers[start:stop]
-    residual = _residual(options["residual"])
-    fusion = one_of("fusion", options["fusion"], FUSIONS)
-    null = one_of("null", options["null"], ("none", "causal")) == "causal"
-    find = one_of("sinks", options["sinks"], ("keep", "remove")) == "remove"
-    chain = one_of("through_vision", options["through_vision"], (False, True))
-    if chain:
+@method(
+    truth="How the predicting positions are mixed from the image tokens, if only attention and residuals carried anything.",
+    source="Abnar & Zuidema 2020; measured residual and causal null added here",
+    cost="1 forward (2 when sinks are removed)",
+    blind_to="values, feed-forward layers, the sign of an effect, and which word is predicted at a position",
+    reach="tokens",
+    contrast=False,
+    mass={"null": "none"},
+    streams={"sinks": "keep", "through_vision": False},
+)
+def rollout(
+    lab: Lab,
+    run: Run,
+    targets: Targets,
+    *,
+    residual: Annotated[Any, residual_weight] = "measured",
+    layers: Window = None,
+    fusion: Fusion = "mean",
+    sinks: Literal["keep", "remove"] = "keep",
+    null: Literal["none", "causal"] = "causal",
+    through_vision: bool = False,
+) -> Maps:
+    decoder = language_layers(lab.model)
+    start, stop = layer_window(layers, len(decoder))
+    window = decoder[start:stop]
+    find = sinks == "remove"
+    if through_vision:
         require_patch_tokens(lab.model, "through_vision=True")
         if run.views:
             raise OptionError("through_vision=True follows one square through the tower, and this picture was seen in several")
     inputs = lab.inputs(run, tiles=True)
     removed = _sinks(lab, inputs, window, fusion) if find else ()
-    language = _Rollout(True, residual, null, fusion, removed)
-    vision = _Rollout(False, residual, null, fusion)
+    fixed = None if residual == "measured" else float(residual)
+    language = _Rollout(True, fixed, null == "causal", fusion, removed)
+    vision = _Rollout(False, fixed, null == "causal", fusion)
     with undisturbed(lab.model), watch_attention(window, language.reducer()):
-        if chain:
+        if through_vision:
             with watch_attention(used_vision_layers(lab.model), vision.reducer()):
                 lab.model(**inputs, use_cache=False, logits_to_keep=1)
         else:
@@ -243,11 +268,11 @@ def _compute(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> M
         extras["null_mass"] = segment_mass(uniform, run)
     if find:
         extras["sinks"] = [{"position": i, "token": run.tokens[i]} for i in removed]
-    if chain:
+    if through_vision:
         seen, uniform, lost = _through_vision(seen, uniform, vision, run)
         extras |= {"lost_to_cls": lost, "vision_residual_by_layer": vision.kept}
     values = seen if uniform is None else torch.log((seen + FLOOR) / (uniform + FLOOR))
-    notes = _notes(options, (start, stop), language, [run.tokens[i] for i in removed], extras.get("lost_to_cls"))
+    notes = _notes((start, stop), language, [run.tokens[i] for i in removed] if find else None, extras.get("lost_to_cls"))
     return Maps(image_values(values, run), {"forward": 2 if find else 1}, notes, extras, view_values(values, run))
 
 
@@ -286,17 +311,7 @@ def _through_vision(
     return chained, even, lost
 
 
-def _residual(value: Any) -> float | None:
-    if value == "measured":
-        return None
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
-        raise OptionError(f"residual is the weight of the identity, 0 to 1, or 'measured'; got {value!r}")
-    return float(value)
-
-
-def _notes(
-    options: dict[str, Any], window: tuple[int, int], language: _Rollout, removed: list[str], lost: list[float] | None
-) -> tuple[str, ...]:
+def _notes(window: tuple[int, int], language: _Rollout, removed: list[str] | None, lost: list[float] | None) -> tuple[str, ...]:
     """What the map was made with, one sentence each."""
     notes = []
     if language.residual is None:
@@ -309,7 +324,7 @@ def _notes(
         notes.append("Natural log of the ratio to uniform causal attention: 0 is what the mask alone would give.")
     else:
         notes.append("Not divided by the causal null: early image rows look important on any causal model.")
-    if options["sinks"] == "remove":
+    if removed is not None:
         named = ", ".join(map(repr, removed)) or "none found"
         notes.append(f"Sink columns removed from the language model's attention: {named}.")
     if lost is not None:
@@ -320,29 +335,17 @@ def _notes(
     return tuple(notes)
 
 
-ROLLOUT = Method(
-    name="rollout",
-    truth="How the predicting positions are mixed from the image tokens, if only attention and residuals carried anything.",
-    source="Abnar & Zuidema 2020; measured residual and causal null added here",
-    cost="1 forward (2 when sinks are removed)",
-    blind_to="values, feed-forward layers, the sign of an effect, and which word is predicted at a position",
-    options={
-        "residual": "measured",
-        "layers": None,
-        "fusion": "mean",
-        "sinks": "keep",
-        "null": "causal",
-        "through_vision": False,
-    },
-    compute=_compute,
-)
-
-
 RESIDUAL = 0.5  # Abnar & Zuidema's
 
 
-def _compute_vision(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> Maps:
-    fusion = one_of("fusion", options["fusion"], FUSIONS)
+@method(
+    truth="What the vision tower's patches are mixed from, the same for every question and every word.",
+    source="control (rollout after Abnar & Zuidema 2020)",
+    cost="1 forward of the vision tower alone",
+    blind_to="the question and the answer",
+    control=True,
+)
+def vision(lab: Lab, run: Run, targets: Targets, *, fusion: Fusion = "mean") -> Maps:
     require_patch_tokens(lab.model, "method 'vision'")
     flows: list[Flow] = []
 
@@ -363,14 +366,3 @@ def _compute_vision(lab: Lab, run: Run, targets: Targets, options: dict[str, Any
     notes = ("The vision tower alone, before any question: a control, not an explanation.",)
     extras = {"lost_to_cls": float(seen[:first].sum())}
     return Maps(np.repeat(values[None], len(targets), 0), {"forward": 1}, notes, extras)
-
-
-VISION = Method(
-    name="vision",
-    truth="What the vision tower's patches are mixed from, the same for every question and every word.",
-    source="control (rollout after Abnar & Zuidema 2020)",
-    cost="1 forward of the vision tower alone",
-    blind_to="the question and the answer",
-    options={"fusion": "mean"},
-    compute=_compute_vision,
-)

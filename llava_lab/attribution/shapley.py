@@ -48,7 +48,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -56,18 +56,18 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from llava_lab.attribution.method import Maps, Method
+from llava_lab.attribution.method import Count, Fill, Maps, Seed, at_least, method
 from llava_lab.capture import undisturbed
-from llava_lab.checks import one_of, whole_number
+from llava_lab.checks import one_of
 from llava_lab.errors import LabError, OptionError
-from llava_lab.replay.alter import LEVELS, PATIENCE, PLACES, Level, open_level
-from llava_lab.replay.fills import FILLS
+from llava_lab.replay.alter import PATIENCE, PLACES, Level, open_level
 from llava_lab.replay.targets import Targets
 from llava_lab.results import Run, Target
 
 if TYPE_CHECKING:
     from llava_lab.models import Lab
 
+At = Literal["pixels", "vision", "projector"]  # where something is hidden
 SHAPES = ("color", "grid")
 PLACE = 0.5  # weight of a whole side of the grid beside a colour channel of the range 0 to 1
 
@@ -163,10 +163,6 @@ def _in_reading_order(labels: np.ndarray) -> np.ndarray:
     return np.array([names.get(one, -1) for one in flat.tolist()]).reshape(labels.shape)
 
 
-# Options of every method that plays the game; each adds its own.
-OPTIONS: dict[str, Any] = {"regions": 16, "shape": SHAPES[0], "fill": FILLS[0], "at": LEVELS[0], "batch": 8}
-
-
 class Game:
     """Scores of the picture with some regions shown and the rest filled."""
 
@@ -216,12 +212,20 @@ class Game:
         return (~shown).to(self._labels.device)[:, self._labels.clamp_min(0)] & (self._labels >= 0)
 
 
-def open_game(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> Game:
-    """The game for a method's options (`OPTIONS` and ``seed``). Call it inside `capture.undisturbed`."""
-    labels = superpixels(run, whole_number("regions", options["regions"], least=2), shape=options["shape"])
-    batch = whole_number("batch", options["batch"], least=1)
-    seed = whole_number("seed", options["seed"])
-    return Game(open_level(lab, run, targets, at=options["at"], fill=options["fill"], seed=seed), labels, batch=batch)
+def open_game(
+    lab: Lab,
+    run: Run,
+    targets: Targets,
+    regions: int,
+    shape: str = "color",
+    fill: str = "grey",
+    at: str = "pixels",
+    batch: int = 8,
+    seed: int = 0,
+) -> Game:
+    """The game for a method's options. Call it inside `capture.undisturbed`."""
+    labels = superpixels(run, regions, shape=shape)
+    return Game(open_level(lab, run, targets, at=at, fill=fill, seed=seed), labels, batch=batch)
 
 
 def token_targets(targets: Targets) -> tuple[Targets, list[slice]]:
@@ -239,14 +243,33 @@ def token_targets(targets: Targets) -> tuple[Targets, list[slice]]:
     return tuple(every), parts
 
 
-def _shapley(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> Maps:
-    orders = whole_number("orders", options["orders"], least=1)
+@method(
+    truth="What the region adds to the target's log-probability, averaged over random orders of uncovering the picture.",
+    source="Castro et al. 2009, captum's ShapleyValueSampling over superpixels",
+    cost="one forward per region and order, at most",
+    blind_to="anything finer than a region, and what the fill itself says",
+    reach="pixels",
+    economy={"orders": 3},
+)
+def shapley(
+    lab: Lab,
+    run: Run,
+    targets: Targets,
+    *,
+    orders: Count = 8,
+    regions: Annotated[int, at_least(2)] = 16,
+    shape: Literal["color", "grid"] = "color",
+    fill: Fill = "grey",
+    at: At = "pixels",
+    batch: Count = 8,
+    seed: Seed = 0,
+) -> Maps:
     with undisturbed(lab.model):
-        torch.manual_seed(whole_number("seed", options["seed"]))  # captum draws from the global generator; it is put back
-        game = open_game(lab, run, targets, options)
-        values = _walks(game, orders, options["batch"])
+        torch.manual_seed(seed)  # captum draws from the global generator; it is put back
+        game = open_game(lab, run, targets, regions, shape, fill, at, batch, seed)
+        values = _walks(game, orders, batch)
         done = len(values)
-        notes = [_says(f"averaged over {done} random orders of {game.players} regions", options)]
+        notes = [_says(f"averaged over {done} random orders of {game.players} regions", fill, at)]
         if done < orders:
             notes.append(f"Interrupted after {done} of {orders} orders; the values are the mean over these.")
         spread = values.std(0, correction=1) / done**0.5 if done > 1 else torch.full_like(values[0], torch.nan)
@@ -254,12 +277,31 @@ def _shapley(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> M
         return _maps(game, values.mean(0), notes, extras)
 
 
-def _kernel_shap(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> Maps:
-    samples = whole_number("samples", options["samples"], least=3)
+@method(
+    truth="What the region adds to the target's log-probability, from a linear fit over random coalitions of regions.",
+    source="Lundberg & Lee 2017, captum's KernelShap over superpixels",
+    cost="one forward per coalition, at most",
+    blind_to="anything finer than a region, and what the fill itself says",
+    reach="pixels",
+    economy={"samples": 48},
+)
+def kernel_shap(
+    lab: Lab,
+    run: Run,
+    targets: Targets,
+    *,
+    samples: Annotated[int, at_least(3)] = 96,
+    regions: Annotated[int, at_least(2)] = 16,
+    shape: Literal["color", "grid"] = "color",
+    fill: Fill = "grey",
+    at: At = "pixels",
+    batch: Count = 8,
+    seed: Seed = 0,
+) -> Maps:
     with undisturbed(lab.model):
-        game = open_game(lab, run, targets, options)
-        values, done = _fit(game, samples, options["batch"], seed=options["seed"])
-        notes = [_says(f"fitted to {done} coalitions of {game.players} regions", options)]
+        game = open_game(lab, run, targets, regions, shape, fill, at, batch, seed)
+        values, done = _fit(game, samples, batch, seed=seed)
+        notes = [_says(f"fitted to {done} coalitions of {game.players} regions", fill, at)]
         if done < samples:
             notes.append(f"Interrupted after {done} of {samples} coalitions; the fit is to these.")
         if done < game.players + 1:
@@ -267,10 +309,10 @@ def _kernel_shap(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) 
         return _maps(game, values, notes, {"samples": done})
 
 
-def _says(how: str, options: dict[str, Any]) -> str:
+def _says(how: str, fill: str, at: str) -> str:
     return (
         f"Shapley values of the target's log-probability (for a contrast: of the logit difference), {how}; "
-        f"hidden regions are filled with {options['fill']} at {PLACES[options['at']]}. "
+        f"hidden regions are filled with {fill} at {PLACES[at]}. "
         "A region's value is shared out over its patches."
     )
 
@@ -363,27 +405,6 @@ def _captum() -> Any:
     return captum.attr
 
 
-SHAPLEY = Method(
-    name="shapley",
-    truth="What the region adds to the target's log-probability, averaged over random orders of uncovering the picture.",
-    source="Castro et al. 2009, captum's ShapleyValueSampling over superpixels",
-    cost="one forward per region and order, at most",
-    blind_to="anything finer than a region, and what the fill itself says",
-    options={"orders": 8, **OPTIONS, "seed": 0},
-    compute=_shapley,
-)
-
-KERNEL_SHAP = Method(
-    name="kernel_shap",
-    truth="What the region adds to the target's log-probability, from a linear fit over random coalitions of regions.",
-    source="Lundberg & Lee 2017, captum's KernelShap over superpixels",
-    cost="one forward per coalition, at most",
-    blind_to="anything finer than a region, and what the fill itself says",
-    options={"samples": 96, **OPTIONS, "seed": 0},
-    compute=_kernel_shap,
-)
-
-
 @dataclass
 class _Path:
     """One target's search so far."""
@@ -427,19 +448,38 @@ class _Path:
         return values
 
 
-def _compute(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> Maps:
-    steps = None if options["steps"] is None else whole_number("steps", options["steps"], least=1)
+@method(
+    truth="Regions in the order in which they best make the answer likely alone and unlikely when they are gone.",
+    source="the objective of EAGLE (RuoyuChen10/EAGLE), insight and necessity over superpixels",
+    cost="about as many forwards as the number of regions squared, for each target",
+    blind_to="anything finer than a region, and combinations that no single step leads to",
+    reach="tokens",
+    economy={"steps": 3},
+)
+def greedy(
+    lab: Lab,
+    run: Run,
+    targets: Targets,
+    *,
+    steps: Count | None = None,
+    regions: Annotated[int, at_least(2)] = 16,
+    shape: Literal["color", "grid"] = "color",
+    fill: Fill = "grey",
+    at: At = "pixels",
+    batch: Count = 8,
+    seed: Seed = 0,
+) -> Maps:
     every, parts = token_targets(targets)
     paths = [_Path(part, bool(target.against_ids)) for part, target in zip(parts, targets, strict=True)]
     with undisturbed(lab.model):
-        game = open_game(lab, run, every, options)
+        game = open_game(lab, run, every, regions, shape, fill, at, batch, seed)
         wanted = game.players if steps is None else min(steps, game.players)
         _search(game, paths, wanted)
     done = len(paths[0].chosen)
     values = game.painted(np.stack([path.values(game.players) for path in paths]))
     notes = [
-        f"Regions in the order of a greedy search for insight and necessity, filled with {options['fill']} at "
-        f"{PLACES[options['at']]}; a value is the sum of the steps from its region to the last, in probability."
+        f"Regions in the order of a greedy search for insight and necessity, filled with {fill} at "
+        f"{PLACES[at]}; a value is the sum of the steps from its region to the last, in probability."
     ]
     if done < wanted:
         notes.append(f"Interrupted after {done} of {wanted} steps; regions not reached are 0.")
@@ -471,14 +511,3 @@ def _search(game: Game, paths: list[_Path], steps: int) -> None:
         fewest = min(len(path.chosen) for path in paths)
         for path in paths:
             del path.chosen[fewest:], path.insight[fewest:], path.necessity[fewest:]
-
-
-GREEDY = Method(
-    name="greedy",
-    truth="Regions in the order in which they best make the answer likely alone and unlikely when they are gone.",
-    source="the objective of EAGLE (RuoyuChen10/EAGLE), insight and necessity over superpixels",
-    cost="about as many forwards as the number of regions squared, for each target",
-    blind_to="anything finer than a region, and combinations that no single step leads to",
-    options={"steps": None, **OPTIONS, "seed": 0},
-    compute=_compute,
-)

@@ -19,21 +19,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llava_lab.attribution.attention import ATTENTION
 from llava_lab.attribution.heads import choose_heads
-from llava_lab.attribution.method import Maps, refuse_contrast
-from llava_lab.attribution.registry import METHODS, _plain
-from llava_lab.attribution.rollout import BLOCK, FLOOR, ROLLOUT, Weight, _column, _notes, _residual, _Rollout, measured_residual
-from llava_lab.capture import FUSIONS, AnswerRows, Norms, watch_attention
-from llava_lab.checks import layer_window, one_of
+from llava_lab.attribution.method import Maps
+from llava_lab.attribution.registry import METHODS, result_of
+from llava_lab.attribution.rollout import BLOCK, FLOOR, Weight, _column, _notes, _Rollout, measured_residual
+from llava_lab.capture import AnswerRows, Norms, watch_attention
+from llava_lab.checks import known, layer_window
 from llava_lab.errors import LabError, OptionError
 from llava_lab.models.layout import language_layers
 from llava_lab.replay.targets import Targets, Wanted, image_values, resolve_targets, segment_mass, target_rows
@@ -144,9 +142,6 @@ class StreamedRollout:
 
 
 LATER = "made by ll.attribute(lab, run, ...) after the answer"
-NEVER: Mapping[str, Mapping[str, Any]] = MappingProxyType(  # options that need the finished sequence, at the value they keep
-    {ATTENTION.name: {"heads": None}, ROLLOUT.name: {"sinks": "keep", "through_vision": False}}
-)
 
 
 def ask_and_attribute(
@@ -166,20 +161,18 @@ def ask_and_attribute(
 
     Raises OptionError (a method or option that needs the finished answer), TargetError, LabError.
     """
-    if method not in NEVER:
-        known = METHODS if method not in METHODS else ()
-        raise OptionError(
-            f"no method {method!r}; the methods are {', '.join(known)}" if known else
-            f"while answering, method must be one of {', '.join(NEVER)}, got {method!r}; its map is {LATER}"
-        )  # fmt: skip
-    chosen = METHODS[method].with_defaults(options or {})
-    for name, value in NEVER[method].items():
+    entry = METHODS[known("method", method, METHODS)]
+    if entry.streams is None:
+        streamed = ", ".join(sorted(name for name, other in METHODS.items() if other.streams is not None))
+        raise OptionError(f"while answering, method must be one of {streamed}, got {method!r}; its map is {LATER}")
+    chosen = entry.with_defaults(options or {})
+    for name, value in entry.streams.items():
         if chosen[name] != value:
             raise OptionError(f"while answering, {name} must be {value!r}, got {chosen[name]!r}; that map is {LATER}")
     forms = {name: asking[name] for name in ("prompt", "history") if name in asking}
     sequence = lab.sequence(question, **forms)
     watching: _Attention | _Streamed
-    watching = (_Attention if method == ATTENTION.name else _Streamed)(lab, chosen, len(sequence.token_ids), sequence.segments)
+    watching = (_Attention if method == "attention" else _Streamed)(lab, chosen, len(sequence.token_ids), sequence.segments)
     with watch_attention(watching.layers, watching.reducer, calls=None):
         run = lab.ask(picture, question, **asking)
     start = time.perf_counter()
@@ -189,21 +182,11 @@ def ask_and_attribute(
     if watching.reducer.count(len(watching.layers)) < said:
         raise LabError(f"expected every layer to attend {said} times, got fewer; its map is {LATER}")
     targets = resolve_targets(lab, run, target)
+    entry.refuse(lab, targets)
     maps = watching.maps(run, targets, said)
-    assert np.isfinite(maps.values).all(), f"{method} gave values that are not finite"
-    return run, Relevance(
-        values=maps.values.astype(np.float32),
-        targets=targets,
-        method=method,
-        options={name: _plain(value) for name, value in chosen.items()},
-        map=run.map,
-        model=lab.name,
-        fingerprint=run.fingerprint,
-        seconds=time.perf_counter() - start,
-        passes={"forward": 0, "backward": 0},
-        notes=(*maps.notes, "Taken while the answer was made; the seconds are those after it."),
-        extras=maps.extras,
-    )
+    maps = replace(maps, notes=(*maps.notes, "Taken while the answer was made; the seconds are those after it."))
+    seconds = time.perf_counter() - start
+    return run, result_of(maps, entry, chosen, run, targets, model=lab.name, weights=run.fingerprint, seconds=seconds)
 
 
 class _Attention:
@@ -211,13 +194,12 @@ class _Attention:
 
     def __init__(self, lab: Lab, options: dict[str, Any], prompt: int, segments: Mapping[str, Any]) -> None:
         self._chosen = choose_heads(lab, options["layers"], None)
-        self._fusion = one_of("fusion", options["fusion"], FUSIONS)
+        self._fusion = options["fusion"]
         decoder = language_layers(lab.model)
         self.layers = [decoder[layer] for layer in self._chosen.layers]
         self.reducer = AnswerRows(prompt, fusion=self._fusion)
 
     def maps(self, run: Run, targets: Targets, said: int) -> Maps:
-        refuse_contrast(ATTENTION.name, targets)
         at = range(self.reducer.first, self.reducer.first + said)
         parts = torch.stack([target_rows(self.reducer.picked(i, said), at, targets) for i in range(len(self.layers))])
         rows = torch.nn.functional.pad(parts.mean(0), (0, 1))  # the last token attends after all was said
@@ -238,17 +220,15 @@ class _Streamed:
         decoder = language_layers(lab.model)
         self._window = layer_window(options["layers"], len(decoder))
         self.layers = decoder[slice(*self._window)]
-        self._options = options
-        null = one_of("null", options["null"], ("none", "causal")) == "causal"
-        fusion = one_of("fusion", options["fusion"], FUSIONS)
-        self._about = _Rollout(True, _residual(options["residual"]), null, fusion)
+        null, fusion = options["null"] == "causal", options["fusion"]
+        fixed = None if options["residual"] == "measured" else float(options["residual"])
+        self._about = _Rollout(True, fixed, null, fusion)
         if fusion == "min":
             raise OptionError(f"while answering, fusion must be mean or max, got 'min'; that map is {LATER}")
         self._stream = StreamedRollout(prompt, segments, null=null, device=lab.device)
         self.reducer = AnswerRows(prompt, fusion=fusion, fold=self._fold, norms=self._about.residual is None)
 
     def maps(self, run: Run, targets: Targets, said: int) -> Maps:
-        refuse_contrast(ROLLOUT.name, targets)
         rows, even = self._stream.rows(
             said, lambda layer: self.reducer.picked(layer, said), lambda layer: self._weight(layer, said)
         )
@@ -261,7 +241,7 @@ class _Streamed:
             extras["null_mass"] = self._stream.mass(null)
             values = torch.log((values + FLOOR) / (self._stream.image(null) + FLOOR))
         grid = values.cpu().numpy().reshape(len(targets), run.map.rows, run.map.cols)
-        return Maps(grid, {}, _notes(self._options, self._window, self._about, [], None), extras)
+        return Maps(grid, {}, _notes(self._window, self._about, None, None), extras)
 
     def _fold(self, layer: int, attention: Tensor, norms: Norms | None) -> None:
         weight = self._about.residual if norms is None else measured_residual(norms)[0]

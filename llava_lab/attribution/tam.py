@@ -20,16 +20,15 @@ Source: Li et al. 2025, "Token Activation Map to Visually Explain Multimodal LLM
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from llava_lab.attribution.method import Maps, Method
+from llava_lab.attribution.method import Maps, method
 from llava_lab.capture import undisturbed
 from llava_lab.capture.residual import watch_stream
-from llava_lab.checks import one_of
 from llava_lab.errors import OptionError
 from llava_lab.models.layout import language_layers
 from llava_lab.replay.targets import Targets
@@ -39,7 +38,6 @@ from llava_lab.results import Run
 if TYPE_CHECKING:
     from llava_lab.models import Lab
 
-CORRECTIONS = ("context", "answer", "none")
 SHOWN = 5  # earlier tokens named in the extras
 
 
@@ -84,10 +82,23 @@ def without_context(own: np.ndarray, others: np.ndarray, weights: np.ndarray) ->
     return own - factor * common, factor
 
 
-def _compute(lab: Lab, run: Run, targets: Targets, options: dict[str, Any]) -> Maps:
-    correction = one_of("correction", options["correction"], CORRECTIONS)
-    clip = one_of("clip", options["clip"], (True, False))
-    size = _filter_size(options["filter"], min(run.map.rows, run.map.cols))
+@method(
+    truth="How strongly each image token's own last state asks for the target word, beyond what earlier words' maps explain.",
+    source="Li et al. 2025 (arXiv 2506.23270), token activation map",
+    cost="1 forward",
+    blind_to="the question before correction, whether the answer ever read these positions, and a word below logit 0",
+    needs="plain weights",
+)
+def tam(
+    lab: Lab,
+    run: Run,
+    targets: Targets,
+    *,
+    correction: Literal["context", "answer", "none"] = "context",
+    clip: bool = True,
+    filter: int | None = 3,  # noqa: A002, its name is what users write
+) -> Maps:
+    size = _filter_size(filter, min(run.map.rows, run.map.cols))
     book = _read(lab, run, targets)
     values, extras = [], []
     for target in targets:
@@ -193,14 +204,3 @@ def _note(correction: str, clip: bool, size: int) -> str:
     smooth = f"rank filter of {size}x{size} patches" if size > 1 else "no filter"
     cut = "clipped at 0" if clip else "not clipped"
     return f"Logit of the target at each image position's last state, {cut}, {kept}, {smooth}; mean over the target's tokens."
-
-
-TAM = Method(
-    name="tam",
-    truth="How strongly each image token's own last state asks for the target word, beyond what earlier words' maps explain.",
-    source="Li et al. 2025 (arXiv 2506.23270), token activation map",
-    cost="1 forward",
-    blind_to="the question before correction, whether the answer ever read these positions, and a word below logit 0",
-    options={"correction": "context", "clip": True, "filter": 3},
-    compute=_compute,
-)

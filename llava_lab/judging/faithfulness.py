@@ -36,11 +36,11 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llava_lab.attribution.controls import CENTER
+from llava_lab.attribution.controls import center_bump
 from llava_lab.attribution.registry import METHODS
 from llava_lab.capture import undisturbed
 from llava_lab.checks import one_of, whole_number
@@ -110,7 +110,6 @@ def _interval(weights: np.ndarray, ahead: np.ndarray, seed: int) -> tuple[float,
 STEPS, SEEDS, BATCH = 8, 10, 8
 SCALES = ("probability", "logprob")
 MATTERS = {"probability": 0.02, "logprob": 0.1}  # filling everything must lower the score by this much, or nothing can be told
-FILL_OPTIONS = ("fill", "fills", "baseline")  # the options by which methods name what they put in a patch's place
 CLAIMING = 200  # random maps that say how often marking the right thing is chance; they need no model
 
 
@@ -221,7 +220,7 @@ class Judge:
         start = time.perf_counter()
         size = len(self.probe.patches)
         orders = [np.random.default_rng((self.seed, 17, number)).permutation(size) for number in range(self.seeds)]
-        bump = CENTER.compute(cast(Any, None), self.run, self.targets[:1], {}).values[0]  # it runs no model
+        bump = center_bump(self.run.map.rows, self.run.map.cols)
         with undisturbed(self.lab.model):
             self.random = np.stack([self._curves(order) for order in orders], 1)
             self.center = self._curves(self._order(bump))
@@ -359,7 +358,8 @@ def check_masks(run: Run, masks: Any, what: str = "things") -> np.ndarray:
 
 def _own_fills(options: Mapping[str, Any]) -> list[str]:
     """The fills a map was made with, also where it was made from another method's map."""
-    own = [name for key in FILL_OPTIONS for name in _as_list(options.get(key)) if name in EVERY_FILL]
+    keys = dict.fromkeys(key for entry in METHODS.values() for key in entry.fill_options)
+    own = [name for key in keys for name in _as_list(options.get(key)) if name in EVERY_FILL]
     inner = METHODS.get(str(options.get("of")))
     return own + (_own_fills(inner.with_defaults(options.get("options") or {})) if inner else [])
 

@@ -14,11 +14,9 @@ Arras et al. 2022 (arXiv 2003.07258), whose relevance mass is ``mass``.
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import numpy as np
 
-from llava_lab.attribution.controls import CENTER
+from llava_lab.attribution.controls import center_bump
 from llava_lab.checks import whole_number
 from llava_lab.errors import OptionError
 from llava_lab.judging.faithfulness import check_masks
@@ -46,7 +44,7 @@ def ground_truth(run: Run, rel: Relevance, deciding: np.ndarray, *, seeds: int =
     inside = truth >= min(INSIDE, truth.max() / 2)
     maps = rel.values.reshape(len(rel.values), -1)[:, patches]
     chance = np.random.default_rng((seed, 29)).random((seeds, len(patches)))
-    bump = CENTER.compute(cast(Any, None), run, rel.targets[:1], {}).values.ravel()[patches]  # it runs no model
+    bump = center_bump(run.map.rows, run.map.cols).ravel()[patches]
     return GroundTruth(
         method=rel.method,
         options=rel.options,

@@ -38,7 +38,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
@@ -263,20 +262,6 @@ ATTEMPTS = 6  # questions tried on one picture until one is answered right, from
 LONGEST = 48  # tokens an answer may take
 FORMAT = 1  # of the lines
 
-# What the sweeps may spend here: a leaderboard asks the same hundreds of times. About a thousand passes a picture in all,
-# scoring included; single patches are too small for occlusion to matter in the picture book, so its blocks are larger too.
-ECONOMY: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {
-        "occlusion": {"block": 3, "stride": 2},
-        "rise": {"masks": 64},
-        "shapley": {"orders": 3},
-        "kernel_shap": {"samples": 48},
-        "greedy": {"steps": 3},
-        "integrated_gradients": {"steps": 12},
-        "smoothgrad": {"samples": 6},
-    }
-)
-
 
 def leaderboard(
     lab: Lab,
@@ -297,7 +282,8 @@ def leaderboard(
 ) -> Leaderboard:
     """Score `methods` on `n` pictures. Ctrl-C gives the table of the pictures finished so far.
 
-    `options` are per method and come before those of `ECONOMY`. Each picture has its own seed, so random maps
+    `options` are per method and come before its `Method.economy`: a leaderboard asks the same hundreds of times, and about a
+    thousand passes a picture in all, scoring included, is what it may spend. Each picture has its own seed, so random maps
     differ from one to the next. `workers` processes share the pictures; the scores are the same.
     Raises DataError (unknown data or split, a file of other settings),
     OptionError (unknown method or option).
@@ -338,9 +324,12 @@ def leaderboard(
 
 
 def economical(methods: str | Sequence[str], options: Options) -> dict[str, dict[str, Any]]:
-    """`options` filled up from `ECONOMY`, for the methods asked for."""
+    """`options` filled up from each method's `economy`, for the methods asked for."""
     wanted = list(METHODS) if methods == "all" else [methods] if isinstance(methods, str) else list(methods)
-    given = {name: {**ECONOMY.get(name, {}), **options.get(name, {})} for name in {**dict.fromkeys(wanted), **options}}
+    given = {
+        name: {**(METHODS[name].economy if name in METHODS else {}), **options.get(name, {})}
+        for name in {**dict.fromkeys(wanted), **options}
+    }
     return {name: chosen for name, chosen in given.items() if chosen or name in options}
 
 

@@ -104,11 +104,26 @@ def last_feature_state(config: LlavaConfig, layers: int) -> int:
     return max(layer % states for layer in chosen)
 
 
+# Packages whose layers hold packed weights.
+QUANTISED = (
+    "bitsandbytes",
+    "torch.ao.nn.quantized",
+    "torch.ao.nn.intrinsic.quantized",
+    "torchao",
+    "auto_gptq",
+    "gptqmodel",
+    "awq",
+)
+
+
 def is_quantized(model: nn.Module) -> bool:
     """Whether weights are packed into 8 or 4 bits (bitsandbytes and its like), so that they are not numbers to read."""
-    if getattr(model, "is_quantized", False):
+    settings = getattr(getattr(model, "config", None), "quantization_config", None)
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None or settings is not None:
         return True
-    return any(not parameter.is_floating_point() for parameter in model.parameters())
+    if any(not parameter.is_floating_point() for parameter in model.parameters()):
+        return True
+    return any(type(module).__module__.startswith(QUANTISED) for module in model.modules())
 
 
 def is_offloaded(model: nn.Module) -> bool:

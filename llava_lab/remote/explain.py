@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
@@ -43,6 +43,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llava_lab.attribution.method import Maps, Method
+from llava_lab.attribution.registry import METHODS, compute_maps
 from llava_lab.errors import BudgetError, EndpointError, OptionError
 from llava_lab.models.text import Spelt, cut
 from llava_lab.remote.black_box import WORKS, BlackBox, Estimate, Look, works
@@ -227,7 +228,8 @@ class Looks(Veiled):
                     )
 
 
-def attribute_closed(lab: BlackBox, run: Run, targets: Targets, method: Method, options: dict[str, Any]) -> Maps:
+@compute_maps.register(BlackBox)
+def attribute_closed(lab: BlackBox, run: Run, targets: Targets, method: Method, options: Mapping[str, Any]) -> Maps:
     """`method` on a closed model. Raises OptionError (it needs the inside), BudgetError, EndpointError."""
     refuse_inside(method.name)
     maps, looks = within_budget(lab, run, lambda looks: method.compute(cast("Lab", looks), run, targets, options))
@@ -254,7 +256,6 @@ def estimate(lab: BlackBox, run: Run, *, method: str = "occlusion", target: Any 
     Requests are exact, retries apart; tokens and cost are what the run's own question used, so many times over.
     Raises OptionError as `attribute` does.
     """
-    from llava_lab.attribution.registry import METHODS  # the registry imports this file
     from llava_lab.replay.targets import resolve_targets
 
     if not isinstance(lab, BlackBox):

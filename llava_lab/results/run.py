@@ -159,6 +159,9 @@ class Run:
         )
 
 
+OLD_CONTROLS = ("random", "center", "edges", "inverse", "vision")  # of files written before `control` was kept
+
+
 @dataclass(frozen=True)
 class Relevance:
     """One map per target over the patch grid, with what made it and what to know before reading it."""
@@ -176,6 +179,7 @@ class Relevance:
     extras: dict[str, Any] = field(default_factory=dict)  # JSON-able numbers: mass per segment, lost CLS mass, ...
     views: tuple[View, ...] = ()  # of a run with several, where the method tells their tokens apart
     view_values: tuple[np.ndarray, ...] = ()  # float32 (targets, rows, cols) of each view; the first is `values`
+    control: bool = False  # made to compare with, not to explain
 
     def __post_init__(self) -> None:
         maps = (self.map, *(view.map for view in self.views))
@@ -224,6 +228,7 @@ class Relevance:
             "passes": self.passes,
             "notes": list(self.notes),
             "extras": self.extras,
+            "control": self.control,
         } | ({"views": [view.to_dict() for view in self.views]} if self.views else {})
         more = {f"view_{i}": values for i, values in enumerate(self.view_values)}
         return save_npz(path, "relevance", header, {"values": self.values, **more})
@@ -234,6 +239,7 @@ class Relevance:
         targets = tuple(Target(**_tuples(t)) for t in header["targets"])
         names = ("method", "options", "model", "fingerprint", "seconds", "passes", "extras")
         fields = {name: header[name] for name in names}
+        fields["control"] = header.get("control", header["method"] in OLD_CONTROLS)
         fields["views"] = tuple(View.from_dict(view) for view in header.get("views", ()))
         fields["view_values"] = tuple(arrays[f"view_{i}"] for i in range(len(fields["views"])))
         return cls(arrays["values"], targets, map=PictureMap.from_dict(header["map"]), notes=tuple(header["notes"]), **fields)

@@ -43,7 +43,9 @@ def test_every_method_says_what_it_is() -> None:
 
 
 def test_unknown_method_or_option_lists_the_choices(tiny_random: Lab, run: Run) -> None:
-    with pytest.raises(OptionError, match="no method 'rollot'; the methods are rollout, attention, occlusion, random, center"):
+    with pytest.raises(
+        OptionError, match="no method 'rollot'; the methods are rollout, attention, value_attention, .*, center, edges, inverse"
+    ):
         attribute(tiny_random, run, method="rollot")
     with pytest.raises(OptionError, match="'occlusion' has no option 'size'; its options are block=1, stride=None, fill='grey'"):
         attribute(tiny_random, run, method="occlusion", size=2)

@@ -135,7 +135,7 @@ def test_blocks_are_cut_without_gaps_or_overlap() -> None:
     [
         ({"first": 5}, "first must be at most 4 for a grid of 4x4, got 5"),
         ({"keep": 0}, "keep must be a whole number of at least 1, got 0"),
-        ({"fill": "red"}, "fill must be one of grey, mean, blur, noise, neighbours"),
+        ({"fill": "red"}, "fill must be one of 'grey', 'mean', 'blur', 'noise', 'neighbours'"),
     ],
 )
 def test_options_out_of_range_are_refused(tiny_random: Lab, run: Run, options: dict[str, Any], message: str) -> None:

@@ -144,7 +144,7 @@ def test_ctrl_c_gives_the_finished_steps(tiny_random: Lab, run: Run, monkeypatch
     [
         ({"steps": 0}, "steps must be a whole number of at least 1, got 0"),
         ({"batch": 0}, "batch must be a whole number of at least 1, got 0"),
-        ({"fill": "black"}, "fill must be one of grey, mean, blur, noise, neighbours, got 'black'"),
+        ({"fill": "black"}, "fill must be one of 'grey', 'mean', 'blur', 'noise', 'neighbours', got 'black'"),
     ],
 )
 def test_options_out_of_range_are_refused(tiny_random: Lab, run: Run, options: dict[str, Any], message: str) -> None:

@@ -229,7 +229,7 @@ def test_blocks_cover_every_patch_and_stay_inside() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"fill": "red"}, "fill must be one of grey, mean, blur, noise, neighbours, got 'red'"),
+        ({"fill": "red"}, "fill must be one of 'grey', 'mean', 'blur', 'noise', 'neighbours', got 'red'"),
         ({"at": "tower"}, "at must be one of 'pixels', 'vision', 'projector', got 'tower'"),
         ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
         ({"block": 0}, "block must be a whole number of at least 1, got 0"),

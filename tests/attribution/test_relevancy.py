@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llava_lab.attribution.relevancy import RELEVANCY
+from llava_lab.attribution import METHODS
 from llava_lab.errors import LabError, OptionError, TargetError
 from llava_lab.models import Lab, load
 from llava_lab.models.layout import language_layers, used_vision_layers
@@ -25,7 +25,7 @@ from tests.support.planted import RED, planted_lab, red_picture, scripted_run
 
 def maps(lab: Lab, run: Run, target: Any = None, **options: Any) -> np.ndarray:
     """(targets, patches) of relevancy, without the registry."""
-    values = compute(lab, run, RELEVANCY, target, **options).values
+    values = compute(lab, run, "relevancy", target, **options).values
     return values.reshape(len(values), -1)
 
 
@@ -94,10 +94,10 @@ def test_the_map_is_rules_5_and_6_on_kept_matrices(tiny_random: Lab, eager: Lab,
 def test_several_targets_share_the_passes_and_equal_single_ones(tiny_random: Lab, run: Run, vision: bool) -> None:
     wanted = ["answer", "blue", 0, ("blue", "green"), *range(6)]  # more than go through a layer together, some at one position
     targets = resolve_targets(tiny_random, run, wanted)
-    options = RELEVANCY.with_defaults({"vision": vision})
-    together = RELEVANCY.compute(tiny_random, run, targets, options)
+    options = METHODS["relevancy"].with_defaults({"vision": vision})
+    together = METHODS["relevancy"].compute(tiny_random, run, targets, options)
     for number, target in enumerate(targets):
-        alone = RELEVANCY.compute(tiny_random, run, (target,), options)
+        alone = METHODS["relevancy"].compute(tiny_random, run, (target,), options)
         assert alone.passes == together.passes == {"forward": 2, "backward": 1}
         np.testing.assert_allclose(alone.values[0], together.values[number], rtol=1e-4, atol=1e-6)
         assert alone.extras["image_share"][0] == pytest.approx(together.extras["image_share"][number], abs=1e-5)
@@ -201,8 +201,8 @@ def test_the_variant_refuses_what_that_tool_cannot_do(tiny_random: Lab, run: Run
 
 def test_mass_and_class_token_share_are_what_the_chain_leaves(tiny_random: Lab, eager: Lab, run: Run) -> None:
     targets = resolve_targets(tiny_random, run, "blue")
-    plain = RELEVANCY.compute(tiny_random, run, targets, RELEVANCY.with_defaults({}))
-    chained = RELEVANCY.compute(tiny_random, run, targets, RELEVANCY.with_defaults({"vision": True}))
+    plain = METHODS["relevancy"].compute(tiny_random, run, targets, METHODS["relevancy"].with_defaults({}))
+    chained = METHODS["relevancy"].compute(tiny_random, run, targets, METHODS["relevancy"].with_defaults({"vision": True}))
     assert plain.extras["mass"] == chained.extras["mass"]
     mass = plain.extras["mass"][0]
     assert mass["image"] == pytest.approx(plain.values.sum(), rel=1e-5)

@@ -143,7 +143,7 @@ def test_ctrl_c_gives_the_mean_over_what_was_seen(tiny_random: Lab, run: Run, mo
         ({"shown": "half"}, "got 'half'"),
         ({"cells": 5}, "cells must be at most 4 for a grid of 4x4, got 5"),
         ({"masks": 1}, "masks must be a whole number of at least 2, got 1"),
-        ({"fill": "neighbours"}, "fill must be one of grey, mean, blur, noise, got 'neighbours'"),
+        ({"fill": "neighbours"}, "fill must be one of 'grey', 'mean', 'blur', 'noise', got 'neighbours'"),
     ],
 )
 def test_options_out_of_range_are_refused(tiny_random: Lab, run: Run, options: dict[str, Any], message: str) -> None:

@@ -13,7 +13,7 @@ from captum.attr import ShapleyValueSampling
 from torch import Tensor
 
 from llava_lab.attribution import attribute
-from llava_lab.attribution.shapley import SHAPLEY, Game, LeastSquares, _fit, _walks, open_game
+from llava_lab.attribution.shapley import Game, LeastSquares, _fit, _walks, open_game
 from llava_lab.capture import undisturbed
 from llava_lab.errors import LabError, OptionError
 from llava_lab.models import Lab
@@ -103,7 +103,7 @@ def test_equals_one_call_of_captum_with_the_same_seed(tiny_random: Lab, run: Run
     rel = attribute(tiny_random, run, method="shapley", regions=5, orders=4, seed=3, target=TARGETS)
     with undisturbed(tiny_random.model):
         targets = rel.targets
-        game = open_game(tiny_random, run, targets, {**SHAPLEY.options, "regions": 5})
+        game = open_game(tiny_random, run, targets, regions=5)
         torch.manual_seed(3)
         captum = ShapleyValueSampling(lambda shown: game.worth(shown > 0.5))
         want = captum.attribute(torch.ones(1, 5), n_samples=4)[0]

@@ -54,10 +54,10 @@ def _upside_down(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     center = METHODS["center"]
 
     def flipped(*args: Any) -> Maps:
-        return Maps(-center.compute(*args).values, {"forward": 7})
+        return Maps(-center.function(*args).values, {"forward": 7})
 
     first, second = (replace(center, name=name) for name in names)
-    added = {names[0]: first, names[1]: replace(second, compute=flipped)}
+    added = {names[0]: first, names[1]: replace(second, function=flipped)}
     for home in (HOME, REGISTRY):
         monkeypatch.setattr(home, "METHODS", {**METHODS, **added})
 
@@ -107,12 +107,12 @@ def test_a_method_that_cannot_is_listed_with_its_reason(tiny_random: Lab, run: R
 
 @pytest.mark.parametrize("where", ["in a method that lets go", "in a method that keeps a part", "in the scores"])
 def test_ctrl_c_gives_the_finished_methods(tiny_random: Lab, run: Run, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def compute(*args: Any) -> Maps:
+    def compute(*args: Any, **options: Any) -> Maps:
         if where == "in a method that lets go":
             raise KeyboardInterrupt
-        return Maps(METHODS["center"].compute(*args).values, {}, ("Interrupted after 1 of 2 blocks.",))
+        return Maps(METHODS["center"].function(*args).values, {}, ("Interrupted after 1 of 2 blocks.",))
 
-    stopped = replace(METHODS["random"], compute=compute)
+    stopped = replace(METHODS["random"], function=compute)
     if where == "in the scores":
         score, calls = HOME.Judge.score, []
 

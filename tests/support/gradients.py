@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llava_lab.attribution.method import Maps, Method
-from llava_lab.capture.watch import _HANDLERS
+from llava_lab.attribution import METHODS, Maps
+from llava_lab.capture.open_layer import _OPENING
 from llava_lab.models import Lab
 from llava_lab.models.layout import connector_of
 from llava_lab.replay import resolve_targets
@@ -26,8 +26,8 @@ def noise_run(lab: Lab, answer: str = ANSWER, **options: Any) -> Run:
     return scripted_run(lab, wide, answer, **options)
 
 
-def compute(lab: Lab, run: Run, method: Method, target: Any = None, **options: Any) -> Maps:
-    return method.compute(lab, run, resolve_targets(lab, run, target), method.with_defaults(options))
+def compute(lab: Lab, run: Run, method: str, target: Any = None, **options: Any) -> Maps:
+    return METHODS[method].compute(lab, run, resolve_targets(lab, run, target), options)
 
 
 def logit(lab: Any, run: Run, target: Target, *, at: str, value: Tensor) -> Tensor:
