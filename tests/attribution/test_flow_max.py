@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.test_attribution_flow import naive_rollout
 from torch import Tensor
 
 from llava_lab.attribution import attribute, max_flow
@@ -22,6 +21,7 @@ from llava_lab.errors import OptionError
 from llava_lab.models import Lab, load
 from llava_lab.models.layout import language_layers
 from llava_lab.results import Run
+from tests.attribution.test_flow import naive_rollout
 from tests.support.planted import RED, planted_lab, red_picture, scripted_run
 
 Pipes = dict[tuple[Any, Any], Fraction]

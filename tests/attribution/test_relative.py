@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.test_attribution import _state
-from tests.test_attribution_flow import naive_rollout
 
 from llava_lab.attribution import attribute
 from llava_lab.attribution.attention import NEUTRAL, ask_instead
@@ -21,6 +19,8 @@ from llava_lab.errors import LabError, OptionError
 from llava_lab.models import Lab, load
 from llava_lab.models.layout import language_layers, used_vision_layers
 from llava_lab.results import Run
+from tests.attribution.test_attribution import _state
+from tests.attribution.test_flow import naive_rollout
 from tests.support.planted import RED, planted_lab, red_picture, scripted_run
 
 METHODS_HERE = ("value_attention", "localization_heads", "relative_attention", "attention_flow", "vision")

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.test_attribution_flow import naive_rollout, uniform_attention
 from torch import Tensor
 
 from llava_lab.attribution import attribute
@@ -18,6 +17,7 @@ from llava_lab.errors import LabError, OptionError, TargetError
 from llava_lab.models import Lab, load
 from llava_lab.models.layout import language_layers, used_vision_layers
 from llava_lab.results import Relevance, Run
+from tests.attribution.test_flow import naive_rollout, uniform_attention
 from tests.support.planted import planted_lab, scripted_run
 
 PLAIN: dict[str, Any] = {"residual": 0.5, "null": "none", "sinks": "keep"}  # Abnar & Zuidema's own

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.test_attribution import _state
 
 import llava_lab as ll
 from llava_lab.attribution import attribute, image_share
@@ -29,6 +28,7 @@ from llava_lab.errors import CheckpointError, OptionError, TargetError
 from llava_lab.models import Lab, load
 from llava_lab.replay import fill_pixels, target_score
 from llava_lab.results import Run
+from tests.attribution.test_attribution import _state
 from tests.support.planted import planted_lab, red_picture, scripted_run
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llava_lab.attribution import METHODS, Maps
-from llava_lab.capture.open_layer import _OPENING
+from llava_lab.capture.watch import _HANDLERS
 from llava_lab.models import Lab
 from llava_lab.models.layout import connector_of
 from llava_lab.replay import resolve_targets
