@@ -16,7 +16,7 @@ import numpy as np
 from llava_lab.errors import DataError
 from llava_lab.models.pictures import read_picture
 from llava_lab.worlds import easy_vqa, picturebook
-from llava_lab.worlds.wording import SHORT
+from llava_lab.worlds.questions import SHORT
 
 PER_PICTURE = 4  # questions asked about each drawn picture
 

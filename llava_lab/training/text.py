@@ -36,8 +36,7 @@ from llava_lab.errors import DataError
 from llava_lab.models.text import END_OF_TURN, IMAGE, SYSTEM
 from llava_lab.training.tiny.streams import precise_attention, shared_prefix
 from llava_lab.worlds.picturebook import TYPES, Scene, ask_about
-from llava_lab.worlds.questions import RARE
-from llava_lab.worlds.wording import SHORT
+from llava_lab.worlds.questions import RARE, SHORT
 
 IGNORE = -100  # LLaVA's own value, and torch's default ignore_index
 EOS = "</s>"

@@ -17,7 +17,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from llava_lab.errors import DataError
-from llava_lab.worlds.wording import SHORT
+from llava_lab.results.save import whole_file
+from llava_lab.worlds.questions import SHORT
 
 SPLITS = ("train", "validation", "test")
 VALIDATION_EVERY = 10  # of the training pictures
@@ -57,12 +58,12 @@ def questions(split: str = "test", *, whole_train: bool = False) -> list[EasyQue
     pictures, count = SIZES[part]
     if len(rows) != count or len({row[2] for row in rows}) > pictures:
         raise DataError(f"easy-vqa's {part} has {len(rows):,} questions, published are {count:,}; install version 1.0")
-    found = []
+    asked = []
     for text, answer, number in rows:
         held_out = number % VALIDATION_EVERY == 0
         if split == "test" or whole_train or held_out == (split == "validation"):
-            found.append(EasyQuestion(folder / "images" / f"{number}.png", text, answer))
-    return found
+            asked.append(EasyQuestion(folder / "images" / f"{number}.png", text, answer))
+    return asked
 
 
 def write_dataset(out: str | os.PathLike, *, split: str = "train", stage: str = "instruct", whole_train: bool = False) -> Path:
@@ -81,34 +82,32 @@ def write_dataset(out: str | os.PathLike, *, split: str = "train", stage: str = 
     for question in questions(split, whole_train=whole_train):
         asked.setdefault(question.picture, []).append(question)
     rows = []
-    for picture, found in sorted(asked.items(), key=lambda item: int(item[0].stem)):
+    for picture, about in sorted(asked.items(), key=lambda item: int(item[0].stem)):
         if stage == "align":
-            if caption := _caption(found):
+            if caption := _caption(about):
                 rows.append(_row(f"{picture.stem}", picture, [("Describe the picture.", caption)]))
             continue
-        for start in range(0, len(found), PER_ROW):
-            turns = [(question.text, question.answer) for question in found[start : start + PER_ROW]]
+        for start in range(0, len(about), PER_ROW):
+            turns = [(question.text, question.answer) for question in about[start : start + PER_ROW]]
             turns[0] = (f"{turns[0][0]}\n{SHORT}", turns[0][1])
             rows.append(_row(f"{picture.stem}-{start}", picture, turns))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_suffix(".json.part")
-    part.write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    os.replace(part, target)
+    with whole_file(target) as temporary:
+        temporary.write_text(json.dumps(rows, indent=1), encoding="utf-8")
     return target
 
 
-def _caption(found: list[EasyQuestion]) -> str | None:
+def _caption(about: list[EasyQuestion]) -> str | None:
     """Colour and shape where the questions themselves say them; nothing is read from the picture."""
-    told = {question.type: question.answer for question in found}
-    return f"A {told['color']} {told['shape']}." if {"color", "shape"} <= told.keys() else None
+    answers = {question.type: question.answer for question in about}
+    return f"A {answers['color']} {answers['shape']}." if {"color", "shape"} <= answers.keys() else None
 
 
 def _row(name: str, picture: Path, turns: list[tuple[str, str]]) -> dict:
-    said = []
-    for number, (asked, answered) in enumerate(turns):
-        said.append({"from": "human", "value": f"<image>\n{asked}" if number == 0 else asked})
-        said.append({"from": "gpt", "value": answered})
-    return {"id": name, "image": str(picture), "conversations": said}
+    conversation = []
+    for number, (question, answer) in enumerate(turns):
+        conversation.append({"from": "human", "value": f"<image>\n{question}" if number == 0 else question})
+        conversation.append({"from": "gpt", "value": answer})
+    return {"id": name, "image": str(picture), "conversations": conversation}
 
 
 def _folder() -> Path:

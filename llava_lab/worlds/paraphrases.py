@@ -1,4 +1,7 @@
-"""The world's own questions in other words, formal and casual, as people write when nobody gave them a form."""
+"""The picture book's own questions in other words, formal and casual, as people write when nobody gave them a form.
+
+retell(ask_about(scene, rng, 1)[0], rng)
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import re
 
 import numpy as np
 
-from llava_lab.worlds.wording import Question, at
+from llava_lab.worlds.questions import Question, at
 
 Pair = tuple[str, str]  # question and answer
 

@@ -20,9 +20,9 @@ import numpy as np
 from tqdm.std import tqdm
 
 from llava_lab.errors import DataError
-from llava_lab.worlds.questions import TYPES, ask_about
+from llava_lab.results.save import whole_file
+from llava_lab.worlds.questions import SHORT, TYPES, Question, article, ask_about, at, place_of
 from llava_lab.worlds.scenes import HELD_OUT, SIZE, SPLITS, Scene, Thing, scene
-from llava_lab.worlds.wording import SHORT, Question, article, at, place_of
 
 __all__ = ["HELD_OUT", "SHORT", "SIZE", "SPLITS", "TYPES", "Question", "Scene", "Thing"]
 __all__ += ["ask_about", "caption", "conversation", "description", "scene", "write_dataset"]
@@ -52,11 +52,11 @@ def description(scene: Scene, rng: np.random.Generator) -> str:
 
 def conversation(scene: Scene, rng: np.random.Generator, turns: int, *, describe: float = 0.25) -> list[tuple[str, str]]:
     """Several (question, answer) turns about one picture; sometimes single words, sometimes a caption first."""
-    found = ask_about(scene, rng, turns)
-    if rng.random() < SHORT_SHARE and found:
-        pairs = [(q.text, q.short) for q in found]
+    questions = ask_about(scene, rng, turns)
+    if rng.random() < SHORT_SHARE and questions:
+        pairs = [(q.text, q.short) for q in questions]
         return [(f"{pairs[0][0]}\n{SHORT}", pairs[0][1]), *pairs[1:]]
-    pairs = [(q.text, q.answer) for q in found]
+    pairs = [(q.text, q.answer) for q in questions]
     if rng.random() < describe:
         request = REQUESTS[int(rng.integers(len(REQUESTS)))]
         pairs.insert(int(rng.integers(len(pairs) + 1)), (request, caption(scene)))
@@ -87,10 +87,9 @@ def write_dataset(
         questions = ask_about(drawn, np.random.default_rng((SPLITS[split], seed, index, 5)), turns)
         rows.append(_row(drawn, image, [(q.text, q.answer) for q in questions]))
         truth.append(_truth(drawn, image, questions))
-    part = target.with_suffix(".json.part")
     (folder / f"{split}.truth.jsonl").write_text("".join(json.dumps(row) + "\n" for row in truth), encoding="utf-8")
-    part.write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    os.replace(part, target)
+    with whole_file(target) as temporary:
+        temporary.write_text(json.dumps(rows, indent=1), encoding="utf-8")
     return target
 
 

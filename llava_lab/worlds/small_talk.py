@@ -14,8 +14,8 @@ from collections.abc import Callable
 import numpy as np
 
 from llava_lab.worlds.paraphrases import Pair, pick
+from llava_lab.worlds.questions import MARGIN, NUMBERS, article, at, names_for, place_of, plural
 from llava_lab.worlds.scenes import HELD_OUT, Scene, Thing
-from llava_lab.worlds.wording import MARGIN, NUMBERS, article, at, names_for, place_of, plural
 
 ABSENT = (
     *("dog", "cat", "horse", "bird", "person", "child", "bicycle", "train", "plane", "clock", "chair", "table", "book", "ball"),
@@ -109,15 +109,13 @@ def _list(scene: Scene, rng: np.random.Generator) -> Pair:
 
 
 def _colors(scene: Scene, rng: np.random.Generator) -> Pair:
-    found = list(dict.fromkeys(scene.things[i].color for i in scene.left_to_right))
+    colors = list(dict.fromkeys(scene.things[i].color for i in scene.left_to_right))
     if rng.random() < 0.4:
         asked = ("How many different colors do the things have?", "how many colours can you see?", "Count the different colors.")
-        return pick(
-            rng, asked
-        ), f"There {'is one color' if len(found) == 1 else f'are {NUMBERS[len(found)]} colors'}: {_join(found)}."
-    return pick(rng, ("Which colors do you see?", "What colours are used?", "List the colors of the things.")), _up(
-        _join(found)
-    ) + "."
+        count = "is one color" if len(colors) == 1 else f"are {NUMBERS[len(colors)]} colors"
+        return pick(rng, asked), f"There {count}: {_join(colors)}."
+    asked = ("Which colors do you see?", "What colours are used?", "List the colors of the things.")
+    return pick(rng, asked), f"{_up(_join(colors))}."
 
 
 def _one(scene: Scene, rng: np.random.Generator) -> Pair | None:

@@ -7,9 +7,8 @@ import numpy as np
 from llava_lab.training.tiny.language import statements
 from llava_lab.training.tiny.pictures import OTHER_COLORS, OTHER_KINDS, retold
 from llava_lab.worlds.picturebook import ask_about, scene
-from llava_lab.worlds.questions import RARE
+from llava_lab.worlds.questions import NUMBERS, RARE, place_of
 from llava_lab.worlds.scenes import KIND_NAMES, Scene, Thing
-from llava_lab.worlds.wording import NUMBERS, place_of
 
 
 def things_named(drawn: Scene, words: list[str]) -> list[Thing]:

@@ -11,8 +11,8 @@ import pytest
 from llava_lab.errors import DataError
 from llava_lab.worlds import picturebook
 from llava_lab.worlds.drawing import COLORS, KINDS
+from llava_lab.worlds.questions import DIRECTIONS, MARGIN, NUMBERS, place_of
 from llava_lab.worlds.scenes import GAP, HELD_OUT, SIZE, Scene, Thing
-from llava_lab.worlds.wording import DIRECTIONS, MARGIN, NUMBERS, place_of
 
 MANY = 400
 

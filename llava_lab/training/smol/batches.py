@@ -20,9 +20,9 @@ from torch.utils.data import Dataset
 from llava_lab.training.text import IGNORE
 from llava_lab.worlds.paraphrases import retell
 from llava_lab.worlds.picturebook import REQUESTS, SHORT, TYPES, ask_about, caption, scene
+from llava_lab.worlds.questions import Question
 from llava_lab.worlds.scenes import Scene
 from llava_lab.worlds.small_talk import DESCRIBE, account, chat
-from llava_lab.worlds.wording import Question
 
 Block = list[tuple[str, str]]  # one first question, or the turns of one conversation
 

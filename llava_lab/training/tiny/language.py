@@ -27,8 +27,8 @@ from transformers import PreTrainedTokenizerFast
 from llava_lab.training.text import ASKED, SHORT_SHARE, Apart, apart, apart_loss, facts, plain, question_turns
 from llava_lab.training.tiny.pictures import ALL_COLORS, ALL_KINDS, NOTHING, Pool, retold
 from llava_lab.worlds.picturebook import REQUESTS, ask_about, caption, description
+from llava_lab.worlds.questions import MARGIN, NUMBERS, article, names_for, place_of, plural
 from llava_lab.worlds.scenes import Scene
-from llava_lab.worlds.wording import MARGIN, NUMBERS, article, names_for, place_of, plural
 
 Statement = tuple[str, str]  # what is given, what is to be known
 FORMS = ("color", "size", "kind", "place") + ("number",) * 3 + ("direction",) * 5
