@@ -41,10 +41,11 @@ from llava_lab.errors import DataError, OptionError
 from llava_lab.evaluation.items import load_items
 from llava_lab.models import layout
 from llava_lab.results import Saved
+from llava_lab.training import loop
 from llava_lab.training.features import SPARE, tower_features
-from llava_lab.training.loop import NOT_MUON, freeze_all_but, rate_at
 from llava_lab.training.recipe import Recipe, Stage
-from llava_lab.training.text import IGNORE, Apart, Joined, apart, apart_loss, joined_loss
+from llava_lab.training.text import IGNORE
+from llava_lab.training.tiny.batches import Apart, Joined, apart, apart_loss, joined_loss
 from llava_lab.training.tiny.pictures import Pool, default_workers, make_pool
 from llava_lab.training.tiny.sight import AlignData, InstructData
 from llava_lab.training.tiny.tower import normalise
@@ -246,26 +247,36 @@ def train_run(material: Material, job: Job, *, advance: Advance | None = None, k
     """Train and examine one connector; `keep` also writes the trained model as a folder. The start comes back as it was."""
     begin = time.perf_counter()
     start, recipe = material.start, material.recipe
+    model: Any = start.lab.model
     module = fresh(start, job.connector, job.seed)
+    parts = {"connector": module, "language": layout.language_model(model), "head": model.get_output_embeddings()}
     losses: list[float] = []
     order: list[int] = []
+
+    def stamped_loss(item: Item) -> tuple[Tensor, dict[str, Any]]:
+        order.append(stamp(item))
+        return loss_of(model, module, item, material.image_id), {}
+
     try:
         with plugged(start.lab, module):
             for stage, steps in zip((recipe.align, recipe.instruct), job.steps, strict=True):
-                if steps and (not losses or math.isfinite(losses[-1])):
-                    _stage(material, module, replace(stage, steps=steps), job, losses, order, advance)
-            start.lab.model.requires_grad_(False)
-            sat = [sit(start.lab.model, module, material.exams[name], material.image_id) for name in job.exams]
+                if steps and (not losses or math.isfinite(losses[-1])):  # a run that diverged ends there
+                    loop.freeze_all_but(model, stage.trains)
+                    data, rates = batches(material, stage, job.seed), {"connector": job.rate}
+                    stage = replace(stage, steps=steps)
+                    losses += loop.train(stage, parts, data, stamped_loss, rates=rates, bf16=material.bf16, on_step=advance)
+            model.requires_grad_(False)
+            graded = [sit(model, module, material.exams[name], material.image_id) for name in job.exams]
             if keep is not None:
                 _write(start, keep)
     finally:
-        start.lab.model.requires_grad_(False)
+        model.requires_grad_(False)
         start.reset()
     return Finished(
         job=asdict(job),
         setup=material.setup,
-        right=np.concatenate([right for right, _ in sat]),
-        loss=np.array([loss for _, loss in sat]),
+        right=np.concatenate([right for right, _ in graded]),
+        loss=np.array([loss for _, loss in graded]),
         losses=np.array(losses, np.float32),
         order=np.array(order, np.uint32),
         parameters=sum(parameter.numel() for parameter in module.parameters()),
@@ -291,67 +302,6 @@ def batches(material: Material, stage: Stage, seed: int) -> Any:
     if stage.name == "align":
         return AlignData(material.pool, tokenizer, **common)
     return InstructData(material.pool, tokenizer, turns=stage.turns, **common)
-
-
-def _stage(
-    material: Material,
-    module: nn.Module,
-    stage: Stage,
-    job: Job,
-    losses: list[float],
-    order: list[int],
-    advance: Advance | None,
-) -> None:
-    """One stage of the recipe; a loss that is not finite ends it."""
-    model: Any = material.start.lab.model
-    freeze_all_but(model, stage.trains)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    opts = optimizers(module, [layout.language_model(model), model.get_output_embeddings()], stage, job.rate)
-    data = batches(material, stage, job.seed)
-    for step in range(stage.steps):
-        item = data[step]
-        order.append(stamp(item))
-        share = rate_at(stage, step, stage.steps)
-        for optimizer in opts:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * share
-        with torch.autocast("cpu", torch.bfloat16, enabled=material.bf16):
-            loss = loss_of(model, module, item, material.image_id)
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            return
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, stage.clip)
-        for optimizer in opts:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        if advance is not None:
-            advance(1)
-
-
-def optimizers(connector: nn.Module, others: list[nn.Module], stage: Stage, rate: float) -> list[torch.optim.Optimizer]:
-    """The recipe's AdamW and Muon, the connector at its own rate and the rest at the stage's.
-
-    As `llava_lab.training.loop.optimizers` splits parameters; Muon's rate keeps the stage's proportion to AdamW's.
-    """
-    ratio = stage.matrix_rate / stage.rate
-    groups: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
-    for modules, peak in (([connector], rate), (others, stage.rate)):
-        split: dict[bool, list[nn.Parameter]] = {False: [], True: []}
-        for name, parameter in ((n, p) for part in modules for n, p in part.named_parameters() if p.requires_grad):
-            matrix = parameter.ndim == 2 and bool(ratio) and not any(part in name for part in NOT_MUON)
-            split[matrix].append(parameter)
-        for matrix, found in split.items():
-            if found:
-                groups[matrix].append(
-                    {"params": found, "lr": peak * (ratio if matrix else 1), "peak": peak * (ratio if matrix else 1)}
-                )
-    made: list[torch.optim.Optimizer] = []
-    if groups[False]:
-        made.append(torch.optim.AdamW(groups[False], betas=(0.9, 0.98), weight_decay=stage.decay, fused=True))
-    if groups[True]:
-        made.append(torch.optim.Muon(groups[True], weight_decay=stage.decay, momentum=0.95))
-    return made
 
 
 def read(folder: Path, job: Job, setup: Mapping[str, Any]) -> Finished | None:

@@ -1,8 +1,14 @@
-"""One training loop for every stage: rates, mixed precision, logs, checkpoints, resuming.
+"""One training loop: rates, mixed precision, logs, checkpoints, going on after a stop.
 
-A stage is a function from a batch to a loss; everything random comes from the step's own
-number, so a stage resumed at step n continues exactly as if it had never stopped. Weight
-matrices may use Muon (orthogonalised momentum, torch.optim.Muon), the rest AdamW.
+A stage is plain data (`recipe.Stage`), the loss is a function of a batch, and batches are numbered by their step.
+Everything random comes from the step's own number, so a stage resumed at step n continues exactly as if it had never
+stopped. Weight matrices may use Muon (orthogonalised momentum, torch.optim.Muon), the rest AdamW.
+
+    losses = train(stage, {"connector": connector}, batches, lambda batch: (loss_of(model, batch), {}), folder=out)
+
+Used by the recipes of `tiny` and `smol` and by the runs of a comparison. LLaVA's own two stages go through
+transformers' Trainer (`trainer`), which brings processes and accumulation; connectors trained together (`together`)
+keep the Trainer's schedule, so that each learns what it would learn alone.
 """
 
 from __future__ import annotations
@@ -10,16 +16,17 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
+from llava_lab.results.save import whole_file
 from llava_lab.training.recipe import Stage
 
 log = logging.getLogger(__name__)
@@ -27,6 +34,76 @@ log = logging.getLogger(__name__)
 SAVE_EVERY = 120.0  # seconds between checkpoints
 LOG_EVERY = 20  # steps
 NOT_MUON = ("embed", "head", "position")  # parts of names of two-dimensional parameters that are no hidden matrices
+
+LossOf = Callable[[Any], tuple[Tensor, dict[str, Any]]]  # a batch's loss, and what its log line says beside it
+
+
+def train(
+    stage: Stage,
+    modules: Mapping[str, nn.Module],
+    data: Any,
+    loss_of: LossOf,
+    *,
+    folder: Path | None = None,
+    rates: Mapping[str, float] | None = None,
+    bf16: bool = True,
+    workers: int = 0,
+    check: Callable[[int], dict[str, Any]] | None = None,
+    check_every: int = 500,
+    on_step: Callable[[int], Any] | None = None,
+) -> list[float]:
+    """Train the stage's steps and return every step's loss.
+
+    `data[step]` is the whole batch of that step. Parameters of `modules` that ask for gradients train; `rates` gives some
+    modules a peak of their own. With `folder` the run keeps ``STAGE.pt`` (modules under their names, optimisers, losses)
+    and ``STAGE.jsonl`` (one line every `LOG_EVERY` steps, with what `check` says every `check_every`), and goes on from
+    there. `workers` processes read batches ahead. `on_step` is called with 1 after every step. A loss that is not finite is
+    the last one: the step is not taken, and nothing is saved after it.
+    """
+    optimisers = optimizers(modules, stage, rates)
+    start, losses, used = 0, [], 0.0
+    if folder is not None:
+        start, losses, used = _go_on(folder / f"{stage.name}.pt", modules, optimisers)
+        if start >= stage.steps:
+            return losses
+    trained = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
+    begin = last_save = time.monotonic()
+    with (folder / f"{stage.name}.jsonl").open("a") if folder is not None else nullcontext() as lines:
+        for step, batch in enumerate(_batches(data, start, stage.steps, workers), start):
+            spent, share = used + time.monotonic() - begin, rate_at(stage, step, stage.steps)
+            for group in (group for optimiser in optimisers for group in optimiser.param_groups):
+                group["lr"] = group["peak"] * share
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                loss, facts = loss_of(batch)
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                log.warning("stage %s ends at step %d: its loss is %s", stage.name, step, losses[-1])
+                return losses
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, stage.clip)
+            for optimiser in optimisers:
+                optimiser.step()
+                optimiser.zero_grad(set_to_none=True)
+            if on_step is not None:
+                on_step(1)
+            done = step + 1 == stage.steps
+            if lines is not None and (step % LOG_EVERY == 0 or done):
+                row = {"step": step, "loss": round(losses[-1], 5), "rate": round(share, 5), "seconds": round(spent, 1), **facts}
+                if check and (step % check_every == 0 or done):
+                    row |= check(step)
+                lines.write(json.dumps(row) + "\n")
+                lines.flush()
+            if folder is not None and (done or time.monotonic() - last_save > SAVE_EVERY):
+                _save(folder / f"{stage.name}.pt", modules, optimisers, step + 1, losses, spent)
+                last_save = time.monotonic()
+    return losses
+
+
+def _batches(data: Any, start: int, steps: int, workers: int) -> Iterator[Any]:
+    if workers:
+        yield from DataLoader(data, batch_size=None, sampler=range(start, steps), num_workers=workers, prefetch_factor=4)
+    else:
+        yield from (data[step] for step in range(start, steps))
 
 
 def freeze_all_but(model: nn.Module, names: Iterable[str]) -> list[str]:
@@ -43,26 +120,28 @@ def freeze_all_but(model: nn.Module, names: Iterable[str]) -> list[str]:
     return trained
 
 
-def optimizers(modules: list[nn.Module], stage: Stage) -> list[torch.optim.Optimizer]:
-    """AdamW for vectors, embeddings, heads and convolutions; Muon for matrices when the stage asks for it."""
-    matrices: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
-    for module in modules:
+def optimizers(
+    modules: Mapping[str, nn.Module], stage: Stage, rates: Mapping[str, float] | None = None
+) -> list[torch.optim.Optimizer]:
+    """AdamW for vectors, embeddings, heads and convolutions; Muon for matrices when the stage asks for it.
+
+    A module named in `rates` has its own peak, and Muon's follows it in the stage's proportion.
+    """
+    ratio = stage.matrix_rate / stage.rate
+    groups: dict[bool, dict[float, list[nn.Parameter]]] = {False: {}, True: {}}
+    for module_name, module in modules.items():
+        peak = (rates or {}).get(module_name, stage.rate)
         for name, parameter in module.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            inner = parameter.ndim == 2 and not any(part in name for part in NOT_MUON)
-            (matrices if inner and stage.matrix_rate else rest).append(parameter)
-    found: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(rest, lr=stage.rate, betas=(0.9, 0.98), weight_decay=stage.decay, fused=True)
-    ]
-    if matrices:
-        muon = torch.optim.Muon(matrices, lr=stage.matrix_rate, weight_decay=stage.decay, momentum=0.95)
-        found.append(muon)
-    for optimizer in found:
-        for group in optimizer.param_groups:
-            group["peak"] = group["lr"]
-    return found
+            if parameter.requires_grad:
+                matrix = bool(ratio) and parameter.ndim == 2 and not any(part in name for part in NOT_MUON)
+                groups[matrix].setdefault(peak * ratio if matrix else peak, []).append(parameter)
+    adamw, muon = ([{"params": p, "lr": peak, "peak": peak} for peak, p in groups[matrix].items()] for matrix in (False, True))
+    made: list[torch.optim.Optimizer] = []
+    if adamw:
+        made.append(torch.optim.AdamW(adamw, betas=(0.9, 0.98), weight_decay=stage.decay, fused=True))
+    if muon:
+        made.append(torch.optim.Muon(muon, weight_decay=stage.decay, momentum=0.95))
+    return made
 
 
 def rate_at(stage: Stage, step: int, steps: int) -> float:
@@ -74,91 +153,33 @@ def rate_at(stage: Stage, step: int, steps: int) -> float:
     return stage.final + (1 - stage.final) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def run_stage(
-    stage: Stage,
-    modules: dict[str, nn.Module],
-    data: Dataset,
-    loss_of: Callable[[Any], tuple[Tensor, dict[str, float]]],
-    *,
-    folder: Path,
-    steps: int | None = None,
-    seconds: float | None = None,
-    workers: int = 1,
-    check: Callable[[int], dict[str, float]] | None = None,
-    check_every: int = 500,
-) -> list[float]:
-    """Train until `steps` are done and return every step's loss; resumes from `folder` if it can.
-
-    `data[step]` is the whole batch of that step. `modules` are saved under their names. With
-    `seconds` the schedule follows the clock instead: the rate falls with the time used, and the
-    stage ends when it is spent (the step count then is what the card reports).
-    """
-    steps = steps or stage.steps
-    opts = optimizers(list(modules.values()), stage)
-    state_file, log_file = folder / f"{stage.name}.pt", folder / f"{stage.name}.jsonl"
-    start, losses, used = _resume(state_file, modules, opts)
-    if start >= steps or (seconds and used >= seconds):
-        return losses
-    loader = DataLoader(
-        data, batch_size=None, sampler=range(start, steps), num_workers=workers, prefetch_factor=4 if workers else None
-    )
-    trained = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
-    begin = last_save = time.monotonic()
-    with log_file.open("a") as lines:
-        for step, batch in enumerate(loader, start):
-            spent = used + time.monotonic() - begin
-            share = rate_at(stage, step, steps) if not seconds else rate_at(stage, round(1e4 * spent / seconds), 10_000)
-            for optimizer in opts:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak"] * share
-            with torch.autocast("cpu", torch.bfloat16):
-                loss, extra = loss_of(batch)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, stage.clip)
-            for optimizer in opts:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            losses.append(loss.item())
-            done = step + 1 == steps or bool(seconds and spent >= seconds)
-            if step % LOG_EVERY == 0 or done:
-                row = {"step": step, "loss": round(losses[-1], 5), "rate": round(share, 5), "seconds": round(spent, 1), **extra}
-                if check and (step % check_every == 0 or done):
-                    row |= check(step)
-                lines.write(json.dumps(row) + "\n")
-                lines.flush()
-            if done or time.monotonic() - last_save > SAVE_EVERY:
-                _save(state_file, modules, opts, step + 1, losses, spent)
-                last_save = time.monotonic()
-            if done:
-                break
-    return losses
-
-
 def _save(
-    path: Path, modules: dict[str, nn.Module], opts: list[torch.optim.Optimizer], step: int, losses: list[float], used: float
+    path: Path, modules: Mapping[str, nn.Module], optimisers: list[torch.optim.Optimizer], step: int, losses: list, used: float
 ) -> None:
     state = {
         "modules": {name: module.state_dict() for name, module in modules.items()},
-        "optimizers": [optimizer.state_dict() for optimizer in opts],
+        "optimizers": [optimiser.state_dict() for optimiser in optimisers],
         "step": step,
         "losses": losses,
         "seconds": used,
     }
-    part = path.with_suffix(".part")
-    torch.save(state, part)
-    os.replace(part, path)
+    with whole_file(path) as temporary:
+        torch.save(state, temporary)
 
 
-def _resume(path: Path, modules: dict[str, nn.Module], opts: list[torch.optim.Optimizer]) -> tuple[int, list[float], float]:
+def _go_on(
+    path: Path, modules: Mapping[str, nn.Module], optimisers: list[torch.optim.Optimizer]
+) -> tuple[int, list[float], float]:
+    """(next step, losses so far, seconds used) of the run that `path` keeps, put into modules and optimisers."""
     if not path.exists():
         return 0, [], 0.0
     state = torch.load(path, weights_only=True)
     for name, module in modules.items():
         module.load_state_dict(state["modules"][name])
-    for optimizer, saved in zip(opts, state["optimizers"], strict=True):
-        peaks = [group["peak"] for group in optimizer.param_groups]
-        optimizer.load_state_dict(saved)
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+    for optimiser, saved in zip(optimisers, state["optimizers"], strict=True):
+        peaks = [group["peak"] for group in optimiser.param_groups]
+        optimiser.load_state_dict(saved)
+        for group, peak in zip(optimiser.param_groups, peaks, strict=True):
             group["peak"] = peak  # the stage's rate counts, not the one it was saved with
     log.info("resuming %s at step %d", path.stem, state["step"])
     return state["step"], state["losses"], state["seconds"]

@@ -41,7 +41,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -51,11 +50,12 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from llava_lab.capture import hooked
 from llava_lab.errors import CheckpointError
 from llava_lab.models import layout
 from llava_lab.training.features import tower_features
 from llava_lab.training.rows import LlavaData
-from llava_lab.training.text import IGNORE
+from llava_lab.training.text import IGNORE, stacked
 
 log = logging.getLogger(__name__)
 
@@ -212,25 +212,18 @@ class Collate:
         """The model's keywords: ``input_ids``, ``attention_mask`` (B, T), ``pixel_values`` (pictures, *empty), ``labels`` (B, K),
         ``logits_to_keep`` (K,) positions. Without a picture in any row ``pixel_values`` is one of zeros, which meets no token.
         """
-        longest = max(len(row["ids"]) for row in rows)
-        ids = np.full((len(rows), longest), self.pad_id, np.int64)
-        mask = np.zeros((len(rows), longest), np.int64)
-        next_label = np.full((len(rows), longest), IGNORE, np.int64)  # what the position before it should say
-        for i, row in enumerate(rows):
-            size = len(row["ids"])
-            ids[i, :size], mask[i, :size] = row["ids"], 1
-            next_label[i, : size - 1] = row["labels"][1:]
-        keep = np.flatnonzero((next_label != IGNORE).any(0))
-        seen = [torch.as_tensor(row["picture"]) for row in rows if row["picture"] is not None]
-        pixels = torch.stack(seen) if seen else torch.zeros(1, *self.empty, dtype=self.dtype)
-        found = torch.from_numpy(np.ascontiguousarray(next_label[:, keep]))
+        ids, nexts = stacked([(row["ids"], row["labels"]) for row in rows], self.pad_id)
+        lengths = torch.tensor([len(row["ids"]) for row in rows])
+        keep = (nexts != IGNORE).any(0).nonzero().flatten()
+        pictures = [torch.as_tensor(row["picture"]) for row in rows if row["picture"] is not None]
+        labels = nexts[:, keep]
         return {
-            "input_ids": torch.from_numpy(ids),
-            "attention_mask": torch.from_numpy(mask),
-            "pixel_values": pixels,
-            "labels": found,
-            "shift_labels": found,
-            "logits_to_keep": torch.from_numpy(keep),
+            "input_ids": ids,
+            "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long(),
+            "pixel_values": torch.stack(pictures) if pictures else torch.zeros(1, *self.empty, dtype=self.dtype),
+            "labels": labels,
+            "shift_labels": labels,
+            "logits_to_keep": keep,
         }
 
 
@@ -241,26 +234,25 @@ def reading_features(model: Any, *, cached: bool) -> Iterator[None]:
     A batch's only picture may be of zeros and belong to no row: it passes the connector and then is no token.
     """
     inner = model.model
-    projector, image_id = layout.connector_of(model), int(model.config.image_token_index)
+    connector, image_id = layout.connector_of(model), int(model.config.image_token_index)
     expected = {"tokens": True}
 
-    def seen(pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
+    def image_features(pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
         features = pixel_values if cached else tower_features(model, pixel_values)
-        weight = next(projector.parameters(), None)
-        projected = projector(features if weight is None else features.to(weight.dtype)).flatten(0, 1)
-        return BaseModelOutputWithPooling(pooler_output=[projected if expected["tokens"] else projected[:0]])
+        weight = next(connector.parameters(), None)
+        tokens = connector(features if weight is None else features.to(weight.dtype)).flatten(0, 1)
+        return BaseModelOutputWithPooling(pooler_output=[tokens if expected["tokens"] else tokens[:0]])
 
     def look(module: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         ids = options["input_ids"] if "input_ids" in options else args[0]
         expected["tokens"] = bool((ids == image_id).any())
 
-    hook = inner.register_forward_pre_hook(look, with_kwargs=True)
-    inner.get_image_features = seen
-    try:
-        yield
-    finally:
-        del inner.get_image_features
-        hook.remove()
+    with hooked(inner, before=look, with_kwargs=True):
+        inner.get_image_features = image_features
+        try:
+            yield
+        finally:
+            del inner.get_image_features
 
 
 OnLog = Callable[[dict[str, Any]], None]

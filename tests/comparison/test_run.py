@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.test_training import QUICK
 
 import llava_lab as ll
 from llava_lab.cli import main as cli
@@ -23,6 +22,7 @@ from llava_lab.comparison.start import load_start
 from llava_lab.errors import DataError, LabError
 from llava_lab.results import Ablation
 from llava_lab.training import train
+from tests.support.training_rows import QUICK
 
 FEW = replace(QUICK, pictures=24, align=replace(QUICK.align, steps=2, batch=4), instruct=replace(QUICK.instruct, steps=2))
 OPTIONS: dict[str, Any] = {

@@ -1,13 +1,39 @@
-"""A small data set in LLaVA's format for the training tests: pictures, conversations, captions, text alone."""
+"""What the training tests train on: a small data set in LLaVA's format, and our recipe in a size of seconds."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from llava_lab.training import TINY, Architecture, Recipe
+
+SMALL = Architecture(
+    image=48,
+    patch=8,
+    vision_width=32,
+    vision_layers=3,
+    vision_heads=2,
+    vision_mlp=64,
+    hidden=32,
+    layers=2,
+    heads=2,
+    mlp=64,
+    vocabulary=700,
+)
+QUICK = Recipe(
+    name="quick",
+    pictures=120,
+    architecture=SMALL,
+    tower=replace(TINY.tower, steps=6, batch=8),
+    language=replace(TINY.language, steps=11, batch=4, turns=3),
+    align=replace(TINY.align, steps=6, batch=8),
+    instruct=replace(TINY.instruct, steps=8, batch=4, turns=3),
+)
 
 COLORS = ("red", "blue", "green", "white")
 

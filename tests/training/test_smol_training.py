@@ -17,6 +17,7 @@ from llava_lab.errors import CheckpointError, OptionError
 from llava_lab.models import layout
 from llava_lab.models.formats import smol
 from llava_lab.models.formats import smol as gguf_cache
+from llava_lab.training import loop
 from llava_lab.training.smol import make as training
 from llava_lab.training.smol.batches import IGNORE, SmolData
 from llava_lab.training.smol.make import SMOL, train_smol
@@ -114,17 +115,15 @@ def test_a_run_stopped_in_any_stage_goes_on_to_the_same_bits(
         return real(self, step)
 
     monkeypatch.setattr(SmolData, "__getitem__", stops)
-    monkeypatch.setattr(training, "run_stage", _in_one_process(training.run_stage))
+    real_train = loop.train
+    # in this process, where the planted interrupt is heard
+    monkeypatch.setattr(loop, "train", lambda *args, **options: real_train(*args, **{**options, "workers": 0}))
     for _ in range(4):
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "smol", resume=True)
     found = weights(run(tmp_path / "smol", resume=True))
     assert len(taken) == 4
     assert all(torch.equal(value, found[name]) for name, value in weights(whole).items())
-
-
-def _in_one_process(stage: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *args, **options: stage(*args, **options, workers=0)
 
 
 def test_grey_pictures_carry_nothing(language: Path) -> None:

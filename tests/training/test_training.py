@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from llava_lab.errors import DataError, OptionError
-from llava_lab.training import TINY, Architecture, Recipe, train
+from llava_lab.training import TINY, train
 from llava_lab.training.loop import rate_at
-from llava_lab.training.text import IGNORE, apart, apart_loss, encode, joined, joined_loss, plain, render
+from llava_lab.training.text import IGNORE, encode, render
+from llava_lab.training.tiny.batches import apart, apart_loss, joined, joined_loss, plain
 from llava_lab.training.tiny.make import _Work
 from llava_lab.training.tiny.model import build_config, build_model, build_processor, build_tokenizer
 from llava_lab.training.tiny.pictures import NOTHING, make_pool, truth_of
@@ -22,29 +23,8 @@ from llava_lab.training.tiny.sight import FORMS, InstructData
 from llava_lab.training.tiny.streams import shared_prefix
 from llava_lab.training.tiny.tower import normalise, swapped
 from llava_lab.worlds.picturebook import SHORT, conversation, scene
+from tests.support.training_rows import QUICK, SMALL
 
-SMALL = Architecture(
-    image=48,
-    patch=8,
-    vision_width=32,
-    vision_layers=3,
-    vision_heads=2,
-    vision_mlp=64,
-    hidden=32,
-    layers=2,
-    heads=2,
-    mlp=64,
-    vocabulary=700,
-)
-QUICK = Recipe(
-    name="quick",
-    pictures=120,
-    architecture=SMALL,
-    tower=replace(TINY.tower, steps=6, batch=8),
-    language=replace(TINY.language, steps=11, batch=4, turns=3),
-    align=replace(TINY.align, steps=6, batch=8),
-    instruct=replace(TINY.instruct, steps=8, batch=4, turns=3),
-)
 PARTS = {"tower": "vision_tower", "language": "language_model|lm_head", "align": "multi_modal_projector"}
 PARTS["instruct"] = "multi_modal_projector|language_model|lm_head"
 

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from llava_lab.errors import OptionError
 from llava_lab.models import layout
 from llava_lab.models.formats import smol
+from llava_lab.training import loop
 from llava_lab.training.features import tower_features
-from llava_lab.training.loop import run_stage
 from llava_lab.training.recipe import Stage
 from llava_lab.training.smol.batches import Batch, Chat, SmolData, asked_blocks, draw
 from llava_lab.training.smol.own_texts import many_texts, own_texts
@@ -264,7 +264,7 @@ def train_smol(
             teacher = _teacher(parts)
             data.texts = many_texts(teacher, processor.tokenizer, folder / "many.json") if texts is None else texts
             made = partial(distance, model, teacher, image_id=form.image_id)
-        run_stage(scaled, modules, data, made, folder=folder, check=check, check_every=CHECK_EVERY)
+        loop.train(scaled, modules, data, made, folder=folder, workers=1, check=check, check_every=CHECK_EVERY)
     return write_weights(folder, connector, lows, recipe)
 
 

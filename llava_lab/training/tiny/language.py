@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from llava_lab.training.text import ASKED, SHORT_SHARE, Apart, apart, apart_loss, facts, plain, question_turns
+from llava_lab.training.tiny.batches import ASKED, SHORT_SHARE, Apart, apart, apart_loss, facts, plain, question_turns
 from llava_lab.training.tiny.pictures import ALL_COLORS, ALL_KINDS, NOTHING, Pool, retold
 from llava_lab.worlds.picturebook import REQUESTS, ask_about, caption, description
 from llava_lab.worlds.questions import MARGIN, NUMBERS, article, names_for, place_of, plural

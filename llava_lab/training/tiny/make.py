@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from llava_lab.errors import OptionError
-from llava_lab.training.loop import freeze_all_but, run_stage
+from llava_lab.training import loop
 from llava_lab.training.recipe import TINY, Recipe, Stage
 from llava_lab.training.tiny import streams
 from llava_lab.training.tiny.language import LanguageData, Marks, language_loss
@@ -99,11 +99,12 @@ class _Work:
         steps, early = (round(count * self.scale) for count in (stage.steps, stage.early))
         stage = replace(stage, steps=max(1, steps), early=early)
         torch.manual_seed(self.recipe.seed)
-        freeze_all_but(self.model, stage.trains)
+        loop.freeze_all_but(self.model, stage.trains)
         modules, data, loss = self._parts(stage)
         check = make_check(self.model, self.unseen, self.tokenizer) if stage.name == "instruct" else None
         (self.folder / f"{stage.name}.recipe.json").write_text(json.dumps(asdict(stage), indent=1))
-        return run_stage(stage, modules, data, loss, folder=self.folder, check=check)
+        # one process reads ahead: drawing and tokenising a batch takes about as long as a step
+        return loop.train(stage, modules, data, loss, folder=self.folder, workers=1, check=check)
 
     def _parts(self, stage: Stage) -> tuple[dict[str, nn.Module], Dataset, Callable[[Any], Any]]:
         model, recipe, grid = self.model, self.recipe, self.recipe.architecture.grid

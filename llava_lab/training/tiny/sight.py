@@ -20,13 +20,12 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from llava_lab.training.text import (
+from llava_lab.training.text import IGNORE, encode
+from llava_lab.training.tiny.batches import (
     ASKED,
-    IGNORE,
     SHORT_SHARE,
     apart,
     apart_loss,
-    encode,
     facts,
     joined,
     joined_loss,
