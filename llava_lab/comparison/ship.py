@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from llava_lab.comparison import pack
 from llava_lab.comparison.plan import ABLATION as RECIPE
 from llava_lab.comparison.plan import BUDGETS
 from llava_lab.comparison.run import Finished, Job
 from llava_lab.errors import CheckpointError, DataError, OptionError
 from llava_lab.evaluation import answer_all, load_items
-from llava_lab.models import Lab, load
+from llava_lab.models import Lab, folders, load
 from llava_lab.models.folders import ABLATE, ABLATION
-from llava_lab.models.formats import compact
 from llava_lab.results import MANY, Ablation
 
 if TYPE_CHECKING:
@@ -265,13 +265,13 @@ def ship_ablation(
     for job in jobs.values():
         if not (out / "models" / job.id / "config.json").is_file():
             raise CheckpointError(f"{out / 'models' / job.id} is missing; run {ABLATE} without --no-keep")
-    with compact.whole(assets) as part:
+    with folders.whole_folder(assets) as part:
         size = found.save(part / RESULT).stat().st_size
         if size > LARGEST:
             raise DataError(f"the result takes {size:,} bytes and at most {LARGEST:,} ship; test on fewer pictures")
         changes = {}
         for name, job in jobs.items():
-            compact.write(out / "models" / job.id, part / name)
+            pack.write(out / "models" / job.id, part / name)
             (part / name / CARD).write_text(of_model(found, job), encoding="utf-8")
             changes[name] = measure(out / "models" / job.id, part / name, found, name, pictures=pictures, progress=progress)
         said = {name: change.in_words() for name, change in changes.items()}

