@@ -1,40 +1,26 @@
-"""Raw attention: where the predicting positions look, averaged over layers and heads, or with chosen heads.
+"""Attention at the predicting positions: as it stands, weighed by what it fetches, or beside a neutral instruction.
 
-It says where information could be fetched from at those positions, not what was used. It ignores
-what earlier positions had already collected (`rollout` follows that) and every value vector
-(`value_attention` weighs those).
+- ``attention`` is the mean over layers and heads, or chosen heads. It says where information could be fetched from at
+  those positions, not what was used, and ignores what earlier positions had already collected (`rollout` follows that).
+- ``value_attention`` multiplies each weight by the length of the vector it moves into the residual stream, ``|a v W_O|``:
+  a head that attends strongly to a position whose value is nearly zero (a sink) fetches nothing. With ``join="vectors"``
+  the heads' vectors are added before the length is taken, so that heads which cancel count as cancelling. It measures
+  how much is written, not whether what is written speaks for the target; a bias of the output projection belongs to no
+  position and is left out.
+- ``relative_attention`` divides the map for this question by the map for an instruction that asks for nothing special:
+  what draws attention whatever is asked is in both and cancels. For the neutral side the authors read the position that
+  predicts the answer's first token, and so does ``beside="cue"``; ``"answer"`` lets the model repeat this run's answer
+  after the neutral instruction and reads the very same words there. Where attention is sharp, most patches have next to
+  none on either side, and the ratio of two such numbers is noise that outshines everything; so both sides are first
+  raised by `floor`: None is what each token would get from uniform attention, and 0 is the authors' plain ratio.
 
-Source: the head mean that most viewers draw, e.g. zjysteven/VLM-Visualizer; interpretation after
-Jain & Wallace 2019 (attention is not explanation).
+Sources: the head mean that most viewers draw, e.g. zjysteven/VLM-Visualizer; interpretation after Jain & Wallace 2019
+(attention is not explanation). Kobayashi et al. 2020 (arXiv 2004.10102), norm-based analysis, with the layer norm before
+the attention counted as part of the value. Zhang et al. 2025 (arXiv 2502.17422; saccharomycetes/mllms_know,
+``rel_attention_llava``), which uses the fifteenth of 32 layers, here ``layers=(14, 15)``, and the words "Write a general
+description of the image."
 
-Attention weighed by what it fetches: the size of each head's value vector, through its output projection.
-
-A head that attends strongly to a position whose value is nearly zero (a sink) fetches nothing, and raw
-attention cannot tell. Here each weight is multiplied by the length of the vector it moves into the
-residual stream: ``|a v W_O|``. With ``join="vectors"`` the heads' vectors are added before the length
-is taken, so that heads which cancel count as cancelling; with ``"norms"`` the lengths are averaged.
-
-It measures how much is written, not whether what is written speaks for the target. A bias of the
-output projection belongs to no position and is left out.
-
-Source: Kobayashi et al. 2020 (arXiv 2004.10102), norm-based analysis, with the layer norm before the
-attention counted as part of the value.
-
-Relative attention: the map for this question divided by the map for an instruction that asks for nothing special.
-
-What draws attention whatever is asked (sinks, image tokens early in the sequence) is in both and cancels.
-The second forward has the same picture and the same earlier turns, with the question replaced.
-
-For the neutral side the authors read the position that predicts the answer's first token, and so does
-``beside="cue"``; ``"answer"`` lets the model repeat this run's answer after the neutral instruction and
-reads the very same words there, which also cancels what the answer's own words draw.
-
-Where attention is sharp, most patches have next to none on either side, and the ratio of two such numbers
-is noise that outshines everything. So both sides are first raised by `floor`: None is what each token would
-get from uniform attention, and 0 is the authors' plain ratio.
-
-Source: Zhang et al. 2025 (arXiv 2502.17422; saccharomycetes/mllms_know, ``rel_attention_llava``), which uses
-the fifteenth of 32 layers, here ``layers=(14, 15)``, and the words "Write a general description of the image."
+    attribute(lab, run, method="attention", target="red", heads=((14, 24), (14, 13)))
 """
 
 from __future__ import annotations
@@ -61,6 +47,10 @@ from llava_lab.results import Run, Target
 if TYPE_CHECKING:
     from llava_lab.models import Lab
 
+NEUTRAL = "Describe the picture."
+OUT_PATHS = ("o_proj", "out_proj")  # Llama and most decoders; CLIP and OPT
+TINY = 1e-12  # far below any attention that can matter: keeps a share of nothing, and a ratio of nothing, a number
+
 
 @method(
     truth="How much the positions that predict the target attend to each image token, averaged over layers and heads.",
@@ -80,20 +70,58 @@ def attention(
     seen = read_rows(lab, lab.inputs(run, tiles=True), at, chosen, fusion)
     rows = target_rows(seen.fused, at, targets)
     image = slice(*run.segments["image"])
-    shares = [target_rows(one, at, targets)[:, image].sum(1).tolist() for one in seen.parts]
+    shares = [target_rows(part, at, targets)[:, image].sum(1).tolist() for part in seen.parts]
     extras: dict[str, Any] = {"mass": segment_mass(rows, run), "image_share": rows[:, image].sum(1).tolist()}
     if chosen.pairs:
-        named = zip(chosen.pairs, shares, strict=True)
-        extras["image_share_by_head"] = [{"layer": layer, "head": head, "share": share} for (layer, head), share in named]
-        notes = (f"Attention of the predicting positions, {fusion} over {chosen.which}.",)
+        pairs = zip(chosen.pairs, shares, strict=True)
+        extras["image_share_by_head"] = [{"layer": layer, "head": head, "share": share} for (layer, head), share in pairs]
     else:
         extras["image_share_by_layer"] = shares
-        notes = (f"Attention of the predicting positions, {fusion} over {chosen.which}, mean over {chosen.window}.",)
+    return Maps(image_values(rows, run), {"forward": 1}, attention_notes(chosen, fusion), extras, view_values(rows, run))
+
+
+def attention_notes(chosen: Chosen, fusion: str) -> tuple[str]:
+    """What an attention map was made of."""
+    window = "" if chosen.pairs else f", mean over {chosen.window}"
+    return (f"Attention of the predicting positions, {fusion} over {chosen.which}{window}.",)
+
+
+@method(
+    truth="How large a vector the positions that predict the target fetch from each image token: attention times value norm.",
+    source="Kobayashi et al. 2020, norm-based analysis",
+    cost="1 forward",
+    blind_to="whether what was fetched speaks for the target, and everything that reached it through other positions",
+    needs="plain weights",
+    reach="tokens",
+    contrast=False,
+)
+def value_attention(
+    lab: Lab,
+    run: Run,
+    targets: Targets,
+    *,
+    layers: Window = None,
+    heads: Heads = None,
+    join: Literal["norms", "vectors"] = "norms",
+    scale: Literal["share", "raw"] = "share",
+) -> Maps:
+    chosen = choose_heads(lab, layers, heads)
+    at = predicting_rows(targets)
+    decoder = language_layers(lab.model)
+    watched = [decoder[layer] for layer in chosen.layers]
+    with undisturbed(lab.model), watch_attention(watched, ValueRows(at, watched, chosen, join=join)) as kept:
+        lab.model(**lab.inputs(run, tiles=True), use_cache=False, logits_to_keep=1)
+    by_layer = torch.stack([kept.layers[i] for i in range(len(watched))])  # L Q K
+    if scale == "share":
+        by_layer = by_layer / by_layer.sum(-1, keepdim=True).clamp_min(TINY)
+    rows = target_rows(by_layer.mean(0), at, targets)
+    image = slice(*run.segments["image"])
+    total = rows.sum(1).clamp_min(TINY)
+    extras = {"mass": segment_mass(rows, run), "image_share": (rows[:, image].sum(1) / total).tolist()}
+    how = "mean length of the heads' vectors" if join == "norms" else "length of the heads' summed vector"
+    unit = "as a share of its row, mean over layers" if scale == "share" else "in the model's own units, mean over layers"
+    notes = (f"What the predicting positions fetch through {chosen}: {how}, {unit}.",)
     return Maps(image_values(rows, run), {"forward": 1}, notes, extras, view_values(rows, run))
-
-
-OUT_PATHS = ("o_proj", "out_proj")  # Llama and most decoders; CLIP and OPT
-FLOOR = 1e-12  # a row without any value at all stays zero instead of being divided by zero
 
 
 class ValueRows(Reducer):
@@ -147,10 +175,11 @@ class ValueRows(Reducer):
 def output_projection(layer: nn.Module) -> nn.Module:
     """The linear map that takes the heads' mixed values to the residual stream."""
     attention = attention_module(layer)
-    found = next((one for path in OUT_PATHS if isinstance(one := getattr(attention, path, None), nn.Module)), None)
-    if found is None:
+    modules = (getattr(attention, path, None) for path in OUT_PATHS)
+    projection = next((module for module in modules if isinstance(module, nn.Module)), None)
+    if projection is None:
         raise LabError(f"expected an output projection named {' or '.join(OUT_PATHS)}, got {type(attention).__name__} without")
-    return found
+    return projection
 
 
 def head_weights(projection: nn.Module, value: Float[Tensor, "B G K d"]) -> Float[Tensor, "H d D"]:
@@ -171,45 +200,47 @@ def head_weights(projection: nn.Module, value: Float[Tensor, "B G K d"]) -> Floa
 
 
 @method(
-    truth="How large a vector the positions that predict the target fetch from each image token: attention times value norm.",
-    source="Kobayashi et al. 2020, norm-based analysis",
-    cost="1 forward",
-    blind_to="whether what was fetched speaks for the target, and everything that reached it through other positions",
-    needs="plain weights",
-    reach="tokens",
+    truth="How much more the target's positions attend to each image token than they would under a neutral instruction.",
+    source="Zhang et al. 2025, relative attention (mllms_know)",
+    cost="2 forwards",
+    blind_to="what any instruction would look at, what the values carry, and which word is predicted at a position",
     contrast=False,
 )
-def value_attention(
+def relative_attention(
     lab: Lab,
     run: Run,
     targets: Targets,
     *,
+    neutral: str = NEUTRAL,
     layers: Window = None,
     heads: Heads = None,
-    join: Literal["norms", "vectors"] = "norms",
-    scale: Literal["share", "raw"] = "share",
+    fusion: Fusion = "mean",
+    beside: Literal["cue", "answer"] = "cue",
+    floor: Annotated[float, at_least(0)] | None = None,
+    scale: Literal["ratio", "log"] = "ratio",
 ) -> Maps:
     chosen = choose_heads(lab, layers, heads)
+    floor = 1 / len(run.token_ids) if floor is None else floor
+    other = ask_instead(lab, run, neutral)
     at = predicting_rows(targets)
-    decoder = language_layers(lab.model)
-    watched = [decoder[layer] for layer in chosen.layers]
-    with undisturbed(lab.model), watch_attention(watched, ValueRows(at, watched, chosen, join=join)) as kept:
-        lab.model(**lab.inputs(run, tiles=True), use_cache=False, logits_to_keep=1)
-    by_layer = torch.stack([kept.layers[i] for i in range(len(watched))])  # L Q K
-    if scale == "share":
-        by_layer = by_layer / by_layer.sum(-1, keepdim=True).clamp_min(FLOOR)
-    rows = target_rows(by_layer.mean(0), at, targets)
-    image = slice(*run.segments["image"])
-    total = rows.sum(1).clamp_min(FLOOR)
-    extras = {"mass": segment_mass(rows, run), "image_share": (rows[:, image].sum(1) / total).tolist()}
-    how = "mean length of the heads' vectors" if join == "norms" else "length of the heads' summed vector"
-    unit = "as a share of its row, mean over layers" if scale == "share" else "in the model's own units, mean over layers"
-    notes = (f"What the predicting positions fetch through {chosen}: {how}, {unit}.",)
-    return Maps(image_values(rows, run), {"forward": 1}, notes, extras, view_values(rows, run))
-
-
-NEUTRAL = "Describe the picture."
-TINY = 1e-12  # added to both sides beside any floor; far below any attention that can matter
+    rows = target_rows(read_rows(lab, lab.inputs(run), at, chosen, fusion).fused, at, targets)
+    moved = tuple(_moved(target, run, other, beside) for target in targets)
+    there = predicting_rows(moved)
+    neutral_rows = target_rows(read_rows(lab, lab.inputs(other), there, chosen, fusion).fused, there, moved)
+    values = ratio(rows[:, slice(*run.segments["image"])], neutral_rows[:, slice(*other.segments["image"])], floor)
+    if scale == "log":
+        values = torch.log(values)
+    extras = {"mass": segment_mass(rows, run), "neutral_mass": segment_mass(neutral_rows, other), "neutral": other.question}
+    unit = "natural log of the ratio, 0 is" if scale == "log" else "ratio, 1 is"
+    where = "the same words of the answer" if beside == "answer" else "the first word of an answer"
+    notes = (
+        f"Attention of the predicting positions to {chosen}, {fusion} over heads, divided by the attention that predicts "
+        f"{where} to {other.question!r}; {unit} no difference.",
+        f"Both sides are raised by {floor:.1g} first, so that two patches nobody looks at do not make a ratio."
+        if floor
+        else "A patch that neither side looks at can have any ratio.",
+    )
+    return Maps(values.cpu().numpy().reshape(len(targets), run.map.rows, run.map.cols), {"forward": 2}, notes, extras)
 
 
 def ask_instead(lab: Lab, run: Run, neutral: str) -> Run:
@@ -240,54 +271,10 @@ def ratio(rows: Float[Tensor, "N P"], beside: Float[Tensor, "N P"], floor: float
     return (rows + floor + TINY) / (beside + floor + TINY)
 
 
-@method(
-    truth="How much more the target's positions attend to each image token than they would under a neutral instruction.",
-    source="Zhang et al. 2025, relative attention (mllms_know)",
-    cost="2 forwards",
-    blind_to="what any instruction would look at, what the values carry, and which word is predicted at a position",
-    contrast=False,
-)
-def relative_attention(
-    lab: Lab,
-    run: Run,
-    targets: Targets,
-    *,
-    neutral: str = NEUTRAL,
-    layers: Window = None,
-    heads: Heads = None,
-    fusion: Fusion = "mean",
-    beside: Literal["cue", "answer"] = "cue",
-    floor: Annotated[float, at_least(0)] | None = None,
-    scale: Literal["ratio", "log"] = "ratio",
-) -> Maps:
-    chosen = choose_heads(lab, layers, heads)
-    same, log = beside == "answer", scale == "log"
-    floor = 1 / len(run.token_ids) if floor is None else floor
-    other = ask_instead(lab, run, neutral)
-    at = predicting_rows(targets)
-    rows = target_rows(read_rows(lab, lab.inputs(run), at, chosen, fusion).fused, at, targets)
-    moved = tuple(_moved(target, run, other, same) for target in targets)
-    there = predicting_rows(moved)
-    neutral_rows = target_rows(read_rows(lab, lab.inputs(other), there, chosen, fusion).fused, there, moved)
-    values = ratio(rows[:, slice(*run.segments["image"])], neutral_rows[:, slice(*other.segments["image"])], floor)
-    extras = {"mass": segment_mass(rows, run), "neutral_mass": segment_mass(neutral_rows, other), "neutral": other.question}
-    unit = "natural log of the ratio, 0 is" if log else "ratio, 1 is"
-    where = "the same words of the answer" if same else "the first word of an answer"
-    notes = (
-        f"Attention of the predicting positions to {chosen}, {fusion} over heads, divided by the attention that predicts "
-        f"{where} to {other.question!r}; {unit} no difference.",
-        f"Both sides are raised by {floor:.1g} first, so that two patches nobody looks at do not make a ratio."
-        if floor
-        else "A patch that neither side looks at can have any ratio.",
-    )
-    shown = (torch.log(values) if log else values).cpu().numpy()
-    return Maps(shown.reshape(len(targets), run.map.rows, run.map.cols), {"forward": 2}, notes, extras)
-
-
-def _moved(target: Target, run: Run, other: Run, same: bool) -> Target:
+def _moved(target: Target, run: Run, other: Run, beside: str) -> Target:
     """The target's place in the neutral sequence."""
     first = other.segments["answer"][0]
-    if not same:
+    if beside == "cue":
         return replace(target, positions=(first - 1,))
     shift = first - run.segments["answer"][0]
     return replace(target, positions=tuple(position + shift for position in target.positions))

@@ -1,39 +1,27 @@
-"""The targets' logits as a function one can differentiate: of the pixels, of the tower's output, of the image tokens.
+"""Gradient methods: what would change the target's logit, at the pixels, at the tower's output, or at the image tokens.
 
-Gradient methods explain the *logit* of what was said, summed over the target's tokens (for a contrast, the
-difference of the two words' logits), not its log-probability: the softmax would mix in every other word.
-Places and fills are occlusion's own, so that a gradient times a step is comparable with the real step.
-It knows nothing about maps.
+They explain the *logit* of what was said, summed over the target's tokens (for a contrast, the difference of the two
+words' logits), not its log-probability: the softmax would mix in every other word. At the projector's output a patch is
+its image token, into which the vision tower has already mixed its neighbours; at the pixels it is what was in the picture
+there, and the mixing is part of what is explained. Places and fills are occlusion's own, so that a gradient times a step
+is comparable with the real step.
 
-Gradient times input: what each patch would add to the logit if the model were the straight line it is just here.
+- ``gradient_input``: what each patch would add to the logit if the model were the straight line it is just here. With a
+  fill, ``gradient x (value - fill)`` is the first-order answer to "what would be lost if this patch were filled": every
+  patch's occlusion at once, right as far as the model is linear over that step. Without one the step goes all the way to
+  zero, which no picture is.
+- ``integrated_gradients`` follows the straight line from a filled picture to the picture; its values sum to the whole
+  change of the logit (how nearly is reported). ``smoothgrad`` looks at noisy copies and averages the noise away. captum
+  does the averaging, and is handed a gradient with one more axis, the targets, so that all of them share each forward.
+- ``gradcam``: which channels the logit wants more of, and where the tower has them. The layer is the one LLaVA uses,
+  patches only. A channel counts for what it does everywhere: a map shows where the wanted channels are, not which patch
+  the answer used.
 
-With a fill, ``gradient x (value - fill)`` is the first-order answer to "what would be lost if this patch were filled":
-every patch's occlusion at once for one forward and one backward, right as far as the model is linear over that step.
-Without one the step goes all the way to zero, which no picture is.
+Sources: Shrikumar et al. 2016 (arXiv 1605.01713); Simonyan et al. 2013 (arXiv 1312.6034); Sundararajan et al. 2017 (arXiv
+1703.01365); Smilkov et al. 2017 (arXiv 1706.03825); captum's ``IntegratedGradients``, ``InputXGradient``, ``Saliency``
+and ``NoiseTunnel``; Selvaraju et al. 2017 (arXiv 1610.02391), equations 1 and 2, with patches for pixels.
 
-At the projector a patch is its image token, into which the vision tower has already mixed its neighbours; at the
-pixels it is what was in the picture there, and the mixing is part of what is explained.
-
-Sources: Shrikumar et al. 2016 (arXiv 1605.01713) for gradient times input; Simonyan et al. 2013 (arXiv 1312.6034).
-
-Integrated gradients and SmoothGrad: the gradient averaged along a path, or over noisy neighbours. captum does the averaging.
-
-Both answer the complaint that a gradient at one point is local: integrated gradients follow the straight line from a
-filled picture to the picture, and their values sum to the whole change of the logit (how nearly is reported);
-SmoothGrad looks at the surroundings and averages the noise away.
-
-All targets share each forward: captum is handed a gradient with one more axis, the targets.
-
-Sources: Sundararajan et al. 2017 (arXiv 1703.01365); Smilkov et al. 2017 (arXiv 1706.03825); captum's
-``IntegratedGradients``, ``InputXGradient``, ``Saliency`` and ``NoiseTunnel``.
-
-Grad-CAM on the vision tower: which channels the logit wants more of, and where the tower has them.
-
-The layer is the one LLaVA uses (the states its projector reads), patches only: the class token is dropped
-there. Each channel is weighed by its gradient, averaged over the whole picture, so that a channel counts for
-what it does everywhere; a map shows where the wanted channels are, not which patch the answer used.
-
-Source: Selvaraju et al. 2017 (arXiv 1610.02391), equations 1 and 2, with patches for pixels.
+    attribute(lab, run, method="gradient_input", target="red", at="pixels", fill="grey")
 """
 
 from __future__ import annotations
@@ -46,10 +34,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from llava_lab.attribution.method import Count, FillOf, Maps, PlainFill, Seed, method
 from llava_lab.capture import undisturbed
+from llava_lab.checks import Sweep
 from llava_lab.errors import LabError, OptionError
 from llava_lab.replay.alter import PLACES, embedded, open_level
 from llava_lab.replay.fills import FILLS
@@ -60,7 +48,166 @@ if TYPE_CHECKING:
     from llava_lab.models import Lab
 
 At = Literal["projector", "vision", "pixels"]
-WORDS = PLACES  # how each place is called in a note
+
+
+@method(
+    truth="How much the target's logit would lose if a patch were taken away and the model were linear.",
+    source="Shrikumar et al. 2016; with a fill, the first-order form of occlusion",
+    cost="1 forward, 1 backward (each further target adds its own reverse pass over the same graph)",
+    blind_to="everything beyond first order: saturation, and patches that stand in for one another",
+    needs="gradients",
+)
+def gradient_input(
+    lab: Lab, run: Run, targets: Targets, *, at: At = "projector", fill: Annotated[str | None, FillOf((None, *FILLS))] = None
+) -> Maps:
+    with undisturbed(lab.model):
+        here = open_point(lab, run, targets, at=at, fill=fill)
+        with torch.enable_grad():
+            value = here.value.clone().requires_grad_()
+            scores = here.scores(value)
+            slopes = gradients(scores, value)[0]  # N, as `value`
+    values = here.to_patches(slopes * (here.value - here.fill), (run.map.rows, run.map.cols))
+    step = "the whole value, as if zero were near" if fill is None else f"its distance to the {fill} fill"
+    notes = (
+        f"Gradient of the target's logit (summed over its tokens; for a contrast, of the difference) at {PLACES[at]}, "
+        f"times {step}, summed over each patch. First order only.",
+    )
+    extras = {"score": scores[0].tolist(), "attributed": values.sum((1, 2)).tolist()}
+    return Maps(values.cpu().numpy(), {"forward": 1 + here.passes, "backward": 1}, notes, extras)
+
+
+@method(
+    truth="What each patch adds to the target's logit, summed along the straight line from a filled picture to the picture.",
+    source="Sundararajan et al. 2017, by captum's IntegratedGradients",
+    cost="one forward and one backward per step, plus 3 forwards at most",
+    blind_to="every way there but the straight one, and what the fill itself says",
+    needs="gradients",
+    economy={"steps": 12},
+)
+def integrated_gradients(
+    lab: Lab,
+    run: Run,
+    targets: Targets,
+    *,
+    at: At = "projector",
+    fill: PlainFill = "grey",
+    steps: Count = 16,
+    batch: Count = 1,
+    rule: Literal["gausslegendre", "riemann_middle", "riemann_trapezoid"] = "gausslegendre",
+) -> Maps:
+    captum = _captum("integrated_gradients")
+    with undisturbed(lab.model):
+        here = open_point(lab, run, targets, at=at, fill=fill)
+        ends = torch.cat([here.scores(here.value), here.scores(here.fill)])  # picture, fill; targets
+        path = captum.IntegratedGradients(here.scores)
+        with Sweep("integrated gradients", total=steps) as done:
+            path.gradient_func = counted = CountedGradients(here, len(targets), done)
+            found = path.attribute(here.value[:, None], here.fill[:, None], n_steps=steps, method=rule, internal_batch_size=batch)
+    values = here.to_patches(found[0], (run.map.rows, run.map.cols))
+    moved, summed = (ends[0] - ends[1]).tolist(), values.sum((1, 2)).tolist()
+    gaps = [have - want for have, want in zip(summed, moved, strict=True)]
+    extras = {"score": ends[0].tolist(), "score_at_fill": ends[1].tolist(), "attributed": summed, "completeness_gap": gaps}
+    worst = max(range(len(gaps)), key=lambda i: abs(gaps[i]))
+    notes = [
+        f"Gradient of the target's logit averaged over {steps} steps from the {fill} fill to the picture, at {PLACES[at]}, "
+        f"times the distance; completeness: the map sums to {summed[worst]:.3g} and the logit changed by {moved[worst]:.3g}, "
+        f"a gap of {gaps[worst]:.2g}{' for the worst target' if len(gaps) > 1 else ''}."
+    ]
+    if counted.interrupted:
+        notes.append(
+            f"Interrupted after {done.count} of {steps} steps: only the path's first part, from the fill, is in the map."
+        )
+    passes = {"forward": done.count + 2 + here.passes, "backward": done.count}
+    return Maps(values.cpu().numpy(), passes, tuple(notes), extras)
+
+
+def noise_share(name: str, value: Any) -> float:
+    """The option `noise`, checked."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
+        raise OptionError(f"{name} is a share of the values' range, 0 to 1, got {value!r}")
+    return float(value)
+
+
+@method(
+    truth="Gradient times input, averaged over noisy copies of the picture so that what only one of them shows is lost.",
+    source="Smilkov et al. 2017, by captum's NoiseTunnel",
+    cost="one forward and one backward per copy, plus 1 forward",
+    blind_to="what lies further away than the noise reaches",
+    needs="gradients",
+    economy={"samples": 6},
+)
+def smoothgrad(
+    lab: Lab,
+    run: Run,
+    targets: Targets,
+    *,
+    at: At = "projector",
+    samples: Count = 8,
+    noise: Annotated[float, noise_share] = 0.15,
+    times_input: bool = True,
+    batch: Count = 1,
+    seed: Seed = 0,
+) -> Maps:
+    captum = _captum("smoothgrad")
+    total: float | Tensor = 0.0  # of the gradients so far
+    with undisturbed(lab.model):
+        torch.manual_seed(seed)  # captum draws from the global generator; `undisturbed` puts its state back
+        here = open_point(lab, run, targets, at=at)
+        spread = noise * float(here.value.max() - here.value.min())
+        with Sweep("smoothgrad", total=samples, unit="copy") as done:
+            one_copy = captum.InputXGradient(here.scores) if times_input else captum.Saliency(here.scores)
+            one_copy.gradient_func = counted = CountedGradients(here, len(targets), done)
+            tunnel, options = captum.NoiseTunnel(one_copy), {} if times_input else {"abs": False}
+            while done.count < samples and not counted.interrupted:
+                now = min(batch, samples - done.count)
+                mean = tunnel.attribute(here.value[:, None], nt_samples=now, nt_samples_batch_size=now, stdevs=spread, **options)[
+                    0
+                ]
+                if not counted.interrupted:
+                    total = total + now * mean
+        score = here.scores(here.value)[0]
+    mean = torch.as_tensor(total) / done.count  # N, as the point's value
+    grid = (run.map.rows, run.map.cols)
+    values = here.to_patches(mean, grid) if times_input else here.to_patches(mean.square(), grid).sqrt()
+    what = "times the noisy input, summed over each patch" if times_input else "its length over each patch (no sign)"
+    notes = [
+        f"Gradient of the target's logit at {PLACES[at]}, mean over {done.count} noisy copies (standard deviation {noise:g} "
+        f"of the values' range), {what}."
+    ]
+    if counted.interrupted:
+        notes.append(f"Interrupted after {done.count} of {samples} copies; the mean is over those.")
+    passes = {"forward": done.count + 1, "backward": done.count}
+    return Maps(values.cpu().numpy(), passes, tuple(notes), {"score": score.tolist()})
+
+
+@method(
+    truth="Where the vision tower holds the features that, over the whole picture, raise the target's logit.",
+    source="Selvaraju et al. 2017, on the tower layer that LLaVA reads",
+    cost="1 forward, 1 backward (each further target adds its own reverse pass over the same graph)",
+    blind_to="which patches the language model looked at: a channel's weight is the same everywhere",
+    needs="gradients",
+)
+def gradcam(lab: Lab, run: Run, targets: Targets, *, positive: bool = True) -> Maps:
+    with undisturbed(lab.model):
+        here = open_point(lab, run, targets, at="vision")
+        with torch.enable_grad():
+            features = here.value.clone().requires_grad_()  # 1 C rows cols
+            scores = here.scores(features)
+            slopes = gradients(scores, features)[0]  # N C rows cols
+    channels = slopes.mean((2, 3), keepdim=True)
+    values = here.to_patches(channels * here.value, (run.map.rows, run.map.cols))
+    hidden = (values < 0).float().mean((1, 2)).tolist()
+    notes = ["Channels of the tower's used layer, weighed by the mean gradient of the logit (for a contrast, of the difference)."]
+    if positive:
+        values = values.clamp_min(0)
+        notes.append(f"Negative values are cut to 0, as in the paper; they were {sum(hidden) / len(hidden):.0%} of the patches.")
+    extras = {"score": scores[0].tolist(), "negative_share": hidden}
+    return Maps(values.cpu().numpy(), {"forward": 1, "backward": 1}, tuple(notes), extras)
+
+
+# -- the logits as a function of the picture -------------------------------------------------
+
+
 Scores = Callable[[Float[Tensor, "B C Y X"]], Float[Tensor, "B N"]]
 
 
@@ -109,10 +256,10 @@ def open_point(lab: Lab, run: Run, targets: Targets, *, at: str, fill: str | Non
 def gradients(scores: Float[Tensor, "B N"], value: Tensor) -> Float[Tensor, "B N ..."]:
     """The gradient of every target's score at `value` (B, ...), one way back each through the same graph."""
     count = scores.shape[1]
-    found = [
+    slopes = [
         torch.autograd.grad(scores[:, target].sum(), value, retain_graph=target + 1 < count)[0].float() for target in range(count)
     ]
-    return torch.stack(found, 1)
+    return torch.stack(slopes, 1)
 
 
 def target_logits(logits: Float[Tensor, "B Q V"], at: Sequence[int], targets: Targets) -> Float[Tensor, "B N"]:
@@ -134,49 +281,15 @@ def inputs_until(lab: Lab, run: Run, at: Sequence[int]) -> dict[str, Tensor]:
     return {name: value if name == "pixel_values" else value[:, :stop] for name, value in inputs.items()}
 
 
-def noise_share(name: str, value: Any) -> float:
-    """The option `noise`, checked."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
-        raise OptionError(f"{name} is a share of the values' range, 0 to 1, got {value!r}")
-    return float(value)
+class CountedGradients:
+    """captum's gradient function: all targets at once, counted; Ctrl-C ends the path where it got to.
 
+    captum takes no interrupt, so after one it is given zeros until it is through.
+    """
 
-@method(
-    truth="How much the target's logit would lose if a patch were taken away and the model were linear.",
-    source="Shrikumar et al. 2016; with a fill, the first-order form of occlusion",
-    cost="1 forward, 1 backward (each further target adds its own reverse pass over the same graph)",
-    blind_to="everything beyond first order: saturation, and patches that stand in for one another",
-    needs="gradients",
-)
-def gradient_input(
-    lab: Lab, run: Run, targets: Targets, *, at: At = "projector", fill: Annotated[str | None, FillOf((None, *FILLS))] = None
-) -> Maps:
-    with undisturbed(lab.model):
-        here = open_point(lab, run, targets, at=at, fill=fill)
-        with torch.enable_grad():
-            value = here.value.clone().requires_grad_()
-            scores = here.scores(value)
-            found = gradients(scores, value)[0]  # N, as `value`
-    values = here.to_patches(found * (here.value - here.fill), (run.map.rows, run.map.cols))
-    step = "the whole value, as if zero were near" if fill is None else f"its distance to the {fill} fill"
-    notes = (
-        f"Gradient of the target's logit (summed over its tokens; for a contrast, of the difference) at {WORDS[at]}, "
-        f"times {step}, summed over each patch. First order only.",
-    )
-    extras = {"score": scores[0].tolist(), "attributed": values.sum((1, 2)).tolist()}
-    return Maps(values.cpu().numpy(), {"forward": 1 + here.passes, "backward": 1}, notes, extras)
-
-
-PATIENCE = 2.0  # seconds before a progress bar appears
-
-
-class _Steps:
-    """captum's gradient function: all targets at once, counted; Ctrl-C ends the path where it got to."""
-
-    def __init__(self, here: Point, total: int, targets: int, name: str) -> None:
-        self.here, self.total, self.targets, self.done = here, total, targets, 0
+    def __init__(self, here: Point, targets: int, done: Sweep) -> None:
+        self.here, self.targets, self.done = here, targets, done
         self.interrupted = False
-        self.progress = tqdm(total=total, desc=name, unit="step", delay=PATIENCE, leave=False)
 
     def __call__(
         self, forward_fn: Any, inputs: tuple[Tensor, ...], target_ind: Any = None, additional_forward_args: Any = None
@@ -184,131 +297,16 @@ class _Steps:
         (points,) = inputs  # B, 1, then as the point's value: the 1 is where the targets go
         if not self.interrupted:
             try:
-                return (self._gradients(points),)
+                with torch.enable_grad():
+                    value = points.detach().squeeze(1).requires_grad_()
+                    slopes = gradients(self.here.scores(value), value)
+                self.done.step(len(points))
+                return (slopes,)
             except KeyboardInterrupt:
-                if not self.done:
+                if not self.done.count:
                     raise
                 self.interrupted = True
         return (points.new_zeros(len(points), self.targets, *points.shape[2:]),)
-
-    def _gradients(self, points: Tensor) -> Tensor:
-        with torch.enable_grad():
-            value = points.detach().squeeze(1).requires_grad_()
-            found = gradients(self.here.scores(value), value)
-        self.done += len(points)
-        self.progress.update(len(points))
-        return found
-
-
-@method(
-    truth="What each patch adds to the target's logit, summed along the straight line from a filled picture to the picture.",
-    source="Sundararajan et al. 2017, by captum's IntegratedGradients",
-    cost="one forward and one backward per step, plus 3 forwards at most",
-    blind_to="every way there but the straight one, and what the fill itself says",
-    needs="gradients",
-    economy={"steps": 12},
-)
-def integrated_gradients(
-    lab: Lab,
-    run: Run,
-    targets: Targets,
-    *,
-    at: At = "projector",
-    fill: PlainFill = "grey",
-    steps: Count = 16,
-    batch: Count = 1,
-    rule: Literal["gausslegendre", "riemann_middle", "riemann_trapezoid"] = "gausslegendre",
-) -> Maps:
-    captum = _captum("integrated_gradients")
-    with undisturbed(lab.model):
-        here = open_point(lab, run, targets, at=at, fill=fill)
-        ends = torch.cat([here.scores(here.value), here.scores(here.fill)])  # picture, fill; targets
-        path = captum.IntegratedGradients(here.scores)
-        path.gradient_func = counted = _Steps(here, steps, len(targets), "integrated gradients")
-        with counted.progress:
-            found = path.attribute(here.value[:, None], here.fill[:, None], n_steps=steps, method=rule, internal_batch_size=batch)
-    values = here.to_patches(found[0], (run.map.rows, run.map.cols))
-    moved, summed = (ends[0] - ends[1]).tolist(), values.sum((1, 2)).tolist()
-    gaps = [have - want for have, want in zip(summed, moved, strict=True)]
-    extras = {"score": ends[0].tolist(), "score_at_fill": ends[1].tolist(), "attributed": summed, "completeness_gap": gaps}
-    notes = [
-        f"Gradient of the target's logit averaged over {steps} steps from the {fill} fill to the picture, at {WORDS[at]}, "
-        f"times the distance; {_completeness(moved, summed, gaps)}"
-    ]
-    if counted.interrupted:
-        notes.append(
-            f"Interrupted after {counted.done} of {steps} steps: only the path's first part, from the fill, is in the map."
-        )
-    done = counted.done
-    return Maps(values.cpu().numpy(), {"forward": done + 2 + here.passes, "backward": done}, tuple(notes), extras)
-
-
-def _completeness(moved: list[float], summed: list[float], gaps: list[float]) -> str:
-    """How far the worst target's map is from summing to the change of its logit."""
-    worst = max(range(len(gaps)), key=lambda i: abs(gaps[i]))
-    return (
-        f"completeness: the map sums to {summed[worst]:.3g} and the logit changed by {moved[worst]:.3g}, a gap of "
-        f"{gaps[worst]:.2g}{' for the worst target' if len(gaps) > 1 else ''}."
-    )
-
-
-@method(
-    truth="Gradient times input, averaged over noisy copies of the picture so that what only one of them shows is lost.",
-    source="Smilkov et al. 2017, by captum's NoiseTunnel",
-    cost="one forward and one backward per copy, plus 1 forward",
-    blind_to="what lies further away than the noise reaches",
-    needs="gradients",
-    economy={"samples": 6},
-)
-def smoothgrad(
-    lab: Lab,
-    run: Run,
-    targets: Targets,
-    *,
-    at: At = "projector",
-    samples: Count = 8,
-    noise: Annotated[float, noise_share] = 0.15,
-    times_input: bool = True,
-    batch: Count = 1,
-    seed: Seed = 0,
-) -> Maps:
-    captum = _captum("smoothgrad")
-    with undisturbed(lab.model):
-        torch.manual_seed(seed)  # captum draws from the global generator; `undisturbed` puts its state back
-        here = open_point(lab, run, targets, at=at)
-        one = captum.InputXGradient(here.scores) if times_input else captum.Saliency(here.scores)
-        one.gradient_func = counted = _Steps(here, samples, len(targets), "smoothgrad")
-        spread = noise * float(here.value.max() - here.value.min())
-        with counted.progress:
-            total = _noisy_sum(captum.NoiseTunnel(one), here, counted, spread, batch, {} if times_input else {"abs": False})
-        score = here.scores(here.value)[0]
-    mean = total / counted.done  # N, as the point's value
-    grid = (run.map.rows, run.map.cols)
-    values = here.to_patches(mean, grid) if times_input else here.to_patches(mean.square(), grid).sqrt()
-    what = "times the noisy input, summed over each patch" if times_input else "its length over each patch (no sign)"
-    notes = [
-        f"Gradient of the target's logit at {WORDS[at]}, mean over {counted.done} noisy copies (standard deviation {noise:g} "
-        f"of the values' range), {what}."
-    ]
-    if counted.interrupted:
-        notes.append(f"Interrupted after {counted.done} of {samples} copies; the mean is over those.")
-    return Maps(
-        values.cpu().numpy(), {"forward": counted.done + 1, "backward": counted.done}, tuple(notes), {"score": score.tolist()}
-    )
-
-
-def _noisy_sum(
-    tunnel: Any, here: Point, counted: _Steps, spread: float, batch: int, options: dict[str, Any]
-) -> Float[Tensor, "N ..."]:
-    """Sum over noisy copies, `batch` at a time, until all are done or Ctrl-C."""
-    total: Tensor | None = None
-    while counted.done < counted.total and not counted.interrupted:
-        now = min(batch, counted.total - counted.done)
-        mean = tunnel.attribute(here.value[:, None], nt_samples=now, nt_samples_batch_size=now, stdevs=spread, **options)[0]
-        if not counted.interrupted:
-            total = now * mean if total is None else total + now * mean
-    assert total is not None
-    return total
 
 
 def _captum(method: str) -> Any:
@@ -318,28 +316,3 @@ def _captum(method: str) -> Any:
     except ImportError:
         raise LabError(f"method {method!r} needs captum, which is not installed; `pip install captum` brings it") from None
     return captum.attr
-
-
-@method(
-    truth="Where the vision tower holds the features that, over the whole picture, raise the target's logit.",
-    source="Selvaraju et al. 2017, on the tower layer that LLaVA reads",
-    cost="1 forward, 1 backward (each further target adds its own reverse pass over the same graph)",
-    blind_to="which patches the language model looked at: a channel's weight is the same everywhere",
-    needs="gradients",
-)
-def gradcam(lab: Lab, run: Run, targets: Targets, *, positive: bool = True) -> Maps:
-    with undisturbed(lab.model):
-        here = open_point(lab, run, targets, at="vision")
-        with torch.enable_grad():
-            features = here.value.clone().requires_grad_()  # 1 C rows cols
-            scores = here.scores(features)
-            found = gradients(scores, features)[0]  # N C rows cols
-    channels = found.mean((2, 3), keepdim=True)
-    values = here.to_patches(channels * here.value, (run.map.rows, run.map.cols))
-    hidden = (values < 0).float().mean((1, 2)).tolist()
-    notes = ["Channels of the tower's used layer, weighed by the mean gradient of the logit (for a contrast, of the difference)."]
-    if positive:
-        values = values.clamp_min(0)
-        notes.append(f"Negative values are cut to 0, as in the paper; they were {sum(hidden) / len(hidden):.0%} of the patches.")
-    extras = {"score": scores[0].tolist(), "negative_share": hidden}
-    return Maps(values.cpu().numpy(), {"forward": 1, "backward": 1}, tuple(notes), extras)

@@ -1,27 +1,23 @@
-"""Which heads a method looks at, and their attention at the predicting positions, in one forward.
+"""Heads: which ones a method looks at, every head's own map, and the few that point at one place in the picture.
 
-``heads`` has the same three forms everywhere: None is all of them, numbers are these heads of every
-layer in the window, and pairs ``((14, 24), (14, 13))`` are exactly these (layer, head). It keeps rows,
-never whole matrices, and gives them no meaning.
+``heads`` has the same three forms everywhere: None is all of them, numbers are these heads of every layer in the
+window, and pairs ``((14, 24), (14, 13))`` are exactly these (layer, head).
 
-Every head's map of every answer word: the raw material of the layer x head view, kept small while it is made.
+`head_maps` is the raw material of the layer x head view. One forward; of each layer only the predicting rows and the
+image columns are kept, averaged over a word's tokens: in float16 1.2 MB per word at LLaVA-1.5-7B, where the whole
+attention is 1.6 GB. It says where each head looks, not what it moves from there (`value_attention`) nor whether the
+answer depends on it (`knockout`).
 
-One forward; of each layer only the predicting rows and the image columns are kept, averaged over a word's
-tokens: in float16 1.2 MB per word at LLaVA-1.5-7B, where the whole attention is 1.6 GB. It says where each head
-looks, not what it moves from there (`value_attention`) nor whether the answer depends on it (`knockout`).
+``localization_heads``: a head qualifies when much of its attention goes to the picture (more than the elbow of all
+heads' sorted image shares) and is ranked by how much its map hangs together: the entropy of the 8-connected regions
+above the map's mean, lowest first. The best `top` maps are smoothed and averaged. The first two layers are left out, as
+the authors do, where the model has more than four. A head can point firmly at the wrong thing, and the choice for one
+run is one sample; `find_localization_heads` votes over several runs, as the paper does over a thousand.
 
-Localisation heads: the few heads that point at one place in the picture, found by their own criterion.
+Sources: Kang et al. 2025 (arXiv 2503.06287); spatial entropy after Peruzzo et al. 2022 (arXiv 2206.04636).
 
-A head qualifies when much of its attention goes to the picture (more than the elbow of all heads'
-sorted image shares) and is ranked by how much its map hangs together: the entropy of the 8-connected
-regions above the map's mean, lowest first. The best `top` maps are smoothed and averaged. The first
-two layers are left out, as the authors do, where the model has more than four.
-
-Nothing here knows the right answer: a head can point firmly at the wrong thing. The choice for one run
-is one sample; `find_localization_heads` votes over several runs, as the paper does over a thousand.
-
-Sources: Kang et al. 2025 (arXiv 2503.06287); spatial entropy after Peruzzo et al. 2022
-(arXiv 2206.04636).
+    heads = find_localization_heads(lab, runs)
+    attribute(lab, run, method="attention", heads=heads)
 """
 
 from __future__ import annotations
@@ -37,12 +33,11 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from llava_lab.attribution.method import Count, Heads, Maps, Window, at_least, method, refuse_contrast
 from llava_lab.capture import HeadRows, PickedRows, fuse_heads, undisturbed, watch_attention
 from llava_lab.capture.watch import attention_module
-from llava_lab.checks import layer_window, same_model, whole_number
+from llava_lab.checks import Sweep, layer_window, same_model, whole_number
 from llava_lab.errors import OptionError
 from llava_lab.models.layout import language_layers
 from llava_lab.replay.targets import Targets, Wanted, predicting_rows, resolve_targets
@@ -51,7 +46,13 @@ from llava_lab.results import HeadMaps, Run
 if TYPE_CHECKING:
     from llava_lab.models import Lab
 
-Pairs = tuple[tuple[int, int], ...]
+EARLY = 2  # layers left out at the bottom
+DEEP = 4  # of a model with more layers than this
+REACH = 3  # of the smoothing, patches to each side: a kernel of 7
+VOTES = 10  # heads each run may vote for
+
+
+# -- which heads ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Chosen:
 
     layers: tuple[int, ...]
     heads: tuple[int, ...] | None = None  # the same of every layer; None is all
-    pairs: Pairs = ()  # or exactly these, and `layers` are theirs
+    pairs: tuple[tuple[int, int], ...] = ()  # or exactly these (layer, head), and `layers` are theirs
 
     def of(self, layer: int) -> tuple[int, ...] | None:
         """The heads wanted of one layer, None for all."""
@@ -80,28 +81,43 @@ class Chosen:
         return self.which if self.pairs else f"{self.which} of {self.window}"
 
 
+def choose_heads(lab: Lab, layers: Window, heads: Heads) -> Chosen:
+    """The options `layers` and `heads` as what they mean for this model. Raises OptionError."""
+    decoder = language_layers(lab.model)
+    config: Any = attention_module(decoder[0]).config
+    count = int(config.num_attention_heads)
+
+    def is_head(value: Any) -> bool:
+        return isinstance(value, Integral) and not isinstance(value, bool) and 0 <= value < count
+
+    def is_pair(value: Any) -> bool:
+        whole = isinstance(value, Sequence) and all(isinstance(end, Integral) and not isinstance(end, bool) for end in value)
+        return whole and len(value) == 2
+
+    several = heads if isinstance(heads, Sequence) and not isinstance(heads, str) else (heads,)
+    if several and all(map(is_pair, several)):
+        if layers is not None:
+            raise OptionError(f"(layer, head) pairs name their layers already; leave layers=None, got {layers!r}")
+        pairs = tuple(dict.fromkeys((int(layer), int(head)) for layer, head in several))
+        if all(0 <= layer < len(decoder) and is_head(head) for layer, head in pairs):
+            return Chosen(tuple(sorted({layer for layer, _ in pairs})), None, pairs)
+    window = tuple(range(*layer_window(layers, len(decoder))))
+    if heads is None:
+        return Chosen(window)
+    if several and all(map(is_head, several)):
+        return Chosen(window, tuple(int(head) for head in several))
+    raise OptionError(
+        f"heads must be numbers from 0 to {count - 1}, or None for all, or (layer, head) pairs like "
+        f"((0, 1), (2, 3)) with layers from 0 to {len(decoder) - 1}; got {heads!r}"
+    )
+
+
 @dataclass(frozen=True)
 class Rows:
-    """Attention of some query rows: fused over everything chosen, and one by one."""
+    """Attention of some query rows: fused over everything chosen, and part by part."""
 
     fused: Float[Tensor, "Q K"]
     parts: Float[Tensor, "M Q K"]  # a layer each, or a (layer, head) pair each, in the order chosen
-
-
-def choose_heads(lab: Lab, layers: Any, heads: Any) -> Chosen:
-    """The options `layers` and `heads` as what they mean for this model. Raises OptionError."""
-    decoder = language_layers(lab.model)
-    each: Any = attention_module(decoder[0]).config
-    count = int(each.num_attention_heads)
-    if not _are_pairs(heads):
-        window = range(*layer_window(layers, len(decoder)))
-        return Chosen(tuple(window), _numbers(heads, count, len(decoder)))
-    if layers is not None:
-        raise OptionError(f"(layer, head) pairs name their layers already; leave layers=None, got {layers!r}")
-    pairs = tuple(dict.fromkeys((int(layer), int(head)) for layer, head in heads))
-    if not all(0 <= layer < len(decoder) and 0 <= head < count for layer, head in pairs):
-        raise OptionError(_forms(count, len(decoder), heads))
-    return Chosen(tuple(sorted({layer for layer, _ in pairs})), None, pairs)
 
 
 def read_rows(lab: Lab, inputs: dict[str, Tensor], at: Sequence[int], chosen: Chosen, fusion: str = "mean") -> Rows:
@@ -121,42 +137,7 @@ def read_rows(lab: Lab, inputs: dict[str, Tensor], at: Sequence[int], chosen: Ch
     return Rows(fuse_heads(parts[None], fusion)[0], parts)
 
 
-def target_mix(at: Sequence[int], targets: Targets, device: torch.device | str = "cpu") -> Float[Tensor, "N Q"]:
-    """Weights that turn rows `at` (ascending) into one mean row per target."""
-    where = {position: i for i, position in enumerate(at)}
-    mix = torch.zeros(len(targets), len(at), device=device)
-    for n, target in enumerate(targets):
-        for position in target.positions:
-            mix[n, where[position]] += 1 / len(target.positions)
-    return mix
-
-
-def _are_pairs(heads: Any) -> bool:
-    return _listed(heads) and all(_listed(pair) and len(pair) == 2 and all(_whole(end) for end in pair) for pair in heads)
-
-
-def _numbers(heads: Any, count: int, layers: int) -> tuple[int, ...] | None:
-    if heads is None:
-        return None
-    chosen = (heads,) if _whole(heads) else heads
-    if not _listed(chosen) or not all(_whole(head) and 0 <= head < count for head in chosen):
-        raise OptionError(_forms(count, layers, heads))
-    return tuple(int(head) for head in chosen)
-
-
-def _listed(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _forms(heads: int, layers: int, got: Any) -> str:
-    return (
-        f"heads must be numbers from 0 to {heads - 1}, or None for all, or (layer, head) pairs like "
-        f"((0, 1), (2, 3)) with layers from 0 to {layers - 1}; got {got!r}"
-    )
+# -- every head's map -----------------------------------------------------------------------
 
 
 def head_maps(lab: Lab, run: Run, *, target: Wanted = "words") -> HeadMaps:
@@ -166,19 +147,16 @@ def head_maps(lab: Lab, run: Run, *, target: Wanted = "words") -> HeadMaps:
     position. Values are shares of a head's whole attention, so each map sums to the head's share on the picture.
 
     Raises TargetError (not in the answer, a contrast), CheckpointError (the run was made by another checkpoint).
+
+    >>> maps = ll.head_maps(lab, run, target="answer")
+    >>> maps.values.shape[0], maps.values.shape[3:]
+    (1, (12, 12))
     """
     weights = same_model(lab, run)
     targets = resolve_targets(lab, run, target)
     refuse_contrast("head_maps", targets)
     start = time.perf_counter()
-    layers = language_layers(lab.model)
-    rows = predicting_rows(targets)
-    reducer = HeadRows(rows, columns=slice(*run.segments["image"]), mix=_means(targets, rows))
-    with undisturbed(lab.model), watch_attention(layers, reducer) as kept:
-        lab.model(**lab.inputs(run), use_cache=False, logits_to_keep=1)
-    values = np.stack([kept.layers[i][0].half().cpu().numpy() for i in range(len(layers))])  # L H N P
-    values = values.transpose(2, 0, 1, 3).reshape(len(targets), *values.shape[:2], run.map.rows, run.map.cols)
-    notes = ("Attention of the positions that predict each word, mean over its tokens; head by head, nothing weighed in.",)
+    values = _maps_of_heads(lab, run, targets, 0, len(language_layers(lab.model))).astype(np.float16)
     return HeadMaps(
         values=np.ascontiguousarray(values),
         targets=targets,
@@ -186,24 +164,32 @@ def head_maps(lab: Lab, run: Run, *, target: Wanted = "words") -> HeadMaps:
         model=lab.name,
         fingerprint=weights,
         seconds=time.perf_counter() - start,
-        notes=notes,
+        notes=("Attention of the positions that predict each word, mean over its tokens; head by head, nothing weighed in.",),
     )
 
 
-def _means(targets: Targets, rows: tuple[int, ...]) -> Float[Tensor, "N Q"]:
-    """Weights that turn the kept rows into one mean per target."""
-    mix = torch.zeros(len(targets), len(rows))
-    for i, target in enumerate(targets):
+def _maps_of_heads(lab: Lab, run: Run, targets: Targets, start: int, stop: int) -> np.ndarray:
+    """Each head's mean map per target, float32 (targets, layers, heads, rows, cols), of layers [start, stop)."""
+    at = predicting_rows(targets)
+    reducer = HeadRows(at, columns=slice(*run.segments["image"]), mix=target_mix(at, targets))
+    with undisturbed(lab.model), watch_attention(language_layers(lab.model)[start:stop], reducer):
+        lab.model(**lab.inputs(run), use_cache=False, logits_to_keep=1)
+    stack = torch.stack([reducer.layers[i][0] for i in range(stop - start)])  # L H N P
+    maps = stack.permute(2, 0, 1, 3).cpu().numpy()
+    return maps.reshape(*maps.shape[:3], run.map.rows, run.map.cols)
+
+
+def target_mix(at: Sequence[int], targets: Targets) -> Float[Tensor, "N Q"]:
+    """Weights that turn rows `at` (ascending) into one mean row per target."""
+    where = {position: i for i, position in enumerate(at)}
+    mix = torch.zeros(len(targets), len(at))
+    for n, target in enumerate(targets):
         for position in target.positions:
-            mix[i, rows.index(position)] += 1 / len(target.positions)
+            mix[n, where[position]] += 1 / len(target.positions)
     return mix
 
 
-EARLY = 2  # layers left out at the bottom
-DEEP = 4  # of a model with more layers than this
-REACH = 3  # of the smoothing, patches to each side: a kernel of 7
-VOTES = 10  # heads each run may vote for
-PATIENCE = 2.0  # seconds before a progress bar appears
+# -- heads that point at one place ----------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -216,24 +202,92 @@ class HeadScore:
     entropy: float  # of its map's regions, nats; 0 is one region
 
 
+@method(
+    truth="Where the few heads look whose attention goes to the picture and forms one region.",
+    source="Kang et al. 2025, localisation heads",
+    cost="1 forward",
+    blind_to="what the values carry, every other head, and whether the region pointed at is the right one",
+    contrast=False,
+)
+def localization_heads(
+    lab: Lab,
+    run: Run,
+    targets: Targets,
+    *,
+    top: Count = 3,
+    layers: Window = None,
+    heads: Heads = None,
+    threshold: Annotated[float, at_least(0)] | None = None,
+    sigma: Annotated[float, at_least(0)] = 1.0,
+) -> Maps:
+    if heads is None:
+        start, stop = _judged_layers(lab, layers)
+        maps = _maps_of_heads(lab, run, targets, start, stop)
+        chosen = [_best_heads(heads_of_target, start, threshold, top) for heads_of_target in maps]
+    else:
+        wanted = choose_heads(lab, None, heads)
+        if not wanted.pairs:
+            forms = "(layer, head) pairs like ((14, 24), (14, 13)), or None to find them"
+            raise OptionError(f"heads must be {forms}; got {wanted.heads}")
+        start, stop = wanted.layers[0], wanted.layers[-1] + 1
+        maps = _maps_of_heads(lab, run, targets, start, stop)
+        chosen = [[_score(of_target[layer - start, head], layer, head) for layer, head in wanted.pairs] for of_target in maps]
+    values = [
+        smooth(np.mean([of_target[score.layer - start, score.head] for score in scores], 0), sigma)
+        for of_target, scores in zip(maps, chosen, strict=True)
+    ]
+    named = [", ".join(f"L{score.layer}H{score.head}" for score in scores) for scores in chosen]
+    notes = [f"Mean attention of {names} ({target.text})." for target, names in zip(targets, named, strict=True)]
+    if heads is None:
+        window = f"layers {start} to {stop - 1}"
+        notes.append(f"Heads found on this run among {window}, by image share and then by lowest spatial entropy.")
+    # JSON has no infinity, so a flat map's entropy is null
+    extras = [
+        [asdict(score) | ({} if np.isfinite(score.entropy) else {"entropy": None}) for score in scores] for scores in chosen
+    ]
+    return Maps(np.stack(values), {"forward": 1}, tuple(notes), {"heads": extras})
+
+
 def find_localization_heads(
     lab: Lab, runs: Sequence[Run], *, top: int = 3, layers: Any = None, threshold: float | None = None
 ) -> tuple[tuple[int, int], ...]:
     """The `top` (layer, head) pairs most often among the best ten over `runs`, for ``heads=`` of any attention method.
 
     Each run is judged at the position that predicts its answer's first word. Ties go to the lower entropy.
+
+    >>> len(ll.find_localization_heads(lab, [run], top=2, threshold=0.0))
+    2
     """
     if not runs:
         raise OptionError("expected at least one run to find localisation heads on, got none")
     votes: Counter[tuple[int, int]] = Counter()
-    entropy: Counter[tuple[int, int]] = Counter()
-    for run in tqdm(runs, desc="localisation heads", unit="run", delay=PATIENCE, leave=False):
-        maps, start = _head_maps(lab, run, (run.target(0),), layers)
-        for one in rank_heads(maps[0], first=start, threshold=threshold)[:VOTES]:
-            votes[one.layer, one.head] += 1
-            entropy[one.layer, one.head] += one.entropy  # type: ignore[assignment]
+    entropy: dict[tuple[int, int], float] = {}
+    with Sweep("localisation heads", total=len(runs), unit="run", least=len(runs)) as done:
+        for run in runs:
+            start, stop = _judged_layers(lab, layers)
+            maps = _maps_of_heads(lab, run, (run.target(0),), start, stop)[0]
+            for score in rank_heads(maps, first=start, threshold=threshold)[:VOTES]:
+                pair = score.layer, score.head
+                votes[pair] += 1
+                entropy[pair] = entropy.get(pair, 0.0) + score.entropy
+            done.step()
     order = sorted(votes, key=lambda pair: (-votes[pair], entropy[pair] / votes[pair], pair))
     return tuple(order[: whole_number("top", top, least=1)])
+
+
+def _judged_layers(lab: Lab, layers: Window) -> tuple[int, int]:
+    """The layers whose heads are ranked: those asked for, or all but the earliest of a deep model."""
+    count = len(language_layers(lab.model))
+    start, stop = layer_window(layers, count)
+    return (EARLY, stop) if layers is None and count > DEEP else (start, stop)
+
+
+def _best_heads(maps: np.ndarray, start: int, threshold: float | None, top: int) -> list[HeadScore]:
+    ranked = rank_heads(maps, first=start, threshold=threshold)
+    if not ranked:
+        most = maps.sum((2, 3)).max()
+        raise OptionError(f"no head gives the picture {threshold:g} of its attention, the most is {most:.3f}; lower threshold")
+    return ranked[:top]
 
 
 def rank_heads(maps: np.ndarray, *, first: int = 0, threshold: float | None = None) -> list[HeadScore]:
@@ -243,11 +297,14 @@ def rank_heads(maps: np.ndarray, *, first: int = 0, threshold: float | None = No
     """
     shares = maps.sum((2, 3))
     least = elbow(shares.ravel()) if threshold is None else threshold
-    kept = [
-        HeadScore(first + int(layer), int(head), float(shares[layer, head]), spatial_entropy(maps[layer, head]))
-        for layer, head in zip(*np.nonzero(shares >= least), strict=True)
+    scores = [
+        _score(maps[layer, head], first + int(layer), int(head)) for layer, head in zip(*np.nonzero(shares >= least), strict=True)
     ]
-    return sorted(kept, key=lambda one: (one.entropy, -one.image_share))
+    return sorted(scores, key=lambda score: (score.entropy, -score.image_share))
+
+
+def _score(values: np.ndarray, layer: int, head: int) -> HeadScore:
+    return HeadScore(layer, head, float(values.sum()), spatial_entropy(values))
 
 
 def elbow(values: np.ndarray) -> float:
@@ -282,77 +339,3 @@ def smooth(values: np.ndarray, sigma: float) -> np.ndarray:
         return bump / bump.sum(1, keepdims=True)
 
     return weights(values.shape[-2]) @ values @ weights(values.shape[-1]).T
-
-
-def _head_maps(lab: Lab, run: Run, targets: Targets, layers: Any) -> tuple[np.ndarray, int]:
-    """Each head's mean map per target, (targets, layers, heads, rows, cols), and the first layer's number."""
-    decoder = language_layers(lab.model)
-    start, stop = layer_window(layers, len(decoder))
-    if layers is None and len(decoder) > DEEP:
-        start = EARLY
-    at = predicting_rows(targets)
-    reducer = HeadRows(at, columns=slice(*run.segments["image"]), mix=target_mix(at, targets))
-    with undisturbed(lab.model), watch_attention(decoder[start:stop], reducer):
-        lab.model(**lab.inputs(run), use_cache=False, logits_to_keep=1)
-    stack = torch.stack([reducer.layers[i][0] for i in range(stop - start)])  # L H N P
-    maps = stack.permute(2, 0, 1, 3).cpu().numpy()
-    return maps.reshape(*maps.shape[:3], run.map.rows, run.map.cols), start
-
-
-@method(
-    truth="Where the few heads look whose attention goes to the picture and forms one region.",
-    source="Kang et al. 2025, localisation heads",
-    cost="1 forward",
-    blind_to="what the values carry, every other head, and whether the region pointed at is the right one",
-    contrast=False,
-)
-def localization_heads(
-    lab: Lab,
-    run: Run,
-    targets: Targets,
-    *,
-    top: Count = 3,
-    layers: Window = None,
-    heads: Heads = None,
-    threshold: Annotated[float, at_least(0)] | None = None,
-    sigma: Annotated[float, at_least(0)] = 1.0,
-) -> Maps:
-    given = None if heads is None else choose_heads(lab, None, heads)
-    if given is not None and not given.pairs:
-        raise OptionError(f"heads must be (layer, head) pairs like ((14, 24), (14, 13)), or None to find them; got {given.heads}")
-    layers = layers if given is None else (given.layers[0], given.layers[-1] + 1)
-    maps, start = _head_maps(lab, run, targets, layers)
-    chosen = [_found(one, start, threshold, top) if given is None else _named(one, start, given.pairs) for one in maps]
-    values = np.stack([_mean_map(one, start, heads, sigma) for one, heads in zip(maps, chosen, strict=True)])
-    extras = {"heads": [[_plain(head) for head in heads] for heads in chosen]}
-    notes = [f"Mean attention of {_list(heads)} ({target.text})." for target, heads in zip(targets, chosen, strict=True)]
-    if given is None:
-        window = f"layers {start} to {start + maps.shape[1] - 1}"
-        notes.append(f"Heads found on this run among {window}, by image share and then by lowest spatial entropy.")
-    return Maps(values, {"forward": 1}, tuple(notes), extras)
-
-
-def _found(maps: np.ndarray, start: int, threshold: float | None, top: int) -> list[HeadScore]:
-    ranked = rank_heads(maps, first=start, threshold=threshold)
-    if not ranked:
-        most = maps.sum((2, 3)).max()
-        raise OptionError(f"no head gives the picture {threshold:g} of its attention, the most is {most:.3f}; lower threshold")
-    return ranked[:top]
-
-
-def _named(maps: np.ndarray, start: int, pairs: tuple[tuple[int, int], ...]) -> list[HeadScore]:
-    each = ((layer, head, maps[layer - start, head]) for layer, head in pairs)
-    return [HeadScore(layer, head, float(one.sum()), spatial_entropy(one)) for layer, head, one in each]
-
-
-def _mean_map(maps: np.ndarray, start: int, heads: list[HeadScore], sigma: float) -> np.ndarray:
-    return smooth(np.mean([maps[one.layer - start, one.head] for one in heads], 0), sigma)
-
-
-def _plain(one: HeadScore) -> dict[str, Any]:
-    """For a result's extras; JSON has no infinity, so a flat map's entropy is null."""
-    return asdict(one) | ({} if np.isfinite(one.entropy) else {"entropy": None})
-
-
-def _list(heads: list[HeadScore]) -> str:
-    return ", ".join(f"L{one.layer}H{one.head}" for one in heads)

@@ -11,6 +11,8 @@ Only positions between the patch and the predicting one can carry anything on a 
 they enter the graph.
 
 Source: Abnar & Zuidema 2020 (arXiv 2005.00928), section 4; ``scipy.sparse.csgraph.maximum_flow``.
+
+    attribute(lab, run, method="attention_flow", target="red", layers=(0, 4))
 """
 
 from __future__ import annotations
@@ -21,13 +23,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from llava_lab.attribution.heads import target_mix
 from llava_lab.attribution.method import Fusion, Maps, Window, method
 from llava_lab.attribution.rollout import whole_rows
 from llava_lab.capture import LayerByLayer, Norms, undisturbed, watch_attention
-from llava_lab.checks import layer_window
+from llava_lab.checks import Sweep, layer_window
 from llava_lab.errors import OptionError
 from llava_lab.models.layout import language_layers
 from llava_lab.replay.targets import Targets, predicting_rows
@@ -38,7 +39,62 @@ if TYPE_CHECKING:
 
 UNIT = 2.0**-30  # of capacity; a row of weights stays below the solver's largest whole number, 2^31 - 1
 LIMIT = 200_000_000  # edges over all flows; some minutes on one core
-PATIENCE = 2.0  # seconds before a progress bar appears
+
+
+@method(
+    truth="The most that could flow from each image token to the predicting positions if attention weights were pipes.",
+    source="Abnar & Zuidema 2020, attention flow",
+    cost="1 forward, then one maximum flow per patch and position on the processor",
+    blind_to="values, feed-forward layers, how patches compete for the same pipes, and which word is predicted",
+    contrast=False,
+)
+def attention_flow(lab: Lab, run: Run, targets: Targets, *, layers: Window = None, fusion: Fusion = "mean") -> Maps:
+    decoder = language_layers(lab.model)
+    start, stop = layer_window(layers, len(decoder))
+    at = predicting_rows(targets)
+    image = range(*run.segments["image"])
+    refuse_too_large(stop - start, at, image)
+    units = _capacities_of(lab, run, decoder[start:stop], fusion)
+    flows = np.zeros((len(at), len(image)))
+    with Sweep("attention flow", total=len(image), unit="patch") as done:
+        for patch, sink in enumerate(image):
+            flows[:, patch] = [max_flow(units, source, sink) for source in at]
+            done.step()
+    values = (target_mix(at, targets).numpy() @ flows).reshape(len(targets), run.map.rows, run.map.cols)
+    bound = edges(stop - start, at[-1] - image[0] + 1) * UNIT / 2
+    notes = [
+        f"Greatest flow each patch could send by itself, residual weight 0.5, {fusion} over heads, layers {start} to {stop - 1}; "
+        "the values share nothing out and do not sum to 1.",
+        f"Exact but for capacities rounded to multiples of 2^-30, which moves a flow by at most {bound:.0e}.",
+    ]
+    if done.interrupted:
+        notes.append(f"Interrupted after {done.count} of {len(image)} patches; patches not reached are 0.")
+    return Maps(values, {"forward": 1}, tuple(notes), {"flows": done.count * len(at), "rounding": bound})
+
+
+def refuse_too_large(layers: int, at: Sequence[int], image: range) -> None:
+    """Raise OptionError where the graphs would have more than `LIMIT` edges in all."""
+    work = sum(edges(layers, source - sink + 1) for source in at for sink in image)
+    if work > LIMIT:
+        raise OptionError(
+            f"exact attention flow of {len(image)} patches to {len(at)} positions through {layers} layers means {work:,} edges, "
+            f"and the limit is {LIMIT:,}; explain one word, give fewer layers=(start, stop), or use method='rollout'"
+        )
+
+
+def _capacities_of(lab: Lab, run: Run, layers: Sequence[torch.nn.Module], fusion: str) -> np.ndarray:
+    """Capacities of every layer, int32 (layers, S, S): small, because larger ones were refused."""
+    size = len(run.token_ids)
+    units = np.zeros((len(layers), size, size), np.int32)
+    itself = torch.eye(size, device=lab.device)
+
+    def fold(layer: int, attention: Tensor, norms: Norms | None) -> None:
+        whole = whole_rows(attention) if fusion == "min" else attention
+        units[layer] = capacities((0.5 * whole + 0.5 * itself).cpu().numpy())
+
+    with undisturbed(lab.model), watch_attention(layers, LayerByLayer(fold, fusion=fusion)):
+        lab.model(**lab.inputs(run), use_cache=False, logits_to_keep=1)
+    return units
 
 
 def edges(layers: int, size: int) -> int:
@@ -81,70 +137,3 @@ def max_flow(units: np.ndarray, source: int, sink: int) -> float:
     pipes = csr_array((np.concatenate(weights), (np.concatenate(starts), np.concatenate(ends))), shape=(count, count))
     pipes.eliminate_zeros()
     return float(maximum_flow(pipes, count - 1, 0).flow_value) * UNIT
-
-
-@method(
-    truth="The most that could flow from each image token to the predicting positions if attention weights were pipes.",
-    source="Abnar & Zuidema 2020, attention flow",
-    cost="1 forward, then one maximum flow per patch and position on the processor",
-    blind_to="values, feed-forward layers, how patches compete for the same pipes, and which word is predicted",
-    contrast=False,
-)
-def attention_flow(lab: Lab, run: Run, targets: Targets, *, layers: Window = None, fusion: Fusion = "mean") -> Maps:
-    decoder = language_layers(lab.model)
-    start, stop = layer_window(layers, len(decoder))
-    at = predicting_rows(targets)
-    image = range(*run.segments["image"])
-    _refuse_too_large(stop - start, at, image)
-    units = _watch(lab, run, decoder[start:stop], fusion)
-    flows, done = _sweep(units, at, image)
-    mix = target_mix(at, targets).numpy()
-    values = (mix @ flows).reshape(len(targets), run.map.rows, run.map.cols)
-    bound = edges(stop - start, at[-1] - image[0] + 1) * UNIT / 2
-    notes = [
-        f"Greatest flow each patch could send by itself, residual weight 0.5, {fusion} over heads, layers {start} to {stop - 1}; "
-        "the values share nothing out and do not sum to 1.",
-        f"Exact but for capacities rounded to multiples of 2^-30, which moves a flow by at most {bound:.0e}.",
-    ]
-    if done < len(image):
-        notes.append(f"Interrupted after {done} of {len(image)} patches; patches not reached are 0.")
-    return Maps(values, {"forward": 1}, tuple(notes), {"flows": done * len(at), "rounding": bound})
-
-
-def _watch(lab: Lab, run: Run, layers: Sequence[torch.nn.Module], fusion: str) -> np.ndarray:
-    """Capacities of every layer, int32 (layers, S, S): small, because larger ones were refused."""
-    size = len(run.token_ids)
-    units = np.zeros((len(layers), size, size), np.int32)
-    itself = torch.eye(size, device=lab.device)
-
-    def fold(layer: int, attention: Tensor, norms: Norms | None) -> None:
-        whole = whole_rows(attention) if fusion == "min" else attention
-        units[layer] = capacities((0.5 * whole + 0.5 * itself).cpu().numpy())
-
-    with undisturbed(lab.model), watch_attention(layers, LayerByLayer(fold, fusion=fusion)):
-        lab.model(**lab.inputs(run), use_cache=False, logits_to_keep=1)
-    return units
-
-
-def _sweep(units: np.ndarray, at: Sequence[int], image: Sequence[int]) -> tuple[np.ndarray, int]:
-    """Flows (rows, patches), and how many patches were reached before Ctrl-C; before the first it is raised."""
-    flows, done = np.zeros((len(at), len(image))), 0
-    with tqdm(total=len(image), desc="attention flow", unit="patch", delay=PATIENCE, leave=False) as progress:
-        try:
-            for patch, sink in enumerate(image):
-                flows[:, patch] = [max_flow(units, source, sink) for source in at]
-                done += 1
-                progress.update()
-        except KeyboardInterrupt:
-            if not done:
-                raise
-    return flows, done
-
-
-def _refuse_too_large(layers: int, at: Sequence[int], image: range) -> None:
-    work = sum(edges(layers, source - sink + 1) for source in at for sink in image)
-    if work > LIMIT:
-        raise OptionError(
-            f"exact attention flow of {len(image)} patches to {len(at)} positions through {layers} layers means {work:,} edges, "
-            f"and the limit is {LIMIT:,}; explain one word, give fewer layers=(start, stop), or use method='rollout'"
-        )

@@ -113,11 +113,10 @@ class Method:
         every = {**self.options, **given}
         return {name: self.checks[name](name, value) if name in self.checks else value for name, value in every.items()}
 
-    def refuse(self, lab: Any, targets: Targets = ()) -> None:
+    def refuse(self, lab: Any, targets: Targets) -> None:
         """Raise OptionError where the weights lack what the method needs, TargetError on a contrast it cannot tell."""
-        model = getattr(lab, "model", None)  # a closed model has none
-        packed, away = (model is not None and test(model) for test in (layout.is_quantized, layout.is_offloaded))
-        if self.needs and (packed or away):
+        packed = self.needs is not None and layout.is_quantized(lab.model)
+        if packed or (self.needs is not None and layout.is_offloaded(lab.model)):
             has = "weights packed into 8 or 4 bits" if packed else "weights that wait off the device (device_map)"
             mend = "without quantization" if packed else "on a device that holds it whole"
             raise OptionError(

@@ -66,7 +66,6 @@ def attribute(lab: Any, run: Run, *, method: str = "rollout", target: Wanted = N
     """
     entry = METHODS[known("method", method, METHODS)]
     chosen = entry.with_defaults(options)
-    entry.refuse(lab)
     weights = same_model(lab, run)
     targets = resolve_targets(lab, run, target)
     start = time.perf_counter()

@@ -1,36 +1,31 @@
-"""The gradient through one attention, a few query rows at a time, and relevance carried down beside it.
+"""Gradient-weighted relevancy (Chefer et al.): attention counts where more of it would raise the target's logit.
 
-With ``P = A * dA`` (attention weights times their gradient) rule 5 of Chefer et al. is ``mean over heads of P^+``, and
-P is also what the softmax' own gradient needs: so the relevance costs nothing that the gradient has not
-already paid for. Rule 6, ``R <- R + A-bar R`` from the first layer up, is only ever read in a few rows, and
-one row of it can be carried from the last layer down, ``r <- r + r A-bar``, in step with the gradient. No
+Rule 5, ``A-bar = mean over heads of (A * dA)^+``; rule 6, ``R <- R + A-bar R`` from the identity; the map is R's row at
+the predicting position, image columns. dA is the gradient of the *logit*, or of a logit difference. Several tokens in
+one target are explained by the sum of their logits and the mean of their rows.
+
+Nothing keeps a graph of the model: the layers' inputs are kept, and each layer is run again on the way back, alone, all
+targets together. With ``P = A * dA``, rule 5 is the mean of P's positive part, and P is also what the softmax' own
+gradient needs: so the relevance costs nothing that the gradient has not already paid for. Rule 6 is only ever read in a
+few rows, and one row of it can be carried from the last layer down, ``r <- r + r A-bar``, in step with the gradient. No
 ``S x S`` matrix is kept.
 
-It knows one opened layer and no model. Sources: Chefer, Gur & Wolf 2021 (arXiv 2103.15679), rules 5 and 6; the
-rows at a time are flash attention's idea (Dao et al. 2022, arXiv 2205.14135) in plain torch.
-
-Gradient-weighted relevancy (Chefer et al.): attention counts where more of it would raise the target's logit.
-
-Rule 5, ``A-bar = mean over heads of (A * dA)^+``; rule 6, ``R <- R + A-bar R`` from the identity; the map is R's
-row at the predicting position, image columns. dA is the gradient of the *logit*, or of a logit difference.
-Several tokens in one target are explained by the sum of their logits and the mean of their rows.
-
-Nothing keeps a graph of the model: the layers' inputs are kept, and each layer is run again on the way back,
-alone, all targets together. ``vision=True`` goes on through the vision tower by its *patch* rows, because LLaVA drops
-the class token: a map read from the class row shows what an unused output collected.
-
-``variant="lvlm-interpret"`` makes the maps of that tool to the last digits: the gradient of a token reaches only
-its own row (its steps of generation stand on a cache), rows of the prompt keep the gradient of the answer's
-first token whatever is explained, and rows are divided by their sum.
+``vision=True`` goes on through the vision tower by its *patch* rows, because LLaVA drops the class token: a map read from
+the class row shows what an unused output collected. ``variant="lvlm-interpret"`` makes the maps of that tool to the last
+digits: the gradient of a token reaches only its own row (its steps of generation stand on a cache), rows of the prompt
+keep the gradient of the answer's first token whatever is explained, and rows are divided by their sum.
 
 Sources: Chefer, Gur & Wolf 2021 (arXiv 2103.15679), rules 5, 6 and equations 8, 9; IntelLabs/lvlm-interpret @ e87dcf8
-``utils_relevancy.py``.
+``utils_relevancy.py``; the rows at a time are flash attention's idea (Dao et al. 2022, arXiv 2205.14135) in plain torch.
+
+    attribute(lab, run, method="relevancy", target=("red", "blue"))
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -53,7 +48,7 @@ from llava_lab.models.layout import (
     used_vision_layers,
     vision_layers,
 )
-from llava_lab.replay.targets import Targets, image_values, predicting_rows, segment_mass
+from llava_lab.replay.targets import Targets, image_values, predicting_rows, segment_mass, target_rows
 from llava_lab.results import Run, Target
 
 if TYPE_CHECKING:
@@ -61,126 +56,11 @@ if TYPE_CHECKING:
 
 STREAMS = 8  # gradients taken through a layer together; more need more memory and win nothing
 IN_CACHE = 2**18  # numbers worked on at once (1 MB), so that the passes over them stay in the processor's cache
-
-Rows = slice | Tensor
-Seen = Callable[[slice, Rows, Float[Tensor, "N H q k"]], None]  # streams, query rows, attention times its gradient
-
-
-@dataclass
-class Descent:
-    """What is carried down a tower: N gradients, and beside each the M rows of relevance that go with it.
-
-    `own_from`: rows from this position on were made one token at a time, each by its own gradient, with all
-    earlier positions fixed (a step of generation on a cache); None: every gradient reaches back everywhere.
-    """
-
-    gradient: Float[Tensor, "N S D"]
-    relevance: Float[Tensor, "N M S"]
-    own_from: int | None = None
-
-    def through(self, layer: OpenLayer, *, further: bool = True) -> None:
-        """Go below `layer`. Without ``further`` the gradient at its input is not wanted, and is not made."""
-        before = self.relevance
-        after = before.clone()
-        for first in range(0, len(before), STREAMS):
-            streams = slice(first, first + STREAMS)
-            attended, x = layer.from_out(self.gradient[streams])
-            add = _Rows(before[streams], after[streams]).add
-            inner = attention_backward(layer, attended, add, further=further, own_from=self.own_from)
-            if inner is not None:
-                self.gradient[streams] = x + layer.from_attention(*inner)
-        self.relevance = after
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Relevance rows before a layer, and after it as far as its blocks have been seen: ``new = old + old A-bar``."""
-
-    old: Float[Tensor, "N M S"]
-    new: Float[Tensor, "N M S"]
-
-    def add(self, some: slice, rows: Rows, product: Float[Tensor, "N H q k"]) -> None:
-        self.new[some, :, : product.shape[-1]] += self.old[some][:, :, rows] @ product.clamp_min(0).mean(1)
-
-
-def attention_backward(
-    layer: OpenLayer, gradient: Float[Tensor, "N S H E"], seen: Seen, *, further: bool = True, own_from: int | None = None
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """N gradients at the attention's output -> at query (N, H, S, E), key and value (N, G, S, E); float32.
-
-    `seen` is shown each block of attention weights times their gradient. Without ``further`` nothing else is done.
-    """
-    opened = layer.attention
-    query, key, value = (part.detach().float() for part in (opened.query, opened.key, opened.value))
-    groups = key.shape[1]
-    scaled_query, scaled_key = query * opened.scaling, key * opened.scaling
-    at_query = gradient.new_zeros(len(gradient), *query.shape[1:]) if further else None
-    at_key, at_value = (gradient.new_zeros(len(gradient), *key.shape[1:]) if further else None for _ in range(2))
-    out = gradient.transpose(1, 2)  # N H S E
-    blocks = attention_rows(query, key, opened.mask, opened.scaling, causal=opened.causal, rows=_busy_rows(gradient))
-    for rows, weights in blocks:
-        stop = weights.shape[-1]
-        kept = None if own_from is None else _own_only(rows, stop, own_from, weights.device)
-        for some in _slices(len(gradient), weights.numel()):
-            part = out[some][:, :, rows]
-            product = _shared(_grouped(part, groups) @ value[:, :, :stop].transpose(2, 3), part).mul_(weights)
-            seen(some, rows, product)
-            if at_query is None or at_key is None or at_value is None:
-                continue
-            scores = torch.addcmul(product, weights, product.sum(-1, keepdim=True), value=-1)  # before the scaling
-            at_query[some, :, rows] = _shared(_grouped(scores, groups) @ scaled_key[:, :, :stop], part)
-            mixed = weights
-            if kept is not None:
-                scores, mixed = scores * kept, weights * kept
-            at_key[some, :, :stop] += _grouped(scores, groups).transpose(2, 3) @ _grouped(scaled_query[:, :, rows], groups)
-            at_value[some, :, :stop] += _grouped(mixed, groups).transpose(2, 3) @ _grouped(part, groups)
-    if at_query is None or at_key is None or at_value is None:
-        return None
-    return at_query, at_key, at_value
-
-
-def _grouped(part: Float[Tensor, "N H q w"], groups: int) -> Float[Tensor, "N G r w"]:
-    """Heads that share a key lie side by side."""
-    return part.reshape(len(part), groups, -1, part.shape[-1])
-
-
-def _shared(part: Float[Tensor, "N G r w"], like: Float[Tensor, "N H q e"]) -> Float[Tensor, "N H q w"]:
-    """Back from groups to the heads of `like`."""
-    return part.reshape(*like.shape[:3], part.shape[-1])
-
-
-def _busy_rows(gradient: Float[Tensor, "N S H E"]) -> tuple[int, ...] | None:
-    """The query rows that any gradient reaches, when they are few (the last layer's are)."""
-    busy = (gradient != 0).flatten(2).any(-1).any(0)
-    rows = torch.nonzero(busy)[:, 0]
-    return tuple(rows.tolist()) if 2 * len(rows) < len(busy) else None
-
-
-def _own_only(rows: Rows, stop: int, own_from: int, device: torch.device) -> Float[Tensor, "q k"]:
-    """1 where a gradient may pass to a key: rows made in one go pass it to all, later ones only to themselves."""
-    at = torch.arange(rows.start, rows.stop, device=device) if isinstance(rows, slice) else rows
-    columns = torch.arange(stop, device=device)
-    return ((at[:, None] < own_from) | (at[:, None] == columns)).float()
-
-
-def _slices(count: int, numbers: int) -> Iterator[slice]:
-    step = max(1, IN_CACHE // max(numbers, 1))
-    for start in range(0, count, step):
-        yield slice(start, start + step)
-
-
-VARIANTS = ("chefer", "lvlm-interpret")
 FLOOR = 1e-12  # keeps a share of nothing at 0
 TOLERANCE = 1e-2  # of the logits' size, for the check that the head is norm and lm_head; bfloat16 needs it
 
-
-@dataclass(frozen=True)
-class _Plan:
-    """What is sent down: one gradient per stream, and the positions whose logits are needed for it."""
-
-    streams: Targets  # one gradient each: the targets themselves, or one for all
-    at: tuple[int, ...]
-    own_from: int | None  # rows from here on reach only themselves; None: every stream reaches back everywhere
+Rows = slice | Tensor
+Seen = Callable[[slice, Rows, Float[Tensor, "N H q k"]], None]  # streams, query rows, attention times its gradient
 
 
 @method(
@@ -192,7 +72,12 @@ class _Plan:
     mass={},
 )
 def relevancy(
-    lab: Lab, run: Run, targets: Targets, *, vision: bool = False, variant: Literal["chefer", "lvlm-interpret"] = "chefer"
+    lab: Lab,
+    run: Run,
+    targets: Targets,
+    *,
+    vision: bool = False,
+    variant: Literal["chefer", "lvlm-interpret"] = "chefer",
 ) -> Maps:
     if vision:
         require_patch_tokens(lab.model, "vision=True")
@@ -200,7 +85,6 @@ def relevancy(
     inputs = inputs_until(lab, run, plan.at)
     layers = language_layers(lab.model)
     tower = used_vision_layers(lab.model) if vision else []
-    lost: list[float] | None = None
     with undisturbed(lab.model), keep_calls([*layers, *tower], connector_of(lab.model)) as calls:
         keep = torch.tensor(plan.at, device=inputs["input_ids"].device)
         logits = lab.model(**inputs, use_cache=False, logits_to_keep=keep).logits
@@ -208,18 +92,35 @@ def relevancy(
         if vision:
             image, lost = _through_vision(lab, run, calls, tower, down)
         scores = target_logits(logits, plan.at, targets)[0]
-    seen = down.relevance[:, 0] if variant == VARIANTS[0] else _normalised(down.relevance[0], plan, targets)
-    extras: dict[str, Any] = {"mass": segment_mass(seen, run), "image_share": _image_share(seen, run), "score": scores.tolist()}
-    if lost is not None:
-        start, stop = run.segments["image"]
+    if variant == "chefer":
+        seen = down.relevance[:, 0]
+    else:  # each token's row divided by its sum (equations 8 and 9), and their mean for each target
+        shares = down.relevance[0] / down.relevance[0].sum(1, keepdim=True).clamp_min(FLOOR)
+        seen = target_rows(shares, plan.at, targets)
+    on_image = seen[:, slice(*run.segments["image"])].sum(1)
+    extras: dict[str, Any] = {
+        "mass": segment_mass(seen, run),
+        "image_share": (on_image / seen.sum(1).clamp_min(FLOOR)).tolist(),  # the position's own word left out
+        "score": scores.tolist(),
+    }
+    if vision:
         seen = seen.clone()
-        seen[:, start:stop] = image
+        seen[:, slice(*run.segments["image"])] = image
         extras["lost_to_cls"] = lost
     return Maps(image_values(seen, run), {"forward": 2, "backward": 1}, _notes(variant, extras), extras)
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What is sent down: one gradient per stream, and the positions whose logits are needed for it."""
+
+    streams: Targets  # one gradient each: the targets themselves, or one for all
+    at: tuple[int, ...]
+    own_from: int | None  # rows from here on reach only themselves; None: every stream reaches back everywhere
+
+
 def _plan(run: Run, targets: Targets, variant: str, vision: bool) -> _Plan:
-    if variant == VARIANTS[0]:
+    if variant == "chefer":
         return _Plan(targets, predicting_rows(targets), None)
     if vision:
         raise OptionError(
@@ -325,17 +226,106 @@ def _at_features(connector: Call, gradient: Float[Tensor, "N P D"]) -> Float[Ten
     return torch.cat(found).float()
 
 
-def _normalised(rows: Float[Tensor, "M S"], plan: _Plan, targets: Targets) -> Float[Tensor, "N S"]:
-    """Each token's row divided by its sum (equations 8 and 9), and their mean for each target."""
-    shares = rows / rows.sum(1, keepdim=True).clamp_min(FLOOR)
-    where = {position: number for number, position in enumerate(plan.at)}
-    return torch.stack([shares[[where[position] for position in target.positions]].mean(0) for target in targets])
+# -- the way back through one layer -----------------------------------------------------------
 
 
-def _image_share(seen: Float[Tensor, "N S"], run: Run) -> list[float]:
-    """The share of the relevance that lies on image tokens, the position's own word left out."""
-    image = seen[:, slice(*run.segments["image"])].sum(1)
-    return (image / seen.sum(1).clamp_min(FLOOR)).tolist()
+@dataclass
+class Descent:
+    """What is carried down a tower: N gradients, and beside each the M rows of relevance that go with it.
+
+    `own_from`: rows from this position on were made one token at a time, each by its own gradient, with all
+    earlier positions fixed (a step of generation on a cache); None: every gradient reaches back everywhere.
+    """
+
+    gradient: Float[Tensor, "N S D"]
+    relevance: Float[Tensor, "N M S"]
+    own_from: int | None = None
+
+    def through(self, layer: OpenLayer, *, further: bool = True) -> None:
+        """Go below `layer`. Without ``further`` the gradient at its input is not wanted, and is not made."""
+        before = self.relevance
+        after = before.clone()
+        for first in range(0, len(before), STREAMS):
+            streams = slice(first, first + STREAMS)
+            attended, x = layer.from_out(self.gradient[streams])
+            add = partial(_add_rule_6, before[streams], after[streams])
+            inner = attention_backward(layer, attended, add, further=further, own_from=self.own_from)
+            if inner is not None:
+                self.gradient[streams] = x + layer.from_attention(*inner)
+        self.relevance = after
+
+
+def _add_rule_6(
+    old: Float[Tensor, "N M S"], new: Float[Tensor, "N M S"], some: slice, rows: Rows, product: Float[Tensor, "n H q k"]
+) -> None:
+    """One block of a layer, into its relevance rows: ``new = old + old A-bar``."""
+    new[some, :, : product.shape[-1]] += old[some][:, :, rows] @ product.clamp_min(0).mean(1)
+
+
+def attention_backward(
+    layer: OpenLayer, gradient: Float[Tensor, "N S H E"], seen: Seen, *, further: bool = True, own_from: int | None = None
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """N gradients at the attention's output -> at query (N, H, S, E), key and value (N, G, S, E); float32.
+
+    `seen` is shown each block of attention weights times their gradient. Without ``further`` nothing else is done.
+    """
+    opened = layer.attention
+    query, key, value = (part.detach().float() for part in (opened.query, opened.key, opened.value))
+    groups = key.shape[1]
+    scaled_query, scaled_key = query * opened.scaling, key * opened.scaling
+    at_query = gradient.new_zeros(len(gradient), *query.shape[1:]) if further else None
+    at_key, at_value = (gradient.new_zeros(len(gradient), *key.shape[1:]) if further else None for _ in range(2))
+    out = gradient.transpose(1, 2)  # N H S E
+    blocks = attention_rows(query, key, opened.mask, opened.scaling, causal=opened.causal, rows=_busy_rows(gradient))
+    for rows, weights in blocks:
+        stop = weights.shape[-1]
+        kept = None if own_from is None else _own_only(rows, stop, own_from, weights.device)
+        for some in _slices(len(gradient), weights.numel()):
+            part = out[some][:, :, rows]
+            product = _shared(_grouped(part, groups) @ value[:, :, :stop].transpose(2, 3), part).mul_(weights)
+            seen(some, rows, product)
+            if at_query is None or at_key is None or at_value is None:
+                continue
+            scores = torch.addcmul(product, weights, product.sum(-1, keepdim=True), value=-1)  # before the scaling
+            at_query[some, :, rows] = _shared(_grouped(scores, groups) @ scaled_key[:, :, :stop], part)
+            mixed = weights
+            if kept is not None:
+                scores, mixed = scores * kept, weights * kept
+            at_key[some, :, :stop] += _grouped(scores, groups).transpose(2, 3) @ _grouped(scaled_query[:, :, rows], groups)
+            at_value[some, :, :stop] += _grouped(mixed, groups).transpose(2, 3) @ _grouped(part, groups)
+    if at_query is None or at_key is None or at_value is None:
+        return None
+    return at_query, at_key, at_value
+
+
+def _grouped(part: Float[Tensor, "N H q w"], groups: int) -> Float[Tensor, "N G r w"]:
+    """Heads that share a key lie side by side."""
+    return part.reshape(len(part), groups, -1, part.shape[-1])
+
+
+def _shared(part: Float[Tensor, "N G r w"], like: Float[Tensor, "N H q e"]) -> Float[Tensor, "N H q w"]:
+    """Back from groups to the heads of `like`."""
+    return part.reshape(*like.shape[:3], part.shape[-1])
+
+
+def _busy_rows(gradient: Float[Tensor, "N S H E"]) -> tuple[int, ...] | None:
+    """The query rows that any gradient reaches, when they are few (the last layer's are)."""
+    busy = (gradient != 0).flatten(2).any(-1).any(0)
+    rows = torch.nonzero(busy)[:, 0]
+    return tuple(rows.tolist()) if 2 * len(rows) < len(busy) else None
+
+
+def _own_only(rows: Rows, stop: int, own_from: int, device: torch.device) -> Float[Tensor, "q k"]:
+    """1 where a gradient may pass to a key: rows made in one go pass it to all, later ones only to themselves."""
+    at = torch.arange(rows.start, rows.stop, device=device) if isinstance(rows, slice) else rows
+    columns = torch.arange(stop, device=device)
+    return ((at[:, None] < own_from) | (at[:, None] == columns)).float()
+
+
+def _slices(count: int, numbers: int) -> Iterator[slice]:
+    step = max(1, IN_CACHE // max(numbers, 1))
+    for start in range(0, count, step):
+        yield slice(start, start + step)
 
 
 def _notes(variant: str, extras: dict[str, Any]) -> tuple[str, ...]:
@@ -345,7 +335,7 @@ def _notes(variant: str, extras: dict[str, Any]) -> tuple[str, ...]:
         "Gradient of the logit (for a contrast, of the difference), not of its probability.",
         f"{share:.0%} of the relevance is on image tokens, the rest on text; that is not a share of causation.",
     ]
-    if variant == VARIANTS[1]:
+    if variant == "lvlm-interpret":
         notes.append(
             "As lvlm-interpret makes it: earlier rows keep the gradient of earlier tokens, and each row is divided by its sum."
         )

@@ -1,18 +1,18 @@
-"""Rollout while the answer is made: the prompt's products during its one forward, each new token's row on top.
-
-`flow.Flow` carries a whole ``S x S`` product through the layers and needs the finished sequence. Here the product
-has only the columns that are asked for, the image's and one for each other segment of the prompt, and each layer's
-is kept for the rows of the answer, which come later: below the diagonal only, 0.7 MB a layer at 576 image tokens. For
-prompts over `EXACT` positions it is kept in half precision, 8.5 MB a layer at 2,916; that rounding reaches an answer's
-map once, so each number is right to one part in 2,000. The running product itself is always float32.
-
-It knows matrices and spans only, no model.
-
-A picture, a question, and back come the answer and its maps, made while the answer was: no pass of their own.
+"""Ask and explain in one go: maps taken from the forwards that make the answer, no pass of their own.
 
 `attribute` explains any run, also a loaded one, with one more forward of the finished sequence. Where the map is
-wanted anyway, `ask_and_attribute` takes it from the forwards that make the answer. The numbers are the same; what
-they cost is measured by ``llava-lab bench capture``.
+wanted anyway, `ask_and_attribute` takes it while the answer is made. The numbers are the same; what they cost is
+measured by ``llava-lab bench capture``. A method can be made this way where its card has `Method.streams`.
+
+`attention` needs the rows of the answer alone. `rollout` carries the prompt's product through its one forward
+(`StreamedRollout`) and puts each new token's row on top. `rollout.Flow` carries a whole ``S x S`` product and needs the
+finished sequence; here the product has only the columns that are asked for, the image's and one for each other segment
+of the prompt, and each layer's is kept for the rows of the answer, which come later: below the diagonal only, 0.7 MB a
+layer at 576 image tokens. For prompts over `EXACT` positions it is kept in half precision, 8.5 MB a layer at 2,916; that
+rounding reaches an answer's map once, so each number is right to one part in 2,000. The running product itself is always
+float32.
+
+    run, relevance = ask_and_attribute(lab, "photo.jpg", "What color is the car?", target="words")
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from llava_lab.attribution.attention import attention_notes
 from llava_lab.attribution.heads import choose_heads
 from llava_lab.attribution.method import Maps
 from llava_lab.attribution.registry import METHODS, result_of
-from llava_lab.attribution.rollout import BLOCK, FLOOR, Weight, _column, _notes, _Rollout, measured_residual
+from llava_lab.attribution.rollout import BLOCK, FLOOR, TowerRollout, Weight, as_column, measured_residual, rollout_notes
 from llava_lab.capture import AnswerRows, Norms, watch_attention
 from llava_lab.checks import known, layer_window
 from llava_lab.errors import LabError, OptionError
@@ -43,6 +44,118 @@ if TYPE_CHECKING:
 
 EXACT = 1024  # positions of a prompt up to which what is kept is float32
 SCALE = 2.0**15  # shares are at most 1, half precision ends at 65,504 and loses digits below 6e-5
+LATER = "made by ll.attribute(lab, run, ...) after the answer"
+
+
+def ask_and_attribute(
+    lab: Lab,
+    picture: PictureLike,
+    question: str,
+    *,
+    method: str = "rollout",
+    target: Wanted = "words",
+    options: Mapping[str, Any] | None = None,
+    **asking: Any,
+) -> tuple[Run, Relevance]:
+    """Ask as `Lab.ask` does (`asking` are its options), and explain the answer from the forwards that made it.
+
+    `method`: ``rollout`` or ``attention``, with its own `options`. `target` as in `attribute`. Interrupted, it gives
+    the answer so far with its maps.
+
+    Raises OptionError (a method or option that needs the finished answer), TargetError, LabError.
+
+    >>> run, relevance = ll.ask_and_attribute(lab, picture, "What is it?", target="answer", max_new_tokens=2)
+    >>> relevance.values.shape
+    (1, 12, 12)
+    """
+    entry = METHODS[known("method", method, METHODS)]
+    if entry.streams is None:
+        streaming = ", ".join(sorted(name for name, other in METHODS.items() if other.streams is not None))
+        raise OptionError(f"while answering, method must be one of {streaming}, got {method!r}; its map is {LATER}")
+    chosen = entry.with_defaults(options or {})
+    for name, value in entry.streams.items():
+        if chosen[name] != value:
+            raise OptionError(f"while answering, {name} must be {value!r}, got {chosen[name]!r}; that map is {LATER}")
+    forms = {name: asking[name] for name in ("prompt", "history") if name in asking}
+    sequence = lab.sequence(question, **forms)
+    watching = WATCHING[method](lab, chosen, len(sequence.token_ids), sequence.segments)
+    with watch_attention(watching.layers, watching.reducer, calls=None):
+        run = lab.ask(picture, question, **asking)
+    start = time.perf_counter()
+    count = len(run.answer_positions)
+    if not count and run.options["stopped"] == "interrupted":
+        raise KeyboardInterrupt
+    if watching.reducer.count(len(watching.layers)) < count:
+        raise LabError(f"expected every layer to attend {count} times, got fewer; its map is {LATER}")
+    targets = resolve_targets(lab, run, target)
+    entry.refuse(lab, targets)
+    maps = watching.maps(run, targets, count)
+    maps = replace(maps, notes=(*maps.notes, "Taken while the answer was made; the seconds are those after it."))
+    seconds = time.perf_counter() - start
+    return run, result_of(maps, entry, chosen, run, targets, model=lab.name, weights=run.fingerprint, seconds=seconds)
+
+
+class WatchedAttention:
+    """`attention`, from the rows of the answer alone."""
+
+    def __init__(self, lab: Lab, options: dict[str, Any], prompt: int, segments: Mapping[str, Span]) -> None:
+        self._chosen = choose_heads(lab, options["layers"], None)
+        self._fusion = options["fusion"]
+        decoder = language_layers(lab.model)
+        self.layers = [decoder[layer] for layer in self._chosen.layers]
+        self.reducer = AnswerRows(prompt, fusion=self._fusion)
+
+    def maps(self, run: Run, targets: Targets, count: int) -> Maps:
+        at = range(self.reducer.first, self.reducer.first + count)
+        parts = torch.stack([target_rows(self.reducer.picked(i, count), at, targets) for i in range(len(self.layers))])
+        rows = torch.nn.functional.pad(parts.mean(0), (0, 1))  # the last token attends after everything was said
+        shares = parts[..., slice(*run.segments["image"])].sum(-1)
+        extras = {
+            "mass": segment_mass(rows, run),
+            "image_share": shares.mean(0).tolist(),
+            "image_share_by_layer": shares.tolist(),
+        }
+        return Maps(image_values(rows, run), {}, attention_notes(self._chosen, self._fusion), extras)
+
+
+class WatchedRollout:
+    """`rollout`, its prompt's part folded while the prompt is read."""
+
+    def __init__(self, lab: Lab, options: dict[str, Any], prompt: int, segments: Mapping[str, Span]) -> None:
+        if options["fusion"] == "min":
+            raise OptionError(f"while answering, fusion must be mean or max, got 'min'; that map is {LATER}")
+        decoder = language_layers(lab.model)
+        self._window = slice(*layer_window(options["layers"], len(decoder)))
+        self.layers = decoder[self._window]
+        null = options["null"] == "causal"
+        self._tower = TowerRollout(causal=True, residual=options["residual"], null=null, fusion=options["fusion"])
+        self._stream = StreamedRollout(prompt, segments, null=null, device=lab.device)
+        measured = options["residual"] == "measured"
+        self.reducer = AnswerRows(prompt, fusion=options["fusion"], fold=self._fold, norms=measured)
+
+    def maps(self, run: Run, targets: Targets, count: int) -> Maps:
+        def residual(layer: int) -> Weight:
+            if self._tower.residual != "measured":
+                return float(self._tower.residual)
+            return measured_residual(self.reducer.row_norms(layer, count))[0]
+
+        rows, uniform = self._stream.rows(count, lambda layer: self.reducer.picked(layer, count), residual)
+        at = range(self.reducer.first, self.reducer.first + count)
+        seen = target_rows(rows, at, targets)
+        values: Tensor = self._stream.image(seen)
+        extras: dict[str, Any] = {"mass": self._stream.mass(seen), "residual_by_layer": self._tower.kept}
+        if uniform is not None:
+            null = target_rows(uniform, at, targets)
+            extras["null_mass"] = self._stream.mass(null)
+            values = torch.log((values + FLOOR) / (self._stream.image(null) + FLOOR))
+        grid = values.cpu().numpy().reshape(len(targets), run.map.rows, run.map.cols)
+        return Maps(grid, {}, rollout_notes(self._window, self._tower, extras), extras)
+
+    def _fold(self, layer: int, attention: Tensor, norms: Norms | None) -> None:
+        self._stream.step(attention, self._tower.weight(norms))
+
+
+WATCHING = {"attention": WatchedAttention, "rollout": WatchedRollout}
 
 
 class StreamedRollout:
@@ -66,7 +179,7 @@ class StreamedRollout:
 
     def step(self, attention: Float[Tensor, "S S"], residual: Weight) -> None:
         """Put one more layer on top of the prompt's rows."""
-        keep = _column(residual, attention)
+        keep = as_column(residual, attention)
         kept = []
         for start in reversed(range(0, self.prompt, BLOCK)):  # a causal row only needs rows at or above it
             stop = min(start + BLOCK, self.prompt)
@@ -101,7 +214,7 @@ class StreamedRollout:
         even = seen.clone()
         for layer in range(self._layers):
             weights = attention(layer)[1:]
-            keep = _column(residual(layer), seen.new_empty(count))[1:]
+            keep = as_column(residual(layer), seen.new_empty(count))[1:]
             mixed = weights[:, self.prompt :] @ seen
             mixed[:, :-1] += self._through_prompt(layer, weights[:, : self.prompt])
             seen = torch.lerp(mixed, seen, keep)
@@ -139,117 +252,3 @@ class StreamedRollout:
         for rows, block in self._kept[layer]:
             out[:, : block.shape[1]] += weights[:, rows] @ (block.float() / SCALE)
         return out
-
-
-LATER = "made by ll.attribute(lab, run, ...) after the answer"
-
-
-def ask_and_attribute(
-    lab: Lab,
-    picture: PictureLike,
-    question: str,
-    *,
-    method: str = "rollout",
-    target: Wanted = "words",
-    options: Mapping[str, Any] | None = None,
-    **asking: Any,
-) -> tuple[Run, Relevance]:
-    """Ask as `Lab.ask` does (`asking` are its options), and explain the answer from the forwards that made it.
-
-    `method`: ``rollout`` or ``attention``, with its own `options`. `target` as in `attribute`. Interrupted, it gives
-    the answer so far with its maps.
-
-    Raises OptionError (a method or option that needs the finished answer), TargetError, LabError.
-    """
-    entry = METHODS[known("method", method, METHODS)]
-    if entry.streams is None:
-        streamed = ", ".join(sorted(name for name, other in METHODS.items() if other.streams is not None))
-        raise OptionError(f"while answering, method must be one of {streamed}, got {method!r}; its map is {LATER}")
-    chosen = entry.with_defaults(options or {})
-    for name, value in entry.streams.items():
-        if chosen[name] != value:
-            raise OptionError(f"while answering, {name} must be {value!r}, got {chosen[name]!r}; that map is {LATER}")
-    forms = {name: asking[name] for name in ("prompt", "history") if name in asking}
-    sequence = lab.sequence(question, **forms)
-    watching: _Attention | _Streamed
-    watching = (_Attention if method == "attention" else _Streamed)(lab, chosen, len(sequence.token_ids), sequence.segments)
-    with watch_attention(watching.layers, watching.reducer, calls=None):
-        run = lab.ask(picture, question, **asking)
-    start = time.perf_counter()
-    said = len(run.answer_positions)
-    if not said and run.options["stopped"] == "interrupted":
-        raise KeyboardInterrupt
-    if watching.reducer.count(len(watching.layers)) < said:
-        raise LabError(f"expected every layer to attend {said} times, got fewer; its map is {LATER}")
-    targets = resolve_targets(lab, run, target)
-    entry.refuse(lab, targets)
-    maps = watching.maps(run, targets, said)
-    maps = replace(maps, notes=(*maps.notes, "Taken while the answer was made; the seconds are those after it."))
-    seconds = time.perf_counter() - start
-    return run, result_of(maps, entry, chosen, run, targets, model=lab.name, weights=run.fingerprint, seconds=seconds)
-
-
-class _Attention:
-    """`attention`, from the rows of the answer alone."""
-
-    def __init__(self, lab: Lab, options: dict[str, Any], prompt: int, segments: Mapping[str, Any]) -> None:
-        self._chosen = choose_heads(lab, options["layers"], None)
-        self._fusion = options["fusion"]
-        decoder = language_layers(lab.model)
-        self.layers = [decoder[layer] for layer in self._chosen.layers]
-        self.reducer = AnswerRows(prompt, fusion=self._fusion)
-
-    def maps(self, run: Run, targets: Targets, said: int) -> Maps:
-        at = range(self.reducer.first, self.reducer.first + said)
-        parts = torch.stack([target_rows(self.reducer.picked(i, said), at, targets) for i in range(len(self.layers))])
-        rows = torch.nn.functional.pad(parts.mean(0), (0, 1))  # the last token attends after all was said
-        shares = parts[..., slice(*run.segments["image"])].sum(-1)
-        extras = {
-            "mass": segment_mass(rows, run),
-            "image_share": shares.mean(0).tolist(),
-            "image_share_by_layer": shares.tolist(),
-        }
-        which = f"{self._fusion} over {self._chosen.which}, mean over {self._chosen.window}"
-        return Maps(image_values(rows, run), {}, (f"Attention of the predicting positions, {which}.",), extras)
-
-
-class _Streamed:
-    """`rollout`, its prompt's part folded while the prompt is read."""
-
-    def __init__(self, lab: Lab, options: dict[str, Any], prompt: int, segments: Mapping[str, Any]) -> None:
-        decoder = language_layers(lab.model)
-        self._window = layer_window(options["layers"], len(decoder))
-        self.layers = decoder[slice(*self._window)]
-        null, fusion = options["null"] == "causal", options["fusion"]
-        fixed = None if options["residual"] == "measured" else float(options["residual"])
-        self._about = _Rollout(True, fixed, null, fusion)
-        if fusion == "min":
-            raise OptionError(f"while answering, fusion must be mean or max, got 'min'; that map is {LATER}")
-        self._stream = StreamedRollout(prompt, segments, null=null, device=lab.device)
-        self.reducer = AnswerRows(prompt, fusion=fusion, fold=self._fold, norms=self._about.residual is None)
-
-    def maps(self, run: Run, targets: Targets, said: int) -> Maps:
-        rows, even = self._stream.rows(
-            said, lambda layer: self.reducer.picked(layer, said), lambda layer: self._weight(layer, said)
-        )
-        at = range(self.reducer.first, self.reducer.first + said)
-        seen = target_rows(rows, at, targets)
-        values: Tensor = self._stream.image(seen)
-        extras: dict[str, Any] = {"mass": self._stream.mass(seen), "residual_by_layer": self._about.kept}
-        if even is not None:
-            null = target_rows(even, at, targets)
-            extras["null_mass"] = self._stream.mass(null)
-            values = torch.log((values + FLOOR) / (self._stream.image(null) + FLOOR))
-        grid = values.cpu().numpy().reshape(len(targets), run.map.rows, run.map.cols)
-        return Maps(grid, {}, _notes(self._window, self._about, None, None), extras)
-
-    def _fold(self, layer: int, attention: Tensor, norms: Norms | None) -> None:
-        weight = self._about.residual if norms is None else measured_residual(norms)[0]
-        assert weight is not None
-        self._about.kept.append(float(weight.mean()) if isinstance(weight, Tensor) else weight)
-        self._stream.step(attention, weight)
-
-    def _weight(self, layer: int, said: int) -> Weight:
-        if self._about.residual is not None:
-            return self._about.residual
-        return measured_residual(self.reducer.row_norms(layer, said))[0]

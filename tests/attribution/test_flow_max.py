@@ -188,7 +188,7 @@ def test_too_large_a_graph_is_refused_before_anything_runs(tiny_random: Lab, run
 
 def test_llava_15_at_its_true_size_is_over_the_limit() -> None:
     with pytest.raises(OptionError, match="576 patches to 1 positions through 32 layers"):
-        max_flow._refuse_too_large(32, [640], range(35, 611))
+        max_flow.refuse_too_large(32, [640], range(35, 611))
 
 
 def test_576_patches_take_the_same_path_where_they_are_affordable(llava15_folder: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llava_lab.attribution import attribute
-from llava_lab.attribution.rollout import FLOOR, Flow, _Rollout, _through_vision, remove_columns
+from llava_lab.attribution.rollout import FLOOR, Flow, TowerRollout, chain_through_vision, remove_columns
 from llava_lab.capture import Full, fuse_heads, undisturbed, watch_attention
 from llava_lab.errors import LabError, OptionError, TargetError
 from llava_lab.models import Lab, load
@@ -197,9 +197,9 @@ def test_options_out_of_range_are_refused(tiny_random: Lab, run: Run, options: d
 
 
 def test_a_tower_that_is_not_the_grid_is_refused(run: Run) -> None:
-    tower = _Rollout(causal=False, residual=0.5, null=False, fusion="mean", flow=Flow(9, causal=False))
+    tower = TowerRollout(causal=False, residual=0.5, null=False, fusion="mean", flow=Flow(9, causal=False))
     with pytest.raises(LabError, match="expected 16 patches and at most one CLS token in the vision tower, got 9 positions"):
-        _through_vision(torch.ones(1, len(run.token_ids)), None, tower, run)
+        chain_through_vision(torch.ones(1, len(run.token_ids)), None, tower, run)
 
 
 def test_result_survives_saving(tiny_random: Lab, run: Run, tmp_path: Path) -> None:

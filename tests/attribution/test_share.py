@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -213,7 +214,7 @@ def test_a_contrast_has_no_attention_mass_and_says_so(tiny_random: Lab, run: Run
 
 
 def test_without_orders_there_is_no_game(tiny_random: Lab, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llava_lab.attribution.image_share.game", lambda *_, **__: pytest.fail("a game was played"))
+    monkeypatch.setattr(sys.modules[image_share.__module__], "game", lambda *_, **__: pytest.fail("a game was played"))
     share = image_share(tiny_random, run, orders=0)
     assert (share.shap, share.text_shap, share.interval, share.orders) == (None, None, None, 0)
 
