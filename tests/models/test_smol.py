@@ -12,7 +12,7 @@ from llava_lab.models.formats import smol
 from llava_lab.models.formats import smol as gguf_cache
 from llava_lab.stats import normalised, same_answer
 from llava_lab.training.smol.batches import Chat
-from llava_lab.training.smol.make import Adapted, Low, block_mask
+from llava_lab.training.smol.make import adapt, block_mask
 from llava_lab.worlds.paraphrases import retell
 from llava_lab.worlds.picturebook import TYPES, ask_about, scene
 from llava_lab.worlds.scenes import HELD_OUT
@@ -101,14 +101,15 @@ def test_blocks_see_what_is_shared_and_themselves_only():
 
 
 def test_merged_lora_says_what_the_adapter_said():
-    torch.manual_seed(0)
-    base, low = torch.nn.Linear(6, 5, bias=False), Low(6, 5, 2)
-    torch.nn.init.normal_(low.up)
-    hidden = torch.randn(3, 6)
-    expected = Adapted(base, low, 2.0)(hidden)
-    assert not torch.allclose(expected, base(hidden))
-    smol.merge(base, low.down.detach(), low.up.detach(), 2.0)
-    assert torch.allclose(base(hidden), expected, atol=1e-6)
+    base = torch.nn.Sequential(torch.nn.Linear(6, 5, bias=False))
+    alone, hidden = torch.nn.Linear(6, 5, bias=False), torch.randn(3, 6)
+    alone.load_state_dict(base[0].state_dict())
+    pair = adapt(base, 2, 2.0, 0)["0"]
+    torch.nn.init.normal_(pair["up"].weight)
+    expected = base(hidden)
+    assert not torch.allclose(expected, alone(hidden))
+    smol.merge(alone, pair["down"].weight.detach(), pair["up"].weight.detach(), 2.0)
+    assert torch.allclose(alone(hidden), expected, atol=1e-6)
 
 
 def test_every_question_of_the_world_can_be_retold_and_keeps_its_names():

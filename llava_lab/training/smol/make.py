@@ -3,11 +3,13 @@
 Stage 1 (align) trains the connector alone, stage 2 (instruct) the connector and LoRA on every linear layer of the language
 model; `practice` goes on with stage 2 at a fresh rate on the questions that come last: relations, comparisons, counts.
 The frozen parts run in bfloat16, what trains is kept in float32. The layers are stock transformers; blocks are kept apart by
-the attention mask (`smol_data`). The tower costs a three-hundredth of a step and runs in it.
+the attention mask (`batches`). The tower costs a three-hundredth of a step and runs in it.
 
 So that the language model keeps its ability with text, a share of stage 2 reads texts the untouched model wrote itself. Few
 texts, read often, are learnt by heart and do not help (perplexity on other prose rose ninefold); so `recall` reads many, half of
 its steps, and stays near what the untouched model expects next at every word (`distance`).
+
+    train_smol("runs/smol")  # hours on a processor; then runs/smol/weights is what the repository holds
 """
 
 from __future__ import annotations
@@ -25,12 +27,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llava_lab.errors import OptionError
 from llava_lab.models import layout
 from llava_lab.models.formats import smol
+from llava_lab.results.save import whole_file
 from llava_lab.training import loop
 from llava_lab.training.features import tower_features
 from llava_lab.training.recipe import Stage
@@ -43,7 +47,6 @@ from llava_lab.worlds.picturebook import scene
 log = logging.getLogger(__name__)
 
 CHECK_PICTURES, CHECK_EVERY = 24, 100
-
 
 ALIGN = Stage("align", ("connector",), steps=350, batch=8, rate=2e-3, warmup=0.05)
 INSTRUCT = Stage("instruct", ("connector", "lora"), steps=700, batch=8, rate=1e-3)
@@ -71,37 +74,26 @@ class SmolRecipe:
 SMOL = SmolRecipe()
 
 
-class Low(nn.Module):
-    """The two thin matrices beside one linear layer; the second starts at nothing."""
-
-    def __init__(self, inside: int, outside: int, rank: int) -> None:
-        super().__init__()
-        self.down, self.up = nn.Parameter(torch.empty(rank, inside)), nn.Parameter(torch.zeros(outside, rank))
-        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
-
-
-class Adapted(nn.Module):
-    """A frozen linear layer with its `Low` beside it."""
-
-    def __init__(self, base: nn.Linear, low: Low, scale: float) -> None:
-        super().__init__()
-        self.base, self.low, self.scale = base, low, scale
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.base(hidden) + self.scale * F.linear(F.linear(hidden, self.low.down), self.low.up)
+# -- the model, ready to train -------------------------------------------------------------
 
 
 def adapt(language: nn.Module, rank: int, scale: float, seed: int) -> nn.ModuleDict:
-    """Put adapters beside every linear layer; returns them by layer name, with ``/`` for the points."""
-    lows = nn.ModuleDict()
+    """Put peft's LoRA beside every linear layer; gives the two matrices of each by layer name, with ``/`` for the points.
+
+    They are kept and drawn in float32 (peft makes them in the layer's own precision): ``down`` by Kaiming, ``up`` at nothing.
+    """
+    names = [name for name, module in language.named_modules() if isinstance(module, nn.Linear)]
+    pairs = nn.ModuleDict()
     with torch.random.fork_rng(devices=[]):
+        config = LoraConfig(r=rank, lora_alpha=round(scale * rank), target_modules=names, bias="none")
+        inject_adapter_in_model(config, language)
         torch.manual_seed(seed)
-        for name, linear in [(n, m) for n, m in language.named_modules() if isinstance(m, nn.Linear)]:
-            parent, _, last = name.rpartition(".")
-            low = Low(linear.in_features, linear.out_features, rank)
-            lows[name.replace(".", "/")] = low
-            setattr(language.get_submodule(parent), last, Adapted(linear, low, scale))
-    return lows
+        for name in names:
+            layer: Any = language.get_submodule(name)
+            pair = nn.ModuleDict({"down": layer.lora_A["default"], "up": layer.lora_B["default"]}).float()
+            nn.init.kaiming_uniform_(layer.lora_A["default"].weight, a=math.sqrt(5))
+            pairs[name.replace(".", "/")] = pair
+    return pairs
 
 
 def in_bfloat16(module: nn.Module) -> None:
@@ -113,13 +105,13 @@ def in_bfloat16(module: nn.Module) -> None:
 @torch.no_grad()
 def fit_start(model: Any, features: Tensor) -> None:
     """A fresh connector reads features as if standardised and writes tokens as long as the words' embeddings."""
-    projector, words = layout.connector_of(model), model.get_input_embeddings().weight
+    connector, words = layout.connector_of(model), model.get_input_embeddings().weight
     flat = features.flatten(0, 1).float()
     mean, spread = flat.mean(0), flat.std(0).clamp_min(1e-3)
-    first, second = projector.linear_1, projector.linear_2
+    first, second = connector.linear_1, connector.linear_2
     first.weight.div_(spread)
     first.bias.sub_(first.weight @ mean)
-    length = projector(features.float()).norm(dim=-1).mean()
+    length = connector(features.float()).norm(dim=-1).mean()
     share = words.float().norm(dim=-1).mean() / length
     second.weight.mul_(share)
     second.bias.mul_(share)
@@ -130,6 +122,9 @@ def compiled(language: Any) -> None:
     torch._dynamo.config.recompile_limit = 64
     for block in language.layers:
         block.compile(dynamic=False)
+
+
+# -- the loss ------------------------------------------------------------------------------
 
 
 def block_mask(block: Tensor, dtype: torch.dtype) -> Tensor:
@@ -170,9 +165,12 @@ def distance(model: Any, teacher: Any, batch: Batch, *, image_id: int) -> tuple[
     with torch.no_grad():
         expected, _ = states(teacher, batch, image_id=image_id)
         target = teacher.get_output_embeddings()(expected).float().log_softmax(-1)
-    said = model.get_output_embeddings()(hidden).float().log_softmax(-1)
-    loss = F.kl_div(said, target, log_target=True, reduction="batchmean")
+    predicted = model.get_output_embeddings()(hidden).float().log_softmax(-1)
+    loss = F.kl_div(predicted, target, log_target=True, reduction="batchmean")
     return loss, {"tokens": len(wanted), "text": 1.0}
+
+
+# -- the run -------------------------------------------------------------------------------
 
 
 class Check:
@@ -184,9 +182,9 @@ class Check:
     def __init__(self, model: Any, form: Chat, side: int, *, pictures: int = CHECK_PICTURES, batch: int = 8) -> None:
         self.model, self.image_id = model, form.image_id
         scenes = [scene("validation", i) for i in range(pictures)]
-        rows = [asked_blocks(one, np.random.default_rng((2, 0, i, 5))) for i, one in enumerate(scenes)]
-        seen = draw(scenes, side)
-        self.right = [form.batch(rows[i : i + batch], seen[i : i + batch]) for i in range(0, pictures, batch)]
+        rows = [asked_blocks(drawn, np.random.default_rng((2, 0, i, 5))) for i, drawn in enumerate(scenes)]
+        drawings = draw(scenes, side)
+        self.right = [form.batch(rows[i : i + batch], drawings[i : i + batch]) for i in range(0, pictures, batch)]
         self.wrong = [replace(b, pictures=b.pictures.roll(1, 0)) for b in self.right if b.pictures is not None]
 
     @torch.no_grad()
@@ -201,7 +199,7 @@ class Check:
                 losses.append(F.cross_entropy(logits, wanted, reduction="none"))
                 place = (torch.arange(len(batch.block))[:, None] * 1000 + batch.block)[batch.labels != IGNORE]
                 good = logits.argmax(-1) == wanted
-                exact += [bool(good[place == one].all()) for one in place.unique()]
+                exact += [bool(good[place == question].all()) for question in place.unique()]
             row |= {f"check{name}": round(float(torch.cat(losses).mean()), 4), f"exact{name}": round(float(np.mean(exact)), 4)}
         return row
 
@@ -244,55 +242,46 @@ def train_smol(
     if texts is None and {"instruct", "practice"} & set(stages or names):
         few = own_texts(model, processor.tokenizer, folder / "texts.json")
     check = Check(model, form, side)
-    lows: nn.ModuleDict | None = None
     connector.requires_grad_(True)
     modules: dict[str, nn.Module] = {"connector": connector}
     for number, stage in enumerate(recipe.stages):
         if stages is not None and stage.name not in stages:
             continue
-        if "lora" in stage.trains and lows is None:
-            lows = modules["lora"] = adapt(layout.language_model(model), recipe.rank, recipe.scale, recipe.seed)
+        if "lora" in stage.trains and "lora" not in modules:
+            modules["lora"] = adapt(layout.language_model(model), recipe.rank, recipe.scale, recipe.seed)
         if number:
-            _go_on_from(folder, names[number - 1], modules)
+            # what the stage before left; adapters it did not train start at nothing
+            before = folder / f"{names[number - 1]}.pt"
+            if not before.exists():
+                raise OptionError(f"{before} is missing; train stage {names[number - 1]} first")
+            for name, state in torch.load(before, weights_only=True)["modules"].items():
+                modules[name].load_state_dict(state)
         if fused:
             compiled(layout.language_model(model))
         scaled = replace(stage, steps=max(1, round(stage.steps * steps_scale)))
         data = SmolData(form, stage=stage.name, batch=stage.batch, side=side, seed=recipe.seed, texts=few, blind=blind)
         (folder / f"{stage.name}.recipe.json").write_text(json.dumps(asdict(scaled), indent=1))
-        made = partial(loss_of, model, image_id=form.image_id)
+        stage_loss = partial(loss_of, model, image_id=form.image_id)
         if stage.name == "recall":
-            teacher = _teacher(parts)
+            # the model as it was before any training
+            teacher, _ = smol.assemble(**(parts or {}))
+            in_bfloat16(layout.language_model(teacher.requires_grad_(False)))
             data.texts = many_texts(teacher, processor.tokenizer, folder / "many.json") if texts is None else texts
-            made = partial(distance, model, teacher, image_id=form.image_id)
-        loop.train(scaled, modules, data, made, folder=folder, workers=1, check=check, check_every=CHECK_EVERY)
-    return write_weights(folder, connector, lows, recipe)
+            stage_loss = partial(distance, model, teacher, image_id=form.image_id)
+        loop.train(scaled, modules, data, stage_loss, folder=folder, workers=1, check=check, check_every=CHECK_EVERY)
+    lora = modules.get("lora")
+    assert lora is None or isinstance(lora, nn.ModuleDict)
+    return write_weights(folder, connector, lora, recipe)
 
 
-def _teacher(parts: dict[str, Any] | None) -> Any:
-    """The model as it was before any training, its language model in bfloat16."""
-    model, _ = smol.assemble(**(parts or {}))
-    in_bfloat16(layout.language_model(model.requires_grad_(False)))
-    return model
-
-
-def write_weights(folder: Path, connector: nn.Module, lows: nn.ModuleDict | None, recipe: SmolRecipe) -> Path:
+def write_weights(folder: Path, connector: nn.Module, lora: nn.ModuleDict | None, recipe: SmolRecipe) -> Path:
     """``folder/weights``: connector and LoRA in bfloat16, and the scale that goes with them."""
     target = folder / "weights"
     target.mkdir(exist_ok=True)
     tensors = {f"connector.{name}": value for name, value in connector.state_dict().items()}
-    for name, value in (lows.state_dict() if lows is not None else {}).items():
-        tensors[f"lora.{name.replace('/', '.')}"] = value
-    part = target / "part"
-    save_file({name: value.to(torch.bfloat16).contiguous() for name, value in tensors.items()}, part)
-    part.replace(target / smol.WEIGHTS)
+    for name, value in (lora.state_dict() if lora is not None else {}).items():
+        tensors[f"lora.{name.replace('/', '.').removesuffix('.weight')}"] = value
+    with whole_file(target / smol.WEIGHTS) as temporary:
+        save_file({name: value.to(torch.bfloat16).contiguous() for name, value in tensors.items()}, temporary)
     (target / "smol.json").write_text(json.dumps({"rank": recipe.rank, "scale": recipe.scale, "seed": recipe.seed}) + "\n")
     return target
-
-
-def _go_on_from(folder: Path, stage: str, modules: dict[str, nn.Module]) -> None:
-    """Load what the stage before left; adapters it did not train start at nothing."""
-    file = folder / f"{stage}.pt"
-    if not file.exists():
-        raise OptionError(f"{file} is missing; train stage {stage} first")
-    for name, state in torch.load(file, weights_only=True)["modules"].items():
-        modules[name].load_state_dict(state)

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from llava_lab.results.save import whole_file
+
 log = logging.getLogger(__name__)
 
 ASKED = (
@@ -67,9 +69,8 @@ def own_texts(model: Any, tokenizer: Any, file: Path, *, each: int = EACH, lengt
     for number, prompts in enumerate((chats, list(OPENED))):
         ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts for _ in range(each)]
         texts += sample(model, ids, length=length, end=tokenizer.eos_token_id, seed=number)
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(texts))
-    part.replace(file)
+    with whole_file(file) as temporary:
+        temporary.write_text(json.dumps(texts))
     return texts
 
 
@@ -85,9 +86,8 @@ def many_texts(model: Any, tokenizer: Any, file: Path, *, again: int = AGAIN, le
     for number, first in enumerate(range(0, len(ids), AT_ONCE)):
         some = ids[first : first + AT_ONCE]
         texts += sample(model, some, length=length, end=tokenizer.eos_token_id, seed=100 + number, heat=WARM)
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(texts))
-    part.replace(file)
+    with whole_file(file) as temporary:
+        temporary.write_text(json.dumps(texts))
     return texts
 
 
@@ -99,7 +99,7 @@ def sample(model: Any, prompts: list[list[int]], *, length: int, end: int, seed:
     ids = torch.tensor([[end] * (longest - len(row)) + row for row in prompts])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts])
     image_id, language, head = model.config.image_token_index, model.model.language_model, model.get_output_embeddings()
-    said: list[list[int]] = [list(row) for row in prompts]
+    texts: list[list[int]] = [list(row) for row in prompts]
     open_rows, cache = set(range(len(prompts))), None
     for _ in range(length):
         place = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
@@ -109,10 +109,10 @@ def sample(model: Any, prompts: list[list[int]], *, length: int, end: int, seed:
         logits[:, image_id] = -torch.inf
         ids = torch.multinomial((logits / heat).softmax(-1), 1, generator=random)
         for row in list(open_rows):
-            said[row].append(int(ids[row]))
-            if said[row][-1] == end:
+            texts[row].append(int(ids[row]))
+            if texts[row][-1] == end:
                 open_rows.remove(row)
         if not open_rows:
             break
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-    return said
+    return texts
