@@ -7,36 +7,28 @@ gives. Sweeps are measured on at most `PATCHES` patches, spread evenly, and thei
 everything else is measured whole.
 
 How well each approximation ranks patches is told by Spearman's correlation with the exact sweep, on pictures
-of the picture book; only a trained model can tell. Each measurement is a process of its own.
+of the picture book; only a trained model can tell. Memory is told as it is, not less the floor's.
 """
 
 from __future__ import annotations
 
-import gc
-import logging
-import time
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llava_lab.bench.harness import SHAPES, _child, _median, _row, bench_lab
-from llava_lab.bench.relevancy import _flops, _matmul_peak, _memory
-from llava_lab.errors import OptionError
+from llava_lab.bench.harness import QUESTION, SHAPES, Call, Comparison, bench_lab, child, noise_picture, side_by_side, table
 from llava_lab.stats import spearman
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from llava_lab.bench.harness import Measured
     from llava_lab.models import Lab
     from llava_lab.results import Run
 
-logger = logging.getLogger(__name__)
-
-QUESTION = "What color is the car?"
 NEW_TOKENS = 5
-SIDE = 336  # of the square test picture, pixels
 PATCHES = 144  # a sweep measures at most so many
 PICTURES = 8  # that ranks are compared on
 FLOOR = "plain forward"
@@ -61,69 +53,31 @@ WARM: Mapping[str, dict[str, Any]] = MappingProxyType(
 Values = np.ndarray  # (patches measured,)
 
 
-def measure(model: str, repeats: int, *, patches: int = PATCHES) -> dict[str, Any]:
-    """Rows of ``llava-lab bench occlusion``, in the form of `llava_lab.bench.run`; a rank correlation where one exists."""
-    measured: dict[str, list[dict[str, Any]]] = {name: [] for name in WAYS}
-    for number in range(repeats):  # side by side, so that a drifting machine drifts for all
-        for name in WAYS:
-            body = "from llava_lab.bench.occlusion import measure_way\nfacts = measure_way(model, way, patches)\n"
-            measured[name].append(_child(body, model=model, way=name, patches=patches))
-            logger.info("%s, %d of %d: %.2f s", name, number + 1, repeats, measured[name][-1]["seconds"])
+def measure(model: str, repeats: int) -> dict[str, Any]:
+    """The rows of ``llava-lab bench occlusion``, each with its rank correlation where one exists."""
+    measured = side_by_side(COMPARISON, model, repeats)
     ranks: dict[str, float] = {}
     if model not in SHAPES:
         body = "from llava_lab.bench.occlusion import measure_ranks\nfacts = {'ranks': measure_ranks(model, pictures)}\n"
-        ranks = _child(body, model=model, pictures=PICTURES)["ranks"]
-    return rows(measured, ranks)
+        ranks = child(body, model=model, pictures=PICTURES)["ranks"]
+    return result(measured, ranks)
 
 
-def rows(measured: Mapping[str, list[dict[str, Any]]], ranks: Mapping[str, float]) -> dict[str, Any]:
-    """Medians and ratios of what `measure_way` found, over and over, for each way."""
-    seconds = {name: _median(runs, "seconds") for name, runs in measured.items()}
-    table = []
-    for name, runs in measured.items():
-        peer = PIXELS if name in (FLOOR, PIXELS) or "pixels" in name else TOKENS
-        own, theirs = (np.array(measured[one][-1]["values"]) for one in (name, peer))
-        error = float(np.abs(own - theirs).max()) if own.size and own.shape == theirs.shape else None
-        extra = None if runs[0]["peak_mb"] is None else _median(runs, "peak_mb")
-        row = _row(name, seconds[name], seconds[FLOOR], seconds[name] / seconds[peer], extra, error)
-        table.append({**row, "rank_correlation": ranks.get(name.removeprefix("ours: "))})
-    last = measured[FLOOR][-1]
-    fraction = _median(measured[EXACT], "peak_flops_fraction")
-    return {
-        "device": last["device"],
-        "threads": last["threads"],
-        "rows": table,
-        "floor": seconds[FLOOR],
-        "peak_flops_fraction": fraction,
-    }
+def result(measured: Measured, ranks: Mapping[str, float]) -> dict[str, Any]:
+    """The table, "rank_correlation" added."""
+    made = table(COMPARISON, measured)
+    for row in made["rows"]:
+        row["rank_correlation"] = ranks.get(row["name"].removeprefix("ours: "))
+    return made
 
 
-def measure_way(model: str, way: str, patches: int) -> dict[str, Any]:
-    """Time and memory of one way, once, in this process; a sweep's seconds are those of all patches."""
-    if way not in WAYS:
-        raise OptionError(f"way must be one of {', '.join(WAYS)}, got {way!r}")
+def prepare(model: str, way: str) -> Call:
+    """One answered question and the patches that are measured; the time of a sweep is scaled to all patches."""
     lab = bench_lab(model)
-    picture = np.random.default_rng(0).integers(0, 255, (SIDE, SIDE, 3), dtype=np.uint8)
-    run = lab.ask(picture, QUESTION, max_new_tokens=NEW_TOKENS)
+    run = lab.ask(noise_picture(), QUESTION, max_new_tokens=NEW_TOKENS)
     total = run.map.rows * run.map.cols
-    chosen = np.unique(np.linspace(0, total - 1, min(patches, total)).round().astype(int))
-    WAYS[way](lab, run, chosen[-1:])  # the first call pays for what is loaded and compiled once
-    gc.collect()
-    before = _memory(reset=True)
-    start = time.perf_counter()
-    values = WAYS[way](lab, run, chosen)
-    seconds = time.perf_counter() - start
-    after = _memory()
-    fraction = None
-    if way == EXACT:
-        fraction = _flops(lambda: WAYS[way](lab, run, chosen)) / seconds / _matmul_peak(lab)
-    return {
-        "seconds": seconds * (total / len(chosen) if len(values) else 1),
-        "peak_mb": None if before is None or after is None else after - before,
-        "values": values.tolist(),
-        "device": str(lab.device),
-        "peak_flops_fraction": fraction,
-    }
+    chosen = np.unique(np.linspace(0, total - 1, min(PATCHES, total)).round().astype(int))
+    return Call(lab, (lab, run, chosen), first=(lab, run, chosen[-1:]), scale=total / len(chosen) if way in SWEEPS else 1.0)
 
 
 def measure_ranks(model: str, pictures: int) -> dict[str, float]:
@@ -133,14 +87,14 @@ def measure_ranks(model: str, pictures: int) -> dict[str, float]:
     from llava_lab.models import load
 
     lab = load(model)
-    found: dict[str, list[float]] = {name: [] for name in STAND_INS}
+    correlations: dict[str, list[float]] = {name: [] for name in STAND_INS}
     for item in load_items("picturebook", n=2 * pictures)[::5][:pictures]:  # one question each, of different types
         run = lab.ask(item.draw(), item.question, max_new_tokens=16)
         exact = attribute(lab, run, method="occlusion", at="projector", fill="mean").values.ravel()
         for name, options in STAND_INS.items():
-            found[name].append(spearman(attribute(lab, run, method=name, **options).values.ravel(), exact))
+            correlations[name].append(spearman(attribute(lab, run, method=name, **options).values.ravel(), exact))
     # a flat map agrees with nothing
-    return {name: float(np.nan_to_num(values).mean()) for name, values in found.items()}
+    return {name: float(np.nan_to_num(values).mean()) for name, values in correlations.items()}
 
 
 # -- the ways -------------------------------------------------------------------------------
@@ -248,15 +202,22 @@ def _numbered(run: Run, chosen: np.ndarray) -> Tensor:
     return torch.from_numpy(numbers.reshape(run.map.rows, run.map.cols))
 
 
-WAYS: Mapping[str, Callable[[Lab, Run, np.ndarray], Values]] = MappingProxyType(
+SWEEPS: Mapping[str, Callable[[Lab, Run, np.ndarray], Values]] = MappingProxyType(
     {
-        FLOOR: _forward,
         PIXELS: _captum_pixels(1),
         "captum FeatureAblation at the pixels, 16 at once": _captum_pixels(16),
         "ours: occlusion at the pixels": _ours("pixels"),
         TOKENS: _captum_projector,
         "captum FeatureAblation of the tokens, the tower run once": _captum_tokens,
         EXACT: _ours("projector"),
-        **{f"ours: {name}": _method(name) for name in STAND_INS},
     }
+)
+COMPARISON = Comparison(
+    name="occlusion",
+    ways={FLOOR: _forward, **SWEEPS, **{f"ours: {name}": _method(name) for name in STAND_INS}},
+    prepare=prepare,
+    floor=FLOOR,
+    peer=lambda way: PIXELS if way == FLOOR or "pixels" in way else TOKENS,
+    counted=(EXACT,),
+    over_floor=False,
 )

@@ -10,12 +10,10 @@ Sizes: huggingface.co/llava-hf/llava-1.5-7b-hf ``config.json`` (Vicuna 7B v1.5, 
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -24,8 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llava_lab.bench.harness import _child
-from llava_lab.bench.relevancy import _memory
+from llava_lab.bench.harness import QUESTION, SAMPLES, child, noise_picture, timed
 from llava_lab.errors import LabError, OptionError
 from llava_lab.training.recipe import Architecture
 
@@ -37,7 +34,6 @@ logger = logging.getLogger(__name__)
 LAYERS, FULL = 4, 32
 NEW_TOKENS = 8
 SHARD = 10**9  # bytes of a weight file
-SAMPLES = 50  # scenes the tokenizer is made from; it only has to spell the question
 SIZES = Architecture(
     image=336,
     patch=14,
@@ -79,16 +75,16 @@ def measure(model: str, repeats: int, *, layers: int = LAYERS, sizes: Architectu
         raise OptionError(f"layers must be 2 or more, so that two depths can be compared; got {layers}")
     with tempfile.TemporaryDirectory(prefix="llava-lab-scale-") as folder:
         written = write_checkpoint(Path(folder), layers=layers, sizes=sizes)
-        load = _child("from llava_lab.bench.scale import measure_load\nfacts = measure_load(folder)\n", folder=folder)
+        load = child("from llava_lab.bench.scale import measure_load\nfacts = measure_load(folder)\n", folder=folder)
         body = "from llava_lab.bench.scale import measure_depths\nfacts = measure_depths(folder, repeats)\n"
-        found = _child(body, folder=folder, repeats=repeats)
+        measured = child(body, folder=folder, repeats=repeats)
     weights = written / 2**20
     shown = {name: load[name] for name in ("load_seconds", "load_peak_mb")}
     return {
-        "device": found["device"],
-        "threads": found["threads"],
-        "rows": rows(found["depths"], layers),
-        "floor": found["depths"][str(layers)][FLOOR]["seconds"],
+        "device": measured["device"],
+        "threads": measured["threads"],
+        "rows": rows(measured["depths"], layers),
+        "floor": measured["depths"][str(layers)][FLOOR]["seconds"],
         "peak_flops_fraction": None,
         "layers": layers,
         "load": {**shown, "weights_mb": weights, "peak_to_weights": shown["load_peak_mb"] and shown["load_peak_mb"] / weights},
@@ -164,12 +160,12 @@ def measure_load(folder: str) -> dict[str, Any]:
     """Seconds and peak memory of `llava_lab.load`, in this process: {"load_seconds", "load_peak_mb"}."""
     from llava_lab.models import load
 
-    gc.collect()
-    before, start = _memory(reset=True), time.perf_counter()
-    lab = load(folder, device="cpu", dtype="bfloat16")
-    assert lab.fingerprint  # which reads every weight, so that all of them are in memory
-    seconds, after = time.perf_counter() - start, _memory()
-    return {"load_seconds": seconds, "load_peak_mb": None if before is None or after is None else after - before}
+    def loaded() -> None:
+        lab = load(folder, device="cpu", dtype="bfloat16")
+        assert lab.fingerprint  # which reads every weight, so that all of them are in memory
+
+    seconds, extra, _ = timed(loaded, 1)
+    return {"load_seconds": seconds, "load_peak_mb": extra}
 
 
 def measure_depths(folder: str, repeats: int) -> dict[str, Any]:
@@ -178,10 +174,10 @@ def measure_depths(folder: str, repeats: int) -> dict[str, Any]:
 
     lab = load(folder, dtype="bfloat16")
     lab.eos_ids = frozenset()  # the answer has a given length
-    found, depth = {}, lab.model.config.text_config.num_hidden_layers
+    depths, depth = {}, lab.model.config.text_config.num_hidden_layers
     for layers in (depth, depth // 2):
-        found[str(layers)] = measure_methods(cut(lab, layers), repeats)
-    return {"device": str(lab.device), "depths": found}
+        depths[str(layers)] = measure_methods(cut(lab, layers), repeats)
+    return {"device": str(lab.device), "depths": depths}
 
 
 def cut(lab: Lab, layers: int) -> Lab:
@@ -203,10 +199,10 @@ def measure_methods(lab: Lab, repeats: int, names: tuple[str, ...] | None = None
 
     from llava_lab.attribution import METHODS, attribute
 
-    picture = np.random.default_rng(0).integers(0, 255, (288, 288, 3), dtype=np.uint8)
+    picture = noise_picture(288)
 
     def ask() -> Any:
-        return lab.ask(picture, "What color is the car?", max_new_tokens=NEW_TOKENS)
+        return lab.ask(picture, QUESTION, max_new_tokens=NEW_TOKENS)
 
     run = ask()
     inputs = lab.inputs(run)
@@ -217,32 +213,20 @@ def measure_methods(lab: Lab, repeats: int, names: tuple[str, ...] | None = None
 
     forward()  # what is prepared once is paid for here
     attribute(lab, run, method="attention", target="answer")
-    found = {FLOOR: _timed(forward, repeats), f"an answer of {NEW_TOKENS} tokens": _timed(ask, repeats)}
+    facts = {FLOOR: _facts(forward, repeats), f"an answer of {NEW_TOKENS} tokens": _facts(ask, repeats)}
     for name in names or tuple(METHODS):
         try:
             options: dict[str, Any] = {"method": name, "target": "answer", **FEW.get(name, {})}
-            found[name] = _timed(partial(attribute, lab, run, **options), 1)
+            facts[name] = _facts(partial(attribute, lab, run, **options), 1)
         except LabError as error:
-            found[name] = {"seconds": None, "extra_mb": None, "passes": None, "note": str(error)}
-        logger.info("%d layers, %s: %s", lab.model.config.text_config.num_hidden_layers, name, found[name])
-    return found
+            facts[name] = {"seconds": None, "extra_mb": None, "passes": None, "note": str(error)}
+        logger.info("%d layers, %s: %s", lab.model.config.text_config.num_hidden_layers, name, facts[name])
+    return facts
 
 
-def _timed(work: Callable[[], Any], repeats: int) -> dict[str, Any]:
-    gc.collect()
-    before, seconds, made = _memory(reset=True), [], None
-    for _ in range(repeats):
-        start = time.perf_counter()
-        made = work()
-        seconds.append(time.perf_counter() - start)
-    after = _memory()
-    passes = getattr(made, "passes", None)
-    return {
-        "seconds": float(np.median(seconds)),
-        "extra_mb": None if before is None or after is None else max(after - before, 0.0),
-        "passes": dict(passes) if passes else None,
-        "note": None,
-    }
+def _facts(work: Callable[[], Any], repeats: int) -> dict[str, Any]:
+    seconds, extra, result = timed(work, repeats)
+    return {"seconds": seconds, "extra_mb": extra, "passes": dict(getattr(result, "passes", None) or {}) or None, "note": None}
 
 
 def rows(depths: Mapping[str, Mapping[str, Mapping[str, Any]]], layers: int, full: int = FULL) -> list[dict[str, Any]]:

@@ -117,7 +117,7 @@ def data(args: argparse.Namespace) -> Reply:
 
 
 def bench(args: argparse.Namespace) -> Reply:
-    from llava_lab.bench.harness import run
+    from llava_lab.bench import run
 
     result = run(args.name, model=args.model, quick=args.quick, layers=args.layers)
     lines = [f"{args.name} on {result['device']}, {result['threads']} threads; floor: {result['floor']:.2f} s"]

@@ -1,8 +1,10 @@
-"""Take patches' tokens away, at the projector's output or between layers, beside equally many random patches.
+"""Take patches' tokens away, at the connector's output or between layers, beside equally many random patches.
 
 What is put in a token's place is a choice with consequences: zero lies far from anything the model has seen, the mean
 does not; ``drop`` puts nothing there. Each fill keeps the other tokens as they were at that layer, and what earlier
 layers had already passed on stays in them.
+
+    effect = ablate_tokens(lab, run, [(2, 3), (2, 4)], fill="mean")
 
 Sources: Neo et al. 2024 (arXiv 2410.07149) for mean ablation of object tokens; Chen et al. 2024 (arXiv 2403.06764) for
 dropping tokens after a layer.
@@ -11,7 +13,8 @@ dropping tokens after a layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +27,7 @@ from llava_lab.capture import undisturbed
 from llava_lab.checks import one_of, whole_number
 from llava_lab.errors import LabError, OptionError
 from llava_lab.interventions.knockout import Cut, cutting, proving
-from llava_lab.interventions.plan import DRAWS, Enter, Plan, Spots, carry_out, patch_spots
+from llava_lab.interventions.plan import DRAWS, Plan, Positions, carry_out, positions_of_patches
 from llava_lab.interventions.states import entering, states_before
 from llava_lab.models import read_picture
 from llava_lab.models.layout import language_layers
@@ -56,8 +59,8 @@ def ablated(
 ) -> Iterator[Lab]:
     """The model with those tokens taken away, for every forward inside the block whose prompt has the run's places."""
     lab.inputs(run)
-    place, layer = patch_spots(run, patches), _layer(lab, at)
-    with _ways(lab, run, fill, layer, pictures, other, seed)(place, None):
+    place, layer = positions_of_patches(run, patches), token_layer(lab, at)
+    with remover(lab, run, fill, layer, pictures=pictures, other=other, seed=seed)(place, None):
         yield lab
 
 
@@ -88,93 +91,84 @@ def ablate_tokens(
     targets = resolve_targets(lab, run, metric)
     draws, seed = whole_number("draws", draws), whole_number("seed", seed)
     lab.inputs(run)
-    place, layer = patch_spots(run, patches), _layer(lab, at)
-    touch = _ways(lab, run, fill, layer, pictures, other, seed)
-    count = len(place.positions)
-    drawn, name = _drawn(run, count, draws, seed)
-
-    def enter(one: Spots) -> Enter:
-        return lambda: touch(one, None)
+    place, layer = positions_of_patches(run, patches), token_layer(lab, at)
+    remove = remover(lab, run, fill, layer, pictures=pictures, other=other, seed=seed)
+    count, every = len(place.positions), np.arange(*run.segments["image"])
+    others, name = [], "none"
+    if draws and count == len(every):
+        name = "none: there are no other patches to take instead"
+    elif draws:
+        rng, name = np.random.default_rng((seed, 37)), f"{count} random patches"
+        others = [tuple(sorted(rng.choice(every, count, replace=False).tolist())) for _ in range(draws)]
 
     @contextmanager
     def prove(proof: dict[str, float]) -> Iterator[None]:
-        with touch(place, proof):
+        with remove(place, proof):
             yield
         if fill != "drop" and proof["states"] != count:
             raise LabError(
                 f"expected {count} tokens to be changed, got {proof['states']:g}; run one forward of the run's sequence"
             )
 
-    where = "the projector's output" if layer == 0 else f"the stream after {layer} layers"
+    where = "the connector's output" if layer == 0 else f"the stream after {layer} layers"
     plan = Plan(
         name="ablate_tokens",
         what=f"{place.name} at {where}: {fill}.",
         options={"fill": fill, "at": at, "patches": count, "positions": list(place.positions)},
-        start=min([place.positions[0], *(one[0] for one in drawn)]),
-        enter=enter(place),
+        start=min([place.positions[0], *(positions[0] for positions in others)]),
+        enter=partial(remove, place, None),
         prove=prove,
-        controls=[enter(Spots(name, one, place.length)) for one in drawn],
+        controls=[partial(remove, Positions(name, positions, place.length), None) for positions in others],
         control_name=name,
     )
     return carry_out(lab, run, targets, plan, seed=seed, answer=answer)
 
 
-Touch = Callable[[Spots, dict[str, float] | None], Any]  # with a proof to fill, one forward inside is checked
+# Takes the tokens of a place away inside its block; with a proof to fill, one forward inside is checked.
+Remove = Callable[[Positions, dict[str, float] | None], AbstractContextManager[Any]]
 
 
-def _drawn(run: Run, count: int, draws: int, seed: int) -> tuple[list[tuple[int, ...]], str]:
-    """As many patches at random, `draws` times, as positions; and what the control is called."""
-    every, rng = np.arange(*run.segments["image"]), np.random.default_rng((seed, 37))
-    if not draws:
-        return [], "none"
-    if count == len(every):
-        return [], "none: there are no other patches to take instead"
-    return [tuple(sorted(rng.choice(every, count, replace=False).tolist())) for _ in range(draws)], f"{count} random patches"
-
-
-def _ways(lab: Lab, run: Run, fill: str, layer: int, pictures: Any, other: Any, seed: int) -> Touch:
-    """A context manager that takes away the tokens of any place; its fill is made once."""
+def remover(lab: Lab, run: Run, fill: str, layer: int, *, pictures: Any = None, other: Any = None, seed: int = 0) -> Remove:
+    """What takes away the tokens of any place of the run, before layer number `layer`; its fill is made once."""
     one_of("fill", fill, FILLS)
     if (other is not None) != (fill == "other"):
         raise OptionError(f"expected other= (a picture) with fill='other' and only there, got fill={fill!r} and other={other!r}")
     if fill == "drop":
-        return lambda place, proof: _dropped(lab, run, place, layer, proof)
-    table = _table(lab, run, fill, layer, pictures, other, seed)
-    begin = run.segments["image"][0]
+        return partial(_dropped, lab, run, layer)
+    table, begin = _table(lab, run, fill, layer, pictures, other, seed), run.segments["image"][0]
 
     @contextmanager
-    def touch(place: Spots, proof: dict[str, float] | None) -> Iterator[None]:
-        values = _shuffled(table, [one - begin for one in place.positions], seed) if fill == "shuffle" else table
+    def remove(place: Positions, proof: dict[str, float] | None) -> Iterator[None]:
+        values = shuffled(table, [position - begin for position in place.positions], seed) if fill == "shuffle" else table
         with entering(lab, layer, place, lambda states, at: values[at - begin]) as changes:
             yield
         if proof is not None:
             proof["states"], proof["largest_change"] = float(changes.states), changes.largest
 
-    return touch
+    return remove
 
 
 @contextmanager
-def _dropped(lab: Lab, run: Run, place: Spots, layer: int, proof: dict[str, float] | None) -> Iterator[None]:
+def _dropped(lab: Lab, run: Run, layer: int, place: Positions, proof: dict[str, float] | None) -> Iterator[None]:
     """Nobody else reads the tokens from `layer` on; what they make of themselves is read by nobody."""
-    everyone = Spots("all", tuple(range(len(run.token_ids))), len(run.token_ids), True)
+    everyone = Positions("all", tuple(range(len(run.token_ids))), len(run.token_ids), True)
     cut, window = Cut(place, everyone), (layer, len(language_layers(lab.model)))
-    with cutting(lab, cut, window):
-        if proof is None:
-            yield
-        else:
-            with proving(lab, cut, window, proof):
-                yield
+    with cutting(lab, cut, window), nullcontext() if proof is None else proving(lab, cut, window, proof):
+        yield
 
 
 def _table(lab: Lab, run: Run, fill: str, layer: int, pictures: Any, other: Any, seed: int) -> Tokens:
     """What is put at each image position, (patches, width)."""
     with undisturbed(lab.model):
         if fill == "mean":
-            return (
-                torch.stack([_tokens(lab, run, layer, one).mean(0) for one in _pictures(pictures)])
-                .mean(0)
-                .expand(run.map.rows * run.map.cols, -1)
-            )
+            if pictures is None:
+                pictures = [np.asarray(picturebook.scene("train", i).picture()) for i in range(MEAN_PICTURES)]
+            elif not isinstance(pictures, Sequence) or isinstance(pictures, str) or not len(pictures):
+                raise OptionError(
+                    f"pictures must be a list of at least one picture, or None for the picture book; got {pictures!r}"
+                )
+            means = torch.stack([_tokens(lab, run, layer, picture).mean(0) for picture in pictures])
+            return means.mean(0).expand(run.map.rows * run.map.cols, -1)
         if fill == "other":
             return _tokens(lab, run, layer, other)
         own = _tokens(lab, run, layer, None)
@@ -196,20 +190,12 @@ def _tokens(lab: Lab, run: Run, layer: int, picture: Any) -> Tokens:
     return states_before(lab, layer, inputs)[slice(*run.segments["image"])]
 
 
-def _pictures(given: Any) -> list[Any]:
-    if given is None:
-        return [np.asarray(picturebook.scene("train", i).picture()) for i in range(MEAN_PICTURES)]
-    if not isinstance(given, Sequence) or isinstance(given, str) or not len(given):
-        raise OptionError(f"pictures must be a list of at least one picture, or None for the picture book; got {given!r}")
-    return list(given)
-
-
-def _shuffled(table: Tokens, chosen: list[int], seed: int) -> Tokens:
+def shuffled(table: Tokens, chosen: list[int], seed: int) -> Tokens:
     """The chosen tokens in each other's places, none in its own; a single one takes a random other's."""
     rng = np.random.default_rng((seed, 41))
     values = table.clone()
     if len(chosen) == 1:
-        free = [one for one in range(len(table)) if one != chosen[0]]
+        free = [number for number in range(len(table)) if number != chosen[0]]
         if free:
             values[chosen[0]] = table[int(rng.choice(free))]
         return values
@@ -218,7 +204,8 @@ def _shuffled(table: Tokens, chosen: list[int], seed: int) -> Tokens:
     return values
 
 
-def _layer(lab: Lab, at: Any) -> int:
+def token_layer(lab: Lab, at: Any) -> int:
+    """`at` as a layer number: 0 for "projector", the connector's output. Raises OptionError."""
     count = len(language_layers(lab.model))
     if at == "projector":
         return 0

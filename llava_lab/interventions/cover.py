@@ -4,6 +4,8 @@ Where `occlusion` gives the model its own words back and reads one number, this 
 else. The picture of the new run is the covered one, so what you see is what was asked about. Patches
 are covered in the picture's pixels; the resize that follows blurs their edges by less than a pixel of
 the model's square.
+
+    without = ask_without(lab, run, [(4, 2), (4, 3)])
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageFilter
 
-from llava_lab.checks import one_of
-from llava_lab.errors import CheckpointError, OptionError
+from llava_lab.checks import one_of, same_model
+from llava_lab.errors import OptionError
 from llava_lab.replay.fills import BLUR, FILLS
 from llava_lab.results import Run
 
@@ -36,8 +38,7 @@ def ask_without(lab: Lab | BlackBox, run: Run, patches: Patches, *, fill: str = 
     needs them again as `history`. Raises OptionError (no patch, one outside the grid, missing turns),
     CheckpointError (the run was made by another checkpoint).
     """
-    if run.fingerprint != lab.fingerprint:
-        raise CheckpointError(f"expected a run made by {lab.name!r}, got one by {run.model!r} with other weights; ask again")
+    same_model(lab, run)
     if "history" in run.segments and not history:
         raise OptionError("this run had earlier turns, which it keeps only as prompt text; give them again as history=")
     options = {name: run.options[name] for name in ASKED if name in run.options}
@@ -56,12 +57,9 @@ def cover(run: Run, patches: Patches, *, fill: str = FILLS[0]) -> np.ndarray:
     if not grid.any():
         raise OptionError("expected at least one (row, column) patch to cover, got none")
     covered = run.map.project(grid) == 1  # not a number, so never equal, where the model does not look
-    return np.where(covered[:, :, None], _filling(run.picture, fill), run.picture)
-
-
-def _filling(picture: np.ndarray, fill: str) -> np.ndarray:
     if fill == "blur":
-        radius = BLUR * max(picture.shape[:2])
-        return np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(radius)))
-    color = np.full(3, GREY) if fill == "grey" else picture.mean((0, 1)).round()
-    return np.broadcast_to(color.astype(np.uint8), picture.shape)
+        radius = BLUR * max(run.picture.shape[:2])
+        filling = np.asarray(Image.fromarray(run.picture).filter(ImageFilter.GaussianBlur(radius)))
+    else:
+        filling = (np.full(3, GREY) if fill == "grey" else run.picture.mean((0, 1)).round()).astype(np.uint8)
+    return np.where(covered[:, :, None], filling, run.picture)

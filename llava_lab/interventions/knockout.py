@@ -1,28 +1,25 @@
-"""Cut attention edges and prove that they are gone, under sdpa and eager, in prefill and while decoding.
+"""Attention knockout: some positions may not attend to others, in a window of layers; and a sweep of it up the layers.
 
 A cut is laid on the mask that each layer's attention is given, in the form it already has: boolean, additive, or
 none at all. Rows and columns are positions of the sequence, counted from what the cache holds, so one cut serves a
 whole forward and every later step. Weights are masked before softmax: what is left of a row still sums to one.
-
-Sources: Geva et al. 2023 (arXiv 2304.14767), attention knockout; transformers 5.x ``LlamaAttention``.
-
-Knockout: some positions may not attend to others, in a window of layers.
+Each call proves, under sdpa and eager attention, that the cut entries are gone.
 
 The order is always (source, target): *target attends to source* is what is cut. Published code often says it the
 other way round. Everything else stays; what a position had gathered in other layers remains.
 
-Sources: Geva et al. 2023 (arXiv 2304.14767); Zhang et al. 2024 (arXiv 2411.18620) for image, question and last.
+    effect = knockout(lab, run, source="image", target="last", layers=(0, 2))
+    sweep = knockout_sweep(lab, run, flows=[("image", "question")])
 
-The knockout sweep: which way information flows, by layer. A window of layers is moved up the model for each flow.
-
-Source: Zhang et al. 2024 (arXiv 2411.18620), three flows and a window of nine layers.
+Sources: Geva et al. 2023 (arXiv 2304.14767); Zhang et al. 2024 (arXiv 2411.18620) for image, question and last, and for
+the sweep with three flows and a window of nine layers; transformers 5.x ``LlamaAttention``.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -31,23 +28,23 @@ import numpy as np
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from llava_lab.capture import Reducer, undisturbed, watch_attention
-from llava_lab.capture.watch import attention_module
-from llava_lab.checks import layer_window, whole_number
+from llava_lab.capture import Reducer, hooked, undisturbed, watch_attention
+from llava_lab.capture.watch import NAME, attention_module
+from llava_lab.checks import Sweep, layer_window, whole_number
 from llava_lab.errors import LabError, OptionError
-from llava_lab.interventions.plan import DRAWS, Plan, Spots, carry_out, is_patches, spots
+from llava_lab.interventions.plan import DRAWS, Plan, Positions, carry_out, positions_of
 from llava_lab.models.layout import language_layers
-from llava_lab.replay.alter import PATIENCE
 from llava_lab.replay.prefix import Tail
-from llava_lab.replay.targets import Targets, Wanted, resolve_targets
+from llava_lab.replay.targets import Wanted, resolve_targets
 from llava_lab.results import Effect, FlowSweep, Run
 
 if TYPE_CHECKING:
     from llava_lab.models import Lab
 
-SUMS = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-3}  # how far a row may be from one
+FLOWS = (("image", "question"), ("question", "last"), ("image", "last"))
+WIDTH = 9  # layers of the paper's 32- and 40-layer models
+SUMS = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-3}  # how far a row's sum may be from one
 KNOWN = ("sdpa", "eager")
 
 
@@ -55,8 +52,8 @@ KNOWN = ("sdpa", "eager")
 class Cut:
     """`target` may not attend to `source`; with `keep_self` a position always sees itself."""
 
-    source: Spots
-    target: Spots
+    source: Positions
+    target: Positions
     keep_self: bool = True
 
     def blocked(self, rows: Tensor, keys: int) -> Bool[Tensor, "Q K"]:
@@ -92,14 +89,10 @@ def cutting(lab: Lab, cut: Cut, window: tuple[int, int]) -> Iterator[None]:
             return None  # nothing to cut: the very kernel that would have run
         return args, {**kwargs, "attention_mask": _masked(kwargs.get("attention_mask"), blocked, states)}
 
-    handles: list[Any] = []
-    try:
+    with ExitStack() as stack:
         for layer in language_layers(lab.model)[slice(*window)]:
-            handles.append(attention_module(layer).register_forward_pre_hook(before, with_kwargs=True))
+            stack.enter_context(hooked(attention_module(layer), before=before, with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -109,17 +102,15 @@ def proving(lab: Lab, cut: Cut, window: tuple[int, int], proof: dict[str, float]
     Adds to `proof`: ``edges`` (entries looked at, over layers), ``largest`` (their largest weight) and ``row_error``.
     """
     layers = language_layers(lab.model)[slice(*window)]
-    seen = _Seen(cut, lab.dtype if _name(lab) == "eager" else torch.float32)
-    if _name(lab) == "eager":
-        handles = [attention_module(layer).register_forward_hook(seen.after) for layer in layers]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-    else:
-        with watch_attention(layers, seen):
-            yield
+    eager = _implementation(lab) == "eager"
+    seen = _Seen(cut, lab.dtype if eager else torch.float32)
+    with ExitStack() as stack:
+        if eager:
+            for layer in layers:
+                stack.enter_context(hooked(attention_module(layer), after=seen.after))
+        else:
+            stack.enter_context(watch_attention(layers, seen))
+        yield
     if seen.layers != len(layers):
         raise LabError(f"expected the attention of {len(layers)} layers to prove the cut, got {seen.layers}; run one forward")
     proof["edges"] = proof.get("edges", 0.0) + seen.edges
@@ -164,10 +155,10 @@ class _Seen(Reducer):
 
 def check_attention(lab: Lab) -> None:
     """Raise LabError for an attention whose mask is not known here."""
-    from llava_lab.capture.watch import NAME
-
-    if _name(lab) not in (*KNOWN, NAME):
-        raise LabError(f"expected attention by {' or '.join(KNOWN)}, got {_name(lab)!r}; load the model with one of them")
+    if _implementation(lab) not in (*KNOWN, NAME):
+        raise LabError(
+            f"expected attention by {' or '.join(KNOWN)}, got {_implementation(lab)!r}; load the model with one of them"
+        )
 
 
 def first_position(module: Any, kwargs: dict[str, Any]) -> int:
@@ -176,7 +167,7 @@ def first_position(module: Any, kwargs: dict[str, Any]) -> int:
     return 0 if cache is None else int(cache.get_seq_length(module.layer_idx))
 
 
-def _name(lab: Lab) -> str:
+def _implementation(lab: Lab) -> str:
     config: Any = attention_module(language_layers(lab.model)[0]).config
     return str(config._attn_implementation)
 
@@ -195,7 +186,7 @@ def _masked(mask: Tensor | None, blocked: Bool[Tensor, "Q K"], like: Tensor) -> 
 
 def windows_around(count: int, width: int, centres: Sequence[int]) -> list[tuple[int, int]]:
     """`width` layers around each centre, cut off at both ends of a model with `count` layers."""
-    return [(max(0, one - width // 2), min(count, one - width // 2 + width)) for one in centres]
+    return [(max(0, centre - width // 2), min(count, centre - width // 2 + width)) for centre in centres]
 
 
 @contextmanager
@@ -264,15 +255,17 @@ def knockout(
 
 
 def _cut(lab: Lab, run: Run, source: Any, target: Any, layers: Any, keep_self: bool) -> tuple[Cut, tuple[int, int]]:
-    cut = Cut(spots(run, source, option="source"), spots(run, target, option="target"), keep_self)
+    cut = Cut(positions_of(run, source, option="source"), positions_of(run, target, option="target"), keep_self)
     cut.check()
     return cut, layer_window(layers, len(language_layers(lab.model)))
 
 
-def _others(run: Run, cut: Cut, draws: int, seed: int) -> tuple[list[Spots], str]:
+def _others(run: Run, cut: Cut, draws: int, seed: int) -> tuple[list[Positions], str]:
     """Random sources of the same size: patches for patches, else other positions but the first, which every row leans on."""
     count = len(cut.source.positions)
-    if is_patches(run, cut.source):
+    start, stop = run.segments["image"]
+    # some of the picture's patches, not all of them
+    if all(start <= position < stop for position in cut.source.positions) and count < stop - start:
         pool, name = np.arange(*run.segments["image"]), f"{count} random patches"
     else:
         free = set(range(1, max(cut.target.positions))) - set(cut.source.positions)
@@ -283,11 +276,7 @@ def _others(run: Run, cut: Cut, draws: int, seed: int) -> tuple[list[Spots], str
         return [], "none"
     rng = np.random.default_rng((seed, 31))
     drawn = [tuple(sorted(rng.choice(pool, count, replace=False).tolist())) for _ in range(draws)]
-    return [Spots(name, one, cut.source.length) for one in drawn], name
-
-
-FLOWS = (("image", "question"), ("question", "last"), ("image", "last"))
-WIDTH = 9  # layers of the paper's 32- and 40-layer models
+    return [Positions(name, positions, cut.source.length) for positions in drawn], name
 
 
 def knockout_sweep(
@@ -313,17 +302,32 @@ def knockout_sweep(
     step = whole_number("step", step, least=1)
     if width > count:
         raise OptionError(f"width must be at most {count}, the model's layers, got {width}")
-    cuts = [Cut(spots(run, source, option="source"), spots(run, target, option="target")) for source, target in _pairs(flows)]
+    cuts = [
+        Cut(positions_of(run, source, option="source"), positions_of(run, target, option="target"))
+        for source, target in _pairs(flows)
+    ]
     targets = resolve_targets(lab, run, metric)
     lab.inputs(run)
     for cut in cuts:
         cut.check()
     centres = list(range(0, count, step))
     windows = windows_around(count, width, centres)
-    before, after, proof, passes, stopped = _measure(lab, run, targets, cuts, windows)
+    after = np.full((len(cuts), len(windows), len(targets)), np.nan, np.float32)
+    before = np.full(len(targets), np.nan, np.float32)
+    proof: dict[str, float] = {}
+    passes = 0
+    with undisturbed(lab.model), Sweep("knockout sweep", total=after[..., 0].size, unit="cell") as sweep:
+        for i, cut in enumerate(cuts):
+            tail = Tail(lab, run, targets, min(cut.target.positions))
+            before = tail.score().cpu().numpy()
+            for j, window in enumerate(windows):
+                with cutting(lab, cut, window), proving(lab, cut, window, proof):
+                    after[i, j] = tail.score().cpu().numpy()
+                sweep.step()
+            passes += tail.passes + 1
     notes: tuple[str, ...] = (f"A cell cuts {width} layers around its centre; change: the log-probability, after less before.",)
-    if stopped:
-        notes += (f"Interrupted after {int((~np.isnan(after[..., 0])).sum())} of {after[..., 0].size} cells; the rest is NaN.",)
+    if sweep.interrupted:
+        notes += (f"Interrupted after {sweep.count} of {after[..., 0].size} cells; the rest is NaN.",)
     return FlowSweep(
         flows=tuple(f"{cut.source.name} -> {cut.target.name}" for cut in cuts),
         windows=np.array(windows, np.int64),
@@ -336,38 +340,13 @@ def knockout_sweep(
         fingerprint=run.fingerprint,
         passes={"forward": passes},
         seconds=time.perf_counter() - began,
-        interrupted=stopped,
+        interrupted=sweep.interrupted,
         notes=notes,
     )
 
 
-def _measure(
-    lab: Lab, run: Run, targets: Targets, cuts: list[Cut], windows: list[tuple[int, int]]
-) -> tuple[np.ndarray, np.ndarray, dict[str, float], int, bool]:
-    """Scores before (targets,) and after (flows, windows, targets), the proof, forwards, and whether Ctrl-C ended it."""
-    after = np.full((len(cuts), len(windows), len(targets)), np.nan, np.float32)
-    before = np.full(len(targets), np.nan, np.float32)
-    proof: dict[str, float] = {}
-    passes, stopped = 0, False
-    with undisturbed(lab.model), tqdm(total=after[..., 0].size, desc="knockout sweep", delay=PATIENCE, leave=False) as progress:
-        try:
-            for i, cut in enumerate(cuts):
-                tail = Tail(lab, run, targets, min(cut.target.positions))
-                before = tail.score().cpu().numpy()
-                for j, window in enumerate(windows):
-                    with cutting(lab, cut, window), proving(lab, cut, window, proof):
-                        after[i, j] = tail.score().cpu().numpy()
-                    progress.update()
-                passes += tail.passes + 1
-        except KeyboardInterrupt:
-            stopped = True
-            if np.isnan(after).all():
-                raise
-    return before, after, proof, passes, stopped
-
-
 def _pairs(flows: Any) -> list[tuple[Any, Any]]:
     pairs = list(flows) if isinstance(flows, Sequence) and not isinstance(flows, str) else []
-    if not pairs or not all(isinstance(one, Sequence) and not isinstance(one, str) and len(one) == 2 for one in pairs):
+    if not pairs or not all(isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2 for pair in pairs):
         raise OptionError(f"flows must be pairs (source, target) such as {FLOWS[0]!r}, got {flows!r}")
-    return [(one[0], one[1]) for one in pairs]
+    return [(source, target) for source, target in pairs]

@@ -3,27 +3,28 @@
 Questions of the picture book (their deciding things are known) or pictures of `llava_lab.worlds.redcell`. Only questions
 that the model answers rightly count; a wrong answer has no place that made it right.
 
+    rates = positive_control(lab, n=50)
+
 Source: Neo et al. 2024 (arXiv 2410.07149), object tokens with a buffer against equally many random tokens.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from llava_lab.capture import undisturbed
-from llava_lab.checks import one_of, whole_number
+from llava_lab.checks import Sweep, one_of, whole_number
 from llava_lab.errors import OptionError
-from llava_lab.interventions.ablate import FILLS, _layer, _ways
-from llava_lab.interventions.plan import answer_under, patch_spots
-from llava_lab.replay.alter import PATIENCE
+from llava_lab.interventions.ablate import FILLS, Remove, remover, token_layer
+from llava_lab.interventions.plan import answer_under, positions_of_patches
 from llava_lab.results import ControlRates, Run
 from llava_lab.stats import exact_match, wilson
 from llava_lab.worlds import picturebook, redcell
@@ -32,12 +33,14 @@ if TYPE_CHECKING:
     from llava_lab.models import Lab
 
 TASKS = ("picturebook", "redcell")
-TOUCHED = 0.01  # of a patch: from there it belongs to the thing
+COVERED = 0.01  # of a patch: from there it belongs to the thing
 MOST = 20  # questions tried for each one wanted
 
 
 @dataclass(frozen=True)
-class _Asked:
+class Asked:
+    """A question and the pixels that decide it."""
+
     picture: np.ndarray
     question: str
     right: str
@@ -66,91 +69,73 @@ def positive_control(
     began = time.perf_counter()
     one_of("task", task, TASKS)
     one_of("fill", fill, [one for one in FILLS if one != "other"])
-    n, buffer, seed = (whole_number(*one) for one in (("n", n), ("buffer", buffer), ("seed", seed)))
-    layer, rng = _layer(lab, at), np.random.default_rng((seed, 47))
-    rows: list[tuple[bool, bool, int]] = []
-    asked = stopped = 0
-    kept: list[Any] = []
-
-    def touch(run: Run) -> Any:
-        if not kept or layer or fill not in ("mean", "zero"):  # these two are the same for every picture
-            kept[:] = [_ways(lab, run, fill, layer, None, None, seed)]
-        return kept[0]
-
-    with undisturbed(lab.model), tqdm(total=n, desc="positive control", unit="question", delay=PATIENCE, leave=False) as progress:
-        try:
-            for item in _items(lab, task, split, seed):
-                if len(rows) >= n or asked >= MOST * max(n, 1):
-                    break
-                asked += 1
-                found = _try(lab, item, touch, buffer, rng)
-                if found is not None:
-                    rows.append(found)
-                    progress.update()
-        except KeyboardInterrupt:
-            stopped = 1
-    if not rows:
+    n, buffer, seed = whole_number("n", n), whole_number("buffer", buffer), whole_number("seed", seed)
+    layer, rng = token_layer(lab, at), np.random.default_rng((seed, 47))
+    changed: list[tuple[bool, bool]] = []  # without the deciding patches, without others
+    counts: list[int] = []  # of patches taken away
+    asked = 0
+    remove: Remove | None = None
+    with undisturbed(lab.model), Sweep("positive control", total=n, unit="question") as sweep:
+        for item in _items(lab, task, split, seed):
+            if len(changed) >= n or asked >= MOST * max(n, 1):
+                break
+            asked += 1
+            run = lab.ask(item.picture, item.question, max_new_tokens=48)
+            places = places_of(run, item, buffer, rng) if exact_match(run.answer, item.right) else None
+            if places is None:
+                continue
+            # the mean and zero are the same for every picture
+            if remove is None or layer or fill not in ("mean", "zero"):
+                remove = remover(lab, run, fill, layer, seed=seed)
+            first, second = (
+                answer_under(lab, run, partial(remove, positions_of_patches(run, place), None))[0] != run.answer
+                for place in places
+            )
+            changed.append((first, second))
+            counts.append(int(places[0].sum()))
+            sweep.step()
+    if not changed:
         raise OptionError(f"expected questions that {lab.name!r} answers rightly, got none of {asked}; try another task or split")
-    about: dict[str, Any] = {"fill": fill, "at": at, "buffer": buffer, "split": split}
+    deciding, random = (sum(column) for column in zip(*changed, strict=True))
     return ControlRates(
         task=task,
-        options=about,
-        n=len(rows),
+        options={"fill": fill, "at": at, "buffer": buffer, "split": split},
+        n=len(changed),
         asked=asked,
-        **_rates(rows),
+        deciding=deciding / len(changed),
+        random=random / len(changed),
+        changed=np.array(changed, bool),
+        deciding_interval=wilson(deciding, len(changed)),
+        random_interval=wilson(random, len(changed)),
+        patches=np.array(counts, np.int64),
         model=lab.name,
         fingerprint=lab.fingerprint,
         seed=seed,
         seconds=time.perf_counter() - began,
-        interrupted=bool(stopped),
+        interrupted=sweep.interrupted,
     )
 
 
-def _rates(rows: list[tuple[bool, bool, int]]) -> dict[str, Any]:
-    changed, count = np.array([row[:2] for row in rows], bool), len(rows)
-    first, second = (int(one) for one in changed.sum(0))
-    found: dict[str, Any] = {"deciding": first / count, "random": second / count, "changed": changed}
-    found |= {"deciding_interval": wilson(first, count), "random_interval": wilson(second, count)}
-    return found | {"patches": np.array([row[2] for row in rows], np.int64)}
-
-
-def _try(
-    lab: Lab, item: _Asked, touch: Callable[[Run], Any], buffer: int, rng: np.random.Generator
-) -> tuple[bool, bool, int] | None:
-    """Whether the answer changes without the deciding patches and without others, and how many; None for a useless question."""
-    run = lab.ask(item.picture, item.question, max_new_tokens=48)
-    places = _places(run, item, buffer, rng) if exact_match(run.answer, item.right) else None
-    if places is None:
-        return None
-    taken = touch(run)
-    said = [answer_under(lab, run, partial(taken, patch_spots(run, one), None))[0] for one in places]
-    return said[0] != run.answer, said[1] != run.answer, int(places[0].sum())
-
-
-def _items(lab: Lab, task: str, split: str, seed: int) -> Iterator[_Asked]:
-    index = 0
-    while True:
+def _items(lab: Lab, task: str, split: str, seed: int) -> Iterator[Asked]:
+    side = lab.grid[0]
+    # patches a cell: the smallest number that divides the grid and leaves at most 12 cells a side
+    per_cell = next(number for number in range(1, side + 1) if side % number == 0 and side // number <= 12)
+    for index in count():
         if task == "redcell":
-            one = redcell.scene(split, index, rows=lab.grid[0] // _divisor(lab.grid[0]), seed=seed)
-            yield _Asked(np.asarray(one.picture()), one.question, one.answer, one.mask()[0])
+            cells = redcell.scene(split, index, rows=side // per_cell, seed=seed)
+            yield Asked(np.asarray(cells.picture()), cells.question, cells.answer, cells.mask()[0])
         else:
             drawn: Any = picturebook.scene(split, index, seed=seed)
             masks = drawn.masks()
             for question in picturebook.ask_about(drawn, np.random.default_rng((picturebook.SPLITS[split], seed, index, 5)), 4):
                 if question.deciding:
                     mask = masks[list(question.deciding)].any(0)
-                    yield _Asked(np.asarray(drawn.picture()), question.text, question.answer, mask)
-        index += 1
+                    yield Asked(np.asarray(drawn.picture()), question.text, question.answer, mask)
 
 
-def _divisor(side: int) -> int:
-    """Patches a cell: the smallest number that divides the grid and leaves at most 12 cells a side."""
-    return next(one for one in range(1, side + 1) if side % one == 0 and side // one <= 12)
-
-
-def _places(run: Run, item: _Asked, buffer: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray] | None:
+def places_of(run: Run, item: Asked, buffer: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray] | None:
     """The deciding patches and as many others, bool (rows, cols); None where there are not enough others."""
-    inside = run.map.mask_to_patches(item.deciding) > TOUCHED
+    inside = run.map.mask_to_patches(item.deciding) > COVERED
     grid = torch.from_numpy(inside)[None, None].float()
     if buffer:
         inside = torch.nn.functional.max_pool2d(grid, 2 * buffer + 1, 1, buffer)[0, 0].numpy() > 0

@@ -2,12 +2,16 @@
 
 A place is a layer number l: the residual stream after l layers, 0 being what the first layer is given. Positions are
 counted from what the cache holds, so the same change serves a whole forward and every later step.
+
+    with entering(lab, 0, place, lambda states, at: 0 * states) as changes:
+        lab.model(**lab.inputs(run))
+    assert changes.states == len(place.positions)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,17 +19,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from llava_lab.capture import hooked
 from llava_lab.capture.watch import attention_module
 from llava_lab.errors import LabError
 from llava_lab.interventions.knockout import first_position
-from llava_lab.interventions.plan import Spots
+from llava_lab.interventions.plan import Positions
 from llava_lab.models.layout import language_layers
 
 if TYPE_CHECKING:
     from llava_lab.models import Lab
 
 COMPONENTS = ("residual", "attention", "mlp")
-Fold = Callable[[Tensor, Tensor], Tensor]  # states (n, D) at some positions (n,) -> their new states
+Change = Callable[[Tensor, Tensor], Tensor]  # states (n, D) at some positions (n,) -> their new states
 
 
 @dataclass
@@ -35,77 +40,70 @@ class Changes:
     states: int = 0
     largest: float = 0.0
 
+    def apply(self, states: Float[Tensor, "B T D"], first: int, place: Positions, change: Change) -> Tensor | None:
+        """New states, where those from position `first` on hold some of `place`; else None."""
+        at = torch.arange(first, first + states.shape[1], device=states.device)
+        inside = place.holds(at)
+        if not bool(inside.any()):
+            return None
+        new = states.clone()
+        new[:, inside] = torch.stack([change(row[inside], at[inside]) for row in states]).to(states.dtype)
+        self.states += int(inside.sum())
+        self.largest = max(self.largest, float((new - states).abs().max()))
+        return new
+
 
 @contextmanager
-def changing(modules: Sequence[nn.Module], attentions: Sequence[nn.Module], place: Spots, fold: Fold) -> Iterator[Changes]:
-    """Put ``fold(states, positions)`` in the place of the modules' outputs at `place`; no hook remains on leaving.
+def changing(
+    modules: Sequence[nn.Module], attentions: Sequence[nn.Module], place: Positions, change: Change
+) -> Iterator[Changes]:
+    """Put ``change(states, positions)`` in the place of the modules' outputs at `place`; no hook remains on leaving.
 
     ``attentions[i]`` belongs to the same layer as ``modules[i]`` and tells the position of the first row. What goes on
     is read again behind the change: LabError unless it is what was put there.
     """
     changes = Changes()
-    handles: list[Any] = []
+    first: list[int] = []
+    put: list[tuple[nn.Module, Tensor]] = []  # the last change, until it is seen to go on
 
-    def before_layer(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def note_position(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         first.append(first_position(module, kwargs))
 
-    def after(module: nn.Module, args: tuple, output: Any) -> Any:
+    def replace(module: nn.Module, args: tuple, output: Any) -> Any:
         states = output[0] if isinstance(output, tuple) else output
-        begin = first[-1]
-        at = torch.arange(begin, begin + states.shape[1], device=states.device)
-        held = place.holds(at)
-        if not bool(held.any()):
+        new = changes.apply(states, first[-1], place, change)
+        if new is None:
             return None
-        new = states.clone()
-        new[:, held] = torch.stack([fold(one[held], at[held]) for one in states]).to(states.dtype)
-        changes.states += int(held.sum())
-        changes.largest = max(changes.largest, float((new - states).abs().max()))
-        kept.append((id(module), new))
+        put.append((module, new))
         return (new, *output[1:]) if isinstance(output, tuple) else new
 
     def check(module: nn.Module, args: tuple, output: Any) -> None:
-        if kept and kept[-1][0] == id(module):
-            given = output[0] if isinstance(output, tuple) else output
-            if given is not kept.pop()[1]:
-                raise LabError("expected the changed states to go on, got others; another hook on this layer undoes the change")
+        states = output[0] if isinstance(output, tuple) else output
+        if put and put[-1][0] is module and states is not put.pop()[1]:
+            raise LabError("expected the changed states to go on, got others; another hook on this layer undoes the change")
 
-    first: list[int] = []
-    kept: list[tuple[int, Tensor]] = []
-    try:
+    with ExitStack() as stack:
         for module, attention in zip(modules, attentions, strict=True):
-            handles.append(attention.register_forward_pre_hook(before_layer, with_kwargs=True))
-            handles.append(module.register_forward_hook(after))
-            handles.append(module.register_forward_hook(check))
+            stack.enter_context(hooked(attention, before=note_position, with_kwargs=True))
+            stack.enter_context(hooked(module, after=replace))
+            stack.enter_context(hooked(module, after=check))
         yield changes
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
-def entering(lab: Lab, layer: int, place: Spots, fold: Fold) -> Iterator[Changes]:
+def entering(lab: Lab, layer: int, place: Positions, change: Change) -> Iterator[Changes]:
     """The same for what layer number `layer` is given: the residual stream after `layer` layers."""
-    module = language_layers(lab.model)[layer]
     changes = Changes()
 
     def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         states = args[0] if args else kwargs["hidden_states"]
-        begin = first_position(attention_module(module), kwargs)
-        at = torch.arange(begin, begin + states.shape[1], device=states.device)
-        held = place.holds(at)
-        if not bool(held.any()):
+        new = changes.apply(states, first_position(attention_module(module), kwargs), place, change)
+        if new is None:
             return None
-        new = states.clone()
-        new[:, held] = torch.stack([fold(one[held], at[held]) for one in states]).to(states.dtype)
-        changes.states += int(held.sum())
-        changes.largest = max(changes.largest, float((new - states).abs().max()))
         return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
 
-    handle = module.register_forward_pre_hook(before, with_kwargs=True)
-    try:
+    with hooked(language_layers(lab.model)[layer], before=before, with_kwargs=True):
         yield changes
-    finally:
-        handle.remove()
 
 
 def parts(lab: Lab, component: str) -> list[nn.Module]:
@@ -115,10 +113,10 @@ def parts(lab: Lab, component: str) -> list[nn.Module]:
         return layers
     if component == "attention":
         return [attention_module(layer) for layer in layers]
-    found = [getattr(layer, "mlp", None) for layer in layers]
-    if not all(isinstance(one, nn.Module) for one in found):
+    modules = [getattr(layer, "mlp", None) for layer in layers]
+    if not all(isinstance(module, nn.Module) for module in modules):
         raise LabError(f"expected layers with an mlp, got {type(layers[0]).__name__} without; patch 'residual' or 'attention'")
-    return found  # type: ignore[return-value]
+    return modules  # type: ignore[return-value]
 
 
 class _Reached(Exception):
@@ -127,18 +125,13 @@ class _Reached(Exception):
 
 def states_before(lab: Lab, layer: int, inputs: dict[str, Any]) -> Float[Tensor, "T D"]:
     """What layer number `layer` is given in a forward of `inputs`; the layers after it do not run."""
-    found: list[Tensor] = []
+    states: list[Tensor] = []
 
     def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        found.append((args[0] if args else kwargs["hidden_states"])[0].detach())
+        states.append((args[0] if args else kwargs["hidden_states"])[0].detach())
         raise _Reached
 
-    handle = language_layers(lab.model)[layer].register_forward_pre_hook(before, with_kwargs=True)
     model: Any = lab.model
-    try:
+    with suppress(_Reached), hooked(language_layers(lab.model)[layer], before=before, with_kwargs=True):
         model(**inputs, use_cache=False, logits_to_keep=1)
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
-    return found[0]
+    return states[0]

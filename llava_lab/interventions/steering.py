@@ -4,6 +4,8 @@ A direction that works on one question and wrecks the others has found nothing; 
 result. A length is given in units of each state's own, so that `alpha` means the same in every layer, and the same in one
 forward as token by token.
 
+    effect = steer(lab, run, direction=("red", "blue"), layers=(1, 3), alpha=0.5)
+
 Sources: Turner et al. 2023 (arXiv 2308.10248) for adding directions; Jiang et al. 2024 (arXiv 2410.02762) for erasing a
 word from image tokens.
 """
@@ -22,7 +24,7 @@ from torch import Tensor
 from llava_lab.capture import undisturbed
 from llava_lab.checks import layer_window, number, whole_number
 from llava_lab.errors import LabError, OptionError
-from llava_lab.interventions.plan import DRAWS, Enter, Plan, Spots, answer_under, carry_out, spots
+from llava_lab.interventions.plan import DRAWS, Enter, Plan, Positions, answer_under, carry_out, positions_of
 from llava_lab.interventions.states import Changes, changing, parts, states_before
 from llava_lab.models.layout import language_layers
 from llava_lab.replay.score import read_scores
@@ -58,11 +60,11 @@ def steer(
 
     Raises OptionError, TargetError, CheckpointError, and LabError when the states did not move as they should.
     """
-    fine = not isinstance(alpha, bool) and isinstance(alpha, int | float | np.floating) and np.isfinite(alpha) and alpha
-    if not fine:
+    is_number = not isinstance(alpha, bool) and isinstance(alpha, int | float | np.floating)
+    if not is_number or not np.isfinite(alpha) or not alpha:
         raise OptionError(f"alpha must be a finite number other than 0, got {alpha!r}")
     options = {"layers": layers, "where": where, "alpha": float(alpha), "metric": metric}
-    return _touch(lab, run, "steer", direction, options, others, draws, seed, answer)
+    return _measure(lab, run, "steer", direction, options, others, draws, seed, answer)
 
 
 def erase(
@@ -84,7 +86,7 @@ def erase(
     With `strength` 1 nothing of the direction is left there, which is checked in the call.
     """
     options = {"layers": layers, "where": where, "strength": number("strength", strength), "metric": metric}
-    return _touch(lab, run, "erase", direction, options, others, draws, seed, answer)
+    return _measure(lab, run, "erase", direction, options, others, draws, seed, answer)
 
 
 @contextmanager
@@ -94,7 +96,7 @@ def steered(
     """The model with the direction added, for every forward inside the block."""
     lab.inputs(run)
     unit, _ = find_direction(lab, direction)
-    with _moved(lab, spots(run, where, option="where"), _window(lab, layers), _adding(unit, alpha)):
+    with _moved(lab, positions_of(run, where, option="where"), _window(lab, layers), _adding(unit, alpha)):
         yield lab
 
 
@@ -105,7 +107,7 @@ def erased(
     """The model with the direction taken out, for every forward inside the block."""
     lab.inputs(run)
     unit, _ = find_direction(lab, direction)
-    with _moved(lab, spots(run, where, option="where"), _window(lab, layers), _erasing(unit, strength)):
+    with _moved(lab, positions_of(run, where, option="where"), _window(lab, layers), _erasing(unit, strength)):
         yield lab
 
 
@@ -114,8 +116,8 @@ def find_direction(lab: Lab, direction: Any) -> tuple[Float[Tensor, " D"], str]:
     width = output_head(lab).weight.shape[1]
     if isinstance(direction, str):
         row, name = _word_row(lab, direction)
-    elif isinstance(direction, tuple) and len(direction) == 2 and all(isinstance(one, str) for one in direction):
-        (plus, first), (minus, second) = (_word_row(lab, one) for one in direction)
+    elif isinstance(direction, tuple) and len(direction) == 2 and all(isinstance(word, str) for word in direction):
+        (plus, first), (minus, second) = (_word_row(lab, word) for word in direction)
         row, name = plus - minus, f"{first} minus {second}"
     else:
         try:
@@ -142,8 +144,10 @@ def mean_difference(lab: Lab, runs: Sequence[Run], others: Sequence[Run], *, lay
         raise OptionError(f"layer must be from 0 to {count - 1}, got {layer}")
 
     def mean(group: Sequence[Run]) -> Tensor:
-        states = [states_before(lab, layer, lab.inputs(run))[list(spots(run, where, option="where").positions)] for run in group]
-        return torch.stack([one.float().mean(0) for one in states]).mean(0)
+        states = [
+            states_before(lab, layer, lab.inputs(run))[list(positions_of(run, where, option="where").positions)] for run in group
+        ]
+        return torch.stack([rows.float().mean(0) for rows in states]).mean(0)
 
     with undisturbed(lab.model):
         return (mean(runs) - mean(others)).cpu().numpy()
@@ -160,30 +164,30 @@ def _erasing(unit: Tensor, strength: float) -> Move:
     return lambda states: states - strength * (states @ unit)[:, None] * unit
 
 
-def _touch(
+def _measure(
     lab: Lab, run: Run, kind: str, direction: Any, options: dict[str, Any], others: Any, draws: int, seed: int, answer: bool
 ) -> Effect:
     targets = resolve_targets(lab, run, options.pop("metric"))
     lab.inputs(run)
-    if isinstance(others, str) or not all(isinstance(one, str) and one.strip() for one in others):
+    if isinstance(others, str) or not all(isinstance(question, str) and question.strip() for question in others):
         raise OptionError(f"others must be a list of questions, got {others!r}")
     draws, seed = whole_number("draws", draws), whole_number("seed", seed)
-    place, window = spots(run, options["where"], option="where"), _window(lab, options["layers"])
+    place, window = positions_of(run, options["where"], option="where"), _window(lab, options["layers"])
     unit, name = find_direction(lab, direction)
     generator = torch.Generator().manual_seed(seed)
-    chance = [torch.randn(unit.shape, generator=generator).to(unit.device) for _ in range(draws)]
+    random_directions = [torch.randn(unit.shape, generator=generator).to(unit.device) for _ in range(draws)]
     make = _adding if kind == "steer" else _erasing
     size = options["alpha"] if kind == "steer" else options["strength"]
 
-    def enter(one: Tensor, at: Spots = place) -> Enter:
-        return lambda: _moved(lab, at, window, make(one / one.norm(), size))
+    def enter(along: Tensor, at: Positions = place) -> Enter:
+        return lambda: _moved(lab, at, window, make(along / along.norm(), size))
 
     @contextmanager
     def prove(proof: dict[str, float]) -> Iterator[None]:
-        with _moved(lab, place, window, make(unit, size), (unit, size) if kind == "erase" else None) as seen:
+        with _moved(lab, place, window, make(unit, size), (unit, size) if kind == "erase" else None) as changes:
             yield
-        proof["states"], proof["largest_change"] = float(seen.states), seen.largest
-        if not seen.states:
+        proof["states"], proof["largest_change"] = float(changes.states), changes.largest
+        if not changes.states:
             raise LabError(f"expected states at {place.name} to change, got none; run one whole forward")
 
     plan = Plan(
@@ -193,14 +197,14 @@ def _touch(
         start=place.positions[0],
         enter=enter(unit),
         prove=prove,
-        controls=[enter(one) for one in chance],
+        controls=[enter(along) for along in random_directions],
         control_name="random directions of the same length" if draws else "none",
         side=lambda: _side(lab, run, others, options["where"], lambda at: enter(unit, at)),
     )
     return carry_out(lab, run, targets, plan, seed=seed, answer=answer)
 
 
-def _side(lab: Lab, run: Run, others: Sequence[str], where: Any, enter: Callable[[Spots], Enter]) -> dict[str, Any]:
+def _side(lab: Lab, run: Run, others: Sequence[str], where: Any, enter: Callable[[Positions], Enter]) -> dict[str, Any]:
     """Other questions about the picture: answers before and after, and what happened to the old answer's log-probability."""
     rows: dict[str, Any] = {"questions": [], "before": [], "after": [], "change": []}
     names = ("max_new_tokens", "prompt", "fit")
@@ -209,27 +213,27 @@ def _side(lab: Lab, run: Run, others: Sequence[str], where: Any, enter: Callable
         asked = lab.ask(run.picture, question, **chosen)
         if asked.segments["answer"][0] == asked.segments["answer"][1]:
             continue  # nothing said, nothing to compare
-        touched = enter(spots(asked, where, option="where"))
+        changed = enter(positions_of(asked, where, option="where"))
         targets = resolve_targets(lab, asked)
         at = targets[0].positions
         model: Any = lab.model
         keep = torch.tensor(at, device=lab.device)
-        with touched():
+        with changed():
             logits = model(**lab.inputs(asked), use_cache=False, logits_to_keep=keep).logits
         change = float(read_scores(logits, at, targets)[0, 0]) - float(asked.logprobs.sum())
-        said, _ = answer_under(lab, asked, touched)
-        for key, value in zip(rows, (question, asked.answer, said, change), strict=True):
+        new_answer, _ = answer_under(lab, asked, changed)
+        for key, value in zip(rows, (question, asked.answer, new_answer, change), strict=True):
             rows[key].append(value)
     return rows
 
 
 @contextmanager
 def _moved(
-    lab: Lab, place: Spots, window: tuple[int, int], move: Move, gone: tuple[Tensor, float] | None = None
+    lab: Lab, place: Positions, window: tuple[int, int], move: Move, gone: tuple[Tensor, float] | None = None
 ) -> Iterator[Changes]:
     """`move` on what each layer of the window gives on; `gone` (direction, strength) is checked to have shrunk by that much."""
 
-    def fold(states: Tensor, at: Tensor) -> Tensor:
+    def change(states: Tensor, at: Tensor) -> Tensor:
         new = move(states.float()).to(states.dtype)
         if gone is not None:
             unit, strength = gone
@@ -240,13 +244,13 @@ def _moved(
         return new
 
     modules, attentions = parts(lab, "residual")[slice(*window)], parts(lab, "attention")[slice(*window)]
-    with changing(modules, attentions, place, fold) as changes:
+    with changing(modules, attentions, place, change) as changes:
         yield changes
 
 
 def _word_row(lab: Lab, word: str) -> tuple[Float[Tensor, " D"], str]:
     ids = lab.tokenizer.encode(" " + word.strip(), add_special_tokens=False) if word.strip() else []
-    pieces = [str(lab.tokenizer.decode([one])) for one in ids]
+    pieces = [str(lab.tokenizer.decode([number])) for number in ids]
     useful = [i for i, piece in enumerate(pieces) if piece.strip()]
     if not useful:
         raise OptionError(f"direction: expected a word, got {word!r}, of which the tokenizer makes nothing")

@@ -11,7 +11,7 @@ import torch
 from llava_lab.capture import undisturbed
 from llava_lab.errors import OptionError
 from llava_lab.interventions import ablate_tokens, ablated
-from llava_lab.interventions.ablate import FILLS, _shuffled
+from llava_lab.interventions.ablate import FILLS, shuffled
 from llava_lab.interventions.states import states_before
 from llava_lab.models import Lab
 from llava_lab.models.layout import connector_of
@@ -90,11 +90,11 @@ def test_only_the_chosen_tokens_change(tiny_random: Lab, run: Run, fill: str, at
 
 def test_shuffled_tokens_are_the_same_tokens_in_other_places() -> None:
     table = torch.arange(16.0)[:, None]
-    values = _shuffled(table, [1, 4, 9], 0)
+    values = shuffled(table, [1, 4, 9], 0)
     assert sorted(values[[1, 4, 9], 0].tolist()) == [1, 4, 9]
     assert all(values[i, 0] != i for i in (1, 4, 9))
     assert all(values[i, 0] == i for i in range(16) if i not in (1, 4, 9))
-    assert _shuffled(table, [3], 0)[3, 0] != 3
+    assert shuffled(table, [3], 0)[3, 0] != 3
 
 
 def test_the_planted_cause_beats_random_patches() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from llava_lab.errors import DataError, OptionError
 from llava_lab.interventions import positive_control
-from llava_lab.interventions.positive_control import _Asked, _places
+from llava_lab.interventions.positive_control import Asked, places_of
 from llava_lab.models import Lab
 from llava_lab.worlds import redcell
 from llava_lab.worlds.drawing import COLORS
@@ -79,9 +79,9 @@ def test_the_control_s_random_patches_are_as_many_and_elsewhere(tiny_random: Lab
     run = noise_run(tiny_random, fit="crop")
     mask = np.zeros(run.picture.shape[:2], bool)
     mask[15:25, 25:35] = True
-    asked = _Asked(run.picture, "?", "?", mask)
+    asked = Asked(run.picture, "?", "?", mask)
     for buffer in (0, 1):
-        found = _places(run, asked, buffer, np.random.default_rng(0))
+        found = places_of(run, asked, buffer, np.random.default_rng(0))
         if found is None:
             assert buffer
             continue
@@ -99,7 +99,7 @@ def test_the_control_passes_where_the_place_is_planted_and_counts_by_hand(monkey
             picture = red_picture(64, 64, (left, top, left + 8, top + 8))
             question = "What color is the car?"
             right = lab.ask(picture, question, max_new_tokens=48).answer
-            yield _Asked(picture, question, right, (picture == np.array(RED)).all(-1))
+            yield Asked(picture, question, right, (picture == np.array(RED)).all(-1))
 
     monkeypatch.setattr(module, "_items", items)
     rates = positive_control(lab, n=12, fill="zero")
