@@ -30,14 +30,12 @@ the question plays that part, because an answer means something else after anoth
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -46,6 +44,7 @@ from llava_lab.checks import whole_number
 from llava_lab.errors import OptionError
 from llava_lab.models.layout import connector_of, language_layers, vision_tower
 from llava_lab.models.text import encode, pieces, refuse_special_text
+from llava_lab.models.weights import weights_put_back
 from llava_lab.replay.targets import Targets, Wanted, resolve_targets
 from llava_lab.results import Relevance, Run, Sanity
 from llava_lab.stats import spearman, top_overlap
@@ -54,8 +53,6 @@ if TYPE_CHECKING:
     from llava_lab.models import Lab
 
 LAST = "vision tower"  # the name of the last step
-
-Shuffle = Callable[[Iterable[nn.Parameter]], None]
 
 
 def parts_from_top(model: nn.Module, groups: int) -> list[tuple[str, list[nn.Parameter]]]:
@@ -67,43 +64,6 @@ def parts_from_top(model: nn.Module, groups: int) -> list[tuple[str, list[nn.Par
         name = f"layer {start}" if stop - start == 1 else f"layers {start} to {stop - 1}"
         steps.append((name, [parameter for layer in layers[start:stop] for parameter in layer.parameters()]))
     return [*steps, ("connector", list(connector_of(model).parameters())), (LAST, list(vision_tower(model).parameters()))]
-
-
-@contextmanager
-def weights_put_back(seed: int = 0) -> Iterator[Shuffle]:
-    """A function that shuffles the values inside parameters; on leaving, all of them are bitwise what they were.
-
-    A Ctrl-C while they are put back is raised again only when that is done.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    kept: list[tuple[nn.Parameter, torch.Tensor]] = []
-
-    def shuffle(parameters: Iterable[nn.Parameter]) -> None:
-        for parameter in parameters:
-            kept.append((parameter, parameter.detach().to("cpu", copy=True)))  # first, so that nothing can be lost
-            order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
-            with torch.no_grad():
-                parameter.copy_(parameter.flatten()[order].view_as(parameter))
-
-    try:
-        yield shuffle
-    finally:
-        _put_back(kept)
-
-
-def _put_back(kept: list[tuple[nn.Parameter, torch.Tensor]]) -> None:
-    """From the last to the first, so that a parameter shuffled twice ends as it began."""
-    interrupt: KeyboardInterrupt | None = None
-    while kept:
-        try:
-            parameter, original = kept[-1]
-            with torch.no_grad():
-                parameter.copy_(original)
-            kept.pop()
-        except KeyboardInterrupt as error:
-            interrupt = error
-    if interrupt is not None:
-        raise interrupt
 
 
 WINDOW = 7  # side of the SSIM window, less on smaller grids

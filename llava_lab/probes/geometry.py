@@ -23,8 +23,8 @@ from tqdm.std import tqdm
 
 from llava_lab.checks import whole_number
 from llava_lab.errors import OptionError
-from llava_lab.judging.sanity import weights_put_back
 from llava_lab.models.layout import connector_of, language_layers, vision_tower
+from llava_lab.models.weights import weights_put_back
 from llava_lab.probes.linear import BEFORE, QUESTION, Stage, held_out_classes, read_stages, stage_name, stages, subset
 from llava_lab.results import TokenGeometry
 

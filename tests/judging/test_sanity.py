@@ -18,8 +18,9 @@ import llava_lab as ll
 from llava_lab.attribution import attribute
 from llava_lab.errors import CheckpointError, DataError, OptionError, TargetError
 from llava_lab.judging import sanity, with_question
-from llava_lab.judging.sanity import parts_from_top, weights_put_back
+from llava_lab.judging.sanity import parts_from_top
 from llava_lab.models import Lab
+from llava_lab.models.weights import weights_put_back
 from llava_lab.replay import resolve_targets
 from llava_lab.results import Relevance, Run, Sanity
 from tests.support.planted import planted_lab, red_picture, scripted_run

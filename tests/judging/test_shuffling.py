@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from llava_lab.judging.sanity import moved, parts_from_top, rank_likeness, ssim, top_likeness, weights_put_back
+from llava_lab.judging.sanity import moved, parts_from_top, rank_likeness, ssim, top_likeness
 from llava_lab.models import Lab
+from llava_lab.models.weights import weights_put_back
 
 
 def test_layers_are_shuffled_from_last_to_first_then_connector_then_tower(tiny_random: Lab) -> None:
