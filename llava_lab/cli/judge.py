@@ -1,14 +1,12 @@
-"""``llava-lab compare``: every method side by side, on one picture or, with ``--data``, on hundreds.
+"""The commands that judge: methods side by side, sanity of one method, a model's score on a data set, and a report.
 
-It declares its options, calls `llava_lab.compare` or `llava_lab.leaderboard`, and lays out what they found.
+    llava-lab compare car.png "What color is the car?" --methods rollout,occlusion --save comparison.npz --save-run run.npz
+    llava-lab compare --data picturebook --n 200 --out board.jsonl
+    llava-lab sanity car.png "What color is the car?" --method rollout
+    llava-lab evaluate --data picturebook
+    llava-lab report run.npz --compare comparison.npz
 
-``llava-lab sanity``: does a method's map change when the model, or the question, is not what it was?
-
-It declares its options, calls `llava_lab.sanity`, and lays out the curves with what they mean.
-
-``llava-lab report``: a saved run and what was saved about it, as one HTML file that opens anywhere.
-
-This package computes and never imports the one that shows. The writer is found by the entry-point group
+This package computes and never imports the one that shows. What writes a report is found by the entry-point group
 `GROUP`, which the distribution declares in pyproject.toml (``widgets.report:write``); where nothing offers one,
 the command says how to install it. The writer is called as ``write(path, run, maps=, comparison=, heads=, title=,
 versions=)`` and returns the path; what it refuses (a ValueError or TypeError) is the user's to mend.
@@ -22,153 +20,180 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_lab.cli.ask import Reply, _load, _table, _write, read_options, read_targets
+from llava_lab.cli import common
+from llava_lab.cli.common import FIGURES, Add, Reply, positive, table
 from llava_lab.errors import LabError, OptionError
 
 if TYPE_CHECKING:
     from llava_lab.results import Comparison, Leaderboard, Relevance, Sanity
 
-ABOUT = "which map to trust: methods side by side, with scores, controls and cost"
-FIGURES = (".png", ".svg", ".pdf")
-BETTER = {True: "yes", False: "no"}
+GROUP = "llava_lab.report"
+INSTALL = "`pip install 'llava-lab[lab]'` brings it, in a checkout `python3 run.py install`"
 
 
-def add_options(parser: argparse.ArgumentParser, positive: Any) -> None:
-    """What ``llava-lab compare`` takes beside the common options; `positive` reads a whole number from 1."""
-    parser.add_argument("picture", nargs="?", help="an image file; without one, give --data")
-    parser.add_argument("question", nargs="?")
-    parser.add_argument("--methods", default="all", help="all (default), or names with commas between them")
-    parser.add_argument("--target", metavar="WHAT", help="a word of the answer, RED/BLUE, #N, or answer (default); one picture")
-    parser.add_argument("--data", help="picturebook: score on many drawn pictures whose truth is known")
-    parser.add_argument("--split", default="test", help="of --data (default: test)")
-    parser.add_argument("--n", type=positive, default=200, help="pictures of --data (default: 200)")
-    parser.add_argument("--out", metavar="FILE", help="with --data: one JSON line per finished picture; goes on where it ends")
-    parser.add_argument("--steps", type=positive, help="steps of a deletion or insertion curve (default: 8, with --data 5)")
-    parser.add_argument("--seeds", type=positive, help="random rankings per picture (default: 10, with --data 4)")
-    parser.add_argument("--workers", type=positive, default=1, help="processes that share the pictures of --data (default: 1)")
-    parser.add_argument("--save", metavar="FILE", help="keep the result in one .npz file")
-    parser.add_argument("--save-run", metavar="FILE", help="keep the run as well, for `llava-lab report`; one picture")
-    parser.add_argument("--figure", metavar="FILE", help="draw it (.png, .svg, .pdf)")
+def add_commands(add: Add) -> None:
+    command = add("compare", compare, "which map to trust: methods side by side, with scores, controls and cost")
+    command.add_argument("picture", nargs="?", help="an image file; without one, give --data")
+    command.add_argument("question", nargs="?")
+    command.add_argument("--methods", default="all", help="all (default), or names with commas between them")
+    command.add_argument("--target", metavar="WHAT", help="a word of the answer, RED/BLUE, #N, or answer (default); one picture")
+    command.add_argument("--data", help="picturebook: score on many drawn pictures whose truth is known")
+    command.add_argument("--split", default="test", help="of --data (default: test)")
+    command.add_argument("--n", type=positive, default=200, help="pictures of --data (default: 200)")
+    command.add_argument("--out", metavar="FILE", help="with --data: one JSON line per finished picture; goes on where it ends")
+    command.add_argument("--steps", type=positive, help="steps of a deletion or insertion curve (default: 8, with --data 5)")
+    command.add_argument("--seeds", type=positive, help="random rankings per picture (default: 10, with --data 4)")
+    command.add_argument("--workers", type=positive, default=1, help="processes that share the pictures of --data (default: 1)")
+    command.add_argument("--save", metavar="FILE", help="keep the result in one .npz file")
+    command.add_argument("--save-run", metavar="FILE", help="keep the run as well, for `llava-lab report`; one picture")
+    command.add_argument("--figure", metavar="FILE", help="draw it (.png, .svg, .pdf)")
+
+    about = "does a map change when the model or the question does: similarity curves with their controls"
+    command = add("sanity", sanity, about)
+    command.add_argument("picture", help="an image file")
+    command.add_argument("question")
+    common.add_method(command)
+    command.add_argument("--target", metavar="WHAT", help="a word of the answer, RED/BLUE, #N, or answer (default)")
+    command.add_argument("--groups", type=positive, default=8, help="steps the language model is randomised in (default: 8)")
+    command.add_argument(
+        "--ask", action="append", metavar="QUESTION", help="ask this instead (default: two of our own); repeatable"
+    )
+    command.add_argument("--save", metavar="FILE", help="keep the result in one .npz file")
+    command.add_argument("--figure", metavar="FILE", help=f"draw the curves ({', '.join(FIGURES)})")
+
+    command = add("evaluate", evaluate, "score a model on a data set, beside its controls")
+    command.add_argument("--data", default="picturebook", help="picturebook (default), easy-vqa, or a LLaVA .json file")
+    command.add_argument("--split", default="test", help="default: test")
+    command.add_argument("--n", type=positive, default=2000, help="pictures (default: 2000)")
+    command.add_argument("--normalised", action="store_true", help="compare after lower case, articles, full stop, numbers")
+    command.add_argument("--no-controls", action="store_true", help="leave out blind, shuffled and majority")
+
+    command = add("report", report, "a saved run and its maps as one HTML file: no server, no network")
+    command.add_argument("saved", metavar="RUN", help="a run kept by `llava-lab ask --save` or `llava-lab compare --save-run`")
+    command.add_argument("--out", metavar="FILE", default="report.html", help="default: report.html")
+    command.add_argument("--maps", metavar="FILE", nargs="+", default=[], help="maps kept by `llava-lab explain --save`")
+    command.add_argument("--compare", metavar="FILE", help="a comparison kept by `llava-lab compare --save`")
+    command.add_argument("--heads", metavar="FILE", help="head maps kept by `llava_lab.head_maps(...).save(...)`")
+    command.add_argument("--title", help="of the page (default: the question)")
+
+
+# -- compare --------------------------------------------------------------------------------
 
 
 def compare(args: argparse.Namespace) -> Reply:
     if (args.picture is None) == (args.data is None):
         raise OptionError("compare wants either a picture and a question, or --data picturebook")
-    if args.figure and not args.figure.lower().endswith(FIGURES):
-        raise OptionError(f"--figure wants a file ending in {', '.join(FIGURES)}, got {args.figure!r}")
-    return _many(args) if args.data is not None else _one(args)
+    common.check_figure(args.figure)
+    return _compare_many(args) if args.data is not None else _compare_one(args)
 
 
-def _one(args: argparse.Namespace) -> Reply:
+def _compare_one(args: argparse.Namespace) -> Reply:
     import llava_lab as ll
-    from llava_lab.models import read_picture
 
     if args.question is None:
         raise OptionError("compare wants a question after the picture")
     if args.out:
         raise OptionError("--out keeps the lines of --data; use --save or --figure for one picture")
-    methods = _methods(args.methods)
-    picture = read_picture(args.picture)
-    lab = _load(args)
-    run = lab.ask(picture, args.question, seed=args.seed)
-    if run.options.get("stopped") == "interrupted":
-        raise KeyboardInterrupt
-    settings: dict[str, Any] = {"seed": args.seed, **_given(args)}
-    target = read_targets([args.target]) if args.target else None
-    result = ll.compare(lab, run, methods, target=target, **settings)
-    _keep(args, result)
-    if args.save_run:
-        _write(run.save, args.save_run)
-    rows = result.rows()
-    agreement: dict[str, Any] = {
-        "methods": list(result.methods),
-        "spearman": result.spearman,
-        "overlap": result.overlap,
-        "top": result.top,
+    methods = _read_methods(args.methods)
+    picture = common.read_picture(args)
+    lab = common.load(args)
+    run = common.ask(args, lab, picture, show=False)
+    result = ll.compare(lab, run, methods, target=common.read_target(args.target), seed=args.seed, **_numbers(args))
+    common.save(result, args.save)
+    if args.figure:
+        from llava_lab.plots import scores as plots
+
+        common.save_figure(plots.comparison(result), args.figure)
+    common.save(run, args.save_run)
+    data = {
+        "answer": run.answer,
+        "target": result.targets[0].text,
+        "rows": result.rows(),
+        "refused": result.refused,
+        "agreement": {
+            "methods": list(result.methods),
+            "spearman": result.spearman,
+            "overlap": result.overlap,
+            "top": result.top,
+        },
+        "notes": list(result.notes),
+        "seconds": result.seconds,
+        "model": run.model,
     }
-    data: dict[str, Any] = {"answer": run.answer, "target": result.targets[0].text, "rows": rows, "refused": result.refused}
-    data |= {"agreement": agreement, "notes": list(result.notes), "seconds": result.seconds, "model": run.model}
-    return Reply(data, _example_text(run.answer, result, rows), code=130 if result.interrupted else 0)
+    return Reply(data, _comparison_text(run.answer, result), code=130 if result.interrupted else 0)
 
 
-def _many(args: argparse.Namespace) -> Reply:
+def _compare_many(args: argparse.Namespace) -> Reply:
     import llava_lab as ll
     from llava_lab.judging.leaderboard import as_data
 
     if args.target:
         raise OptionError("--target is for one picture; with --data the word that answers each question is explained")
-    settings: dict[str, Any] = {"data": args.data, "split": args.split, "n": args.n, "seed": args.seed, **_given(args)}
-    settings["workers"] = args.workers
     if args.save_run:
         raise OptionError("--save-run is for one picture; with --data there is no one run to keep")
-    methods, lab = _methods(args.methods), _load(args)
-    board = ll.leaderboard(lab, methods=methods, out=args.out, **settings)
-    _keep(args, board)
+    methods, lab = _read_methods(args.methods), common.load(args)
+    options: dict[str, Any] = {"data": args.data, "split": args.split, "n": args.n, "seed": args.seed, "workers": args.workers}
+    board = ll.leaderboard(lab, methods=methods, out=args.out, **options, **_numbers(args))
+    common.save(board, args.save)
+    if args.figure:
+        from llava_lab.plots import scores as plots
+
+        common.save_figure(plots.leaderboard(board), args.figure)
     return Reply(as_data(board), leaderboard_text(board), code=130 if board.about["interrupted"] else 0)
 
 
-def _given(args: argparse.Namespace) -> dict[str, int]:
+def _numbers(args: argparse.Namespace) -> dict[str, int]:
     """The numbers that were given; each function has its own defaults."""
     return {name: getattr(args, name) for name in ("steps", "seeds") if getattr(args, name) is not None}
 
 
-def _methods(text: str) -> str | list[str]:
+def _read_methods(text: str) -> str | list[str]:
     """``--methods``, checked before a model is loaded."""
     import llava_lab as ll
+    from llava_lab.checks import known
 
     if text == "all":
         return text
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    for name in names:
-        if name not in ll.METHODS:
-            raise OptionError(f"no method {name!r}; the methods are {', '.join(ll.METHODS)}")
+    names = [known("method", name.strip(), ll.METHODS) for name in text.split(",") if name.strip()]
     if not names:
         raise OptionError(f"--methods wants all, or names with commas between them; the methods are {', '.join(ll.METHODS)}")
     return names
 
 
-def _keep(args: argparse.Namespace, result: Comparison | Leaderboard) -> None:
-    if args.save:
-        _write(result.save, args.save)
-    if args.figure:
-        from llava_lab.plots import scores as plots_scores
-        from llava_lab.results import Leaderboard
-
-        Path(args.figure).parent.mkdir(parents=True, exist_ok=True)
-        figure = plots_scores.leaderboard(result) if isinstance(result, Leaderboard) else plots_scores.comparison(result)
-        _write(lambda path: figure.savefig(path, dpi=150), args.figure)
-
-
-def _example_text(answer: str, result: Comparison, rows: list[dict[str, Any]]) -> str:
+def _comparison_text(answer: str, result: Comparison) -> str:
     names = ("method", "gain", "deletion", "insertion", "beats random", "passes", "seconds")
     cells = [
-        [row["method"], *(_number(row[part]) for part in ("gain", "deletion", "insertion")), BETTER[row["beats_random"]],
-         str(sum(row["passes"].values())), f"{row['seconds']:.2f}"]
-        for row in rows
-    ]  # fmt: skip
-    lines = [f"{answer}  (explained: {result.targets[0].text!r})", *_table(names, cells)]
+        [
+            row["method"],
+            *(_number(row[part]) for part in ("gain", "deletion", "insertion")),
+            "yes" if row["beats_random"] else "no",
+            str(sum(row["passes"].values())),
+            f"{row['seconds']:.2f}",
+        ]
+        for row in result.rows()
+    ]
+    lines = [f"{answer}  (explained: {result.targets[0].text!r})", *table(names, cells)]
     return "\n".join([*lines, *_refusals(result.refused), *result.notes])
 
 
 def leaderboard_text(board: Leaderboard) -> str:
     """The table for a terminal: faithfulness first, the world's truth in columns of their own, then the gain by type."""
-    about = board.about
+    about, methods = board.about, board.order("gain")
+    measures = ("deletion", "insertion", "better", "object", "pointing", "mass", "auc", "iou", "seconds")
+    cells = []
+    for name in methods:
+        gain = board.at(name, "gain")
+        interval = ", ".join(map(_number, gain["interval"]))
+        means = [_number(board.at(name, measure)["mean"]) for measure in measures]
+        cells.append([name, f"{_number(gain['mean'])} [{interval}]", *means])
     lines = [
         f"{about['model']} on {about['data']} {about['split']}: {about['explained']} of {about['pictures']} pictures "
-        f"explained; {about['asked']} questions asked, {about['wrong']} answered wrong, {about['blind']} without the picture"
+        f"explained; {about['asked']} questions asked, {about['wrong']} answered wrong, {about['blind']} without the picture",
+        *table(("method", "gain (95%)", *measures), cells),
     ]
-    measures = ("gain", "deletion", "insertion", "better", "object", "pointing", "mass", "auc", "iou", "seconds")
-    names = ("method", "gain (95%)", *measures[1:])
-    cells = [
-        [name, _with_interval(board.at(name, "gain")), *(_number(board.at(name, part)["mean"]) for part in measures[1:])]
-        for name in board.order("gain")
-    ]
-    lines += _table(names, cells)
     for measure in ("gain", "pointing"):
-        by_type = [
-            [name, *(_number(board.at(name, measure, kind)["mean"]) for kind in board.types)] for name in board.order("gain")
-        ]
-        lines += ["", *_table((measure, *board.types), by_type)]
+        by_type = [[name, *(_number(board.at(name, measure, kind)["mean"]) for kind in board.types)] for name in methods]
+        lines += ["", *table((measure, *board.types), by_type)]
     return "\n".join([*lines, *_refusals(board.refused)])
 
 
@@ -176,107 +201,81 @@ def _refusals(refused: Mapping[str, str]) -> list[str]:
     return [f"{name} refused: {reason}" for name, reason in refused.items()]
 
 
-def _with_interval(cell: Mapping[str, Any]) -> str:
-    low, high = cell["interval"]
-    return f"{_number(cell['mean'])} [{_number(low)}, {_number(high)}]"
-
-
 def _number(value: float) -> str:
     return f"{value:.3f}" if value == value else "-"
 
 
-ABOUT_CLI_SANITY = "does a map change when the model or the question does: similarity curves with their controls"
-
-
-def add_options_cli_sanity(parser: argparse.ArgumentParser, positive: Any) -> None:
-    """What ``llava-lab sanity`` takes beside the common options; `positive` reads a whole number from 1."""
-    parser.add_argument("picture", help="an image file")
-    parser.add_argument("question")
-    parser.add_argument("--method", default="rollout", help="one of `llava-lab methods` (default: rollout)")
-    parser.add_argument("--target", metavar="WHAT", help="a word of the answer, RED/BLUE, #N, or answer (default)")
-    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the method; repeatable")
-    parser.add_argument("--groups", type=positive, default=8, help="steps the language model is randomised in (default: 8)")
-    parser.add_argument(
-        "--ask", action="append", metavar="QUESTION", help="ask this instead (default: two of our own); repeatable"
-    )
-    parser.add_argument("--save", metavar="FILE", help="keep the result in one .npz file")
-    parser.add_argument("--figure", metavar="FILE", help=f"draw the curves ({', '.join(FIGURES)})")
+# -- sanity ---------------------------------------------------------------------------------
 
 
 def sanity(args: argparse.Namespace) -> Reply:
     import llava_lab as ll
-    from llava_lab.models import read_picture
 
-    if args.figure and not args.figure.lower().endswith(FIGURES):
-        raise OptionError(f"--figure wants a file ending in {', '.join(FIGURES)}, got {args.figure!r}")
-    options = read_options(args.option)
-    if args.method not in ll.METHODS:
-        raise OptionError(f"no method {args.method!r}; the methods are {', '.join(ll.METHODS)}")
-    if "seed" in ll.METHODS[args.method].options:
-        options.setdefault("seed", args.seed)
-    ll.METHODS[args.method].with_defaults(options)  # a misspelt option is said before the model is loaded
-    picture = read_picture(args.picture)
-    lab = _load(args)
-    run = lab.ask(picture, args.question, seed=args.seed)
-    if run.options.get("stopped") == "interrupted":
-        raise KeyboardInterrupt
-    target = read_targets([args.target]) if args.target else None
+    common.check_figure(args.figure)
+    options = common.read_method(args)
+    picture = common.read_picture(args)
+    lab = common.load(args)
+    run = common.ask(args, lab, picture, show=False)
     settings: dict[str, Any] = {"groups": args.groups, "questions": args.ask, "seed": args.seed}
-    result = ll.sanity(lab, run, args.method, target=target, options=options, **settings)
-    if args.save:
-        _write(result.save, args.save)
+    result = ll.sanity(lab, run, args.method, target=common.read_target(args.target), options=options, **settings)
+    common.save(result, args.save)
     if args.figure:
-        _draw(result, args.figure)
-    about = {"answer": run.answer, "notes": list(result.notes), "seconds": result.seconds, "model": run.model}
-    # `model` is the model's name in every command's data; the two tests' curves stand side by side here
-    found = result.to_dict()
-    data = {name: found[name] for name in ("method", "targets", "passed", "verdict", "control")}
-    data |= {"curves": {"model": found["model"], "question": found["question"]}, **about}
-    return Reply(data, text(run.answer, result), code=130 if result.interrupted else 0)
+        from matplotlib.figure import Figure  # no pyplot: a command line has no windows
+
+        from llava_lab.plots import scores as plots
+
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        plots.sanity(result, ax=figure.subplots())
+        common.save_figure(figure, args.figure)
+    curves = result.to_dict()
+    data = {
+        "answer": run.answer,
+        **{name: curves[name] for name in ("method", "targets", "passed", "verdict", "control")},
+        # `model` is the model's name in every command's data; the two tests' curves stand side by side here
+        "curves": {"model": curves["model"], "question": curves["question"]},
+        "notes": list(result.notes),
+        "seconds": result.seconds,
+        "model": run.model,
+    }
+    return Reply(data, _sanity_text(run.answer, result), code=130 if result.interrupted else 0)
 
 
-def _draw(result: Sanity, path: str) -> None:
-    from matplotlib.figure import Figure  # no pyplot: a command line has no windows
-
-    from llava_lab.plots import scores as plots_scores
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    plots_scores.sanity(result, ax=figure.subplots())
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    _write(lambda out: figure.savefig(out, dpi=150), path)
-
-
-def text(answer: str, result: Sanity) -> str:
+def _sanity_text(answer: str, result: Sanity) -> str:
     """The curves as a table for a terminal, means over the targets, then the verdict."""
     curves = [
         *(("model", name, result.spearman[i], result.overlap[i]) for i, name in enumerate(result.steps)),
         *(("question", name, result.question_spearman[i], result.question_overlap[i]) for i, name in enumerate(result.questions)),
     ]
     cells = [[test, name, f"{rank.mean():.2f}", f"{top.mean():.2f}"] for test, name, rank, top in curves]
-    table = _table(("test", "randomised so far, or asked instead", "rank correlation", f"same top {result.top}"), cells)
-    control = (
-        f"unrelated maps stay below a rank correlation of {result.limit.mean():.2f} and share {result.chance:.2f} of the top"
-    )
-    verdict = ", ".join(f"{test} {how}" for test, how in result.verdict.items())
+    names = ("test", "randomised so far, or asked instead", "rank correlation", f"same top {result.top}")
     explained = ", ".join(repr(target.text) for target in result.targets)
-    lines = [f"{answer}  ({result.method}, explained: {explained})", *table, control]
-    lines.append(f"{'passed' if result.passed else 'not passed'}: {verdict}")
+    verdict = ", ".join(f"{test} {outcome}" for test, outcome in result.verdict.items())
+    lines = [
+        f"{answer}  ({result.method}, explained: {explained})",
+        *table(names, cells),
+        f"unrelated maps stay below a rank correlation of {result.limit.mean():.2f} and share {result.chance:.2f} of the top",
+        f"{'passed' if result.passed else 'not passed'}: {verdict}",
+    ]
     return "\n".join([*lines, *result.notes])
 
 
-ABOUT_CLI_REPORT = "a saved run and its maps as one HTML file: no server, no network"
-GROUP = "llava_lab.report"
-INSTALL = "`pip install 'llava-lab[lab]'` brings it, in a checkout `python3 run.py install`"
+# -- evaluate -------------------------------------------------------------------------------
 
 
-def add_options_cli_report(parser: argparse.ArgumentParser) -> None:
-    """What ``llava-lab report`` takes beside the common options."""
-    parser.add_argument("saved", metavar="RUN", help="a run kept by `llava-lab ask --save` or `llava-lab compare --save-run`")
-    parser.add_argument("--out", metavar="FILE", default="report.html", help="default: report.html")
-    parser.add_argument("--maps", metavar="FILE", nargs="+", default=[], help="maps kept by `llava-lab explain --save`")
-    parser.add_argument("--compare", metavar="FILE", help="a comparison kept by `llava-lab compare --save`")
-    parser.add_argument("--heads", metavar="FILE", help="head maps kept by `llava_lab.head_maps(...).save(...)`")
-    parser.add_argument("--title", help="of the page (default: the question)")
+def evaluate(args: argparse.Namespace) -> Reply:
+    from llava_lab.evaluation import evaluate as score
+
+    options = {"controls": not args.no_controls, "normalise": args.normalised}
+    data = score(common.load(args), data=args.data, split=args.split, n=args.n, seed=args.seed, **options)
+    controls = {f"control: {name}": row for name, row in data.get("controls", {}).items()}
+    lines = []
+    for name, row in {"all": data, **data["by_type"], **controls}.items():
+        low, high = row["interval"]
+        lines.append(f"{name:<22} {row['accuracy']:6.1%}  [{low:.1%}, {high:.1%}]  n {row['n']}")
+    return Reply(data, "\n".join(lines))
+
+
+# -- report ---------------------------------------------------------------------------------
 
 
 def report(args: argparse.Namespace) -> Reply:
@@ -286,14 +285,15 @@ def report(args: argparse.Namespace) -> Reply:
         raise OptionError(f"--out wants a file ending in .html, got {args.out!r}")
     writer = find_writer()
     run = ll.Run.load(args.saved)
-    given = {
-        "maps": by_name(ll.Relevance.load(path) for path in args.maps),
+    parts: dict[str, Any] = {
+        "maps": _by_name(ll.Relevance.load(path) for path in args.maps),
         "comparison": ll.Comparison.load(args.compare) if args.compare else None,
         "heads": ll.HeadMaps.load(args.heads) if args.heads else None,
+        "title": args.title,
+        "versions": {"llava-lab": ll.__version__},
     }
-    versions = {"llava-lab": ll.__version__}
     try:
-        path = _write(lambda out: writer(out, run, **given, title=args.title, versions=versions), args.out)
+        path = common.write(lambda out: writer(out, run, **parts), args.out)
     except LabError:
         raise
     except (ValueError, TypeError) as error:
@@ -309,17 +309,18 @@ def find_writer() -> Callable[..., Any]:
     if not offered:
         raise LabError(f"nothing here can write a report (no entry point {GROUP!r}); {INSTALL}")
     try:
-        return offered[0].load()
+        writer: Callable[..., Any] = offered[0].load()
     except (ImportError, AttributeError) as error:
         raise LabError(f"the writer of reports cannot be loaded ({error}); {INSTALL}") from None
+    return writer
 
 
-def by_name(maps: Iterable[Relevance]) -> dict[str, Relevance]:
+def _by_name(maps: Iterable[Relevance]) -> dict[str, Relevance]:
     """Maps by their method's name, the second of a name as "rollout 2"."""
     named: dict[str, Relevance] = {}
-    for rel in maps:
-        name, count = rel.method, 2
+    for relevance in maps:
+        name, count = relevance.method, 2
         while name in named:
-            name, count = f"{rel.method} {count}", count + 1
-        named[name] = rel
+            name, count = f"{relevance.method} {count}", count + 1
+        named[name] = relevance
     return named

@@ -1,20 +1,15 @@
-"""``llava-lab train``: the shipped model from nothing (``tiny``), or one of LLaVA's stages on data in its format.
+"""The commands that make things: train, ablate, convert, data.
 
     llava-lab train tiny --out runs/tiny
     llava-lab train smol --out runs/smol
     llava-lab train --data captions.json --stage align --out runs/mine
     llava-lab train --data mix.json --stage instruct --model runs/mine/align/model --out runs/mine
-
-Under ``accelerate launch -m llava_lab.cli train ...`` the same command runs in every process.
-
-``llava-lab ablate``: connectors trained side by side from the same start, and which of them answers better.
-
     llava-lab ablate --start runs/tiny --out runs/ablation --save ablation.npz
+    llava-lab convert FOLDER OUT
+    llava-lab data picturebook --n 1000 --out book
 
-It declares its options, calls `llava_lab.compare_connectors`, and lays out what was found. The same command goes on
-where it was stopped.
-
-``llava-lab convert FOLDER OUT``: an original LLaVA folder in transformers' format.
+Under ``accelerate launch -m llava_lab.cli train ...`` the same command runs in every process. ``ablate`` trains connectors
+side by side from the same start and says which of them answers better; the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -22,52 +17,92 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from llava_lab.cli.ask import Reply, _table, _write
+from llava_lab.cli import common
+from llava_lab.cli.common import Add, Reply, positive, table
 from llava_lab.errors import OptionError
 
 if TYPE_CHECKING:
     from llava_lab.results import Ablation
 
-ABOUT = "train the shipped model from nothing, or a stage on your own data"
 RECIPES = ("llava-1.5-7b", "llava-1-7b")
+STAGES = {"with": (True,), "without": (False,), "both": (True, False)}
 
 
-def add_options(train: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
-    train.add_argument("name", nargs="?", choices=("tiny", "smol"), help="which recipe to train from nothing")
-    train.add_argument("--out", required=True, metavar="DIR", help="folder for checkpoints, logs and the finished model")
-    train.add_argument("--stage", action="append", metavar="NAME", help="with --data align or instruct; else only this stage")
-    train.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
-    train.add_argument("--compile", action="store_true", help="tiny, smol: fuse small operations, wants a C++ compiler")
-    train.add_argument("--steps-scale", type=float, default=1.0, metavar="X", help="tiny, smol: times the steps (default: 1)")
-    data = train.add_argument_group("on your own data")
-    data.add_argument(
+def add_commands(add: Add) -> None:
+    command = add("train", train, "train the shipped model from nothing, or a stage on your own data")
+    command.add_argument("name", nargs="?", choices=("tiny", "smol"), help="which recipe to train from nothing")
+    command.add_argument("--out", required=True, metavar="DIR", help="folder for checkpoints, logs and the finished model")
+    command.add_argument("--stage", action="append", metavar="NAME", help="with --data align or instruct; else only this stage")
+    command.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
+    command.add_argument("--compile", action="store_true", help="tiny, smol: fuse small operations, wants a C++ compiler")
+    command.add_argument("--steps-scale", type=float, default=1.0, metavar="X", help="tiny, smol: times the steps (default: 1)")
+    own = command.add_argument_group("on your own data")
+    own.add_argument(
         "--data",
         action="append",
         metavar="FILE[,weight=W][,suffix=NAME][,images=DIR]",
         help="a file in LLaVA's format, JSON list or lines; repeatable",
     )
-    data.add_argument("--recipe", choices=RECIPES, default=RECIPES[0], help=f"where unnamed numbers come from ({RECIPES[0]})")
-    data.add_argument("--epochs", type=float, help="times through the data")
-    data.add_argument("--steps", type=positive, help="instead of epochs")
-    data.add_argument("--batch", type=positive, help="samples in a step, over all processes")
-    data.add_argument("--device-batch", type=positive, metavar="N", help="samples a process takes at a time")
-    data.add_argument("--rate", type=float, help="peak learning rate")
-    data.add_argument("--connector-rate", type=float, metavar="RATE", help="the connector's own")
-    data.add_argument("--lora", action="store_true", help="instruct: adapters on the language model (LLaVA-1.5's LoRA recipe)")
-    data.add_argument("--fit", help="how pictures become square: pad or crop")
-    data.add_argument("--bf16", action="store_true", help="bfloat16 where it is safe (autocast)")
-    data.add_argument("--checkpointing", action="store_true", help="less memory, a third more time")
-    data.add_argument("--report-to", default="none", metavar="NAME", help="tensorboard, trackio, wandb (default: none)")
-    data.add_argument("--save-every", type=positive, default=200, metavar="N", help="steps between checkpoints (default: 200)")
-    data.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read rows ahead (default: 0)")
-    data.add_argument("--cache", metavar="DIR", help="folder for vision features (default: the user's cache folder)")
-    data.add_argument("--no-cache", action="store_true", help="run the vision tower at every step instead")
-    data.add_argument("--skip-bad", action="store_true", help="leave out rows that are wrong, and list them")
-    data.add_argument("--cut-long", action="store_true", help="cut rows at the model's context, as LLaVA does")
+    own.add_argument("--recipe", choices=RECIPES, default=RECIPES[0], help=f"where unnamed numbers come from ({RECIPES[0]})")
+    own.add_argument("--epochs", type=float, help="times through the data")
+    own.add_argument("--steps", type=positive, help="instead of epochs")
+    own.add_argument("--batch", type=positive, help="samples in a step, over all processes")
+    own.add_argument("--device-batch", type=positive, metavar="N", help="samples a process takes at a time")
+    own.add_argument("--rate", type=float, help="peak learning rate")
+    own.add_argument("--connector-rate", type=float, metavar="RATE", help="the connector's own")
+    own.add_argument("--lora", action="store_true", help="instruct: adapters on the language model (LLaVA-1.5's LoRA recipe)")
+    own.add_argument("--fit", help="how pictures become square: pad or crop")
+    own.add_argument("--bf16", action="store_true", help="bfloat16 where it is safe (autocast)")
+    own.add_argument("--checkpointing", action="store_true", help="less memory, a third more time")
+    own.add_argument("--report-to", default="none", metavar="NAME", help="tensorboard, trackio, wandb (default: none)")
+    own.add_argument("--save-every", type=positive, default=200, metavar="N", help="steps between checkpoints (default: 200)")
+    own.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read rows ahead (default: 0)")
+    own.add_argument("--cache", metavar="DIR", help="folder for vision features (default: the user's cache folder)")
+    own.add_argument("--no-cache", action="store_true", help="run the vision tower at every step instead")
+    own.add_argument("--skip-bad", action="store_true", help="leave out rows that are wrong, and list them")
+    own.add_argument("--cut-long", action="store_true", help="cut rows at the model's context, as LLaVA does")
+
+    command = add("ablate", ablate, "train connectors side by side and say which answers better, or that it cannot be told")
+    command.add_argument(
+        "--connector",
+        action="append",
+        metavar="NAME[:OPTION=N,...]",
+        help="repeatable (default: linear, mlp2x_gelu, and their controls bottleneck and linear2x)",
+    )
+    command.add_argument("--data", default="picturebook", help="picturebook (default)")
+    command.add_argument("--start", metavar="FOLDER", help="tower and language model, or our recipe's states (default: --model)")
+    command.add_argument(
+        "--language", metavar="FOLDER", help="another language model: a checkpoint, or language.pt of our recipe"
+    )
+    command.add_argument(
+        "--out", required=True, metavar="DIR", help="folder for features and finished runs; goes on where it ends"
+    )
+    command.add_argument("--rates", metavar="R,R,R", help="rates to choose from on validation (default: 3e-4,1e-3,3e-3)")
+    command.add_argument("--seeds", type=positive, default=5, help="runs of each connector (default: 5)")
+    command.add_argument("--stage1", choices=STAGES, default="both", help="with or without alignment first (default: both)")
+    command.add_argument("--budget", choices=("samples", "flops", "both"), default="both", help="what is equal (default: both)")
+    command.add_argument("--steps-scale", type=float, default=1.0, metavar="X", help="times steps and pictures (default: 1)")
+    command.add_argument("--validation", type=positive, default=200, metavar="N", help="pictures to choose on (default: 200)")
+    command.add_argument("--test", type=positive, default=300, metavar="N", help="pictures of each test split (default: 300)")
+    command.add_argument("--no-keep", action="store_true", help="do not save the models of the first seed")
+    command.add_argument("--compile", action="store_true", help="fuse small operations (faster; needs a C++ compiler)")
+    command.add_argument("--save", metavar="FILE", help="keep the result in one .npz file")
+
+    about = "write an original LLaVA folder (llava_llama, LoRA, or a projector) in transformers' format"
+    command = add("convert", convert, about)
+    command.add_argument("folder", metavar="FOLDER", help="the original: a folder or a hub name")
+    command.add_argument("out", metavar="OUT", help="the folder to write; it must not exist or be empty")
+    command.add_argument("--vision", metavar="NAME", help="folder or hub name of its CLIP tower (default: as its config says)")
+    command.add_argument("--base", metavar="NAME", help="the language model under a LoRA or a projector (default: as named)")
+
+    command = add("data", data, "write a data set in LLaVA's format")
+    command.add_argument("world", choices=("picturebook",), help="which world to draw")
+    command.add_argument("--n", type=positive, required=True, help="pictures")
+    command.add_argument("--split", default="train", help="default: train")
+    command.add_argument("--out", required=True, metavar="DIR", help="folder to write to")
 
 
 def train(args: argparse.Namespace) -> Reply:
@@ -75,31 +110,29 @@ def train(args: argparse.Namespace) -> Reply:
     if args.data:
         if args.name:
             raise OptionError(f"give {args.name} or --data, not both")
-        return _stage(args)
+        return _train_stage(args)
     if args.name is None:
         raise OptionError("what to train? give tiny, or --data FILE --stage align|instruct")
+    options = {"stages": args.stage, "resume": args.resume, "steps_scale": args.steps_scale, "fused": args.compile}
     if args.name == "smol":
         from llava_lab.training.smol.make import SMOL, train_smol
 
-        recipe = replace(SMOL, seed=args.seed)
-        options = {"stages": args.stage, "resume": args.resume, "steps_scale": args.steps_scale}
-        folder = train_smol(args.out, recipe=recipe, fused=args.compile, **options)
-        return Reply({"model": "smol", "out": str(folder), "seed": args.seed}, f"connector and LoRA are in {folder}")
-    from llava_lab.training import train as run_recipe
+        folder, what = train_smol(args.out, recipe=replace(SMOL, seed=args.seed), **options), "connector and LoRA are"
+    else:
+        from llava_lab.training import train as run_recipe
 
-    options = {"stages": args.stage, "resume": args.resume, "steps_scale": args.steps_scale, "seed": args.seed}
-    folder = run_recipe(args.name, args.out, fused=args.compile, **options)
-    return Reply({"model": args.name, "out": str(folder), "seed": args.seed}, f"the model is in {folder}")
+        folder, what = run_recipe(args.name, args.out, seed=args.seed, **options), "the model is"
+    return Reply({"model": args.name, "out": str(folder), "seed": args.seed}, f"{what} in {folder}")
 
 
-def _stage(args: argparse.Namespace) -> Reply:
+def _train_stage(args: argparse.Namespace) -> Reply:
     import llava_lab as ll
     from llava_lab.training.stages import Running, train_stage
 
     stages = args.stage or []
     if len(stages) != 1:
         raise OptionError(f"--data trains one stage at a time: --stage align or --stage instruct, got {stages or 'none'}")
-    stage, sources = _recipe(args, stages[0]), [read_source(text) for text in args.data]
+    recipe, sources = _read_recipe(args, stages[0]), [read_source(text) for text in args.data]
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     lab = ll.load(args.model, device="cpu" if several else args.device, dtype=args.dtype)  # each process moves its own
     running = Running(
@@ -116,7 +149,7 @@ def _stage(args: argparse.Namespace) -> Reply:
         sources,
         stages[0],
         args.out,
-        recipe=stage,
+        recipe=recipe,
         steps=args.steps,
         resume=args.resume,
         skip_bad=args.skip_bad,
@@ -139,73 +172,42 @@ def read_source(text: str) -> Any:
     from llava_lab.training.rows import Source
 
     file, *pairs = text.split(",")
-    given: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or name not in ("weight", "suffix", "images"):
             raise OptionError(f"--data wants FILE[,weight=W][,suffix=NAME][,images=DIR], got {pair!r}")
-        given[name] = value
-    if "weight" in given:
+        options[name] = value
+    if "weight" in options:
         try:
-            given["weight"] = float(given["weight"])
+            options["weight"] = float(options["weight"])
         except ValueError:
-            raise OptionError(f"--data's weight must be a number, got {given['weight']!r}") from None
-    return Source(file, **given)
+            raise OptionError(f"--data's weight must be a number, got {options['weight']!r}") from None
+    return Source(file, **options)
 
 
-def _recipe(args: argparse.Namespace, stage: str) -> Any:
+def _read_recipe(args: argparse.Namespace, stage: str) -> Any:
     from llava_lab.training.recipe import LLAVA_RECIPES
 
     if stage not in ("align", "instruct"):
         raise OptionError(f"--stage must be align or instruct, got {stage!r}")
     recipe = LLAVA_RECIPES[args.recipe]
-    chosen = recipe.stage(stage)
-    if args.lora:
-        if stage != "instruct" or recipe.instruct_lora is None:
-            raise OptionError("--lora goes with --stage instruct of the recipe llava-1.5-7b")
-        chosen = recipe.instruct_lora
+    if args.lora and (stage != "instruct" or recipe.instruct_lora is None):
+        raise OptionError("--lora goes with --stage instruct of the recipe llava-1.5-7b")
+    chosen: Any = recipe.instruct_lora if args.lora else recipe.stage(stage)
     names = ("rate", "batch", "epochs", "connector_rate", "fit")
     return replace(chosen, **{name: getattr(args, name) for name in names if getattr(args, name) is not None})
-
-
-ABOUT_CLI_ABLATE = "train connectors side by side and say which answers better, or that it cannot be told"
-STAGES = {"with": (True,), "without": (False,), "both": (True, False)}
-
-
-def add_options_cli_ablate(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
-    """What ``llava-lab ablate`` takes beside the common options; `positive` reads a whole number from 1."""
-    parser.add_argument(
-        "--connector",
-        action="append",
-        metavar="NAME[:OPTION=N,...]",
-        help="repeatable (default: linear, mlp2x_gelu, and their controls bottleneck and linear2x)",
-    )
-    parser.add_argument("--data", default="picturebook", help="picturebook (default)")
-    parser.add_argument("--start", metavar="FOLDER", help="tower and language model, or our recipe's states (default: --model)")
-    parser.add_argument("--language", metavar="FOLDER", help="another language model: a checkpoint, or language.pt of our recipe")
-    parser.add_argument(
-        "--out", required=True, metavar="DIR", help="folder for features and finished runs; goes on where it ends"
-    )
-    parser.add_argument("--rates", metavar="R,R,R", help="rates to choose from on validation (default: 3e-4,1e-3,3e-3)")
-    parser.add_argument("--seeds", type=positive, default=5, help="runs of each connector (default: 5)")
-    parser.add_argument("--stage1", choices=STAGES, default="both", help="with or without alignment first (default: both)")
-    parser.add_argument("--budget", choices=("samples", "flops", "both"), default="both", help="what is equal (default: both)")
-    parser.add_argument("--steps-scale", type=float, default=1.0, metavar="X", help="times steps and pictures (default: 1)")
-    parser.add_argument("--validation", type=positive, default=200, metavar="N", help="pictures to choose on (default: 200)")
-    parser.add_argument("--test", type=positive, default=300, metavar="N", help="pictures of each test split (default: 300)")
-    parser.add_argument("--no-keep", action="store_true", help="do not save the models of the first seed")
-    parser.add_argument("--compile", action="store_true", help="fuse small operations (faster; needs a C++ compiler)")
-    parser.add_argument("--save", metavar="FILE", help="keep the result in one .npz file")
 
 
 def ablate(args: argparse.Namespace) -> Reply:
     import llava_lab as ll
 
-    given: dict[str, Any] = {"rates": read_rates(args.rates)} if args.rates else {}
+    # what was not given is left to the function's own defaults
+    options: dict[str, Any] = {"rates": _read_rates(args.rates)} if args.rates else {}
     if args.connector:
-        given["connectors"] = args.connector
+        options["connectors"] = args.connector
     if args.budget != "both":
-        given["budgets"] = (args.budget,)
+        options["budgets"] = (args.budget,)
     result = ll.compare_connectors(
         data=args.data,
         start=args.start or args.model,
@@ -219,14 +221,13 @@ def ablate(args: argparse.Namespace) -> Reply:
         keep=not args.no_keep,
         fused=args.compile,
         seed=args.seed,
-        **given,
+        **options,
     )
-    if args.save:
-        _write(result.save, args.save)
-    return Reply(as_data(result), as_text(result))
+    common.save(result, args.save)
+    return Reply(_ablation_data(result), _ablation_text(result))
 
 
-def read_rates(text: str) -> tuple[float, ...]:
+def _read_rates(text: str) -> tuple[float, ...]:
     """``3e-4,1e-3,3e-3`` as numbers. Raises OptionError for anything else."""
     try:
         return tuple(float(part) for part in text.split(","))
@@ -234,7 +235,7 @@ def read_rates(text: str) -> tuple[float, ...]:
         raise OptionError(f"--rates wants numbers with commas between them, got {text!r}") from None
 
 
-def as_data(result: Ablation) -> dict[str, Any]:
+def _ablation_data(result: Ablation) -> dict[str, Any]:
     """What ``--json`` prints."""
     return {
         "model": result.model,
@@ -254,7 +255,7 @@ def as_data(result: Ablation) -> dict[str, Any]:
     }
 
 
-def as_text(result: Ablation) -> str:
+def _ablation_text(result: Ablation) -> str:
     """Scores, then every comparison in a sentence, split by split."""
     lines = [f"{result.model}: {len(result.seeds)} seeds, rates chosen on validation, accuracies in percent"]
     names = ("connector", "budget", "stage 1", "parameters", "rate", "steps", "accuracy (95%)", "over seeds", *result.types[1:])
@@ -273,7 +274,7 @@ def as_text(result: Ablation) -> str:
             ]
             for row in result.scores(split=split)
         ]
-        lines += ["", f"{split}: {int(result.questions[x, 0]):,} questions", *_table(names, cells), ""]
+        lines += ["", f"{split}: {int(result.questions[x, 0]):,} questions", *table(names, cells), ""]
         for row in result.rows(split=split):
             lines.append(
                 f"{row['text']}; McNemar on the pooled seeds: +{row['gained']} -{row['lost']}, p = {row['mcnemar_p']:.2g}"
@@ -285,20 +286,16 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f}" if value == value else "-"
 
 
-ABOUT_CLI_CONVERT = "write an original LLaVA folder (llava_llama, LoRA, or a projector) in transformers' format"
-
-
-def add_options_cli_convert(command: argparse.ArgumentParser) -> None:
-    """What ``llava-lab convert`` takes beside the common options."""
-    command.add_argument("folder", metavar="FOLDER", help="the original: a folder or a hub name")
-    command.add_argument("out", metavar="OUT", help="the folder to write; it must not exist or be empty")
-    command.add_argument("--vision", metavar="NAME", help="folder or hub name of its CLIP tower (default: as its config says)")
-    command.add_argument("--base", metavar="NAME", help="the language model under a LoRA or a projector (default: as named)")
-
-
 def convert(args: argparse.Namespace) -> Reply:
     """Convert, and say what was written."""
     from llava_lab.models.convert import convert as write
 
     made = write(args.folder, args.out, vision=args.vision, base=args.base)
     return Reply({**asdict(made), "folder": str(made.folder)}, f"wrote {made.folder}\nfrom {made.source}")
+
+
+def data(args: argparse.Namespace) -> Reply:
+    from llava_lab.worlds.picturebook import write_dataset
+
+    file = common.write(lambda out: write_dataset(out, n=args.n, seed=args.seed, split=args.split), args.out)
+    return Reply({"data": args.world, "file": str(file), "n": args.n, "split": args.split, "seed": args.seed}, f"wrote {file}")

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 import llava_lab as ll
-from llava_lab.cli import ask as cli_commands
+from llava_lab.cli import common
 from llava_lab.cli import main as cli
 from llava_lab.errors import OptionError
 from llava_lab.results import Relevance, Run
@@ -104,7 +104,7 @@ def test_targets_are_read_as_typed(lab: StandIn, given: list[str], passed: Any) 
 
 
 def test_options_are_json_where_they_can_be_and_the_seed_is_passed_on(lab: StandIn) -> None:
-    assert cli_commands.read_options(["a=1", "b=0.5", "c=[2, 3]", "d=true", "e=mean", "f=a=b", 'g="1"']) == {
+    assert common.read_options(["a=1", "b=0.5", "c=[2, 3]", "d=true", "e=mean", "f=a=b", 'g="1"']) == {
         "a": 1,
         "b": 0.5,
         "c": [2, 3],
@@ -239,7 +239,7 @@ def test_bench_prints_its_rows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         "floor": 1.6,
         "peak_flops_fraction": None,
     }
-    monkeypatch.setattr("llava_lab.bench.run", lambda name, **_: {**result, "asked": name})
+    monkeypatch.setattr("llava_lab.bench.harness.run", lambda name, **_: {**result, "asked": name})
     assert _json(capsys, "bench", "start")["asked"] == "start"
     assert cli.main(["bench", "start"]) == 0
     assert "1.2" in capsys.readouterr().out
@@ -254,11 +254,11 @@ def test_doctor_prints_one_object(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_lab_starts_run_py_in_a_checkout(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calls: list[list[str]] = []
-    monkeypatch.setattr(cli_commands.subprocess, "call", lambda command: calls.append(command) or 5)
+    monkeypatch.setattr(cli.subprocess, "call", lambda command: calls.append(command) or 5)
     assert cli.main(["lab", "--port", "8899", "--no-browser", "--json"]) == 5
-    assert calls[0][1:] == [str(cli_commands.RUN_PY), "lab", "--port=8899", "--no-browser", "--json"]
+    assert calls[0][1:] == [str(cli.RUN_PY), "lab", "--port=8899", "--no-browser", "--json"]
     assert capsys.readouterr().out == ""  # run.py prints the one object
-    monkeypatch.setattr(cli_commands, "RUN_PY", Path("/nowhere/run.py"))
+    monkeypatch.setattr(cli, "RUN_PY", Path("/nowhere/run.py"))
     assert cli.main(["lab", "--no-browser"]) == 5
     assert calls[1][1:] == ["-m", "jupyterlab", "--ServerApp.ip=127.0.0.1", "--no-browser"]
     assert cli.main(["lab", "--check"]) == 2
@@ -274,13 +274,13 @@ def test_every_command_takes_model_seed_and_json() -> None:
 
 
 def test_help_answers_without_torch() -> None:
-    code = "import sys; from llava_lab import cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass\n"
+    code = "import sys; from llava_lab.cli import main as cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass\n"
     code += "sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'matplotlib')))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
 def test_a_reader_that_leaves_early_is_no_error() -> None:
-    code = "import sys; from llava_lab import cli, doctor; doctor._compute = lambda: {'threads': 1}; "  # no need for torch
+    code = "import sys; from llava_lab import doctor; from llava_lab.cli import main as cli; doctor._compute = lambda: {'threads': 1}; "  # no need for torch
     code += "sys.exit(cli.main(['doctor']))"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -292,4 +292,4 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
 
 def test_plain_makes_json_of_anything_we_return() -> None:
     value = {"a": np.float32(0.5), "b": (1, np.arange(2)), "c": float("nan"), "d": Path("x"), 3: None, "e": np.array([np.inf])}
-    assert cli_commands.plain(value) == {"a": 0.5, "b": [1, [0, 1]], "c": None, "d": "x", "3": None, "e": [None]}
+    assert common.plain(value) == {"a": 0.5, "b": [1, [0, 1]], "c": None, "d": "x", "3": None, "e": [None]}

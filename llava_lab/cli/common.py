@@ -1,0 +1,215 @@
+"""What the commands share: options of a question, loading a model, asking it, reading targets, writing files, tables.
+
+Each command is a function from its arguments to a `Reply`. Heavy imports stand inside functions, so that
+``llava-lab --help`` answers at once.
+
+    reply = Reply({"answer": "A red car."}, "A red car.")
+    print(json.dumps(plain(reply.data)))
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from llava_lab.errors import LabError, OptionError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from llava_lab.results import Run
+
+Add = Callable[[str, Callable[[argparse.Namespace], "Reply"], str], argparse.ArgumentParser]  # (command, function, about)
+Written = TypeVar("Written")
+CLOSED = "openai:"
+SERVER_OPTIONS = ("base_url", "max_requests", "key_variable", "price")
+FIGURES = (".png", ".svg", ".pdf")
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One command's outcome: for a script, for a person, and the exit code."""
+
+    data: dict[str, Any] | None
+    text: str = ""
+    code: int = 0
+
+
+# -- options --------------------------------------------------------------------------------
+
+
+def positive(text: str) -> int:
+    """A whole number from 1, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {number}")
+    return number
+
+
+def add_question(command: argparse.ArgumentParser) -> None:
+    """A picture, a question, and how it is asked."""
+    command.add_argument("picture", help="an image file")
+    command.add_argument("question")
+    command.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="longest answer (default: 64)")
+    command.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
+    command.add_argument("--prompt", help="form of the prompt: llava-1.5, hf, or chat (default: the model's own)")
+    command.add_argument("--fit", help="how the picture becomes square: pad or crop (default: the model's own)")
+
+
+def add_method(command: argparse.ArgumentParser) -> None:
+    """A method and its options."""
+    command.add_argument("--method", default="rollout", help="one of `llava-lab methods` (default: rollout)")
+    command.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the method; repeatable"
+    )
+
+
+def read_method(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of ``--method``, checked before a model is loaded."""
+    import llava_lab as ll
+    from llava_lab.checks import known
+
+    method, options = ll.METHODS[known("method", args.method, ll.METHODS)], read_options(args.option)
+    if "seed" in method.options:
+        options.setdefault("seed", args.seed)
+    method.with_defaults(options)
+    return options
+
+
+def read_options(pairs: list[str]) -> dict[str, Any]:
+    """``name=value`` pairs; a value is JSON where it parses as such, otherwise text."""
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name.isidentifier() or name in ("lab", "run", "method", "target"):
+            raise OptionError(f"--option wants NAME=VALUE with an option of the method, got {pair!r}")
+        try:
+            options[name] = json.loads(text)
+        except ValueError:
+            options[name] = text
+    return options
+
+
+def read_target(text: str | None) -> Any:
+    """``words``, ``answer``, a word, ``red/blue`` or ``#3`` as `llava_lab.attribute` wants them."""
+    word, _, other = (text or "").partition("/")
+    if word and other:
+        return word, other
+    if text and text.startswith("#") and text[1:].isdecimal():
+        return int(text[1:])
+    return text
+
+
+def check_figure(path: str | None) -> None:
+    """Raises OptionError where ``--figure`` has an ending that cannot be drawn."""
+    if path and not path.lower().endswith(FIGURES):
+        raise OptionError(f"--figure wants a file ending in {', '.join(FIGURES)}, got {path!r}")
+
+
+# -- a model and its answer -----------------------------------------------------------------
+
+
+def is_closed(args: argparse.Namespace) -> bool:
+    """Whether ``--model`` names a model behind a server."""
+    model: str = args.model
+    return model.startswith(CLOSED)
+
+
+def load(args: argparse.Namespace) -> Any:
+    """The model of ``--model``. Raises OptionError for options that do not go together, before anything is loaded or sent."""
+    import llava_lab as ll
+
+    server = {name: getattr(args, name) for name in SERVER_OPTIONS if getattr(args, name, None) is not None}
+    if not is_closed(args):
+        if server:
+            option = next(iter(server)).replace("_", "-")
+            raise OptionError(f"--{option} belongs to --model {CLOSED}NAME, got --model {args.model}")
+        return ll.load(args.model, device=args.device, dtype=args.dtype)
+    if not hasattr(args, "base_url"):
+        raise OptionError(f"{args.command} looks inside the model, and {args.model} is closed; use ask or explain")
+    if args.prompt not in (None, "llava-1.5") or args.fit:
+        raise OptionError("--prompt and --fit are the server's own with a closed model; leave them out")
+    if args.device or args.dtype:
+        raise OptionError(f"--device and --dtype are the server's own for {args.model}; leave them out")
+    if "price" in server:
+        server["price"] = _read_price(server["price"])
+    return ll.load(args.model, **{"base_url": "", **server})
+
+
+def _read_price(text: str) -> tuple[float, float]:
+    try:
+        read, written = (float(part) for part in text.split(","))
+    except ValueError:
+        raise OptionError(
+            f"--price wants two numbers, per million tokens read and written, such as 2.5,10; got {text!r}"
+        ) from None
+    return read, written
+
+
+def read_picture(args: argparse.Namespace) -> np.ndarray:
+    """The picture, before a large model is loaded: a mistyped path should not cost a minute."""
+    from llava_lab.models import read_picture
+
+    return read_picture(args.picture)
+
+
+def ask(args: argparse.Namespace, lab: Any, picture: np.ndarray, *, show: bool) -> Run:
+    """Ask; with `show` a person sees the answer while it is made. Raises KeyboardInterrupt where the answer was stopped."""
+    names = ["max_new_tokens", "temperature", "seed"] + ([] if is_closed(args) else ["prompt", "fit"])
+    options: dict[str, Any] = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    if show and not args.json:
+        run: Run = lab.ask(picture, args.question, **options, on_token=lambda piece: print(piece, end="", flush=True))
+        print()
+    else:
+        run = lab.ask(picture, args.question, **options, on_token=None)
+    if run.options.get("stopped") == "interrupted":  # ask gives what it has; a command that was stopped says so
+        raise KeyboardInterrupt
+    return run
+
+
+# -- files and text -------------------------------------------------------------------------
+
+
+def write(action: Callable[[str], Written], path: str) -> Written:
+    """Do `action(path)`, and say in one line when the disk does not allow it."""
+    try:
+        return action(path)
+    except OSError as error:
+        raise LabError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def save(result: Any, path: str | None) -> None:
+    """Keep a result where ``--save`` says, if it does."""
+    if path:
+        write(result.save, path)
+
+
+def save_figure(figure: Any, path: str, **options: Any) -> None:
+    """Write a figure; folders on the way are made."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write(lambda out: figure.savefig(out, dpi=150, **options), path)
+
+
+def table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of text with columns in step."""
+    lines = [list(names), *rows]
+    widths = [max(len(row[i]) for row in lines) for i in range(len(names))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in lines]
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON can hold it: arrays and tuples as lists, what is not finite as null."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, (str, int, float)) else str(value)
