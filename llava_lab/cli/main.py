@@ -71,17 +71,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="llava-lab", description="Ask LLaVA about a picture, and see where the answer came from.")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
-    # what every command takes, whether or not it loads a model, so that scripts can be uniform
-    common = _Parser(add_help=False)
-    common.add_argument("--model", default=DEFAULT_MODEL, help=f"tiny, a folder, or a hub name (default: {DEFAULT_MODEL})")
-    common.add_argument("--seed", type=int, default=0, help="same seed, same numbers (default: 0)")
-    common.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    common.add_argument("--device", help="cpu, cuda, mps (default: chosen, see `llava-lab doctor`)")
-    common.add_argument("--dtype", help="float32, bfloat16, float16 (default: chosen)")
-    common.add_argument("-v", "--verbose", action="store_true", help="say on standard error what is going on")
-
     def add(name: str, run: Callable[[argparse.Namespace], Reply], about: str) -> argparse.ArgumentParser:
-        command = subparsers.add_parser(name, help=about, description=about, parents=[common])
+        command = subparsers.add_parser(name, help=about, description=about, parents=[_common_options()])
         command.set_defaults(run=run)
         return command
 
@@ -90,6 +81,21 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_commands(add)
     _add_commands(add)
     return parser
+
+
+def _common_options() -> _Parser:
+    """What every command takes, whether or not it loads a model, so that scripts can be uniform.
+
+    Made anew for each command: argparse shares what a parent declares, and doctor has a default of its own.
+    """
+    common = _Parser(add_help=False)
+    common.add_argument("--model", default=DEFAULT_MODEL, help=f"tiny, a folder, or a hub name (default: {DEFAULT_MODEL})")
+    common.add_argument("--seed", type=int, default=0, help="same seed, same numbers (default: 0)")
+    common.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    common.add_argument("--device", help="cpu, cuda, mps (default: chosen, see `llava-lab doctor`)")
+    common.add_argument("--dtype", help="float32, bfloat16, float16 (default: chosen)")
+    common.add_argument("-v", "--verbose", action="store_true", help="say on standard error what is going on")
+    return common
 
 
 def _add_commands(add: Add) -> None:

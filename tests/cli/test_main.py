@@ -1,0 +1,116 @@
+"""The command line as a whole: usage, exit codes, clean output, and the commands that need no model of the user's."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llava_lab.cli import main as cli
+from llava_lab.results import Run
+from tests.support.stand_in import StandIn, finished_run
+
+Printed = Callable[..., dict[str, Any]]
+
+
+@pytest.mark.parametrize("argv", [[], ["ask"], ["ask", "a", "b", "--bogus"], ["data", "moon"], ["evaluate", "--n", "0"]])
+def test_wrong_usage_is_one_line_and_exit_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith("llava-lab: ")
+    assert err.count("\n") == 1
+
+
+def test_every_command_takes_model_seed_and_json() -> None:
+    parser = cli.build_parser()
+    commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
+    assert set(commands) == {
+        *("ask", "explain", "lens", "naming", "knockout", "compare", "sanity", "evaluate", "report"),
+        *("train", "ablate", "convert", "data", "methods", "bench", "doctor", "lab"),
+    }
+    for command in commands.values():
+        assert {"--model", "--seed", "--json"} <= set(command._option_string_actions)
+
+
+def test_interrupting_gives_130_also_when_the_lab_kept_what_it_had(lab: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> Run:
+        raise KeyboardInterrupt
+
+    lab.run = finished_run(options={"stopped": "interrupted"})
+    assert cli.main(["ask", "car.png", "what?"]) == 130
+    monkeypatch.setattr(lab, "ask", interrupted)
+    assert cli.main(["ask", "car.png", "what?", "--json"]) == 130
+
+
+def test_help_answers_without_torch() -> None:
+    code = "import sys; from llava_lab.cli import main as cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass\n"
+    code += "sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'matplotlib')))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    code = "import sys; from llava_lab import doctor; from llava_lab.cli import main as cli; "
+    code += "doctor._compute = lambda: {'threads': 1}; sys.exit(cli.main(['doctor']))"  # no need for torch
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.close()
+    _, err = process.communicate(timeout=60)
+    assert "Traceback" not in err
+    assert process.returncode == 0
+
+
+def test_methods_lists_each_with_its_truth(lab: StandIn, printed: Printed, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = printed("methods")["methods"]
+    assert [sorted(row) for row in rows] == [["blind_to", "cost", "name", "options", "source", "truth"]]
+    assert cli.main(["methods"]) == 0
+    assert "residual=0.5" in capsys.readouterr().out
+
+
+def test_bench_prints_its_rows(
+    monkeypatch: pytest.MonkeyPatch, printed: Printed, refused: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"name": "ours", "seconds": 2.0, "ratio_to_floor": 1.2, "ratio_to_peer": 0.5, "extra_mb": None, "max_error": 0.0}
+    result = {"device": "cpu", "threads": 2, "rows": [row], "floor": 1.6, "peak_flops_fraction": None}
+    with monkeypatch.context() as patch:
+        patch.setattr("llava_lab.bench.harness.run", lambda name, **_: {**result, "asked": name})
+        assert printed("bench", "start")["asked"] == "start"
+        assert cli.main(["bench", "start"]) == 0
+        assert "1.2" in capsys.readouterr().out
+    assert "start" in refused("bench", "nothing")
+
+
+def test_doctor_reports_the_machine_or_how_a_model_differs(
+    printed: Printed, refused: Callable[..., str], tiny_folder: Path
+) -> None:
+    assert printed("doctor")["parts"]["jupyterlab"]["usable"] is True
+    assert {fact["name"] for fact in printed("doctor", "--model", str(tiny_folder))["facts"]} >= {"connector", "tower"}
+    assert "/nowhere" in refused("doctor", "--model", "/nowhere")
+
+
+def test_lab_starts_run_py_in_a_checkout(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.RUN_PY.is_file()
+    calls: list[list[str]] = []
+    monkeypatch.setattr(cli.subprocess, "call", lambda command: calls.append(command) or 5)
+    assert cli.main(["lab", "--port", "8899", "--no-browser", "--json"]) == 5
+    assert calls[0][1:] == [str(cli.RUN_PY), "lab", "--port=8899", "--no-browser", "--json"]
+    assert capsys.readouterr().out == ""  # run.py prints the one object
+    monkeypatch.setattr(cli, "RUN_PY", Path("/nowhere/run.py"))
+    assert cli.main(["lab", "--no-browser"]) == 5
+    assert calls[1][1:] == ["-m", "jupyterlab", "--ServerApp.ip=127.0.0.1", "--no-browser"]
+    assert cli.main(["lab", "--check"]) == 2
+
+
+def test_the_module_is_the_command_and_keeps_standard_output_clean(here: Path, tiny_folder: Path) -> None:
+    command = [sys.executable, "-m", "llava_lab.cli", "ask", str(here / "car.png"), "What is it?", "--model", str(tiny_folder)]
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([*command, "--json"], cwd=root, capture_output=True, text=True, encoding="utf-8", check=True)
+    assert json.loads(done.stdout)["answer"] is not None
+    assert done.stdout.count("\n") == 1
