@@ -80,7 +80,7 @@ def test_bench_prints_its_rows(
     row = {"name": "ours", "seconds": 2.0, "ratio_to_floor": 1.2, "ratio_to_peer": 0.5, "extra_mb": None, "max_error": 0.0}
     result = {"device": "cpu", "threads": 2, "rows": [row], "floor": 1.6, "peak_flops_fraction": None}
     with monkeypatch.context() as patch:
-        patch.setattr("llava_lab.bench.harness.run", lambda name, **_: {**result, "asked": name})
+        patch.setattr("llava_lab.bench.run", lambda name, **_: {**result, "asked": name})
         assert printed("bench", "start")["asked"] == "start"
         assert cli.main(["bench", "start"]) == 0
         assert "1.2" in capsys.readouterr().out
