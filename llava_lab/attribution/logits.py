@@ -1,47 +1,31 @@
-"""A logit taken apart: what every head wrote from every position, and all the rest, as one exact sum.
+"""What the logits say of image tokens: what each wrote into the target's logit, and what each would say by itself.
 
-The state that predicts a word is a sum: its own embedding, what every attention head added in every layer, and
-what every feed-forward layer added. With the final norm's scale held at the value it had, the logit is linear in
-that sum, and a head's addition is in turn a sum over the positions it looked at: weight times value.
-
-One forward fills the books. Beside it, for one layer at a time, stand its values in float32 (11 MB at LLaVA-1.5-7B)
-and a few tables (readings x heads x positions) of 3 MB for 32 readings; kept are (readings x image positions) and
-(readings x layers x heads), 0.2 MB. It knows positions and token ids, not targets or words.
-
-Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
-
-Direct logit attribution by patch: the target's logit as an exact sum, and the share each image token wrote into it.
-
-The map adds up, over all layers and heads, what heads at the predicting position carried from each image position
-into the target's logit. Everything else is the remainder and stands in the extras: text positions by segment,
-feed-forward layers, the embedding, biases, heads left out by the options, and rounding. All parts together are
-the model's logit, summed over the target's tokens; for a contrast, the difference of the two logits.
-
-Direct means the last step only. An image position's value at layer l already holds what it read from others, and
-what travels through text positions or feed-forward layers is in the remainder, not in the map. A logit has no
+``direct_logit``: the state that predicts a word is a sum: its own embedding, what every attention head added in every
+layer, and what every feed-forward layer added. With the final norm's scale held at the value it had, the logit is linear
+in that sum, and a head's addition is in turn a sum over the positions it looked at: weight times value. The map adds up
+what heads at the predicting position carried from each image position into the target's logit. Everything else is the
+remainder and stands in the extras: text positions by segment, feed-forward layers, the embedding, biases, heads left out
+by the options, and rounding. All parts together are the model's logit, summed over the target's tokens; for a contrast,
+the difference of the two logits. Direct means the last step only: an image position's value at layer l already holds what
+it read from others, and what travels through text positions or feed-forward layers is in the remainder. A logit has no
 natural zero; ``centre=True`` measures it from the mean logit of the vocabulary (a contrast needs no such choice).
 
-One forward; about 25 MB beside it at LLaVA-1.5-7B for 32 tokens explained (see `logit_split`); at that width the peak
-of the process does not rise above a plain forward's.
+One forward. Beside it, for one layer at a time, stand its values in float32 (11 MB at LLaVA-1.5-7B) and a few tables
+(readings x heads x positions) of 3 MB for 32 readings; kept are (readings x image positions) and (readings x layers x
+heads), 0.2 MB. The peak of the process does not rise above a plain forward's.
 
-Sources: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"; direct logit attribution as in
-Wang et al. 2022 (arXiv 2211.00593).
+``logit_lens_map``: how probable the target word is when a patch's state is read as if it were the last one. State 0 is
+what the projector gives, state l the stream after l layers. Every state goes through the final norm exactly once and then
+through the output head. (transformers' ``hidden_states[-1]`` is already normed; norming it again is the usual mistake.
+Here all states are taken before the norm, the last one too.) Read several states and the strongest (or the mean) is
+shown; the maximum over states and patches is what vl-interp calls internal confidence. A word the lens cannot read may
+still be there in another basis. One forward and the output head at each state read, about 40 MB beside it at 7B.
 
-Logit lens as a map: how probable the target word is when a patch's state is read as if it were the last one.
+Sources: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"; direct logit attribution as in Wang et
+al. 2022 (arXiv 2211.00593); nostalgebraist 2020 (logit lens); Jiang et al. 2025 (arXiv 2410.02762) for its use on image
+tokens.
 
-State 0 is what the projector gives, state l the stream after l layers. Every state goes through the final
-norm exactly once and then through the output head. (transformers' ``hidden_states[-1]`` is already normed;
-norming it again is the usual mistake. Here all states are taken before the norm, the last one too.) Norm
-statistics are each state's own.
-
-Read several states and the strongest (or the mean) is shown; the maximum over states and patches is what
-vl-interp calls internal confidence. A word the lens cannot read may still be there in another basis.
-
-One forward and the output head at each state read; beside it, at LLaVA-1.5-7B, about 40 MB: one state in float32, 64
-rows of logits at a time, and 0.1 MB per token explained (33 states x 576 patches); at that width the peak of the
-process does not rise above a plain forward's.
-
-Sources: nostalgebraist 2020 (logit lens); Jiang et al. 2025 (arXiv 2410.02762) for its use on image tokens.
+    attribute(lab, run, method="direct_logit", target=("red", "blue"), heads=((14, 24),))
 """
 
 from __future__ import annotations
@@ -73,6 +57,130 @@ if TYPE_CHECKING:
 LEFT_OVER = {torch.float32: 1e-3, torch.float64: 1e-6}  # share of the parts' sizes that rounding may explain
 LEFT_OVER_16 = 5e-2  # the same for 16-bit types
 VOCABULARY = 4096  # rows of the output head at a time
+TOP_HEADS = 8  # named in the extras
+
+
+@method(
+    truth="How much each image token wrote, through attention heads, directly into the target's logit.",
+    source="direct logit attribution (Elhage et al. 2021; Wang et al. 2022, arXiv 2211.00593), split by source position",
+    cost="1 forward",
+    blind_to="what image tokens said by way of text positions, other image tokens or feed-forward layers",
+    needs="plain weights",
+)
+def direct_logit(
+    lab: Lab, run: Run, targets: Targets, *, layers: Window = None, heads: Heads = None, centre: bool = False
+) -> Maps:
+    chosen = choose_heads(lab, layers, heads)
+    readings, owners = [], []
+    for number, target in enumerate(targets):
+        against: Sequence[int | None] = target.against_ids or (None,) * len(target.token_ids)
+        readings += [Reading(*reading) for reading in zip(target.positions, target.token_ids, against, strict=True)]
+        owners += [number] * len(target.positions)
+    split = split_logits(lab, run, readings, chosen, centre=centre)
+
+    def summed(values: Tensor) -> Tensor:  # over each target's tokens
+        return torch.zeros(len(targets), *values.shape[1:]).index_add_(0, torch.tensor(owners), values)
+
+    values = summed(split.image)
+    parts = {"image": values.sum(1), **{name: summed(part) for name, part in split.parts.items()}}
+    parts["rounding"] = summed(split.rounding)
+    listed = {name: part.tolist() for name, part in parts.items()}
+    by_head = summed(split.by_head)
+    extras = {
+        "logit": summed(split.logit).tolist(),
+        "parts": [{name: part[i] for name, part in listed.items()} for i in range(len(targets))],
+        "image_by_layer": by_head.sum(-1).tolist(),
+        "top_heads": [_strongest(table) for table in by_head],
+    }
+    notes = _direct_notes(centre, chosen, layers is None and heads is None, extras["parts"])
+    return Maps(values.numpy().reshape(len(targets), run.map.rows, run.map.cols), {"forward": 1}, notes, extras)
+
+
+def _strongest(table: Float[Tensor, "L H"]) -> list[dict[str, float]]:
+    heads = table.shape[1]
+    order = table.abs().flatten().argsort(descending=True, stable=True)[:TOP_HEADS].tolist()
+    return [{"layer": i // heads, "head": i % heads, "value": float(table[i // heads, i % heads])} for i in order]
+
+
+def _direct_notes(centre: bool, chosen: Chosen, whole: bool, parts: list[dict[str, float]]) -> tuple[str, ...]:
+    what = "logit above the vocabulary's mean logit" if centre else "logit"
+    image = sum(abs(value) for part in parts for name, value in part.items() if name.startswith("image"))
+    everything = sum(abs(value) for part in parts for value in part.values())
+    notes = [
+        f"What each image token wrote directly into the target's {what} (for a contrast: the difference of two logits), "
+        "the final norm's scale held fixed; negative spoke against the word.",
+        f"Image tokens make up {image / everything if everything else 0:.0%} of the parts' absolute sizes; "
+        "the remainder (text, feed-forward layers, embedding, biases) is in the extras.",
+    ]
+    if not whole:
+        notes.append(f"The map holds {chosen}; the other heads are 'image_left_out' in the extras.")
+    return tuple(notes)
+
+
+@method(
+    truth="How probable the target word is when each image token's intermediate state is read as if it were the last one.",
+    source="logit lens (nostalgebraist 2020) on image tokens (Jiang et al. 2025, arXiv 2410.02762)",
+    cost="1 forward, and the output head at each image token and state read",
+    blind_to="the question, whether the answer ever read these positions, and anything not written in the output head's basis",
+    needs="plain weights",
+)
+def logit_lens_map(
+    lab: Lab,
+    run: Run,
+    targets: Targets,
+    *,
+    layers: int | Window = None,
+    value: Literal["probability", "logit"] = "probability",
+    reduce: Literal["max", "mean"] = "max",
+) -> Maps:
+    decoder = language_layers(lab.model)
+    start, stop = _states(layers, len(decoder))
+    ids = sorted({i for target in targets for i in (*target.token_ids, *target.against_ids)})
+    image = slice(*run.segments["image"])
+    read: list[Tensor] = []  # one (P, N) table per state
+
+    def fold(number: int, state: Tensor) -> None:
+        if start <= number < stop:
+            normed = final_norm(lab)(state[0, image])
+            logits = token_logits(lab, normed, ids)
+            read.append((logits if value == "logit" else (logits - log_total(lab, normed)[:, None]).exp()).cpu())
+
+    with undisturbed(lab.model), watch_stream(decoder, fold):
+        lab.model(**lab.inputs(run), use_cache=False, logits_to_keep=1)
+    table = torch.stack(read).numpy()  # states, P, N
+    column = {token: i for i, token in enumerate(ids)}
+    over_states = np.max if reduce == "max" else np.mean
+    values, by_state = [], []
+    for target in targets:
+        strongest = table[:, :, [column[i] for i in target.token_ids]].mean(-1)  # states, P
+        shown = over_states(strongest, 0)
+        if target.against_ids:
+            other = table[:, :, [column[i] for i in target.against_ids]].mean(-1)
+            shown, strongest = shown - over_states(other, 0), strongest - other
+        values.append(shown.reshape(run.map.rows, run.map.cols))
+        by_state.append(strongest.max(1).tolist())
+    best = [start + int(np.argmax(row)) for row in by_state]
+    places = f"states {start} to {stop - 1}" if stop - start > 1 else f"state {start}"
+    note = (
+        f"{'Probability' if value == 'probability' else 'Logit'} of the target word at each image position, read at {places} of "
+        f"0 to {len(decoder)}{f', {reduce} over them' if stop - start > 1 else ''}; each state normed once; "
+        "mean over the target's tokens (for a contrast: the difference of the two words)."
+    )
+    extras = {"states": list(range(start, stop)), "strongest_patch_by_state": by_state, "strongest_state": best}
+    return Maps(np.stack(values).astype(np.float32), {"forward": 1}, (note,), extras)
+
+
+def _states(layers: Any, count: int) -> tuple[int, int]:
+    """``[start, stop)`` of the states 0 .. count; a whole number is that state alone."""
+    if isinstance(layers, Integral) and not isinstance(layers, bool):
+        state = int(layers)
+        if not 0 <= state <= count:
+            raise OptionError(f"layers must be a state from 0 (projector output) to {count} (last layer), got {state}")
+        return state, state + 1
+    return layer_window(layers, count + 1)
+
+
+# -- one logit taken apart --------------------------------------------------------------------
 
 
 class Reading(NamedTuple):
@@ -212,143 +320,3 @@ def _feed_forward(layers: Sequence[nn.Module]) -> list[nn.Module]:
     if len(found) != len(layers):
         raise LabError(f"expected layers with attention and an mlp, got {type(layers[0]).__name__}; its logits cannot be split")
     return found
-
-
-TOP_HEADS = 8  # named in the extras
-
-
-@method(
-    truth="How much each image token wrote, through attention heads, directly into the target's logit.",
-    source="direct logit attribution (Elhage et al. 2021; Wang et al. 2022, arXiv 2211.00593), split by source position",
-    cost="1 forward",
-    blind_to="what image tokens said by way of text positions, other image tokens or feed-forward layers",
-    needs="plain weights",
-)
-def direct_logit(
-    lab: Lab, run: Run, targets: Targets, *, layers: Window = None, heads: Heads = None, centre: bool = False
-) -> Maps:
-    chosen = choose_heads(lab, layers, heads)
-    readings, owners = [], []
-    for number, target in enumerate(targets):
-        against: Sequence[int | None] = target.against_ids or (None,) * len(target.token_ids)
-        readings += [Reading(*one) for one in zip(target.positions, target.token_ids, against, strict=True)]
-        owners += [number] * len(target.positions)
-    split = split_logits(lab, run, readings, chosen, centre=centre)
-
-    def summed(values: Tensor) -> Tensor:  # over each target's tokens
-        return torch.zeros(len(targets), *values.shape[1:]).index_add_(0, torch.tensor(owners), values)
-
-    values = summed(split.image)
-    parts = {"image": values.sum(1), **{name: summed(part) for name, part in split.parts.items()}}
-    parts["rounding"] = summed(split.rounding)
-    listed = {name: part.tolist() for name, part in parts.items()}
-    by_head = summed(split.by_head)
-    extras = {
-        "logit": summed(split.logit).tolist(),
-        "parts": [{name: part[i] for name, part in listed.items()} for i in range(len(targets))],
-        "image_by_layer": by_head.sum(-1).tolist(),
-        "top_heads": [_strongest(table) for table in by_head],
-    }
-    shape = (len(targets), run.map.rows, run.map.cols)
-    return Maps(
-        values.numpy().reshape(shape),
-        {"forward": 1},
-        _notes(centre, chosen, layers is None and heads is None, extras["parts"]),
-        extras,
-    )
-
-
-def _strongest(table: Float[Tensor, "L H"]) -> list[dict[str, float]]:
-    heads = table.shape[1]
-    order = table.abs().flatten().argsort(descending=True, stable=True)[:TOP_HEADS].tolist()
-    return [{"layer": i // heads, "head": i % heads, "value": float(table[i // heads, i % heads])} for i in order]
-
-
-def _notes(centre: bool, chosen: Chosen, whole: bool, parts: list[dict[str, float]]) -> tuple[str, ...]:
-    what = "logit above the vocabulary's mean logit" if centre else "logit"
-    image = sum(abs(value) for part in parts for name, value in part.items() if name.startswith("image"))
-    everything = sum(abs(value) for part in parts for value in part.values())
-    notes = [
-        f"What each image token wrote directly into the target's {what} (for a contrast: the difference of two logits), "
-        "the final norm's scale held fixed; negative spoke against the word.",
-        f"Image tokens make up {image / everything if everything else 0:.0%} of the parts' absolute sizes; "
-        "the remainder (text, feed-forward layers, embedding, biases) is in the extras.",
-    ]
-    if not whole:
-        notes.append(f"The map holds {chosen}; the other heads are 'image_left_out' in the extras.")
-    return tuple(notes)
-
-
-@method(
-    truth="How probable the target word is when each image token's intermediate state is read as if it were the last one.",
-    source="logit lens (nostalgebraist 2020) on image tokens (Jiang et al. 2025, arXiv 2410.02762)",
-    cost="1 forward, and the output head at each image token and state read",
-    blind_to="the question, whether the answer ever read these positions, and anything not written in the output head's basis",
-    needs="plain weights",
-)
-def logit_lens_map(
-    lab: Lab,
-    run: Run,
-    targets: Targets,
-    *,
-    layers: int | Window = None,
-    value: Literal["probability", "logit"] = "probability",
-    reduce: Literal["max", "mean"] = "max",
-) -> Maps:
-    decoder = language_layers(lab.model)
-    start, stop = _states(layers, len(decoder))
-    ids = sorted({i for target in targets for i in (*target.token_ids, *target.against_ids)})
-    image = slice(*run.segments["image"])
-    read: list[Tensor] = []  # one (P, N) table per state
-
-    def fold(number: int, state: Tensor) -> None:
-        if start <= number < stop:
-            read.append(_read(lab, state[0, image], ids, value).cpu())
-
-    with undisturbed(lab.model), watch_stream(decoder, fold):
-        lab.model(**lab.inputs(run), use_cache=False, logits_to_keep=1)
-    table = torch.stack(read).numpy()  # states, P, N
-    column = {token: i for i, token in enumerate(ids)}
-    values, by_state = [], []
-    for target in targets:
-        said = table[:, :, [column[i] for i in target.token_ids]].mean(-1)  # states, P
-        other = table[:, :, [column[i] for i in target.against_ids]].mean(-1) if target.against_ids else None
-        shown, strongest = _reduced(said, reduce), said
-        if other is not None:
-            shown, strongest = shown - _reduced(other, reduce), said - other
-        values.append(shown.reshape(run.map.rows, run.map.cols))
-        by_state.append(strongest.max(1).tolist())
-    best = [start + int(np.argmax(row)) for row in by_state]
-    extras = {"states": list(range(start, stop)), "strongest_patch_by_state": by_state, "strongest_state": best}
-    return Maps(np.stack(values).astype(np.float32), {"forward": 1}, (_note(value, reduce, start, stop, len(decoder)),), extras)
-
-
-def _read(lab: Lab, state: Tensor, ids: Sequence[int], value: str) -> Tensor:
-    """Logits or probabilities of `ids` at states that have not been normed yet, (P, N) float32."""
-    normed = final_norm(lab)(state)
-    logits = token_logits(lab, normed, ids)
-    return logits if value == "logit" else (logits - log_total(lab, normed)[:, None]).exp()
-
-
-def _reduced(table: np.ndarray, reduce: str) -> np.ndarray:
-    return table.max(0) if reduce == "max" else table.mean(0)
-
-
-def _states(layers: Any, count: int) -> tuple[int, int]:
-    """``[start, stop)`` of the states 0 .. count; a whole number is that state alone."""
-    if isinstance(layers, Integral) and not isinstance(layers, bool):
-        state = int(layers)
-        if not 0 <= state <= count:
-            raise OptionError(f"layers must be a state from 0 (projector output) to {count} (last layer), got {state}")
-        return state, state + 1
-    return layer_window(layers, count + 1)
-
-
-def _note(value: str, reduce: str, start: int, stop: int, last: int) -> str:
-    places = f"states {start} to {stop - 1}" if stop - start > 1 else f"state {start}"
-    over = f", {reduce} over them" if stop - start > 1 else ""
-    word = "Probability" if value == "probability" else "Logit"
-    return (
-        f"{word} of the target word at each image position, read at {places} of 0 to {last}{over}; each state normed once; "
-        "mean over the target's tokens (for a contrast: the difference of the two words)."
-    )

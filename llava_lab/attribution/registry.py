@@ -65,6 +65,7 @@ def attribute(lab: Any, run: Run, *, method: str = "rollout", target: Wanted = N
     True
     """
     entry = METHODS[known("method", method, METHODS)]
+    refuse_unable(lab, entry)
     chosen = entry.with_defaults(options)
     weights = same_model(lab, run)
     targets = resolve_targets(lab, run, target)
@@ -81,6 +82,12 @@ def attribute(lab: Any, run: Run, *, method: str = "rollout", target: Wanted = N
         weights=weights,
         seconds=time.perf_counter() - start,
     )
+
+
+@singledispatch
+def refuse_unable(lab: Any, method: Method) -> None:
+    """Raise OptionError where `method` cannot work on `lab`. Another kind of lab registers its own reasons."""
+    method.refuse(lab, ())
 
 
 @singledispatch

@@ -15,6 +15,8 @@ One forward; beside it, at LLaVA-1.5-7B, about 30 MB after the last layer (its s
 the text); at that width the peak of the process does not rise above a plain forward's.
 
 Source: Li et al. 2025, "Token Activation Map to Visually Explain Multimodal LLMs" (arXiv 2506.23270, ICCV 2025).
+
+    attribute(lab, run, method="tam", target="red", filter=None)
 """
 
 from __future__ import annotations
@@ -39,47 +41,6 @@ if TYPE_CHECKING:
     from llava_lab.models import Lab
 
 SHOWN = 5  # earlier tokens named in the extras
-
-
-@dataclass(frozen=True)
-class _Book:
-    """Every logit the method needs, read once, float32."""
-
-    column: dict[int, int]  # token id -> column
-    image: np.ndarray  # (P, N): logits at the image positions
-    text: np.ndarray  # (T, N): logits at every position
-
-
-def rank_filter(values: np.ndarray, size: int) -> np.ndarray:
-    """Each cell becomes a weighted mean of its `size x size` window's sorted values, weights a Gaussian over ranks.
-
-    The Gaussian is centred on the median and its width is the window's coefficient of variation, so that calm
-    windows keep their median. Borders are mirrored. Values (rows, cols).
-    """
-    windows = np.lib.stride_tricks.sliding_window_view(np.pad(values.astype(np.float64), size // 2, mode="reflect"), (size, size))
-    ranked = np.sort(windows.reshape(*values.shape, -1), axis=-1)
-    mean, spread = np.abs(ranked.mean(-1)), ranked.std(-1)
-    width = np.divide(spread, mean, out=np.zeros_like(mean), where=mean > 0)
-    offset = np.arange(size * size) - size * size // 2
-    with np.errstate(divide="ignore", invalid="ignore"):
-        weights = np.exp(-(offset**2) / (2 * width[..., None] ** 2))
-    weights[..., size * size // 2] = 1.0  # its own distance is 0, also where the width is
-    filtered = (ranked * weights).sum(-1) / weights.sum(-1)
-    return np.where(mean > 0, filtered, 0.0)
-
-
-def without_context(own: np.ndarray, others: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, float]:
-    """`own` (P,) minus the least-squares multiple of the weighted mean of `others` (J, P), and that multiple.
-
-    weights (J,) are clipped at 0; when none is left, nothing is subtracted.
-    """
-    kept = np.clip(weights, 0, None)
-    if not kept.sum() > 0:
-        return own, 0.0
-    common = (kept / kept.sum()) @ others
-    power = float(common @ common)
-    factor = float(own @ common) / power if power > 0 else 0.0
-    return own - factor * common, factor
 
 
 @method(
@@ -112,6 +73,15 @@ def tam(
         named = ", ".join(map(repr, empty))
         notes.append(f"The map of {named} is empty: after clipping and correction no image position is left above 0.")
     return Maps(np.stack(values).astype(np.float32), {"forward": 1}, tuple(notes), {"correction": extras})
+
+
+@dataclass(frozen=True)
+class _Book:
+    """Every logit the method needs, read once, float32."""
+
+    column: dict[int, int]  # token id -> column
+    image: np.ndarray  # (P, N): logits at the image positions
+    text: np.ndarray  # (T, N): logits at every position
 
 
 def _read(lab: Lab, run: Run, targets: Targets) -> _Book:
@@ -193,6 +163,38 @@ def _filter_size(value: Any, side: int) -> int:
     if not odd or not 1 <= value <= side:
         raise OptionError(f"filter must be None or an odd window from 1 to {side} patches, got {value!r}")
     return int(value)
+
+
+def rank_filter(values: np.ndarray, size: int) -> np.ndarray:
+    """Each cell becomes a weighted mean of its `size x size` window's sorted values, weights a Gaussian over ranks.
+
+    The Gaussian is centred on the median and its width is the window's coefficient of variation, so that calm
+    windows keep their median. Borders are mirrored. Values (rows, cols).
+    """
+    windows = np.lib.stride_tricks.sliding_window_view(np.pad(values.astype(np.float64), size // 2, mode="reflect"), (size, size))
+    ranked = np.sort(windows.reshape(*values.shape, -1), axis=-1)
+    mean, spread = np.abs(ranked.mean(-1)), ranked.std(-1)
+    width = np.divide(spread, mean, out=np.zeros_like(mean), where=mean > 0)
+    offset = np.arange(size * size) - size * size // 2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        weights = np.exp(-(offset**2) / (2 * width[..., None] ** 2))
+    weights[..., size * size // 2] = 1.0  # its own distance is 0, also where the width is
+    filtered = (ranked * weights).sum(-1) / weights.sum(-1)
+    return np.where(mean > 0, filtered, 0.0)
+
+
+def without_context(own: np.ndarray, others: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, float]:
+    """`own` (P,) minus the least-squares multiple of the weighted mean of `others` (J, P), and that multiple.
+
+    weights (J,) are clipped at 0; when none is left, nothing is subtracted.
+    """
+    kept = np.clip(weights, 0, None)
+    if not kept.sum() > 0:
+        return own, 0.0
+    common = (kept / kept.sum()) @ others
+    power = float(common @ common)
+    factor = float(own @ common) / power if power > 0 else 0.0
+    return own - factor * common, factor
 
 
 def _note(correction: str, clip: bool, size: int) -> str:

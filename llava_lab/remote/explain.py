@@ -43,7 +43,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llava_lab.attribution.method import Maps, Method
-from llava_lab.attribution.registry import METHODS, compute_maps
+from llava_lab.attribution.registry import METHODS, compute_maps, refuse_unable
 from llava_lab.errors import BudgetError, EndpointError, OptionError
 from llava_lab.models.text import Spelt, cut
 from llava_lab.remote.black_box import WORKS, BlackBox, Estimate, Look, works
@@ -228,10 +228,14 @@ class Looks(Veiled):
                     )
 
 
+@refuse_unable.register(BlackBox)
+def _refuse_closed(lab: BlackBox, method: Method) -> None:
+    refuse_inside(method.name)
+
+
 @compute_maps.register(BlackBox)
 def attribute_closed(lab: BlackBox, run: Run, targets: Targets, method: Method, options: Mapping[str, Any]) -> Maps:
     """`method` on a closed model. Raises OptionError (it needs the inside), BudgetError, EndpointError."""
-    refuse_inside(method.name)
     maps, looks = within_budget(lab, run, lambda looks: method.compute(cast("Lab", looks), run, targets, options))
     extras = {**maps.extras, "scoring": run.options["scoring"], "parted": looks.parted, "unlisted": looks.unlisted}
     return Maps(maps.values, maps.passes, (*maps.notes, *looks.notes()), {**extras, "requests_in_all": lab.endpoint.requests})
