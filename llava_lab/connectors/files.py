@@ -1,17 +1,19 @@
-"""LLaVA's own projector files: ``mm_projector.bin`` of stage 1 and ``non_lora_trainables.bin`` of a LoRA run.
+"""A connector or a whole lab on disk: LLaVA's own projector files, our folders, and folders for stock transformers.
 
-Both are a ``torch.save`` of a dict whose keys hold ``mm_projector.`` behind any prefix, and after it torch's own names:
-``weight`` and ``bias`` for linear, ``0.weight``, ``2.weight``, ... for an MLP in a Sequential. The format has no room for
-what the projector was trained with, so that lies beside it in a small JSON file, which LLaVA does not read.
+    ll.write_projector(lab, "mm_projector.bin")
+    ll.connector(lab, "mm_projector.bin")
+    ll.export(lab, "for-serving")  # loads with stock transformers
+
+LLaVA's files are ``mm_projector.bin`` of stage 1 and ``non_lora_trainables.bin`` of a LoRA run. Both are a ``torch.save`` of a
+dict whose keys hold ``mm_projector.`` behind any prefix, and after it torch's own names: ``weight`` and ``bias`` for linear,
+``0.weight``, ``2.weight``, ... for an MLP in a Sequential. The format has no room for what it was trained with, so that
+stands beside it in a small JSON file, which LLaVA does not read.
+
+`save` keeps the connector's type in config.json; `llava_lab.load` reads it back bit for bit, stock transformers does not know the
+type. `export` rewrites what can be said exactly in the stock connector's two layers: a linear map becomes its own first layer,
+the second being the identity and the activation "linear", with more parameters. It is for sharing and serving, not for training.
 
 Source: haotian-liu/LLaVA @ c121f04 ``llava/model/llava_arch.py`` (get_w), ``train/train.py``, ``model/builder.py``.
-
-Write a lab as a folder: with its connector as it is, or as stock transformers loads it without this library.
-
-`save` keeps the connector's type in config.json; `llava_lab.load` reads it back bit for bit, stock transformers does not
-know the type. `export` rewrites what can be said exactly in the stock projector's two layers. A linear map becomes its
-own first layer, the second being the identity and the activation "linear": the same numbers, bit for bit, with more
-parameters. It is for sharing and serving, not for training on.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import json
 import os
 import pickle
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +33,8 @@ from torch import Tensor, nn
 from llava_lab.errors import CheckpointError, OptionError
 from llava_lab.models import connectors
 from llava_lab.models.connectors import Connector
-from llava_lab.models.swap import Plug, trained_beside
+from llava_lab.models.swap import swapped, trained_beside
+from llava_lab.results import whole_file
 
 if TYPE_CHECKING:
     from llava_lab.models import Lab
@@ -48,6 +52,9 @@ def write_projector(lab: Lab, path: str | os.PathLike) -> Path:
 
     ``linear`` and ``mlp{N}x_gelu`` are written in names that LLaVA reads; the others, which LLaVA does not have, keep our
     own. A ``.json`` of the same name records the connector's type and the models it stands between. Returns the path.
+
+    >>> ll.write_projector(lab, tmp / "mm_projector.bin").name
+    'mm_projector.bin'
     """
     path = Path(path)
     kind, options = connectors.spec(lab.model.config) or (_stock_kind(lab), {})
@@ -55,15 +62,10 @@ def write_projector(lab: Lab, path: str | os.PathLike) -> Path:
     module = lab.connector
     tensors = {prefix + _original(name, kind): value.detach().cpu().clone() for name, value in module.state_dict().items()}
     record = {"mm_projector_type": kind, "mm_projector_options": options, "trained_with": trained_beside(lab.model)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    try:
+    with whole_file(path) as temporary:
         torch.save(tensors, temporary)
-        os.replace(temporary, path)
+    with whole_file(path.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path.with_suffix(".json"))
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 
@@ -73,38 +75,40 @@ def read_projector(lab: Lab, path: str | os.PathLike, *, kind: str | None = None
     `kind` None is read from the record beside the file, or told from its keys (linear and MLPs). Keys may carry any
     prefix before ``mm_projector.``; other tensors in the file are left alone. Raises CheckpointError (one line) where
     the file is none, holds no projector, or one of other widths than the model has.
+
+    >>> ll.read_projector(lab, ll.write_projector(lab, tmp / "mm_projector.bin")).kind
+    'mlp2x_gelu'
     """
     path = Path(path)
-    found = _tensors(path)
+    stored = _tensors(path)
     record = _record(path.with_suffix(".json"))
     if kind is None and record:
         kind, options = record["mm_projector_type"], record.get("mm_projector_options") or {}
-    kind = kind or _kind_of(found, path)
+    kind = kind or _kind_of(stored, path)
     sizes = connectors.sizes_of(lab.model.config)
     if _has_layers(kind):
-        bias = any(name.endswith("bias") for name in found)
-        sizes = connectors.Sizes(sizes.vision, sizes.language, sizes.grid, bias=bias)
+        sizes = replace(sizes, bias=any(name.endswith("bias") for name in stored))
     with torch.random.fork_rng(devices=[]):
         made = connectors.build(kind, sizes, options)
-    given = {_ours(name, kind): value for name, value in found.items()}
-    _fit(made, given, path, kind)
-    made.load_state_dict(given)
+    tensors = {_ours(name, kind): value for name, value in stored.items()}
+    _check_fit(made, tensors, path, kind)
+    made.load_state_dict(tensors)
     made.trained_with = record.get("trained_with") if record else None
     return made.to(lab.device, lab.dtype).eval().requires_grad_(False)
 
 
-def _fit(made: Connector, given: dict[str, Tensor], path: Path, kind: str) -> None:
+def _check_fit(made: Connector, tensors: dict[str, Tensor], path: Path, kind: str) -> None:
     wanted = made.state_dict()
-    if set(given) != set(wanted):
+    if set(tensors) != set(wanted):
         raise CheckpointError(
             f"{path} does not hold a {kind}: expected the tensors {', '.join(_original(n, kind) for n in wanted) or 'none'}, "
-            f"got {', '.join(_original(n, kind) for n in given) or 'none'}"
+            f"got {', '.join(_original(n, kind) for n in tensors) or 'none'}"
         )
     for name, value in wanted.items():
-        if given[name].shape != value.shape:
+        if tensors[name].shape != value.shape:
             raise CheckpointError(
                 f"{path} is for other widths: expected {_original(name, kind)} of {tuple(value.shape)} "
-                f"({made.sizes.vision} vision, {made.sizes.language} language), got {tuple(given[name].shape)}"
+                f"({made.sizes.vision} vision, {made.sizes.language} language), got {tuple(tensors[name].shape)}"
             )
 
 
@@ -115,19 +119,19 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"no such projector file: {path}") from None
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path} is not a file of tensors ({type(error).__name__}); expected an mm_projector.bin") from None
-    found = {
+    tensors = {
         name.split(MARK, 1)[1]: value
         for name, value in (data.items() if isinstance(data, dict) else ())
         if isinstance(name, str) and MARK in name and isinstance(value, Tensor)
     }
-    if not found and data != {}:
+    if not tensors and data != {}:
         keys = ", ".join(map(str, list(data)[:3])) if isinstance(data, dict) else type(data).__name__
         raise CheckpointError(f"{path} holds no projector: expected keys with {MARK!r} in them, got {keys}")
-    return found
+    return tensors
 
 
 def _record(path: Path) -> dict[str, Any] | None:
-    """What `write_projector` laid beside the file; another JSON file (a config) is none."""
+    """What `write_projector` wrote beside the file; another JSON file (a config) is none."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -135,16 +139,16 @@ def _record(path: Path) -> dict[str, Any] | None:
     return data if isinstance(data, dict) and "mm_projector_type" in data and "trained_with" in data else None
 
 
-def _kind_of(found: dict[str, Tensor], path: Path) -> str:
-    if not found:
+def _kind_of(stored: dict[str, Tensor], path: Path) -> str:
+    if not stored:
         return "identity"
-    if set(found) <= {"weight", "bias"}:
+    if set(stored) <= {"weight", "bias"}:
         return "linear"
-    numbers = sorted({int(match[1]) for name in found if (match := _IN_LIST.fullmatch(name))})
-    if all(_IN_LIST.fullmatch(name) for name in found) and numbers == list(range(0, 2 * len(numbers), 2)):
+    numbers = sorted({int(match[1]) for name in stored if (match := _IN_LIST.fullmatch(name))})
+    if all(_IN_LIST.fullmatch(name) for name in stored) and numbers == list(range(0, 2 * len(numbers), 2)):
         return f"mlp{len(numbers)}x_gelu"
     raise CheckpointError(
-        f"{path} names its tensors {', '.join(sorted(found)[:3])}; expected weight and bias (linear) or 0.weight, 2.weight, ... "
+        f"{path} names its tensors {', '.join(sorted(stored)[:3])}; expected weight and bias (linear) or 0.weight, 2.weight, ... "
         "(mlp{N}x_gelu), else say kind=..."
     )
 
@@ -181,7 +185,11 @@ EXPORTED = ("linear", "mlp1x_gelu", "mlp2x_gelu", "linear2x", "identity")
 
 
 def save(lab: Lab, folder: str | os.PathLike) -> Path:
-    """Write model, tokenizer and image processor; ``llava_lab.load(folder)`` gives them back bit for bit."""
+    """Write model, tokenizer and image processor; ``llava_lab.load(folder)`` gives them back bit for bit.
+
+    >>> ll.load(ll.save(lab, tmp / "mine")).fingerprint == lab.fingerprint
+    True
+    """
     folder = Path(folder)
     lab.model.save_pretrained(folder)
     lab.processor.save_pretrained(folder)
@@ -193,6 +201,9 @@ def export(lab: Lab, folder: str | os.PathLike) -> Path:
 
     Possible for linear, mlp1x_gelu, mlp2x_gelu, linear2x and identity; raises OptionError for the others. The lab is
     left as it is.
+
+    >>> sorted(path.suffix for path in ll.export(lab, tmp / "stock").glob("model*"))
+    ['.safetensors']
     """
     module: Any = lab.connector
     if not isinstance(module, Connector):
@@ -201,16 +212,12 @@ def export(lab: Lab, folder: str | os.PathLike) -> Path:
         raise OptionError(f"stock transformers has no {module.kind!r}; can be exported: {', '.join(EXPORTED)}")
     stock = _as_stock(module, lab)
     stock.trained_with = {}  # type: ignore[assignment]
-    plug = Plug(lab, stock)
-    try:
-        plug.apply()
+    with swapped(lab, stock):
         return save(lab, folder)
-    finally:
-        plug.undo()
 
 
 def _as_stock(module: Any, lab: Lab) -> nn.Module:
-    """The stock projector with the same function."""
+    """The stock connector with the same function."""
     config = copy.copy(lab.model.config)
     config.projector_hidden_act = "gelu" if module.kind == "mlp2x_gelu" else "linear"
     config.multimodal_projector_bias = module.sizes.bias

@@ -1,26 +1,23 @@
-"""What goes into a connector and what comes out of it, picture by picture; the language model does not run.
+"""The best linear stand-in for a connector, in closed form, on any checkpoint: no training, one pass over pictures.
 
-Pictures are prepared when their turn comes and nothing is kept, so memory does not grow with their number.
+Ridge regression by its normal equations: the sums X'X and X'Y (float64) are all that is kept of the pictures, so memory does not
+grow with their number; pictures are prepared when their turn comes and the language model does not run. The fit is scored on
+pictures it never saw, beside controls that say what the numbers would be without it: `mean`, the training mean for every token
+(R^2 about 0 by definition); `shuffle`, the connector's true outputs of the same picture at other places; `random`, a random map
+with the fit's size; `identity`, the features. How much of the answer depends on what is left out: `llava_lab.linear_effect`.
 
-The best linear stand-in for a connector, in closed form, on any checkpoint: no training, one pass over pictures.
+    fit = ll.linearize(lab, pictures)
+    with ll.connector(lab, fit):
+        lab.ask(picture, "What color is the car?")
 
-Ridge regression by its normal equations: the sums X'X and X'Y (float64) are all that is kept of the pictures, so memory
-does not grow with their number. The fit is scored on pictures it never saw, beside controls that say what the numbers
-would be without it. How much of the answer hangs on the rest is `llava_lab.linear_effect`'s question, not this one's.
-
-Sources: Hoerl and Kennard 1970 (ridge); Izenman 1975 (reduced-rank regression: the rank-k fit that is best for the
-outputs keeps the directions along which the fitted outputs vary most).
-
-Scores of a linear fit on held-out tokens, in one streaming pass, each beside its controls.
-
-The controls: `mean`, the training mean for every token (R^2 about 0 by definition); `shuffle`, the connector's true
-outputs of the same picture at other places; `random`, a random map with the fit's size; `identity`, the features.
+Sources: Hoerl and Kennard 1970 (ridge); Izenman 1975 (reduced-rank regression: the rank-k fit that is best for the outputs keeps
+the directions along which the fitted outputs vary most).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +25,9 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from llava_lab.capture import undisturbed
+from llava_lab.checks import Sweep
 from llava_lab.errors import DataError, OptionError
 from llava_lab.models.layout import read_connector
 from llava_lab.models.pictures import PictureLike, read_picture
@@ -43,51 +40,10 @@ if TYPE_CHECKING:
 
 Drawn = PictureLike | Callable[[], Any]  # a picture, or what draws one when it is needed
 
-
-def tokens_of(lab: Lab, pictures: Sequence[Drawn], chosen: Iterable[int], *, batch: int = 8) -> Iterator[tuple[Tensor, Tensor]]:
-    """(features, outputs) of the connector for the chosen pictures, (B, P, F) and (B, Q, D), in the model's own type."""
-    for group in _grouped(chosen, batch):
-        pixels = torch.cat([lab.pixels(_drawn(pictures[i])) for i in group])
-        with undisturbed(lab.model):
-            pair = read_connector(lab.model, pixels)
-        yield pair
-
-
-def halves(pictures: Any, held_out: float) -> tuple[list[int], list[int]]:
-    """Numbers of the training and the held-out pictures, spread evenly. Raises DataError where there are too few."""
-    if not 0 < held_out < 1:
-        raise OptionError(f"held_out must lie between 0 and 1, got {held_out}")
-    if not hasattr(pictures, "__len__") or not hasattr(pictures, "__getitem__"):
-        raise DataError(
-            f"pictures must be a sequence that can be read twice, got {type(pictures).__name__}; make a list of paths"
-        )
-    count = len(pictures)
-    test = [i for i in range(count) if int((i + 1) * held_out) > int(i * held_out)]
-    train = sorted(set(range(count)) - set(test))
-    if not test or not train:
-        raise DataError(
-            f"{count} pictures with held_out={held_out} leave {len(train)} to fit and {len(test)} to score; give more"
-        )
-    return train, test
-
-
-def _drawn(picture: Drawn) -> Any:
-    return read_picture(picture() if callable(picture) else picture)
-
-
-def _grouped(numbers: Iterable[int], size: int) -> Iterator[list[int]]:
-    group: list[int] = []
-    for number in numbers:
-        group.append(number)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group
-
-
-PATIENCE = 2.0  # seconds before a progress bar appears
+FIT = "linear"
+CONTROLS = ("mean", "shuffle", "random", "identity")
 SMALL = 1e-12  # of the largest eigenvalue; what is below is rounding
+TINY = 1e-12  # instead of a length or a spread of 0
 
 
 def linearize(
@@ -109,11 +65,15 @@ def linearize(
 
     Plug the result in with ``llava_lab.connector(lab, fit)``. Raises DataError with too few pictures, OptionError for a
     connector that makes one token of several patches (it has no linear map from token to token).
+
+    >>> fit = ll.linearize(lab, [run.picture] * 4)
+    >>> fit.weight.shape == fit.full.shape
+    True
     """
     began = time.perf_counter()
     if not 0 <= ridge < float("inf"):
         raise OptionError(f"ridge must be 0 or more, got {ridge!r}")
-    train, test = halves(pictures, held_out)
+    train, test = split_pictures(pictures, held_out)
     sums = _summed(lab, pictures, train, batch)
     full, directions = sums.solve(ridge)
     limit = directions.shape[1]
@@ -121,11 +81,16 @@ def linearize(
     if rank is not None and not 1 <= rank <= limit:
         raise OptionError(f"rank must be None or from 1 to {limit}, got {rank!r}")
     scores = Scores(full, directions, sums, curve, lab.grid, seed=seed)
-    for features, outputs in _shown(tokens_of(lab, pictures, test, batch=batch), len(test), batch, "scoring"):
+    for features, outputs in tokens_of(lab, pictures, test, batch=batch, label="scoring"):
         scores.add(features.double().cpu(), outputs.double().cpu())
     beside = trained_beside(lab.model)
     fit = Linearized(
-        **_arrays(sums, full, directions),
+        weight=full.float().numpy(),
+        bias=(sums.output_mean - full @ sums.feature_mean).float().numpy(),
+        full=full.float().numpy(),
+        directions=directions.float().numpy(),
+        feature_mean=sums.feature_mean.numpy(),
+        output_mean=sums.output_mean.numpy(),
         rank=limit,
         ranks=curve,
         **scores.found(),
@@ -147,7 +112,7 @@ def linearize(
 def _summed(lab: Lab, pictures: Sequence[Drawn], chosen: list[int], batch: int) -> Sums:
     """The normal equations over the chosen pictures' tokens."""
     sums = Sums()
-    for features, outputs in _shown(tokens_of(lab, pictures, chosen, batch=batch), len(chosen), batch, "fitting"):
+    for features, outputs in tokens_of(lab, pictures, chosen, batch=batch, label="fitting"):
         if features.shape[:2] != outputs.shape[:2]:
             raise OptionError(
                 f"expected a connector that makes one token of each patch, got {outputs.shape[1]} tokens of "
@@ -157,16 +122,37 @@ def _summed(lab: Lab, pictures: Sequence[Drawn], chosen: list[int], batch: int) 
     return sums
 
 
-def _arrays(sums: Sums, full: Tensor, directions: Tensor) -> dict[str, Any]:
-    """The fields of `Linearized` that are the map itself."""
-    return {
-        "weight": full.float().numpy(),
-        "bias": (sums.output_mean - full @ sums.feature_mean).float().numpy(),
-        "full": full.float().numpy(),
-        "directions": directions.float().numpy(),
-        "feature_mean": sums.feature_mean.numpy(),
-        "output_mean": sums.output_mean.numpy(),
-    }
+def split_pictures(pictures: Any, held_out: float) -> tuple[list[int], list[int]]:
+    """Numbers of the training and the held-out pictures, spread evenly. Raises DataError where there are too few."""
+    if not 0 < held_out < 1:
+        raise OptionError(f"held_out must lie between 0 and 1, got {held_out}")
+    if not hasattr(pictures, "__len__") or not hasattr(pictures, "__getitem__"):
+        raise DataError(
+            f"pictures must be a sequence that can be read twice, got {type(pictures).__name__}; make a list of paths"
+        )
+    count = len(pictures)
+    test = [i for i in range(count) if int((i + 1) * held_out) > int(i * held_out)]
+    train = sorted(set(range(count)) - set(test))
+    if not test or not train:
+        raise DataError(
+            f"{count} pictures with held_out={held_out} leave {len(train)} to fit and {len(test)} to score; give more"
+        )
+    return train, test
+
+
+def tokens_of(
+    lab: Lab, pictures: Sequence[Drawn], chosen: Sequence[int], *, batch: int = 8, label: str = "pictures"
+) -> Iterator[tuple[Float[Tensor, "B P F"], Float[Tensor, "B Q D"]]]:
+    """(features, outputs) of the connector for the chosen pictures, in the model's own type, with a progress bar `label`."""
+    groups = [chosen[start : start + batch] for start in range(0, len(chosen), batch)]
+    with Sweep(label, total=len(groups), unit="batch", least=len(groups)) as done:
+        for group in groups:
+            drawn = (pictures[i]() if callable(pictures[i]) else pictures[i] for i in group)
+            pixels = torch.cat([lab.pixels(read_picture(picture)) for picture in drawn])
+            with undisturbed(lab.model):
+                pair = read_connector(lab.model, pixels)
+            done.step()
+            yield pair
 
 
 @dataclass
@@ -202,15 +188,6 @@ class Sums:
     def output_mean(self) -> Tensor:
         return self.origin_y + self.y / self.count
 
-    @property
-    def output_spread(self) -> float:
-        """Root mean squared distance of an output from the mean output."""
-        return float(self._yy().sum() / self.count) ** 0.5
-
-    @property
-    def feature_spread(self) -> float:
-        return float(self._xx().trace() / self.count) ** 0.5
-
     def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
         """The map (D, F) and the orthonormal output directions (D, K) along which it varies, most first."""
         xx, xy = self._xx(), self._xy()
@@ -219,8 +196,9 @@ class Sums:
             raise DataError("all features are the same; give pictures that differ")
         values, vectors = torch.linalg.eigh(xx)
         values = values.clamp_min(0)
-        kept = values > SMALL * values.max()  # without a penalty, directions the features never take get no weight
-        values, vectors = values[kept], vectors[:, kept]
+        # without a penalty, directions that the features never take would get any weight
+        used = values > SMALL * values.max()
+        values, vectors = values[used], vectors[:, used]
         turned = (vectors.T @ xy) / (values + ridge * scale)[:, None]  # the map in the eigenbasis of the features
         full = (vectors @ turned).T
         left, _, _ = torch.linalg.svd((values.sqrt()[:, None] * turned).T, full_matrices=False)
@@ -258,15 +236,6 @@ def _notes(sums: Sums, scores: Scores) -> tuple[str, ...]:
     if CONTROLS[-1] not in scores.names:
         notes.append("No identity control: the two widths differ.")
     return tuple(notes)
-
-
-def _shown(pairs: Iterator[tuple[Tensor, Tensor]], count: int, batch: int, label: str) -> Iterator[tuple[Tensor, Tensor]]:
-    return iter(tqdm(pairs, total=-(-count // batch), desc=label, unit="batch", delay=PATIENCE, leave=False))
-
-
-FIT = "linear"
-CONTROLS = ("mean", "shuffle", "random", "identity")
-TINY = 1e-12
 
 
 def random_map(full: Float[Tensor, "D F"], *, seed: int = 0) -> Float[Tensor, "D F"]:
@@ -325,14 +294,13 @@ class Scores:
 
     def found(self) -> dict[str, Any]:
         """The fields of `Linearized` that are scores."""
-        pictures = np.array(self._picture)
-        total = max(float(pictures[:, 1].sum()), TINY)
+        error, spread = np.array(self._picture).T
+        total = max(float(spread.sum()), TINY)
 
-        def fits(weights: np.ndarray) -> np.ndarray:
-            error, spread = (weights @ pictures).T
-            return 1 - error / np.maximum(spread, TINY)
+        def r2_of(weights: np.ndarray) -> np.ndarray:
+            return 1 - weights @ error / np.maximum(weights @ spread, TINY)
 
-        low, high = percentiles(cluster_bootstrap(fits, len(pictures), seed=self._seed, one_by_one=True))
+        low, high = percentiles(cluster_bootstrap(r2_of, len(error), seed=self._seed, one_by_one=True))
         r2 = np.array([1 - self._error[name] / total for name in self.names])
         place = 1 - self._place[0] / self._place[1].clamp_min(TINY)
         return {

@@ -4,6 +4,9 @@ A GELU unit far to the right passes its input on (slope 1), far to the left it i
 it bent. A unit may also move so little that a line describes it anywhere. Both are counted, on the tokens of real
 pictures, because a connector is linear or not on a distribution, not in itself.
 
+    fit = ll.linearize(lab, pictures)
+    ll.local_linearity(lab, fit, pictures).bent_share
+
 Source: GELU, Hendrycks and Gimpel 2016 (arXiv 1606.08415): slope = Phi(h) + h phi(h).
 """
 
@@ -12,7 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,8 +23,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llava_lab.capture import undisturbed
-from llava_lab.connectors.linearize import Drawn, halves, random_map, tokens_of
+from llava_lab.capture import hooked, undisturbed
+from llava_lab.connectors.linearize import Drawn, random_map, split_pictures, tokens_of
 from llava_lab.errors import OptionError
 from llava_lab.models import connectors
 from llava_lab.models.layout import connector_of
@@ -50,11 +53,15 @@ def local_linearity(
     The pictures are the held-out share of `pictures`, the same that `llava_lab.linearize` scores with the same
     `held_out`. `tolerance` is how near a slope must be to 1 (open) or 0 (shut). Raises OptionError for a fit of another
     lab's widths or a connector that mixes patches.
+
+    >>> pictures = [run.picture] * 4
+    >>> ll.local_linearity(lab, ll.linearize(lab, pictures), pictures, tokens=2).cosine.shape
+    (2,)
     """
     began = time.perf_counter()
     if not 0 < tolerance < 0.5 or tokens < 1:
         raise OptionError(f"expected tolerance between 0 and 0.5 and tokens from 1, got {tolerance} and {tokens}")
-    _, test = halves(pictures, held_out)
+    _, test = split_pictures(pictures, held_out)
     slopes = Slopes(tolerance)
     with slopes.watched(connector_of(lab.model)):
         chosen, seen = _sample(tokens_of(lab, pictures, test, batch=batch), fit, tokens, np.random.default_rng(seed))
@@ -103,7 +110,8 @@ def jacobian(lab: Lab, feature: Float[Tensor, " F"]) -> Float[Tensor, "D F"]:
     connector, width = connector_of(lab.model), connectors.sizes_of(lab.model.config).language
     rows = []
     with undisturbed(lab.model), torch.enable_grad():
-        for start in range(0, width, ROWS):  # as many copies of the token as rows; each copy is asked for one output
+        for start in range(0, width, ROWS):
+            # as many copies of the token as rows; each copy gives the gradient of one output
             copies = feature.detach().repeat(min(ROWS, width - start), 1).requires_grad_()
             asked = connector(copies[None])[0][:, start : start + ROWS].diagonal().sum()
             rows.append(torch.autograd.grad(asked, copies)[0])
@@ -126,14 +134,11 @@ class Slopes:
     @contextmanager
     def watched(self, connector: nn.Module) -> Iterator[Slopes]:
         """Count while the connector runs inside the block; no hook is left."""
-        parts = [part for part in connector.modules() if type(part).__name__.upper().startswith("GELU")]
-        handles: list[Any] = []
-        try:
-            handles += [part.register_forward_hook(self._count) for part in parts]
+        with ExitStack() as stack:
+            for part in connector.modules():
+                if type(part).__name__.upper().startswith("GELU"):
+                    stack.enter_context(hooked(part, after=self._count))
             yield self
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _count(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         h = args[0].detach().flatten(0, -2).double().cpu()

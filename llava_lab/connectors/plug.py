@@ -1,12 +1,14 @@
-"""Plug a connector in for the length of a block: a module, a linear fit, a projector file, or another lab's.
+"""Put a connector in for the length of a block: a module, a linear fit, a projector file, or another lab's; and make new ones.
 
-What is plugged in and how it is checked is `llava_lab.models.swap`'s; this finds the module behind what it is given.
+    with ll.connector(lab, ll.new_connector(lab, "avgpool", side=4)):
+        lab.ask(picture, "What color is the car?")  # 16 image tokens
 
-A fresh connector for a model, with LLaVA's first weights or transformers'.
+How a connector is checked and what follows it is written in `llava_lab.models.swap`; the architectures are in
+`llava_lab.models.connectors`.
 
-They differ: LLaVA leaves its projector as torch's ``nn.Linear`` makes it, transformers draws every layer anew from
-N(0, initializer_range) with biases 0. For 1024 -> 4096 -> 4096 the second layer starts 2.2 times larger in
-transformers, which is a second change in what is meant as a comparison of connectors.
+A new connector has LLaVA's first weights or transformers'. They differ: LLaVA leaves its projector as torch's ``nn.Linear`` makes
+it, transformers draws every layer anew from N(0, initializer_range) with biases 0. For 1024 -> 4096 -> 4096 the second layer
+starts 2.2 times larger in transformers, which is a second change in what is meant as a comparison of connectors.
 """
 
 from __future__ import annotations
@@ -14,22 +16,23 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from llava_lab.capture import hooked
 from llava_lab.connectors.files import read_projector
 from llava_lab.errors import OptionError
 from llava_lab.models import connectors
 from llava_lab.models.connectors import Connector
 from llava_lab.models.lab import Lab
 from llava_lab.models.layout import connector_of
-from llava_lab.models.swap import Plug
+from llava_lab.models.swap import swapped
 from llava_lab.results import Linearized
 
-if TYPE_CHECKING:
-    from llava_lab.models import Lab
+INITS = ("llava", "transformers")
+STD = 0.02  # transformers' initializer_range for LLaVA
 
 
 @contextmanager
@@ -40,13 +43,13 @@ def connector(lab: Lab, what: nn.Module | Linearized | Lab | str | os.PathLike) 
     borrowed. Grid, prompts and maps follow a connector that makes fewer tokens; a run answered with one connector is
     refused with another. Raises OptionError where the widths differ; warns `ForeignConnector` where the connector learnt
     beside another language model, which makes the comparison invalid.
+
+    >>> with ll.connector(lab, ll.new_connector(lab, "avgpool", side=4)):
+    ...     lab.grid
+    (4, 4)
     """
-    plug = Plug(lab, as_connector(lab, what))
-    plug.apply()
-    try:
+    with swapped(lab, as_connector(lab, what)):
         yield lab
-    finally:
-        plug.undo()
 
 
 def as_connector(lab: Lab, what: Any) -> nn.Module:
@@ -84,7 +87,7 @@ def linear_connector(lab: Lab, weight: Any, bias: Any, *, trained_with: dict[str
 def shuffled_tokens(lab: Lab, *, seed: int = 0) -> Iterator[Lab]:
     """Inside the block the connector's tokens come in another order, the same for every picture: a control.
 
-    What the tokens say is kept, where they say it is lost. The hook is gone afterwards.
+    What the tokens say is kept, where they say it is lost.
     """
     count = lab.grid[0] * lab.grid[1]
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
@@ -92,15 +95,8 @@ def shuffled_tokens(lab: Lab, *, seed: int = 0) -> Iterator[Lab]:
     def shuffle(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return output[:, order.to(output.device)]
 
-    handle = connector_of(lab.model).register_forward_hook(shuffle)
-    try:
+    with hooked(connector_of(lab.model), after=shuffle):
         yield lab
-    finally:
-        handle.remove()
-
-
-INITS = ("llava", "transformers")
-STD = 0.02  # transformers' initializer_range for LLaVA
 
 
 def new_connector(lab: Lab, kind: str, *, init: str = "llava", seed: int = 0, **options: Any) -> Connector:
@@ -109,6 +105,9 @@ def new_connector(lab: Lab, kind: str, *, init: str = "llava", seed: int = 0, **
     `kind` is a name from ``llava_lab.CONNECTORS`` or ``mlp{N}x_gelu``, `options` are that entry's. The same seed gives
     the same weights; the global random state is not touched. It is frozen and in evaluation mode, as a loaded model is.
     Raises OptionError for an unknown name or option, or one that does not fit the model's widths and grid.
+
+    >>> ll.new_connector(lab, "bottleneck", parameters=20_000).kind
+    'bottleneck'
     """
     _check(init)
     with torch.random.fork_rng(devices=[]):

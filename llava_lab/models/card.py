@@ -28,7 +28,7 @@ from llava_lab.models.connectors import Connector, spec
 
 NOT_STATED = "not stated"
 SAMPLES = 32  # values per parameter in a fingerprint; the first and the last are always among them
-STOCK = ("mlp2x_gelu", {})  # what the stock connector is called where it is named
+STOCK_SPEC = ("mlp2x_gelu", {})  # what the stock connector is called where it is named
 
 _NON_COMMERCIAL = re.compile(r"(^|[-_ ])nc($|[-_ \d])|non-?commercial|research-only", re.IGNORECASE)
 
@@ -128,7 +128,7 @@ def fingerprint(model: nn.Module) -> str:
     """16 hexadecimal digits over the names, shapes and sampled values of a model's parameters, and its connector's kind."""
     named = spec(getattr(model, "config", None))
     # equal weights may be joined differently; the stock connector has no entry, and ours of the same kind is the same
-    kind = "" if named in (None, STOCK) else repr((named[0], sorted(named[1].items())))
+    kind = "" if named in (None, STOCK_SPEC) else repr((named[0], sorted(named[1].items())))
     parameters = ((name, _waiting(model, name) if value.is_meta else value) for name, value in model.named_parameters())
     return _digest(parameters, kind)
 

@@ -1,23 +1,20 @@
-"""Connectors as modules: vision features (B, P, F) in, image tokens (B, P', D) out.
+"""Connectors: modules from vision features (B, P, F) to image tokens (B, Q, D), their registry, and their place in a config.
 
-Layers are named ``linear_1``, ``linear_2``, ... as transformers names them, so that a hub checkpoint with an
-mlp2x_gelu loads into them unchanged. No module here keeps a buffer: what is not in the checkpoint is computed
-in the forward. Names, options and token counts are `llava_lab.models.connectors`' business.
+    CONNECTORS["avgpool"].truth
+    build("avgpool", Sizes(vision=32, language=64, grid=(4, 4)), {"side": 2})
+
+Layers are named ``linear_1``, ``linear_2``, ... as transformers names them, so that a hub mlp2x_gelu loads into
+them unchanged. No module here has a buffer: what is not in the checkpoint is computed in the forward.
+
+A model whose config.json says ``mm_projector_type`` (with ``mm_projector_options``) is built through transformers' official patch
+mapping: class, model type, key conversions and ``generate`` stay stock, and what `save_pretrained` writes loads again with no
+missing and no unexpected key. A config without the entry is a stock checkpoint and is never touched. The mapping belongs to the
+whole process and transformers does not put it back after an exception; `patched` does.
 
 Sources: haotian-liu/LLaVA @ c121f04 ``multimodal_projector/builder.py``; TRI-ML/prismatic-vlms @ 874c5bb
 ``util/nn_utils.py`` (fused); DeCo, arXiv 2405.20985 (average pooling); khanrc/honeybee @ 68a8d84
 ``projectors/projectors.py`` (C-Abstractor); Flamingo, arXiv 2204.14198 (Perceiver resampler); nanoVLM @ 4e0c096
-``models/modality_projector.py`` (pixel shuffle). The code is ours.
-
-The registry of connectors, their place in a config, and stock transformers classes built around them.
-
-A model whose config.json says ``mm_projector_type`` (with ``mm_projector_options``) is built through transformers'
-official patch mapping: class, model type, key conversions and ``generate`` stay stock, and what `save_pretrained`
-writes loads again with no missing and no unexpected key. A config without the entry is a stock checkpoint and is
-never touched. The mapping belongs to the whole process and transformers does not put it back after an exception;
-`patched` does.
-
-Source: transformers 5.x ``monkey_patching.py``; names after haotian-liu/LLaVA ``multimodal_projector/builder.py``.
+``models/modality_projector.py`` (pixel shuffle); transformers 5.x ``monkey_patching.py``. The code is ours.
 """
 
 from __future__ import annotations
@@ -42,9 +39,17 @@ from transformers.models.llava import modeling_llava
 
 from llava_lab.errors import OptionError
 
+TYPE, OPTIONS = "mm_projector_type", "mm_projector_options"  # in config.json; the first is LLaVA's own key, the second ours
+STOCK = modeling_llava.LlavaMultiModalProjector
 NEW_STD = 0.02  # standard deviation of fresh queries and position embeddings, as in ViT
 SQUEEZE = 4  # a block's channel gate is this much narrower than the block
 GROUP = 8  # channels that a block's 3x3 convolution mixes
+
+_PATTERN = f"^{STOCK.__name__}$"  # anchored: VipLlava's class name ends in the same words
+_MLP = re.compile(r"mlp([1-9]\d*)x_gelu")
+_LOCK = threading.RLock()
+
+Grid = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class Sizes:
 
     vision: int  # F, width of a vision feature (all chosen layers together)
     language: int  # D, width of the language model
-    grid: tuple[int, int]  # vision patches, rows and columns
+    grid: Grid  # vision patches, rows and columns
     bias: bool = True
 
 
@@ -61,7 +66,7 @@ class Connector(nn.Module):
     """One of our connectors; `kind` and `options` rebuild it, `trained_with` says beside which models it learnt."""
 
     kind: str
-    options: dict[str, Any]
+    options: Mapping[str, Any] = MappingProxyType({})
     sizes: Sizes
     trained_with: dict[str, str] | None = None  # fingerprints of "language" and "vision"; {} has not been trained
 
@@ -72,6 +77,13 @@ class Connector(nn.Module):
 
 class Identity(Connector):
     """The features as they are; the two widths must agree."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__(sizes)
+        if sizes.vision != sizes.language:
+            raise OptionError(
+                f"connector 'identity' needs equal widths, got {sizes.vision} (vision) and {sizes.language} (language)"
+            )
 
     def forward(self, image_features: Float[Tensor, "B P F"]) -> Float[Tensor, "B P F"]:
         return image_features
@@ -94,11 +106,28 @@ class Chain(Connector):
         return image_features
 
 
+class Bottleneck(Chain):
+    """Two layers with GELU; the hidden one is the widest that keeps to a count of parameters."""
+
+    def __init__(self, sizes: Sizes, *, parameters: int | None) -> None:
+        """`parameters` None is the linear connector's count."""
+        given, made, bias = sizes.vision, sizes.language, int(sizes.bias)
+        parameters = parameters or (given + bias) * made
+        width = (parameters - bias * made) // (given + made + bias)
+        if width < 1:
+            least = given + made + bias + bias * made
+            raise OptionError(f"parameters must be at least {least} for widths {given} and {made}, got {parameters}")
+        super().__init__(sizes, (given, width, made), gelu=True)
+        self.options = {"parameters": parameters}
+
+
 class Gated(Connector):
     """A hidden layer whose units are opened and shut by a second one: linear_2(linear_1(x) * GELU(linear_gate(x)))."""
 
-    def __init__(self, sizes: Sizes, width: int) -> None:
+    def __init__(self, sizes: Sizes, *, width: int | None) -> None:
+        """`width` None is the language model's."""
         super().__init__(sizes)
+        width = width or sizes.language
         self.linear_1 = nn.Linear(sizes.vision, width, bias=sizes.bias)
         self.linear_gate = nn.Linear(sizes.vision, width, bias=sizes.bias)
         self.linear_2 = nn.Linear(width, sizes.language, bias=sizes.bias)
@@ -111,9 +140,9 @@ class Gated(Connector):
 class AveragePool(Chain):
     """Means over square windows of patches, then a chain on what is left."""
 
-    def __init__(self, sizes: Sizes, widths: Sequence[int], *, window: int) -> None:
-        super().__init__(sizes, widths, gelu=True)
-        self.window = window
+    def __init__(self, sizes: Sizes, *, side: int, layers: int) -> None:
+        super().__init__(sizes, (sizes.vision, *[sizes.language] * layers), gelu=True)
+        self.window = sizes.grid[0] // side
 
     def forward(self, image_features: Float[Tensor, "B P F"]) -> Float[Tensor, "B Q D"]:
         return super().forward(_flat(functional.avg_pool2d(_plane(image_features, self.sizes), self.window)))
@@ -136,10 +165,10 @@ class PixelShuffle(Chain):
 class CAbstractor(Connector):
     """Convolutions, average pooling, convolutions again, then two linear layers with SiLU between them."""
 
-    def __init__(self, sizes: Sizes, *, window: int, depth: int) -> None:
+    def __init__(self, sizes: Sizes, *, side: int, depth: int) -> None:
         super().__init__(sizes)
         rows, cols = sizes.grid
-        self.window = window
+        self.window = rows // side
         self.positions = nn.Parameter(NEW_STD * torch.randn(1, rows * cols, sizes.vision))
         self.before = nn.ModuleList(_Block(sizes.vision) for _ in range(depth))
         self.after = nn.ModuleList(_Block(sizes.vision) for _ in range(depth))
@@ -163,6 +192,8 @@ class Resampler(Connector):
     def __init__(self, sizes: Sizes, *, queries: int, layers: int, heads: int) -> None:
         super().__init__(sizes)
         width = sizes.language
+        if width % heads:
+            raise OptionError(f"heads must divide the language width {width}, got {heads}")
         self.linear_1 = nn.Linear(sizes.vision, width, bias=sizes.bias)
         self.queries = nn.Parameter(NEW_STD * torch.randn(1, queries, width))
         self.layers = nn.ModuleList(_Reader(width, heads) for _ in range(layers))
@@ -208,9 +239,9 @@ class _Reader(nn.Module):
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, tokens: Float[Tensor, "B Q D"], features: Float[Tensor, "B P D"]) -> Float[Tensor, "B Q D"]:
-        asked = self.norm_query(tokens)
-        seen = torch.cat([self.norm_feature(features), asked], 1)
-        parts = (self.q_proj(asked), self.k_proj(seen), self.v_proj(seen))
+        queries = self.norm_query(tokens)
+        context = torch.cat([self.norm_feature(features), queries], 1)
+        parts = (self.q_proj(queries), self.k_proj(context), self.v_proj(context))
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)  # B, H, N, E
         read = functional.scaled_dot_product_attention(q, k, v)
         tokens = tokens + self.o_proj(read.transpose(1, 2).flatten(2))
@@ -229,26 +260,16 @@ def _over_channels(norm: nn.Module, plane: Float[Tensor, "B F Y X"]) -> Float[Te
     return norm(plane.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-STOCK = modeling_llava.LlavaMultiModalProjector
-TYPE, OPTIONS = "mm_projector_type", "mm_projector_options"  # the first is LLaVA's own key, the second ours
-
-_PATTERN = f"^{STOCK.__name__}$"  # anchored: VipLlava's class name ends in the same words
-_MLP = re.compile(r"mlp([1-9]\d*)x_gelu")
-_LOCK = threading.RLock()
-
-Grid = tuple[int, int]
-
-
 @dataclass(frozen=True)
 class Architecture:
-    """One entry of the registry."""
+    """One entry of the registry; ``make(sizes, **options)`` gives the module."""
 
     name: str
     truth: str  # what it is, in a line
     source: str
-    make: Callable[[Sizes, dict[str, Any]], Connector]
+    make: Callable[..., Connector]
     options: Mapping[str, Any] = field(default_factory=dict)  # with their defaults
-    tokens: Callable[[Sizes, dict[str, Any]], Grid] = lambda sizes, options: sizes.grid
+    tokens: Callable[[Sizes, Mapping[str, Any]], Grid] = lambda sizes, options: sizes.grid
     mixes: bool = False  # a token is made from several patches
     placed: bool = True  # a token belongs to a place in the picture
 
@@ -265,17 +286,18 @@ def architecture(name: str) -> Architecture:
 def build(kind: str, sizes: Sizes, options: Mapping[str, Any] | None = None) -> Connector:
     """The connector with torch's own fresh weights. Raises OptionError (one line) for what does not fit."""
     entry = architecture(kind)
-    given = dict(options or {})
-    if unknown := sorted(set(given) - set(entry.options)):
+    options = dict(options or {})
+    if unknown := sorted(set(options) - set(entry.options)):
         takes = ", ".join(entry.options) or "no options"
         raise OptionError(f"connector {kind!r} takes {takes}; got {', '.join(unknown)}")
-    chosen = {**entry.options, **given}
-    for name, value in chosen.items():
+    options = {**entry.options, **options}
+    for name, value in options.items():
         if not isinstance(value, bool) and value is not None and (not isinstance(value, int) or value < 1):
             raise OptionError(f"option {name} of connector {kind!r} must be a whole number from 1, got {value!r}")
-    entry.tokens(sizes, chosen)  # refuses what does not divide the grid
-    module = entry.make(sizes, chosen)
-    module.kind, module.options = kind, chosen
+    entry.tokens(sizes, options)  # refuses what does not divide the grid
+    module = entry.make(sizes, **options)
+    # a module may have put a number where None stood
+    module.kind, module.options = kind, {**options, **module.options}
     return module
 
 
@@ -308,8 +330,8 @@ def placed(config: LlavaConfig) -> bool:
     return named is None or architecture(named[0]).placed
 
 
-class Chosen(nn.Module):
-    """Stands for the stock projector class while a model is built: gives the connector that the config names."""
+class FromConfig(nn.Module):
+    """Stands for the stock class while a model is built: makes the connector that the config names."""
 
     def __new__(cls, config: LlavaConfig) -> Any:
         named = spec(config)
@@ -325,7 +347,7 @@ def patched() -> Iterator[None]:
     with _LOCK:
         before = monkey_patching.get_patch_mapping().get(_PATTERN)
         own = modeling_llava.LlavaMultiModalProjector
-        monkey_patching.register_patch_mapping({_PATTERN: Chosen}, overwrite=True)
+        monkey_patching.register_patch_mapping({_PATTERN: FromConfig}, overwrite=True)
         try:
             with monkey_patching.apply_patches():
                 yield
@@ -333,28 +355,28 @@ def patched() -> Iterator[None]:
             monkey_patching.unregister_patch_mapping([_PATTERN])
             if before is not None:
                 monkey_patching.register_patch_mapping({_PATTERN: before})
-            for module in list(sys.modules.values()):  # apply_patches leaves these behind when an exception passes it
-                if getattr(module, "__name__", "").startswith("transformers") and vars(module).get(STOCK.__name__) is Chosen:
+            # apply_patches leaves its class behind when an exception passes it
+            for module in list(sys.modules.values()):
+                if getattr(module, "__name__", "").startswith("transformers") and vars(module).get(STOCK.__name__) is FromConfig:
                     setattr(module, STOCK.__name__, own)
 
 
-def _side(sizes: Sizes, side: int) -> Grid:
-    rows, cols = sizes.grid
+def _side(sizes: Sizes, options: Mapping[str, Any]) -> Grid:
+    (rows, cols), side = sizes.grid, options["side"]
     if rows % side or cols % side:
-        fit = ", ".join(str(one) for one in range(1, rows + 1) if rows % one == 0 and cols % one == 0)
+        fit = ", ".join(str(number) for number in range(1, rows + 1) if rows % number == 0 and cols % number == 0)
         raise OptionError(f"side must divide the {rows}x{cols} patches, so one of {fit}; got {side}")
     return side, side
 
 
-def _shuffled(sizes: Sizes, options: dict[str, Any]) -> Grid:
-    rows, cols = sizes.grid
-    factor = options["factor"]
+def _shuffled(sizes: Sizes, options: Mapping[str, Any]) -> Grid:
+    (rows, cols), factor = sizes.grid, options["factor"]
     if rows % factor or cols % factor:
         raise OptionError(f"factor must divide the {rows}x{cols} patches, got {factor}")
     return rows // factor, cols // factor
 
 
-def _square(sizes: Sizes, options: dict[str, Any]) -> Grid:
+def _square(sizes: Sizes, options: Mapping[str, Any]) -> Grid:
     side = isqrt(options["queries"])
     if side**2 != options["queries"]:
         raise OptionError(f"queries must be a square number, such as 16, 64 or 144, got {options['queries']}")
@@ -362,93 +384,67 @@ def _square(sizes: Sizes, options: dict[str, Any]) -> Grid:
 
 
 def _mlp(layers: int) -> Architecture:
-    def make(sizes: Sizes, options: dict[str, Any]) -> Connector:
+    def make(sizes: Sizes) -> Connector:
         return Chain(sizes, (sizes.vision, *[sizes.language] * layers), gelu=True)
 
     truth = "One linear layer in a list." if layers == 1 else f"{layers} linear layers with GELU between them."
     return Architecture(f"mlp{layers}x_gelu", truth, "LLaVA-1.5 (N=2)", make)
 
 
-def _identity(sizes: Sizes, options: dict[str, Any]) -> Connector:
-    if sizes.vision != sizes.language:
-        raise OptionError(f"connector 'identity' needs equal widths, got {sizes.vision} (vision) and {sizes.language} (language)")
-    return Identity(sizes)
+def _linear(sizes: Sizes) -> Connector:
+    return Chain(sizes, (sizes.vision, sizes.language), gelu=False)
 
 
-def _bottleneck(sizes: Sizes, options: dict[str, Any]) -> Connector:
-    """The widest hidden layer that keeps the count; None is the linear connector's count."""
-    given, made, bias = sizes.vision, sizes.language, int(sizes.bias)
-    options["parameters"] = options["parameters"] or (given + bias) * made
-    width = (options["parameters"] - bias * made) // (given + made + bias)
-    if width < 1:
-        least = given + made + bias + bias * made
-        raise OptionError(f"parameters must be at least {least} for widths {given} and {made}, got {options['parameters']}")
-    return Chain(sizes, (given, width, made), gelu=True)
+def _linear2x(sizes: Sizes) -> Connector:
+    return Chain(sizes, (sizes.vision, sizes.language, sizes.language), gelu=False)
 
 
-def _resampler(sizes: Sizes, options: dict[str, Any]) -> Connector:
-    if sizes.language % options["heads"]:
-        raise OptionError(f"heads must divide the language width {sizes.language}, got {options['heads']}")
-    return Resampler(sizes, **options)
+def _fused(sizes: Sizes) -> Connector:
+    return Chain(sizes, (sizes.vision, 4 * sizes.vision, sizes.language, sizes.language), gelu=True)
 
 
 _ALL = (
-    Architecture(
-        "linear", "One linear layer.", "LLaVA", lambda sizes, _: Chain(sizes, (sizes.vision, sizes.language), gelu=False)
-    ),
+    Architecture("linear", "One linear layer.", "LLaVA", _linear),
     _mlp(2),
-    Architecture("identity", "The vision features as they are.", "LLaVA", _identity),
+    Architecture("identity", "The vision features as they are.", "LLaVA", Identity),
     Architecture(
         "linear2x",
         "Two linear layers and nothing between them: the MLP's parameters, the linear's functions.",
         "control",
-        lambda sizes, _: Chain(sizes, (sizes.vision, sizes.language, sizes.language), gelu=False),
+        _linear2x,
     ),
     Architecture(
         "bottleneck",
         "Two layers with GELU, as narrow as `parameters` asks (None: as many as the linear has).",
         "control",
-        _bottleneck,
+        Bottleneck,
         {"parameters": None},
     ),
-    Architecture(
-        "gated",
-        "A hidden layer gated by a second one.",
-        "Shazeer 2020 (GEGLU)",
-        lambda sizes, options: Gated(sizes, options["width"] or sizes.language),
-        {"width": None},
-    ),
-    Architecture(
-        "fused",
-        "Three layers, the first four times as wide as the features.",
-        "Prismatic (fused-gelu-mlp)",
-        lambda sizes, _: Chain(sizes, (sizes.vision, 4 * sizes.vision, sizes.language, sizes.language), gelu=True),
-    ),
+    Architecture("gated", "A hidden layer gated by a second one.", "Shazeer 2020 (GEGLU)", Gated, {"width": None}),
+    Architecture("fused", "Three layers, the first four times as wide as the features.", "Prismatic (fused-gelu-mlp)", _fused),
     Architecture(
         "avgpool",
         "Means over windows of patches down to side x side tokens, then an MLP.",
         "DeCo",
-        lambda sizes, options: AveragePool(
-            sizes, (sizes.vision, *[sizes.language] * options["layers"]), window=sizes.grid[0] // options["side"]
-        ),
+        AveragePool,
         {"side": 2, "layers": 2},
-        lambda sizes, options: _side(sizes, options["side"]),
+        _side,
         mixes=True,
     ),
     Architecture(
         "c_abstractor",
         "Convolutions, pooling to side x side tokens, convolutions, an MLP.",
         "Honeybee",
-        lambda sizes, options: CAbstractor(sizes, window=sizes.grid[0] // options["side"], depth=options["depth"]),
+        CAbstractor,
         {"side": 2, "depth": 3},
-        lambda sizes, options: _side(sizes, options["side"]),
+        _side,
         mixes=True,
     ),
     Architecture(
         "resampler",
         "Learnt queries read the features; their tokens have no place in the picture.",
         "Flamingo (Perceiver)",
-        _resampler,
+        Resampler,
         {"queries": 64, "layers": 3, "heads": 8},
         _square,
         mixes=True,
@@ -458,7 +454,7 @@ _ALL = (
         "pixel_shuffle",
         "factor x factor patches side by side in one token, then one linear layer.",
         "nanoVLM",
-        lambda sizes, options: PixelShuffle(sizes, factor=options["factor"], bias=options["bias"]),
+        PixelShuffle,
         {"factor": 2, "bias": False},
         _shuffled,
         mixes=True,

@@ -22,7 +22,7 @@ from llava_lab.models import text as prompts
 from llava_lab.models.card import Card, fingerprint, make_card
 from llava_lab.models.generation import Generated, generate
 from llava_lab.models.pictures import PictureLike, Preprocessing, read_picture
-from llava_lab.models.swap import Plug, trained_beside
+from llava_lab.models.swap import Swap, trained_beside
 from llava_lab.models.text import Sequence, decode, encode, finished, group_words, pieces, refuse_special_text
 from llava_lab.results import Run
 
@@ -62,10 +62,10 @@ class Lab:
     @property
     def connector(self) -> nn.Module:
         """The connector in place; it now carries a record of the models it works between (see `swap`)."""
-        found: Any = layout.connector_of(self.model)
-        if getattr(found, "trained_with", None) is None:
-            found.trained_with = trained_beside(self.model)
-        return found
+        connector: Any = layout.connector_of(self.model)
+        if getattr(connector, "trained_with", None) is None:
+            connector.trained_with = trained_beside(self.model)
+        return connector
 
     def swap(self, connector: nn.Module) -> nn.Module:
         """Put another connector in and return the one that was there; config, grid, prompts and card follow.
@@ -75,7 +75,7 @@ class Lab:
         Raises OptionError where the widths differ; warns `ForeignConnector` where it learnt beside other weights.
         """
         before = self.connector
-        Plug(self, connector).apply()
+        Swap(self, connector).apply()
         return before
 
     @property

@@ -1,14 +1,19 @@
 """Put another connector into a loaded model, with everything that must follow: config, grid, transform, card.
 
-The module alone would not do: a model that says ``mlp2x_gelu`` and holds one linear layer saves a checkpoint that
-nobody can load, and a pooled one would be asked with the wrong number of image tokens. `Plug` changes all of it
-together and takes all of it back. It trains and fits nothing.
+The module alone would not do: a model that says ``mlp2x_gelu`` and holds one linear layer saves a checkpoint that nobody can
+load, and a pooled one would be asked with the wrong number of image tokens. `Swap` changes all of it together and takes all of it
+back.
+
+    with swapped(lab, connector):
+        lab.ask(picture, question)
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -28,10 +33,25 @@ _ACTS = ("gelu", "linear", "quick_gelu", "gelu_pytorch_tanh", "relu", "silu")
 
 
 class ForeignConnector(UserWarning):
-    """A connector meets a language model or vision tower it was not trained with, or nobody knows whether it was."""
+    """A connector meets a language model or vision tower it was not trained with, or it is not known whether it was.
+
+    >>> issubclass(ll.ForeignConnector, UserWarning)
+    True
+    """
 
 
-class Plug:
+@contextmanager
+def swapped(lab: Lab, module: nn.Module) -> Iterator[Lab]:
+    """Inside the block `lab` has another connector; afterwards everything is as it was, also after an exception."""
+    swap = Swap(lab, module)
+    swap.apply()
+    try:
+        yield lab
+    finally:
+        swap.undo()
+
+
+class Swap:
     """A connector change that can be taken back: `apply`, then `undo`."""
 
     def __init__(self, lab: Lab, module: nn.Module) -> None:
@@ -56,11 +76,11 @@ class Plug:
                 _set(config, name, value)
             config.image_seq_length = layout.image_token_count(self.lab.model)
             self.lab.measure()
-            parameters = self._lab["card"].parameters + _count(self.module) - _count(self.before)
+            old, new = (sum(parameter.numel() for parameter in part.parameters()) for part in (self.before, self.module))
             self.lab.card = replace(
                 self._lab["card"],
                 connector=connector_name(self.lab.model),
-                parameters=parameters,
+                parameters=self._lab["card"].parameters - old + new,
                 image_tokens=config.image_seq_length,
             )
             warn_if_foreign(self.lab, self.module)
@@ -112,7 +132,7 @@ def warn_if_foreign(lab: Lab, module: nn.Module) -> None:
     if record is None:
         warnings.warn(
             f"nothing records which language model this connector was trained with, so it cannot be checked against "
-            f"{lab.name!r}; a projector speaks to its own language model only",
+            f"{lab.name!r}; a connector speaks to its own language model only",
             ForeignConnector,
             stacklevel=4,
         )
@@ -161,7 +181,3 @@ def _beside(module: nn.Module, before: nn.Module, lab: Lab) -> nn.Module:
         return module
     with torch.no_grad():
         return copy.deepcopy(module).to(device=device, dtype=dtype)
-
-
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())

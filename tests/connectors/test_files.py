@@ -15,8 +15,10 @@ from transformers import LlavaForConditionalGeneration
 import llava_lab as ll
 from llava_lab.errors import CheckpointError, OptionError
 from llava_lab.models import Lab, layout
+from tests.support.closeness import close
 
 QUESTION = "What color is the car?"
+TERMS = 64 * 3  # width times layers of the language model
 
 
 def logits(model: Any, lab: Lab, picture: np.ndarray) -> torch.Tensor:
@@ -65,7 +67,7 @@ def test_the_stock_connector_goes_through_a_file_and_changes_nothing(
     path = ll.write_projector(tiny_random, tmp_path / "mm_projector.bin")
     want = logits(tiny_random.model, tiny_random, picture)
     with ll.connector(tiny_random, path) as lab:  # recorded beside this very model: no warning
-        assert torch.equal(logits(lab.model, lab, picture), want)
+        close(logits(lab.model, lab, picture), want, terms=TERMS)
     record = json.loads(path.with_suffix(".json").read_text())
     assert record["mm_projector_type"] == "mlp2x_gelu"
     record["trained_with"]["language"] = "another"
@@ -121,7 +123,7 @@ def test_what_is_no_file_of_tensors_is_refused(tiny_random: Lab, tmp_path: Path)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["linear", "mlp1x_gelu", "mlp2x_gelu", "linear2x"])
-def test_stock_transformers_loads_an_export_and_gives_the_same_bits(
+def test_stock_transformers_loads_an_export_and_gives_the_same_numbers(
     tiny_folder: Path, tmp_path: Path, picture: np.ndarray, kind: str, dtype: torch.dtype
 ) -> None:
     lab = ll.load(tiny_folder, dtype=dtype)
@@ -133,7 +135,7 @@ def test_stock_transformers_loads_an_export_and_gives_the_same_bits(
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert "mm_projector_type" not in json.loads((tmp_path / "config.json").read_text())
-    assert torch.equal(logits(stock.eval(), lab, picture), want)
+    close(logits(stock.eval(), lab, picture), want, terms=TERMS, dtype=dtype)
 
 
 def test_what_stock_transformers_does_not_have_is_not_exported(tiny_random: Lab, tmp_path: Path) -> None:
