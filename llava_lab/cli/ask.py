@@ -296,7 +296,7 @@ def naming(args: argparse.Namespace) -> Reply:
         "notes": list(result.notes),
         "model": result.model,
     }
-    return Reply(data, "\n".join([result.table(), *result.notes]))
+    return Reply(data, str(result.table()))
 
 
 def _read_states(text: str | None) -> Any:

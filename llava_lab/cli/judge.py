@@ -125,7 +125,6 @@ def _compare_one(args: argparse.Namespace) -> Reply:
 
 def _compare_many(args: argparse.Namespace) -> Reply:
     import llava_lab as ll
-    from llava_lab.judging.leaderboard import as_data
 
     if args.target:
         raise OptionError("--target is for one picture; with --data the word that answers each question is explained")
@@ -139,7 +138,7 @@ def _compare_many(args: argparse.Namespace) -> Reply:
         from llava_lab.plots import scores as plots
 
         common.save_figure(plots.leaderboard(board), args.figure)
-    return Reply(as_data(board), leaderboard_text(board), code=130 if board.about["interrupted"] else 0)
+    return Reply(board.to_dict(), leaderboard_text(board), code=130 if board.about["interrupted"] else 0)
 
 
 def _numbers(args: argparse.Namespace) -> dict[str, int]:

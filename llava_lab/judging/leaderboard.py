@@ -50,21 +50,18 @@ from llava_lab.checks import whole_number
 from llava_lab.errors import DataError, OptionError
 from llava_lab.judging.compare import Options, chosen_methods, compare
 from llava_lab.judging.faithfulness import BATCH, FEWEST_FILLS, SCALES, Judge, allowed_fills
-from llava_lab.judging.ground_truth import MEASURES as TRUTH
 from llava_lab.models.folders import ABLATE, ABLATION, NAMES, SHIP
 from llava_lab.results import Ablation, Comparison, Faithfulness, Leaderboard, Run, Target, area, mean_of_known
+from llava_lab.results.scores import COST, DIGITS, FAITHFUL, TRUE
 from llava_lab.stats import cluster_bootstrap, exact_match, percentiles, wilson
 from llava_lab.worlds import picturebook
 
 if TYPE_CHECKING:
     from llava_lab.models import Lab
 
-FAITHFUL = ("gain", "deletion", "insertion", "better", "object")  # better: share of pictures on which the map beats random
-COST = ("forward", "backward", "seconds")
-MEASURES = (*FAITHFUL, *TRUTH, *COST)
+MEASURES = (*FAITHFUL, *TRUE, *COST)
 SHARES = ("better", "object", "pointing")  # yes or no on each picture
 ASKED = ("asked", "wrong", "blind")  # questions: all, answered wrong, answered right without the picture
-DIGITS = 5
 
 Record = Mapping[str, Any]
 
@@ -78,7 +75,7 @@ def method_values(result: Comparison) -> dict[str, dict[str, float | None]]:
         judged = not np.isnan(score.interval[0]).any()
         values |= {"better": float(score.beats_random[0]) if judged else np.nan, "object": score.hits[0]}
         if name in result.truth:
-            values |= {measure: result.truth[name].value(measure) for measure in TRUTH}
+            values |= {measure: result.truth[name].value(measure) for measure in TRUE}
         values |= {"forward": rel.passes["forward"], "backward": rel.passes["backward"], "seconds": rel.seconds}
         found[name] = {measure: _plain(value) for measure, value in values.items()}
     return found
@@ -121,29 +118,6 @@ def tabulate(records: Sequence[Record], methods: tuple[str, ...], about: Mapping
         refused=refused,
         about={**about, **numbers},
     )
-
-
-def as_data(board: Leaderboard) -> dict[str, Any]:
-    """The object that ``llava-lab compare --data picturebook --json`` prints."""
-    parts = {"faithfulness": FAITHFUL, "ground_truth": TRUTH, "cost": COST}
-    rows = [
-        {"method": name, "type": kind} | {part: _cell_data(board, name, kind, measures) for part, measures in parts.items()}
-        for name in board.methods
-        for kind in board.types
-    ]
-    agreement = {"methods": list(board.methods), "spearman": board.spearman.round(DIGITS)}
-    return {"rows": rows, "agreement": agreement, "refused": board.refused, "about": board.about}
-
-
-def _cell_data(board: Leaderboard, method: str, kind: str, measures: tuple[str, ...]) -> dict[str, Any]:
-    found = {}
-    for measure in measures:
-        cell = board.at(method, measure, kind)
-        shown = {"mean": cell["mean"], "interval": cell["interval"], "n": cell["n"]}
-        if measure not in (*COST, "better"):
-            shown |= {"against_random": cell["against"], "against_random_interval": cell["against_interval"]}
-        found[measure] = {name: np.round(value, DIGITS).tolist() for name, value in shown.items()}
-    return found
 
 
 def _cells(values: np.ndarray, control: np.ndarray) -> tuple[np.ndarray, ...]:

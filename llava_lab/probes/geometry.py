@@ -139,7 +139,7 @@ def token_geometry(
         interrupted, other = shuffled is None, shuffled or other
     return TokenGeometry(
         stages=tuple(map(stage_name, wanted)),
-        table=found["table"],
+        values=found["table"],
         control=other["table"],
         cka=found["cka"],
         control_cka=other["cka"],

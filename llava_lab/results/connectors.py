@@ -1,13 +1,12 @@
-"""What is found out about a connector, as frozen dataclasses over numpy arrays; each is one ``.npz`` file.
+"""What is measured of a connector: its linear stand-in, and connectors trained side by side.
 
-They load without torch and without the model. Every score stands beside its controls: the mean vector, shuffled tokens,
-a random map of the same size, and the features themselves where the widths allow it.
+Every score stands beside its controls: the mean vector, shuffled tokens, a random map of the same size, and the
+features themselves where the widths allow it. In an `Ablation` an *arm* is a connector under one condition: a budget
+(equal samples, or equal floating-point operations) with or without stage 1. All arms of a seed read the same data in
+the same order and answer the same questions.
 
-What came of training connectors side by side: every answer of every run, and what may be concluded from them.
-
-An *arm* is a connector under one condition: a budget (equal samples, or equal floating-point operations) with or
-without stage 1. All arms of a seed read the same data in the same order and answer the same questions. It loads
-without torch and without the models.
+    result = Ablation.load("ablation.npz")
+    print(result.table())
 """
 
 from __future__ import annotations
@@ -20,6 +19,11 @@ import numpy as np
 
 from llava_lab.errors import DataError, OptionError
 from llava_lab.results.save import Saved
+from llava_lab.results.table import Table, figure, percent, plain
+
+ALL = "all"
+WORDS = {1: "better", -1: "worse", 0: "not distinguishable"}
+MANY = 10_000  # seeds or pictures beyond which a number says nothing
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,18 @@ class Linearized(Saved):
         bias = self.output_mean - weight @ self.feature_mean
         return replace(self, weight=weight.astype(np.float32), bias=bias.astype(np.float32), rank=rank)
 
+    def table(self) -> Table:
+        """R^2, cosine and error of the length for the fit and its controls, then R^2 by rank."""
+        rows = tuple(
+            (name, figure(r2), figure(cosine), figure(error))
+            for name, r2, cosine, error in zip(self.variants, self.variant_r2, self.cosine, self.norm_error, strict=True)
+        )
+        by_rank = tuple((str(rank), figure(r2)) for rank, r2 in zip(self.ranks, self.rank_r2.tolist(), strict=True))
+        low, high = self.r2_interval
+        title = f"{self.connector}: R^2 {self.r2:.3f} [{low:.3f}, {high:.3f}] on {self.pictures[1]} pictures it was not fitted to"
+        names = ("stand-in", "R^2", "cosine", "error of the length")
+        return Table(names, rows, title=title, below=(Table(("rank", "R^2"), by_rank, title=""),), notes=self.notes)
+
 
 @dataclass(frozen=True)
 class LocalLinearity(Saved):
@@ -111,6 +127,19 @@ class LocalLinearity(Saved):
     fingerprint: str
     seconds: float
     notes: tuple[str, ...] = ()
+
+    def table(self) -> Table:
+        """Means over the tokens, then what the units do."""
+        rows = (
+            ("cosine of the Jacobian and the fit", f"{self.cosine.mean():.3f}"),
+            ("cosine of a random map", f"{self.random_cosine.mean():.3f}"),
+            ("distance from the fit, times its size", f"{self.distance.mean():.3f}"),
+            ("units open, of all units and tokens", f"{self.open_share:.1%}"),
+            ("units shut", f"{self.shut_share:.1%}"),
+            ("units bent", f"{self.bent_share:.1%}"),
+            ("units that are a line over all tokens", f"{self.straight_units:.1%}"),
+        )
+        return Table(("local linearity", "value"), rows, notes=self.notes)
 
 
 @dataclass(frozen=True)
@@ -150,19 +179,25 @@ class LinearEffect(Saved):
             )
         at = self.variants.index(variant), self.types.index(type)
         found: dict[str, float | tuple[float, float]] = {}
-        for name, interval in (
-            ("kl", self.kl_interval),
-            ("flipped", self.flipped_interval),
-            ("accuracy_change", self.accuracy_interval),
-        ):
+        intervals = {"kl": self.kl_interval, "flipped": self.flipped_interval, "accuracy_change": self.accuracy_interval}
+        for name, interval in intervals.items():
             found[name] = float(getattr(self, name)[at])
             found[f"{name}_interval"] = (float(interval[at][0]), float(interval[at][1]))
         return found
 
-
-ALL = "all"
-WORDS = {1: "better", -1: "worse", 0: "not distinguishable"}
-MANY = 10_000  # seeds or pictures beyond which a number says nothing
+    def table(self, type: str = ALL) -> Table:  # noqa: A002
+        """A row per stand-in on one question type, with 95% intervals."""
+        rows = []
+        for variant in self.variants:
+            row: dict[str, Any] = self.row(variant, type)
+            low, high = row["kl_interval"]
+            shares = (f"{row[name]:.1%} [{row[f'{name}_interval'][0]:.1%}, {row[f'{name}_interval'][1]:.1%}]"
+                      for name in ("flipped", "accuracy_change"))  # fmt: skip
+            rows.append((variant, f"{row['kl']:.3f} [{low:.3f}, {high:.3f}]", *shares))
+        at = self.types.index(type)
+        title = f"{self.data} {self.split}, {type}: {self.questions[at]} questions, {self.original_accuracy[at]:.1%} right before"
+        names = ("stand-in", "KL in nats", "answers flipped", "change of accuracy")
+        return Table(names, tuple(rows), title=title, notes=self.notes)
 
 
 @dataclass(frozen=True)
@@ -291,6 +326,48 @@ class Ablation(Saved):
             }
             for arm, name in enumerate(self.connectors)
         ]
+
+    def table(self) -> Table:
+        """Scores, then every comparison in a sentence, split by split."""
+        names = ("connector", "budget", "stage 1", "parameters", "rate", "steps", "accuracy (95%)", "over seeds")
+        below = []
+        for x, split in enumerate(self.splits):
+            rows = tuple(
+                (
+                    row["connector"],
+                    row["budget"],
+                    "yes" if row["stage1"] else "no",
+                    f"{row['parameters']:,}",
+                    f"{row['rate']:g}",
+                    "+".join(map(str, row["steps"])),
+                    f"{percent(row['accuracy'])} [{percent(row['interval'][0])}, {percent(row['interval'][1])}]",
+                    f"+-{percent(row['sd'])}",
+                    *map(percent, row["by_type"].values()),
+                )
+                for row in self.scores(split=split)
+            )
+            sentences = (
+                f"{row['text']}; McNemar on the pooled seeds: +{row['gained']} -{row['lost']}, p = {row['mcnemar_p']:.2g}"
+                for row in self.rows(split=split)
+            )
+            title = f"\n{split}: {int(self.questions[x, 0]):,} questions"
+            below.append(Table((*names, *self.types[1:]), rows, title=title, notes=("", *sentences)))
+        title = f"{self.model}: {len(self.seeds)} seeds, rates chosen on validation, accuracies in percent"
+        return Table(title=title, below=tuple(below), notes=("", *self.notes))
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``llava-lab ablate --json`` prints."""
+        splits = {
+            split: {
+                "arms": self.scores(split=split),
+                "comparisons": self.rows(split=split),
+                "by_type": {type: self.rows(split=split, type=type) for type in self.types[1:]},  # noqa: A001
+            }
+            for split in self.splits
+        }
+        about: dict[str, Any] = {"model": self.model, "seeds": self.seeds, "splits": splits}
+        about["sweep"] = {"rates": self.sweep_rates, "loss": self.sweep_loss, "accuracy": self.sweep_accuracy}
+        return plain(about | {"start": self.start, "seconds": self.seconds, "notes": self.notes})
 
     def _place(self, split: str | None, type: str) -> tuple[int, int]:  # noqa: A002
         split = self.splits[0] if split is None else split

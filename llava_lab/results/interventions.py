@@ -15,6 +15,7 @@ from llava_lab.errors import OptionError
 from llava_lab.geometry import PictureMap
 from llava_lab.results.run import Target
 from llava_lab.results.save import Saved
+from llava_lab.results.table import Table, figure, pairs, plain
 
 
 @dataclass(frozen=True)
@@ -69,26 +70,35 @@ class Effect(Saved):
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the picture's map, ready for JSON."""
-        names = (
-            "name",
-            "what",
-            "options",
-            "answer_before",
-            "answer_after",
-            "answered",
-            "control_name",
-            "proof",
-            "side",
-            "model",
-            "seconds",
-        )
+        names = ("name", "what", "options", "answer_before", "answer_after", "answered")
+        names += ("control_name", "proof", "side", "model", "seconds")
+        columns = {"before": self.before, "after": self.after, "change": self.change, "percentile": self.percentile}
         rows = [
-            {"target": target.text, "before": float(self.before[i]), "after": float(self.after[i]),
-             "change": float(self.change[i]), "percentile": float(self.percentile[i]), "control": self.control[:, i].tolist()}
+            {"target": target.text, **{name: column[i] for name, column in columns.items()}, "control": self.control[:, i]}
             for i, target in enumerate(self.targets)
-        ]  # fmt: skip
+        ]
         about = {name: getattr(self, name) for name in names}
-        return about | {"targets": rows, "interrupted": self.interrupted, "passes": self.passes, "notes": list(self.notes)}
+        return plain(about | {"targets": rows, "interrupted": self.interrupted, "passes": self.passes, "notes": self.notes})
+
+    def table(self) -> Table:
+        """A row per target, under what was done and both answers; the control and the proof below."""
+        rows = [
+            (
+                target.text,
+                *(f"{float(part[i]):.3f}" for part in (self.before, self.after, self.change)),
+                figure(float(self.percentile[i]), ".0f"),
+            )
+            for i, target in enumerate(self.targets)
+        ]
+        title = f"{self.what}\nbefore: {self.answer_before}\nafter:  {self.answer_after}"
+        notes = [f"control: {self.control_name}; {len(self.control)} draws"]
+        # the functions that cut no attention prove themselves in other ways
+        if "edges" in self.proof:
+            notes.append(f"proof: {self.proof['edges']:.0f} cut entries, largest weight {self.proof.get('largest', 0):g}")
+        else:
+            notes.append(f"proof: {pairs({name: f'{value:g}' for name, value in self.proof.items()})}")
+        names = ("target", "before", "after", "change", "percentile")
+        return Table(names, tuple(rows), title=title, notes=(*notes, *self.notes))
 
 
 @dataclass(frozen=True)
@@ -129,6 +139,20 @@ class FlowSweep(Saved):
             raise OptionError(f"no flow {name!r} here; there is {', '.join(self.flows)}")
         return self.change[self.flows.index(name)]
 
+    def table(self) -> Table:
+        """Change of the first target, a row for each window and a column for each flow."""
+        rows = tuple(
+            (f"{start} to {stop - 1}", *(f"{float(value):.3f}" for value in self.change[:, i, 0]))
+            for i, (start, stop) in enumerate(self.windows.tolist())
+        )
+        return Table(("layers", *self.flows), rows, title=f"change of {self.targets[0].text!r}", notes=self.notes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``llava-lab knockout --sweep --json`` prints beside the answer."""
+        about: dict[str, Any] = {"flows": self.flows, "layers": self.windows, "targets": [one.text for one in self.targets]}
+        about |= {"before": self.before, "change": self.change, "relative": self.relative, "proof": self.proof}
+        return plain(about | {name: getattr(self, name) for name in ("interrupted", "notes", "model", "seconds")})
+
 
 @dataclass(frozen=True)
 class PatchGrid(Saved):
@@ -161,6 +185,16 @@ class PatchGrid(Saved):
         whole = self.clean - self.corrupt
         return (self.scores - self.corrupt) / np.where(np.abs(whole) > 1e-6, whole, np.nan)
 
+    def table(self) -> Table:
+        """Share of the first target that each place brings back, a table per component: sites by windows of layers."""
+        windows = [str(start) if stop - start == 1 else f"{start} to {stop - 1}" for start, stop in self.windows.tolist()]
+        parts = []
+        for component, block in zip(self.components, self.values[..., 0], strict=True):
+            rows = ((site, *(figure(float(value), ".2f") for value in row)) for site, row in zip(self.sites, block, strict=True))
+            parts.append(Table((component, *windows), tuple(rows), title=""))
+        title = f"share of {self.targets[0].text!r} brought back, corrupted by {self.corruption}"
+        return Table(title=title, below=tuple(parts), notes=self.notes)
+
 
 @dataclass(frozen=True)
 class ControlRates(Saved):
@@ -188,3 +222,10 @@ class ControlRates(Saved):
     def passed(self) -> bool:
         """The two intervals do not meet: the deciding place matters more than chance."""
         return self.deciding_interval[0] > self.random_interval[1]
+
+    def table(self) -> Table:
+        """How often the answer changed, without the deciding patches and without random ones."""
+        rates = (("deciding", self.deciding, self.deciding_interval), ("random", self.random, self.random_interval))
+        rows = tuple((name, f"{rate:.1%}", f"[{low:.1%}, {high:.1%}]") for name, rate, (low, high) in rates)
+        title = f"{self.task}: {self.n} questions of {self.asked}, {'passed' if self.passed else 'not passed'}"
+        return Table(("patches taken away", "answer changed", "95%"), rows, title=title)

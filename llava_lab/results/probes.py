@@ -5,14 +5,16 @@ A state l is the residual stream after l language layers; state 0 is what the pr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import numpy as np
 
 from llava_lab.errors import DataError, OptionError
 from llava_lab.geometry import PictureMap
 from llava_lab.results.save import Saved
+from llava_lab.results.table import Table, figure, plain
 from llava_lab.stats import cluster_bootstrap, percentiles
 
 
@@ -73,6 +75,51 @@ class LogitLens(Saved):
             return self.probs[:, :, words.index(word.strip())].astype(np.float64)
         return np.where(np.isin(self.top_ids, self.matching(word)), self.top_probs, 0).sum(-1, dtype=np.float64)
 
+    def table(self, *, patch: tuple[int, int] | None = None, near: NearestWords | None = None) -> Table:
+        """What most patches say at each state, and where the chosen words light up.
+
+        `patch` (row, column) adds its own words at every state, `near` the nearest words of the projected tokens.
+        """
+        about = self.to_dict()
+        rows = tuple(
+            (str(row["state"]), f"{row['entropy']:.2f}", f"{row['probability']:.3f}",
+             ", ".join(f"{said['text'].strip() or said['text']!r} {said['share']:.0%}" for said in row["said"]))
+            for row in about["states"]
+        )  # fmt: skip
+        words = tuple(
+            (repr(row["word"]), f"{row['probability']:.3f}", *(str(row[name]) for name in ("state", "row", "col", "rank")))
+            for row in about["words"]
+        )
+        sentence = f"{{0}}: {{1}} at state {{2}}, row {{3}}, column {{4}}, rank {{5}} of {self.vocabulary}"
+        below = [Table(("word", "probability", "state", "row", "column", "rank"), words, line=sentence)] if words else []
+        if patch is not None:
+            each = [(str(state), _with_numbers(self.at(state, *patch))) for state in self.states]
+            each += [("nearest", _with_numbers(near.at(*patch)))] if near is not None else []
+            below.append(Table(("state", "words"), tuple(each), title=f"patch row {patch[0]}, column {patch[1]}:"))
+        below += [Table(title=near.sentence)] if near is not None else []
+        notes = (*self.notes, *(near.notes if near is not None else ()))
+        return Table(("state", "entropy", "top probability", "said by most patches"), rows, below=tuple(below), notes=notes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``llava-lab lens --json`` prints of the lens: the mean of each state, and each word's most probable place."""
+        grid = (self.map.rows, self.map.cols)
+        states, words = [], []
+        for number, state in enumerate(self.states):
+            counted = Counter(self.top_ids[number, :, 0].tolist()).most_common(4)
+            names = dict(zip(self.piece_ids.tolist(), self.pieces, strict=True))
+            row: dict[str, Any] = {"state": state, "entropy": float(self.entropy[number].mean())}
+            row["probability"] = float(self.top_probs[number, :, 0].mean())
+            row["said"] = [{"text": names[token], "share": count / self.top_ids.shape[1]} for token, count in counted]
+            states.append(row)
+        for at, word in enumerate(self.words):
+            probability = self.probs[:, :, at]
+            number, patch = divmod(int(probability.argmax()), probability.shape[1])
+            row = {"word": word, "token": self.word_ids[at], "probability": float(probability.max())}
+            row |= {"state": self.states[number], "row": patch // grid[1], "col": patch % grid[1]}
+            words.append(row | {"rank": int(self.ranks[number, patch, at]), "by_state": probability.max(1)})
+        about = {"grid": grid, "vocabulary": self.vocabulary, "states": states, "words": words}
+        return plain(about | {"notes": self.notes, "model": self.model})
+
 
 @dataclass(frozen=True)
 class WordActivation(Saved):
@@ -101,6 +148,13 @@ class WordActivation(Saved):
         state, row, col = np.unravel_index(int(self.values[number].argmax()), self.values[number].shape)
         return self.states[int(state)], int(row), int(col)
 
+    def table(self) -> Table:
+        """Where each word is most probable."""
+        rows = tuple(
+            (word, f"{chance:.3f}", *map(str, self.peak(word))) for word, chance in zip(self.words, self.confidence, strict=True)
+        )
+        return Table(("word", "probability", "state", "row", "column"), rows, notes=self.notes)
+
 
 @dataclass(frozen=True)
 class HallucinationCheck(Saved):
@@ -119,6 +173,13 @@ class HallucinationCheck(Saved):
     fingerprint: str
     interrupted: bool = False
     notes: tuple[str, ...] = ()
+
+    def table(self) -> Table:
+        """Mean confidence of words for what is there and for what is not, under the area under the ROC curve."""
+        groups = (("present", self.confidence[self.present]), ("absent", self.confidence[~self.present]))
+        rows = tuple((name, str(len(sure)), figure(float(sure.mean()) if len(sure) else np.nan)) for name, sure in groups)
+        title = f"AUC {self.auc:.3f} [{self.low:.3f}, {self.high:.3f}] on {len(np.unique(self.picture))} pictures"
+        return Table(("words", "count", "mean confidence"), rows, title=title, notes=self.notes)
 
 
 @dataclass(frozen=True)
@@ -147,15 +208,33 @@ class NamingShare(Saved):
             raise OptionError(f"expected one of {', '.join(self.GROUPS)} and of {', '.join(self.WHAT)}, got {group!r}, {what!r}")
         return self.share[self.GROUPS.index(group), self.WHAT.index(what)]
 
-    def table(self) -> str:
-        """Text: a row for each state, objects beside background and shuffled pictures, in percent."""
-        lines = ["state  kind of its thing  its color  either (95%)          background  shuffled"]
+    def table(self) -> Table:
+        """A row for each state, objects beside background and shuffled pictures."""
+        rows = []
         for i, state in enumerate(self.states):
             kind, color, either = self.share[0, :, i]
             low, high = self.interval[0, 2, i]
-            rest = f"{self.share[1, 2, i]:10.1%}  {self.share[2, 2, i]:8.1%}"
-            lines.append(f"{state:5d}  {kind:17.1%}  {color:9.1%}  {either:6.1%} ({low:.1%} to {high:.1%})  {rest}")
-        return "\n".join(lines)
+            interval = f"{either:.1%} ({low:.1%} to {high:.1%})"
+            controls = f"{self.share[1, 2, i]:.1%}", f"{self.share[2, 2, i]:.1%}"
+            rows.append((str(state), f"{kind:.1%}", f"{color:.1%}", interval, *controls))
+        names = ("state", "kind of its thing", "its color", "either (95%)", "background", "shuffled")
+        return Table(names, tuple(rows), notes=self.notes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``llava-lab naming --json`` prints."""
+        shares = {
+            group: {
+                what: [
+                    {"share": share, "interval": interval}
+                    for share, interval in zip(self.share[g, w], self.interval[g, w], strict=True)
+                ]
+                for w, what in enumerate(self.WHAT)
+            }
+            for g, group in enumerate(self.GROUPS)
+        }
+        about = {name: getattr(self, name) for name in ("states", "top", "split", "pictures")}
+        about |= {"patches": dict(zip(self.GROUPS, self.patches, strict=True)), "shares": shares}
+        return plain(about | {"notes": self.notes, "model": self.model})
 
 
 @dataclass(frozen=True)
@@ -192,6 +271,26 @@ class NearestWords(Saved):
         patch = _patch(self.map, row, col)
         found = np.searchsorted(self.piece_ids, self.top_ids[patch])
         return [(self.pieces[i], float(c)) for i, c in zip(found, self.cosines[patch], strict=True)]
+
+    @property
+    def sentence(self) -> str:
+        """The share of readable patches beside its control."""
+        random = self.random_shares.mean()
+        return f"nearest word is a whole word at {self.readable_share:.0%} of patches, {random:.0%} for random vectors"
+
+    def table(self) -> Table:
+        """The commonest nearest words, and at how many patches each is nearest."""
+        names = dict(zip(self.piece_ids.tolist(), self.pieces, strict=True))
+        counted = Counter(self.top_ids[:, 0].tolist()).most_common(8)
+        rows = tuple((_word_shown(names[token]), str(count)) for token, count in counted)
+        return Table(("nearest word", "patches"), rows, title=self.sentence, notes=self.notes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``llava-lab lens --json`` prints as "nearest"."""
+        about = {name: getattr(self, name) for name in ("space", "centered", "readable_share")}
+        about |= {"random_share": self.random_shares.mean(), "vocabulary_share": self.vocabulary_share}
+        about |= {"cosine": self.cosines[:, 0].mean(), "random_cosine": self.random_cosines.mean()}
+        return plain(about | {"common_direction": self.common_direction})
 
 
 @dataclass(frozen=True)
@@ -248,6 +347,23 @@ class ProbeScores(Saved):
         _, low, high = self.difference(first, second)
         return "adds" if low > 0 else "loses" if high < 0 else "no difference shown"
 
+    def table(self) -> Table:
+        """A row per stage: accuracy with its interval and selectivity, at the stage's own width and at equal widths."""
+        accuracy, interval, selectivity = self.accuracy, self.interval, self.selectivity
+        rows = tuple(
+            (
+                stage,
+                *(
+                    f"{accuracy[i, w]:.1%} [{interval[i, w, 0]:.1%}, {interval[i, w, 1]:.1%}], {selectivity[i, w]:+.1%}"
+                    for w in (0, 1)
+                ),
+            )
+            for i, stage in enumerate(self.stages)
+        )
+        title = f"right about {len(self.classes)} classes per {self.per}, and by how much more than with shuffled labels"
+        notes = (f"always saying the commonest label is right at {self.majority:.1%}", *self.notes)
+        return Table(("stage", "own width", "equal width"), rows, title=title, notes=notes)
+
     def _mean(self, right: np.ndarray) -> np.ndarray:
         return right.astype(np.float64) @ self.counts / self.counts.sum()
 
@@ -261,13 +377,14 @@ class ProbeScores(Saved):
 
 @dataclass(frozen=True)
 class TokenGeometry(Saved):
-    """The shape of the cloud of image tokens at each stage; each table beside that of the same model with shuffled weights."""
+    """The shape of the cloud of image tokens at each stage; each number beside that of the same model with shuffled weights."""
 
     KIND: ClassVar[str] = "token geometry"
     MEASURES: ClassVar[tuple[str, ...]] = ("norm", "effective rank", "anisotropy", "modality gap", "position")
 
     stages: tuple[str, ...]
-    table: np.ndarray  # float32 (S, measures); not a number where a measure has no meaning
+    # float32 (S, measures); not a number where a measure has no meaning
+    values: np.ndarray = field(metadata={"stored": "table"})
     control: np.ndarray  # the same with every weight of tower, connector and layers shuffled
     cka: np.ndarray  # float32 (S, S), linear CKA between stages, 0 to 1
     control_cka: np.ndarray
@@ -289,14 +406,25 @@ class TokenGeometry(Saved):
 
     def __post_init__(self) -> None:
         want = (len(self.stages), len(self.MEASURES))
-        if self.table.shape != want:
-            raise DataError(f"the table must be {want} (stages, measures), got {self.table.shape}")
+        if self.values.shape != want:
+            raise DataError(f"values must be {want} (stages, measures), got {self.values.shape}")
 
     def measure(self, name: str, *, control: bool = False) -> np.ndarray:
         """One measure over the stages, float32 (S,)."""
         if name not in self.MEASURES:
             raise OptionError(f"measure must be one of {', '.join(self.MEASURES)}, got {name!r}")
-        return (self.control if control else self.table)[:, self.MEASURES.index(name)]
+        return (self.control if control else self.values)[:, self.MEASURES.index(name)]
+
+    def table(self) -> Table:
+        """A row per stage, each measure beside its control in brackets."""
+        rows = tuple(
+            (
+                stage,
+                *(f"{figure(value, '.3g')} ({figure(control, '.3g')})" for value, control in zip(values, controls, strict=True)),
+            )
+            for stage, values, controls in zip(self.stages, self.values.tolist(), self.control.tolist(), strict=True)
+        )
+        return Table(("stage", *self.MEASURES), rows, title="in brackets: the same model with shuffled weights", notes=self.notes)
 
 
 def _state(states: tuple[int, ...], state: int) -> int:
@@ -315,3 +443,11 @@ def _word(words: tuple[str, ...], word: str) -> int:
     if word not in words:
         raise OptionError(f"word must be one that was asked for: {', '.join(words) or 'none was'}; got {word!r}")
     return words.index(word)
+
+
+def _word_shown(text: str) -> str:
+    return text.strip() or repr(text)
+
+
+def _with_numbers(words: list[tuple[str, float]]) -> str:
+    return ", ".join(f"{_word_shown(text)} {value:.3f}" for text, value in words)

@@ -1,24 +1,27 @@
-"""What the lab finds out, as frozen dataclasses over numpy arrays and strings.
+"""A picture, a question and an answer (`Run`), and the maps that explain the answer (`Relevance`, `HeadMaps`).
 
-A result knows its labels, its options and its picture geometry; it saves to one ``.npz`` file
-(no pickle inside) and loads again without torch, transformers or the model. It knows nothing
-about how it is shown: `llava_lab.plots` and `widgets` do that.
+A result holds its labels, its options and its picture geometry; it saves to one ``.npz`` file
+(no pickle inside) and loads again without torch, transformers or the model. `llava_lab.plots`
+and `widgets` draw it.
+
+    run = Run.load("run.npz")
+    run.target("red").positions  # the positions that predict the word
 """
 
 from __future__ import annotations
 
-import os
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import Any, Self
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import numpy as np
 
 from llava_lab.errors import DataError, OptionError, TargetError
 from llava_lab.geometry import PictureMap, View
-from llava_lab.results.save import load_npz, save_npz
+from llava_lab.results.save import Saved
+from llava_lab.results.table import Table, figure, pairs, plain
 
 Span = tuple[int, int]  # [start, stop) positions in the sequence
+OLD_CONTROLS = ("random", "center", "edges", "inverse", "vision")  # of files written before `control` was kept
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,10 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Saved):
     """One picture, one question, one answer, with every position found rather than assumed."""
+
+    KIND: ClassVar[str] = "run"
 
     picture: np.ndarray  # uint8 (height, width, 3), upright RGB, as the user gave it
     question: str
@@ -119,52 +124,27 @@ class Run:
         positions = tuple(range(start - 1, stop - 1))
         return Target(kind, text, positions, tuple(int(i) for i in self.token_ids[start:stop]))
 
-    def save(self, path: str | os.PathLike) -> Path:
-        """Write to one ``.npz`` file; `Run.load` gives it back exactly, without the model."""
-        header = {
-            "question": self.question,
-            "answer": self.answer,
-            "prompt": self.prompt,
-            "tokens": list(self.tokens),
-            "segments": {name: list(span) for name, span in self.segments.items()},
-            "words": [asdict(word) for word in self.words],
-            "map": self.map.to_dict(),
-            "model": self.model,
-            "fingerprint": self.fingerprint,
-            "seed": self.seed,
-            "options": self.options,
-        } | ({"views": [view.to_dict() for view in self.views]} if self.views else {})
-        arrays = {"picture": self.picture, "token_ids": self.token_ids, "logprobs": self.logprobs}
-        return save_npz(path, "run", header, arrays)
+    def table(self) -> Table:
+        """The answer's words, each with its probability, under the question and the answer."""
+        start = self.segments["answer"][0]
+        rows = []
+        for word in self.words:
+            known = self.logprobs[word.start - start : word.stop - start]
+            chance = np.exp(float(known.sum())) if len(known) else np.nan
+            rows.append((word.text, figure(chance, ".1%")))
+        return Table(("word", "probability"), tuple(rows), title=f"{self.question} {self.answer}")
 
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> Self:
-        header, arrays = load_npz(path, "run")
-        return cls(
-            picture=arrays["picture"],
-            question=header["question"],
-            answer=header["answer"],
-            prompt=header["prompt"],
-            token_ids=arrays["token_ids"],
-            tokens=tuple(header["tokens"]),
-            segments={name: (span[0], span[1]) for name, span in header["segments"].items()},
-            words=tuple(Word(**word) for word in header["words"]),
-            logprobs=arrays["logprobs"],
-            map=PictureMap.from_dict(header["map"]),
-            model=header["model"],
-            fingerprint=header["fingerprint"],
-            seed=header["seed"],
-            options=header["options"],
-            views=tuple(View.from_dict(view) for view in header.get("views", ())),
-        )
-
-
-OLD_CONTROLS = ("random", "center", "edges", "inverse", "vision")  # of files written before `control` was kept
+    def to_dict(self) -> dict[str, Any]:
+        """What ``llava-lab ask --json`` prints: all tokens, `segments` as indices into them, `logprobs` of the answer's."""
+        parts = {"answer": self.answer, "words": [word.text for word in self.words], "tokens": self.tokens}
+        return plain(parts | {"logprobs": self.logprobs, "segments": self.segments, "model": self.model})
 
 
 @dataclass(frozen=True)
-class Relevance:
+class Relevance(Saved):
     """One map per target over the patch grid, with what made it and what to know before reading it."""
+
+    KIND: ClassVar[str] = "relevance"
 
     values: np.ndarray  # float32 (targets, rows, cols); scale and sign as `method` defines
     targets: tuple[Target, ...]
@@ -178,7 +158,8 @@ class Relevance:
     notes: tuple[str, ...] = ()  # what the reader must see, one sentence each
     extras: dict[str, Any] = field(default_factory=dict)  # JSON-able numbers: mass per segment, lost CLS mass, ...
     views: tuple[View, ...] = ()  # of a run with several, where the method tells their tokens apart
-    view_values: tuple[np.ndarray, ...] = ()  # float32 (targets, rows, cols) of each view; the first is `values`
+    # float32 (targets, rows, cols) of each view; the first is `values`
+    view_values: tuple[np.ndarray, ...] = field(default=(), metadata={"stored": "view"})
     control: bool = False  # made to compare with, not to explain
 
     def __post_init__(self) -> None:
@@ -189,6 +170,11 @@ class Relevance:
             want = (len(self.targets), where.rows, where.cols)
             if values.shape != want:
                 raise DataError(f"relevance must be {want} (targets, rows, cols), got {values.shape}")
+
+    @classmethod
+    def upgraded(cls, header: dict[str, Any]) -> dict[str, Any]:
+        """Files written before `control` was kept say it by their method."""
+        return {"control": header.get("method") in OLD_CONTROLS, **header}
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -216,38 +202,30 @@ class Relevance:
     def with_notes(self, *notes: str) -> Relevance:
         return replace(self, notes=(*self.notes, *notes))
 
-    def save(self, path: str | os.PathLike) -> Path:
-        header = {
-            "targets": [asdict(target) for target in self.targets],
-            "method": self.method,
-            "options": self.options,
-            "map": self.map.to_dict(),
-            "model": self.model,
-            "fingerprint": self.fingerprint,
-            "seconds": self.seconds,
-            "passes": self.passes,
-            "notes": list(self.notes),
-            "extras": self.extras,
-            "control": self.control,
-        } | ({"views": [view.to_dict() for view in self.views]} if self.views else {})
-        more = {f"view_{i}": values for i, values in enumerate(self.view_values)}
-        return save_npz(path, "relevance", header, {"values": self.values, **more})
+    def table(self) -> Table:
+        """The three strongest patches of every target."""
+        rows = [
+            (target.text, ", ".join(f"({row}, {col}) {value:.3g}" for row, col, value in self.top(3, index)))
+            for index, target in enumerate(self.targets)
+        ]
+        title = f"{self.method} ({pairs(self.options)}), {self.seconds:.2f} s; strongest patches (row, column):"
+        notes = tuple(f"note: {note}" for note in self.notes)
+        return Table(("target", "strongest patches"), tuple(rows), title=title, notes=notes, line="  {0}: {1}")
 
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> Self:
-        header, arrays = load_npz(path, "relevance")
-        targets = tuple(Target(**_tuples(t)) for t in header["targets"])
-        names = ("method", "options", "model", "fingerprint", "seconds", "passes", "extras")
-        fields = {name: header[name] for name in names}
-        fields["control"] = header.get("control", header["method"] in OLD_CONTROLS)
-        fields["views"] = tuple(View.from_dict(view) for view in header.get("views", ()))
-        fields["view_values"] = tuple(arrays[f"view_{i}"] for i in range(len(fields["views"])))
-        return cls(arrays["values"], targets, map=PictureMap.from_dict(header["map"]), notes=tuple(header["notes"]), **fields)
+    def to_dict(self) -> dict[str, Any]:
+        """What ``llava-lab explain --json`` prints beside the run's answer and words."""
+        where = self.map
+        picture = {"width": where.width, "height": where.height, "mode": where.mode, "seen_box": where.seen_box}
+        about = {"method": self.method, "options": self.options, "seconds": self.seconds, "notes": self.notes}
+        maps = {"targets": [target.text for target in self.targets], "grid": self.grid, "relevance": self.values}
+        return plain(maps | about | {"picture": picture})
 
 
 @dataclass(frozen=True)
-class HeadMaps:
+class HeadMaps(Saved):
     """Where every head of every layer looks on the picture when each target is predicted; nothing averaged over heads."""
+
+    KIND: ClassVar[str] = "head maps"
 
     values: np.ndarray  # float16 (targets, layers, heads, rows, cols), share of a head's whole attention, 0 to 1
     targets: tuple[Target, ...]
@@ -267,22 +245,16 @@ class HeadMaps:
         """How much of each head's attention lies on the picture, float32 (targets, layers, heads)."""
         return self.values.sum((-2, -1), dtype=np.float32)
 
-    def save(self, path: str | os.PathLike) -> Path:
-        header = {name: getattr(self, name) for name in ("model", "fingerprint", "seconds")} | {"notes": list(self.notes)}
-        header |= {"targets": [asdict(target) for target in self.targets], "map": self.map.to_dict()}
-        return save_npz(path, "head maps", header, {"values": self.values})
-
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> Self:
-        header, arrays = load_npz(path, "head maps")
-        targets = tuple(Target(**_tuples(t)) for t in header["targets"])
-        fields = {name: header[name] for name in ("model", "fingerprint", "seconds")}
-        return cls(arrays["values"], targets, PictureMap.from_dict(header["map"]), notes=tuple(header["notes"]), **fields)
+    def table(self) -> Table:
+        """The five heads of every target that look most at the picture."""
+        share = self.image_share
+        rows = []
+        for index, target in enumerate(self.targets):
+            for flat in np.argsort(-share[index], axis=None, kind="stable")[:5]:
+                layer, head = divmod(int(flat), share.shape[2])
+                rows.append((target.text, str(layer), str(head), f"{share[index, layer, head]:.1%}"))
+        return Table(("target", "layer", "head", "on the picture"), tuple(rows), notes=self.notes)
 
 
 def _bare(text: str) -> str:
     return text.strip().strip(".,!?;:\"'").casefold()
-
-
-def _tuples(data: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}

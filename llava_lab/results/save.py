@@ -1,29 +1,44 @@
-"""Frozen dataclasses as one ``.npz`` file: arrays as arrays, everything else as JSON beside them.
+"""Results as files: a frozen dataclass is one ``.npz``, its arrays as arrays and everything else as JSON beside them.
 
-`Saved` gives a result of arrays, names and numbers its ``save`` and ``load``; `split` and `join` take a
-result apart and put it together, for those that hold several. No pickle, as everywhere.
+`Saved` gives every result its ``save`` and ``load``, and how it shows itself: one short line, a table, and a dict for
+JSON. What a field holds is read from its annotation, so a result is written as a plain dataclass and nothing more. No
+pickle, as everywhere.
+
+    @dataclass(frozen=True)
+    class Widths(Saved):
+        KIND = "widths"
+        values: np.ndarray
+        model: str
+
+    Widths(np.zeros(3), "tiny").save("widths.npz")
 """
 
 from __future__ import annotations
 
+import functools
+import html
 import io
 import json
 import os
 import tempfile
+import types
+import typing
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 
 from llava_lab.errors import DataError
-from llava_lab.geometry import PictureMap
+from llava_lab.results.table import Table, plain
 
 Result = TypeVar("Result")
 FORMAT = 1  # raised when a saved file's meaning changes
+SHORT = 100  # signs of a result's one line
+UNTOLD = ("map", "fingerprint", "notes", "seconds", "options", "passes", "proof", "extras")  # not in that line
 
 
 @contextmanager
@@ -55,7 +70,59 @@ def _umask() -> int:
     return mask
 
 
-def save_npz(path: str | os.PathLike, kind: str, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> Path:
+class Saved:
+    """A result that is one file, and shows itself as a line, a table or JSON."""
+
+    KIND: ClassVar[str]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # a dataclass keeps the class's own __repr__; its generated one would print pages of arrays
+        cls.__repr__ = Saved.__repr__  # type: ignore[method-assign]
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write to one ``.npz`` file, whole or not at all; `load` gives it back exactly, without the model."""
+        return save_npz(path, self.KIND, *split(self))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Self:
+        """Read what `save` wrote. Raises DataError with one line on anything else."""
+        header, arrays = load_npz(path, cls.KIND)
+        try:
+            return join(cls, header, arrays)
+        except KeyError as error:
+            raise DataError(f"{path} is not a saved {cls.KIND}: it lacks {error}") from None
+
+    @classmethod
+    def upgraded(cls, header: dict[str, Any]) -> dict[str, Any]:
+        """The header of an older file with what was not kept then."""
+        return header
+
+    def table(self) -> Table:
+        """The result as rows with headings; ``str()`` of it is what the command line prints."""
+        rows = ((field.name, _short(getattr(self, field.name))) for field in fields(self))  # type: ignore[arg-type]
+        return Table(("field", "value"), tuple(rows))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result ready for JSON, as ``--json`` prints it where a command does."""
+        return {field.name: plain(getattr(self, field.name)) for field in fields(self)}  # type: ignore[arg-type]
+
+    def __repr__(self) -> str:
+        parts: list[str] = []
+        # arrays last: where there is room
+        named = [(field, getattr(self, field.name)) for field in fields(self)]  # type: ignore[arg-type]
+        for field, value in sorted(named, key=lambda pair: isinstance(pair[1], np.ndarray)):
+            empty = value is None or (isinstance(value, (tuple, dict)) and not value)
+            part = f"{field.name}={_short(value)}"
+            if field.name not in UNTOLD and not empty and len(", ".join([*parts, part])) <= SHORT:
+                parts.append(part)
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+    def _repr_html_(self) -> str:
+        return f"<p><code>{html.escape(repr(self))}</code></p>{self.table()._repr_html_()}"
+
+
+def save_npz(path: str | os.PathLike, kind: str, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Path:
     """Write one result to `path`, whole or not at all."""
     path = Path(path)
     text = json.dumps({"llava_lab": FORMAT, "kind": kind, **header}, ensure_ascii=False)
@@ -82,53 +149,99 @@ def load_npz(path: str | os.PathLike, kind: str) -> tuple[dict[str, Any], dict[s
     return header, arrays
 
 
-class Saved:
-    """A result that is one file: `save` writes it, `load` gives it back exactly."""
-
-    KIND: ClassVar[str]
-
-    def save(self, path: str | os.PathLike) -> Path:
-        return save_npz(path, self.KIND, *split(self))
-
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> Self:
-        return join(cls, *load_npz(path, cls.KIND))
-
-
 def split(result: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """A result's fields as JSON and as arrays."""
+    """A result's fields as JSON and as arrays.
+
+    An array is stored under its field's name. Several arrays in a tuple are numbered, ``view_0``; the results in a
+    mapping too, ``maps.0.values``. Empty `views` are left out, as before there were any.
+    """
     header: dict[str, Any] = {}
     arrays: dict[str, np.ndarray] = {}
-    for one in fields(result):
-        value = getattr(result, one.name)
+    for field in fields(result):
+        value, name = getattr(result, field.name), _stored(field)
         if isinstance(value, np.ndarray):
-            arrays[one.name] = value
-        elif one.name == "targets":
-            header["targets"] = [asdict(target) for target in value]
-        else:
-            header[one.name] = value.to_dict() if isinstance(value, PictureMap) else value
+            arrays[name] = value
+        elif _of_arrays(_hints(type(result))[field.name]):
+            arrays |= {f"{name}_{number}": array for number, array in enumerate(value)}
+        elif isinstance(value, dict) and any(isinstance(item, Saved) for item in value.values()):
+            header[name] = {}
+            for number, (key, item) in enumerate(value.items()):
+                header[name][key], inner = split(item)
+                arrays |= {f"{name}.{number}.{part}": array for part, array in inner.items()}
+        elif value or field.name != "views":
+            header[name] = _as_json(value)
     return header, arrays
 
 
-def join(cls: type[Result], header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Result:
-    """The result that `split` took apart; lists that were tuples are tuples again."""
-    found: dict[str, Any] = dict(arrays)
-    for one in fields(cls):  # type: ignore[arg-type]
-        if one.name in arrays:
-            continue
-        value = header[one.name]
-        if one.name == "targets":
-            value = tuple(_target(item) for item in value)
-        elif one.type == "PictureMap":
-            value = PictureMap.from_dict(value)
-        elif str(one.type).startswith("tuple"):
-            value = tuple(value)
-        found[one.name] = value
+def join(cls: type[Result], header: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> Result:
+    """The result that `split` took apart. Raises KeyError for a field that is missing and has no default."""
+    hints = _hints(cls)
+    header = cls.upgraded(header) if issubclass(cls, Saved) else header
+    found: dict[str, Any] = {}
+    for field in fields(cls):  # type: ignore[arg-type]
+        hint, name = hints[field.name], _stored(field)
+        if name in arrays:
+            found[field.name] = arrays[name]
+        elif _of_arrays(hint):
+            found[field.name] = tuple(arrays[f"{name}_{n}"] for n in range(len(arrays)) if f"{name}_{n}" in arrays)
+        elif name in header:
+            found[field.name] = _from_json(hint, header[name], name, arrays)
+        elif field.default is MISSING and field.default_factory is MISSING:
+            raise KeyError(name)
     return cls(**found)
 
 
-def _target(data: Mapping[str, Any]) -> Any:
-    from llava_lab.results.run import Target  # it saves itself with this file
+def _stored(field: Field) -> str:
+    """The name a field has in the file, where that is not its own."""
+    return field.metadata.get("stored", field.name)
 
-    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
-    return Target(**fields)
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _of_arrays(hint: Any) -> bool:
+    return typing.get_origin(hint) is tuple and np.ndarray in typing.get_args(hint)
+
+
+def _as_json(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    return [_as_json(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _from_json(hint: Any, value: Any, name: str = "", arrays: Mapping[str, np.ndarray] = types.MappingProxyType({})) -> Any:
+    """A value of JSON as its annotation says: lists that were tuples are tuples again, dicts that were dataclasses too."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple and value is not None:
+        kinds = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
+        return tuple(_from_json(kind, item) for kind, item in zip(kinds, value, strict=True))
+    if origin is dict and isinstance(parts[1], type) and issubclass(parts[1], Saved):
+        kind, results = parts[1], {}
+        for number, (key, inner) in enumerate(value.items()):
+            mark = f"{name}.{number}."
+            own = {part.removeprefix(mark): array for part, array in arrays.items() if part.startswith(mark)}
+            results[key] = join(kind, inner, own)
+        return results
+    if origin is dict:
+        return {key: _from_json(parts[1], item) for key, item in value.items()}
+    if is_dataclass(hint) and isinstance(value, dict):
+        hints = _hints(typing.cast(type, hint))
+        return typing.cast(type, hint)(**{key: _from_json(hints[key], item) for key, item in value.items()})
+    return value
+
+
+def _short(value: Any) -> str:
+    """A field's value in a few signs."""
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype}{list(value.shape)}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, tuple) and value and is_dataclass(value[0]):
+        names = [getattr(item, "text", getattr(item, "name", "")) for item in value[:3]]
+        return f"({', '.join(map(repr, names))}{', …' if len(value) > 3 else ''})"
+    if isinstance(value, dict) and any(isinstance(item, Saved) for item in value.values()):
+        return f"({', '.join(value)})"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:59] + "…"

@@ -1,29 +1,36 @@
-"""How good a map is, as frozen dataclasses over numpy arrays: what was measured, and its controls beside it.
+"""How good a map is: what was measured, and its controls beside it. `llava_lab.judging` measures it.
 
 `Faithfulness` is about the model (does the answer depend on what the map marks?), `GroundTruth` about
 the world (does the map mark what decides the question?). They are different quantities and are never
-averaged. `Comparison` holds several methods on one example, `Leaderboard` on a data set. Each saves to
-one ``.npz`` file and loads again without torch or the model. Nothing here measures anything.
+averaged. `Comparison` holds several methods on one example, `Leaderboard` on a data set. `Sanity` says
+whether a map changes when what it should depend on is destroyed.
 
-`Sanity`: does a map change when what it should depend on is destroyed? Similarity curves with their controls.
-
-A frozen dataclass over numpy arrays; it saves to one ``.npz`` file and loads again without torch or the model.
-`llava_lab.judging.sanity` measures it; nothing here runs a model.
+    score = Faithfulness.load("faithfulness.npz")
+    print(score.table())
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
 
 from llava_lab.errors import OptionError
 from llava_lab.geometry import PictureMap
 from llava_lab.results.run import Relevance, Target
-from llava_lab.results.save import Saved, join, load_npz, save_npz, split
+from llava_lab.results.save import Saved
+from llava_lab.results.table import Table, figure, plain
+
+# What is measured of a map: faithful to the model, true to the picture, and the cost. `better` is the share of pictures
+# on which the map beats random ones.
+FAITHFUL = ("gain", "deletion", "insertion", "better", "object")
+TRUE = ("pointing", "mass", "auc", "iou")
+COST = ("forward", "backward", "seconds")
+DIGITS = 5  # of a leaderboard's numbers in JSON
+
+SAME = 0.9  # rank correlation from which two maps tell a reader the same story
+VERDICTS = ("changed", "partly", "unchanged", "flat", "not run", "not finished")
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ class Faithfulness(Saved):
     filled; NaN where filling everything hardly changes the score, so that nothing can be told.
     """
 
-    KIND = "faithfulness"
+    KIND: ClassVar[str] = "faithfulness"
 
     method: str
     options: dict[str, Any]  # of the map that is scored
@@ -100,12 +107,28 @@ class Faithfulness(Saved):
         by_target = [[_hit(claim, effect) for claim in self.random_claims] for effect in self.effects]
         return np.array([float(np.mean(hits)) if hits else np.nan for hits in by_target])
 
+    def table(self) -> Table:
+        """A row per target: the gain with its interval against one random map, both areas, and the verdict."""
+        rows = [
+            (
+                target.text,
+                figure(self.gain[i]),
+                _interval(self.interval[i]),
+                figure(self.deletion_area[i]),
+                figure(self.insertion_area[i]),
+                "yes" if self.beats_random[i] else "no",
+            )
+            for i, target in enumerate(self.targets)
+        ]
+        names = ("target", "gain", "above random (95%)", "deletion", "insertion", "beats random")
+        return Table(names, tuple(rows), title=self.method, notes=self.notes)
+
 
 @dataclass(frozen=True)
 class GroundTruth(Saved):
     """How well a map agrees with what decides the question. About the world, not about the model."""
 
-    KIND = "ground truth"
+    KIND: ClassVar[str] = "ground truth"
 
     method: str
     options: dict[str, Any]
@@ -126,10 +149,19 @@ class GroundTruth(Saved):
         """The mean of the random maps, (measures,): what knowing nothing scores."""
         return self.random.mean(0)
 
+    def table(self) -> Table:
+        """A row per target, then random maps and a bump at the centre."""
+        scores = [(target.text, row) for target, row in zip(self.targets, self.values, strict=True)]
+        scores += [("random maps", self.expected), ("centre", self.center)]
+        rows = tuple((name, *map(figure, row.tolist())) for name, row in scores)
+        return Table(("target", *self.measures), rows, title=self.method, notes=self.notes)
+
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Saved):
     """Several methods on one example: their maps, how far they agree, what they score and cost."""
+
+    KIND: ClassVar[str] = "comparison"
 
     maps: dict[str, Relevance]  # all of the same targets, in the order asked for
     faithfulness: dict[str, Faithfulness]
@@ -173,35 +205,34 @@ class Comparison:
             row["truth"] = {measure: truth.value(measure, target) for measure in truth.measures}
         return row | {"passes": dict(rel.passes), "seconds": rel.seconds}
 
-    def save(self, path: str | os.PathLike) -> Path:
-        header: dict[str, Any] = {}
-        arrays: dict[str, np.ndarray] = {}
-        for part in ("maps", "faithfulness", "truth"):
-            header[part] = {}
-            for number, (name, one) in enumerate(getattr(self, part).items()):
-                header[part][name], inner = split(one)
-                arrays |= {f"{part}.{number}.{key}": value for key, value in inner.items()}
-        plain = {name: getattr(self, name) for name in ("top", "chance", "refused", "fingerprint", "seconds", "interrupted")}
-        header |= plain | {"notes": list(self.notes)}
-        return save_npz(path, "comparison", header, arrays | {"spearman": self.spearman, "overlap": self.overlap})
+    def table(self, target: int = 0) -> Table:
+        """A row per method, the highest gain first."""
+        names = ("method", "gain", "deletion", "insertion", "beats random", "passes", "seconds")
+        rows = [
+            (
+                row["method"],
+                *(figure(row[part]) for part in ("gain", "deletion", "insertion")),
+                "yes" if row["beats_random"] else "no",
+                str(sum(row["passes"].values())),
+                f"{row['seconds']:.2f}",
+            )
+            for row in self.rows(target)
+        ]
+        notes = (*_refusals(self.refused), *self.notes)
+        return Table(names, tuple(rows), title=f"explained: {self.targets[target].text!r}", notes=notes)
 
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> Self:
-        header, arrays = load_npz(path, "comparison")
-        kinds: dict[str, type] = {"maps": Relevance, "faithfulness": Faithfulness, "truth": GroundTruth}
-        for part, kind in kinds.items():
-            for number, (name, inner) in enumerate(header[part].items()):
-                mark = f"{part}.{number}."
-                own = {key.removeprefix(mark): value for key, value in arrays.items() if key.startswith(mark)}
-                header[part][name] = join(kind, inner, own)
-        return join(cls, header, {name: arrays[name] for name in ("spearman", "overlap")})
+    def to_dict(self, target: int = 0) -> dict[str, Any]:
+        """What ``llava-lab compare --json`` prints beside the answer and the model."""
+        agreement = {"methods": self.methods, "spearman": self.spearman, "overlap": self.overlap, "top": self.top}
+        about = {"target": self.targets[target].text, "rows": self.rows(target), "refused": self.refused}
+        return plain(about | {"agreement": agreement, "notes": self.notes, "seconds": self.seconds})
 
 
 @dataclass(frozen=True)
 class Leaderboard(Saved):
     """Every method on many pictures: means with intervals over pictures, paired against random, by type of question."""
 
-    KIND = "leaderboard"
+    KIND: ClassVar[str] = "leaderboard"
 
     methods: tuple[str, ...]
     types: tuple[str, ...]  # "all" first
@@ -227,6 +258,49 @@ class Leaderboard(Saved):
         """Methods by the mean of a measure, highest first, unmeasured last."""
         values = self.mean[:, _index("type", kind, self.types), _index("measure", measure, self.measures)]
         return tuple(self.methods[i] for i in np.argsort(np.where(np.isnan(values), np.inf, -values), kind="stable"))
+
+    def table(self) -> Table:
+        """Faithfulness first, the world's truth in columns of their own, then two measures by type of question."""
+        about = self.about
+        title = (
+            f"{about['model']} on {about['data']} {about['split']}: {about['explained']} of {about['pictures']} pictures "
+            f"explained; {about['asked']} questions asked, {about['wrong']} answered wrong, {about['blind']} without the picture"
+        )
+        measures = [name for name in (*FAITHFUL[1:], *TRUE, "seconds") if name in self.measures]
+        rows = []
+        for name in self.order("gain"):
+            gain = self.at(name, "gain")
+            cells = (figure(self.at(name, measure)["mean"]) for measure in measures)
+            rows.append((name, f"{figure(gain['mean'])} {_interval(gain['interval'])}", *cells))
+        by_type = []
+        for measure in [name for name in ("gain", "pointing") if name in self.measures]:
+            means = {name: [self.at(name, measure, kind)["mean"] for kind in self.types] for name in self.order("gain")}
+            cells_by_type = tuple((name, *map(figure, row)) for name, row in means.items())
+            by_type.append(Table((measure, *self.types), cells_by_type, title=""))
+        names = ("method", "gain (95%)", *measures)
+        return Table(names, tuple(rows), title=title, below=tuple(by_type), notes=tuple(_refusals(self.refused)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``llava-lab compare --data --json`` prints: a row per method and type, its measures in three groups."""
+        groups = {
+            group: [measure for measure in measures if measure in self.measures]
+            for group, measures in (("faithfulness", FAITHFUL), ("ground_truth", TRUE), ("cost", COST))
+        }
+        rows = [
+            {"method": name, "type": kind}
+            | {group: {measure: self._cell(name, kind, measure) for measure in known} for group, known in groups.items()}
+            for name in self.methods
+            for kind in self.types
+        ]
+        agreement = {"methods": self.methods, "spearman": self.spearman.round(DIGITS)}
+        return plain({"rows": rows, "agreement": agreement, "refused": self.refused, "about": self.about})
+
+    def _cell(self, method: str, kind: str, measure: str) -> dict[str, Any]:
+        cell = self.at(method, measure, kind)
+        shown = {"mean": cell["mean"], "interval": cell["interval"], "n": cell["n"]}
+        if measure not in (*COST, "better"):
+            shown |= {"against_random": cell["against"], "against_random_interval": cell["against_interval"]}
+        return {name: np.round(value, DIGITS).tolist() for name, value in shown.items()}
 
 
 def area(fractions: np.ndarray, curves: np.ndarray) -> np.ndarray:
@@ -255,14 +329,18 @@ def _hit(claims: np.ndarray, effects: np.ndarray) -> float:
     return float(np.mean([marked[one == one.max()].sum() for one in effects[told]]))
 
 
+def _interval(edges: Any) -> str:
+    return f"[{figure(float(edges[0]))}, {figure(float(edges[1]))}]"
+
+
+def _refusals(refused: dict[str, str]) -> list[str]:
+    return [f"{name} refused: {reason}" for name, reason in refused.items()]
+
+
 def _index(what: str, name: str, names: tuple[str, ...]) -> int:
     if name not in names:
         raise OptionError(f"no {what} {name!r} here; there is {', '.join(names)}")
     return names.index(name)
-
-
-SAME = 0.9  # rank correlation from which two maps tell a reader the same story
-VERDICTS = ("changed", "partly", "unchanged", "flat", "not run", "not finished")
 
 
 @dataclass(frozen=True)
@@ -342,7 +420,21 @@ class Sanity(Saved):
                 row["ssim"] = values.tolist()
         about = {"method": self.method, "targets": [target.text for target in self.targets], "passed": self.passed}
         control = {"limit": self.limit.tolist(), "overlap": self.chance, "top": self.top}
-        return about | {"verdict": self.verdict, "model": model, "question": question, "control": control}
+        return plain(about | {"verdict": self.verdict, "model": model, "question": question, "control": control})
+
+    def table(self) -> Table:
+        """The two tests' curves, means over the targets, then the control and the verdict."""
+        curves = [("model", *row) for row in zip(self.steps, self.spearman, self.overlap, strict=True)]
+        curves += [("question", *row) for row in zip(self.questions, self.question_spearman, self.question_overlap, strict=True)]
+        rows = tuple((test, name, f"{rank.mean():.2f}", f"{top.mean():.2f}") for test, name, rank, top in curves)
+        control = (
+            f"unrelated maps stay below a rank correlation of {self.limit.mean():.2f} and share {self.chance:.2f} of the top"
+        )
+        verdict = ", ".join(f"{test} {how}" for test, how in self.verdict.items())
+        notes = (control, f"{'passed' if self.passed else 'not passed'}: {verdict}", *self.notes)
+        names = ("test", "randomised so far, or asked instead", "rank correlation", f"same top {self.top}")
+        explained = ", ".join(repr(target.text) for target in self.targets)
+        return Table(names, rows, title=f"{self.method}, explained: {explained}", notes=notes)
 
     def with_notes(self, *notes: str) -> Sanity:
         return replace(self, notes=(*self.notes, *notes))

@@ -15,9 +15,10 @@ from llava_lab.cli import main as cli
 from llava_lab.cli.judge import leaderboard_text
 from llava_lab.errors import DataError, OptionError
 from llava_lab.judging import leaderboard
-from llava_lab.judging.leaderboard import COST, FAITHFUL, TRUTH, answer_target, as_data, economical
+from llava_lab.judging.leaderboard import answer_target, economical
 from llava_lab.models import Lab
 from llava_lab.results import Leaderboard
+from llava_lab.results.scores import COST, FAITHFUL, TRUE
 from llava_lab.worlds import picturebook
 from tests.support.additive import HOME as JUDGING
 from tests.support.additive import everything_tells
@@ -222,13 +223,13 @@ def test_economical_options_exist_and_give_way_to_yours() -> None:
 
 def test_json_keeps_faithfulness_and_ground_truth_apart(tiny_random: Lab, credulous: None, tmp_path: Path) -> None:
     board = leaderboard(tiny_random, **QUICK)
-    data = json.loads(json.dumps(as_data(board), default=lambda array: array.tolist()))
+    data = json.loads(json.dumps(board.to_dict(), default=lambda array: array.tolist()))
     assert set(data) == {"rows", "agreement", "refused", "about"}
     assert len(data["rows"]) == len(board.methods) * len(board.types)
     row = data["rows"][0]
     assert set(row) == {"method", "type", "faithfulness", "ground_truth", "cost"}
     assert set(row["faithfulness"]) == set(FAITHFUL)
-    assert set(row["ground_truth"]) == set(TRUTH)
+    assert set(row["ground_truth"]) == set(TRUE)
     assert set(row["cost"]) == set(COST)
     assert set(row["faithfulness"]["gain"]) == {"mean", "interval", "n", "against_random", "against_random_interval"}
     assert "attention" in leaderboard_text(board)

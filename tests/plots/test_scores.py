@@ -15,8 +15,7 @@ from matplotlib.figure import Figure
 
 from llava_lab.errors import OptionError
 from llava_lab.plots import scores as plots
-from llava_lab.results import Sanity
-from tests.support.score_examples import RED, WHERE, example_board, example_comparison, example_score
+from tests.support.score_examples import example_board, example_comparison, example_sanity, example_score
 
 
 @pytest.fixture(autouse=True)
@@ -154,37 +153,8 @@ def test_what_is_not_there_is_refused(draw: Any, message: str) -> None:
         draw()
 
 
-def _example_sanity(method: str = "rollout", *, dull: bool = False, **changes: Any) -> Sanity:
-    """Two steps, one question, one target; a dull map stays what it was."""
-    first = np.arange(16, dtype=np.float32).reshape(1, 4, 4)
-    after = np.array([[1.0], [1.0]] if dull else [[0.6], [0.1]], np.float32)
-    asked = np.array([[1.0 if dull else 0.5]], np.float32)
-    draws = np.linspace(-0.4, 0.4, 41, dtype=np.float32)[:, None]
-    fields: dict[str, Any] = {
-        "options": {},
-        "targets": (RED,),
-        "steps": ("layer 1", "layer 0"),
-        "questions": ("Who took this picture?",),
-        "original": first,
-        "maps": np.stack([first + 1, first + 2]),
-        "question_maps": first[None] + 3,
-        "spearman": after,
-        "overlap": after,
-        "ssim": np.zeros((0, 0), np.float32),
-        "question_spearman": asked,
-        "question_overlap": asked,
-        "question_ssim": np.zeros((0, 0), np.float32),
-        "random_spearman": draws / 2,
-        "moved_spearman": draws,
-        "top": 2,
-        "chance": 0.125,
-    }
-    about: dict[str, Any] = {"map": WHERE, "model": "m", "fingerprint": "f", "seed": 0, "passes": {"forward": 4, "backward": 0}}
-    return Sanity(method, **{**fields, **about, "seconds": 1.0, **changes})
-
-
 def test_sanity_starts_at_one_and_the_band_is_of_unrelated_maps() -> None:
-    ax = plots.sanity(_example_sanity())
+    ax = plots.sanity(example_sanity())
     lines = {line.get_label(): line for line in ax.lines}
     np.testing.assert_allclose(_y(lines["layers randomised"]), [1, 0.6, 0.1], atol=1e-6)
     np.testing.assert_allclose(_y(lines["another question"]), [0.5])
@@ -196,9 +166,9 @@ def test_sanity_starts_at_one_and_the_band_is_of_unrelated_maps() -> None:
 
 
 def test_a_map_that_never_changes_is_red() -> None:
-    lines = {line.get_label(): to_hex(line.get_color()) for line in plots.sanity(_example_sanity("edges", dull=True)).lines}
+    lines = {line.get_label(): to_hex(line.get_color()) for line in plots.sanity(example_sanity("edges", dull=True)).lines}
     assert {lines["layers randomised"], lines["another question"]} == {plots.RED}
-    lines = {line.get_label(): to_hex(line.get_color()) for line in plots.sanity(_example_sanity()).lines}
+    lines = {line.get_label(): to_hex(line.get_color()) for line in plots.sanity(example_sanity()).lines}
     assert {lines["layers randomised"], lines["another question"]} == {plots.BLUE}
 
 
@@ -210,15 +180,15 @@ def test_a_test_that_was_not_run_is_not_drawn() -> None:
         "question_spearman": nothing,
         "question_overlap": nothing,
     }
-    ax = plots.sanity(_example_sanity(**empty))
+    ax = plots.sanity(example_sanity(**empty))
     assert "another question" not in {line.get_label() for line in ax.lines}
     assert ax.get_title() == "rollout\nmodel: changed"
-    figure = plots.sanity_maps([_example_sanity(**empty)])
+    figure = plots.sanity_maps([example_sanity(**empty)])
     assert [len(panel.images) for panel in figure.axes] == [1, 1, 1, 0]
 
 
 def test_several_checks_stand_side_by_side_with_their_maps_below() -> None:
-    checks = [_example_sanity("edges", dull=True), _example_sanity()]
+    checks = [example_sanity("edges", dull=True), example_sanity()]
     figure = plots.sanities(checks)
     assert [ax.get_title().splitlines()[0] for ax in figure.axes] == ["edges", "rollout"]
     assert [ax.get_legend() is not None for ax in figure.axes] == [True, False]

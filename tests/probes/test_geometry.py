@@ -88,7 +88,7 @@ def test_table_has_its_ranges_its_identities_and_a_control(found: TokenGeometry)
     assert found.chance_overlap == pytest.approx(4 / 15)
     assert found.norms.shape == found.sinks.shape == (3, 6, 16)
     assert np.isfinite(found.control[1:]).all()
-    assert np.abs(found.control - found.table)[1:].max() > 1e-2
+    assert np.abs(found.control - found.values)[1:].max() > 1e-2
     assert (found.measure("norm", control=True) != found.measure("norm")).all()
 
 
@@ -98,7 +98,7 @@ def test_weights_come_back_bitwise_and_no_control_means_not_a_number(tiny_random
     assert all(torch.equal(one, before[name]) for name, one in tiny_random.model.state_dict().items())
     bare = token_geometry(tiny_random, squares(2)[0], at="after", per_picture=8, control=False, progress=False)
     assert np.isnan(bare.control).all()
-    assert np.isfinite(bare.table).all()
+    assert np.isfinite(bare.values).all()
 
 
 @pytest.mark.parametrize(("stops", "pictures"), [(3, 3), (8, 6)])
@@ -125,7 +125,7 @@ def test_ctrl_c_keeps_what_was_read_and_puts_the_weights_back(
 
 def test_result_survives_the_disk(found: TokenGeometry, tmp_path: Path) -> None:
     again = TokenGeometry.load(found.save(tmp_path / "cloud.npz"))
-    np.testing.assert_array_equal(again.table, found.table)
+    np.testing.assert_array_equal(again.values, found.values)
     np.testing.assert_array_equal(again.sinks, found.sinks)
     with pytest.raises(OptionError, match="measure must be one of norm, effective rank, .*, got 'size'"):
         again.measure("size")

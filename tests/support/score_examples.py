@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from llava_lab.geometry import PictureMap
-from llava_lab.results import Comparison, Faithfulness, GroundTruth, Leaderboard, Relevance, Target
+from llava_lab.results import Comparison, Faithfulness, GroundTruth, Leaderboard, Relevance, Sanity, Target
 
 RED = Target("word", "red", (7,), (11,))
 SURE = Target("contrast", "yes, not no", (8,), (12,), (13,))
@@ -98,3 +98,32 @@ def example_board() -> Leaderboard:
     agreement = np.array([[1, 0.3], [0.3, 1]])
     measures = ("gain", "pointing", "seconds")
     return Leaderboard(names, kinds, measures, mean, interval, against, around, counts, agreement, {}, about)
+
+
+def example_sanity(method: str = "rollout", *, dull: bool = False, **changes: Any) -> Sanity:
+    """Two steps, one question, one target; a dull map stays what it was."""
+    first = np.arange(16, dtype=np.float32).reshape(1, 4, 4)
+    after = np.array([[1.0], [1.0]] if dull else [[0.6], [0.1]], np.float32)
+    asked = np.array([[1.0 if dull else 0.5]], np.float32)
+    draws = np.linspace(-0.4, 0.4, 41, dtype=np.float32)[:, None]
+    fields: dict[str, Any] = {
+        "options": {},
+        "targets": (RED,),
+        "steps": ("layer 1", "layer 0"),
+        "questions": ("Who took this picture?",),
+        "original": first,
+        "maps": np.stack([first + 1, first + 2]),
+        "question_maps": first[None] + 3,
+        "spearman": after,
+        "overlap": after,
+        "ssim": np.zeros((0, 0), np.float32),
+        "question_spearman": asked,
+        "question_overlap": asked,
+        "question_ssim": np.zeros((0, 0), np.float32),
+        "random_spearman": draws / 2,
+        "moved_spearman": draws,
+        "top": 2,
+        "chance": 0.125,
+    }
+    about: dict[str, Any] = {"map": WHERE, "model": "m", "fingerprint": "f", "seed": 0, "passes": {"forward": 4, "backward": 0}}
+    return Sanity(method, **{**fields, **about, "seconds": 1.0, **changes})

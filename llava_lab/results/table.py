@@ -1,0 +1,84 @@
+"""A result as rows of text: what the command line prints, and what a notebook shows.
+
+table = Table(("method", "gain"), (("rollout", "0.31"), ("random", "0.02")), title="two methods")
+print(table)  # aligned columns, as `llava-lab compare` prints them
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under headings, with a title above, more tables and notes below. All of it is text, escaped when shown as HTML."""
+
+    headings: tuple[str, ...] = ()
+    rows: tuple[tuple[str, ...], ...] = ()
+    title: str | None = None  # "" is an empty line
+    below: tuple[Table, ...] = ()
+    notes: tuple[str, ...] = ()
+    line: str = ""  # how a row reads in plain text, where a sentence says more than columns: "{0}: {1}"
+
+    def titled(self, title: str | None) -> Table:
+        """The same table under another title."""
+        return replace(self, title=title)
+
+    def __str__(self) -> str:
+        lines = [] if self.title is None else [self.title]
+        lines += [self.line.format(*row) for row in self.rows] if self.line else aligned(self.headings, self.rows)
+        return "\n".join([*lines, *map(str, self.below), *self.notes])
+
+    def _repr_html_(self) -> str:
+        parts = [f"<p><b>{html.escape(self.title.strip())}</b></p>"] if self.title and self.title.strip() else []
+        if self.rows:
+            head = "".join(f"<th>{html.escape(heading)}</th>" for heading in self.headings)
+            rows = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in self.rows)
+            body = "".join(f"<tr>{row}</tr>" for row in rows)
+            parts.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+        parts += [table._repr_html_() for table in self.below]
+        parts += [f"<p>{html.escape(note)}</p>" for note in self.notes if note]
+        return "".join(parts)
+
+
+def aligned(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of columns, each as wide as its widest cell."""
+    if not headings:
+        return []
+    every = [list(headings), *map(list, rows)]
+    widths = [max(len(row[i]) for row in every) for i in range(len(headings))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in every]
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON can hold it: arrays, tuples and dataclasses as lists and dicts, what is not finite as null."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, (str, int, float)) else str(value)
+
+
+def figure(value: float, form: str = ".3f") -> str:
+    """A number as a cell; "-" where there is none."""
+    return format(value, form) if value == value else "-"
+
+
+def percent(value: float) -> str:
+    """A share as percent with one decimal, without the sign; "-" where there is none."""
+    return figure(100 * value, ".1f")
+
+
+def pairs(options: Mapping[str, Any]) -> str:
+    """Options as ``name=value, ...``."""
+    return ", ".join(f"{name}={value}" for name, value in options.items()) or "none"
