@@ -1,9 +1,13 @@
-"""Vision features computed one time and memory-mapped: the frozen tower runs once, for every connector, seed and epoch.
+"""Vision features computed once and memory-mapped: the frozen tower runs once, for every connector, seed and epoch.
 
 A folder is named by what decides the features: the tower's weights, which layers are read, the picture's
 transform, the precision. Inside, a picture is known by its file's content, so the same file under two names
-is computed once. Shards are written whole: features to a temporary name, renamed, then their keys the same
-way; a shard without keys does not exist. Nothing is ever changed in place, so runs may share a folder.
+is computed once. Shards are written whole, first the features and then their keys; a shard without keys does not
+exist. Nothing is ever changed in place, so runs may share a folder.
+
+    cache = FeatureCache(lab)
+    cache.prepare(rows, problems=Problems())
+    cache.read(content_key(path))  # (patches, width)
 
 Size: pictures x patches x width x bytes. For LLaVA-1.5's 558,000 pictures (576 x 1024, 2 bytes) that is
 658 GB; `prepare` refuses what the disk cannot hold, and a run without a cache computes them as it goes.
@@ -27,6 +31,7 @@ from tqdm.auto import tqdm
 from llava_lab.errors import DataError, OptionError, PictureError
 from llava_lab.models import layout
 from llava_lab.models.pictures import read_picture
+from llava_lab.results.save import whole_file
 
 if TYPE_CHECKING:
     from llava_lab.models import Lab
@@ -121,20 +126,20 @@ class FeatureCache:
         shard, row = self.where[int(np.searchsorted(self.keys, np.uint64(key)))].tolist()
         if shard not in self._maps:
             self._maps[shard] = np.load(str(self.shards[shard]).replace(".keys.npy", ".npy"), mmap_mode="r")
-        found = torch.from_numpy(np.array(self._maps[shard][row]))
-        return found.view(torch.bfloat16) if self.dtype == torch.bfloat16 else found
+        features = torch.from_numpy(np.array(self._maps[shard][row]))
+        return features.view(torch.bfloat16) if self.dtype == torch.bfloat16 else features
 
     def prepare(self, data: LlavaData, *, problems: Problems, progress: bool = True) -> set[int]:
         """Compute what is missing of a data set's pictures; gives the keys of pictures that cannot be read.
 
         Those also go to `problems`, with file and row. Raises OptionError when the disk cannot hold the rest.
         """
-        wanted = [found for found in data.pictures() if found[0] not in self]
+        wanted = [picture for picture in data.pictures() if picture[0] not in self]
         self._check_room(len({key for key, *_ in wanted}))
         bad: set[int] = set()
         done: set[int] = set()
         keys: list[int] = []
-        kept: list[np.ndarray] = []
+        features: list[np.ndarray] = []
         pending: list[tuple[int, np.ndarray]] = []
         for key, path, source, row in tqdm(wanted, desc="vision features", unit="picture", disable=not (progress and wanted)):
             if key in done or key in bad:
@@ -149,32 +154,33 @@ class FeatureCache:
                 continue
             done.add(key)
             if len(pending) == BATCH:
-                self._compute(pending, keys, kept)
+                self._compute(pending, keys, features)
             if len(keys) >= SHARD:
-                self._write(keys, kept)
-        self._compute(pending, keys, kept)
-        self._write(keys, kept)
+                self._write(keys, features)
+        self._compute(pending, keys, features)
+        self._write(keys, features)
         self._open()
         return bad
 
-    def _compute(self, pending: list[tuple[int, np.ndarray]], keys: list[int], kept: list[np.ndarray]) -> None:
+    def _compute(self, pending: list[tuple[int, np.ndarray]], keys: list[int], features: list[np.ndarray]) -> None:
         if pending:
             pixels = torch.from_numpy(np.stack([pixels for _, pixels in pending])).to(self.lab.device)
-            found = tower_features(self.lab.model, pixels).cpu()
-            kept.append((found.view(torch.uint16) if found.dtype == torch.bfloat16 else found).numpy())
+            seen = tower_features(self.lab.model, pixels).cpu()
+            features.append((seen.view(torch.uint16) if seen.dtype == torch.bfloat16 else seen).numpy())
             keys += [key for key, _ in pending]
             pending.clear()
 
-    def _write(self, keys: list[int], kept: list[np.ndarray]) -> None:
+    def _write(self, keys: list[int], features: list[np.ndarray]) -> None:
         if not keys:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         numbers = np.array(keys, np.uint64)
         name = hashlib.blake2b(numbers.tobytes(), digest_size=8).hexdigest()
-        save_whole(self.folder / f"{name}.npy", np.concatenate(kept).astype(WORDS[self.dtype], copy=False))
-        save_whole(self.folder / f"{name}.keys.npy", numbers)
+        values = np.concatenate(features).astype(WORDS[self.dtype], copy=False)
+        for path, array in ((self.folder / f"{name}.npy", values), (self.folder / f"{name}.keys.npy", numbers)):
+            with whole_file(path) as temporary, temporary.open("wb") as file:
+                np.save(file, array)
         keys.clear()
-        kept.clear()
+        features.clear()
 
     def _check_room(self, count: int) -> None:
         config: Any = self.lab.model.config
@@ -188,16 +194,3 @@ class FeatureCache:
                 f"features of {count:,} pictures need {needed / 1e9:.1f} GB in {there}, {free / 1e9:.1f} GB are free; "
                 "choose another folder (--cache) or compute them as the run goes (--no-cache)"
             )
-
-
-def save_whole(path: Path, array: np.ndarray) -> None:
-    """Write an array so that the file is there whole or not at all. Raises OSError when the disk is full."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            np.save(file, array)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -18,7 +18,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,21 @@ def freeze_all_but(model: nn.Module, names: Iterable[str]) -> list[str]:
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.info("training %s: %d of %d parameters", ", ".join(wanted), count, total)
     return trained
+
+
+@contextmanager
+def restored(*modules: nn.Module) -> Iterator[None]:
+    """On leaving, parameters ask for gradients as before and hold none, and every module is in the mode it was in."""
+    flags = [(parameter, parameter.requires_grad) for module in modules for parameter in module.parameters()]
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+            parameter.grad = None
+        for part, mode in modes:
+            part.training = mode
 
 
 def optimizers(

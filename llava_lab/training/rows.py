@@ -1,26 +1,24 @@
-"""Where each row of a LLaVA data file begins and ends, found without reading the file into memory.
+"""LLaVA's data files as a data set that never stands in memory: rows found, checked, read when used, and put in order.
 
-Two forms: a JSON list, as LLaVA ships its data, and JSON lines. Rows are byte ranges, so that a file of
-any length costs one buffer; what stands inside a row is not looked at here, only brackets and quotation
-marks are counted. A broken row therefore does not hide its neighbours, unless a bracket itself is missing.
+*Where rows are.* A JSON list, as LLaVA ships its data, or JSON lines. Rows are byte ranges, so that a file of any length
+costs one buffer: only brackets and quotation marks are counted. A broken row therefore does not hide its neighbours,
+unless a bracket itself is missing.
 
-LLaVA's data files as a data set that never stands in memory: rows are found by an index and read when used.
+*Checked before training.* `build_index` reads every row once and checks what can be checked: JSON, turns, the picture,
+the length. What is wrong is named with file and row number, and the run is refused unless bad rows are to be skipped. The
+index is a memory-mapped file of `RECORD` entries, 28 bytes a row.
 
-`build_index` reads every row once before training and checks what can be checked: JSON, turns, the
-picture, the length. What is wrong is named with file and row number, and the run is refused unless bad
-rows are to be skipped. The index is a file of `RECORD` entries, memory-mapped: 28 bytes a row on disk,
-next to nothing in memory. Rows keep their bytes where they are.
+*The order of samples.* Several sources with weights, grouped by modality and length as LLaVA groups them. The order is a
+function of the seed, the epoch and the sizes, never of what ran before: every process and every resumed run computes
+the same one. It costs eight bytes a row.
 
-Format source: haotian-liu/LLaVA @ c121f04 ``docs/Finetune_Custom_Data.md``.
+    text = Text(lab.tokenizer, lab.image_id, image_tokens=144, context=lab.context, stage="instruct")
+    index = build_index(Source("rows.json"), text, Path("rows.index"), problems=Problems())
+    LlavaData([Source("rows.json")], [index], text)[0]  # {"ids", "labels", "picture"}
 
-The order of samples: several sources with weights, grouped by modality and length as LLaVA groups them.
-
-The order is a function of the seed, the epoch and the sizes, never of what ran before: every process
-and every resumed run computes the same one. It costs eight bytes a row.
-
-Source of the grouping: haotian-liu/LLaVA @ c121f04 ``llava/train/llava_trainer.py``
-(get_modality_length_grouped_indices). Differences: sources may have weights, and the last batch is
-filled from the next epoch, so that every step has the same number of samples.
+Sources: haotian-liu/LLaVA @ c121f04 ``docs/Finetune_Custom_Data.md`` (the format) and ``llava/train/llava_trainer.py``
+(get_modality_length_grouped_indices). Differences to the latter: sources may have weights, and the last batch is filled
+from the next epoch, so that every step has the same number of samples.
 """
 
 from __future__ import annotations
@@ -43,7 +41,12 @@ from tqdm.auto import tqdm
 
 from llava_lab.errors import DataError, OptionError, PictureError
 from llava_lab.models.pictures import read_picture
+from llava_lab.results.save import whole_file
 from llava_lab.training.text import FORMATS, STAGES, count_words, read_turns, tokenise, tokens_at_most
+
+log = logging.getLogger(__name__)
+
+# -- where rows are ------------------------------------------------------------------------
 
 CHUNK = 1 << 20  # bytes read at a time
 
@@ -107,7 +110,7 @@ def _refuse_between(between: bytes, path: Path, row: int) -> None:
         raise DataError(f"{path} has {odd[:30]!r} before row {row}; expected a list of rows like {{...}}, {{...}}")
 
 
-log = logging.getLogger(__name__)
+# -- rows, checked and read ----------------------------------------------------------------
 
 RECORD = np.dtype([("start", "<i8"), ("size", "<i4"), ("row", "<i4"), ("words", "<i4"), ("picture", "<u8")])
 TOKENISED_FIRST = 64  # rows of every file tokenised in any case: a template that does not fit shows at once
@@ -141,6 +144,14 @@ class Source:
         return Path(self.images) if self.images is not None else self.path.parent
 
 
+def as_sources(data: str | os.PathLike | Source | Sequence[Source]) -> list[Source]:
+    """What an entry takes as data, as sources. Raises OptionError when there is none."""
+    sources = [data] if isinstance(data, Source) else [Source(data)] if isinstance(data, (str, os.PathLike)) else list(data)
+    if not sources:
+        raise OptionError("no data: give at least one file in LLaVA's format")
+    return sources
+
+
 @dataclass(frozen=True)
 class Text:
     """How rows become tokens: everything of the model that the data needs."""
@@ -171,13 +182,15 @@ class Text:
         return count_words(turns), picture
 
     def _tokens(self, turns: list[tuple[str, str]], picture: str | None) -> tuple[np.ndarray, np.ndarray]:
-        options: dict[str, Any] = {
-            "stage": self.stage,
-            "image_id": self.image_id,
-            "image_tokens": self.image_tokens,
-            "system": self.system,
-        }
-        ids, labels = tokenise(self.tokenizer, turns, picture=picture is not None, **options)
+        ids, labels = tokenise(
+            self.tokenizer,
+            turns,
+            picture=picture is not None,
+            stage=self.stage,
+            image_id=self.image_id,
+            image_tokens=self.image_tokens,
+            system=self.system,
+        )
         if len(ids) > self.context:
             if not self.cut_long or not (labels[1 : self.context] >= 0).any():
                 raise DataError(f"{len(ids)} tokens with its picture, the model's context is {self.context}; shorten its answer")
@@ -213,42 +226,41 @@ def build_index(
 ) -> np.ndarray:
     """Check every row of a source and write its index to `out`; gives it back memory-mapped, (rows,) of `RECORD`.
 
-    `key` names a picture file's content (see `feature_cache`); without it pictures are only looked for.
+    `key` names a picture file's content (see `features`); without it pictures are only looked for.
     An index that `out` already holds for the same file and settings is used again.
     Raises DataError for a file that cannot be read as rows; rows that are wrong go to `problems`.
     """
     if not source.path.is_file():
         raise DataError(f"no such data file: {source.path}")
-    sign = _signature(source, text, key is not None)
-    if (held := _held(out, sign)) is not None:
-        return held
-    before, part = problems.count, out.with_suffix(".part")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    found = lru_cache(4096)(lambda name: _find(source.folder / name, key))
+    sign = json.loads(json.dumps(_signature(source, text, key is not None)))
+    note = out.with_suffix(".json")
+    if out.is_file() and note.is_file() and json.loads(note.read_text()) == sign:
+        return open_index(out)
+    before = problems.count
+    key_of = lru_cache(4096)(lambda name: _picture_key(source.folder / name, key))
     bar = tqdm(
         total=source.path.stat().st_size, unit="B", unit_scale=True, desc=f"checking {source.path.name}", disable=not progress
     )
-    with part.open("wb") as file, source.path.open("rb") as rows, bar:
-        kept: list[tuple[int, int, int, int, int]] = []
+    with whole_file(out) as temporary, temporary.open("wb") as file, source.path.open("rb") as rows, bar:
+        records: list[tuple[int, int, int, int, int]] = []
         for number, (start, stop) in enumerate(row_spans(source.path)):
             bar.update(stop - bar.n)
             rows.seek(start)
             try:
                 row = _parse(rows.read(stop - start))
                 words, picture = text.check(row, source.suffix, tokens=number < TOKENISED_FIRST)
-                code = found(picture) if picture is not None else 0
+                code = key_of(picture) if picture is not None else 0
             except DataError as error:
                 problems.add(source.path, number, str(error))
                 continue
-            kept.append((start, stop - start, number, words if code else -words, code))
-            if len(kept) == WRITE_ROWS:
-                np.array(kept, RECORD).tofile(file)
-                kept.clear()
-        np.array(kept, RECORD).tofile(file)
-    out.with_suffix(".json").unlink(missing_ok=True)  # the note of what stood here before
-    os.replace(part, out)
+            records.append((start, stop - start, number, words if code else -words, code))
+            if len(records) == WRITE_ROWS:
+                np.array(records, RECORD).tofile(file)
+                records.clear()
+        np.array(records, RECORD).tofile(file)
+        note.unlink(missing_ok=True)  # of what stood here before
     if problems.count == before:  # an index with gaps is built again, so that what it skips is listed again
-        out.with_suffix(".json").write_text(json.dumps(sign))
+        note.write_text(json.dumps(sign))
     return open_index(out)
 
 
@@ -278,6 +290,10 @@ class LlavaData(Dataset):
     @property
     def sizes(self) -> list[int]:
         return [len(index) for index in self.indexes]
+
+    @property
+    def weights(self) -> list[float]:
+        return [source.weight for source in self.sources]
 
     @property
     def words(self) -> np.ndarray:
@@ -310,8 +326,8 @@ class LlavaData(Dataset):
     def without(self, keys: Iterable[int]) -> LlavaData:
         """The same data without the rows of these pictures."""
         bad = np.array(sorted(keys), np.uint64)
-        kept = [np.asarray(index)[~np.isin(index["picture"], bad)] if len(bad) else index for index in self.indexes]
-        return LlavaData(self.sources, kept, self.text, self.see)
+        good = [np.asarray(index)[~np.isin(index["picture"], bad)] if len(bad) else index for index in self.indexes]
+        return LlavaData(self.sources, good, self.text, self.see)
 
     def _record(self, number: int) -> tuple[Source, Any]:
         which = int(np.searchsorted(self.ends, number, side="right"))
@@ -333,7 +349,7 @@ def _parse(raw: bytes) -> Any:
         raise DataError(f"broken JSON ({' '.join(str(error).split())})") from None
 
 
-def _find(path: Path, key: PictureKey | None) -> int:
+def _picture_key(path: Path, key: PictureKey | None) -> int:
     if not path.is_file():
         raise DataError(f"missing picture {path}")
     return key(path) if key else 1
@@ -349,12 +365,7 @@ def _signature(source: Source, text: Text, keyed: bool) -> dict[str, Any]:
     }
 
 
-def _held(out: Path, sign: dict[str, Any]) -> np.ndarray | None:
-    note = out.with_suffix(".json")
-    if not (out.is_file() and note.is_file()):
-        return None
-    return open_index(out) if json.loads(note.read_text()) == json.loads(json.dumps(sign)) else None
-
+# -- the order of samples ------------------------------------------------------------------
 
 GROUPINGS = ("none", "modality")
 
@@ -388,7 +399,7 @@ def group_by_modality(words: np.ndarray, *, batch: int, chunks: int, rng: np.ran
         both = _group_by_length(np.abs(words), batch=batch, chunks=chunks, rng=rng)
         return np.concatenate(both) if both else np.zeros(0, np.int64)
     groups = [
-        [part[found] for found in _group_by_length(np.abs(words[part]), batch=batch, chunks=chunks, rng=rng)]
+        [part[places] for places in _group_by_length(np.abs(words[part]), batch=batch, chunks=chunks, rng=rng)]
         for part in (seen, text)
     ]
     whole = groups[0][:-1] + groups[1][:-1]
@@ -398,25 +409,21 @@ def group_by_modality(words: np.ndarray, *, batch: int, chunks: int, rng: np.ran
 
 def _group_by_length(lengths: np.ndarray, *, batch: int, chunks: int, rng: np.random.Generator) -> list[np.ndarray]:
     order, whole = rng.permutation(len(lengths)), batch * chunks
-    found = []
-    for start in range(0, len(order), whole):
-        part = order[start : start + whole]
-        part = part[np.argsort(-lengths[part], kind="stable")]
-        found.append(_even(part, lengths, chunks))
-    return found
+    parts = [order[start : start + whole] for start in range(0, len(order), whole)]
+    return [_even(part[np.argsort(-lengths[part], kind="stable")], lengths, chunks) for part in parts]
 
 
 def _even(part: np.ndarray, lengths: np.ndarray, chunks: int) -> np.ndarray:
     """A global batch split into equally many samples of about equal total length, one chunk after the other."""
     if chunks == 1 or len(part) % chunks:
         return np.concatenate([part[i::chunks] for i in range(chunks)])
-    held: list[list[int]] = [[] for _ in range(chunks)]
+    shared_out: list[list[int]] = [[] for _ in range(chunks)]
     total = np.zeros(chunks)
     for index in part:
         shortest = int(np.argmin(total))
-        held[shortest].append(int(index))
-        total[shortest] += lengths[index] if len(held[shortest]) < len(part) // chunks else math.inf
-    return np.array([index for chunk in held for index in chunk], np.int64)
+        shared_out[shortest].append(int(index))
+        total[shortest] += lengths[index] if len(shared_out[shortest]) < len(part) // chunks else math.inf
+    return np.array([index for chunk in shared_out for index in chunk], np.int64)
 
 
 class Order(Sampler[int]):
@@ -445,11 +452,11 @@ class Order(Sampler[int]):
         return self.total
 
     def __iter__(self) -> Iterator[int]:
-        given, epoch = 0, 0
-        while given < self.total:
-            for row in self.epoch(epoch)[: self.total - given]:
+        count, epoch = 0, 0
+        while count < self.total:
+            for row in self.epoch(epoch)[: self.total - count]:
                 yield int(row)
-                given += 1
+                count += 1
             epoch += 1
 
     def epoch(self, number: int) -> np.ndarray:

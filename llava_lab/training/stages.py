@@ -1,21 +1,17 @@
-"""LoRA through peft for stage 2: low-rank adapters on every linear layer of the language model, merged at the end.
+"""LLaVA's two stages on data in its format, with transformers' Trainer underneath.
 
-As LLaVA trains it: the head has no adapter, the connector trains in full beside them. peft is imported
-only here. Source: haotian-liu/LLaVA @ c121f04 ``scripts/v1_5/finetune_lora.sh`` and ``train.py``
-(find_all_linear_names).
+`train_stage` checks the data, computes what the frozen tower sees once, trains, and saves an ordinary checkpoint to
+``OUT/STAGE/model``. The same call runs in one process or, under ``accelerate launch``, in many; the global batch is
+given, so their loss curves agree. A run that was killed goes on with ``resume`` to the same weights, bit for bit: the
+order of data is a function of the seed, and a checkpoint that is not whole does not count.
 
-LLaVA's two stages on data in its format, with transformers' Trainer underneath.
+Stage 2 may train LoRA through peft, as LLaVA does: adapters on every linear layer of the language model, none on the
+head, the connector in full beside them; they are merged at the end.
 
-`train_stage` checks the data, computes what the frozen tower sees once, trains, and saves an ordinary
-checkpoint to ``OUT/STAGE/model``. The same call runs in one process or, under ``accelerate launch``, in many;
-the global batch is given, so their loss curves agree. A run that was killed goes on with ``resume`` to the
-same weights, bit for bit: the order of data is a function of the seed, and checkpoints are whole or absent.
+    train_stage(lab, "rows.json", "align", "runs/mine", recipe=replace(LLAVA_15_7B.align, batch=32), steps=200)
 
-Recipes: `llava_lab.training.recipe`. Source: haotian-liu/LLaVA @ c121f04 ``llava/train/train.py``.
-
-One stage carried out: the model prepared and put back, the Trainer run, the result saved whole.
-
-The heavy imports (accelerate, transformers' Trainer) are here, so that `two_stages` can be named cheaply.
+Recipes: `llava_lab.training.recipe`. Source: haotian-liu/LLaVA @ c121f04 ``llava/train/train.py`` (also
+find_all_linear_names) and ``scripts/v1_5/finetune_lora.sh``.
 """
 
 from __future__ import annotations
@@ -39,7 +35,9 @@ from torch import nn
 from llava_lab.errors import CheckpointError, DataError, OptionError
 from llava_lab.models import layout
 from llava_lab.models.card import fingerprint
-from llava_lab.training.loop import freeze_all_but
+from llava_lab.results.save import whole_file
+from llava_lab.training.features import FeatureCache, content_key
+from llava_lab.training.loop import freeze_all_but, restored
 from llava_lab.training.recipe import LLAVA_15_7B, LlavaStage, Lora
 from llava_lab.training.rows import (
     LlavaData,
@@ -47,12 +45,15 @@ from llava_lab.training.rows import (
     Problems,
     Source,
     Text,
+    as_sources,
     build_index,
     open_index,
     read_pixels,
     samples_per_epoch,
 )
+from llava_lab.training.text import STAGES
 from llava_lab.training.trainer import (
+    KEEP,
     Collate,
     LlavaTrainer,
     OnLog,
@@ -68,39 +69,6 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
     from llava_lab.models import Lab
-    from llava_lab.training.trainer import OnLog
-
-
-@contextmanager
-def adapters(model: Any, lora: Lora | None) -> Iterator[Any]:
-    """The model with adapters, or as it is without `lora`. They are merged on leaving, or removed after an exception."""
-    if lora is None:
-        yield model
-        return
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise OptionError("LoRA needs peft; `pip install 'llava-lab[train]'` brings it") from None
-    names = adapted(model)
-    options: dict[str, Any] = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "bias": "none"}
-    with warnings.catch_warnings():  # peft asks transformers by a name that is on its way out
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        wrapped = get_peft_model(model, LoraConfig(target_modules=names, **options))
-    layout.connector_of(model).requires_grad_(True)
-    try:
-        yield wrapped
-    except BaseException:
-        wrapped.unload()
-        raise
-    wrapped.merge_and_unload()
-
-
-def adapted(model: Any) -> list[str]:
-    """Full names of the language model's linear layers."""
-    inside = layout.language_model(model)
-    prefix = next(name for name, module in model.named_modules() if module is inside)
-    return [f"{prefix}.{name}" for name, module in inside.named_modules() if isinstance(module, nn.Linear)]
-
 
 log = logging.getLogger(__name__)
 
@@ -154,37 +122,58 @@ def train_stage(
     """Train one stage and save the model to ``out/stage/model``; `lab` has the new weights afterwards.
 
     `recipe` is a `LlavaStage` (default: LLaVA-1.5's); `steps` overrides its epochs. `cache`: a folder for vision
-    features, True for the usual one, False to compute them as the run goes. `told` is called with each log row; the last one also
-    has ``"ended"``, and where `told` raises KeyboardInterrupt the run ends as at an interrupt.
+    features, True for the usual one, False to compute them as the run goes. `told` is called with each log row; the last
+    one also has ``"ended"``, and where `told` raises KeyboardInterrupt the run ends as at an interrupt.
     Raises DataError naming file and row for bad data, before the first step; OptionError for a folder that
     holds a run; CheckpointError when a checkpoint cannot be written, which leaves the last good one.
     Interrupting keeps what is trained: `Trained.stopped` says so and ``resume`` goes on.
-    """
-    # MERGED  # brings accelerate and transformers' Trainer
 
-    recipe = recipe or LLAVA_15_7B.stage(_stage(stage))
+    >>> from dataclasses import replace
+    >>> from llava_lab.training import LLAVA_15_7B, Running
+    >>> rows = ll.worlds.picturebook.write_dataset(tmp / "rows", n=4, progress=False)
+    >>> recipe = replace(LLAVA_15_7B.align, batch=2)
+    >>> trained = ll.train_stage(ll.load("tiny"), rows, "align", tmp / "run", recipe=recipe, steps=1, cache=tmp,
+    ...                          running=Running(progress=False))
+    >>> trained.steps, trained.stopped
+    (1, 'finished')
+    """
+    if stage not in STAGES:
+        raise OptionError(f"stage must be {' or '.join(STAGES)}, got {stage!r}")
+    recipe = recipe or LLAVA_15_7B.stage(stage)
     if recipe.name != stage:
         raise OptionError(f"the recipe is for stage {recipe.name!r}, the stage asked for is {stage!r}")
     running, folder, begin = running or Running(), Path(out) / stage, time.monotonic()
-    sources = [data] if isinstance(data, Source) else [Source(data)] if isinstance(data, (str, os.PathLike)) else list(data)
     args = arguments(lab, folder, recipe, running)
     problems = Problems(skip=skip_bad)
     text = Text(lab.tokenizer, lab.image_id, layout.image_token_count(lab.model), lab.context, stage, cut_long=cut_long)
+    sources, first, show = as_sources(data), args.process_index == 0, running.progress
     with args.main_process_first(local=False):
-        first = args.process_index == 0
         if first:
-            _check_folder(folder, resume)
-        rows, seen = _rows(lab, sources, text, folder, problems, cache=cache, fit=recipe.fit, first=first, show=running.progress)
-        problems.refuse()
-        order = _order(rows, recipe, args, steps, running.seed)
+            if not resume and (folder / "run.json").exists():
+                raise OptionError(f"{folder} holds a run already; add --resume to go on with it, or choose another folder")
+            folder.mkdir(parents=True, exist_ok=True)
+        rows, features = open_rows(lab, sources, text, folder, problems, cache=cache, fit=recipe.fit, first=first, show=show)
+        per = args.per_device_train_batch_size
+        order = order_of(rows, recipe, steps, batch=per, chunks=recipe.batch // per, seed=running.seed)
         if first:
             _remember(folder, lab, rows, recipe, running, order, resume=resume)
     args.max_steps = order.total // recipe.batch
-    done = carry_out(lab, rows, order, args, recipe, running, folder=folder, cached=seen, told=told)
-    skipped = tuple(problems.named)
-    if skipped:
+    progress = Progress(stage, folder / "log.jsonl", Stop(), show=show, told=told)
+    trainer = _train(lab, rows, order, args, recipe, folder=folder, features=features, progress=progress)
+    _save(lab, trainer, folder)
+    if problems.count:
         log.warning("skipped %d rows", problems.count)
-    return Trained(str(folder / "model"), *done, seconds=time.monotonic() - begin, skipped=skipped)
+    history = [row for row in trainer.state.log_history if "loss" in row]
+    return Trained(
+        folder=str(folder / "model"),
+        steps=trainer.state.global_step,
+        of=args.max_steps,
+        stopped="finished" if trainer.state.global_step >= args.max_steps else "interrupted",
+        losses=tuple(float(row["loss"]) for row in history),
+        logged=tuple(int(row["step"]) for row in history),
+        seconds=time.monotonic() - begin,
+        skipped=tuple(problems.named),
+    )
 
 
 def arguments(lab: Lab, folder: Path, recipe: LlavaStage, running: Running) -> TrainingArguments:
@@ -193,7 +182,6 @@ def arguments(lab: Lab, folder: Path, recipe: LlavaStage, running: Running) -> T
         import accelerate  # noqa: F401
     except ImportError:
         raise OptionError("training needs accelerate; `pip install 'llava-lab[train]'` brings it") from None
-    import torch
     from transformers import TrainingArguments
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -221,6 +209,7 @@ def arguments(lab: Lab, folder: Path, recipe: LlavaStage, running: Running) -> T
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=running.save_every,
+        save_total_limit=KEEP,
         seed=running.seed,
         dataloader_num_workers=running.workers,
         remove_unused_columns=False,
@@ -239,13 +228,10 @@ def shares(batch: int, world: int, device_batch: int | None) -> tuple[int, int]:
     return per, share // per
 
 
-def _stage(stage: str) -> str:
-    if stage not in ("align", "instruct"):
-        raise OptionError(f"stage must be align or instruct, got {stage!r}")
-    return stage
+# -- the data ------------------------------------------------------------------------------
 
 
-def _rows(
+def open_rows(
     lab: Lab,
     sources: list[Source],
     text: Text,
@@ -256,12 +242,11 @@ def _rows(
     fit: str | None,
     first: bool,
     show: bool,
-) -> tuple[LlavaData, Any]:
-    """The checked rows of all sources and their features' cache, None without one. The first process does the work."""
-    from llava_lab.training.features import FeatureCache, content_key
+) -> tuple[LlavaData, FeatureCache | None]:
+    """The checked rows of all sources and their features' cache, None without one. The first process does the work.
 
-    if not sources:
-        raise OptionError("no data: give at least one file in LLaVA's format")
+    Raises DataError for bad rows and pictures, unless `problems` skips them.
+    """
     places = [folder / f"rows-{number}.index" for number in range(len(sources))]
     if first:
         key = content_key if cache else None
@@ -279,49 +264,38 @@ def _rows(
     features = FeatureCache(lab, None if cache is True else cache, fit=fit)
     left_out = folder / "unreadable.json"
     if first:
-        bad = features.prepare(rows, problems=problems, progress=show)
-        left_out.write_text(json.dumps(sorted(bad)))
+        left_out.write_text(json.dumps(sorted(features.prepare(rows, problems=problems, progress=show))))
+        problems.refuse()
     rows.see = features.read
     return rows.without(json.loads(left_out.read_text())), features
 
 
-def _order(rows: LlavaData, recipe: LlavaStage, args: TrainingArguments, steps: int | None, seed: int) -> Order:
-    weights = [source.weight for source in rows.sources]
+def order_of(rows: LlavaData, recipe: LlavaStage, steps: int | None, *, batch: int, chunks: int, seed: int) -> Order:
+    """The order of a whole run: `steps` of the recipe's batch, or its epochs. A batch is `chunks` parts of `batch` samples."""
     if steps is None:
-        steps = math.ceil(samples_per_epoch(rows.sizes, weights) * recipe.epochs / recipe.batch)
+        steps = math.ceil(samples_per_epoch(rows.sizes, rows.weights) * recipe.epochs / recipe.batch)
     if steps < 1:
         raise OptionError(f"steps must be 1 or more, got {steps}")
-    per = args.per_device_train_batch_size
-    return Order(
-        rows.words,
-        rows.sizes,
-        weights,
-        total=steps * recipe.batch,
-        batch=per,
-        chunks=recipe.batch // per,
-        group=recipe.group,
-        seed=seed,
-    )
-
-
-def _check_folder(folder: Path, resume: bool) -> None:
-    if not resume and (folder / "run.json").exists():
-        raise OptionError(f"{folder} holds a run already; add --resume to go on with it, or choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(folder / ".part", ignore_errors=True)  # of a checkpoint that was being written when a run was killed
+    total = steps * recipe.batch
+    return Order(rows.words, rows.sizes, rows.weights, total=total, batch=batch, chunks=chunks, group=recipe.group, seed=seed)
 
 
 def _remember(
     folder: Path, lab: Lab, rows: LlavaData, recipe: LlavaStage, running: Running, order: Order, *, resume: bool
 ) -> None:
     """Write what decides the weights, or hold a resumed run against it."""
-    plain = asdict(replace(recipe, sources=()))
     settings = {name: value for name, value in asdict(running).items() if name not in NOT_DECIDING}
     data = [
         [str(source.path.resolve()), size, source.weight, source.suffix]
         for source, size in zip(rows.sources, rows.sizes, strict=True)
     ]
-    now = {"model": _frozen(lab, recipe), "recipe": plain, "running": settings, "data": data, "samples": order.total}
+    now = {
+        "model": _frozen(lab, recipe),
+        "recipe": asdict(replace(recipe, sources=())),
+        "running": settings,
+        "data": data,
+        "samples": order.total,
+    }
     now = json.loads(json.dumps(now))
     note = folder / "run.json"
     if note.exists() and resume:
@@ -329,9 +303,8 @@ def _remember(
         if different := [name for name in now if now[name] != then.get(name)]:
             name = different[0]
             raise OptionError(f"{folder} was begun with another {name}: {then.get(name)}, now {now[name]}; resume with the same")
-    part = note.with_suffix(".part")
-    part.write_text(json.dumps(now, indent=1))
-    os.replace(part, note)
+    with whole_file(note) as temporary:
+        temporary.write_text(json.dumps(now, indent=1))
 
 
 def _frozen(lab: Lab, recipe: LlavaStage) -> str:
@@ -344,60 +317,103 @@ def _frozen(lab: Lab, recipe: LlavaStage) -> str:
     return fingerprint(nn.ModuleDict({name: find(lab.model) for name, find in parts.items() if name not in recipe.trains}))
 
 
+# -- the run -------------------------------------------------------------------------------
+
 _ABSENT = object()
 
-Done = tuple[int, int, str, tuple[float, ...], tuple[int, ...]]
 
-
-def carry_out(
+def _train(
     lab: Lab,
     rows: LlavaData,
     order: Order,
-    args: Any,
+    args: TrainingArguments,
     recipe: LlavaStage,
-    running: Running,
     *,
     folder: Path,
-    cached: Any,
-    told: OnLog | None,
-) -> Done:
-    """Train, save ``folder/model``, and say (steps, of, stopped, losses, their steps); see `two_stages.Trained`."""
-    stop = Stop()
-    progress = Progress(recipe.name, folder / "log.jsonl", stop, show=running.progress, told=told)
+    features: FeatureCache | None,
+    progress: Progress,
+) -> LlavaTrainer:
+    """Train until the end or an interrupt; weights caught half-way through a step go back to the last checkpoint."""
     resume = last_checkpoint(folder)
     if args.process_index == 0:
         _forget_later(folder / "log.jsonl", resume)
-    collate = Collate(int(lab.tokenizer.pad_token_id or 0), *_picture_shape(lab, cached))
-    with ExitStack() as held:
-        held.enter_context(parts_training(lab.model, recipe.trains))
-        held.enter_context(reading_features(lab.model, cached=cached is not None))
-        model = held.enter_context(adapters(lab.model, recipe.lora))
-        held.enter_context(stopping(stop))
+    collate = Collate(int(lab.tokenizer.pad_token_id or 0), *_picture_shape(lab, features))
+    with ExitStack() as stack:
+        stack.enter_context(parts_training(lab.model, recipe.trains))
+        stack.enter_context(reading_features(lab.model, cached=features is not None))
+        model = stack.enter_context(adapters(lab.model, recipe.lora))
+        stack.enter_context(stopping(progress.stop))
         options: dict[str, Any] = {"data": rows, "order": order, "collate": collate, "connector_rate": recipe.connector_rate}
         trainer = LlavaTrainer(model, args, **options, callbacks=[progress])
         if recipe.lora and trainer.is_fsdp_enabled:
             raise OptionError("LoRA adapters are merged in one piece, FSDP has them in parts; launch without --use_fsdp")
-        stopped = _train(trainer, progress, folder, resume)
-    _save(lab, trainer, folder)
-    history = [row for row in trainer.state.log_history if "loss" in row]
-    losses, logged = tuple(float(row["loss"]) for row in history), tuple(int(row["step"]) for row in history)
-    finished = trainer.state.global_step >= args.max_steps
-    return trainer.state.global_step, args.max_steps, "finished" if finished else stopped, losses, logged
+        try:
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        except KeyboardInterrupt:
+            good = last_checkpoint(folder)
+            if progress.stepping and good is not None and not trainer.is_fsdp_enabled:
+                load_trained(trainer.model, good)
+            log.warning("stopped at step %d", trainer.state.global_step)
+        finally:
+            progress.close()
+    return trainer
 
 
-def _train(trainer: LlavaTrainer, progress: Progress, folder: Path, resume: Path | None) -> str:
-    """Run it; an interrupt ends it, and weights caught half-way through a step go back to the last checkpoint."""
+@contextmanager
+def parts_training(model: Any, names: Sequence[str]) -> Iterator[list[str]]:
+    """Within it only parameters under the named parts train; flags, modes and config are put back afterwards."""
+    caches = [(part, part.__dict__.get("use_cache", _ABSENT)) for part in (model.config, model.config.text_config)]
     try:
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-        return "interrupted"  # unless every step is done, which the caller sees
-    except KeyboardInterrupt:
-        good = last_checkpoint(folder)
-        if progress.stepping and good is not None and not trainer.is_fsdp_enabled:
-            load_trained(trainer.model, good)
-        log.warning("stopped at step %d", trainer.state.global_step)
-        return "interrupted"
+        with restored(model):
+            trained = freeze_all_but(model, names)
+            if not trained:
+                raise OptionError(f"nothing to train: no parameter under {', '.join(names)}")
+            yield trained
     finally:
-        progress.close()
+        for part, value in caches:
+            if value is not _ABSENT:
+                part.use_cache = value
+            elif "use_cache" in part.__dict__:  # the Trainer sets it on configurations that never had it
+                del part.use_cache
+        if model.is_activation_checkpointing:
+            model.activation_checkpointing_disable()
+
+
+@contextmanager
+def adapters(model: Any, lora: Lora | None) -> Iterator[Any]:
+    """The model with adapters, or as it is without `lora`. They are merged on leaving, or removed after an exception."""
+    if lora is None:
+        yield model
+        return
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise OptionError("LoRA needs peft; `pip install 'llava-lab[train]'` brings it") from None
+    inside = layout.language_model(model)
+    prefix = next(name for name, module in model.named_modules() if module is inside)
+    names = [f"{prefix}.{name}" for name, module in inside.named_modules() if isinstance(module, nn.Linear)]
+    options: dict[str, Any] = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "bias": "none"}
+    with warnings.catch_warnings():  # peft asks transformers by a name that is on its way out
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        wrapped = get_peft_model(model, LoraConfig(target_modules=names, **options))
+    layout.connector_of(model).requires_grad_(True)
+    try:
+        yield wrapped
+    except BaseException:
+        wrapped.unload()
+        raise
+    wrapped.merge_and_unload()
+
+
+def _picture_shape(lab: Lab, features: FeatureCache | None) -> tuple[tuple[int, ...], torch.dtype]:
+    config: Any = lab.model.config
+    vision = config.vision_config
+    if features is None:
+        return (3, vision.image_size, vision.image_size), torch.float32
+    tokens = (vision.image_size // vision.patch_size) ** 2
+    if config.vision_feature_select_strategy != "default":
+        tokens += int(layout.has_class_token(lab.model))
+    return (tokens, vision.hidden_size * len(layout.feature_layers(config))), features.dtype
 
 
 def _save(lab: Lab, trainer: LlavaTrainer, folder: Path) -> None:
@@ -417,54 +433,17 @@ def _save(lab: Lab, trainer: LlavaTrainer, folder: Path) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-@contextmanager
-def parts_training(model: Any, names: Sequence[str]) -> Iterator[list[str]]:
-    """Within it only parameters under the named parts train; flags, modes and config are put back afterwards."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    caches = [(part, part.__dict__.get("use_cache", _ABSENT)) for part in (model.config, model.config.text_config)]
-    try:
-        trained = freeze_all_but(model, names)
-        if not trained:
-            raise OptionError(f"nothing to train: no parameter under {', '.join(names)}")
-        yield trained
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-            parameter.grad = None
-        for module, mode in modes:
-            module.training = mode
-        for part, value in caches:
-            if value is not _ABSENT:
-                part.use_cache = value
-            elif "use_cache" in part.__dict__:  # the Trainer sets it on configurations that never had it
-                del part.use_cache
-        if model.is_activation_checkpointing:
-            model.activation_checkpointing_disable()
-
-
-def _picture_shape(lab: Lab, cached: Any) -> tuple[tuple[int, ...], torch.dtype]:
-    config: Any = lab.model.config
-    vision = config.vision_config
-    if cached is None:
-        return (3, vision.image_size, vision.image_size), torch.float32
-    tokens = (vision.image_size // vision.patch_size) ** 2
-    if config.vision_feature_select_strategy != "default":
-        tokens += int(layout.has_class_token(lab.model))
-    return (tokens, vision.hidden_size * len(layout.feature_layers(config))), cached.dtype
-
-
 def _forget_later(log_file: Path, resume: Path | None) -> None:
     """Drop log rows of steps that will be done again."""
     if not log_file.exists():
         return
     step = int(resume.name.split("-")[1]) if resume else 0
-    kept = []
+    lines = []
     for line in log_file.read_text().splitlines():
         try:
             row = json.loads(line)
         except ValueError:
             continue  # cut short by the end of the process that wrote it
         if row["step"] <= step:
-            kept.append(line + "\n")
-    log_file.write_text("".join(kept))
+            lines.append(line + "\n")
+    log_file.write_text("".join(lines))

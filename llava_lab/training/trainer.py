@@ -1,34 +1,28 @@
-"""transformers' Trainer with LLaVA's order of data, a rate for the connector, and checkpoints that are whole.
+"""transformers' Trainer as LLaVA's two stages need it: its order of data, its batches, its checkpoints, its progress.
 
-A checkpoint is written under ``.part/`` and renamed when every process has finished its share: a folder
-``checkpoint-N`` is complete or not there. It holds the parameters that train, not the frozen ones, with the
-optimiser, the schedule, the random states and the step. Under FSDP the sharded files are transformers' own.
+*Trainer.* Rows come in the order of a sampler, the connector may have a rate of its own. A checkpoint holds the
+parameters that train, not the frozen ones, with the optimiser, the schedule, the random states and the step; it counts
+when its ``trainer_state.json`` reads, which transformers writes last. Under FSDP the sharded files are transformers' own.
 
-Read against transformers 5.23 ``trainer.py`` (`_save_checkpoint`, `_load_from_checkpoint`, `_get_train_sampler`,
-`create_optimizer`); the connector's own rate is haotian-liu/LLaVA @ c121f04 ``llava_trainer.py`` (mm_projector_lr).
+*Batches.* Logits are computed only at positions some row learns from (`logits_to_keep`), with the labels already moved
+one place. `reading_features` lets a stock LLaVA take cached features in place of pixels and keeps the tower out of every
+graph. A batch without pictures still goes through the connector, which gets zero gradients: processes that train together
+must all reduce the same parameters.
 
-From rows to a batch, and the model made to take it: padded ids, labels where they count, pictures as features.
+*Progress.* One bar with the time left, one line of JSON a step, and a stop that keeps the work: the first interrupt
+(Ctrl-C, a notebook's stop button) ends the run after the step under way, with a checkpoint; the second stops at once.
+Beside the main thread, where no interrupt is heard, `told` may raise KeyboardInterrupt: it is the first interrupt, and
+the step under way is its own.
 
-Logits are computed only at positions some row learns from (`logits_to_keep`), with the labels already moved
-one place. `reading_features` lets a stock LLaVA take cached features in place of pixels and keeps the tower
-out of every graph. A batch without pictures still goes through the connector, which gets zero gradients:
-processes that train together must all reduce the same parameters.
-
-Source of the empty picture: haotian-liu/LLaVA @ c121f04 ``llava/train/train.py`` (a zero image for text-only
-samples) and ``llava_arch.py`` (features ``[0:0]``).
-
-What a person sees of a run: one bar with the time left, one line of JSON a step, and a stop that keeps the work.
-
-The bar is tqdm's own for terminal or notebook. The first interrupt (Ctrl-C, a notebook's stop button) ends
-the run after the step under way, with a checkpoint; the second stops at once. Beside the main thread, where no
-interrupt is heard, `told` may raise KeyboardInterrupt: it is the first interrupt, and the step under way is its own.
+Sources: transformers 5.23 ``trainer.py`` (`_save_checkpoint`, `_load_from_checkpoint`, `_get_train_sampler`,
+`create_optimizer`); haotian-liu/LLaVA @ c121f04 ``llava_trainer.py`` (mm_projector_lr), ``llava/train/train.py`` (a zero
+image for text-only samples) and ``llava_arch.py`` (features ``[0:0]``).
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
 import signal
@@ -49,6 +43,7 @@ from torch.utils.data import Sampler
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.trainer import TRAINER_STATE_NAME
 
 from llava_lab.capture import hooked
 from llava_lab.errors import CheckpointError
@@ -61,7 +56,6 @@ log = logging.getLogger(__name__)
 
 CONNECTOR = "multi_modal_projector"
 TRAINED = "trained.safetensors"
-PART = ".part"
 KEEP = 2  # checkpoints that stay
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -81,11 +75,10 @@ class LlavaTrainer(Trainer):
         callbacks: list[Any],
     ) -> None:
         super().__init__(model=model, args=args, train_dataset=data, data_collator=collate, callbacks=callbacks)
-        for shown in (PrinterCallback, ProgressCallback):  # ours says the same on one line, and to standard error
-            self.remove_callback(shown)
+        for callback in (PrinterCallback, ProgressCallback):  # ours says the same on one line, and to standard error
+            self.remove_callback(callback)
         self.optimizer: torch.optim.Optimizer | None
         self._order, self._connector_rate = order, connector_rate
-        self._place: Path | None = None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return self._order
@@ -112,37 +105,23 @@ class LlavaTrainer(Trainer):
 
     # -- checkpoints ------------------------------------------------------------------------
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._place or self.args.output_dir)
-
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run = Path(self.args.output_dir)
-        name = f"checkpoint-{self.state.global_step}"
-        if (run / name).is_dir():  # already there: stopped at a step that had been saved
+        folder = run / f"checkpoint-{self.state.global_step}"
+        already = complete(folder)  # when the run stops at a step that was saved anyway
+        self.accelerator.wait_for_everyone()
+        if already:
             return
-        self._place = run / PART
         try:
             super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.is_world_process_zero():
-                sync(self._place / name)
-                os.replace(self._place / name, run / name)
-                self._forget_old(run)
         except (OSError, SafetensorError, RuntimeError) as error:  # torch.save on a full disk raises RuntimeError
-            shutil.rmtree(run / PART, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
             good = last_checkpoint(run)
             kept = f"the last good one is {good}" if good else "there is none before it"
             raise CheckpointError(
-                f"cannot write {run / name} ({' '.join(str(error).split())[:200]}); {kept}; make room and go on with --resume"
+                f"cannot write {folder} ({' '.join(str(error).split())[:200]}); {kept}; make room and go on with --resume"
             ) from error
-        finally:
-            self._place = None
         self.accelerator.wait_for_everyone()
-
-    def _forget_old(self, run: Path) -> None:
-        for old in checkpoints(run)[:-KEEP]:
-            os.replace(old, run / PART / f"old-{old.name}")  # a half-deleted checkpoint must not carry its name
-        shutil.rmtree(run / PART, ignore_errors=True)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trained parameters only; what is frozen is in the model the run began with."""
@@ -168,36 +147,36 @@ def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
 def load_trained(model: nn.Module, checkpoint: Path) -> None:
     """Put a checkpoint's parameters into a model. Raises CheckpointError when it trained other parameters."""
     saved = load_file(checkpoint / TRAINED)
-    mine = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if saved.keys() != mine.keys() or any(saved[name].shape != p.shape for name, p in mine.items()):
-        odd = sorted(saved.keys() ^ mine.keys())[:3] or [n for n, p in mine.items() if saved[n].shape != p.shape][:3]
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if saved.keys() != own.keys() or any(saved[name].shape != p.shape for name, p in own.items()):
+        odd = sorted(saved.keys() ^ own.keys())[:3] or [n for n, p in own.items() if saved[n].shape != p.shape][:3]
         raise CheckpointError(f"{checkpoint} trained other parameters than this run does (for example {', '.join(odd)})")
     with torch.no_grad():
-        for name, parameter in mine.items():
+        for name, parameter in own.items():
             parameter.copy_(saved[name])
+
+
+def complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint's last file is there and whole."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    found = [(int(match.group(1)), path) for path in run.glob("checkpoint-*") if (match := CHECKPOINT.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    numbered = [(int(match.group(1)), path) for path in run.glob("checkpoint-*") if (match := CHECKPOINT.fullmatch(path.name))]
+    return [path for _, path in sorted(numbered) if complete(path)]
 
 
 def last_checkpoint(run: Path) -> Path | None:
     """The newest complete checkpoint, None before the first."""
-    found = checkpoints(run)
-    return found[-1] if found else None
+    return next(reversed(checkpoints(run)), None)
 
 
-def sync(folder: Path) -> None:
-    """Ask the system to put a folder's files on the disk, so that a rename never precedes what it names."""
-    for path in [*folder.rglob("*"), folder]:
-        if path.is_file() or os.name == "posix":  # folders can be synced where they can be opened
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+# -- batches -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -254,6 +233,8 @@ def reading_features(model: Any, *, cached: bool) -> Iterator[None]:
         finally:
             del inner.get_image_features
 
+
+# -- progress ------------------------------------------------------------------------------
 
 OnLog = Callable[[dict[str, Any]], None]
 
@@ -324,13 +305,13 @@ def stopping(stop: Stop) -> Iterator[None]:
         yield
         return
 
-    def heard(number: int, frame: FrameType | None) -> None:
+    def on_interrupt(number: int, frame: FrameType | None) -> None:
         if stop.asked:
             raise KeyboardInterrupt
         stop.asked = True
         log.warning("stopping after this step; interrupt again to stop at once")
 
-    before = signal.signal(signal.SIGINT, heard)
+    before = signal.signal(signal.SIGINT, on_interrupt)
     try:
         yield
     finally:

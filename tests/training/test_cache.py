@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -92,17 +91,6 @@ def test_a_shard_without_keys_is_not_there(tmp_path: Path, tiny_random: Lab) -> 
     next(cache.folder.glob("*.keys.npy")).unlink()  # killed between the two files
     assert len(FeatureCache(tiny_random, tmp_path / "cache")) == 0
     assert len(prepared(tiny_random, tmp_path)) == 6
-
-
-def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(file: Any, array: np.ndarray) -> None:
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(np, "save", full)
-    with pytest.raises(OSError, match="No space"):
-        feature_cache.save_whole(tmp_path / "a.npy", np.zeros(3))
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_damaged_pictures_are_named_with_file_and_row(tmp_path: Path, tiny_random: Lab) -> None:

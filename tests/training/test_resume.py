@@ -35,8 +35,10 @@ KILLED = """
 import json, os, random, signal, sys, time
 from dataclasses import replace
 from pathlib import Path
+import transformers.trainer
 import llava_lab as ll
-from llava_lab.training import stage_run, trainer
+from llava_lab.training import trainer
+from transformers import TrainerState
 from llava_lab.training.recipe import LLAVA_15_7B, Lora
 from llava_lab.training.stages import Running, train_stage
 
@@ -53,8 +55,7 @@ def die_inside(where, name, count):
     def deadly(*args, **options):
         left[0] -= 1
         if left[0] == 0:
-            Path(args[1] if name == "save_file" else args[0]).parent.mkdir(parents=True, exist_ok=True)
-            if name == "save_file":
+            if name != "rotate_checkpoints":
                 Path(args[1]).write_bytes(b"half a checkpoint")
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*args, **options)
@@ -80,7 +81,8 @@ begin = time.monotonic()
 assert attempt(root / "whole", False) == 0
 whole = time.monotonic() - begin
 dice = random.Random(7)
-moments = [("file", (trainer, "save_file", 2)), ("rename", (trainer.os, "replace", 4)), ("rotate", (trainer.shutil, "rmtree", 3))]
+moments = [("weights", (trainer, "save_file", 2)), ("state", (TrainerState, "save_to_json", 2))]
+moments += [("rotation", (transformers.trainer, "rotate_checkpoints", 2))]
 moments += [("time", dice.uniform(0.2, 0.7) * whole) for _ in range(3)]
 codes = []
 for kind, what in moments:

@@ -102,10 +102,10 @@ def test_prefix_is_computed_once_and_other_architectures_go_whole(tiny_random: L
     features = torch.randn(2, 16, 32)
     with torch.no_grad():
         first = step.loss(made, words, features)
-        held = next(iter(step._held.values()))
+        held = next(iter(step._prefixes.values()))
         again = step.loss(made, words, features)
     assert torch.equal(first, again)
-    assert next(iter(step._held.values())) is held
+    assert next(iter(step._prefixes.values())) is held
     language = tiny_random.model.model.language_model
     assert like_llama(language)
     language.config.sliding_window = 8
