@@ -2,7 +2,10 @@
 
 Gathers facts, changes nothing and asks no other machine. Importing it needs the standard
 library only, because ``run.py`` looks for a browser with it before anything is installed;
-torch is imported when the report is asked for.
+torch is imported when the report is asked for. How a checkpoint differs from LLaVA-1.5 (``doctor --model``) is in
+`llava_lab.models.differences`.
+
+    print(render(examine()))
 """
 
 from __future__ import annotations
@@ -41,22 +44,30 @@ def find_chromium() -> str | None:
     named = os.environ.get("CHROME_PATH")
     if named:
         return named if Path(named).is_file() else None  # a wrong wish is said, not silently replaced
-    for command in BROWSER_COMMANDS:
-        found = shutil.which(command)
-        if found:
-            return found
-    return next((place for place in BROWSER_PLACES if Path(place).is_file()), None)
+    commands = (path for command in BROWSER_COMMANDS if (path := shutil.which(command)))
+    return next(commands, None) or next((place for place in BROWSER_PLACES if Path(place).is_file()), None)
 
 
 def examine() -> dict[str, Any]:
     """The whole report as plain data: versions, machine, device, and each optional part with a reason."""
+    browser = find_chromium()
+    missing = "none found (set CHROME_PATH); needed for the browser tests"
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {name: _version(name) for name in ("llava-lab", *VERSIONS)},
-        "machine": _machine(),
+        "machine": {
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "memory_gb": _memory("SC_PHYS_PAGES"),
+            "free_memory_gb": _memory("SC_AVPHYS_PAGES"),
+            "free_disk_gb": round(shutil.disk_usage(ASSETS.parent).free / 1e9, 1),
+        },
         "compute": _compute(),
-        "parts": {**_optional_parts(), "chromium": _chromium(), "tiny": check_folder(ASSETS / "tiny")},
+        "parts": {
+            **{name: _optional_part(name, use) for name, use in OPTIONAL.items()},
+            "chromium": {"usable": browser is not None, "why": browser or missing},
+            "tiny": check_folder(ASSETS / "tiny"),
+        },
     }
 
 
@@ -66,7 +77,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
     if missing:
         return {"usable": False, "why": f"{folder.name} lacks {', '.join(missing)}"}
     try:
-        count = len(_weights_header(folder / "model.safetensors")) - 1
+        count = _count_tensors(folder / "model.safetensors")
         json.loads((folder / "config.json").read_text("utf-8"))
     except (OSError, ValueError) as error:
         return {"usable": False, "why": f"{folder.name} cannot be read: {error}"}
@@ -76,23 +87,27 @@ def check_folder(folder: Path) -> dict[str, Any]:
 
 def render(report: dict[str, Any]) -> str:
     """The report as aligned text for a person."""
-    rows = [("python", f"{report['python']} ({report['platform']})")]
-    rows += [(name, version or "not installed") for name, version in report["versions"].items()]
     machine, compute = report["machine"], report["compute"]
-    rows.append(("cores", str(machine["cores"])))
-    rows.append(("memory", f"{_gigabytes(machine['memory_gb'])} in all, {_gigabytes(machine['free_memory_gb'])} free"))
-    rows.append(("disk", f"{_gigabytes(machine['free_disk_gb'])} free"))
-    rows.append(("threads", str(compute["threads"])))
-    rows += [(f"{size} models", _placement(compute[size])) for size in SIZES if size in compute]
-    rows += [("problem", compute["problem"])] if "problem" in compute else []
+    memory, free, disk = (
+        "unknown" if machine[name] is None else f"{machine[name]} GB" for name in ("memory_gb", "free_memory_gb", "free_disk_gb")
+    )
+    rows = [
+        ("python", f"{report['python']} ({report['platform']})"),
+        *((name, version or "not installed") for name, version in report["versions"].items()),
+        ("cores", str(machine["cores"])),
+        ("memory", f"{memory} in all, {free} free"),
+        ("disk", f"{disk} free"),
+        ("threads", str(compute["threads"])),
+    ]
+    for size in SIZES:
+        if size in compute:
+            chosen = compute[size]
+            rows.append((f"{size} models", f"{chosen['dtype']} on {chosen['device']} ({chosen['why']})"))
+    if "problem" in compute:
+        rows.append(("problem", compute["problem"]))
     parts = [(name, f"{'yes' if part['usable'] else 'NO '}  {part['why']}") for name, part in report["parts"].items()]
     width = max(len(name) for name, _ in rows + parts)
-    lines = [f"{name:<{width}}  {text}" for name, text in rows]
-    return "\n".join([*lines, "", "usable parts", *(f"{name:<{width}}  {text}" for name, text in parts)])
-
-
-def _placement(chosen: dict[str, str]) -> str:
-    return f"{chosen['dtype']} on {chosen['device']} ({chosen['why']})"
+    return "\n".join(f"{name:<{width}}  {text}".rstrip() for name, text in [*rows, ("", ""), ("usable parts", ""), *parts])
 
 
 def _version(distribution: str) -> str | None:
@@ -102,15 +117,10 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _machine() -> dict[str, Any]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    disk = shutil.disk_usage(ASSETS.parent)
-    return {
-        "cores": cores,
-        "memory_gb": _memory("SC_PHYS_PAGES"),
-        "free_memory_gb": _memory("SC_AVPHYS_PAGES"),
-        "free_disk_gb": round(disk.free / 1e9, 1),
-    }
+def _optional_part(name: str, use: str) -> dict[str, Any]:
+    version = _version(name)
+    why = f"{version} ({use})" if version else f"not installed; needed for {use}"
+    return {"usable": version is not None, "why": why}
 
 
 def _memory(pages: str) -> float | None:
@@ -121,53 +131,31 @@ def _memory(pages: str) -> float | None:
     return round(os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE") / 1e9, 1)
 
 
-def _gigabytes(value: float | None) -> str:
-    return "unknown" if value is None else f"{value} GB"
-
-
 def _compute() -> dict[str, Any]:
-    """The device and dtype `load` chooses when it is told nothing, for a small and a large model, with its reason."""
+    """The device and dtype `load` chooses when it is given none, for a small and a large model, with its reason."""
     try:
         import torch
 
         from llava_lab.models import choose_device
     except (ImportError, OSError) as error:  # OSError: a library of torch's own that does not fit this system
         return {"threads": 0, "problem": f"torch cannot be loaded: {error}"}
-    found: dict[str, Any] = {"threads": torch.get_num_threads()}
+    report: dict[str, Any] = {"threads": torch.get_num_threads()}
     for size, parameters in SIZES.items():
         placement = choose_device(parameters=parameters)
-        found[size] = {
-            "device": str(placement.device),
-            "dtype": str(placement.dtype).removeprefix("torch."),
-            "why": placement.why,
-        }
-    return found
+        dtype = str(placement.dtype).removeprefix("torch.")
+        report[size] = {"device": str(placement.device), "dtype": dtype, "why": placement.why}
+    return report
 
 
-def _optional_parts() -> dict[str, dict[str, Any]]:
-    parts = {}
-    for name, use in OPTIONAL.items():
-        version = _version(name)
-        parts[name] = {
-            "usable": version is not None,
-            "why": f"{version} ({use})" if version else f"not installed; needed for {use}",
-        }
-    return parts
-
-
-def _chromium() -> dict[str, Any]:
-    found = find_chromium()
-    return {"usable": found is not None, "why": found or "none found (set CHROME_PATH); needed for the browser tests"}
-
-
-def _weights_header(file: Path) -> dict[str, Any]:
-    """A safetensors header: 8 bytes of length, then JSON; offsets must end at the file's end."""
+def _count_tensors(file: Path) -> int:
+    """Tensors of a safetensors file, by its header: 8 bytes of length, then JSON; offsets must end at the file's end."""
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if not 0 < length < 100_000_000:
             raise ValueError(f"{file.name} is not a safetensors file")
         header = json.loads(stream.read(length))
-    end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    header.pop("__metadata__", None)
+    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if file.stat().st_size != 8 + length + end:
         raise ValueError(f"{file.name} is {file.stat().st_size} bytes, its header says {8 + length + end}; it is cut off")
-    return {"__metadata__": {}, **header}
+    return len(header)

@@ -3,6 +3,8 @@
 Every fact is compared with what LLaVA-1.5 has; for a language model of another width or depth the two published sizes, 7B
 and 13B, are both expected values. A difference is not a fault: it says what a map or a score will depend on.
 
+    print(render_model(examine_model("tiny")))
+
 Sources: llava-hf/llava-1.5-7b-hf's files; haotian-liu/LLaVA @ c121f04 (the original's config and defaults).
 """
 
@@ -18,6 +20,7 @@ from llava_lab.models.formats import original
 
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 DIFFERENT_MEAN = 1e-4
+WIDTHS = ("1024 to 4096", "1024 to 5120")  # of 7B and 13B
 MISSING = "not stated"
 
 
@@ -26,8 +29,8 @@ class Fact:
     """One thing compared. `same` is whether it is as in LLaVA-1.5."""
 
     name: str
-    found: Any
-    expected: Any
+    found: Any  # in the checkpoint
+    expected: Any  # in LLaVA-1.5
     same: bool
     why: str = ""  # what it changes, where it differs
 
@@ -37,11 +40,9 @@ def examine_model(name: str | os.PathLike) -> dict[str, Any]:
     folder = folders.find(name)
     config = folders.read_json(folder.path / "config.json")
     if original.is_original(config):
-        form = f"original LLaVA, {original.layout_of(folder.path)}"
-        facts = _original_facts(folder.path, config)
+        form, facts = f"original LLaVA, {original.layout_of(folder.path)}", _original_facts(folder.path, config)
     else:
-        form = "transformers"
-        facts = _facts(folder.path, config)
+        form, facts = "transformers", _facts(folder.path, config)
     facts += _weight_facts(folder.path, form)
     return {
         "model": folder.name,
@@ -65,55 +66,59 @@ def render_model(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _fact(name: str, found: Any, *expected: Any, why: str = "") -> Fact:
-    said = expected[0] if len(expected) == 1 else " or ".join(map(str, expected))
-    return Fact(name, MISSING if found is None else found, said, found in expected, why)
+def _fact(name: str, value: Any, *expected: Any, why: str = "") -> Fact:
+    """`value` beside what LLaVA-1.5 may have there."""
+    either = expected[0] if len(expected) == 1 else " or ".join(map(str, expected))
+    return Fact(name, MISSING if value is None else value, either, value in expected, why)
 
 
 def _facts(folder: Path, config: dict[str, Any]) -> list[Fact]:
+    """Of a folder in the transformers format."""
     vision, text = config.get("vision_config") or {}, config.get("text_config") or {}
-    width = vision.get("hidden_size", 1024)
-    wide = text.get("hidden_size", 4096)
     kind = config.get("mm_projector_type") or f"mlp2x_{config.get('projector_hidden_act', 'gelu')}"
+    widths = f"{vision.get('hidden_size', 1024)} to {text.get('hidden_size', 4096)}"
     image_id = config.get("image_token_index", config.get("image_token_id", 32000))
+    tied = bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
     facts = [
         _fact("family", config.get("model_type"), "llava", why="another family puts pictures in another way"),
         _fact("connector", kind, "mlp2x_gelu"),
-        _fact("connector widths", f"{width} to {wide}", "1024 to 4096", "1024 to 5120"),
+        _fact("connector widths", widths, *WIDTHS),
         *_tower_facts(vision, config.get("vision_feature_layer", -2), config.get("vision_feature_select_strategy", "default")),
-        *_language_facts(text),
+        _language_fact(text),
         _fact("vocabulary", text.get("vocab_size", 32000), 32064),
         _fact("image token id", image_id, 32000),
         _fact("pad token id", config.get("pad_token_id"), 32001),
+        _fact("tied embedding and head", tied, False, why="the head reads with the table of the words"),
+        _dtype_fact(config),
     ]
-    tied = bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
-    facts.append(_fact("tied embedding and head", tied, False, why="the head reads with the table of the words"))
-    facts.append(_fact("dtype", config.get("dtype") or config.get("torch_dtype"), "float16", "bfloat16"))
-    facts += _token_facts(folder, image_id)
-    facts += _picture_facts(_images(folder), vision.get("image_size", 336))
-    facts.append(_prompt_fact(folder))
-    return facts + _generation_facts(folder)
+    if (folder / "tokenizer.json").is_file():
+        added = folders.read_json(folder / "tokenizer.json").get("added_tokens") or []
+        ids = {entry.get("content"): entry.get("id") for entry in added if isinstance(entry, dict)}
+        facts.append(_fact("tokenizer's <image>", ids.get("<image>"), image_id, why="it must be the config's image token id"))
+    return [*facts, *_picture_facts(folder, vision.get("image_size", 336)), _prompt_fact(folder), *_generation_facts(folder)]
 
 
 def _original_facts(folder: Path, config: dict[str, Any]) -> list[Fact]:
+    """Of a folder of the original LLaVA; its tower lies elsewhere and is compared where its name is known."""
     read = original.read(folder)
-    tower = original.KNOWN_TOWERS.get(read.tower, {})
-    widths = f"{config.get('mm_hidden_size')} to {config.get('hidden_size')}"
-    facts = [
+    if tower := original.KNOWN_TOWERS.get(read.tower):
+        tower_facts = _tower_facts(tower, read.layer, read.strategy)
+    else:
+        tower_facts = [_fact("feature layer", read.layer, -2), _fact("select strategy", read.strategy, "default")]
+    return [
         _fact("family", config.get("model_type"), "llava_llama"),
         _fact("connector", read.kind, "mlp2x_gelu"),
-        _fact("connector widths", widths, "1024 to 4096", "1024 to 5120"),
+        _fact("connector widths", f"{config.get('mm_hidden_size')} to {config.get('hidden_size')}", *WIDTHS),
         _fact("vision tower", read.tower, "openai/clip-vit-large-patch14-336"),
-        *(_tower_facts(tower, read.layer, read.strategy) if tower else [
-            _fact("feature layer", read.layer, -2), _fact("select strategy", read.strategy, "default")]),
-        *_language_facts(config),
+        *tower_facts,
+        _language_fact(config),
         _fact("vocabulary", config.get("vocab_size"), 32000),
         _fact("preprocessing", "pad" if read.pad else "crop", "pad", why="what stands outside the square is cut off"),
-        _fact("dtype", config.get("dtype") or config.get("torch_dtype"), "float16", "bfloat16"),
+        _dtype_fact(config),
         _fact("tied embedding and head", bool(config.get("tie_word_embeddings", False)), False),
         _fact("longest sequence", config.get("tokenizer_model_max_length"), 2048),
-    ]  # fmt: skip
-    return facts + _generation_facts(folder)
+        *_generation_facts(folder),
+    ]
 
 
 def _tower_facts(vision: dict[str, Any], layer: Any, strategy: str) -> list[Fact]:
@@ -130,33 +135,19 @@ def _tower_facts(vision: dict[str, Any], layer: Any, strategy: str) -> list[Fact
     ]
 
 
-def _language_facts(text: dict[str, Any]) -> list[Fact]:
+def _language_fact(text: dict[str, Any]) -> Fact:
     family = "llama" if text.get("model_type", "llama") in ("llama", *original.FAMILIES) else text["model_type"]
     heads = text.get("num_attention_heads", 32)
     shape = f"{family}, {text.get('num_hidden_layers', 32)} layers x {text.get('hidden_size', 4096)}, {heads} heads"
-    known = ("llama, 32 layers x 4096, 32 heads", "llama, 40 layers x 5120, 40 heads")
-    return [_fact("language model", shape, *known)]
+    return _fact("language model", shape, "llama, 32 layers x 4096, 32 heads", "llama, 40 layers x 5120, 40 heads")
 
 
-def _token_facts(folder: Path, image_id: Any) -> list[Fact]:
-    if not (folder / "tokenizer.json").is_file():
-        return []
-    added = folders.read_json(folder / "tokenizer.json").get("added_tokens") or []
-    ids = {entry.get("content"): entry.get("id") for entry in added if isinstance(entry, dict)}
-    return [_fact("tokenizer's <image>", ids.get("<image>"), image_id, why="it must be the config's image token id")]
+def _dtype_fact(config: dict[str, Any]) -> Fact:
+    return _fact("dtype", config.get("dtype") or config.get("torch_dtype"), "float16", "bfloat16")
 
 
-def _images(folder: Path) -> dict[str, Any]:
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if (folder / name).is_file():
-            data = folders.read_json(folder / name)
-            data = data if name.startswith("pre") else data.get("image_processor") or {}
-            if data:
-                return data
-    return {}
-
-
-def _picture_facts(images: dict[str, Any], size: int) -> list[Fact]:
+def _picture_facts(folder: Path, size: int) -> list[Fact]:
+    images = _read(folder, "preprocessor_config.json", None) or _read(folder, "processor_config.json", "image_processor")
     if not images:
         return [Fact("preprocessing", MISSING, "crop", False, "a picture cannot be given to it without preprocessor_config.json")]
     way = "pad" if images.get("do_pad") else "crop" if images.get("do_center_crop", True) else "squeeze"
@@ -167,40 +158,37 @@ def _picture_facts(images: dict[str, Any], size: int) -> list[Fact]:
         _fact("picture side", side, 336),
     ]
     for name, expected in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD)):
-        found = images.get(name) or []
-        same = len(found) == 3 and all(abs(a - b) < DIFFERENT_MEAN for a, b in zip(found, expected, strict=True))
-        facts.append(Fact(name.replace("_", " "), found or MISSING, expected, same))
+        values = images.get(name) or []
+        same = len(values) == 3 and all(abs(a - b) < DIFFERENT_MEAN for a, b in zip(values, expected, strict=True))
+        facts.append(Fact(name.replace("_", " "), values or MISSING, expected, same))
     return facts
 
 
 def _prompt_fact(folder: Path) -> Fact:
-    template = _template(folder)
-    if template is None:
-        found = "no chat template"
-    else:
-        turns = "ASSISTANT:" in template
+    names = ("chat_template.json", "processor_config.json", "tokenizer_config.json")
+    template = next((text for name in names if (text := _read(folder, name, "chat_template"))), None)
+    if template is None and (folder / "chat_template.jinja").is_file():
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    form = "no chat template"
+    if template is not None:
+        turns = "Vicuna turns" if "ASSISTANT:" in template else "other turns"
         system = "A chat between a curious user" in template
-        found = ("Vicuna turns" if turns else "other turns") + (
-            " after the system sentence" if system else ", no system sentence"
-        )
+        form = turns + (" after the system sentence" if system else ", no system sentence")
     why = "ask(prompt='llava-1.5') writes the turns LLaVA-1.5 was trained with, whatever the template says"
-    return _fact("prompt", found, "Vicuna turns after the system sentence", why=why)
+    return _fact("prompt", form, "Vicuna turns after the system sentence", why=why)
 
 
-def _template(folder: Path) -> str | None:
-    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-        if (folder / name).is_file() and (template := folders.read_json(folder / name).get("chat_template")):
-            return str(template)
-    jinja = folder / "chat_template.jinja"
-    return jinja.read_text(encoding="utf-8") if jinja.is_file() else None
+def _read(folder: Path, file: str, entry: str | None) -> Any:
+    """An entry of a JSON file, or all of it; None where there is no such file or entry."""
+    data = folders.read_json(folder / file) if (folder / file).is_file() else None
+    return data if data is None or entry is None else data.get(entry)
 
 
 def _generation_facts(folder: Path) -> list[Fact]:
-    file = folder / "generation_config.json"
-    given = folders.read_json(file) if file.is_file() else {}
+    config = _read(folder, "generation_config.json", None) or {}
     return [
-        _fact("end of answer", given.get("eos_token_id"), 2),
-        _fact("sampling", bool(given.get("do_sample", False)), False, why="ask is greedy unless it is told a temperature"),
+        _fact("end of answer", config.get("eos_token_id"), 2),
+        _fact("sampling", bool(config.get("do_sample", False)), False, why="ask is greedy unless it is told a temperature"),
     ]
 
 
@@ -208,6 +196,5 @@ def _weight_facts(folder: Path, form: str) -> list[Fact]:
     if form not in ("transformers", f"original LLaVA, {original.WHOLE}"):
         return []
     count = folders.count_parameters(folders.weight_files(folder)) / 1e9
-    known = ("7B", "13B")
     near = "7B" if 6.5 < count < 7.5 else "13B" if 12.5 < count < 14 else f"{count:.3g}B"
-    return [_fact("parameters", near, *known)]
+    return [_fact("parameters", near, "7B", "13B")]
