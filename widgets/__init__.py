@@ -1,8 +1,7 @@
 """What the lab shows in a notebook. `from widgets import PatchExplorer`; it computes nothing about models."""
 
-from widgets.bench_pack import seen
 from widgets.compare_view import CompareView
-from widgets.connector_bench import ConnectorBench
+from widgets.connector_bench import ConnectorBench, seen
 from widgets.flow_view import FlowView
 from widgets.head_grid import HeadGrid
 from widgets.loss_plot import LossPlot

@@ -3,42 +3,38 @@
 Pointing at a patch lights it in every map; a click enlarges a map; maps are ordered by any score, and those that
 were not shown to beat random ones are grey. All of it is answered in the browser. What comes back to Python is
 `target`, `method` (the enlarged one), `sort` and `selected`. Computes nothing about models.
+
+Takes maps by name, or an object with the fields of ``llava_lab.results.Comparison`` (recognised by its shape, never
+imported). Scores that say whether a map is faithful to the model, whether it is true to the picture, and what it
+costs are kept in groups of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import traitlets
 
-from widgets.base import bundle, styles
-from widgets.compare_data import compared, described, score_names, scores_of, table_of
-from widgets.compare_paint import draw_comparison
-from widgets.pack import Packed, as_layers, pack
-from widgets.picture import PictureWidget, within
+from widgets.base import PictureWidget, checked_opacity, within
+from widgets.pack import Packed, as_layers, known, pack, per_target
+from widgets.palette import colors_of
 
 if TYPE_CHECKING:
     from llava_lab.results import Relevance, Run
 
-MODULES = (
-    "maps.js",
-    "grid.js",
-    "canvas.js",
-    "dom.js",
-    "chips.js",
-    "parts.js",
-    "gestures.js",
-    "view.js",
-    "surface.js",
-    "panel.js",
-    "compare_view.js",
-    "compare_stage.js",
-    "compare_sheet.js",
-    "compare_tiles.js",
-    "compare.js",
-)
+GROUPS = {
+    "Faithful to the model": ("gain", "deletion", "insertion", "object"),
+    "True to the picture": ("pointing", "mass", "auc", "iou"),
+    "Cost": ("seconds", "passes", "forwards", "backwards"),
+}
+LOWER_IS_BETTER = ("deletion", *GROUPS["Cost"])
+PER_LINE, MOST = 5, 30  # maps of the still picture; beyond these the live widget is the place
 ALIKE = "agreement"  # the order by likeness to the enlarged map
+
+Scores = Mapping[str, Mapping[str, Any]]
 
 
 class CompareView(PictureWidget):
@@ -53,9 +49,7 @@ class CompareView(PictureWidget):
     that orders the maps ("" for the order given, "agreement" for likeness to the enlarged map).
     """
 
-    entry, modules, sheets, width = "renderCompare", MODULES, ("base.css", "compare.css"), 1080
-    _esm = bundle(*MODULES, entry=entry)
-    _css = styles(*sheets)
+    entry, script, sheets = "renderCompare", "compare.js", ("base.css", "compare.css")
 
     target = traitlets.Int(0).tag(sync=True)
     method = traitlets.Unicode().tag(sync=True)
@@ -77,13 +71,11 @@ class CompareView(PictureWidget):
         **unknown: Any,
     ) -> None:
         self.refuse(unknown)
-        if not 0 <= opacity <= 1:
-            raise ValueError(f"opacity must lie in 0..1, got {opacity}")
         self.run, self.data = run, compared(maps, scores, beats_random, agreement)
         packed = pack(run, self.data.maps, beats_random=self.data.beats)
         names = score_names(self.data.scores)
         self.orders = ["", *names, *([ALIKE] if self.data.agreement is not None else [])]
-        spec = {**self._spec(packed), "opacity": float(opacity), "smooth": bool(smooth)}
+        spec = {**self._spec(packed), "opacity": checked_opacity(opacity), "smooth": bool(smooth)}
         first = names[0] if names else ""
         super().__init__(
             spec=spec,
@@ -152,3 +144,145 @@ def _first_target(run: Run, target: int | str | None, spec: Mapping[str, Any]) -
         return within("target", target, len(chips))
     explained = [sum(method["chips"][i] >= 0 for method in spec["methods"]) for i in range(len(chips))]
     return max(range(len(chips)), key=lambda i: (explained[i], chips[i]["kind"] == "word", i))
+
+
+# -- scores and verdicts ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Maps and what is known of them; `scores` and `beats` are per target of each method's map."""
+
+    maps: Mapping[str, Relevance]
+    scores: Scores = field(default_factory=dict)
+    beats: Mapping[str, Any] = field(default_factory=dict)
+    agreement: np.ndarray | None = None  # (methods, methods), 1 is alike
+    refused: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def compared(maps: Any, scores: Scores | None, beats_random: Mapping[str, Any] | None, agreement: Any) -> Compared:
+    """Maps by name with what was given of them, or a Comparison with what it holds."""
+    if is_comparison(maps):
+        if scores is not None or beats_random is not None or agreement is not None:
+            raise TypeError("a Comparison brings its own scores; give scores, beats_random and agreement with maps by name")
+        return from_comparison(maps)
+    table = None if agreement is None else np.asarray(agreement, np.float64)
+    if table is not None and table.shape != (len(maps), len(maps)):
+        raise ValueError(f"agreement must be {len(maps)} x {len(maps)}, one row and column per map, got {table.shape}")
+    return Compared(maps, scores or {}, beats_random or {}, table)
+
+
+def is_comparison(given: Any) -> bool:
+    return all(hasattr(given, name) for name in ("maps", "faithfulness", "rows", "spearman"))
+
+
+def from_comparison(result: Any) -> Compared:
+    """A Comparison's maps, every number of its rows per target, its verdicts and its rank correlations."""
+    rows = [{row["method"]: row for row in result.rows(index)} for index in range(len(result.targets))]
+    scores: dict[str, dict[str, list[Any]]] = {}
+    for name, rel in result.maps.items():
+        passes = sum(rel.passes.values())
+        numbers = [{**_numbers(by_method[name]), "passes": passes} for by_method in rows]
+        names = dict.fromkeys(key for row in numbers for key in row)
+        scores[name] = {key: [row.get(key) for row in numbers] for key in names}
+    beats = {name: [by_method[name]["beats_random"] for by_method in rows] for name in result.maps}
+    refused = tuple((str(name), str(why)) for name, why in result.refused.items())
+    return Compared(dict(result.maps), scores, beats, np.asarray(result.spearman, np.float64), refused, tuple(result.notes))
+
+
+def score_names(scores: Scores) -> list[str]:
+    """Every score some method has, group by group, then the rest as given."""
+    for own in scores.values():
+        if not isinstance(own, Mapping):
+            raise TypeError(f'scores must be numbers by name for each method, as {{"rollout": {{"gain": 0.3}}}}, got {own!r}')
+    names = list(dict.fromkeys(name for own in scores.values() for name in own))
+    grouped = [name for group in GROUPS.values() for name in group if name in names]
+    return grouped + [name for name in names if name not in grouped]
+
+
+def described(scores: Scores) -> list[dict[str, Any]]:
+    """The scores as the page names them: their group, and whether lower is better."""
+    group = {name: title for title, names in GROUPS.items() for name in names}
+    return [{"name": name, "group": group.get(name, ""), "lower": name in LOWER_IS_BETTER} for name in score_names(scores)]
+
+
+def scores_of(data: Compared) -> dict[str, dict[str, list[float | None]]]:
+    """Scores by method and name, one per target; what was not measured or is not finite is None."""
+    known(data.scores, data.maps, "scores")
+    out: dict[str, dict[str, list[float | None]]] = {}
+    for method, rel in data.maps.items():
+        layers = as_layers(method, rel)
+        own = data.scores.get(method, {}).items()
+        out[method] = {name: [_finite(score) for score in per_target(method, layers, value, name)] for name, value in own}
+    return out
+
+
+def table_of(data: Compared) -> list[list[float | None]] | None:
+    if data.agreement is None:
+        return None
+    return [[_finite(value) for value in row] for row in data.agreement.tolist()]
+
+
+def in_order(methods: Sequence[Mapping[str, Any]], sort: str, chip: int) -> list[int]:
+    """Places of the page's methods from best to worst by a score of one chip, those without it last; "" is the order given."""
+    sign = 1.0 if sort in LOWER_IS_BETTER else -1.0
+
+    def key(place: int) -> float:
+        value = score_of(methods[place], sort, chip)
+        return np.inf if value is None else sign * value
+
+    return sorted(range(len(methods)), key=key) if sort else list(range(len(methods)))
+
+
+def score_of(method: Mapping[str, Any], sort: str, chip: int) -> float | None:
+    target = method["chips"][chip]
+    return method["scores"][sort][target] if target >= 0 and sort in method["scores"] else None
+
+
+def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a comparison's row, those of the ground truth beside the rest."""
+    flat = {**row, **row.get("truth", {})}
+    wanted = [name for names in GROUPS.values() for name in names]
+    return {name: flat[name] for name in wanted if isinstance(flat.get(name), (int, float))}
+
+
+def _finite(value: Any) -> float | None:
+    return None if value is None or not np.isfinite(value) else float(value)
+
+
+# -- the still picture ------------------------------------------------------------------------
+
+
+def draw_comparison(run: Run, maps: Sequence[np.ndarray], spec: Mapping[str, Any], chip: int, sort: str) -> bytes:
+    """One small map per method as PNG bytes, in the order of a score ("" for the order given), each with its score.
+
+    `maps` has each method's values (targets, rows, cols), as the methods of `spec` come. Each map has colours of its
+    own range, as in the page; grey ones were not shown to beat random ones.
+    """
+    from llava_lab.plots import stills
+
+    methods = spec["methods"]
+    order = in_order(methods, sort, chip)[:MOST]
+    tiles = []
+    for place in order:
+        method, target = methods[place], methods[place]["chips"][chip]
+        score = score_of(method, sort, chip)
+        more = "" if score is None else f"{score:.3g}".replace("-", "−")
+        if target < 0:
+            tiles.append(stills.Tile(method["name"], None, (0, 1), colors_of(False), more, "no map for this"))
+            continue
+        values, doubtful = maps[place][target], method["beats"][target] is False
+        scale = stills.shared_range([values])
+        colors = colors_of(scale[0] < 0, doubtful=doubtful)
+        tiles.append(stills.Tile(method["name"], values, scale, colors, more, doubtful=doubtful))
+    shown = spec["chips"][chip]
+    what = "the whole answer" if shown["kind"] == "answer" else f"“{shown['text']}”"
+    with stills.sheet(run) as still:
+        still.note(f"Maps of {what}{f', sorted by {sort}, the best first' if sort else ''}.")
+        still.maps(run, tiles, stills.tile_side(PER_LINE), per_line=PER_LINE)
+        if any(tile.doubtful for tile in tiles):
+            still.note("Grey: not shown to beat random maps.")
+        if len(methods) > MOST:
+            still.note(f"Shown here: {MOST} of {len(methods)} methods.")
+        return still.png()

@@ -3,32 +3,72 @@
 Answers with probabilities, maps on one scale, nearest words, what one map has more of. Pointing at a patch lights it
 in all maps. The rank slider is answered in the browser from maps and answers that were made before. Python hears of
 `rank` and `selected`. Computes nothing about models.
+
+Every connector and every rank of the linear fit is a `Seen`, made by `seen`: its run, its map, its nearest words. All
+travel at once in one buffer of quantised maps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import traitlets
 
-from widgets.base import bundle, styles
-from widgets.bench_pack import Seen, pack_bench
-from widgets.bench_paint import draw_bench
-from widgets.picture import PictureWidget
+from widgets.base import PictureWidget
+from widgets.pack import answer_words, encode_picture, head_of, quantize, whole_probability
+from widgets.palette import colors_of, palettes_hex
 
-MODULES = ("maps.js", "grid.js", "canvas.js", "dom.js", "panel.js", "bench.js")
+if TYPE_CHECKING:
+    from llava_lab.results import Relevance, Run
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One connector's view: `values` (rows, cols) is its map, `words` what lies nearest to each patch, best first."""
+
+    name: str
+    run: Run
+    values: np.ndarray
+    words: tuple[tuple[tuple[str, float], ...], ...] = ()  # per patch: word and cosine
+    r2: float | None = None  # of a linear fit, on held-out pictures
+
+
+def seen(
+    name: str, run: Run, relevance: Relevance, *, target: int = -1, words: Sequence[Any] = (), r2: float | None = None
+) -> Seen:
+    """A connector's view from what the lab measured; `target` is which of the relevance's maps is shown.
+
+    `words` is what `llava_lab.nearest_words` gives, or for each patch, row by row, pairs of a word and its cosine.
+    """
+    if relevance.map != run.map:
+        raise ValueError(f"the map of {name!r} was made on another picture geometry than its run's; attribute this run")
+    if not -len(relevance.values) <= target < len(relevance.values):
+        raise ValueError(f"target must be one of the {len(relevance.values)} maps of {name!r}, got {target}")
+    near = tuple(tuple((str(word), float(cosine)) for word, cosine in patch) for patch in pairs_of(words))
+    return Seen(name, run, np.asarray(relevance.values[target], np.float32), near, None if r2 is None else float(r2))
+
+
+def pairs_of(words: Any) -> Sequence[Any]:
+    """Nearest words of a result, known by its shape, as pairs by patch; pairs as they are."""
+    if not hasattr(words, "top_ids"):
+        return words
+    pieces = dict(zip(words.piece_ids.tolist(), words.pieces, strict=True))
+    return [
+        [(pieces[piece], cosine) for piece, cosine in zip(ids, cosines, strict=True)]
+        for ids, cosines in zip(words.top_ids.tolist(), words.cosines.tolist(), strict=True)
+    ]
 
 
 class ConnectorBench(PictureWidget):
-    """`one` and `two` are `widgets.bench_pack.seen(...)`; `ranks` likewise by rank: the linear fit cut to each.
+    """`one` and `two` are `widgets.seen(...)`; `ranks` likewise by rank: the linear fit cut to each.
 
     `rank` is the rank shown on the right, 0 for `two` itself.
     """
 
-    entry, modules, sheets, width = "renderBench", MODULES, ("base.css", "connector.css"), 1080
-    _esm = bundle(*MODULES, entry=entry)
-    _css = styles(*sheets)
+    entry, script, sheets = "renderBench", "bench.js", ("base.css", "connector.css")
 
     rank = traitlets.Int(0).tag(sync=True)
 
@@ -68,3 +108,76 @@ class ConnectorBench(PictureWidget):
         if proposal["value"] not in choices:
             raise traitlets.TraitError(f"rank must be one of {', '.join(map(str, choices))}, got {proposal['value']}")
         return proposal["value"]
+
+
+# -- packing ----------------------------------------------------------------------------------
+
+
+def pack_bench(one: Seen, two: Seen | None, ranks: Mapping[int, Seen]) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The page's spec, and its picture, maps and scales."""
+    every = [one, *([two] if two else []), *ranks.values()]
+    if len(every) < 2:
+        raise ValueError("there is nothing to compare: give a second connector, ranks of a linear fit, or both")
+    for other in every:
+        check_same(one, other)
+    levels, scales, lo, hi = quantize(np.stack([one.values for one in every]))
+    picture, kind = encode_picture(one.run.picture)
+    spec = {
+        **head_of(one.run),
+        "sides": [side_of(one) for one in every],
+        "second": two is not None,
+        "ranks": list(ranks),
+        "lo": lo,
+        "hi": hi,
+        "picture": kind,
+        "palettes": palettes_hex(),
+    }
+    return spec, {"picture": picture, "maps": levels.tobytes(), "scales": scales.astype("<f4").tobytes()}
+
+
+def check_same(one: Seen, other: Seen) -> None:
+    """Refuse what another picture or question gave, and tables that do not fit the grid."""
+    run, name = other.run, other.name
+    if run.question != one.run.question:
+        raise ValueError(f"{name!r} was asked {run.question!r}, {one.name!r} {one.run.question!r}; ask both the same")
+    if run.map != one.run.map or not np.array_equal(run.picture, one.run.picture):
+        raise ValueError(f"{name!r} saw another picture or grid than {one.name!r}; show both the same, on one grid")
+    if other.values.shape != (run.map.rows, run.map.cols):
+        raise ValueError(f"the map of {name!r} must be {run.map.rows} x {run.map.cols}, got {other.values.shape}")
+    if not np.isfinite(other.values).all():
+        raise ValueError(f"the map of {name!r} holds values that are not finite; a map cannot be drawn from them")
+    if other.words and len(other.words) != run.map.rows * run.map.cols:
+        raise ValueError(
+            f"{name!r} has words for {len(other.words)} of {run.map.rows * run.map.cols} patches; give one list each"
+        )
+
+
+def side_of(one: Seen) -> dict[str, Any]:
+    return {
+        "name": one.name,
+        "answer": one.run.answer,
+        "words": answer_words(one.run),
+        "p": whole_probability(one.run),
+        "near": [[[word, round(cosine, 3)] for word, cosine in patch] for patch in one.words],
+        "r2": one.r2,
+    }
+
+
+# -- the still picture ------------------------------------------------------------------------
+
+
+def draw_bench(one: Seen, two: Seen) -> bytes:
+    """Both maps on one scale, and what the second has more of, as PNG bytes."""
+    from llava_lab.plots import stills
+
+    scale = stills.shared_range([one.values, two.values])
+    difference = two.values - one.values
+    reach = float(np.abs(difference).max())
+    signed = scale[0] < 0
+    tiles = [stills.Tile(side.name, side.values, scale, colors_of(signed), below=side.run.answer) for side in (one, two)]
+    colors_said = f"orange: more, blue: less, full at {reach:.3g}"
+    tiles.append(stills.Tile(f"{two.name} − {one.name}", difference, (-reach, reach), colors_of(True), below=colors_said))
+    with stills.sheet(one.run) as still:
+        still.bottom += 8
+        still.maps(one.run, tiles, stills.tile_side(3))
+        return still.png()

@@ -3,43 +3,33 @@
 On the left what cutting each flow of attention costs, layer by layer; on the right what each place of the clean run
 brings back when it is put into a corrupted one. Either may be missing. All numbers are in the page; Python hears of
 `target`, `component` and `selected`. Computes nothing about models.
+
+The scores are few (a 7B sweep is 3 flows x 32 windows), so they travel as they are, float32, NaN where nothing was
+measured. What was measured on another checkpoint or answer is refused, as are tables that do not fit their names.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import anywidget
+import numpy as np
 import traitlets
 
-from widgets.base import LabWidget, bundle, styles
-from widgets.flow_pack import KINDS, pack_flow
-from widgets.flow_paint import draw_flow
-from widgets.html import View, page
-from widgets.picture import within
+from widgets.base import RunWidget, within
+from widgets.pack import chip_of, encode_picture, head_of
+from widgets.palette import FLOWS, diverging
 
 if TYPE_CHECKING:
-    import os
+    from llava_lab.results import FlowSweep, PatchGrid, Run, Target
 
-    from llava_lab.results import FlowSweep, PatchGrid, Run
-
-MODULES = (
-    "maps.js",
-    "grid.js",
-    "canvas.js",
-    "dom.js",
-    "panel.js",
-    "flow_data.js",
-    "flow_plot.js",
-    "flow_curves.js",
-    "flow_grid.js",
-    "flow_parts.js",
-    "flow.js",
-)
+KINDS = {"flow": "flow", "cell": "site"}
+LARGEST_REACH = 2.0  # of the colours of shares, either side of zero
+TOP, HIGH, BETWEEN = 62, 244, 40  # of the still picture's plots, pixels; the space between them
 
 
-class FlowView(LabWidget):
+class FlowView(RunWidget):
     """What touching the model did; `sweep` is what `llava_lab.knockout_sweep` gives, `grid` what `llava_lab.patch` gives.
 
     `target` is what is shown first, by position among the targets of both or by text; `component` likewise of the grid's.
@@ -47,15 +37,8 @@ class FlowView(LabWidget):
     not in it.
     """
 
-    entry: ClassVar[str] = "renderFlow"
-    modules: ClassVar[tuple[str, ...]] = MODULES
-    sheets: ClassVar[tuple[str, ...]] = ("base.css", "flow.css")
-    width: ClassVar[int] = 1080
-    _esm = bundle(*MODULES, entry=entry)
-    _css = styles(*sheets)
+    entry, script, sheets = "renderFlow", "flow.js", ("base.css", "flow.css")
 
-    spec = traitlets.Dict().tag(sync=True)
-    picture = traitlets.Bytes().tag(sync=True)
     data = traitlets.Bytes().tag(sync=True)
     target = traitlets.Int(0).tag(sync=True)
     component = traitlets.Int(0).tag(sync=True)
@@ -75,7 +58,7 @@ class FlowView(LabWidget):
         self.refuse(unknown)
         packed = pack_flow(run, sweep, grid)
         self.run, self.sweep, self.grid, self.targets = run, sweep, grid, packed.targets
-        names = [one.text for one in packed.targets]
+        names = [own.text for own in packed.targets]
         super().__init__(
             spec=packed.spec,
             picture=packed.picture,
@@ -96,23 +79,8 @@ class FlowView(LabWidget):
             parts.append(f"{len(self.sweep.flows)} flows x {len(self.sweep.windows)} windows cut")
         if self.grid is not None:
             parts.append(f"{len(self.grid.sites)} sites x {len(self.grid.windows)} windows patched")
-        said = ", ".join(repr(one.text) for one in self.targets)
+        said = ", ".join(repr(target.text) for target in self.targets)
         return f"FlowView({self.run.question!r} → {self.run.answer!r}; {'; '.join(parts)}; {said})"
-
-    def view(self) -> View:
-        """The widget as a page without a kernel holds it."""
-        known = set(anywidget.AnyWidget.class_trait_names())
-        names = [name for name in sorted(self.trait_names(sync=True)) if name not in known and not name.startswith("_")]
-        values = {name: getattr(self, name) for name in names}
-        data = {name: value for name, value in values.items() if isinstance(value, bytes)}
-        return View(self.entry, {name: value for name, value in values.items() if name not in data}, data)
-
-    def to_html(self, path: str | os.PathLike | None = None, *, title: str | None = None) -> str:
-        """One interactive HTML file that needs nothing else; written to `path` when given."""
-        text = page(title or self.run.question, self._esm, self._css, [self.view()], width=self.width)
-        if path is not None:
-            Path(path).write_text(text, "utf-8")
-        return text
 
     # -- checks on what Python or the page sets ------------------------------------------------
 
@@ -135,7 +103,7 @@ class FlowView(LabWidget):
         for name, value in proposal["value"].items():
             if name not in sizes:
                 raise traitlets.TraitError(f"selected may hold {' and '.join(map(repr, sizes))} here, got {name!r}")
-            if not isinstance(value, (list, tuple)) or len(value) != 2 or not all(type(one) is int for one in value):
+            if not isinstance(value, (list, tuple)) or len(value) != 2 or not all(type(place) is int for place in value):
                 raise traitlets.TraitError(
                     f"selected[{name!r}] must be [{KINDS[name]}, window], two whole numbers, got {value!r}"
                 )
@@ -151,3 +119,214 @@ def _place(option: str, given: int | str, names: list[str]) -> int:
     if given not in names:
         raise ValueError(f"{option} must be one of {', '.join(repr(name) for name in names)}, got {given!r}")
     return names.index(given)
+
+
+# -- packing ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PackedFlow:
+    """What the page is given; `targets` are those of sweep and grid together, in the order of the page's chooser."""
+
+    spec: dict[str, Any]
+    picture: bytes
+    data: bytes  # little-endian float32: sweep before, after; grid clean, corrupt, scores
+    targets: tuple[Target, ...]
+
+
+def pack_flow(run: Run, sweep: FlowSweep | None, grid: PatchGrid | None) -> PackedFlow:
+    """Check that both belong to the run, and pack them."""
+    if sweep is None and grid is None:
+        raise ValueError("there is nothing to show: give sweep (of llava_lab.knockout_sweep), grid (of llava_lab.patch), or both")
+    if sweep is not None:
+        check_result(run, "sweep", sweep, "flow sweep", "knockout_sweep")
+        check_shapes("sweep", sweep_shapes(sweep))
+    if grid is not None:
+        check_result(run, "grid", grid, "patch grid", "patch")
+        check_shapes("grid", grid_shapes(grid))
+    targets = tuple(dict.fromkeys([*(sweep.targets if sweep else ()), *(grid.targets if grid else ())]))
+    tables = [sweep.before, sweep.after] if sweep else []
+    tables += [grid.clean, grid.corrupt, grid.scores] if grid else []
+    picture, kind = encode_picture(run.picture)
+    spec = {
+        **head_of(run),
+        "chips": [{**chip_of(run, own), "what": what_of(own), "plain": not own.against_ids} for own in targets],
+        "sweep": sweep and sweep_spec(sweep, targets),
+        "grid": grid and grid_spec(grid, targets),
+        "picture": kind,
+        "diverging": diverging().tobytes().hex(),
+        "colors": list(FLOWS),
+    }
+    data = b"".join(np.ascontiguousarray(table, "<f4").tobytes() for table in tables)
+    return PackedFlow(spec, picture, data, targets)
+
+
+def check_result(run: Run, name: str, result: Any, kind: str, made_by: str) -> None:
+    """Refuse what is no such result, what another checkpoint gave, and targets this run does not say."""
+    if getattr(result, "KIND", None) != kind:
+        raise TypeError(f"{name} must be what llava_lab.{made_by} gives, got {type(result).__name__}")
+    if result.fingerprint != run.fingerprint:
+        raise ValueError(
+            f"{name} was measured on another checkpoint ({result.model}) than the run's ({run.model}); measure this run"
+        )
+    if not result.targets:
+        raise ValueError(f"{name} has no target; there is nothing to show")
+    for target in result.targets:
+        said = [int(run.token_ids[at + 1]) if at + 1 < len(run.token_ids) else -1 for at in target.positions]
+        if tuple(said) != target.token_ids:
+            raise ValueError(f"{name} was measured for {target.text!r}, which this run does not say there; measure this run")
+
+
+def check_shapes(name: str, tables: dict[str, tuple[np.ndarray, tuple[int, ...]]]) -> None:
+    """Refuse a table that does not have one number for each of its names."""
+    for field, (table, shape) in tables.items():
+        if table.shape != shape:
+            raise ValueError(f"{name}.{field} must have the shape {shape}, got {table.shape}")
+
+
+def sweep_shapes(sweep: FlowSweep) -> dict[str, tuple[np.ndarray, tuple[int, ...]]]:
+    flows, windows, targets = len(sweep.flows), len(sweep.windows), len(sweep.targets)
+    return {
+        "windows": (sweep.windows, (windows, 2)),
+        "centres": (sweep.centres, (windows,)),
+        "before": (sweep.before, (targets,)),
+        "after": (sweep.after, (flows, windows, targets)),
+    }
+
+
+def grid_shapes(grid: PatchGrid) -> dict[str, tuple[np.ndarray, tuple[int, ...]]]:
+    cells, targets = (len(grid.components), len(grid.sites), len(grid.windows)), len(grid.targets)
+    return {
+        "windows": (grid.windows, (len(grid.windows), 2)),
+        "clean": (grid.clean, (targets,)),
+        "corrupt": (grid.corrupt, (targets,)),
+        "scores": (grid.scores, (*cells, targets)),
+        "answers": (grid.answers, cells),
+    }
+
+
+def sweep_spec(sweep: FlowSweep, targets: tuple[Target, ...]) -> dict[str, Any]:
+    return {
+        "flows": list(sweep.flows),
+        "windows": sweep.windows.tolist(),
+        "centres": sweep.centres.tolist(),
+        "count": len(sweep.targets),
+        "targets": places(sweep.targets, targets),
+        "notes": list(sweep.notes),
+    }
+
+
+def grid_spec(grid: PatchGrid, targets: tuple[Target, ...]) -> dict[str, Any]:
+    return {
+        "components": list(grid.components),
+        "sites": list(grid.sites),
+        "windows": grid.windows.tolist(),
+        "count": len(grid.targets),
+        "targets": places(grid.targets, targets),
+        "corruption": grid.corruption,
+        "answers": grid.answers.tolist(),
+        "clean": grid.clean_answer,
+        "corrupt": grid.corrupt_answer,
+        "notes": list(grid.notes),
+    }
+
+
+def places(own: tuple[Target, ...], targets: tuple[Target, ...]) -> list[int]:
+    """Of each target of the chooser, its place in a result's own; -1 where it was not measured."""
+    return [own.index(target) if target in own else -1 for target in targets]
+
+
+def what_of(target: Target) -> str:
+    """What is scored, as the axis and the sentences name it."""
+    if target.against_ids:
+        return f"logit difference ({target.text})"
+    return "log p(whole answer)" if target.kind == "answer" else f"log p({target.text})"
+
+
+def window_name(window: Any) -> str:
+    """Layers [start, stop) as people count them."""
+    start, last = int(window[0]), int(window[1]) - 1
+    return f"layer {start}" if last <= start else f"layers {start}-{last}"
+
+
+# -- the still picture ------------------------------------------------------------------------
+
+
+def draw_flow(
+    run: Run, sweep: FlowSweep | None, grid: PatchGrid | None, target: Target, *, component: int, selected: dict[str, Any]
+) -> bytes:
+    """The sweep's curves beside the patching's heat map, for one target, as PNG bytes; a half without it is left out."""
+    from llava_lab.plots import stills
+
+    parts = [part for part in (sweep, grid) if part is not None and target in part.targets]
+    room = (stills.WIDTH - 2 * stills.MARGIN - BETWEEN * (len(parts) - 1)) // len(parts)
+    wide, left = min(room, 640), stills.MARGIN
+    sentences = []
+    with stills.sheet(run) as still:
+        top = still.bottom
+        if sweep in parts:
+            unit = "logits" if target.against_ids else "nats"
+            still.text(left, top + 10, "What cutting costs", 15, stills.INK)
+            still.text(left, top + 34, f"change of {what_of(target)}, {unit}", 12, room=wide)
+            ax = still.axes(left + 38, top + TOP, wide - 38 - 150, HIGH)
+            stills.curves(ax, sweep.change[..., sweep.targets.index(target)], sweep.centres, sweep.flows, FLOWS)
+            ax.set_xlabel("layer (centre of the window that is cut)", fontsize=12, color=stills.SOFT)
+            if "flow" in selected:
+                sentences.append(cut_sentence(sweep, target, selected["flow"]))
+            left += room + BETWEEN
+        if grid in parts:
+            values = grid.values[component, ..., grid.targets.index(target)]
+            reach = reach_of(values)
+            windows = [str(start) if stop - start == 1 else f"{start}–{stop - 1}" for start, stop in grid.windows.tolist()]
+            alone = all(name.isdigit() for name in windows)
+            still.text(left, top + 10, f"What patching brings back: {grid.components[component]}", 15, stills.INK, room=wide)
+            about = f"share of clean {what_of(target)}, corrupted by {grid.corruption}"
+            still.text(left, top + 34, about, 12, room=wide)
+            ax = still.axes(left + 74, top + TOP, wide - 74, HIGH - 40)
+            stills.cells(ax, values, reach, diverging(), grid.sites, windows)
+            ax.set_xlabel("layer patched" if alone else "layers patched together", fontsize=12, color=stills.SOFT)
+            low = min(0.0, float(np.nanmin(values, initial=0)))
+            colors = diverging()[round(127.5 * (low / reach + 1)) : round(127.5 * (max(1.0, reach) / reach + 1)) + 1]
+            still.image(stills.strip(colors, 110, 10), left + 74, top + TOP + HIGH + 14)
+            scale = f"{low:.2g} to {reach:.2g}: 0 corrupted, 1 clean".replace("-", "−")
+            still.text(left + 192, top + TOP + HIGH + 11, scale, 12)
+            if "cell" in selected:
+                sentences.append(patch_sentence(grid, target, component, selected["cell"]))
+        still.bottom = top + TOP + HIGH + 46
+        for sentence in sentences:
+            still.note(sentence)
+        return still.png()
+
+
+def cut_sentence(sweep: FlowSweep, target: Target, spot: Sequence[int]) -> str:
+    """What one cut did, in words."""
+    at = sweep.targets.index(target)
+    cut = f"Cutting {sweep.flows[spot[0]]} in {window_name(sweep.windows[spot[1]])}"
+    after = float(sweep.after[spot[0], spot[1], at])
+    if not np.isfinite(after):
+        return f"{cut}: not measured."
+    change = after - float(sweep.before[at])
+    way = "lowers" if change < 0 else "raises"
+    return f"{cut} {way} {what_of(target)} by {abs(change):.2f}, from {plain(float(sweep.before[at]))} to {plain(after)}."
+
+
+def patch_sentence(grid: PatchGrid, target: Target, component: int, spot: Sequence[int]) -> str:
+    """What one patched place brought back, in words."""
+    at = (component, spot[0], spot[1], grid.targets.index(target))
+    put = f"Clean {grid.components[component]} at {grid.sites[spot[0]]}, {window_name(grid.windows[spot[1]])}"
+    if not np.isfinite(grid.values[at]):
+        return f"{put}: not measured, or nothing to bring back."
+    said = f'the answer is "{grid.answers[at[:3]]}" (clean "{grid.clean_answer}", corrupted "{grid.corrupt_answer}")'
+    return f"{put}, brings back {plain(float(grid.values[at]))} of what {what_of(target)} lost; {said}."
+
+
+def plain(value: float) -> str:
+    """Two decimals, and no minus before nothing."""
+    said = f"{value:.2f}"
+    return "0.00" if said == "-0.00" else said
+
+
+def reach_of(values: np.ndarray) -> float:
+    """How far the colours reach either side of zero: at least to one."""
+    known = np.abs(values[np.isfinite(values)])
+    return float(min(LARGEST_REACH, max(1.0, known.max(initial=0.0))))

@@ -2,42 +2,35 @@
 
 A layer x head matrix says how much of each head's attention lies on the picture; pointing at a head shows its map.
 Patches that are pointed at or selected answer the other way: which heads, and which words, look at them. All maps
-are in the page (one byte each); Python hears of `word`, `layer`, `head` and `selected`. Computes nothing about models.
+are in the page; Python hears of `word`, `layer`, `head` and `selected`. Computes nothing about models.
+
+A map travels with one byte per value, so that 7B's 32 x 32 heads take 0.6 MB per word. A level is the square root of
+a value beside its map's peak: ``value = peak * (level / 255) ** 2``. Attention has high peaks on low ground; under a
+linear scale the ground would be all zeros. The heads' shares on the whole picture travel exactly. Where there is no
+room for all words, those that look at the picture most are kept.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import traitlets
 
-from widgets.base import bundle, styles
-from widgets.head_pack import pack_heads
-from widgets.head_paint import draw_heads
-from widgets.picture import PictureWidget, within
+from widgets.base import PictureWidget, checked_opacity, within
+from widgets.pack import LEVELS, check_fits, chip_of, encode_picture, head_of
+from widgets.palette import palettes_hex, sequential
 
 if TYPE_CHECKING:
     from llava_lab.results import HeadMaps, Run
 
-MODULES = (
-    "maps.js",
-    "grid.js",
-    "canvas.js",
-    "dom.js",
-    "chips.js",
-    "parts.js",
-    "gestures.js",
-    "view.js",
-    "surface.js",
-    "panel.js",
-    "heads_view.js",
-    "heads_matrix.js",
-    "heads_lists.js",
-    "heads.js",
-)
 MEAN = -1  # in place of a head: the mean over the layer's heads
 MEGABYTES = 6.0
+MEGABYTE = 1_000_000
+MOST_WORDS, BEST = 5, 3  # of the still picture: rows, and maps beside each matrix
+MATRIX = 250  # longest side of a matrix there, pixels
 
 
 class HeadGrid(PictureWidget):
@@ -48,9 +41,7 @@ class HeadGrid(PictureWidget):
     page is sent: at 7B size ten words are 6 MB. Where there is no room for all, those that look most are kept.
     """
 
-    entry, modules, sheets, width = "renderHeads", MODULES, ("base.css", "heads.css"), 1080
-    _esm = bundle(*MODULES, entry=entry)
-    _css = styles(*sheets)
+    entry, script, sheets = "renderHeads", "heads.js", ("base.css", "heads.css")
 
     word = traitlets.Int(0).tag(sync=True)
     layer = traitlets.Int(0).tag(sync=True)
@@ -69,8 +60,6 @@ class HeadGrid(PictureWidget):
         **unknown: Any,
     ) -> None:
         self.refuse(unknown)
-        if not 0 <= opacity <= 1:
-            raise ValueError(f"opacity must lie in 0..1, got {opacity}")
         if not megabytes > 0:
             raise ValueError(f"megabytes must be more than 0, got {megabytes}")
         packed = pack_heads(run, maps, megabytes=megabytes)
@@ -79,7 +68,7 @@ class HeadGrid(PictureWidget):
         share = maps.image_share[packed.kept[first]]
         row = int(share.max(1).argmax()) if layer is None else within("layer", layer, len(share))
         super().__init__(
-            spec={**packed.spec, "opacity": float(opacity)},
+            spec={**packed.spec, "opacity": checked_opacity(opacity)},
             picture=packed.picture,
             maps=packed.maps,
             scales=packed.scales,
@@ -128,3 +117,96 @@ class HeadGrid(PictureWidget):
     def _valid_head(self, proposal: dict) -> int:
         value = proposal["value"]
         return value if value == MEAN else within("head", value, self.spec["heads"])
+
+
+# -- packing ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PackedHeads:
+    """What the page is given, and which of the targets are in it."""
+
+    spec: dict[str, Any]
+    picture: bytes
+    maps: bytes  # uint8 (words, layers, heads, patches)
+    scales: bytes  # little-endian float32: (words, layers, heads) peaks, then as many shares
+    kept: tuple[int, ...]
+
+
+def pack_heads(run: Run, maps: HeadMaps, *, megabytes: float) -> PackedHeads:
+    """Check that the maps belong to the run, choose the words there is room for, and pack them."""
+    check_fits(run, "head maps", maps)
+    shares = maps.image_share
+    kept = roomy(maps.values[0].size, shares, megabytes)
+    levels, peaks = square_root_levels(maps.values[list(kept)])
+    picture, kind = encode_picture(run.picture)
+    chips = [chip_of(run, target) for target in maps.targets]
+    left = [chips[i]["text"] for i in range(len(chips)) if i not in kept]
+    spec = {
+        **head_of(run),
+        "chips": [chips[i] for i in kept],
+        "layers": maps.values.shape[1],
+        "heads": maps.values.shape[2],
+        "notes": [*maps.notes, *_left_out(left)],
+        "picture": kind,
+        "palettes": palettes_hex(),
+    }
+    scales = np.concatenate([peaks.ravel(), shares[list(kept)].ravel()]).astype("<f4")
+    return PackedHeads(spec, picture, levels.tobytes(), scales.tobytes(), kept)
+
+
+def roomy(size: int, shares: np.ndarray, megabytes: float) -> tuple[int, ...]:
+    """Which words to keep, in reading order: all, or those whose heads look at the picture most.
+
+    `size` is one word's number of values, `shares` (words, layers, heads). One word is always kept.
+    """
+    room = max(1, int(megabytes * MEGABYTE // size))
+    best = np.argsort(-shares.mean((1, 2)), kind="stable")[:room]
+    return tuple(int(i) for i in np.sort(best))
+
+
+def square_root_levels(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 levels of the shape of `values` (words, layers, heads, rows, cols), and each map's peak, float32."""
+    peaks = values.max((-2, -1)).astype(np.float32)
+    safe = np.where(peaks > 0, peaks, 1)[..., None, None]
+    return np.rint(LEVELS * np.sqrt(values.astype(np.float32) / safe)).astype(np.uint8), peaks
+
+
+def _left_out(words: Sequence[str]) -> list[str]:
+    if not words:
+        return []
+    return [f"Left out for want of room: {', '.join(words)}; the words kept are those whose heads look at the picture most."]
+
+
+# -- the still picture ------------------------------------------------------------------------
+
+
+def draw_heads(run: Run, maps: HeadMaps, kept: Sequence[int]) -> bytes:
+    """A row per word of `kept` as PNG bytes: its layer x head matrix, and the maps of the heads that look most.
+
+    One colour scale for all matrices; each map has colours of its own range, as in the page.
+    """
+    from llava_lab.plots import stills
+
+    top = float(maps.image_share[list(kept)].max())
+    shown = kept[-MOST_WORDS:]
+    with stills.sheet(run) as still:
+        still.note(f"Attention of each head on the picture, from 0% to {top:.0%}; rows are layers, columns heads.")
+        for index in shown:
+            share, target = maps.image_share[index], maps.targets[index]
+            text = "whole answer" if target.kind == "answer" else target.text
+            still.title(f"“{text}”: {share.mean():.1%} of its attention on the picture, mean over all heads")
+            right = still.matrix(share, top, sequential(), side=MATRIX, left=stills.MARGIN + 34)
+            first = right + 3 * stills.GAP
+            tiles = []
+            for flat in np.argsort(-share, axis=None, kind="stable")[:BEST]:
+                layer, head = divmod(int(flat), share.shape[1])
+                values = maps.values[index, layer, head].astype(np.float32)
+                name = f"layer {layer}, head {head}: {share[layer, head]:.0%}"
+                tiles.append(stills.Tile(name, values, (0.0, float(values.max())), sequential()))
+            before = still.bottom
+            still.maps(run, tiles, stills.tile_side(BEST, left=first, largest=MATRIX), left=first)
+            still.bottom = max(still.bottom, before + MATRIX) + stills.GAP
+        if len(shown) < len(maps.targets):
+            still.note(f"Shown here: {len(shown)} of {len(maps.targets)} words.")
+        return still.png()

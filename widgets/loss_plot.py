@@ -13,15 +13,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import traitlets
 
-from widgets.base import LabWidget, bundle, styles
-from widgets.bench_paint import draw_losses
+from widgets.base import LabWidget
+from widgets.palette import LOSSES
 
-MODULES = ("maps.js", "grid.js", "canvas.js", "dom.js", "panel.js", "flow_plot.js", "loss.js")
 MOST_POINTS = 1000  # a curve's in the page; longer ones are averaged over equal runs of steps
 EVERY = 0.2  # seconds between two messages to the page at least
 
@@ -32,13 +31,8 @@ class LossPlot(LabWidget):
     `told` adds a point to the current curve, `curve` begins another. `stopped` is true once someone asked to stop.
     """
 
-    entry: ClassVar[str] = "renderLoss"
-    modules: ClassVar[tuple[str, ...]] = MODULES
-    sheets: ClassVar[tuple[str, ...]] = ("base.css", "loss.css")
-    _esm = bundle(*MODULES, entry=entry)
-    _css = styles(*sheets)
+    entry, script, sheets = "renderLoss", "loss.js", ("base.css", "loss.css")
 
-    spec = traitlets.Dict().tag(sync=True)
     data = traitlets.Bytes().tag(sync=True)
     stopped = traitlets.Bool(False).tag(sync=True)
     selected = traitlets.List().tag(sync=True)
@@ -132,12 +126,16 @@ class LossPlot(LabWidget):
             "curves": [{"name": name, "count": len(rows), "total": self._totals[name]} for name, rows in shown.items()],
             "left": self.left(),
             "log": self.logarithmic,
+            "colors": list(LOSSES),
             "state": self.state,
         }
 
     def draw_png(self) -> bytes:
         """The curves so far, as PNG bytes."""
-        return draw_losses(self.curves, log=self.logarithmic)
+        from llava_lab.plots import stills
+
+        empty = "No step was logged yet. The curve appears here while the training runs."
+        return stills.losses(self.curves, LOSSES, log=self.logarithmic, empty=empty)
 
     def __repr__(self) -> str:
         said = [

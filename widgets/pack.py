@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from widgets.palette import palettes
+from widgets.palette import palettes_hex
 
 if TYPE_CHECKING:
     from llava_lab.results import Relevance, Run, Target
@@ -29,7 +29,7 @@ PICTURE_SIDE = 1000  # the longest side sent to the page, pixels
 PNG_LIMIT = 400_000  # bytes; beyond it a photograph travels as JPEG
 LEVELS = 255
 SIGNED_STEPS = 127  # steps either side of zero, so that zero is exact
-CONTROLS = ("random", "shuffled", "center", "edges")  # methods whose name starts so know nothing of the model
+OLD_CONTROLS = ("random", "center", "edges", "inverse", "vision")  # of results saved before they said so themselves
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def pack(
         "chips": [chip_of(run, chip) for chip in chips],
         "methods": described,
         "picture": kind,
-        "palettes": {name: colors.tobytes().hex() for name, colors in palettes().items()},
+        "palettes": palettes_hex(),
     }
     return Packed(spec, picture, b"".join(parts), b"".join(scales))
 
@@ -193,8 +193,14 @@ def probability(run: Run, start: int, stop: int) -> float | None:
     return float(np.exp(some.sum())) if len(some) else None
 
 
-def is_control(name: str, method: str) -> bool:
-    return name.casefold().startswith(CONTROLS) or method.casefold().startswith(CONTROLS)
+def whole_probability(run: Run) -> float | None:
+    """Probability of the whole answer as given: product over its tokens."""
+    return probability(run, *run.segments["answer"])
+
+
+def is_control(rel: Relevance) -> bool:
+    """Was the map made without the model or without the question, to compare others with?"""
+    return getattr(rel, "control", False) or rel.method in OLD_CONTROLS
 
 
 def plain_value(value: Any) -> str:
@@ -226,7 +232,7 @@ def _method(name: str, layers: Layers, chips: list[Target], first: int, lo: floa
     kinds = [target.kind for target in targets]
     return {
         "name": name,
-        "control": is_control(name, rel.method),
+        "control": is_control(rel),
         "signed": lo < 0,
         "lo": lo,
         "hi": hi,

@@ -1,9 +1,11 @@
-"""The two colour scales, made once here and used by the page and by the PNG alike.
+"""The colours of maps and curves, one table for the page and for the still pictures alike.
 
-Each is 256 RGBA colours, with the alpha part of the scale: the picture shows through where a map
+A map's scale is 256 RGBA colours, with the alpha part of the scale: the picture shows through where a map
 says little. Sequential is viridis; diverging runs from blue through nothing to orange; both can be
 read without full colour vision. The two lights are shades instead of colours: the picture itself,
 dark where the map is low. The two greys are for maps that were not shown to beat random ones.
+
+Curves have Okabe and Ito's colours, told apart without full colour vision. The page is sent all of this with its data.
 
 Source: matplotlib's viridis (CC0), 33 samples. The diverging scale is our own.
 """
@@ -21,6 +23,8 @@ NIGHT = "0b0d14" * 2
 GREY = "e7e8eb36393e"
 FAINTEST = 0.1  # alpha of the lowest sequential value, before the reader's opacity
 COLORS = 256
+FLOWS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+LOSSES = ("#2563c9", "#d2691e", "#2a8c5a", "#8d4bb8", "#b8860b", "#c62860")
 
 
 def sequential() -> np.ndarray:
@@ -31,7 +35,8 @@ def sequential() -> np.ndarray:
 
 def diverging() -> np.ndarray:
     """Blue below zero, orange above, clear at zero; uint8 (256, 4)."""
-    alpha = np.abs(np.linspace(-1, 1, COLORS)) ** 0.6  # rises fast: small effects stay visible
+    # the root rises fast: small effects stay visible
+    alpha = np.abs(np.linspace(-1, 1, COLORS)) ** 0.6
     return _with_alpha(BLUE_ORANGE, alpha)
 
 
@@ -53,6 +58,11 @@ def palettes() -> dict[str, np.ndarray]:
     colors = {"sequential": sequential(), "diverging": diverging()}
     greys = {"grey": grey(False), "grey-diverging": grey(True)}
     return {**colors, **greys, "light": light(False), "light-diverging": light(True)}
+
+
+def palettes_hex() -> dict[str, str]:
+    """All scales as the page is sent them."""
+    return {name: colors.tobytes().hex() for name, colors in palettes().items()}
 
 
 def colors_of(signed: bool, *, doubtful: bool = False) -> np.ndarray:

@@ -3,44 +3,34 @@
 Pointing at a patch shows its likeliest words state by state, its nearest words and its norm; a typed word shows where
 and at which state it lights up. All of it is answered in the browser from one buffer. What comes back to Python is
 `word`, `state` and `selected` (the locked patch). Computes nothing about models.
+
+Tables travel in one buffer. Probabilities are uint16 square roots, ``p = (level / 65535) ** 2``: 1 is exact and a
+chance of one in a million keeps two figures, where bytes would make it zero. Entropies are uint16 steps up to the
+vocabulary's. Ids count into the pieces of both the lens and the nearest words, whose texts travel once. 7B's
+33 states x 576 patches x 5 words are 0.6 MB with their texts.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import traitlets
 
-from widgets.base import bundle, styles
-from widgets.lens_pack import pack_lens
-from widgets.lens_paint import draw_lens
-from widgets.lens_words import seen, word_values
-from widgets.picture import Patch, PictureWidget
+from widgets.base import Patch, PictureWidget, checked_opacity
+from widgets.pack import encode_picture, head_of
+from widgets.palette import colors_of, palettes_hex
 
 if TYPE_CHECKING:
     from llava_lab.results import LogitLens, NearestWords, Run
 
-MODULES = (
-    "maps.js",
-    "grid.js",
-    "canvas.js",
-    "dom.js",
-    "parts.js",
-    "gestures.js",
-    "surface.js",
-    "panel.js",
-    "lens_data.js",
-    "lens_view.js",
-    "lens_gestures.js",
-    "lens_curve.js",
-    "lens_table.js",
-    "lens_near.js",
-    "lens_word.js",
-    "lens_stage.js",
-    "lens.js",
-)
 LONGEST_WORD = 80  # signs
+STEPS = 65535  # of a level
+COSINE_STEPS = 32767  # either side of zero
+ALIGNED = 4  # bytes; every part of the buffer starts on a multiple
+MOST_TILES, MOST_ROWS, MOST_WORDS = 7, 9, 5  # of the still picture
+LARGEST = 220  # longest side of a map there, pixels
 
 
 class TokenLens(PictureWidget):
@@ -51,9 +41,7 @@ class TokenLens(PictureWidget):
     is shown first (default: where `word` is likeliest, else the last); `patch`, a (row, column), is locked first.
     """
 
-    entry, modules, sheets, width = "renderLens", MODULES, ("base.css", "lens.css"), 1080
-    _esm = bundle(*MODULES, entry=entry)
-    _css = styles(*sheets)
+    entry, script, sheets = "renderLens", "lens.js", ("base.css", "lens.css")
 
     word = traitlets.Unicode("").tag(sync=True)
     state = traitlets.Int(0).tag(sync=True)
@@ -71,15 +59,13 @@ class TokenLens(PictureWidget):
         **unknown: Any,
     ) -> None:
         self.refuse(unknown)
-        if not 0 <= opacity <= 1:
-            raise ValueError(f"opacity must lie in 0..1, got {opacity}")
         packed = pack_lens(run, lens, near)
         self.run, self.lens, self.near = run, lens, near
         if state is None:
             found = word_values(lens, word) if seen(lens, word) else None
             state = lens.states[-1 if found is None else int(found.max(1).argmax())]
         super().__init__(
-            spec={**packed.spec, "opacity": float(opacity)},
+            spec={**packed.spec, "opacity": checked_opacity(opacity)},
             picture=packed.picture,
             maps=packed.data,
             word=word,
@@ -140,3 +126,193 @@ class TokenLens(PictureWidget):
         if len(locked) > 1:
             raise traitlets.TraitError(f"one patch can be locked at a time, got {len(locked)}")
         return locked
+
+
+# -- packing ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PackedLens:
+    """What the page is given: `spec` says where each part of `data` lies, its number type and its length."""
+
+    spec: dict[str, Any]
+    picture: bytes
+    data: bytes
+
+
+def pack_lens(run: Run, lens: LogitLens, near: NearestWords | None) -> PackedLens:
+    """Check that lens and nearest words are of this run, and pack them."""
+    check_lens(run, lens, near)
+    ids = lens.piece_ids if near is None else np.union1d(lens.piece_ids, near.piece_ids)
+    parts = {
+        "ids": whole(np.searchsorted(ids, lens.top_ids), lens.vocabulary),
+        "probs": root_levels(lens.top_probs),
+        "entropy": entropy_levels(lens.entropy, lens.vocabulary),
+        "word_probs": root_levels(lens.probs),
+        "word_ranks": whole(lens.ranks, lens.vocabulary),
+    }
+    if near is not None:
+        parts["near_ids"] = whole(np.searchsorted(ids, near.top_ids), lens.vocabulary)
+        parts["cosines"] = np.rint(near.cosines * COSINE_STEPS).astype("<i2")
+        parts["norms"] = near.norms.astype("<f4")
+    texts = dict(zip(lens.piece_ids.tolist(), lens.pieces, strict=True))
+    if near is not None:
+        texts |= dict(zip(near.piece_ids.tolist(), near.pieces, strict=True))
+    picture, kind = encode_picture(run.picture)
+    places, data = joined(parts)
+    spec = {
+        **head_of(run),
+        "states": list(lens.states),
+        "top": lens.top_ids.shape[2],
+        "vocabulary": lens.vocabulary,
+        "tuned": lens.tuned,
+        "words": list(lens.words),
+        "pieces": [texts[piece] for piece in ids.tolist()],
+        "near": None if near is None else {"top": near.top_ids.shape[1], "space": near.space, "centered": near.centered},
+        "notes": [*lens.notes, *(near.notes if near is not None else ())],
+        "picture": kind,
+        "palettes": palettes_hex(),
+        "parts": places,
+    }
+    return PackedLens(spec, picture, data)
+
+
+def check_lens(run: Run, lens: Any, near: Any) -> None:
+    """Refuse what is no lens, what was read by another checkpoint or through another geometry, and what has holes."""
+    for name, result, kind, made_by in (
+        ("lens", lens, "logit lens", "logit_lens"),
+        ("near", near, "nearest words", "nearest_words"),
+    ):
+        if result is None and name == "near":
+            continue
+        if getattr(result, "KIND", None) != kind:
+            raise TypeError(f"{name} must be what llava_lab.{made_by} gives, got {type(result).__name__}")
+        if result.fingerprint != run.fingerprint:
+            raise ValueError(
+                f"{name} was read from another checkpoint ({result.model}) than the run ({run.model}); read this run"
+            )
+        if result.map != run.map:
+            raise ValueError(f"{name} was read through another picture geometry than the run's; read this run")
+    tables = [lens.top_probs, lens.entropy, lens.probs, *([] if near is None else [near.cosines, near.norms])]
+    if not all(np.isfinite(table).all() for table in tables):
+        raise ValueError("lens or near holds values that are not finite; they cannot be shown")
+
+
+def root_levels(probs: np.ndarray) -> np.ndarray:
+    """uint16 levels of probabilities 0 to 1."""
+    return np.rint(STEPS * np.sqrt(np.clip(probs.astype(np.float64), 0, 1))).astype("<u2")
+
+
+def entropy_levels(entropy: np.ndarray, vocabulary: int) -> np.ndarray:
+    """uint16 levels of entropies, 0 to log(vocabulary) nats."""
+    most = max(float(np.log(vocabulary)), 1e-9)
+    return np.rint(STEPS * np.clip(entropy.astype(np.float64) / most, 0, 1)).astype("<u2")
+
+
+def whole(values: np.ndarray, most: int) -> np.ndarray:
+    """Whole numbers up to `most` in two bytes each where that is enough, else in four."""
+    return values.astype("<u2" if most <= STEPS else "<u4")
+
+
+def joined(parts: dict[str, np.ndarray]) -> tuple[dict[str, list], bytes]:
+    """One buffer, and of each part [number type, first byte, count]."""
+    places, out = {}, bytearray()
+    for name, values in parts.items():
+        places[name] = [values.dtype.str[1:], len(out), values.size]
+        out += values.tobytes()
+        out += bytes(-len(out) % ALIGNED)
+    return places, bytes(out)
+
+
+# -- looking a word up ------------------------------------------------------------------------
+#
+# As the page does it: texts are compared without the spaces around them. A word the lens was asked for is read from
+# its own table. Any other is the sum over the pieces that read so, wherever they are among the top words; if none is
+# spelt exactly so, upper and lower case count as alike.
+
+
+def asked(lens: LogitLens, word: str) -> int:
+    """Which of the lens's own words it is, or -1."""
+    bare = [own.strip() for own in lens.words]
+    return bare.index(word.strip()) if word.strip() in bare else -1
+
+
+def matching(lens: LogitLens, word: str) -> np.ndarray:
+    """Ids of the pieces that read `word`, int32."""
+    texts, wanted = [piece.strip() for piece in lens.pieces], word.strip()
+    same = np.array([text == wanted for text in texts], bool)
+    if not same.any():
+        same = np.array([text.lower() == wanted.lower() for text in texts], bool)
+    return lens.piece_ids[same] if wanted else lens.piece_ids[:0]
+
+
+def seen(lens: LogitLens, word: str) -> bool:
+    """Whether anything is known of `word`."""
+    return asked(lens, word) >= 0 or len(matching(lens, word)) > 0
+
+
+def word_values(lens: LogitLens, word: str) -> np.ndarray:
+    """Probability of `word` at every state and patch, float64 (states, patches); 0 where it is not known."""
+    own = asked(lens, word)
+    if own >= 0:
+        return lens.probs[:, :, own].astype(np.float64)
+    return np.where(np.isin(lens.top_ids, matching(lens, word)), lens.top_probs, 0).sum(-1, dtype=np.float64)
+
+
+# -- the still picture ------------------------------------------------------------------------
+
+
+def draw_lens(
+    run: Run, lens: LogitLens, near: NearestWords | None, *, word: str = "", state: int | None = None, patch: int | None = None
+) -> bytes:
+    """The map of some states, then one patch's likeliest words at them, as PNG bytes; one colour scale for all states.
+
+    Entropy where no word is looked for, or none is known. The patch is the locked one, else where the word is
+    likeliest, else the one the last state is surest of.
+    """
+    from llava_lab.plots import stills
+
+    known = bool(word) and seen(lens, word)
+    values = word_values(lens, word) if known else lens.entropy.astype(np.float64)
+    if patch is None:
+        patch = int(values.max(0).argmax()) if known else int(lens.top_probs[-1, :, 0].argmax())
+    row, col = divmod(patch, run.map.cols)
+    shown = some_states(len(lens.states), MOST_TILES, None if state is None else lens.states.index(state))
+    scale = (0.0, float(values.max())) if known else stills.shared_range([values])
+    tiles = []
+    for number in shown:
+        grid = values[number].reshape(run.map.rows, run.map.cols)
+        below = f"at most {grid.max():.0%}" if known else f"mean {grid.mean():.2f}"
+        tiles.append(stills.Tile(f"state {lens.states[number]}", grid, scale, colors_of(scale[0] < 0), below=below))
+    hits = matching(lens, word)
+    rows = []
+    for number in some_states(len(lens.states), MOST_ROWS):
+        top = lens.at(lens.states[number], row, col)[:MOST_WORDS]
+        hit = np.isin(lens.top_ids[number, patch], hits).tolist()
+        words = [(_plain(text), share, hit[i]) for i, (text, share) in enumerate(top)]
+        rows.append((f"state {lens.states[number]}", words))
+    with stills.sheet(run) as still:
+        title = f"Probability of “{word}”" if known else "Entropy in nats: how undecided each patch is"
+        still.title(title, scale, colors_of(scale[0] < 0))
+        still.maps(run, tiles, stills.tile_side(len(shown), largest=LARGEST))
+        still.title(f"Likeliest words at row {row}, column {col}")
+        still.words(rows)
+        if near is not None:
+            nearest = ", ".join(f"{_plain(text)} {cosine:.2f}" for text, cosine in near.at(row, col))
+            still.note(f"Nearest words of this projected token: {nearest}. Norm {near.norms[patch]:.3g}.")
+        if word and not known:
+            still.note(f"“{word}” is never among the top {lens.top_ids.shape[2]} words kept; the maps show entropy.")
+        return still.png()
+
+
+def some_states(count: int, most: int, wanted: int | None = None) -> list[int]:
+    """At most `most` of 0 .. count-1, evenly spread with both ends; `wanted` takes the place of its nearest."""
+    picked = sorted({int(i) for i in np.linspace(0, count - 1, min(count, most)).round()})
+    if wanted is not None and wanted not in picked:
+        picked[int(np.abs(np.array(picked) - wanted).argmin())] = wanted
+    return picked
+
+
+def _plain(piece: str) -> str:
+    """A piece as a still picture can write it."""
+    return "".join(sign if sign.isprintable() else "?" for sign in piece.strip()) or "(space)"

@@ -11,7 +11,7 @@ from playwright.sync_api import Browser, Page
 
 from tests.support.widget_examples import example, make_relevance, make_run, spots
 from widgets import PatchExplorer
-from widgets.html import embed
+from widgets.base import embed
 
 ATTACK = "</script><img src=x onerror=window.attacked=1><!--<script>"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.support.widget_examples import make_relevance, make_run, spots
-from widgets.bench_pack import Seen, seen
+from widgets.connector_bench import Seen, seen
 
 RANKS = (1, 4, 16)
 

@@ -12,7 +12,7 @@ from typing import Any
 from playwright.sync_api import Browser, Locator, Page, Route
 
 from widgets import PatchExplorer
-from widgets.picture import PictureWidget
+from widgets.base import LabWidget
 
 ADDRESS = "http://widget.test/"
 
@@ -85,10 +85,10 @@ class WidgetPage:
             self.outside.append(route.request.url)
             route.abort()
 
-    def mount(self, widget: PictureWidget) -> Locator:
+    def mount(self, widget: LabWidget) -> Locator:
         """Show the widget and wait until its picture is painted."""
         self.module = widget._esm
-        view = PictureWidget.view(widget)  # what the kernel syncs, not what a page without one gets
+        view = LabWidget.view(widget)  # what the kernel syncs, not what a page without one gets
         data = {name: base64.b64encode(raw).decode("ascii") for name, raw in view.data.items()}
         self.page.evaluate(MOUNT, {"state": view.state, "data": data, "css": widget._css})
         self.page.wait_for_function("() => document.querySelector('canvas.lab-canvas').width !== 300")  # 300: not sized yet

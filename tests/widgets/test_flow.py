@@ -15,8 +15,8 @@ from PIL import Image
 from tests.support.flow_examples import grid_example, sweep_example, two
 from tests.support.widget_examples import make_run
 from widgets import FlowView
-from widgets.flow_paint import COLORS, cut_sentence, nice_ticks, patch_sentence, share_color, spread_out, unbroken
-from widgets.palette import diverging
+from widgets.flow_view import cut_sentence, patch_sentence
+from widgets.palette import FLOWS
 
 
 def test_every_score_reaches_the_page_exactly_and_holes_stay_holes() -> None:
@@ -105,22 +105,6 @@ def test_sentences_say_the_numbers_and_what_was_not_measured() -> None:
     assert '"red." (clean "red.", corrupted "blue.")' in patch_sentence(grid, target, 0, [0, 1])
 
 
-def test_shares_outside_zero_to_one_have_colours_of_their_own() -> None:
-    scale = [tuple(int(one) for one in color[:3]) for color in diverging()]
-    assert share_color(0.0, 1.0) == scale[128]
-    assert share_color(1.0, 1.0) == scale[255]
-    assert share_color(-1.4, 1.4) == scale[0]
-    assert share_color(1.0, 1.4) != share_color(1.4, 1.4)
-
-
-def test_names_are_pushed_apart_and_gaps_break_a_line() -> None:
-    assert spread_out([50, 50, 50], 10, 0, 100) == [50, 60, 70]
-    assert spread_out([98, 99], 10, 0, 100) == [90, 100]
-    points = [(float(i), 0.0) for i in range(5)]
-    assert unbroken(points, np.array([True, True, False, True, True])) == [points[:2], points[3:]]
-    assert nice_ticks(-8.4, 0.4, 5) == [-8.0, -6.0, -4.0, -2.0, 0.0]
-
-
 def test_the_still_picture_shows_each_flow_in_its_colour_and_each_half_alone() -> None:
     run, sweep, grid = two()
     widget = FlowView(run, sweep, grid, selected={"flow": [0, 1], "cell": [0, 1]})
@@ -130,7 +114,7 @@ def test_the_still_picture_shows_each_flow_in_its_colour_and_each_half_alone() -
     image = np.asarray(Image.open(io.BytesIO(raw)).convert("RGB"))
     assert image.shape[1] == 960
     assert len(raw) < 300_000
-    colors = [tuple(bytes.fromhex(color[1:])) for color in COLORS[:3]]
+    colors = [tuple(bytes.fromhex(color[1:])) for color in FLOWS[:3]]
     assert all((image == color).all(-1).sum() > 100 for color in colors)
     for half in (FlowView(run, sweep_example(run)), FlowView(run, grid=grid_example(run), component=1)):
         assert Image.open(io.BytesIO(half.draw_png())).size[0] == 960

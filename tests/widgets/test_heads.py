@@ -15,9 +15,7 @@ from llava_lab.results import HeadMaps
 from tests.support.compare_examples import heads_example
 from tests.support.widget_examples import make_run
 from widgets import HeadGrid
-from widgets.head_pack import roomy, square_root_levels
-from widgets.head_paint import matrix
-from widgets.palette import sequential
+from widgets.head_grid import roomy, square_root_levels
 
 
 def decoded(widget: HeadGrid) -> tuple[np.ndarray, np.ndarray]:
@@ -139,11 +137,3 @@ def test_the_mime_bundle_carries_text_picture_and_view() -> None:
     assert Image.open(io.BytesIO(raw)).size[0] == 960
     assert len(raw) < 300_000
     assert raw == HeadGrid(*heads_example()).draw_png()
-
-
-def test_the_drawn_matrix_has_a_square_per_head_in_viridis() -> None:
-    drawn = np.asarray(matrix(np.array([[0.0, 0.5], [0.25, 1.0]]), 1.0, 3))
-    assert drawn.shape == (6, 6, 3)
-    np.testing.assert_array_equal(drawn[1, 1], sequential()[0, :3])
-    np.testing.assert_array_equal(drawn[4, 4], sequential()[255, :3])
-    np.testing.assert_array_equal(drawn[1, 4], sequential()[128, :3])

@@ -15,9 +15,7 @@ from PIL import Image
 from tests.support.lens_examples import CAR, ONCE, SPOT, STATES, VOCABULARY, big, example, lens_of
 from tests.support.widget_examples import make_run
 from widgets import TokenLens
-from widgets.lens_pack import COSINE_STEPS, STEPS
-from widgets.lens_paint import some_states
-from widgets.lens_words import matching, seen, word_values
+from widgets.token_lens import COSINE_STEPS, STEPS, matching, seen, some_states, word_values
 
 
 def part(widget: TokenLens, name: str) -> np.ndarray:

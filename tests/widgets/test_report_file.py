@@ -20,7 +20,6 @@ from llava_lab.results import HeadMaps
 from tests.support.compare_examples import comparison_example, heads_example, methods_example
 from tests.support.widget_examples import make_relevance, make_run, spots
 from widgets import report
-from widgets.report_tables import score_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 ATTACK = '</script><script>window.attacked=1</script><img src=x onerror="window.attacked=1">'
@@ -133,7 +132,7 @@ def test_where_nothing_can_be_told_no_verdict_is_claimed() -> None:
         name: replace(one, deletion=np.where(np.arange(5)[:, None, None] == 0, np.nan, one.deletion))
         for name, one in comparison.faithfulness.items()
     }
-    text = score_tables(replace(comparison, faithfulness=flat))
+    text = report.score_tables(replace(comparison, faithfulness=flat))
     the, car = text.split("<details")[1:3]
     assert the.count("cannot be told") == len(comparison.methods)
     assert "<td>yes</td>" not in the

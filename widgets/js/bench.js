@@ -4,16 +4,16 @@
  * Everything for every rank is here already, so the slider asks nobody.
  */
 
-import { blankCanvas, paintBase, paintGround, paintHeat, paintScene, contextOf } from "./canvas.js";
-import { choices, make, setText, slider } from "./dom.js";
-import { patchAt, patchName } from "./grid.js";
-import { bytesOf, colorTable, formatNumber, formatPercent, levelsOf, readMaps, readPalettes, valueOf } from "./maps.js";
-import { Panel } from "./panel.js";
+import { blankCanvas, contextOf, paintBase, paintGround, paintHeat, paintScene } from "./shared/canvas.js";
+import { choices, make, setText, slider } from "./shared/dom.js";
+import { patchAt, patchName } from "./shared/grid.js";
+import { bytesOf, colorTable, formatNumber, formatPercent, levelsOf, readMaps, readPalettes, valueOf } from "./shared/maps.js";
+import { Panel } from "./shared/panel.js";
 
 /**
  * @typedef {{name: string, answer: string, words: {text: string, p: number | null}[], p: number | null,
  *   near: [string, number][][], r2: number | null}} BenchSide
- * @typedef {{question: string, model: string, seed: number, map: import("./grid.js").PictureMap, sides: BenchSide[],
+ * @typedef {{question: string, model: string, seed: number, map: import("./shared/grid.js").PictureMap, sides: BenchSide[],
  *   second: boolean, ranks: number[], lo: number, hi: number, picture: string, palettes: Record<string, string>}} BenchSpec
  * @typedef {{root: HTMLElement, name: HTMLElement, canvas: HTMLCanvasElement, said: HTMLElement, line: HTMLElement, key: string}} BenchTile
  */
@@ -28,7 +28,7 @@ export function sideAt(spec, rank) {
 }
 
 /** One map less another: levels around the middle, and the largest difference either way.
- * @param {import("./maps.js").Maps} maps @param {number} one @param {number} two */
+ * @param {import("./shared/maps.js").Maps} maps @param {number} one @param {number} two */
 export function differenceOf(maps, one, two) {
   const values = Float32Array.from({ length: maps.cells }, (_, cell) => valueOf(maps, two, cell) - valueOf(maps, one, cell));
   const reach = values.reduce((most, value) => Math.max(most, Math.abs(value)), 0);
@@ -45,7 +45,7 @@ export function benchSentence(one, two) {
 }
 
 class Bench extends Panel {
-  /** @param {import("./panel.js").Model} model @param {HTMLElement} el */
+  /** @param {import("./shared/panel.js").Model} model @param {HTMLElement} el */
   constructor(model, el) {
     super(model, ["rank"]);
     this.spec = /** @type {BenchSpec} */ (model.get("spec"));
@@ -231,7 +231,7 @@ class Bench extends Panel {
 }
 
 /** Shows a view; gives back its clean-up.
- * @param {{model: import("./panel.js").Model, el: HTMLElement}} host */
+ * @param {{model: import("./shared/panel.js").Model, el: HTMLElement}} host */
 export function renderBench({ model, el }) {
   const bench = new Bench(model, el);
   return () => bench.close();

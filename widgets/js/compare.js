@@ -5,33 +5,38 @@
  * Maps arrive once; targets, order, colours and the enlarged map change here and ask Python nothing.
  * Python hears of what is kept: `target`, `method` (the enlarged one), `sort`, `selected`.
  */
+/* TODO 
+ * What is read of the enlarged map: what made it, its scores beside those of the other methods, its likes.
+ * Builds its elements once; `update` writes what changed.
+ */
+/* TODO 
+ * All small maps as one picture to save: in the order shown, with names and the score that orders them, on white.
+ */
 
-import { wordChips } from "./chips.js";
-import { aboutMap, scoreLines } from "./compare_stage.js";
-import { paintSheet } from "./compare_sheet.js";
-import { Tiles } from "./compare_tiles.js";
-import { ALIKE, orderOf, tilesOf, whatOf } from "./compare_view.js";
-import { button, choices, make, setText, slider } from "./dom.js";
-import { keyboardGestures, pointerGestures } from "./gestures.js";
-import { bytesOf, readMaps, readPalettes } from "./maps.js";
-import { Panel } from "./panel.js";
-import { legend, readout, topList } from "./parts.js";
-import { saveCanvas, Surface, widest } from "./surface.js";
-import { patchSummary, summary } from "./view.js";
+import { blankCanvas, contextOf, paintBase, paintGround, paintHeat, paintScene, write } from "./shared/canvas.js";
+import { button, choices, make, section, setText, slider } from "./shared/dom.js";
+import { keyboardGestures, pointerGestures } from "./shared/gestures.js";
+import { bytesOf, readMaps, readPalettes } from "./shared/maps.js";
+import { Panel } from "./shared/panel.js";
+import { legend, readout, topList, wordChips } from "./shared/parts.js";
+import { saveCanvas, Surface, widest } from "./shared/surface.js";
+import { patchSummary, summary } from "./shared/view.js";
+import { ALIKE, alikeText, formatScore, orderOf, scoreOf, Tiles, tilesOf, whatOf } from "./compare_maps.js";
 
 /**
- * @typedef {import("./compare_view.js").CompareSpec} CompareSpec
- * @typedef {import("./compare_view.js").CompareDisplay} CompareDisplay
- * @typedef {import("./compare_view.js").Tile} Tile
- * @typedef {import("./view.js").MapView} MapView
+ * @typedef {import("./compare_maps.js").CompareSpec} CompareSpec
+ * @typedef {import("./compare_maps.js").CompareDisplay} CompareDisplay
+ * @typedef {import("./compare_maps.js").Tile} Tile
+ * @typedef {import("./shared/view.js").MapView} MapView
  * @typedef {ReturnType<Compare["view"]>} CompareState
+ * @typedef {{tiles: Tile[], stage: number}} StageView
  */
 
 const LEAST_RANGE = 5; // per cent
 const MOST_NOTES = 3; // shown without being asked for
 
 class Compare extends Panel {
-  /** @param {import("./panel.js").Model} model @param {HTMLElement} el */
+  /** @param {import("./shared/panel.js").Model} model @param {HTMLElement} el */
   constructor(model, el) {
     super(model, ["target", "method", "sort"]);
     this.spec = /** @type {CompareSpec} */ (model.get("spec"));
@@ -222,8 +227,131 @@ function scaleText({ byRank, ownScale, range }) {
 }
 
 /** Shows a view; gives back its clean-up.
- * @param {{model: import("./panel.js").Model, el: HTMLElement}} host */
+ * @param {{model: import("./shared/panel.js").Model, el: HTMLElement}} host */
 export function renderCompare({ model, el }) {
   const compare = new Compare(model, el);
   return () => compare.close();
+}
+
+const KEY = "Bars are this map's scores, ticks the other methods', rings the controls'.";
+
+/** Name, verdict, what made it, notes.
+ * @param {CompareSpec} spec */
+export function aboutMap(spec) {
+  const name = make("h3", "lab-stage-name");
+  const verdict = make("span", "lab-stage-verdict");
+  const caption = make("p", "lab-caption");
+  const alike = make("p", "lab-caption");
+  const notes = make("ul", "lab-notes");
+  let last = "";
+  return {
+    root: make("section", "lab-section", [make("div", "lab-stage-head", [name, verdict]), caption, notes, alike]),
+    /** @param {StageView} view */
+    update({ tiles, stage }) {
+      const { method, target } = tiles[stage];
+      const key = `${stage} ${target}`;
+      if (key === last) return;
+      last = key;
+      setText(name, method.name);
+      setText(verdict, verdictOf(tiles[stage]));
+      setText(caption, method.caption);
+      notes.replaceChildren(...method.notes.map((text) => make("li", "", [text])));
+      setText(alike, alikeText(spec, stage));
+    },
+  };
+}
+
+/** @param {Tile} tile */
+function verdictOf({ method, target, doubt }) {
+  if (method.control) return "control";
+  if (doubt) return "not shown to beat random";
+  return target >= 0 && method.beats[target] ? "beats random" : "";
+}
+
+/** Each score of the enlarged map on a line from the lowest to the highest of all methods, with the others as ticks.
+ * @param {CompareSpec} spec */
+export function scoreLines(spec) {
+  const rows = spec.scores.map((score) => {
+    const line = make("span", "lab-score-line", [], { "aria-hidden": "true" });
+    const value = make("span", "lab-score-value");
+    const name = make("span", "lab-score-name", [score.name]);
+    const better = make("span", "lab-score-better", [score.lower ? "lower is better" : ""]);
+    return { score, line, value, root: make("li", "lab-score", [make("span", "lab-score-label", [name, better]), line, value]) };
+  });
+  const groups = [...new Set(spec.scores.map(({ group }) => group))].map((group) => {
+    const own = rows.filter((row) => row.score.group === group).map((row) => row.root);
+    return section(group || "Scores", [make("ul", "lab-scores", own)]);
+  });
+  let last = "";
+  return {
+    root: make("div", "lab-score-groups", rows.length ? [...groups, make("p", "lab-caption", [KEY])] : []),
+    /** @param {StageView} view */
+    update({ tiles, stage }) {
+      const key = tiles.map((tile) => tile.target).join() + ` ${stage}`;
+      if (key === last) return;
+      last = key;
+      for (const row of rows) {
+        const values = tiles.map((tile) => scoreOf(spec, tile, row.score.name, stage));
+        setText(row.value, formatScore(values[stage]));
+        row.line.replaceChildren(...ticks(spec, values, stage));
+      }
+    },
+  };
+}
+
+/** @param {CompareSpec} spec @param {(number | null)[]} values @param {number} stage */
+function ticks(spec, values, stage) {
+  const known = values.filter((value) => value !== null);
+  const [low, high] = [Math.min(...known), Math.max(...known)];
+  const order = values.map((_, i) => i).sort((a, b) => Number(a === stage) - Number(b === stage)); // its own on top
+  return order.flatMap((i) => {
+    const value = values[i];
+    if (value === null) return [];
+    const kind = i === stage ? "lab-tick lab-tick-own" : spec.methods[i].control ? "lab-tick lab-tick-control" : "lab-tick";
+    const tick = make("span", kind);
+    tick.style.left = `${high > low ? (100 * (value - low)) / (high - low) : 50}%`;
+    return [tick];
+  });
+}
+
+const SHEET = { margin: 48, side: 250, gap: 20, columns: 5, under: 56, head: 190 }; // pixels
+
+/** @param {import("./compare_maps.js").CompareSpec} spec @param {import("./compare_maps.js").TilesView} view
+ * @param {Record<string, Uint8Array>} palettes @param {CanvasImageSource} picture */
+export function paintSheet(spec, view, palettes, picture) {
+  const { margin, side, gap, columns, under, head } = SHEET;
+  const { map } = spec;
+  const k = Math.min(side / map.width, side / map.height);
+  const [wide, high] = [Math.round(map.width * k), Math.round(map.height * k)];
+  const lines = Math.ceil(view.order.length / columns);
+  const canvas = blankCanvas(2 * margin + columns * (side + gap) - gap, head + lines * (high + under) + margin);
+  const ctx = contextOf(canvas);
+  const room = canvas.width - 2 * margin;
+  ctx.fillStyle = "#ffffff";
+  ctx.fillRect(0, 0, canvas.width, canvas.height);
+  write(ctx, spec.question, margin, 74, 34, "#111827", "600", room);
+  write(ctx, spec.answer, margin, 118, 28, "#374151", "400", room);
+  const by = view.sort ? `, by ${view.sort}` : "";
+  write(ctx, `Maps of “${view.what}”${by} · ${spec.model} · seed ${spec.seed}`, margin, 154, 20, "#6b7280", "400", room);
+  const base = paintBase(map, picture, wide, high);
+  const [ground, pale] = [paintGround(base), paintGround(base, 1)];
+  const [inner, heat] = [blankCanvas(wide, high), blankCanvas(1, 1)];
+  view.order.forEach((index, place) => {
+    const { shown, palette, method, doubt } = view.tiles[index];
+    const { opacity, smooth } = view.display;
+    const x = margin + (place % columns) * (side + gap);
+    const y = head + Math.floor(place / columns) * (high + under);
+    const grey = !shown || palette.startsWith("grey");
+    if (shown) paintHeat(heat, shown.levels, shown.table(palettes[palette]), map.rows, map.cols, smooth);
+    const below = { base: grey ? pale : base, ground: grey ? pale : ground, heat: shown && heat };
+    const look = { opacity, smooth, spotlight: false, selected: view.selected, dragging: [], hover: -1, cursor: -1 };
+    paintScene(contextOf(inner), { map, ...below, ...look }, 1);
+    ctx.drawImage(inner, x, y);
+    const ink = doubt || !shown ? "#6b7280" : "#111827";
+    const score = view.sort ? formatScore(scoreOf(spec, view.tiles[index], view.sort, view.stage)) : "";
+    write(ctx, method.name, x, y + high + 24, 20, ink, "600", side - (score ? 74 : 0));
+    write(ctx, score, x + wide - ctx.measureText(score).width, y + high + 24, 20, ink, "400", side);
+    if (doubt) write(ctx, "not shown to beat random", x, y + high + 45, 16, ink, "400", side);
+  });
+  return canvas;
 }

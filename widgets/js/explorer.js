@@ -6,26 +6,32 @@
  * Python hears of what is kept: `selected`, and `word`, `method`, `layer` when chosen.
  * Opacity, look and colour scale never leave the page.
  */
+/* TODO 
+ * How the map is looked at, and what is done with the selection. Each control calls back; none keeps state.
+ */
+/* TODO 
+ * What "ask again without these patches" brought back: the old answer beside the new one,
+ * a sign of work while Python is busy, or the error in words.
+ */
 
-import { answers } from "./answers.js";
-import { methodList, wordChips } from "./chips.js";
-import { displayControls, layerControl, selectionBar } from "./controls.js";
-import { button, make, setText } from "./dom.js";
-import { keyboardGestures, pointerGestures } from "./gestures.js";
-import { onPicture, sorted } from "./grid.js";
-import { bytesOf, readMaps, readPalettes, strongest } from "./maps.js";
-import { Panel } from "./panel.js";
-import { legend, readout, topList } from "./parts.js";
-import { saveCanvas, Surface, widest } from "./surface.js";
-import { patchSummary, summary, viewOf } from "./view.js";
+import { button, choices, make, section, setText, slider } from "./shared/dom.js";
+import { keyboardGestures, pointerGestures } from "./shared/gestures.js";
+import { onPicture, sorted } from "./shared/grid.js";
+import { bytesOf, formatPercent, readMaps, readPalettes, strongest } from "./shared/maps.js";
+import { Panel } from "./shared/panel.js";
+import { legend, methodList, readout, topList, wordChips, wordContent } from "./shared/parts.js";
+import { saveCanvas, Surface, widest } from "./shared/surface.js";
+import { patchSummary, summary, viewOf } from "./shared/view.js";
 
 /**
- * @typedef {import("./view.js").Spec} Spec
- * @typedef {import("./view.js").Reply} Reply
- * @typedef {import("./view.js").View} View
- * @typedef {import("./view.js").Part} Part
- * @typedef {import("./view.js").Display} Display
- * @typedef {import("./panel.js").Model} Model
+ * @typedef {import("./shared/view.js").Spec} Spec
+ * @typedef {import("./shared/view.js").Reply} Reply
+ * @typedef {import("./shared/view.js").View} View
+ * @typedef {import("./shared/view.js").Part} Part
+ * @typedef {import("./shared/view.js").Display} Display
+ * @typedef {import("./shared/panel.js").Model} Model
+ * @typedef {{strongest: () => void, random: () => void, clear: () => void, ask: () => void}} SelectionActions
+ * @typedef {import("./shared/parts.js").Word} Word
  */
 
 const QUICK = 0.1; // of all patches, for the two quick selections
@@ -107,7 +113,7 @@ class Explorer extends Panel {
     this.say(summary(this.view()));
   }
 
-  /** @param {number} quick @returns {import("./controls.js").SelectionActions} */
+  /** @param {number} quick @returns {SelectionActions} */
   selectionActions(quick) {
     const cells = Array.from({ length: this.maps.cells }, (_, i) => i).filter((patch) => onPicture(this.map, patch));
     return {
@@ -190,4 +196,170 @@ class Explorer extends Panel {
 export function renderExplorer({ model, el }) {
   const explorer = new Explorer(model, el);
   return () => explorer.close();
+}
+
+/** Opacity, patches or smooth, colours or the picture itself lit up, one scale or each map its own.
+ * @param {Display} start @param {(change: Partial<Display>) => void} change @param {AbortSignal} signal @returns {Part} */
+export function displayControls(start, change, signal) {
+  const pair = (/** @type {string} */ label, /** @type {string[]} */ names, /** @type {(second: boolean) => void} */ pick) => {
+    const items = names.map((name) => ({ name, content: [name] }));
+    const group = choices({ label, className: "lab-pair", items, pick: (index) => pick(index === 1), signal });
+    return { root: make("div", "lab-slider", [make("span", "lab-label", [label]), group.root]), show: group.show };
+  };
+  const value = Math.round(100 * start.opacity);
+  const input = (/** @type {number} */ percent) => change({ opacity: percent / 100 });
+  const opacity = slider({ label: "Opacity", min: 0, max: 100, step: 5, value, input, signal });
+  const look = pair("Look", ["Patches", "Smooth"], (smooth) => change({ smooth }));
+  const scale = pair("Scale", ["All words", "This map"], (ownScale) => change({ ownScale }));
+  const paint = pair("Paint", ["Colour", "Spotlight"], (spotlight) => change({ spotlight }));
+  return {
+    root: section("Display", [opacity.root, look.root, paint.root, scale.root]),
+    update({ display }) {
+      setText(opacity.output, `${Math.round(100 * display.opacity)}%`);
+      look.show(Number(display.smooth), -1);
+      scale.show(Number(display.ownScale), -1);
+      paint.show(Number(display.spotlight), -1);
+    },
+  };
+}
+
+/** A slider over the layers of the method shown; absent where it has one map only.
+ * @param {Spec} spec @param {(layer: number) => void} pick @param {AbortSignal} signal @returns {Part} */
+export function layerControl(spec, pick, signal) {
+  const { root: row, range, output } = slider({ label: "Layer", min: 0, max: 0, step: 1, value: 0, input: pick, signal });
+  return {
+    root: row,
+    update({ method, layer }) {
+      row.hidden = method.layers.length < 2;
+      const last = String(method.layers.length - 1);
+      if (range.max !== last) range.max = last;
+      if (range.value !== String(layer)) range.value = String(layer);
+      range.setAttribute("aria-valuetext", method.layers[layer]);
+      setText(output, method.layers[layer]);
+    },
+  };
+}
+
+/** How many patches are selected, quick selections, and the question asked again.
+ * @param {boolean} canAsk @param {number} quick @param {SelectionActions} act @param {AbortSignal} signal @returns {Part} */
+export function selectionBar(canAsk, quick, act, signal) {
+  const count = make("span", "lab-count");
+  const clear = button("Clear", act.clear, signal);
+  const ask = button("Ask again without these patches", act.ask, signal, "lab-button lab-primary");
+  ask.hidden = !canAsk;
+  const strongest = button(`Strongest ${quick}`, act.strongest, signal);
+  const random = button(`Random ${quick}`, act.random, signal);
+  random.title = "A control: as many patches, chosen without looking at any map";
+  const tools = make("div", "lab-tools", [strongest, random, clear]);
+  const root = make("div", "lab-selection", [count, tools, ask], { role: "group", "aria-label": "Selected patches" });
+  return {
+    root,
+    update({ selected, map, busy, shown }) {
+      setText(count, selected.size ? `${countText(selected.size)} of ${map.rows * map.cols} selected` : "No patches selected");
+      strongest.disabled = !shown;
+      clear.disabled = !selected.size;
+      ask.disabled = !selected.size || busy;
+      setText(ask, busy ? "Asking…" : "Ask again without these patches");
+    },
+  };
+}
+
+/** The old answer beside the one without the selected patches.
+ * @param {Spec} spec @param {AbortSignal} signal @returns {{root: HTMLElement, show: (reply: Reply, waited: number) => void}} */
+export function answers(spec, signal) {
+  const root = make("div", "lab-answers", [], { role: "group", "aria-label": "Answers before and after" });
+  const old = spec.chips.filter((chip) => chip.kind === "word");
+  let shown = "";
+  return {
+    root,
+    show(reply, waited) {
+      const key = JSON.stringify([reply, waited]);
+      if (key === shown) return;
+      shown = key;
+      root.hidden = !reply.state;
+      if (reply.state === "busy") root.replaceChildren(waiting(reply, waited));
+      else if (reply.state === "error") root.replaceChildren(failure(reply, signal));
+      else if (reply.state === "done") {
+        const words = reply.words ?? [];
+        const same = reply.answer === spec.answer;
+        const after = `Without ${countText(reply.selected.length)}`;
+        root.replaceChildren(
+          column(
+            "With every patch",
+            old,
+            spec.p,
+            old.map(() => false),
+            "",
+          ),
+          column(
+            after,
+            words,
+            reply.p ?? null,
+            newWords(
+              old.map((w) => w.text),
+              words.map((w) => w.text),
+            ),
+            same ? "same answer" : "new answer",
+          ),
+        );
+      }
+    },
+  };
+}
+
+/** Which words of the new answer are not in the old one, in order (longest common subsequence).
+ * @param {string[]} before @param {string[]} after */
+export function newWords(before, after) {
+  const long = Array.from({ length: before.length + 1 }, () => new Array(after.length + 1).fill(0));
+  for (let i = before.length - 1; i >= 0; i--) {
+    for (let j = after.length - 1; j >= 0; j--) {
+      long[i][j] = before[i] === after[j] ? 1 + long[i + 1][j + 1] : Math.max(long[i + 1][j], long[i][j + 1]);
+    }
+  }
+  const fresh = after.map(() => true);
+  for (let i = 0, j = 0; i < before.length && j < after.length;) {
+    if (before[i] === after[j]) {
+      fresh[j] = false;
+      i += 1;
+      j += 1;
+    } else if (long[i + 1][j] >= long[i][j + 1]) i += 1;
+    else j += 1;
+  }
+  return fresh;
+}
+
+/** @param {number} count */
+export function countText(count) {
+  return count === 1 ? "1 patch" : `${count} patches`;
+}
+
+/** @param {string} title @param {Word[]} words @param {number | null} p @param {boolean[]} fresh @param {string} verdict */
+function column(title, words, p, fresh, verdict) {
+  const row = words.map((word, i) => make("span", fresh[i] ? "lab-said lab-new" : "lab-said", wordContent(word)));
+  const whole = p === null ? "" : `probability of the whole answer ${formatPercent(p)}`;
+  const head = make("div", "lab-column-head", [make("h3", "lab-label", [title]), make("span", "lab-verdict", [verdict])]);
+  return make("div", "lab-column", [head, make("p", "lab-saying", row), make("p", "lab-caption", [whole])]);
+}
+
+/** @param {Reply} reply @param {number} waited */
+function waiting(reply, waited) {
+  const asked = `Asking again without ${countText(reply.selected.length)}`;
+  const silent = reply.heard ? "" : " No word from Python yet; it may be busy or stopped.";
+  return make("p", "lab-waiting", [
+    make("span", "lab-spinner", [], { "aria-hidden": "true" }),
+    waited < 2 ? `${asked}…` : `${asked}… ${waited} s.${waited < 5 ? "" : silent}`,
+  ]);
+}
+
+/** @param {Reply} reply @param {AbortSignal} signal */
+function failure(reply, signal) {
+  const trace = make("pre", "lab-trace", [reply.trace ?? ""]);
+  trace.hidden = true;
+  const more = button("Show where", () => (trace.hidden = !trace.hidden), signal, "lab-link");
+  return make(
+    "div",
+    "lab-failure",
+    [make("p", "", [reply.message ?? "The callback failed."]), ...(reply.trace ? [more, trace] : [])],
+    { role: "alert" },
+  );
 }

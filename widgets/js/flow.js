@@ -2,19 +2,32 @@
 /**
  * FlowView in the page: the two plots, what is chosen in them, and what Python hears of it.
  */
+/* TODO 
+ * What stands around the two plots: flows to put on and off, the scale of the shares, the answers side by side, the line
+ * that says what is pointed at. Each part builds its elements once and writes nothing but what changed.
+ */
 
-import { choices, make } from "./dom.js";
-import { frameOf, nearestMark, paintCurves } from "./flow_curves.js";
-import { cellsOf, curvesOf, cutSentence, flowText, nextSpot, patchSentence, reachOf, readFlow } from "./flow_data.js";
-import { cellFrame, cellsHeight, paintCells, spotAt } from "./flow_grid.js";
-import { answerCards, flowToggles, shareScale, smallChoice, spotLine } from "./flow_parts.js";
-import { Plot } from "./flow_plot.js";
-import { bytesOf, readPalette } from "./maps.js";
-import { Panel } from "./panel.js";
+import { blankCanvas, contextOf } from "./shared/canvas.js";
+import { choices, make, setText } from "./shared/dom.js";
+import { bytesOf, readPalette } from "./shared/maps.js";
+import { Panel } from "./shared/panel.js";
+import { Plot } from "./shared/plot.js";
+import { cellsOf, curvesOf, cutSentence, flowText, nextSpot, patchSentence, reachOf, readFlow, scoreText } from "./flow_data.js";
+import {
+  cellFrame,
+  cellsHeight,
+  frameOf,
+  nearestMark,
+  paintCells,
+  paintCurves,
+  shareColor,
+  spotAt,
+} from "./flow_plots.js";
 
 /**
  * @typedef {import("./flow_data.js").Spot} Spot
  * @typedef {import("./flow_data.js").FlowSpec} FlowSpec
+ * @typedef {import("./flow_data.js").GridSpec} GridSpec
  */
 
 const CURVES_HEIGHT = 322;
@@ -26,7 +39,7 @@ const CELLS_HELP = "Arrow keys move over layers and places, Escape leaves.";
 const COMPONENTS = /** @type {Record<string, string>} */ ({ residual: "Residual", attention: "Attention", mlp: "MLP" });
 
 class FlowView extends Panel {
-  /** @param {import("./panel.js").Model} model @param {HTMLElement} el */
+  /** @param {import("./shared/panel.js").Model} model @param {HTMLElement} el */
   constructor(model, el) {
     super(model, ["target", "component"]);
     this.spec = /** @type {FlowSpec} */ (model.get("spec"));
@@ -76,7 +89,7 @@ class FlowView extends Panel {
     const sweep = /** @type {import("./flow_data.js").SweepSpec} */ (this.spec.sweep);
     const units = ["Log-probability", "Probability, %"];
     const unit = smallChoice("Unit", units, (i) => this.set(this.own, { relative: i === 1 }), signal);
-    const toggles = flowToggles(sweep.flows, (i) => this.toggle(i), signal);
+    const toggles = flowToggles(sweep.flows, this.spec.colors, (i) => this.toggle(i), signal);
     const line = spotLine("Point at a mark to read it; click to keep it.");
     const host = {
       find: (/** @type {number} */ x, /** @type {number} */ y) => {
@@ -187,7 +200,7 @@ class FlowView extends Panel {
   }
 
   curveView() {
-    const { sweep, chips } = this.spec;
+    const { sweep, chips, colors } = this.spec;
     const { plain, what } = chips[this.target];
     const relative = this.own.relative && plain;
     const curves = curvesOf(this.spec, this.data, this.target, relative);
@@ -195,7 +208,7 @@ class FlowView extends Panel {
     const title = relative ? `change of the probability, % of what it was` : `change of ${what}${plain ? ", nats" : ", logits"}`;
     const { centres, windows } = sweep;
     const [names, unit] = [sweep.flows.map(flowText), relative ? "%" : ""];
-    return { rows: curves.rows, open: this.own.open, names, centres, windows, title, unit };
+    return { rows: curves.rows, open: this.own.open, names, centres, windows, title, unit, colors };
   }
 
   /** @param {Spot | null} spot */
@@ -228,8 +241,95 @@ class FlowView extends Panel {
 }
 
 /** Shows a view; gives back its clean-up.
- * @param {{model: import("./panel.js").Model, el: HTMLElement}} host */
+ * @param {{model: import("./shared/panel.js").Model, el: HTMLElement}} host */
 export function renderFlow({ model, el }) {
   const flow = new FlowView(model, el);
   return () => flow.close();
+}
+
+/** @param {string[]} flows @param {string[]} colors @param {(flow: number) => void} toggle @param {AbortSignal} signal */
+export function flowToggles(flows, colors, toggle, signal) {
+  const buttons = flows.map((name, i) => {
+    const swatch = make("span", "lab-flow-swatch", [], { "aria-hidden": "true" });
+    swatch.style.setProperty("--lab-flow-color", colors[i % colors.length]);
+    const node = make("button", "lab-flow-toggle", [swatch, flowText(name)], { type: "button", "aria-pressed": "true" });
+    node.addEventListener("click", () => toggle(i), { signal });
+    return node;
+  });
+  return {
+    root: make("div", "lab-pills", buttons, { role: "group", "aria-label": "Flows shown" }),
+    update: (/** @type {boolean[]} */ open) => buttons.forEach((node, i) => node.setAttribute("aria-pressed", String(open[i]))),
+  };
+}
+
+/** One of several in a small strip; nothing where there is no choice.
+ * @param {string} label @param {string[]} names @param {(index: number) => void} pick @param {AbortSignal} signal */
+export function smallChoice(label, names, pick, signal) {
+  const items = names.map((name) => ({ name, content: [name] }));
+  const made = choices({ label, className: "lab-pair", items, pick, signal });
+  made.root.hidden = names.length < 2;
+  return made;
+}
+
+/** What is pointed at or chosen, in one sentence. @param {string} idle said while there is nothing */
+export function spotLine(idle) {
+  const root = make("p", "lab-flow-line");
+  return {
+    root,
+    update(/** @type {string} */ text) {
+      setText(root, text || idle);
+      root.classList.toggle("lab-flow-idle", !text);
+    },
+  };
+}
+
+/** The colours with what zero and one mean.
+ * @param {Uint8Array} colors */
+export function shareScale(colors) {
+  const strip = blankCanvas(256, 1);
+  strip.className = "lab-strip";
+  strip.setAttribute("aria-hidden", "true");
+  const [zero, one] = [make("span", "lab-flow-tick", ["0 as corrupted"]), make("span", "lab-flow-tick", ["1 as clean"])];
+  const root = make("div", "lab-flow-scale", [strip, zero, one]);
+  let drawn = NaN;
+  return {
+    root,
+    update(/** @type {number} */ least, /** @type {number} */ reach) {
+      const key = least * 100 + reach;
+      if (key === drawn) return;
+      drawn = key;
+      const lo = Math.min(0, least);
+      const hi = Math.max(1, reach);
+      const ctx = contextOf(strip);
+      for (let i = 0; i < 256; i++) {
+        ctx.fillStyle = `rgb(${shareColor(colors, lo + (i / 255) * (hi - lo), reach).join(", ")})`;
+        ctx.fillRect(i, 0, 1, 1);
+      }
+      [zero, one].forEach((node, value) => (node.style.left = `${(100 * (value - lo)) / (hi - lo)}%`));
+      one.classList.toggle("lab-flow-last", hi < 1.2);
+      zero.classList.toggle("lab-flow-first", lo > -0.15 * hi);
+    },
+  };
+}
+
+/** The answer of the chosen cell between those of the two runs.
+ * @param {GridSpec} grid */
+export function answerCards(grid) {
+  const given = [["clean run", grid.clean], ["this cell", ""], [`corrupted (${grid.corruption})`, grid.corrupt]];
+  const cards = given.map(([name, said]) => {
+    const strong = make("strong", "", [said]);
+    const caption = make("span", "lab-caption", [name]);
+    return { root: make("div", "lab-flow-answer", [caption, strong]), strong, caption };
+  });
+  cards[1].root.classList.add("lab-flow-now");
+  const root = make("div", "lab-flow-answers", cards.map((card) => card.root), { role: "group", "aria-label": "Answers" });
+  return {
+    root,
+    update(/** @type {number} */ component, /** @type {Spot | null} */ spot, /** @type {number} */ share) {
+      const measured = spot !== null && grid.answers[component][spot[0]][spot[1]] !== "";
+      setText(cards[1].strong, spot === null ? "–" : measured ? grid.answers[component][spot[0]][spot[1]] : "not measured");
+      const back = Number.isFinite(share) ? ` · ${scoreText(share)} back` : "";
+      setText(cards[1].caption, spot === null ? "click a cell" : `this cell${back}`);
+    },
+  };
 }

@@ -4,7 +4,7 @@
  * A change is the score after less the score before; a share is how much of clean less corrupt was brought back. Pure.
  */
 
-import { bytesOf, formatNumber, formatPercent } from "./maps.js";
+import { bytesOf, formatNumber, formatPercent } from "./shared/maps.js";
 
 /**
  * @typedef {{flows: string[], windows: [number, number][], centres: number[], count: number, targets: number[],
@@ -13,7 +13,7 @@ import { bytesOf, formatNumber, formatPercent } from "./maps.js";
  *   corruption: string, answers: string[][][], clean: string, corrupt: string, notes: string[]}} GridSpec
  * @typedef {{text: string, kind: string, p: number | null, key: string, what: string, plain: boolean}} FlowTarget
  * @typedef {{question: string, answer: string, model: string, seed: number, chips: FlowTarget[],
- *   sweep: SweepSpec | null, grid: GridSpec | null, picture: string, diverging: string}} FlowSpec
+ *   sweep: SweepSpec | null, grid: GridSpec | null, picture: string, diverging: string, colors: string[]}} FlowSpec
  * @typedef {{before: Float32Array, after: Float32Array, clean: Float32Array, corrupt: Float32Array,
  *   scores: Float32Array}} FlowData
  * @typedef {[number, number]} Spot row (flow or site), window

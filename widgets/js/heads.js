@@ -5,30 +5,44 @@
  *
  * All maps are in the page. Python hears of what is kept: `word`, `layer`, `head`, `selected`.
  */
+/* TODO 
+ * Two lists beside the matrix: the heads that look most, and how much each word looks, over all heads. They say in
+ * words what the colours say, and each line can be pointed at and chosen.
+ */
 
-import { wordChips } from "./chips.js";
-import { button, choices, make, setText, slider } from "./dom.js";
-import { keyboardGestures, pointerGestures } from "./gestures.js";
-import { headMap, headName, layerMeans, onWhat, readHeads, shareText, spentOn, topHeads, wordName } from "./heads_view.js";
-import { headList, wordList } from "./heads_lists.js";
-import { Matrix } from "./heads_matrix.js";
-import { blankCanvas, contextOf } from "./canvas.js";
-import { bytesOf, readPalettes } from "./maps.js";
-import { Panel } from "./panel.js";
-import { legend, readout } from "./parts.js";
-import { saveCanvas, Surface, widest } from "./surface.js";
-import { patchSummary, summary } from "./view.js";
+import { blankCanvas, contextOf } from "./shared/canvas.js";
+import { button, choices, make, setText, slider } from "./shared/dom.js";
+import { keyboardGestures, pointerGestures } from "./shared/gestures.js";
+import { bytesOf, readPalettes } from "./shared/maps.js";
+import { Panel } from "./shared/panel.js";
+import { legend, readout, wordChips } from "./shared/parts.js";
+import { saveCanvas, Surface, widest } from "./shared/surface.js";
+import { patchSummary, summary } from "./shared/view.js";
+import {
+  headMap,
+  headName,
+  layerMeans,
+  Matrix,
+  onWhat,
+  readHeads,
+  shareText,
+  spentOn,
+  topHeads,
+  wordName,
+} from "./heads_matrix.js";
 
 /**
- * @typedef {import("./heads_view.js").HeadsSpec} HeadsSpec
- * @typedef {import("./heads_view.js").At} At
+ * @typedef {import("./heads_matrix.js").HeadsSpec} HeadsSpec
+ * @typedef {import("./heads_matrix.js").At} At
  * @typedef {ReturnType<HeadGrid["view"]>} HeadsState
+ * @typedef {{best: (At & {value: number})[], words: {share: number, best: At & {value: number}}[], chip: number, on: string,
+ *   what: string}} ListsView
  */
 
 const TOP_HEADS = 5;
 
 class HeadGrid extends Panel {
-  /** @param {import("./panel.js").Model} model @param {HTMLElement} el */
+  /** @param {import("./shared/panel.js").Model} model @param {HTMLElement} el */
   constructor(model, el) {
     super(model, ["word", "layer", "head"]);
     this.spec = /** @type {HeadsSpec} */ (model.get("spec"));
@@ -37,7 +51,7 @@ class HeadGrid extends Panel {
     const { layers, heads, map, opacity } = this.spec;
     this.display = { opacity, smooth: false, spotlight: false, ownScale: true };
     this.peek = { word: -1, at: /** @type {At | null} */ (null) };
-    this.shown = /** @type {{key: string, map: import("./maps.js").Shown | null}} */ ({ key: "", map: null });
+    this.shown = /** @type {{key: string, map: import("./shared/maps.js").Shown | null}} */ ({ key: "", map: null });
     this.kept = { key: "", high: 0, spent: /** @type {Float32Array[]} */ ([]) };
     this.surface = new Surface(map, this.palettes, this.refresh);
     const host = {
@@ -238,8 +252,76 @@ class HeadGrid extends Panel {
 }
 
 /** Shows a view; gives back its clean-up.
- * @param {{model: import("./panel.js").Model, el: HTMLElement}} host */
+ * @param {{model: import("./shared/panel.js").Model, el: HTMLElement}} host */
 export function renderHeads({ model, el }) {
   const heads = new HeadGrid(model, el);
   return () => heads.close();
+}
+
+/** The strongest heads for the word shown. Pointing at one shows its map, choosing keeps it.
+ * @param {number} count @param {(at: At | null) => void} hover @param {(at: At) => void} pick @param {AbortSignal} signal */
+export function headList(count, hover, pick, signal) {
+  let best = /** @type {(At & {value: number})[]} */ ([]);
+  const lines = Array.from({ length: count }, (_, i) => {
+    const part = line(signal, () => pick(best[i]));
+    part.root.addEventListener("pointerenter", () => hover(best[i]), { signal });
+    part.root.addEventListener("pointerleave", () => hover(null), { signal });
+    return part;
+  });
+  const label = make("h3", "lab-label");
+  return {
+    root: make("section", "lab-section", [label, make("ul", "lab-lines", lines.map(({ root }) => make("li", "", [root])))]),
+    /** @param {ListsView} view */
+    update(view) {
+      best = view.best;
+      setText(label, `Heads of “${view.what}” that look most at ${view.on}`);
+      const most = best[0]?.value ?? 0;
+      lines.forEach(({ root, name, value, fill }, i) => {
+        root.hidden = i >= best.length;
+        if (root.hidden) return;
+        setText(name, headName(best[i]));
+        setText(value, shareText(best[i].value));
+        fill.style.transform = `scaleX(${most > 0 ? best[i].value / most : 0})`;
+      });
+    },
+  };
+}
+
+/** Each word's attention on what is pointed at or selected, over all heads. Pointing at one shows it, choosing keeps it.
+ * @param {HeadsSpec} spec @param {(word: number) => void} peek @param {(word: number) => void} pick
+ * @param {AbortSignal} signal */
+export function wordList(spec, peek, pick, signal) {
+  const lines = spec.chips.map((_, i) => {
+    const part = line(signal, () => pick(i));
+    setText(part.name, wordName(spec, i));
+    part.root.addEventListener("pointerenter", () => peek(i), { signal });
+    part.root.addEventListener("pointerleave", () => peek(-1), { signal });
+    return part;
+  });
+  const label = make("h3", "lab-label");
+  const list = make("ul", "lab-lines", lines.map(({ root }) => make("li", "", [root])));
+  return {
+    root: make("section", "lab-section", [label, list]),
+    /** @param {ListsView} view */
+    update(view) {
+      setText(label, `Words that look at ${view.on}, mean over all heads`);
+      const most = Math.max(...view.words.map(({ share }) => share), 0);
+      lines.forEach(({ root, value, fill, more }, i) => {
+        const { share, best } = view.words[i];
+        setText(value, shareText(share));
+        setText(more, `most: ${headName(best)}, ${shareText(best.value)}`);
+        fill.style.transform = `scaleX(${most > 0 ? share / most : 0})`;
+        root.classList.toggle("lab-shown", i === view.chip);
+      });
+    },
+  };
+}
+
+/** @param {AbortSignal} signal @param {() => void} press */
+function line(signal, press) {
+  const [name, value, more, fill] = ["lab-line-name", "lab-value", "lab-line-more", "lab-fill"].map((kind) => make("span", kind));
+  const bar = make("span", "lab-bar", [fill], { "aria-hidden": "true" });
+  const root = make("button", "lab-line", [name, bar, value, more], { type: "button" });
+  root.addEventListener("click", press, { signal });
+  return { root, name, value, more, fill };
 }

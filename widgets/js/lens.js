@@ -5,26 +5,47 @@
  *
  * All of it is in the page. Python hears of what is kept: `word`, `state`, `selected` (the locked patch).
  */
+/* TODO 
+ * The picture of the lens: each patch's likeliest word written on it where there is room, and the line that says what
+ * is known of the patch pointed at.
+ */
+/* TODO 
+ * Locking one patch: a press locks it or lets it go; arrows move the lock where there is one, else the cursor. The
+ * pointer is followed as in every widget; only what a press means is the lens's own.
+ */
 
-import { button, choices, make, section, setText, slider } from "./dom.js";
-import { patchName } from "./grid.js";
-import { LensCurve } from "./lens_curve.js";
-import { commonest, entropyQuantity, findWord, lensMap, readLens, sureQuantity, topPieces, wordQuantity } from "./lens_data.js";
-import { lockGestures } from "./lens_gestures.js";
-import { nearList } from "./lens_near.js";
-import { lensReadout, PatchWords } from "./lens_stage.js";
-import { lensTable } from "./lens_table.js";
-import { spokenPatch, spokenState, wordStatus } from "./lens_view.js";
-import { wordField } from "./lens_word.js";
-import { bytesOf, readPalettes } from "./maps.js";
-import { Panel } from "./panel.js";
-import { legend } from "./parts.js";
-import { saveCanvas, Surface, widest } from "./surface.js";
+import { blankCanvas, contextOf } from "./shared/canvas.js";
+import { button, choices, make, section, setText, slider } from "./shared/dom.js";
+import { pointerGestures } from "./shared/gestures.js";
+import { firstOnPicture, onPicture, patchBox, patchName, step } from "./shared/grid.js";
+import { bytesOf, readPalettes } from "./shared/maps.js";
+import { Panel } from "./shared/panel.js";
+import { legend } from "./shared/parts.js";
+import { saveCanvas, Surface, widest } from "./shared/surface.js";
+import {
+  commonest,
+  entropyQuantity,
+  findWord,
+  lensMap,
+  readLens,
+  rootProbability,
+  spokenPatch,
+  spokenState,
+  sureQuantity,
+  topPieces,
+  valueText,
+  wordQuantity,
+  wordStatus,
+} from "./lens_data.js";
+import { LensCurve, lensTable, nearList, wordField } from "./lens_parts.js";
 
 /**
  * @typedef {import("./lens_data.js").LensSpec} LensSpec
  * @typedef {import("./lens_data.js").FoundWord} FoundWord
  * @typedef {ReturnType<TokenLens["view"]>} LensState
+ * @typedef {import("./lens_data.js").Lens} Lens
+ * @typedef {{locked: () => number, lock: (patch: number) => void, point: (change: {hover?: number, cursor?: number}) => void,
+ *   say: (patch: number) => void}} LockHost -1 is no patch
  */
 
 const COLORS = ["Word", "Entropy", "Likeliest word"];
@@ -33,7 +54,7 @@ const KEYS = "Arrow keys move, space locks a patch, escape unlocks it.";
 const STATES_SAID = "State 0 is what the projector gives; state l is the stream after l layers. Entropy in nats: 0 is decided.";
 
 class TokenLens extends Panel {
-  /** @param {import("./panel.js").Model} model @param {HTMLElement} el */
+  /** @param {import("./shared/panel.js").Model} model @param {HTMLElement} el */
   constructor(model, el) {
     super(model, ["word", "state"]);
     this.spec = /** @type {LensSpec} */ (model.get("spec"));
@@ -49,7 +70,7 @@ class TokenLens extends Panel {
     this.sure = sureQuantity(this.lens);
     this.looked = this.lookUp("");
     this.everywhere = this.spec.states.map((_, state) => commonest(this.lens, state));
-    this.shown = /** @type {{key: string, map: import("./maps.js").Shown | null}} */ ({ key: "", map: null });
+    this.shown = /** @type {{key: string, map: import("./shared/maps.js").Shown | null}} */ ({ key: "", map: null });
     this.surface = new Surface(map, this.palettes, this.refresh);
     this.surface.canvas.setAttribute("aria-label", `The picture in ${map.rows} by ${map.cols} patches. ${KEYS}`);
     this.written = new PatchWords(this.lens);
@@ -291,8 +312,126 @@ class TokenLens extends Panel {
 }
 
 /** Shows a view; gives back its clean-up.
- * @param {{model: import("./panel.js").Model, el: HTMLElement}} host */
+ * @param {{model: import("./shared/panel.js").Model, el: HTMLElement}} host */
 export function renderLens({ model, el }) {
   const lens = new TokenLens(model, el);
   return () => lens.close();
+}
+
+const ROOM = 26; // CSS pixels a patch must be wide for a word to be read on it
+const FAINT = 0.6; // of a word that the model is not sure of at all
+
+/** The likeliest words of one state over the picture, painted again only when they change. */
+export class PatchWords {
+  /** @param {Lens} lens */
+  constructor(lens) {
+    this.lens = lens;
+    this.layer = blankCanvas(1, 1);
+    this.key = "";
+  }
+
+  /** CSS pixels a patch is wide. @param {HTMLCanvasElement} canvas @param {number} dot */
+  cell(canvas, dot) {
+    const [left, , right] = patchBox(this.lens.spec.map, 0);
+    return ((right - left) * canvas.width) / this.lens.spec.map.width / dot;
+  }
+
+  /** @param {HTMLCanvasElement} canvas @param {number} dot */
+  fits(canvas, dot) {
+    return this.cell(canvas, dot) >= ROOM;
+  }
+
+  /** @param {HTMLCanvasElement} canvas @param {number} dot @param {number} state index */
+  paint(canvas, dot, state) {
+    if (!this.fits(canvas, dot)) return;
+    const key = [canvas.width, canvas.height, dot, state].join();
+    if (key !== this.key) this.draw(canvas, dot, state);
+    this.key = key;
+    contextOf(canvas).drawImage(this.layer, 0, 0);
+  }
+
+  /** @param {HTMLCanvasElement} canvas @param {number} dot @param {number} state index */
+  draw(canvas, dot, state) {
+    const { lens, layer } = this;
+    const { map } = lens.spec;
+    [layer.width, layer.height] = [canvas.width, canvas.height];
+    const ctx = contextOf(layer);
+    const k = canvas.width / map.width;
+    const room = this.cell(canvas, dot) * dot;
+    const size = Math.min(13 * dot, Math.max(8.5 * dot, 0.27 * room));
+    ctx.font = `600 ${size}px system-ui, -apple-system, "DejaVu Sans", sans-serif`;
+    [ctx.textAlign, ctx.textBaseline, ctx.lineJoin] = ["center", "middle", "round"];
+    for (let patch = 0; patch < lens.cells; patch++) {
+      if (!onPicture(map, patch)) continue;
+      const first = (state * lens.cells + patch) * lens.top;
+      const [left, top, right, bottom] = patchBox(map, patch);
+      ctx.globalAlpha = FAINT + (1 - FAINT) * rootProbability(lens.probs[first]);
+      cased(ctx, lens.texts[lens.ids[first]], (k * (left + right)) / 2, (k * (top + bottom)) / 2, room - 2 * dot, dot);
+    }
+  }
+}
+
+/** White with a dark casing, squeezed a little where it would not fit.
+ * @param {CanvasRenderingContext2D} ctx @param {string} text @param {number} x @param {number} y @param {number} room
+ * @param {number} dot */
+function cased(ctx, text, x, y, room, dot) {
+  let shown = text;
+  while (shown.length > 2 && ctx.measureText(shown).width > 1.3 * room) shown = `${shown.slice(0, -2)}…`;
+  ctx.lineWidth = 2.5 * dot;
+  ctx.strokeStyle = "rgba(8, 12, 24, 0.8)";
+  ctx.strokeText(shown, x, y, room);
+  ctx.fillStyle = "#ffffff";
+  ctx.fillText(shown, x, y, room);
+}
+
+/** Place and value of the patch pointed at, else of the locked one.
+ * @param {Lens} lens */
+export function lensReadout(lens) {
+  const [place, value] = [make("span", "lab-place"), make("strong", "lab-value lab-lens-value")];
+  return {
+    root: make("div", "lab-readout", [place, value]),
+    /** @param {{focus: number, locked: number, quantity: import("./lens_data.js").Quantity, state: number}} view */
+    update({ focus, locked, quantity, state }) {
+      const patch = focus >= 0 ? focus : locked;
+      const name = patch < 0 ? "Point at a patch to read it; click to lock it." : patchName(lens.spec.map, patch);
+      setText(place, patch >= 0 && patch === locked ? `${name} · locked` : name);
+      setText(value, patch < 0 ? "" : valueText(lens, quantity, state, patch));
+    },
+  };
+}
+
+/** @type {Record<string, [number, number]>} */
+const STEPS = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
+
+/** @param {HTMLElement} canvas @param {import("./shared/grid.js").PictureMap} map @param {LockHost} host @param {AbortSignal} signal */
+export function lockGestures(canvas, map, host, signal) {
+  let pressed = -1;
+  const follow = {
+    selected: () => new Set(/** @type {number[]} */ ([])),
+    select: () => host.lock(pressed === host.locked() ? -1 : pressed),
+    point: (/** @type {{hover?: number, cursor?: number}} */ { hover, cursor }) => {
+      if (cursor !== undefined) pressed = cursor;
+      if (hover !== undefined) host.point({ hover });
+    },
+    say: host.say,
+  };
+  pointerGestures(canvas, map, follow, signal);
+  let cursor = -1;
+  const go = (/** @type {[number, number]} */ [down, right]) => {
+    const from = host.locked() >= 0 ? host.locked() : cursor;
+    cursor = from < 0 ? firstOnPicture(map) : step(map, from, down, right);
+    host.point({ cursor });
+    if (host.locked() >= 0) host.lock(cursor);
+    host.say(cursor);
+  };
+  const press = (/** @type {KeyboardEvent} */ event) => {
+    if (event.key in STEPS) go(STEPS[event.key]);
+    else if ((event.key === " " || event.key === "Enter") && cursor >= 0) host.lock(cursor === host.locked() ? -1 : cursor);
+    else return;
+    event.preventDefault();
+  };
+  canvas.addEventListener("keydown", press, { signal });
+  canvas.addEventListener("pointerdown", () => (cursor = -1), { signal });
+  canvas.addEventListener("blur", () => host.point({ cursor: -1 }), { signal });
+  canvas.addEventListener("focus", () => host.point({ cursor }), { signal });
 }

@@ -3,17 +3,17 @@
  * LossPlot in the page: loss by step for each curve, the time left, one step read off, and a stop button.
  */
 
-import { button, make, setText } from "./dom.js";
-import { Plot, plotText } from "./flow_plot.js";
-import { bytesOf, formatNumber } from "./maps.js";
-import { Panel } from "./panel.js";
+import { button, make, setText } from "./shared/dom.js";
+import { bytesOf, formatNumber } from "./shared/maps.js";
+import { Panel } from "./shared/panel.js";
+import { Plot, plotText } from "./shared/plot.js";
 
 /**
  * @typedef {{name: string, steps: Float32Array, losses: Float32Array, total: number | null}} LossCurve
- * @typedef {{curves: {name: string, count: number, total: number | null}[], left: number | null, log: boolean, state: string}} LossSpec
+ * @typedef {{curves: {name: string, count: number, total: number | null}[], left: number | null, log: boolean, state: string,
+ *   colors: string[]}} LossSpec
  */
 
-const LOSS_COLORS = ["#2563c9", "#d2691e", "#2a8c5a", "#8d4bb8", "#b8860b", "#c62860"];
 const LOSS_HEIGHT = 280;
 const ROUND_STEPS = [1, 1.5, 2, 2.5, 3, 4, 5, 7.5, 10];
 const LOSS_FRAME = { left: 58, right: 14, top: 12, bottom: 34 };
@@ -65,7 +65,7 @@ export function stateText(spec, total, step, asked) {
 }
 
 class LossView extends Panel {
-  /** @param {import("./panel.js").Model} model @param {HTMLElement} el */
+  /** @param {import("./shared/panel.js").Model} model @param {HTMLElement} el */
   constructor(model, el) {
     super(model, ["spec", "stopped"]);
     const { signal } = this.stop;
@@ -122,15 +122,15 @@ class LossView extends Panel {
     this.legend.replaceChildren(
       ...this.curves.map((curve, i) => {
         const swatch = make("span", "lab-loss-swatch");
-        swatch.style.background = LOSS_COLORS[i % LOSS_COLORS.length];
+        swatch.style.background = spec.colors[i % spec.colors.length];
         return make("span", "lab-loss-name", [swatch, lossSaid(curve, this.at)]);
       }),
     );
-    this.draw(spec.log);
+    this.draw(spec);
   }
 
-  /** @param {boolean} log */
-  draw(log) {
+  /** @param {LossSpec} spec */
+  draw({ log, colors }) {
     const sheet = this.plot.sheet();
     const { ctx, width, height, ink } = sheet;
     const { last, lo, hi, turn } = lossRange(this.curves, log);
@@ -158,7 +158,7 @@ class LossView extends Panel {
     }
     ctx.lineWidth = 1.8;
     this.curves.forEach(({ steps, losses }, i) => {
-      ctx.strokeStyle = ctx.fillStyle = LOSS_COLORS[i % LOSS_COLORS.length];
+      ctx.strokeStyle = ctx.fillStyle = colors[i % colors.length];
       ctx.beginPath();
       let open = false;
       losses.forEach((loss, place) => {
@@ -195,7 +195,7 @@ export function lossSaid({ name, steps, losses }, step) {
 }
 
 /** Shows a view; gives back its clean-up.
- * @param {{model: import("./panel.js").Model, el: HTMLElement}} host */
+ * @param {{model: import("./shared/panel.js").Model, el: HTMLElement}} host */
 export function renderLoss({ model, el }) {
   const view = new LossView(model, el);
   return () => view.close();

@@ -8,7 +8,7 @@ import { contextOf } from "./canvas.js";
 import { make } from "./dom.js";
 
 /**
- * @typedef {import("./flow_data.js").Spot} Spot
+ * @typedef {import("../flow_data.js").Spot} Spot
  * @typedef {{find: (x: number, y: number) => Spot | null, next: (key: string) => Spot | null, hover: (spot: Spot | null) => void,
  *   pick: (spot: Spot | null) => void, height: (width: number) => number, changed: () => void}} PlotHost
  * @typedef {{ctx: CanvasRenderingContext2D, width: number, height: number, ink: string, paper: string, font: string}} Sheet

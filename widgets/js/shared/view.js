@@ -4,9 +4,9 @@
  * say so. Pure; the types of the explorer's data live here.
  */
 
-import { chipText } from "./chips.js";
 import { patchName } from "./grid.js";
 import { findMap, formatValue, linearMap, rangeOf, strongest } from "./maps.js";
+import { chipText } from "./parts.js";
 
 /**
  * @typedef {import("./grid.js").PictureMap} PictureMap
