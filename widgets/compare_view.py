@@ -20,7 +20,6 @@ import traitlets
 
 from widgets.base import PictureWidget, checked_opacity, within
 from widgets.pack import Packed, as_layers, known, pack, per_target
-from widgets.palette import colors_of
 
 if TYPE_CHECKING:
     from llava_lab.results import Relevance, Run
@@ -31,7 +30,6 @@ GROUPS = {
     "Cost": ("seconds", "passes", "forwards", "backwards"),
 }
 LOWER_IS_BETTER = ("deletion", *GROUPS["Cost"])
-PER_LINE, MOST = 5, 30  # maps of the still picture; beyond these the live widget is the place
 ALIKE = "agreement"  # the order by likeness to the enlarged map
 
 Scores = Mapping[str, Mapping[str, Any]]
@@ -89,8 +87,19 @@ class CompareView(PictureWidget):
 
     def draw_png(self) -> bytes:
         """The maps of the target shown, in the order shown, as PNG bytes."""
-        maps = [as_layers(name, given)[-1][1].values for name, given in self.data.maps.items()]
-        return draw_comparison(self.run, maps, self.spec, self.target, self.sort if self.sort != ALIKE else "")
+        from llava_lab.plots import stills
+
+        sort, methods = self.sort if self.sort != ALIKE else "", self.spec["methods"]
+        maps, scores, doubtful = {}, {}, []
+        for at in in_order(methods, sort, self.target):
+            name, target = methods[at]["name"], methods[at]["chips"][self.target]
+            maps[name] = as_layers(name, self.data.maps[name])[-1][1].values[target] if target >= 0 else None
+            scores[name] = score_of(methods[at], sort, self.target)
+            doubtful += [name] if target >= 0 and methods[at]["beats"][target] is False else []
+        chip = self.spec["chips"][self.target]
+        what = "the whole answer" if chip["kind"] == "answer" else f"“{chip['text']}”"
+        about = f"Maps of {what}{f', sorted by {sort}, the best first' if sort else ''}."
+        return stills.png(stills.method_maps(self.run, maps, about=about, scores=scores, doubtful=doubtful))
 
     def __repr__(self) -> str:
         return f"CompareView({self.run.question!r} → {self.run.answer!r}; {', '.join(self.data.maps)})"
@@ -249,40 +258,3 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
 
 def _finite(value: Any) -> float | None:
     return None if value is None or not np.isfinite(value) else float(value)
-
-
-# -- the still picture ------------------------------------------------------------------------
-
-
-def draw_comparison(run: Run, maps: Sequence[np.ndarray], spec: Mapping[str, Any], chip: int, sort: str) -> bytes:
-    """One small map per method as PNG bytes, in the order of a score ("" for the order given), each with its score.
-
-    `maps` has each method's values (targets, rows, cols), as the methods of `spec` come. Each map has colours of its
-    own range, as in the page; grey ones were not shown to beat random ones.
-    """
-    from llava_lab.plots import stills
-
-    methods = spec["methods"]
-    order = in_order(methods, sort, chip)[:MOST]
-    tiles = []
-    for place in order:
-        method, target = methods[place], methods[place]["chips"][chip]
-        score = score_of(method, sort, chip)
-        more = "" if score is None else f"{score:.3g}".replace("-", "−")
-        if target < 0:
-            tiles.append(stills.Tile(method["name"], None, (0, 1), colors_of(False), more, "no map for this"))
-            continue
-        values, doubtful = maps[place][target], method["beats"][target] is False
-        scale = stills.shared_range([values])
-        colors = colors_of(scale[0] < 0, doubtful=doubtful)
-        tiles.append(stills.Tile(method["name"], values, scale, colors, more, doubtful=doubtful))
-    shown = spec["chips"][chip]
-    what = "the whole answer" if shown["kind"] == "answer" else f"“{shown['text']}”"
-    with stills.sheet(run) as still:
-        still.note(f"Maps of {what}{f', sorted by {sort}, the best first' if sort else ''}.")
-        still.maps(run, tiles, stills.tile_side(PER_LINE), per_line=PER_LINE)
-        if any(tile.doubtful for tile in tiles):
-            still.note("Grey: not shown to beat random maps.")
-        if len(methods) > MOST:
-            still.note(f"Shown here: {MOST} of {len(methods)} methods.")
-        return still.png()

@@ -18,8 +18,7 @@ import numpy as np
 import traitlets
 
 from widgets.base import PictureWidget
-from widgets.pack import answer_words, encode_picture, head_of, quantize, whole_probability
-from widgets.palette import colors_of, palettes_hex
+from widgets.pack import answer_words, encode_picture, head_of, palettes, quantize, whole_probability
 
 if TYPE_CHECKING:
     from llava_lab.results import Relevance, Run
@@ -91,7 +90,10 @@ class ConnectorBench(PictureWidget):
 
     def draw_png(self) -> bytes:
         """Both maps and their difference as shown, as PNG bytes."""
-        return draw_bench(self.one, self.shown)
+        from llava_lab.plots import stills
+
+        sides = [(side.name, side.run.answer, side.values) for side in (self.one, self.shown)]
+        return stills.png(stills.connector_maps(self.run, *sides))
 
     @property
     def shown(self) -> Seen:
@@ -130,7 +132,7 @@ def pack_bench(one: Seen, two: Seen | None, ranks: Mapping[int, Seen]) -> tuple[
         "lo": lo,
         "hi": hi,
         "picture": kind,
-        "palettes": palettes_hex(),
+        "palettes": palettes(),
     }
     return spec, {"picture": picture, "maps": levels.tobytes(), "scales": scales.astype("<f4").tobytes()}
 
@@ -161,23 +163,3 @@ def side_of(one: Seen) -> dict[str, Any]:
         "near": [[[word, round(cosine, 3)] for word, cosine in patch] for patch in one.words],
         "r2": one.r2,
     }
-
-
-# -- the still picture ------------------------------------------------------------------------
-
-
-def draw_bench(one: Seen, two: Seen) -> bytes:
-    """Both maps on one scale, and what the second has more of, as PNG bytes."""
-    from llava_lab.plots import stills
-
-    scale = stills.shared_range([one.values, two.values])
-    difference = two.values - one.values
-    reach = float(np.abs(difference).max())
-    signed = scale[0] < 0
-    tiles = [stills.Tile(side.name, side.values, scale, colors_of(signed), below=side.run.answer) for side in (one, two)]
-    colors_said = f"orange: more, blue: less, full at {reach:.3g}"
-    tiles.append(stills.Tile(f"{two.name} − {one.name}", difference, (-reach, reach), colors_of(True), below=colors_said))
-    with stills.sheet(one.run) as still:
-        still.bottom += 8
-        still.maps(one.run, tiles, stills.tile_side(3))
-        return still.png()

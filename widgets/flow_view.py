@@ -19,14 +19,11 @@ import traitlets
 
 from widgets.base import RunWidget, within
 from widgets.pack import chip_of, encode_picture, head_of
-from widgets.palette import FLOWS, diverging
 
 if TYPE_CHECKING:
     from llava_lab.results import FlowSweep, PatchGrid, Run, Target
 
 KINDS = {"flow": "flow", "cell": "site"}
-LARGEST_REACH = 2.0  # of the colours of shares, either side of zero
-TOP, HIGH, BETWEEN = 62, 244, 40  # of the still picture's plots, pixels; the space between them
 
 
 class FlowView(RunWidget):
@@ -70,8 +67,16 @@ class FlowView(RunWidget):
 
     def draw_png(self) -> bytes:
         """The curves and the heat map of the target and component shown, as PNG bytes."""
+        from llava_lab.plots import stills
+
         shown = self.targets[self.target]
-        return draw_flow(self.run, self.sweep, self.grid, shown, component=self.component, selected=self.selected)
+        notes = []
+        if "flow" in self.selected and self.sweep is not None and shown in self.sweep.targets:
+            notes.append(cut_sentence(self.sweep, shown, self.selected["flow"]))
+        if "cell" in self.selected and self.grid is not None and shown in self.grid.targets:
+            notes.append(patch_sentence(self.grid, shown, self.component, self.selected["cell"]))
+        options: dict[str, Any] = {"component": self.component, "notes": notes}
+        return stills.png(stills.flow_and_patching(self.run, self.sweep, self.grid, shown, **options))
 
     def __repr__(self) -> str:
         parts = []
@@ -136,6 +141,8 @@ class PackedFlow:
 
 def pack_flow(run: Run, sweep: FlowSweep | None, grid: PatchGrid | None) -> PackedFlow:
     """Check that both belong to the run, and pack them."""
+    from llava_lab.plots import palette
+
     if sweep is None and grid is None:
         raise ValueError("there is nothing to show: give sweep (of llava_lab.knockout_sweep), grid (of llava_lab.patch), or both")
     if sweep is not None:
@@ -150,12 +157,12 @@ def pack_flow(run: Run, sweep: FlowSweep | None, grid: PatchGrid | None) -> Pack
     picture, kind = encode_picture(run.picture)
     spec = {
         **head_of(run),
-        "chips": [{**chip_of(run, own), "what": what_of(own), "plain": not own.against_ids} for own in targets],
+        "chips": [{**chip_of(run, own), "what": own.scored, "plain": not own.against_ids} for own in targets],
         "sweep": sweep and sweep_spec(sweep, targets),
         "grid": grid and grid_spec(grid, targets),
         "picture": kind,
-        "diverging": diverging().tobytes().hex(),
-        "colors": list(FLOWS),
+        "diverging": palette.diverging().tobytes().hex(),
+        "colors": list(palette.FLOWS),
     }
     data = b"".join(np.ascontiguousarray(table, "<f4").tobytes() for table in tables)
     return PackedFlow(spec, picture, data, targets)
@@ -236,66 +243,13 @@ def places(own: tuple[Target, ...], targets: tuple[Target, ...]) -> list[int]:
     return [own.index(target) if target in own else -1 for target in targets]
 
 
-def what_of(target: Target) -> str:
-    """What is scored, as the axis and the sentences name it."""
-    if target.against_ids:
-        return f"logit difference ({target.text})"
-    return "log p(whole answer)" if target.kind == "answer" else f"log p({target.text})"
-
-
 def window_name(window: Any) -> str:
     """Layers [start, stop) as people count them."""
     start, last = int(window[0]), int(window[1]) - 1
     return f"layer {start}" if last <= start else f"layers {start}-{last}"
 
 
-# -- the still picture ------------------------------------------------------------------------
-
-
-def draw_flow(
-    run: Run, sweep: FlowSweep | None, grid: PatchGrid | None, target: Target, *, component: int, selected: dict[str, Any]
-) -> bytes:
-    """The sweep's curves beside the patching's heat map, for one target, as PNG bytes; a half without it is left out."""
-    from llava_lab.plots import stills
-
-    parts = [part for part in (sweep, grid) if part is not None and target in part.targets]
-    room = (stills.WIDTH - 2 * stills.MARGIN - BETWEEN * (len(parts) - 1)) // len(parts)
-    wide, left = min(room, 640), stills.MARGIN
-    sentences = []
-    with stills.sheet(run) as still:
-        top = still.bottom
-        if sweep in parts:
-            unit = "logits" if target.against_ids else "nats"
-            still.text(left, top + 10, "What cutting costs", 15, stills.INK)
-            still.text(left, top + 34, f"change of {what_of(target)}, {unit}", 12, room=wide)
-            ax = still.axes(left + 38, top + TOP, wide - 38 - 150, HIGH)
-            stills.curves(ax, sweep.change[..., sweep.targets.index(target)], sweep.centres, sweep.flows, FLOWS)
-            ax.set_xlabel("layer (centre of the window that is cut)", fontsize=12, color=stills.SOFT)
-            if "flow" in selected:
-                sentences.append(cut_sentence(sweep, target, selected["flow"]))
-            left += room + BETWEEN
-        if grid in parts:
-            values = grid.values[component, ..., grid.targets.index(target)]
-            reach = reach_of(values)
-            windows = [str(start) if stop - start == 1 else f"{start}–{stop - 1}" for start, stop in grid.windows.tolist()]
-            alone = all(name.isdigit() for name in windows)
-            still.text(left, top + 10, f"What patching brings back: {grid.components[component]}", 15, stills.INK, room=wide)
-            about = f"share of clean {what_of(target)}, corrupted by {grid.corruption}"
-            still.text(left, top + 34, about, 12, room=wide)
-            ax = still.axes(left + 74, top + TOP, wide - 74, HIGH - 40)
-            stills.cells(ax, values, reach, diverging(), grid.sites, windows)
-            ax.set_xlabel("layer patched" if alone else "layers patched together", fontsize=12, color=stills.SOFT)
-            low = min(0.0, float(np.nanmin(values, initial=0)))
-            colors = diverging()[round(127.5 * (low / reach + 1)) : round(127.5 * (max(1.0, reach) / reach + 1)) + 1]
-            still.image(stills.strip(colors, 110, 10), left + 74, top + TOP + HIGH + 14)
-            scale = f"{low:.2g} to {reach:.2g}: 0 corrupted, 1 clean".replace("-", "−")
-            still.text(left + 192, top + TOP + HIGH + 11, scale, 12)
-            if "cell" in selected:
-                sentences.append(patch_sentence(grid, target, component, selected["cell"]))
-        still.bottom = top + TOP + HIGH + 46
-        for sentence in sentences:
-            still.note(sentence)
-        return still.png()
+# -- what is chosen, in words ------------------------------------------------------------------
 
 
 def cut_sentence(sweep: FlowSweep, target: Target, spot: Sequence[int]) -> str:
@@ -307,7 +261,7 @@ def cut_sentence(sweep: FlowSweep, target: Target, spot: Sequence[int]) -> str:
         return f"{cut}: not measured."
     change = after - float(sweep.before[at])
     way = "lowers" if change < 0 else "raises"
-    return f"{cut} {way} {what_of(target)} by {abs(change):.2f}, from {plain(float(sweep.before[at]))} to {plain(after)}."
+    return f"{cut} {way} {target.scored} by {abs(change):.2f}, from {plain(float(sweep.before[at]))} to {plain(after)}."
 
 
 def patch_sentence(grid: PatchGrid, target: Target, component: int, spot: Sequence[int]) -> str:
@@ -317,16 +271,10 @@ def patch_sentence(grid: PatchGrid, target: Target, component: int, spot: Sequen
     if not np.isfinite(grid.values[at]):
         return f"{put}: not measured, or nothing to bring back."
     said = f'the answer is "{grid.answers[at[:3]]}" (clean "{grid.clean_answer}", corrupted "{grid.corrupt_answer}")'
-    return f"{put}, brings back {plain(float(grid.values[at]))} of what {what_of(target)} lost; {said}."
+    return f"{put}, brings back {plain(float(grid.values[at]))} of what {target.scored} lost; {said}."
 
 
 def plain(value: float) -> str:
     """Two decimals, and no minus before nothing."""
     said = f"{value:.2f}"
     return "0.00" if said == "-0.00" else said
-
-
-def reach_of(values: np.ndarray) -> float:
-    """How far the colours reach either side of zero: at least to one."""
-    known = np.abs(values[np.isfinite(values)])
-    return float(min(LARGEST_REACH, max(1.0, known.max(initial=0.0))))

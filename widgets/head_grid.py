@@ -20,8 +20,7 @@ import numpy as np
 import traitlets
 
 from widgets.base import PictureWidget, checked_opacity, within
-from widgets.pack import LEVELS, check_fits, chip_of, encode_picture, head_of
-from widgets.palette import palettes_hex, sequential
+from widgets.pack import LEVELS, check_fits, chip_of, encode_picture, head_of, palettes
 
 if TYPE_CHECKING:
     from llava_lab.results import HeadMaps, Run
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
 MEAN = -1  # in place of a head: the mean over the layer's heads
 MEGABYTES = 6.0
 MEGABYTE = 1_000_000
-MOST_WORDS, BEST = 5, 3  # of the still picture: rows, and maps beside each matrix
-MATRIX = 250  # longest side of a matrix there, pixels
 
 
 class HeadGrid(PictureWidget):
@@ -79,7 +76,9 @@ class HeadGrid(PictureWidget):
 
     def draw_png(self) -> bytes:
         """The matrix of each word and the maps of its strongest heads, as PNG bytes."""
-        return draw_heads(self.run, self.head_maps, self.kept)
+        from llava_lab.plots import stills
+
+        return stills.png(stills.head_maps(self.run, self.head_maps, self.kept))
 
     def __repr__(self) -> str:
         layers, heads = self.head_maps.values.shape[1:3]
@@ -149,7 +148,7 @@ def pack_heads(run: Run, maps: HeadMaps, *, megabytes: float) -> PackedHeads:
         "heads": maps.values.shape[2],
         "notes": [*maps.notes, *_left_out(left)],
         "picture": kind,
-        "palettes": palettes_hex(),
+        "palettes": palettes(),
     }
     scales = np.concatenate([peaks.ravel(), shares[list(kept)].ravel()]).astype("<f4")
     return PackedHeads(spec, picture, levels.tobytes(), scales.tobytes(), kept)
@@ -176,37 +175,3 @@ def _left_out(words: Sequence[str]) -> list[str]:
     if not words:
         return []
     return [f"Left out for want of room: {', '.join(words)}; the words kept are those whose heads look at the picture most."]
-
-
-# -- the still picture ------------------------------------------------------------------------
-
-
-def draw_heads(run: Run, maps: HeadMaps, kept: Sequence[int]) -> bytes:
-    """A row per word of `kept` as PNG bytes: its layer x head matrix, and the maps of the heads that look most.
-
-    One colour scale for all matrices; each map has colours of its own range, as in the page.
-    """
-    from llava_lab.plots import stills
-
-    top = float(maps.image_share[list(kept)].max())
-    shown = kept[-MOST_WORDS:]
-    with stills.sheet(run) as still:
-        still.note(f"Attention of each head on the picture, from 0% to {top:.0%}; rows are layers, columns heads.")
-        for index in shown:
-            share, target = maps.image_share[index], maps.targets[index]
-            text = "whole answer" if target.kind == "answer" else target.text
-            still.title(f"“{text}”: {share.mean():.1%} of its attention on the picture, mean over all heads")
-            right = still.matrix(share, top, sequential(), side=MATRIX, left=stills.MARGIN + 34)
-            first = right + 3 * stills.GAP
-            tiles = []
-            for flat in np.argsort(-share, axis=None, kind="stable")[:BEST]:
-                layer, head = divmod(int(flat), share.shape[1])
-                values = maps.values[index, layer, head].astype(np.float32)
-                name = f"layer {layer}, head {head}: {share[layer, head]:.0%}"
-                tiles.append(stills.Tile(name, values, (0.0, float(values.max())), sequential()))
-            before = still.bottom
-            still.maps(run, tiles, stills.tile_side(BEST, left=first, largest=MATRIX), left=first)
-            still.bottom = max(still.bottom, before + MATRIX) + stills.GAP
-        if len(shown) < len(maps.targets):
-            still.note(f"Shown here: {len(shown)} of {len(maps.targets)} words.")
-        return still.png()

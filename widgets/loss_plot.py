@@ -19,7 +19,6 @@ import numpy as np
 import traitlets
 
 from widgets.base import LabWidget
-from widgets.palette import LOSSES
 
 MOST_POINTS = 1000  # a curve's in the page; longer ones are averaged over equal runs of steps
 EVERY = 0.2  # seconds between two messages to the page at least
@@ -118,6 +117,8 @@ class LossPlot(LabWidget):
 
     def publish(self) -> None:
         """Send what is known now to the page."""
+        from llava_lab.plots.palette import LINES
+
         self._sent = time.monotonic()
         shown = {name: thinned(rows) for name, rows in self.curves.items()}
         tables = [np.asarray(rows, "<f8").reshape(-1, 2) for rows in shown.values()]
@@ -126,7 +127,7 @@ class LossPlot(LabWidget):
             "curves": [{"name": name, "count": len(rows), "total": self._totals[name]} for name, rows in shown.items()],
             "left": self.left(),
             "log": self.logarithmic,
-            "colors": list(LOSSES),
+            "colors": list(LINES),
             "state": self.state,
         }
 
@@ -134,8 +135,7 @@ class LossPlot(LabWidget):
         """The curves so far, as PNG bytes."""
         from llava_lab.plots import stills
 
-        empty = "No step was logged yet. The curve appears here while the training runs."
-        return stills.losses(self.curves, LOSSES, log=self.logarithmic, empty=empty)
+        return stills.png(stills.losses(self.curves, log=self.logarithmic))
 
     def __repr__(self) -> str:
         said = [

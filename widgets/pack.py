@@ -18,8 +18,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from widgets.palette import palettes_hex
-
 if TYPE_CHECKING:
     from llava_lab.results import Relevance, Run, Target
 
@@ -73,7 +71,7 @@ def pack(
         "chips": [chip_of(run, chip) for chip in chips],
         "methods": described,
         "picture": kind,
-        "palettes": palettes_hex(),
+        "palettes": palettes(),
     }
     return Packed(spec, picture, b"".join(parts), b"".join(scales))
 
@@ -179,6 +177,13 @@ def encode_picture(picture: np.ndarray) -> tuple[bytes, str]:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=90)
     return buffer.getvalue(), "image/jpeg"
+
+
+def palettes() -> dict[str, str]:
+    """All colour scales as the page reads them; figures and stills use the same table."""
+    from llava_lab.plots import palette
+
+    return {name: colors.tobytes().hex() for name, colors in palette.palettes().items()}
 
 
 def answer_words(run: Run) -> list[dict[str, Any]]:

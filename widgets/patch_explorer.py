@@ -19,17 +19,14 @@ import numpy as np
 import traitlets
 
 from widgets.base import Patch, PictureWidget, View, checked_opacity, within
-from widgets.pack import Layers, answer_words, as_layers, is_control, pack, probability, whole_probability
-from widgets.palette import colors_of
+from widgets.pack import answer_words, as_layers, is_control, pack, whole_probability
 
 if TYPE_CHECKING:
-    from llava_lab.results import Relevance, Run, Target
+    from llava_lab.results import Relevance, Run
 
 Ask = Callable[[list[Patch]], "Run | tuple[str, Sequence[float] | None]"]
 
 TRACE_LINES = 40  # of a failed callback's traceback, kept for the page
-MOST_WORDS, MOST_METHODS = 14, 4  # of the still picture
-SMALLEST, LARGEST = 116, 190  # longer side of one of its maps, pixels
 
 log = logging.getLogger(__name__)
 
@@ -88,8 +85,19 @@ class PatchExplorer(PictureWidget):
         self.on_msg(self._hear)
 
     def draw_png(self) -> bytes:
-        """The picture, and one small map per word and method, as PNG bytes."""
-        return draw_maps(self.run, self.relevance, {method["name"]: method["beats"] for method in self.spec["methods"]})
+        """The picture, and one small map per word and method, the last layer where there are several."""
+        from llava_lab.plots import stills
+
+        maps = {name: layers[-1][1] for name, layers in self.relevance.items()}
+        figure = stills.word_maps(
+            self.run,
+            maps,
+            scales={name: stills.range_over([rel.values for _, rel in layers]) for name, layers in self.relevance.items()},
+            beats={method["name"]: method["beats"] for method in self.spec["methods"]},
+            controls=[name for name, rel in maps.items() if is_control(rel)],
+            note="the last layer of each method" if any(len(layers) > 1 for layers in self.relevance.values()) else "",
+        )
+        return stills.png(figure)
 
     def view(self) -> View:
         """As a page without a kernel holds it: asking again stays in the notebook."""
@@ -160,76 +168,3 @@ def _first_word(run: Run, word: int | str | None, mapped: list[int]) -> int:
     own = [chip for chip, target in enumerate(mapped) if target >= 0]
     words = [chip for chip in own if chip < len(run.words)]
     return (words or own or [0])[-1]
-
-
-# -- the still picture ------------------------------------------------------------------------
-
-
-def draw_maps(run: Run, relevance: Mapping[str, Layers], beats: Mapping[str, Sequence[bool | None]]) -> bytes:
-    """Small multiples as PNG bytes: a row per method, a column per word, the last layer where there are several.
-
-    One colour scale per method, as in the page. `beats` says of each method's targets whether their maps are better
-    than random ones; those not shown to be are grey.
-    """
-    from llava_lab.plots import stills
-
-    shown = dict(list(relevance.items())[:MOST_METHODS])
-    fitting = (stills.WIDTH - 2 * stills.MARGIN + stills.GAP) // (SMALLEST + stills.GAP)
-    every = columns_of(run, shown)
-    columns = strongest_of(every, shown, MOST_WORDS if len(shown) == 1 else fitting)
-    per_line = min(len(columns), fitting)
-    side = stills.tile_side(per_line, largest=LARGEST)
-    edge = stills.MARGIN + per_line * (stills.fit(run, side)[0] + stills.GAP) - stills.GAP
-    with stills.sheet(run) as still:
-        for name, layers in shown.items():
-            rel = layers[-1][1]
-            scale = stills.shared_range([rel.values for _, rel in layers])
-            signed = scale[0] < 0
-            tiles = []
-            for target in columns:
-                index = rel.targets.index(target) if target in rel.targets else -1
-                doubtful = index >= 0 and beats[name][index] is False
-                values = rel.values[index] if index >= 0 else None
-                colors = colors_of(signed, doubtful=doubtful)
-                tiles.append(stills.Tile(_column_name(run, target), values, scale, colors, doubtful=doubtful))
-            still.title(f"{name} (control)" if is_control(rel) else name, scale, colors_of(signed), edge=edge)
-            still.maps(run, tiles, side, per_line=per_line)
-        if left_out := _left_out(relevance, len(columns), len(every)):
-            still.note("Shown here: " + "; ".join(left_out))
-        return still.png()
-
-
-def columns_of(run: Run, relevance: Mapping[str, Layers]) -> list[Target]:
-    """The targets that get a column: words that some method explains, else whatever is explained."""
-    explained = [target for layers in relevance.values() for target in layers[-1][1].targets]
-    words = [target for target in run.word_targets() if target in explained]
-    return words or list(dict.fromkeys(explained))
-
-
-def strongest_of(columns: list[Target], relevance: Mapping[str, Layers], most: int) -> list[Target]:
-    """Where there are more targets than room: those with the highest peaks in the first method, in reading order."""
-    rel = next(iter(relevance.values()))[-1][1]
-    peaks = [float(rel.values[rel.targets.index(t)].max()) if t in rel.targets else -np.inf for t in columns]
-    best = np.argsort(-np.array(peaks), kind="stable")[:most]
-    return [columns[i] for i in sorted(best)]
-
-
-def _column_name(run: Run, target: Target) -> str:
-    if target.kind == "answer":
-        return "whole answer"
-    if target.kind != "word":
-        return f"{target.kind} {target.text}"
-    p = probability(run, target.positions[0] + 1, target.positions[-1] + 2)
-    return target.text if p is None else f"{target.text}  {p:.0%}"
-
-
-def _left_out(relevance: Mapping[str, Layers], columns: int, every: int) -> list[str]:
-    """What the still picture does not show, and the live widget does."""
-    parts = []
-    if columns < every:
-        parts.append(f"{columns} of {every} words, those with the highest peaks")
-    if len(relevance) > MOST_METHODS:
-        parts.append(f"{MOST_METHODS} of {len(relevance)} methods")
-    if any(len(layers) > 1 for layers in relevance.values()):
-        parts.append("the last layer of each method")
-    return parts

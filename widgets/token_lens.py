@@ -19,8 +19,7 @@ import numpy as np
 import traitlets
 
 from widgets.base import Patch, PictureWidget, checked_opacity
-from widgets.pack import encode_picture, head_of
-from widgets.palette import colors_of, palettes_hex
+from widgets.pack import encode_picture, head_of, palettes
 
 if TYPE_CHECKING:
     from llava_lab.results import LogitLens, NearestWords, Run
@@ -29,8 +28,6 @@ LONGEST_WORD = 80  # signs
 STEPS = 65535  # of a level
 COSINE_STEPS = 32767  # either side of zero
 ALIGNED = 4  # bytes; every part of the buffer starts on a multiple
-MOST_TILES, MOST_ROWS, MOST_WORDS = 7, 9, 5  # of the still picture
-LARGEST = 220  # longest side of a map there, pixels
 
 
 class TokenLens(PictureWidget):
@@ -62,8 +59,7 @@ class TokenLens(PictureWidget):
         packed = pack_lens(run, lens, near)
         self.run, self.lens, self.near = run, lens, near
         if state is None:
-            found = word_values(lens, word) if seen(lens, word) else None
-            state = lens.states[-1 if found is None else int(found.max(1).argmax())]
+            state = lens.states[int(lens.probability_of(word).max(1).argmax()) if lens.knows(word) else -1]
         super().__init__(
             spec={**packed.spec, "opacity": checked_opacity(opacity)},
             picture=packed.picture,
@@ -75,7 +71,10 @@ class TokenLens(PictureWidget):
 
     def draw_png(self) -> bytes:
         """The map of some states, and the words of one patch at them, as PNG bytes."""
-        return draw_lens(self.run, self.lens, self.near, word=self.word, state=self.state, patch=next(iter(self.selected), None))
+        from llava_lab.plots import stills
+
+        chosen: dict[str, Any] = {"word": self.word, "state": self.state, "patch": next(iter(self.selected), None)}
+        return stills.png(stills.lens_states(self.run, self.lens, self.near, **chosen))
 
     def __repr__(self) -> str:
         states = self.lens.states
@@ -90,7 +89,7 @@ class TokenLens(PictureWidget):
         A word the lens was not asked for counts as 0 wherever it is not among the top words kept.
         """
         at = self.lens.states.index(self.state)
-        shown = word_values(self.lens, self.word)[at] if self.word else self.lens.entropy[at]
+        shown = self.lens.probability_of(self.word)[at] if self.word else self.lens.entropy[at]
         return shown.astype(np.float32).reshape(self.run.map.rows, self.run.map.cols)
 
     def _index(self, patch: Patch) -> int:
@@ -171,7 +170,7 @@ def pack_lens(run: Run, lens: LogitLens, near: NearestWords | None) -> PackedLen
         "near": None if near is None else {"top": near.top_ids.shape[1], "space": near.space, "centered": near.centered},
         "notes": [*lens.notes, *(near.notes if near is not None else ())],
         "picture": kind,
-        "palettes": palettes_hex(),
+        "palettes": palettes(),
         "parts": places,
     }
     return PackedLens(spec, picture, data)
@@ -222,97 +221,3 @@ def joined(parts: dict[str, np.ndarray]) -> tuple[dict[str, list], bytes]:
         out += values.tobytes()
         out += bytes(-len(out) % ALIGNED)
     return places, bytes(out)
-
-
-# -- looking a word up ------------------------------------------------------------------------
-#
-# As the page does it: texts are compared without the spaces around them. A word the lens was asked for is read from
-# its own table. Any other is the sum over the pieces that read so, wherever they are among the top words; if none is
-# spelt exactly so, upper and lower case count as alike.
-
-
-def asked(lens: LogitLens, word: str) -> int:
-    """Which of the lens's own words it is, or -1."""
-    bare = [own.strip() for own in lens.words]
-    return bare.index(word.strip()) if word.strip() in bare else -1
-
-
-def matching(lens: LogitLens, word: str) -> np.ndarray:
-    """Ids of the pieces that read `word`, int32."""
-    texts, wanted = [piece.strip() for piece in lens.pieces], word.strip()
-    same = np.array([text == wanted for text in texts], bool)
-    if not same.any():
-        same = np.array([text.lower() == wanted.lower() for text in texts], bool)
-    return lens.piece_ids[same] if wanted else lens.piece_ids[:0]
-
-
-def seen(lens: LogitLens, word: str) -> bool:
-    """Whether anything is known of `word`."""
-    return asked(lens, word) >= 0 or len(matching(lens, word)) > 0
-
-
-def word_values(lens: LogitLens, word: str) -> np.ndarray:
-    """Probability of `word` at every state and patch, float64 (states, patches); 0 where it is not known."""
-    own = asked(lens, word)
-    if own >= 0:
-        return lens.probs[:, :, own].astype(np.float64)
-    return np.where(np.isin(lens.top_ids, matching(lens, word)), lens.top_probs, 0).sum(-1, dtype=np.float64)
-
-
-# -- the still picture ------------------------------------------------------------------------
-
-
-def draw_lens(
-    run: Run, lens: LogitLens, near: NearestWords | None, *, word: str = "", state: int | None = None, patch: int | None = None
-) -> bytes:
-    """The map of some states, then one patch's likeliest words at them, as PNG bytes; one colour scale for all states.
-
-    Entropy where no word is looked for, or none is known. The patch is the locked one, else where the word is
-    likeliest, else the one the last state is surest of.
-    """
-    from llava_lab.plots import stills
-
-    known = bool(word) and seen(lens, word)
-    values = word_values(lens, word) if known else lens.entropy.astype(np.float64)
-    if patch is None:
-        patch = int(values.max(0).argmax()) if known else int(lens.top_probs[-1, :, 0].argmax())
-    row, col = divmod(patch, run.map.cols)
-    shown = some_states(len(lens.states), MOST_TILES, None if state is None else lens.states.index(state))
-    scale = (0.0, float(values.max())) if known else stills.shared_range([values])
-    tiles = []
-    for number in shown:
-        grid = values[number].reshape(run.map.rows, run.map.cols)
-        below = f"at most {grid.max():.0%}" if known else f"mean {grid.mean():.2f}"
-        tiles.append(stills.Tile(f"state {lens.states[number]}", grid, scale, colors_of(scale[0] < 0), below=below))
-    hits = matching(lens, word)
-    rows = []
-    for number in some_states(len(lens.states), MOST_ROWS):
-        top = lens.at(lens.states[number], row, col)[:MOST_WORDS]
-        hit = np.isin(lens.top_ids[number, patch], hits).tolist()
-        words = [(_plain(text), share, hit[i]) for i, (text, share) in enumerate(top)]
-        rows.append((f"state {lens.states[number]}", words))
-    with stills.sheet(run) as still:
-        title = f"Probability of “{word}”" if known else "Entropy in nats: how undecided each patch is"
-        still.title(title, scale, colors_of(scale[0] < 0))
-        still.maps(run, tiles, stills.tile_side(len(shown), largest=LARGEST))
-        still.title(f"Likeliest words at row {row}, column {col}")
-        still.words(rows)
-        if near is not None:
-            nearest = ", ".join(f"{_plain(text)} {cosine:.2f}" for text, cosine in near.at(row, col))
-            still.note(f"Nearest words of this projected token: {nearest}. Norm {near.norms[patch]:.3g}.")
-        if word and not known:
-            still.note(f"“{word}” is never among the top {lens.top_ids.shape[2]} words kept; the maps show entropy.")
-        return still.png()
-
-
-def some_states(count: int, most: int, wanted: int | None = None) -> list[int]:
-    """At most `most` of 0 .. count-1, evenly spread with both ends; `wanted` takes the place of its nearest."""
-    picked = sorted({int(i) for i in np.linspace(0, count - 1, min(count, most)).round()})
-    if wanted is not None and wanted not in picked:
-        picked[int(np.abs(np.array(picked) - wanted).argmin())] = wanted
-    return picked
-
-
-def _plain(piece: str) -> str:
-    """A piece as a still picture can write it."""
-    return "".join(sign if sign.isprintable() else "?" for sign in piece.strip()) or "(space)"

@@ -1,7 +1,7 @@
 """What each widget shows, as one still picture: for saved notebooks, code hosts and nbconvert, where no script runs.
 
 One function for each widget, from results alone, with the colours of the page (`llava_lab.plots.palette`). Each gives a
-matplotlib Figure 960 units wide; `png` gives its bytes, twice as many pixels, the same bytes for the same result.
+matplotlib Figure 960 units wide; `png` gives its bytes, as many pixels wide, the same bytes for the same result.
 
     figure = stills.word_maps(run, {"rollout": relevance})
     data = stills.png(figure)
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from llava_lab.results import FlowSweep, HeadMaps, LogitLens, NearestWords, PatchGrid, Relevance, Run, Target
 
 WIDTH, MARGIN, GAP = 960, 20, 10  # units; 100 are an inch
-DENSITY = 2  # pixels for each unit
+DENSITY = 1  # pixels for each unit; at two, a notebook with three stills is over a megabyte
 PNG_LIMIT = 300_000  # bytes; beyond it the colours are reduced to 256, so that notebooks stay small
 FONT = "DejaVu Sans"  # it comes with matplotlib, so the bytes are the same on every machine
 HEAD = 176  # longer side of the picture at the top
@@ -64,10 +64,12 @@ def png(figure: Figure) -> bytes:
     """A still's bytes, without date or version, so that a notebook that runs again stays the same file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100 * DENSITY, metadata={"Software": None})
-    if buffer.tell() > PNG_LIMIT:
-        image = Image.open(buffer).convert("RGB")
+    image = Image.open(buffer).convert("RGB")
+    for smaller in (image, image.quantize(COLORS)):
         buffer = io.BytesIO()
-        image.quantize(COLORS).save(buffer, "PNG")
+        smaller.save(buffer, "PNG", optimize=True)
+        if buffer.tell() <= PNG_LIMIT:
+            break
     return buffer.getvalue()
 
 
@@ -226,7 +228,8 @@ def lens_states(
         grid = values[number].reshape(run.map.rows, run.map.cols)
         sheet.tile(run, grid, scale, (x, y), tile)
         most = f"at most {grid.max():.0%}" if known else f"mean {grid.mean():.2f}"
-        sheet.write(x, y + tile[1] + 4, f"state {lens.states[number]}: {most}", room=tile[0])
+        size = 13 if len(shown) < 6 else 11
+        sheet.write(x, y + tile[1] + 4, f"state {lens.states[number]}: {most}", size, room=tile[0])
     sheet.next_line(len(shown), len(shown), tile, caption=26)
     _words_of_patch(sheet, lens, word, divmod(patch, run.map.cols))
     if near is not None:
@@ -283,7 +286,7 @@ def flow_and_patching(
     room = (WIDTH - 2 * MARGIN) / len(halves)
     for place, half in enumerate(halves):
         half(sheet.axes(MARGIN + place * room + 64, sheet.top + 56, min(room, 640) - 84, 236))
-    sheet.top += 380
+    sheet.top += 420 if grid is not None and target in grid.targets else 360
     for note in notes:
         sheet.line(note)
     return sheet.done()
@@ -504,7 +507,7 @@ def _cutting(ax: Axes, sweep: FlowSweep, target: Target) -> None:
     ax.axhline(0, color="#767c88", linewidth=0.8)
     for number, (name, row) in enumerate(zip(sweep.flows, change, strict=True)):
         color, marker = FLOWS[number % len(FLOWS)], "os^D"[number % 4]
-        ax.plot(sweep.centres, row, color=color, marker=marker, markersize=5, linewidth=1.5, label=name)
+        ax.plot(sweep.centres, row, color=color, marker=marker, markersize=5, linewidth=1.5, label=name.replace("->", "→"))
         unmeasured = sweep.centres[~np.isfinite(row)]
         ax.plot(unmeasured, np.full(len(unmeasured), 0.03), "x", color=color, markersize=5, transform=ax.get_xaxis_transform())
     first, last = int(sweep.windows.min()), int(sweep.windows.max()) - 1

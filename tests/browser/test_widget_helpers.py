@@ -9,8 +9,8 @@ import pytest
 from playwright.sync_api import Browser
 
 from llava_lab.geometry import PictureMap
+from llava_lab.plots.palette import palettes
 from tests.support.widget_page import WidgetPage
-from widgets.palette import palettes
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,12 @@ import traitlets
 from PIL import Image
 
 from llava_lab.plots import stills
+from llava_lab.plots.palette import colors_of
 from tests.support.compare_examples import METHODS, comparison_example, contrast_of, methods_example
 from tests.support.widget_examples import make_relevance, make_run, spots
 from widgets import CompareView, PatchExplorer
 from widgets.compare_view import in_order
 from widgets.pack import per_target
-from widgets.palette import colors_of
 
 
 def scored(method: CompareView, name: str) -> list[float | None]:
@@ -172,8 +172,7 @@ def test_a_map_no_better_than_random_is_grey_and_the_others_are_not() -> None:
     run = make_run()
     values = spots(run)[3]
     for doubtful in (True, False):
-        colors = colors_of(False, doubtful=doubtful)
-        drawn = stills.map_on_picture(run, values, (0.0, 1.0), colors, (120, 120), doubtful).astype(int)
+        drawn = stills.overlay(run, values, (0.0, 1.0), (120, 120), doubtful=doubtful).astype(int)
         colorless = (drawn.max(-1) - drawn.min(-1)) <= 9
         assert colorless.mean() > 0.98 if doubtful else colorless.mean() < 0.6
 

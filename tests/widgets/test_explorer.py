@@ -15,8 +15,7 @@ from llava_lab.plots import stills
 from tests.support.widget_examples import example, make_relevance, make_run, spots
 from widgets import CompareView, ConnectorBench, FlowView, HeadGrid, LossPlot, PatchExplorer, TokenLens
 from widgets.base import JS, LabWidget, bundle, sources, styles
-from widgets.palette import sequential
-from widgets.patch_explorer import columns_of, read_answer, strongest_of
+from widgets.patch_explorer import read_answer
 
 SCRIPTS = sorted(JS.rglob("*.js"))
 
@@ -146,7 +145,7 @@ def test_the_still_picture_lights_the_cell_of_the_map() -> None:
     run = make_run(picture=np.full((288, 288, 3), 128, np.uint8))
     values = np.zeros((12, 12))
     values[2, 9] = 1.0
-    drawn = stills.map_on_picture(run, values, (0.0, 1.0), sequential(), (144, 144)).astype(int)
+    drawn = stills.overlay(run, values, (0.0, 1.0), (144, 144)).astype(int)
     bright = np.abs(drawn - drawn[0, 0]).sum(-1) > 30
     assert bright[24:36, 108:120].all()
     assert bright.sum() == 144
@@ -154,29 +153,10 @@ def test_the_still_picture_lights_the_cell_of_the_map() -> None:
 
 def test_the_still_picture_darkens_what_was_not_seen() -> None:
     run = make_run(picture=np.full((200, 400, 3), 200, np.uint8), mode="crop")
-    drawn = stills.map_on_picture(run, np.zeros((12, 12)), (0.0, 1.0), sequential(), stills.fit(run, 120)).astype(int)
+    drawn = stills.overlay(run, np.zeros((12, 12)), (0.0, 1.0), stills.fit(run, 120)).astype(int)
     assert drawn.shape == (60, 120, 3)
     assert (drawn[:, :29] < 120).all()
     assert (drawn[:, 31:89] > 150).all()
-
-
-def test_columns_and_range_of_the_still_picture() -> None:
-    run, maps = example()
-    layers = {name: given if isinstance(given, list) else [("", given)] for name, given in maps.items()}
-    assert [target.text for target in columns_of(run, layers)] == ["The", "car", "is", "red."]
-    assert [target.text for target in columns_of(run, {"occlusion": layers["occlusion"]})] == ["car", "red."]
-    low, high = stills.shared_range([maps["occlusion"].values])
-    assert low == -high
-    assert stills.shared_range([rel.values for _, rel in maps["rollout"]])[1] == max(
-        rel.values.max() for _, rel in maps["rollout"]
-    )
-
-
-def test_where_there_is_no_room_the_words_with_the_highest_peaks_stay() -> None:
-    run = make_run()
-    layers = {"rollout": [("", make_relevance(run, np.arange(4)[::-1, None, None] * np.ones((4, 12, 12))))]}
-    assert [t.text for t in strongest_of(columns_of(run, layers), layers, 2)] == ["The", "car"]
-    assert len(strongest_of(columns_of(run, layers), layers, 9)) == 4
 
 
 def test_long_answers_and_many_methods_still_fit_a_notebook() -> None:

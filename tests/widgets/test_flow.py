@@ -12,11 +12,11 @@ import pytest
 import traitlets
 from PIL import Image
 
+from llava_lab.plots.palette import FLOWS
 from tests.support.flow_examples import grid_example, sweep_example, two
 from tests.support.widget_examples import make_run
 from widgets import FlowView
 from widgets.flow_view import cut_sentence, patch_sentence
-from widgets.palette import FLOWS
 
 
 def test_every_score_reaches_the_page_exactly_and_holes_stay_holes() -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 from tests.support.lens_examples import CAR, ONCE, SPOT, STATES, VOCABULARY, big, example, lens_of
 from tests.support.widget_examples import make_run
 from widgets import TokenLens
-from widgets.token_lens import COSINE_STEPS, STEPS, matching, seen, some_states, word_values
+from widgets.token_lens import COSINE_STEPS, STEPS
 
 
 def part(widget: TokenLens, name: str) -> np.ndarray:
@@ -68,19 +68,6 @@ def test_7b_is_under_a_megabyte_with_its_texts() -> None:
     widget = TokenLens(*big())
     assert len(widget.maps) < 430_000
     assert len(widget.maps) + len(" ".join(widget.spec["pieces"])) < 1_000_000
-
-
-def test_a_word_asked_for_is_known_everywhere_and_any_other_among_the_top_words_only() -> None:
-    _, lens, _ = example()
-    np.testing.assert_allclose(word_values(lens, " car ")[:, SPOT], CAR, rtol=1e-6)
-    assert word_values(lens, "car").min() > 0
-    found = word_values(lens, "sky")  # two tokens read so
-    assert sorted(matching(lens, "sky").tolist()) == [4, 7]
-    assert found[0, 0] == pytest.approx(0.2)
-    assert found[4, SPOT] == pytest.approx(0.9 / 16)
-    assert np.argwhere(word_values(lens, "red")).tolist() == [list(ONCE)]  # case alone does not hide a word
-    assert not seen(lens, "zebra")
-    assert not word_values(lens, "zebra").any()
 
 
 def test_the_first_state_is_where_the_word_is_likeliest_else_the_last() -> None:
@@ -175,10 +162,6 @@ def test_the_still_follows_word_state_and_patch() -> None:
 
 
 def test_the_still_of_many_states_shows_the_one_chosen() -> None:
-    assert some_states(33, 7) == [0, 5, 11, 16, 21, 27, 32]
-    assert 19 in some_states(33, 7, 19)
-    assert len(some_states(33, 7, 19)) == 7
-    assert some_states(3, 7) == [0, 1, 2]
     assert Image.open(io.BytesIO(TokenLens(*big(), state=19).draw_png())).size[0] == 960
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from llava_lab.plots.palette import diverging, light, sequential
 from llava_lab.results import Relevance, Target
 from tests.support.widget_examples import example, make_relevance, make_run, many, spots
 from widgets.pack import LEVELS, Packed, encode_picture, is_control, pack, probability, quantize
-from widgets.palette import diverging, light, sequential
 
 
 def decoded(packed: Packed, method: int) -> np.ndarray:
