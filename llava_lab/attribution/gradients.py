@@ -39,8 +39,9 @@ from llava_lab.attribution.method import Count, FillOf, Maps, PlainFill, Seed, m
 from llava_lab.capture import undisturbed
 from llava_lab.checks import Sweep
 from llava_lab.errors import LabError, OptionError
-from llava_lab.replay.alter import PLACES, embedded, open_level
+from llava_lab.replay.alter import PLACES, InModel, Tokens, open_altered
 from llava_lab.replay.fills import FILLS
+from llava_lab.replay.prefix import embedded
 from llava_lab.replay.targets import Targets, predicting_rows
 from llava_lab.results import Run
 
@@ -233,24 +234,24 @@ def open_point(lab: Lab, run: Run, targets: Targets, *, at: str, fill: str | Non
 
     `fill` is one of `FILLS`; without it `Point.fill` is zero. Call it, and its `scores`, inside `capture.undisturbed`.
     """
-    level = open_level(lab, run, targets, at=at, fill=fill or "mean", fills=FILLS)  # the mean costs no pass
+    level = open_altered(lab, run, targets, at=at, fill=fill or "mean", fills=FILLS)  # the mean costs no pass
     where = predicting_rows(targets)
     inputs = inputs_until(lab, run, where)
+    assert isinstance(level, InModel), "a run with several views was refused above"
     keep = torch.tensor(where, device=lab.device)
     model: Any = lab.model
 
     def scores(batch: Tensor) -> Tensor:
         given: dict[str, Tensor] = {"attention_mask": inputs["attention_mask"].expand(len(batch), -1)}
-        batch = batch.to(level.whole.dtype)
-        if at == "pixels":
+        batch = batch.to(level.values.dtype)
+        if not isinstance(level, Tokens):
             given |= {"input_ids": inputs["input_ids"].expand(len(batch), -1), "pixel_values": batch}
         else:
             given["inputs_embeds"] = embedded(lab, run, level.tokens(batch))[:, : where[-1] + 1]
         return target_logits(model(**given, logits_to_keep=keep, use_cache=False).logits, where, targets)
 
-    assert level.fill is not None
-    filled = level.fill.float() if fill else torch.zeros_like(level.whole, dtype=torch.float32)
-    return Point(level.whole.float(), filled, scores, level.patch, level.passes)
+    filled = level.filling(fill).float() if fill else torch.zeros_like(level.values, dtype=torch.float32)
+    return Point(level.values.float(), filled, scores, level.patch, level.passes)
 
 
 def gradients(scores: Float[Tensor, "B N"], value: Tensor) -> Float[Tensor, "B N ..."]:

@@ -49,7 +49,6 @@ for its use between image, question and answer.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from numbers import Real
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -58,15 +57,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
-from tqdm.auto import tqdm
 
 from llava_lab.attribution.method import Count, Fill, Maps, Seed, SquareFill, at_least, method
 from llava_lab.capture import undisturbed
+from llava_lab.checks import Sweep
 from llava_lab.errors import LabError, OptionError
-from llava_lab.replay.alter import PATIENCE, PLACES, Level, open_level
-from llava_lab.replay.fills import SQUARES, inpaint
-from llava_lab.replay.prefix import ROWS, Branches, agree, sweep_tokens
-from llava_lab.replay.score import Score
+from llava_lab.replay.alter import Altered, Tokens, open_altered
+from llava_lab.replay.fills import SQUARES
+from llava_lab.replay.prefix import ROWS, Branches, agree
 from llava_lab.replay.targets import Targets
 from llava_lab.results import Run
 
@@ -85,41 +83,6 @@ def blocks_of(rows: int, cols: int, block: int, stride: int) -> list[Block]:
         return sorted({*range(0, last + 1, stride), last})
 
     return [(slice(y, y + block), slice(x, x + block)) for y in starts(rows) for x in starts(cols)]
-
-
-def sweep(
-    pixels: Float[Tensor, "1 3 Y X"],
-    fill: Float[Tensor, "1 3 Y X"] | None,
-    blocks: Sequence[Block],
-    score: Score,
-    *,
-    patch: float,
-    batch: int = 8,
-    whole: Float[Tensor, " N"] | None = None,
-) -> tuple[Float[Tensor, "M N"], Float[Tensor, " N"]]:
-    """Drop of each target's score when each block is filled, and the score of the whole picture.
-
-    `fill` None fills each block from what surrounds it; `patch` is the side of a patch in the model's pixels, `whole`
-    the whole picture's score where it is known already. Ctrl-C ends the sweep early, and fewer rows than blocks come
-    back; before the first batch it is raised.
-    """
-    whole = score(pixels)[0] if whole is None else whole
-    drops: list[Tensor] = []
-    with tqdm(total=len(blocks), desc="occlusion", unit="block", delay=PATIENCE, leave=False) as progress:
-        try:
-            for start in range(0, len(blocks), batch):
-                now = blocks[start : start + batch]
-                hidden = torch.zeros(len(now), *pixels.shape[2:], dtype=torch.bool, device=pixels.device)
-                for one, block in zip(hidden, now, strict=True):
-                    y, x = (slice(round(part.start * patch), round(part.stop * patch)) for part in block)
-                    one[y, x] = True
-                filled = inpaint(pixels, hidden) if fill is None else fill
-                drops.append(whole - score(torch.where(hidden[:, None], filled, pixels)))
-                progress.update(len(now))
-        except KeyboardInterrupt:
-            if not drops:
-                raise
-    return torch.cat(drops) if drops else whole.new_zeros(0, len(whole)), whole
 
 
 def masks_of(blocks: Sequence[Block], grid: tuple[int, int]) -> Bool[Tensor, "M rows cols"]:
@@ -167,43 +130,33 @@ def occlusion(
     covered = run.map.coverage() > 0
     every = blocks_of(*grid, block, stride)
     blocks = [one for one in every if covered[one].any()]
-    with undisturbed(lab.model):
-        level = open_level(lab, run, targets, at=at, fill=fill, seed=seed)
-        if level.name == "pixels":
-            drops, whole = sweep(level.whole, level.fill, blocks, level.score, patch=level.patch, batch=batch)
-            order, work = list(range(len(drops))), {}
-        else:
-            hidden = masks_of(blocks, grid).to(lab.device)
-            drops, order, whole, rows = sweep_tokens(lab, run, targets, level, hidden, batch=batch)
-            work = {"positions": rows, "positions_of_full_passes": (len(drops) + 1) * len(run.token_ids)}
-    done = len(drops)
-    values = spread(drops.cpu().numpy(), [blocks[i] for i in order], grid) * covered
-    notes = [says(fill, level.name, f"{block}x{block} patches")]
-    if done < len(blocks):
-        notes.append(f"Interrupted after {done} of {len(blocks)} blocks; patches not reached are 0.")
+    altered = open_altered(lab, run, targets, at=at, fill=fill, seed=seed, batch=batch)
+    whole = altered.whole
+    drops: list[Tensor] = []
+    order: list[int] = []
+    with Sweep("occlusion", total=len(blocks), unit="block") as done:
+        for which, scores in altered.sweep(masks_of(blocks, grid)):
+            drops.append(whole - scores)
+            order += which
+            done.step(len(which))
+    values = spread(torch.cat(drops).numpy(), [blocks[i] for i in order], grid) * covered
+    notes = [says(altered, f"{block}x{block} patches")]
+    if done.interrupted:
+        notes.append(f"Interrupted after {done.count} of {len(blocks)} blocks; patches not reached are 0.")
     if len(blocks) < len(every):
         notes.append(f"{int((~covered).sum())} patches hold only padding; they were not tried and are 0.")
-    extras = {"score": whole.tolist(), "blocks": done, **work}
-    return Maps(values, {"forward": done + 1 + level.passes}, tuple(notes), extras)
+    extras: dict[str, Any] = {"score": whole.tolist(), "blocks": done.count}
+    if altered.positions is not None:
+        extras |= {"positions": altered.positions, "positions_of_full_passes": (done.count + 1) * len(run.token_ids)}
+    return Maps(values, {"forward": altered.passes}, tuple(notes), extras)
 
 
-def says(fill: str, at: str, what: str) -> str:
+def says(altered: Altered, what: str) -> str:
     """What the number is, in a sentence for the reader of the map."""
     return (
         f"Drop of the target's log-probability (for a contrast: of the logit difference) when {what} "
-        f"are filled with {fill} at {PLACES[at]}; negative means the answer got likelier."
+        f"are {altered.filled}; negative means the answer got likelier."
     )
-
-
-@dataclass
-class _Search:
-    """What has been found so far: the finest block tried at each patch."""
-
-    values: np.ndarray  # (targets, rows, cols), drop per patch
-    whole: Float[Tensor, " N"] | None = None  # of the targets and of each answer token
-    tried: int = 0
-    rounds: list[int] = field(default_factory=list)  # blocks in each round
-    interrupted: bool = False
 
 
 def first_side(grid: tuple[int, int]) -> int:
@@ -256,52 +209,36 @@ def occlusion_coarse(
     covered = run.map.coverage() > 0
     start, stop = run.segments["answer"]
     deciding = tuple(run.target(i) for i in range(stop - start))
-    found = _Search(np.zeros((len(targets), *grid), np.float32))
-    with undisturbed(lab.model):
-        every = (*targets, *deciding)
-        level = open_level(lab, run, every, at=at, fill=fill, seed=seed)
-        blocks = [one for one in tiles(grid, side) if covered[one].any()]
-        while blocks and not found.interrupted:
-            strong = _round(lab, run, every, level, blocks, covered, found, batch)
-            divisible = [blocks[i] for i in strong if _area(blocks[i]) > 1]
-            blocks = [part for block in divisible[:keep] for part in cut(block) if covered[part].any()]
-    assert found.whole is not None
-    notes = [says(fill, level.name, "blocks of patches") + " A block's drop is shared out over its patches."]
+    altered = open_altered(lab, run, (*targets, *deciding), at=at, fill=fill, seed=seed, batch=batch)
+    whole = altered.whole  # of the targets and of each answer token
+    values = np.zeros((len(targets), *grid), np.float32)
+    rounds: list[int] = []  # blocks in each
+    blocks = [block for block in tiles(grid, side) if covered[block].any()]
+    interrupted = False
+    while blocks and not interrupted:
+        changes: dict[int, float] = {}  # of the answer, by block
+        # the first blocks must all come from somewhere; later ones only refine what is there
+        with Sweep("occlusion", total=len(blocks), unit="block", least=0 if rounds else 1) as done:
+            for which, scores in altered.sweep(masks_of(blocks, grid)):
+                drops = whole - scores
+                changes |= zip(which, drops[:, len(targets) :].abs().amax(1).tolist(), strict=True)
+                for drop, i in zip(drops[:, : len(targets)].numpy(), which, strict=True):
+                    values[:, *blocks[i]] = drop[:, None, None] / max(int(covered[blocks[i]].sum()), 1)
+                done.step(len(which))
+        interrupted = done.interrupted
+        if changes:
+            rounds.append(len(changes))
+        strong = sorted(changes, key=lambda i: -changes[i])
+        divisible = [blocks[i] for i in strong if _area(blocks[i]) > 1]
+        blocks = [part for block in divisible[:keep] for part in cut(block) if covered[part].any()]
+    notes = [says(altered, "blocks of patches") + " A block's drop is shared out over its patches."]
     notes.append(
         f"Blocks of {side}x{side} first, the {keep} that changed the answer most cut in four, and so on to single patches."
     )
-    if found.interrupted:
-        notes.append(f"Interrupted after {found.tried} blocks; the map is as fine as it got.")
-    extras = {"score": found.whole[: len(targets)].tolist(), "blocks": found.tried, "rounds": found.rounds}
-    return Maps(found.values * covered, {"forward": found.tried + 1 + level.passes}, tuple(notes), extras)
-
-
-def _round(
-    lab: Lab, run: Run, every: Targets, level: Level, blocks: list[Block], covered: np.ndarray, found: _Search, batch: int
-) -> list[int]:
-    """Try `blocks`, write them into the map, and return their numbers, the most telling first."""
-    targets = len(found.values)
-    try:
-        if level.name == "pixels":
-            known = found.whole
-            drops, whole = sweep(level.whole, level.fill, blocks, level.score, patch=level.patch, batch=batch, whole=known)
-            order = list(range(len(drops)))
-        else:
-            hidden = masks_of(blocks, level.grid).to(lab.device)
-            drops, order, whole, _ = sweep_tokens(lab, run, every, level, hidden, batch=batch, whole=found.whole)
-    except KeyboardInterrupt:
-        if found.whole is None:
-            raise
-        found.interrupted = True
-        return []
-    found.whole = whole
-    found.tried += len(drops)
-    found.rounds.append(len(drops))
-    found.interrupted = len(drops) < len(blocks)
-    for drop, i in zip(drops[:, :targets].cpu().numpy(), order, strict=True):
-        found.values[:, *blocks[i]] = drop[:, None, None] / max(int(covered[blocks[i]].sum()), 1)
-    change = drops[:, targets:].abs().amax(1).cpu()
-    return [order[int(i)] for i in torch.argsort(change, descending=True, stable=True)]
+    if interrupted:
+        notes.append(f"Interrupted after {sum(rounds)} blocks; the map is as fine as it got.")
+    extras = {"score": whole[: len(targets)].tolist(), "blocks": sum(rounds), "rounds": rounds}
+    return Maps(values * covered, {"forward": altered.passes}, tuple(notes), extras)
 
 
 def _area(block: Block) -> int:
@@ -387,42 +324,34 @@ def rise(
     cells = natural_cells(grid) if cells is None else cells
     if cells > min(grid):
         raise OptionError(f"cells must be at most {min(grid)} for a grid of {grid[0]}x{grid[1]}, got {cells}")
-    with undisturbed(lab.model):
-        level = open_level(lab, run, targets, at=at, fill=fill, seed=seed, fills=SQUARES)
-        scores, visible = _looks(level, masks, batch, cells=cells, shown=shown, seed=seed)
+    altered = open_altered(lab, run, targets, at=at, fill=fill, seed=seed, fills=SQUARES, batch=batch)
+    drawn = rise_masks(masks, altered.frame, cells=cells, shown=shown, seed=seed)
+    scores, shares = looks(altered, drawn, masks)
     done = len(scores)
-    values, errors = weighed(scores.float().cpu(), visible)
+    values, errors = weighed(scores, shares)
     covered = run.map.coverage() > 0
     notes = [
         "Mean log-probability of the target (for a contrast: logit difference) over masks that show the patch, minus the mean "
-        f"over all; what is hidden is filled with {fill} at {PLACES[level.name]}."
+        f"over all; what is hidden is {altered.filled}."
     ]
     if done < masks:
         notes.append(f"Interrupted after {done} of {masks} masks; the means are over these.")
     extras = {"masks": done, "standard_error": errors[:, torch.from_numpy(covered)].mean(1).tolist()}
-    return Maps(values.numpy() * covered, {"forward": done + level.passes}, tuple(notes), extras)
+    return Maps(values.numpy() * covered, {"forward": altered.passes}, tuple(notes), extras)
 
 
-def _looks(
-    level: Level, count: int, batch: int, *, cells: int, shown: float, seed: int
-) -> tuple[Float[Tensor, "m N"], Float[Tensor, "m rows cols"]]:
+def looks(altered: Altered, masks: Masks, count: int) -> tuple[Float[Tensor, "m N"], Float[Tensor, "m rows cols"]]:
     """Scores through each mask and how much of each patch it shows; fewer after Ctrl-C, raised while there are not two."""
-    side = (level.whole.shape[-2], level.whole.shape[-1])
-    masks = rise_masks(count, side, cells=cells, shown=shown, seed=seed)
-    rows, cols = (length * level.patch for length in level.grid)
+    rows, cols = (length * altered.patch for length in altered.grid)
     scores: list[Tensor] = []
-    seen: list[Tensor] = []
-    with tqdm(total=count, desc="rise", unit="mask", delay=PATIENCE, leave=False) as progress:
-        try:
-            for start in range(0, count, batch):
-                now = masks(start, min(start + batch, count))
-                scores.append(level.score(level.blend(now.to(level.whole.device))))
-                seen.append(functional.avg_pool2d(now[:, None, :rows, :cols], level.patch)[:, 0])
-                progress.update(len(now))
-        except KeyboardInterrupt:
-            if sum(map(len, seen)) < 2:
-                raise
-    return torch.cat(scores[: len(seen)]), torch.cat(seen)
+    shares: list[Tensor] = []
+    with Sweep("rise", total=count, unit="mask", least=2) as done:
+        for start in range(0, count, altered.batch):
+            now = masks(start, min(start + altered.batch, count))
+            scores.append(altered.scores(now))
+            shares.append(functional.avg_pool2d(now[:, None, :rows, :cols], altered.patch)[:, 0])
+            done.step(len(now))
+    return torch.cat(scores[: len(shares)]), torch.cat(shares)
 
 
 SAME = 1e-6  # what a blocked token may still change, relative above 1: it should be nothing at all
@@ -441,12 +370,13 @@ def token_knockout(lab: Lab, run: Run, targets: Targets, *, rows: Literal["answe
     blocks = blocks_of(*grid, block, block)  # padding too: its tokens are read like any other
     start = run.segments["answer"][0] - 1 if rows == "answer" else run.segments["image"][1]
     every = (*targets, run.target())  # the whole answer, so that passes do not depend on what is explained
+    altered = open_altered(lab, run, every, at="projector", fill="mean")
+    assert isinstance(altered, Tokens), "only the pixels are no tokens"
     with undisturbed(lab.model):
-        level = open_level(lab, run, every, at="projector", fill="mean")
-        whole = level.score(level.whole)[0]
+        whole = altered.read(altered.values)[0]
         length = run.segments["answer"][1] - 1 - start
         size = max(ROWS // length, 1)  # variants in one pass
-        branches = Branches(lab, run, every, level.tokens(level.whole), room=start + (size + 1) * length)
+        branches = Branches(lab, run, every, altered.tokens(altered.values), room=start + (size + 1) * length)
         agree(branches.whole, whole, branches.sequence.dtype)
         drops = _sweep(branches, run, blocks, grid, start, size, whole)
         strongest = int(drops[:, -1].abs().argmax())
@@ -482,16 +412,12 @@ def _sweep(
 ) -> Float[Tensor, "m N"]:
     """Drop of each target's score for each block; fewer after Ctrl-C, which is raised before the first pass."""
     drops: list[Tensor] = []
-    with tqdm(total=len(blocks), desc="token knockout", unit="block", delay=PATIENCE, leave=False) as progress:
-        try:
-            for first in range(0, len(blocks), size):
-                now = blocks[first : first + size]
-                tails = branches.sequence[:, start:].expand(len(now), -1, -1)
-                drops.append(whole - branches.score(tails, start, _columns(run, now, grid, start, tails.device)))
-                progress.update(len(now))
-        except KeyboardInterrupt:
-            if not drops:
-                raise
+    with Sweep("token knockout", total=len(blocks), unit="block") as done:
+        for first in range(0, len(blocks), size):
+            now = blocks[first : first + size]
+            tails = branches.sequence[:, start:].expand(len(now), -1, -1)
+            drops.append(whole - branches.score(tails, start, _columns(run, now, grid, start, tails.device)))
+            done.step(len(now))
     return torch.cat(drops)
 
 

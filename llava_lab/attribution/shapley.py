@@ -57,10 +57,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from llava_lab.attribution.method import Count, Fill, Maps, Seed, at_least, method
-from llava_lab.capture import undisturbed
 from llava_lab.checks import one_of
 from llava_lab.errors import LabError, OptionError
-from llava_lab.replay.alter import PATIENCE, PLACES, Level, open_level
+from llava_lab.replay.alter import PATIENCE, Altered, open_altered
 from llava_lab.replay.targets import Targets
 from llava_lab.results import Run, Target
 
@@ -166,31 +165,25 @@ def _in_reading_order(labels: np.ndarray) -> np.ndarray:
 class Game:
     """Scores of the picture with some regions shown and the rest filled."""
 
-    def __init__(self, level: Level, labels: np.ndarray, *, batch: int = 8) -> None:
+    def __init__(self, altered: Altered, labels: np.ndarray) -> None:
         self.labels = labels
         self.players = int(labels.max()) + 1
-        self._level, self._batch = level, batch
-        self._known: dict[bytes, Tensor] = {}
-        self._labels = torch.from_numpy(labels).to(level.whole.device)
+        self._altered = altered
+        self._labels = torch.from_numpy(labels)
 
     @property
     def forwards(self) -> int:
         """Pictures the model has been given."""
-        return len(self._known) + self._level.passes
+        return self._altered.passes
+
+    @property
+    def filled(self) -> str:
+        """What is done to hidden regions, in words for a note."""
+        return self._altered.filled
 
     def worth(self, shown: Bool[Tensor, "B n"]) -> Float[Tensor, "B N"]:
         """Each target's score for each coalition; what was asked before is not computed again."""
-        keys = [row.numpy().tobytes() for row in shown.cpu()]
-        first: dict[bytes, int] = {}
-        for i, key in enumerate(keys):
-            if key not in self._known:
-                first.setdefault(key, i)
-        new = list(first.values())
-        for start in range(0, len(new), self._batch):
-            now = new[start : start + self._batch]
-            scores = self._level.score(self._level.hide(self._hidden(shown[now])))
-            self._known.update((keys[i], score) for i, score in zip(now, scores, strict=True))
-        return torch.stack([self._known[key] for key in keys])
+        return self._altered.hidden((~shown)[:, self._labels.clamp_min(0)] & (self._labels >= 0))
 
     def everyone(self) -> Float[Tensor, " N"]:
         """The whole picture's score."""
@@ -208,9 +201,6 @@ class Game:
         """Each region's value (N, n) at each of its patches, float32 (N, rows, cols); 0 on padding."""
         return np.where(self.labels >= 0, values[:, self.labels], 0).astype(np.float32)
 
-    def _hidden(self, shown: Bool[Tensor, "B n"]) -> Bool[Tensor, "B rows cols"]:
-        return (~shown).to(self._labels.device)[:, self._labels.clamp_min(0)] & (self._labels >= 0)
-
 
 def open_game(
     lab: Lab,
@@ -223,9 +213,9 @@ def open_game(
     batch: int = 8,
     seed: int = 0,
 ) -> Game:
-    """The game for a method's options. Call it inside `capture.undisturbed`."""
+    """The game for a method's options."""
     labels = superpixels(run, regions, shape=shape)
-    return Game(open_level(lab, run, targets, at=at, fill=fill, seed=seed), labels, batch=batch)
+    return Game(open_altered(lab, run, targets, at=at, fill=fill, seed=seed, batch=batch), labels)
 
 
 def token_targets(targets: Targets) -> tuple[Targets, list[slice]]:
@@ -264,12 +254,12 @@ def shapley(
     batch: Count = 8,
     seed: Seed = 0,
 ) -> Maps:
-    with undisturbed(lab.model):
+    with torch.random.fork_rng():
         torch.manual_seed(seed)  # captum draws from the global generator; it is put back
         game = open_game(lab, run, targets, regions, shape, fill, at, batch, seed)
         values = _walks(game, orders, batch)
         done = len(values)
-        notes = [_says(f"averaged over {done} random orders of {game.players} regions", fill, at)]
+        notes = [_says(f"averaged over {done} random orders of {game.players} regions", game)]
         if done < orders:
             notes.append(f"Interrupted after {done} of {orders} orders; the values are the mean over these.")
         spread = values.std(0, correction=1) / done**0.5 if done > 1 else torch.full_like(values[0], torch.nan)
@@ -298,10 +288,10 @@ def kernel_shap(
     batch: Count = 8,
     seed: Seed = 0,
 ) -> Maps:
-    with undisturbed(lab.model):
+    with torch.random.fork_rng():
         game = open_game(lab, run, targets, regions, shape, fill, at, batch, seed)
         values, done = _fit(game, samples, batch, seed=seed)
-        notes = [_says(f"fitted to {done} coalitions of {game.players} regions", fill, at)]
+        notes = [_says(f"fitted to {done} coalitions of {game.players} regions", game)]
         if done < samples:
             notes.append(f"Interrupted after {done} of {samples} coalitions; the fit is to these.")
         if done < game.players + 1:
@@ -309,10 +299,10 @@ def kernel_shap(
         return _maps(game, values, notes, {"samples": done})
 
 
-def _says(how: str, fill: str, at: str) -> str:
+def _says(how: str, game: Game) -> str:
     return (
         f"Shapley values of the target's log-probability (for a contrast: of the logit difference), {how}; "
-        f"hidden regions are filled with {fill} at {PLACES[at]}. "
+        f"hidden regions are {game.filled}. "
         "A region's value is shared out over its patches."
     )
 
@@ -471,15 +461,14 @@ def greedy(
 ) -> Maps:
     every, parts = token_targets(targets)
     paths = [_Path(part, bool(target.against_ids)) for part, target in zip(parts, targets, strict=True)]
-    with undisturbed(lab.model):
-        game = open_game(lab, run, every, regions, shape, fill, at, batch, seed)
-        wanted = game.players if steps is None else min(steps, game.players)
-        _search(game, paths, wanted)
+    game = open_game(lab, run, every, regions, shape, fill, at, batch, seed)
+    wanted = game.players if steps is None else min(steps, game.players)
+    _search(game, paths, wanted)
     done = len(paths[0].chosen)
     values = game.painted(np.stack([path.values(game.players) for path in paths]))
     notes = [
-        f"Regions in the order of a greedy search for insight and necessity, filled with {fill} at "
-        f"{PLACES[at]}; a value is the sum of the steps from its region to the last, in probability."
+        f"Regions in the order of a greedy search for insight and necessity, {game.filled}; "
+        "a value is the sum of the steps from its region to the last, in probability."
     ]
     if done < wanted:
         notes.append(f"Interrupted after {done} of {wanted} steps; regions not reached are 0.")

@@ -115,16 +115,16 @@ def _captum_pixels(at_once: int) -> Callable[[Lab, Run, np.ndarray], Values]:
         from captum.attr import FeatureAblation
 
         from llava_lab.capture import undisturbed
-        from llava_lab.replay.alter import open_level
+        from llava_lab.replay.alter import Pixels
 
         with undisturbed(lab.model):
-            level = open_level(lab, run, (run.target(),), at="pixels", fill="mean")
-            mask = _numbered(run, chosen).repeat_interleave(level.patch, 0).repeat_interleave(level.patch, 1)
-            ablation = FeatureAblation(lambda pixels: level.score(pixels)[:, 0])
+            here = Pixels(lab, run, (run.target(),), at="pixels", fill="mean")
+            mask = _numbered(run, chosen).repeat_interleave(here.patch, 0).repeat_interleave(here.patch, 1)
+            ablation = FeatureAblation(lambda pixels: here.read(pixels)[:, 0])
             drops = ablation.attribute(
-                level.whole, baselines=level.fill, feature_mask=mask[None, None], perturbations_per_eval=at_once
+                here.values, baselines=here.filling("mean"), feature_mask=mask[None, None], perturbations_per_eval=at_once
             )
-        return drops[0, 0, :: level.patch, :: level.patch].flatten()[chosen].cpu().numpy()
+        return drops[0, 0, :: here.patch, :: here.patch].flatten()[chosen].cpu().numpy()
 
     return way
 
@@ -134,16 +134,15 @@ def _captum_projector(lab: Lab, run: Run, chosen: np.ndarray) -> Values:
 
     from llava_lab.capture import undisturbed
     from llava_lab.models.layout import connector_of
-    from llava_lab.replay.alter import open_level
+    from llava_lab.replay.alter import Tokens
     from llava_lab.replay.score import target_score
 
     with undisturbed(lab.model):
-        level = open_level(lab, run, (run.target(),), at="projector", fill="mean")
-        assert level.fill is not None
+        here = Tokens(lab, run, (run.target(),), at="projector", fill="mean")
         pixels, score = target_score(lab, run, (run.target(),))
         ablation = LayerFeatureAblation(lambda picture: score(picture)[:, 0], connector_of(lab.model))
         mask = _numbered(run, chosen).reshape(1, -1, 1)
-        drops = ablation.attribute(pixels, layer_baselines=level.tokens(level.fill), layer_mask=mask)
+        drops = ablation.attribute(pixels, layer_baselines=here.tokens(here.filling("mean")), layer_mask=mask)
     return drops[0, chosen, 0].cpu().numpy()
 
 
@@ -151,33 +150,28 @@ def _captum_tokens(lab: Lab, run: Run, chosen: np.ndarray) -> Values:
     from captum.attr import FeatureAblation
 
     from llava_lab.capture import undisturbed
-    from llava_lab.replay.alter import open_level
+    from llava_lab.replay.alter import Tokens
 
     with undisturbed(lab.model):
-        level = open_level(lab, run, (run.target(),), at="projector", fill="mean")
-        ablation = FeatureAblation(lambda tokens: level.score(tokens)[:, 0])
-        drops = ablation.attribute(level.whole, baselines=level.fill, feature_mask=_numbered(run, chosen)[None, None])
+        here = Tokens(lab, run, (run.target(),), at="projector", fill="mean")
+        ablation = FeatureAblation(lambda tokens: here.read(tokens)[:, 0])
+        drops = ablation.attribute(here.values, baselines=here.filling("mean"), feature_mask=_numbered(run, chosen)[None, None])
     return drops[0, 0].flatten()[chosen].cpu().numpy()
 
 
 def _ours(at: str) -> Callable[[Lab, Run, np.ndarray], Values]:
     def way(lab: Lab, run: Run, chosen: np.ndarray) -> Values:
-        from llava_lab.attribution.occlusion import masks_of, sweep
-        from llava_lab.capture import undisturbed
-        from llava_lab.replay.alter import open_level
-        from llava_lab.replay.prefix import sweep_tokens
+        import torch
 
-        places = [divmod(int(patch), run.map.cols) for patch in chosen]
-        blocks = [(slice(row, row + 1), slice(col, col + 1)) for row, col in places]
-        targets = (run.target(),)
-        with undisturbed(lab.model):
-            level = open_level(lab, run, targets, at=at, fill="mean")
-            if at == "pixels":
-                drops, _ = sweep(level.whole, level.fill, blocks, level.score, patch=level.patch)
-                return drops[:, 0].cpu().numpy()
-            hidden = masks_of(blocks, level.grid).to(lab.device)
-            drops, order, _, _ = sweep_tokens(lab, run, targets, level, hidden)
-        return drops[np.argsort(order), 0].cpu().numpy()
+        from llava_lab.replay import open_altered
+
+        altered = open_altered(lab, run, (run.target(),), at=at, fill="mean")
+        masks = torch.zeros(len(chosen), *altered.grid, dtype=torch.bool)
+        masks.flatten(1)[torch.arange(len(chosen)), torch.from_numpy(chosen)] = True
+        drops = np.zeros(len(chosen))
+        for which, scores in altered.sweep(masks):
+            drops[which] = (altered.whole - scores)[:, 0].numpy()
+        return drops
 
     return way
 

@@ -64,13 +64,15 @@ def compare(
     TargetError, CheckpointError.
     """
     start = time.perf_counter()
+    # most methods look inside; a closed model says here what it can do instead
+    assert lab.model is not None
     chosen = chosen_methods(methods, options or {}, seed)
     targets = resolve_targets(lab, run, target)
     wanted = allowed_fills(list(chosen.values()), fills)
     if deciding is not None:
         deciding_share(run, deciding)  # a mistake in the masks is said before the work, not after
     judge = Judge(lab, run, targets, wanted, steps=steps, seeds=seeds, seed=seed, scale=scale, things=things, batch=batch)
-    patches = len(judge.probe.patches)
+    patches = len(judge.patches)
     top = max(1, round(TOP_SHARE * patches)) if top is None else whole_number("top", top, least=1)
     if top > patches:
         raise OptionError(f"top must be at most {patches}, the patches of this picture, got {top}")
@@ -85,7 +87,7 @@ def compare(
         maps=found.maps,
         faithfulness=found.faithfulness,
         truth=found.truth,
-        **_agreement(found.maps, judge.probe.patches, top),
+        **_agreement(found.maps, judge.patches, top),
         top=top,
         chance=top / patches,
         refused=found.refused,

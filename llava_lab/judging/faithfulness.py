@@ -36,26 +36,20 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 
 from llava_lab.attribution.controls import center_bump
 from llava_lab.attribution.registry import METHODS
-from llava_lab.capture import undisturbed
 from llava_lab.checks import one_of, whole_number
 from llava_lab.errors import OptionError
-from llava_lab.remote.black_box import BlackBox
-from llava_lab.remote.explain import within_budget
-from llava_lab.replay.alter import Perturbed
-from llava_lab.replay.fills import EVERY_FILL, SQUARES, fill_pixels
-from llava_lab.replay.score import outside, target_score
+from llava_lab.replay.alter import open_altered, within_budget
+from llava_lab.replay.fills import EVERY_FILL, SQUARES
 from llava_lab.replay.targets import Targets, resolve_targets
 from llava_lab.results import Faithfulness, Relevance, Run, area, trapezoid
 from llava_lab.stats import RESAMPLES, best_first, cluster_bootstrap, percentiles
-
-if TYPE_CHECKING:
-    from llava_lab.models import Lab
 
 FEWEST_FILLS = 2
 SIGMAS = 2.5  # spreads of random maps that a map must lie above them
@@ -114,7 +108,7 @@ CLAIMING = 200  # random maps that say how often marking the right thing is chan
 
 
 def faithfulness(
-    lab: Lab | BlackBox,
+    lab: Any,
     run: Run,
     rel: Relevance,
     *,
@@ -134,20 +128,18 @@ def faithfulness(
     Raises OptionError (a fill the method used, fewer than two, a map of another picture),
     CheckpointError (the run was made by another checkpoint); on a closed model also BudgetError and EndpointError.
     """
-    if isinstance(lab, BlackBox):
-        lab.check(run)
     wanted = allowed_fills([rel.options], fills)
 
-    def score(lab: Any) -> Faithfulness:
-        judge = Judge(lab, run, rel.targets, wanted, steps=steps, seeds=seeds, seed=seed, scale=scale, things=things, batch=batch)
+    def score(model: Any) -> Faithfulness:
+        judge = Judge(
+            model, run, rel.targets, wanted, steps=steps, seeds=seeds, seed=seed, scale=scale, things=things, batch=batch
+        )
         judge.choose_fills(FEWEST_FILLS if fills is None else len(wanted))
         judge.measure_controls()
         return judge.score(rel, alone=True)
 
-    if not isinstance(lab, BlackBox):
-        return score(lab)
-    result, looks = within_budget(lab, run, score)
-    return replace(result, notes=(*result.notes, *looks.notes()))
+    done = within_budget(lab, run, score)
+    return replace(done.result, notes=(*done.result.notes, *done.notes))
 
 
 def allowed_fills(used: Sequence[Mapping[str, Any]], wanted: Sequence[str] | None = None) -> tuple[str, ...]:
@@ -176,7 +168,7 @@ class Judge:
 
     def __init__(
         self,
-        lab: Lab,
+        lab: Any,
         run: Run,
         targets: Targets,
         fills: Sequence[str],
@@ -193,22 +185,18 @@ class Judge:
         self.scale, self.run = one_of("scale", scale, SCALES), run
         self.things = check_masks(run, things) if things is not None else np.zeros((0, *run.picture.shape[:2]), bool)
         self.targets, self.seconds = resolve_targets(lab, run, list(targets)), 0.0
-        judged: Any = outside(lab, run) or lab
-        self.lab = judged
-        with undisturbed(self.lab.model):
-            pixels, score = target_score(judged, run, self.targets)
-            sources = {name: fill_pixels(judged, pixels, name, run.map, seed=self.seed) for name in fills}
-        self.probe = Perturbed(pixels, sources, score, run.map, batch=batch)
+        self.altered = open_altered(lab, run, self.targets, fill=fills[0], seed=self.seed, fills=SQUARES, batch=batch)
+        self.patches = np.flatnonzero(run.map.coverage().ravel() > 0)  # padding is never ranked nor filled
         self.fills = tuple(fills)
-        self.counts = step_counts(len(self.probe.patches), steps)
+        self.counts = step_counts(len(self.patches), steps)
         self.fractions = self.counts / self.counts[-1]
-        self.shares = np.array([run.map.mask_to_patches(thing).ravel()[self.probe.patches] for thing in self.things])
+        self.shares = np.array([run.map.mask_to_patches(thing).ravel()[self.patches] for thing in self.things])
 
     def choose_fills(self, count: int) -> None:
         """Keep `count` fills, those first under which the picture matters to more targets. Measures the whole and filled."""
-        with undisturbed(self.lab.model):
-            self.whole = self._scaled(self.probe.whole)
-            lows = {name: self._scaled(self.probe.filled(name)) for name in self.fills}
+        everything = np.ones((1, len(self.patches)), bool)
+        self.whole = self._scaled(self._raw(self.fills[0], ~everything))[0]
+        lows = {name: self._scaled(self._raw(name, everything))[0] for name in self.fills}
         telling = {name: int((self.whole - low >= MATTERS[self.scale]).sum()) for name, low in lows.items()}
         kept = sorted(self.fills, key=lambda name: -telling[name])[:count]
         self.fills = tuple(name for name in self.fills if name in kept)
@@ -218,26 +206,24 @@ class Judge:
     def measure_controls(self) -> None:
         """Random maps, the centre, and each thing covered alone."""
         start = time.perf_counter()
-        size = len(self.probe.patches)
+        size = len(self.patches)
         orders = [np.random.default_rng((self.seed, 17, number)).permutation(size) for number in range(self.seeds)]
         bump = center_bump(self.run.map.rows, self.run.map.cols)
-        with undisturbed(self.lab.model):
-            self.random = np.stack([self._curves(order) for order in orders], 1)
-            self.center = self._curves(self._order(bump))
-            self.effects = self._remove_things()
-        self.forwards, self.seconds = self.probe.forwards, time.perf_counter() - start
+        self.random = np.stack([self._curves(order) for order in orders], 1)
+        self.center = self._curves(self._order(bump))
+        self.effects = self._remove_things()
+        self.forwards, self.seconds = self.altered.passes, time.perf_counter() - start
 
     def score(self, rel: Relevance, *, alone: bool = False) -> Faithfulness:
         """The scores of one map. `alone` counts the shared passes and seconds as its own."""
         if rel.map != self.run.map or rel.fingerprint != self.run.fingerprint or rel.targets != self.targets:
             raise OptionError("expected a map of this run and these targets, got one of another picture, checkpoint or answer")
-        start, before = time.perf_counter(), self.probe.forwards
-        with undisturbed(self.lab.model):
-            curves = np.stack([self._curves(self._order(values))[:, i] for i, values in enumerate(rel.values)], 1)
+        start, before = time.perf_counter(), self.altered.passes
+        curves = np.stack([self._curves(self._order(values))[:, i] for i, values in enumerate(rel.values)], 1)
         judged = [
             verdict(self.fractions, curves[0, i], curves[1, i], self.random[:, :, i], self.seed) for i in range(len(self.targets))
         ]
-        flat = rel.values.reshape(len(rel.values), -1)[:, self.probe.patches]
+        flat = rel.values.reshape(len(rel.values), -1)[:, self.patches]
         chance = np.random.default_rng(self.seed).random((CLAIMING, flat.shape[1]))
         return Faithfulness(
             method=rel.method,
@@ -258,7 +244,7 @@ class Judge:
             random_claims=self._claims(chance),
             scale=self.scale,
             fingerprint=self.run.fingerprint,
-            passes={"forward": self.probe.forwards - (0 if alone else before), "backward": 0},
+            passes={"forward": self.altered.passes - (0 if alone else before), "backward": 0},
             seconds=time.perf_counter() - start + (self.seconds if alone else 0.0),
             notes=self.notes(),
         )
@@ -293,24 +279,30 @@ class Judge:
         """Normalised scores (steps, targets); a fill that tells nothing of any target costs nothing."""
         if not self.tells[:, fill].any():
             return np.full((len(masks), len(self.targets)), np.nan)
-        return self._normal(self.probe.covered(self.fills[fill], masks), fill)
+        return self._normal(self._raw(self.fills[fill], masks), fill)
+
+    def _raw(self, fill: str, gone: np.ndarray) -> np.ndarray:
+        """Scores float64 (B, targets) where `gone`, bool (B, patches), says which of `patches` are filled."""
+        masks = np.zeros((len(gone), self.run.map.rows * self.run.map.cols), bool)
+        masks[:, self.patches] = gone
+        grids = torch.from_numpy(masks.reshape(len(gone), self.run.map.rows, self.run.map.cols))
+        return self.altered.hidden(grids, fill).double().numpy()
 
     def _remove_things(self) -> np.ndarray:
         """The normalised drop when each thing's box alone is filled, float32 (targets, fills, things)."""
         if not len(self.things):
             return np.zeros((len(self.targets), len(self.fills), 0), np.float32)
-        boxes = np.stack([self._box(thing) for thing in self.things])
-        unknown = np.full((len(boxes), len(self.targets)), np.nan)
+        seen = 1 - torch.from_numpy(np.stack([self._box(thing) for thing in self.things])).float()
+        unknown = np.full((len(seen), len(self.targets)), np.nan)
         drops = [
-            1 - self._normal(self.probe.pixels_covered(name, boxes), i) if self.tells[:, i].any() else unknown
+            1 - self._normal(self.altered.scores(seen, name).double().numpy(), i) if self.tells[:, i].any() else unknown
             for i, name in enumerate(self.fills)
         ]
         return np.stack(drops).transpose(2, 0, 1).astype(np.float32)
 
     def _box(self, thing: np.ndarray) -> np.ndarray:
         """The thing's box in the model's pixels, bool (Y, X): its outline would still tell what it is."""
-        height, width = self.probe.pixels.shape[-2:]
-        inside = np.zeros((height, width), bool)
+        inside = np.zeros((self.run.map.size, self.run.map.size), bool)
         ys, xs = np.flatnonzero(thing.any(1)), np.flatnonzero(thing.any(0))
         left, top = self.run.map.to_model(xs[0], ys[0])
         right, bottom = self.run.map.to_model(xs[-1] + 1, ys[-1] + 1)
@@ -326,7 +318,7 @@ class Judge:
         return ((values - values.mean(1, keepdims=True)) @ self.shares.T).astype(np.float32)
 
     def _order(self, values: np.ndarray) -> np.ndarray:
-        return best_first(values.ravel()[self.probe.patches], np.random.default_rng((self.seed, 23)))
+        return best_first(values.ravel()[self.patches], np.random.default_rng((self.seed, 23)))
 
     def _normal(self, scores: np.ndarray, fill: int) -> np.ndarray:
         """Raw scores (B, targets) -> 1 whole, 0 filled; NaN for targets of which this fill tells nothing."""

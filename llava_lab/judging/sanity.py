@@ -222,7 +222,7 @@ class _Found:
         maps, question_maps = (self._stack(found.values()) for found in (self.steps, self.questions))
         rng = np.random.default_rng((seed, DRAWS))  # not the numbers that the method `random` draws
         random = rng.random((DRAWS, *first.shape))
-        moved = np.stack([[moved(values, rng) for values in first] for _ in range(DRAWS)])
+        shifted = np.stack([[moved(values, rng) for values in first] for _ in range(DRAWS)])
         top = max(1, round(TOP * int(seen.sum())))
         every = [self.first, *self.steps.values(), *self.questions.values()]
         nothing = np.zeros((0, 0), np.float32)
@@ -242,7 +242,7 @@ class _Found:
             question_overlap=top_likeness(first, question_maps, seen, top),
             question_ssim=structure_likeness(first, question_maps) if structure else nothing,
             random_spearman=rank_likeness(first, random, seen),
-            moved_spearman=rank_likeness(first, moved, seen),
+            moved_spearman=rank_likeness(first, shifted, seen),
             top=top,
             chance=top / int(seen.sum()),
             map=run.map,

@@ -6,7 +6,7 @@ where they fail. Nothing here asks a server.
 Closed models explained from outside: alter the picture, ask again, read the answer.
 
 Occlusion, RISE, Shapley values and faithfulness run here as they do on a `Lab`; only two things are another.
-What they alter is a *veil* over the picture as it is sent (shown or not, and which fill), and what they read is
+What they alter is the picture as it is sent (`Asked`, an `Altered`), and what they read is
 one of these scores, per token or word and summed over the target:
 
 - ``top``, where the server lists log-probabilities. A server cannot be given an answer to score, so it answers
@@ -22,7 +22,7 @@ one of these scores, per token or word and summed over the target:
   often as the run's answer did up to it. With n = 1 that is yes or no. Repeated answers are sampled at
   temperature 1 with seeds of their own, unless the run had a temperature.
 
-Before anything is sent the whole call is played through without a server, which counts its requests; one that the
+Before anything is sent the whole call runs without a server, which counts its requests; one that the
 budget cannot pay is refused. `estimate` gives the same numbers.
 
 Sources: Petsiuk et al. 2018 (arXiv 1806.07421), which asks nothing of a model but its scores; the half counts are
@@ -35,7 +35,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -48,12 +48,9 @@ from llava_lab.errors import BudgetError, EndpointError, OptionError
 from llava_lab.models.text import Spelt, cut
 from llava_lab.remote.black_box import WORKS, BlackBox, Estimate, Look, works
 from llava_lab.remote.client import Reply, token_id
-from llava_lab.replay.alter import Veiled
-from llava_lab.replay.targets import Targets
+from llava_lab.replay.alter import Done, InPicture, open_altered, within_budget
+from llava_lab.replay.targets import Targets, contrast, resolve_targets
 from llava_lab.results import Run, Target
-
-if TYPE_CHECKING:
-    from llava_lab.models import Lab
 
 MARKS = ".,!?;:\"'"
 
@@ -136,19 +133,16 @@ def _bare(text: str) -> str:
 
 logger = logging.getLogger(__name__)
 
-Result = TypeVar("Result")
 SAME = 1.0  # of a token's log-probability, when the same picture is asked about in two ways
 REPEATED = 1.0  # temperature of repeated answers; at 0 they would all be one
 
 
-class Looks(Veiled):
-    """One run's picture under veils. `counting` plays through without a server and remembers what would be asked."""
-
-    KIND = "is a closed model"
+class Session:
+    """Requests about one run's picture. `counting` sends nothing and remembers what would be asked."""
 
     def __init__(self, lab: BlackBox, run: Run, *, counting: bool = False) -> None:
-        super().__init__(run, lab.shrunk(run.picture), name=lab.name, fingerprint=lab.fingerprint)
-        self.lab, self.counting = lab, counting
+        self.lab, self.run, self.counting = lab, run, counting
+        self.name, self.fingerprint = lab.name, lab.fingerprint
         self.wanted: dict[str, bool] = {}  # key of a request -> known before
         self.looked = self.parted = self.unlisted = 0
 
@@ -173,12 +167,9 @@ class Looks(Veiled):
             )
         return tuple(found)
 
-    def scores(self, veils: Float[Tensor, "B 3 Y X"], targets: Targets) -> Float[Tensor, "B N"]:
-        shown = veils[:, 0].cpu().numpy()
-        numbers = veils[:, 1].flatten(1).amax(1).int().tolist()
-        looks = [
-            look for one, number in zip(shown, numbers, strict=True) for look in self._asked(self.altered(one, number), targets)
-        ]
+    def scores(self, pictures: list[np.ndarray], shown: np.ndarray, targets: Targets) -> Float[Tensor, "B N"]:
+        """Each target's score for each picture; `shown` (B, Y, X) says how much of it is the run's own."""
+        looks = [look for picture in pictures for look in self._asked(picture, targets)]
         if self.counting:
             self.wanted |= {key: key in self.lab.cache for key in (self.lab.key(look) for look in looks)}
             return _pretended(shown, targets)
@@ -229,29 +220,66 @@ class Looks(Veiled):
 
 
 @refuse_unable.register(BlackBox)
-def _refuse_closed(lab: BlackBox, method: Method) -> None:
+def _(lab: BlackBox, method: Method) -> None:
     refuse_inside(method.name)
 
 
 @compute_maps.register(BlackBox)
-def attribute_closed(lab: BlackBox, run: Run, targets: Targets, method: Method, options: Mapping[str, Any]) -> Maps:
-    """`method` on a closed model. Raises OptionError (it needs the inside), BudgetError, EndpointError."""
-    maps, looks = within_budget(lab, run, lambda looks: method.compute(cast("Lab", looks), run, targets, options))
-    extras = {**maps.extras, "scoring": run.options["scoring"], "parted": looks.parted, "unlisted": looks.unlisted}
-    return Maps(maps.values, maps.passes, (*maps.notes, *looks.notes()), {**extras, "requests_in_all": lab.endpoint.requests})
+def _(lab: BlackBox, run: Run, targets: Targets, method: Method, options: Mapping[str, Any]) -> Maps:
+    done = within_budget(lab, run, lambda session: method.compute(session, run, targets, options))
+    return replace(done.result, notes=(*done.result.notes, *done.notes), extras={**done.result.extras, **done.extras})
 
 
-def within_budget(lab: BlackBox, run: Run, work: Callable[[Looks], Result]) -> tuple[Result, Looks]:
-    """`work`, first played through without a server, then done if the budget can pay for it."""
-    wanted = _played(lab, run, work)
+class Asked(InPicture):
+    """The picture is altered as it is sent, and what is answered to it is scored."""
+
+    KIND = "is a closed model"
+
+    def __init__(self, session: Session, run: Run, targets: Targets, **options: Any) -> None:
+        super().__init__(session.name, run, session.lab.shrunk(run.picture), targets, **options)
+        self.session = session
+
+    def _score(self, shown: Float[Tensor, "B Y X"], fill: str) -> Float[Tensor, "B N"]:
+        shares = shown.cpu().numpy()
+        return self.session.scores([self.altered(one, fill) for one in shares], shares, self.targets)
+
+
+@open_altered.register(Session)
+def _(lab: Session, run: Run, targets: Targets, **options: Any) -> Asked:
+    return Asked(lab, run, targets, **options)
+
+
+@open_altered.register(BlackBox)
+def _(lab: BlackBox, run: Run, targets: Targets, **options: Any) -> Asked:
+    lab.check(run)
+    return Asked(Session(lab, run), run, targets, **options)
+
+
+@contrast.register(BlackBox)
+def _(lab: BlackBox, run: Run, said: str, instead: str) -> Target:
+    return lab.contrast(run, said, instead)
+
+
+@contrast.register(Session)
+def _(lab: Session, run: Run, said: str, instead: str) -> Target:
+    return lab.lab.contrast(run, said, instead)
+
+
+@within_budget.register(BlackBox)
+def _(lab: BlackBox, run: Run, work: Callable[[Any], Any]) -> Done[Any]:
+    """`work`, first counted without a server, then done if the budget can pay for it."""
+    lab.check(run)
+    wanted = _counted(lab, run, work)
     if wanted.requests > wanted.left:
         raise BudgetError(
             f"this needs {wanted.requests} requests and {wanted.left} of max_requests={lab.max_requests} are left; raise it, "
             "or take larger blocks, fewer masks, orders, samples, steps or seeds"
         )
     logger.info("%s: %s", lab.name, wanted)
-    looks = Looks(lab, run)
-    return work(looks), looks
+    session = Session(lab, run)
+    result = work(session)
+    extras = {"scoring": run.options["scoring"], "parted": session.parted, "unlisted": session.unlisted}
+    return Done(result, session.notes(), {**extras, "requests_in_all": lab.endpoint.requests})
 
 
 def estimate(lab: BlackBox, run: Run, *, method: str = "occlusion", target: Any = None, **options: Any) -> Estimate:
@@ -260,14 +288,12 @@ def estimate(lab: BlackBox, run: Run, *, method: str = "occlusion", target: Any 
     Requests are exact, retries apart; tokens and cost are what the run's own question used, so many times over.
     Raises OptionError as `attribute` does.
     """
-    from llava_lab.replay.targets import resolve_targets
-
     if not isinstance(lab, BlackBox):
         raise OptionError("an estimate is for closed models; a model of your own costs nothing but time")
     refuse_inside(method)
     chosen = METHODS[method].with_defaults(options)
     targets = resolve_targets(lab, run, target)
-    return _played(lab, run, lambda looks: METHODS[method].compute(cast("Lab", looks), run, targets, chosen))
+    return _counted(lab, run, lambda model: METHODS[method].compute(model, run, targets, chosen))
 
 
 def refuse_inside(method: str) -> None:
@@ -275,11 +301,11 @@ def refuse_inside(method: str) -> None:
         raise OptionError(f"method {method!r} looks inside the model, which is closed; {works()}")
 
 
-def _played(lab: BlackBox, run: Run, work: Callable[[Looks], Any]) -> Estimate:
-    looks = Looks(lab, run, counting=True)
-    work(looks)
-    known = sum(looks.wanted.values())
-    return lab.estimate(len(looks.wanted) - known, known, run)
+def _counted(lab: BlackBox, run: Run, work: Callable[[Any], Any]) -> Estimate:
+    session = Session(lab, run, counting=True)
+    work(session)
+    known = sum(session.wanted.values())
+    return lab.estimate(len(session.wanted) - known, known, run)
 
 
 def _pretended(shown: np.ndarray, targets: tuple[Target, ...]) -> Tensor:

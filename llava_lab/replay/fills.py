@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -19,7 +20,6 @@ from torch.nn import functional
 
 from llava_lab.errors import OptionError
 from llava_lab.geometry import PictureMap
-from llava_lab.replay.score import Outside
 
 if TYPE_CHECKING:
     from llava_lab.models import Lab
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 FILLS = ("grey", "mean", "blur")  # plain enough to be shown on the picture itself
 SQUARES = (*FILLS, "noise")  # one square whatever is taken away
 EVERY_FILL = (*SQUARES, "neighbours")
+GREY = 128  # of a picture, 0 to 255
 BLUR = 1 / 12  # standard deviation of the blur, as a share of the square's side
 
 Pixels = Float[Tensor, "1 3 Y X"]
@@ -40,8 +41,6 @@ def fill_pixels(lab: Lab, pixels: Pixels, fill: str, where: PictureMap, *, seed:
     """
     if fill not in SQUARES:
         raise OptionError(f"fill must be one of {', '.join(SQUARES)}, got {fill!r}")
-    if isinstance(lab, Outside):
-        return lab.fill_pixels(pixels, fill, seed=seed)
     if fill == "blur":
         return blur_fill(pixels, BLUR * pixels.shape[-1])
     if fill == "grey":
@@ -55,6 +54,27 @@ def fill_pixels(lab: Lab, pixels: Pixels, fill: str, where: PictureMap, *, seed:
     inside = torch.zeros(pixels.shape[-2:], dtype=torch.bool, device=pixels.device)
     inside[top:bottom, left:right] = True
     return mean_fill(pixels, inside) if fill == "mean" else noise_fill(pixels, inside, seed=seed)
+
+
+def fill_picture(picture: np.ndarray, fill: str, *, seed: int = 0, hidden: np.ndarray | None = None) -> np.ndarray:
+    """What takes the place of a picture, uint8 (height, width, 3): as large, float32, 0 to 255.
+
+    ``neighbours`` is made for the places `hidden`, bool (height, width); the other fills do not depend on them.
+    """
+    pixels = torch.from_numpy(picture.astype(np.float32)).permute(2, 0, 1)[None]
+    everywhere = torch.ones(pixels.shape[-2:], dtype=torch.bool)
+    if fill == "grey":
+        filled = torch.full_like(pixels, GREY)
+    elif fill == "mean":
+        filled = mean_fill(pixels, everywhere)
+    elif fill == "blur":
+        filled = blur_fill(pixels, BLUR * max(pixels.shape[-2:]))
+    elif fill == "noise":
+        filled = noise_fill(pixels, everywhere, seed=seed)
+    else:
+        assert hidden is not None, "the neighbours of what?"
+        filled = inpaint(pixels, torch.from_numpy(hidden)[None])
+    return filled[0].permute(1, 2, 0).numpy()
 
 
 def mean_fill(values: Float[Tensor, "1 C Y X"], inside: Bool[Tensor, "Y X"]) -> Float[Tensor, "1 C Y X"]:

@@ -20,19 +20,18 @@ and values kept; each variant computes the rest behind them and is taken off aga
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers.cache_utils import Cache, DynamicLayer
 
+from llava_lab.capture import hooked
 from llava_lab.errors import LabError
 from llava_lab.models.layout import language_layers, read_connector
-from llava_lab.replay.alter import PATIENCE, Level, embedded
 from llava_lab.replay.score import read_scores
 from llava_lab.replay.targets import Targets, predicting_rows
 from llava_lab.results import Run
@@ -149,53 +148,6 @@ class Branches:
         return mask.masked_fill_(both, torch.finfo(like.dtype).min)[None, None]
 
 
-def sweep_tokens(
-    lab: Lab,
-    run: Run,
-    targets: Targets,
-    level: Level,
-    hidden: Bool[Tensor, "M rows cols"],
-    *,
-    batch: int = 8,
-    whole: Float[Tensor, " N"] | None = None,
-) -> tuple[Float[Tensor, "m N"], list[int], Float[Tensor, " N"], int]:
-    """Drop of each target's score under each mask: drops, which masks they belong to, the whole score, positions computed.
-
-    The masks are tried from the one that begins last. Ctrl-C ends the sweep early, and fewer come back; before the
-    first pass it is raised. `whole` is the plain score where it is known already.
-    """
-    image = run.segments["image"][0]
-    stop = predicting_rows(targets)[-1] + 1
-    starts = [image + int(one.flatten().nonzero()[0, 0]) for one in hidden]
-    groups = _groups(starts, stop, batch)
-    plain = level.score(level.whole)[0] if whole is None else whole
-    own = level.tokens(level.whole)
-    # one more variant in the first pass: the whole picture, to be compared with the plain forward
-    room = max(starts[group[-1]] + (len(group) + (i == 0)) * (stop - starts[group[-1]]) for i, group in enumerate(groups))
-    drops: list[Tensor] = []
-    order: list[int] = []
-    branches = Branches(lab, run, targets, own, room=room)
-    with tqdm(total=len(hidden), desc="occlusion", unit="block", delay=PATIENCE, leave=False) as progress:
-        try:
-            for group in groups:
-                start = starts[group[-1]]
-                tokens = level.tokens(level.hide(hidden[group]))
-                _same_beginning(tokens, own, start - image)
-                tails = branches.sequence[:, start:].repeat(len(group) + (not drops), 1, 1)
-                seen = max(run.segments["image"][1] - start, 0)
-                tails[: len(group), :seen] = tokens[:, start - image :].to(tails.dtype)
-                scores = branches.score(tails, start)
-                if not drops:
-                    agree(scores[-1], plain, branches.sequence.dtype)
-                drops.append(plain - scores[: len(group)])
-                order += group
-                progress.update(len(group))
-        except KeyboardInterrupt:
-            if not drops:
-                raise
-    return torch.cat(drops), order, plain, branches.rows
-
-
 def agree(packed: Float[Tensor, " N"], plain: Float[Tensor, " N"], dtype: torch.dtype) -> None:
     """Raise LabError where the shortcut does not give the plain forward's score."""
     limit = AGREE.get(dtype, 1e-3) * plain.abs().clamp_min(1)
@@ -204,25 +156,6 @@ def agree(packed: Float[Tensor, " N"], plain: Float[Tensor, " N"], dtype: torch.
             f"expected the same score with and without the kept keys and values, got {packed.tolist()} and {plain.tolist()}; "
             "this language model does not keep a plain causal cache: use at='pixels'"
         )
-
-
-def _groups(starts: Sequence[int], stop: int, batch: int) -> list[list[int]]:
-    """Masks in order of falling beginnings, put together while a pass stays under `ROWS` positions and `batch` variants."""
-    groups: list[list[int]] = []
-    for one in sorted(range(len(starts)), key=lambda i: -starts[i]):
-        length = stop - starts[one]
-        if groups and len(groups[-1]) < batch and (len(groups[-1]) + 1) * length <= ROWS:
-            groups[-1].append(one)
-        else:
-            groups.append([one])
-    return groups
-
-
-def _same_beginning(tokens: Float[Tensor, "B P D"], own: Float[Tensor, "1 P D"], first: int) -> None:
-    """Hiding a patch may not change the tokens before it, or the kept keys and values are not theirs."""
-    change = (tokens[:, :first] - own[:, :first]).abs().max() if first else tokens.new_zeros(())
-    if float(change) > 1e-2 * float(own.abs().max()):
-        raise LabError("expected a projector that treats each patch by itself, got one that mixes them; use at='projector'")
 
 
 @contextmanager
@@ -242,12 +175,8 @@ def _rows_only(part: nn.Module | None, rows: Tensor) -> Iterator[None]:
         full[:, rows] = output
         return full
 
-    handles = [part.register_forward_pre_hook(before), part.register_forward_hook(after)]
-    try:
+    with hooked(part, before=before, after=after):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class Tail:
@@ -286,6 +215,16 @@ class Tail:
     def score(self) -> Float[Tensor, " N"]:
         """Each target's score, float32."""
         return read_scores(self.logits()[None], self.at, self._targets)[0]
+
+
+def embedded(lab: Lab, run: Run, tokens: Float[Tensor, "B P D"]) -> Float[Tensor, "B S D"]:
+    """The finished sequence as the language model reads it, with `tokens` for the picture."""
+    ids = torch.from_numpy(run.token_ids)[None].to(tokens.device)
+    text = lab.model.get_input_embeddings()(ids)
+    start, stop = run.segments["image"]
+    sequence = text.expand(len(tokens), -1, -1).clone()
+    sequence[:, start:stop] = tokens.to(sequence.dtype)
+    return sequence
 
 
 def image_tokens(lab: Lab, run: Run, pixels: Tensor | None = None) -> Float[Tensor, "1 P D"]:

@@ -6,13 +6,12 @@ their predicting positions. Every method that changes the input is scored here, 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from llava_lab.replay.targets import Targets, predicting_rows
 from llava_lab.results import Run
@@ -23,46 +22,12 @@ if TYPE_CHECKING:
 Score = Callable[[Float[Tensor, "B 3 Y X"]], Float[Tensor, "B N"]]  # pictures -> score of each target
 
 
-class Outside(ABC):
-    """Stands where a method expects a `Lab` and scores pictures itself: there is no model of ours to run.
-
-    `llava_lab.remote.explain` is the one of closed models. What `open_level`, `target_score` and
-    `fill_pixels` make of a Lab, it makes in its own way; `model` is empty, for `capture.undisturbed`.
-    """
-
-    name: str
-    fingerprint: str
-    model: nn.Module
-
-    @abstractmethod
-    def open_level(self, targets: Targets, *, at: str, fill: str, seed: int, fills: tuple[str, ...]) -> Any: ...
-
-    @abstractmethod
-    def target_score(self, targets: Targets) -> tuple[Tensor, Callable[[Tensor], Tensor]]: ...
-
-    @abstractmethod
-    def fill_pixels(self, pixels: Tensor, fill: str, *, seed: int) -> Tensor: ...
-
-
-def outside(lab: Any, run: Run) -> Outside | None:
-    """What scores altered pictures of `run` in the lab's place, or None where the lab's own pixels can be altered."""
-    if isinstance(lab, Outside):
-        return lab
-    if not run.views:
-        return None
-    from llava_lab.replay.alter import TiledLooks  # it builds on what imports this file
-
-    return TiledLooks(lab, run)
-
-
 def target_score(lab: Lab, run: Run, targets: Targets) -> tuple[Float[Tensor, "1 3 Y X"], Score]:
     """The run's own pixels, and a function from a batch of pixels to each target's score in float32.
 
     The score is the natural log-probability of the target's tokens, summed; for a contrast, the logit of
     the token said minus that of the token not said. Call it inside `capture.undisturbed`.
     """
-    if other := outside(lab, run):
-        return other.target_score(targets)
     inputs = lab.inputs(run)
     pixels = inputs.pop("pixel_values")
     at = predicting_rows(targets)

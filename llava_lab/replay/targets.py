@@ -8,8 +8,9 @@ The small readers below cut each target's rows, and the image's columns, out of 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import singledispatch
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,15 +21,11 @@ from llava_lab.errors import TargetError
 from llava_lab.models.text import decode
 from llava_lab.results import Run, Target, Word
 
-if TYPE_CHECKING:
-    from llava_lab.models import Lab
-    from llava_lab.remote.black_box import BlackBox
-
 Targets = tuple[Target, ...]
 Wanted = str | int | Word | Target | tuple[str, str] | Sequence[Any] | None
 
 
-def resolve_targets(lab: Lab | BlackBox, run: Run, target: Wanted = None) -> Targets:
+def resolve_targets(lab: Any, run: Run, target: Wanted = None) -> Targets:
     """Everything `target` names, as predicting positions.
 
     None or ``"answer"`` is the whole answer, ``"words"`` each word, an int an answer token, a str a
@@ -39,7 +36,7 @@ def resolve_targets(lab: Lab | BlackBox, run: Run, target: Wanted = None) -> Tar
     if isinstance(target, str) and target == "words":
         found = run.word_targets()
     elif _is_pair(target):
-        found = (_contrast(lab, run, *target),)  # type: ignore[misc]
+        found = (contrast(lab, run, *target),)  # type: ignore[misc]
     elif isinstance(target, (list, tuple)):
         found = tuple(one for item in target for one in resolve_targets(lab, run, item))
     else:
@@ -87,11 +84,9 @@ def _is_pair(target: Any) -> bool:
     return isinstance(target, tuple) and len(target) == 2 and all(isinstance(word, str) for word in target)
 
 
-def _contrast(lab: Lab | BlackBox, run: Run, said: str, instead: str) -> Target:
-    """The first token where the answer with `said` and the answer with `instead` part ways."""
-    # a model that can only be asked has no tokenizer: it builds its contrasts from its replies
-    if hasattr(lab, "contrast"):
-        return lab.contrast(run, said, instead)
+@singledispatch
+def contrast(lab: Any, run: Run, said: str, instead: str) -> Target:
+    """The first token where the answer with `said` and the answer with `instead` part ways; dispatched on the lab's class."""
     word = run.word(said)
     if said.casefold() == instead.casefold():
         raise TargetError(f"a contrast needs two different words, got {said!r} twice")

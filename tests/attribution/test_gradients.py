@@ -20,7 +20,7 @@ from llava_lab.errors import OptionError
 from llava_lab.models import Lab, load
 from llava_lab.models.layout import connector_of, language_layers
 from llava_lab.replay import fill_pixels, resolve_targets
-from llava_lab.replay.alter import open_level
+from llava_lab.replay.alter import open_altered
 from llava_lab.results import Run, Target
 from tests.support.gradients import PLACES, compute, leave_one_trained, leftovers, logit, noise_run, put_back, stands_at
 from tests.support.planted import RED, planted_lab, red_picture, scripted_run
@@ -98,13 +98,12 @@ def test_with_a_fill_it_is_the_directional_derivative_towards_it(tiny_random: La
 def test_with_a_fill_it_is_what_occlusion_there_begins_with(tiny_random: Lab, run: Run) -> None:
     """A hundredth of the way to the fill, patch by patch, loses a hundredth of the map."""
     targets = resolve_targets(tiny_random, run, ("blue", "green"))  # a logit difference in both
-    level = open_level(tiny_random, run, targets, at="projector", fill="grey")
-    assert level.fill is not None
+    level: Any = open_altered(tiny_random, run, targets, at="projector", fill="grey")
     with torch.no_grad():
-        flat = level.whole.flatten(2).repeat(16, 1, 1)
+        flat = level.values.flatten(2).repeat(16, 1, 1)
         for patch, one in enumerate(flat):
-            one[:, patch] = torch.lerp(one[:, patch], level.fill.flatten(2)[0, :, patch], 0.01)
-        drops = level.score(level.whole) - level.score(flat.unflatten(2, (4, 4)))
+            one[:, patch] = torch.lerp(one[:, patch], level.filling("grey").flatten(2)[0, :, patch], 0.01)
+        drops = level.read(level.values) - level.read(flat.unflatten(2, (4, 4)))
     found = compute(tiny_random, run, "gradient_input", ("blue", "green"), fill="grey").values[0].ravel()
     np.testing.assert_allclose(found, 100 * drops[:, 0], atol=0.03 * np.abs(found).max())
 

@@ -16,7 +16,7 @@ from llava_lab.capture import Full, undisturbed, watch_attention
 from llava_lab.errors import LabError, OptionError
 from llava_lab.models import Lab
 from llava_lab.models.layout import language_layers
-from llava_lab.replay.alter import open_level
+from llava_lab.replay.alter import open_altered
 from llava_lab.replay.prefix import Branches
 from llava_lab.results import Run
 from tests.support.planted import RED, planted_lab, red_picture, scripted_run
@@ -90,8 +90,8 @@ def test_blocked_entries_are_zero_and_rows_still_sum_to_one(tiny_random: Lab, ru
     model, start = tiny_random.model, run.segments["answer"][0] - 1
     image = run.segments["image"][0]
     with undisturbed(model):
-        level = open_level(tiny_random, run, (run.target(),), at="projector", fill="mean")
-        branches = Branches(tiny_random, run, (run.target(),), level.tokens(level.whole), room=start + 3 * 20)
+        altered: Any = open_altered(tiny_random, run, (run.target(),), at="projector", fill="mean")
+        branches = Branches(tiny_random, run, (run.target(),), altered.values.flatten(2).mT, room=start + 3 * 20)
         tails = branches.sequence[:, start:].expand(2, -1, -1)
         blocked = torch.zeros(2, start, dtype=torch.bool)
         blocked[0, image + 3] = blocked[1, image + 8] = True
@@ -129,8 +129,8 @@ def test_a_mask_that_is_not_followed_is_refused(tiny_random: Lab, run: Run, monk
 def test_the_poison_is_put_right_again(tiny_random: Lab, run: Run) -> None:
     start = run.segments["answer"][0] - 1
     with undisturbed(tiny_random.model):
-        level = open_level(tiny_random, run, (run.target(),), at="projector", fill="mean")
-        branches = Branches(tiny_random, run, (run.target(),), level.tokens(level.whole), room=start + 60)
+        altered: Any = open_altered(tiny_random, run, (run.target(),), at="projector", fill="mean")
+        branches = Branches(tiny_random, run, (run.target(),), altered.values.flatten(2).mT, room=start + 60)
         tail = branches.sequence[:, start:]
         before = branches.score(tail, start)
         with branches.poisoned(run.segments["image"][0]):

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from llava_lab.attribution import attribute
-from llava_lab.attribution.occlusion import blocks_of, spread, sweep
+from llava_lab.attribution.occlusion import blocks_of, masks_of, spread
 from llava_lab.capture import undisturbed
 from llava_lab.errors import OptionError
 from llava_lab.models import Lab
 from llava_lab.replay import FILLS, fill_pixels, target_score
+from llava_lab.replay.alter import Pixels
 from llava_lab.replay.fills import inpaint
 from llava_lab.results import Run
 from tests.support.planted import RED, red_picture, scripted_run
@@ -80,6 +81,16 @@ def test_score_is_the_log_probability_the_run_recorded(tiny_random: Lab, picture
     assert rel.extras["score"][0] == pytest.approx(float(run.logprobs.sum()), abs=1e-4)
 
 
+class Redness(Pixels):
+    """The score is how red the picture is; what is hidden is nothing."""
+
+    def _make(self, fill: str) -> Tensor:
+        return torch.zeros_like(self.values)
+
+    def read(self, values: Tensor) -> Tensor:
+        return (values[:, 0] - values[:, 1:].mean(1)).mean((1, 2))[:, None]
+
+
 @pytest.mark.parametrize("fit", ["pad", "crop"])
 @pytest.mark.parametrize(("width", "height", "box"), [(60, 40, (25, 5, 35, 15)), (40, 60, (20, 30, 35, 50))])
 def test_redness_itself_lights_up_where_the_red_is(
@@ -87,14 +98,10 @@ def test_redness_itself_lights_up_where_the_red_is(
 ) -> None:
     picture = red_picture(width, height, box)
     run = scripted_run(tiny_random, picture, "The car is blue.", fit=fit)
-    pixels = tiny_random.inputs(run)["pixel_values"]
-
-    def redness(batch: Tensor) -> Tensor:
-        return (batch[:, 0] - batch[:, 1:].mean(1)).mean((1, 2))[:, None]
-
+    altered = Redness(tiny_random, run, (run.target(),), at="pixels", fill="grey", batch=3)
     blocks = blocks_of(4, 4, 1, 1)
-    drops, _ = sweep(pixels, torch.zeros_like(pixels), blocks, redness, patch=PATCH, batch=3)
-    values = spread(drops.numpy(), blocks, (4, 4))[0]
+    scores = torch.cat([scores for _, scores in altered.sweep(masks_of(blocks, (4, 4)))])
+    values = spread((altered.whole - scores).numpy(), blocks, (4, 4))[0]
     red = run.map.mask_to_patches((picture == np.array(RED)).all(-1))
     assert red.ravel()[values.argmax()] > 0.99 * red.max()
     assert values[red == 0].max() < 0.05 * values.max()
@@ -142,7 +149,7 @@ def test_progress_shows_only_when_it_takes_long(
 ) -> None:
     attribute(tiny_random, run, method="occlusion")
     assert capsys.readouterr() == ("", "")
-    monkeypatch.setattr("llava_lab.attribution.occlusion.PATIENCE", 0.0)
+    monkeypatch.setattr("llava_lab.checks.PATIENCE", 0.0)
     attribute(tiny_random, run, method="occlusion")
     shown = capsys.readouterr()
     assert "occlusion" in shown.err

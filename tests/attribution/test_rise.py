@@ -10,12 +10,12 @@ import torch
 from torch.nn import functional
 
 from llava_lab.attribution import attribute
-from llava_lab.attribution.occlusion import _looks, natural_cells, rise_masks, weighed
+from llava_lab.attribution.occlusion import looks, natural_cells, rise_masks, weighed
 from llava_lab.errors import OptionError
 from llava_lab.models import Lab
 from llava_lab.replay import fill_pixels
 from llava_lab.results import Run
-from tests.support.games import formula_level
+from tests.support.games import Formula
 from tests.support.planted import RED, planted_lab, red_picture, scripted_run
 
 TARGETS = ["answer", "blue", ("blue", "green")]
@@ -56,8 +56,8 @@ def test_equals_a_loop_over_its_masks(tiny_random: Lab, run: Run, fill: str) -> 
 
 def test_a_sum_of_patches_gives_back_the_patches() -> None:
     weights = torch.tensor([[0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, -2.0], [0.0] * 4, [3.0, 0.0, 0.0, 0.0]])
-    level = formula_level((4, 4), lambda shown: (shown * weights).sum((1, 2))[:, None])
-    values, errors = weighed(*_looks(level, 3000, 50, cells=4, shown=0.5, seed=0))
+    game = Formula((4, 4), lambda shown: (shown * weights).sum((1, 2))[:, None], batch=50)
+    values, errors = weighed(*looks(game, rise_masks(3000, (4, 4), cells=4, shown=0.5, seed=0), 3000))
     assert values[0].argmax() == 12
     assert values[0].argmin() == 7
     # a patch that is shown half the time gains half its weight, here with the share of it that its cell covers
@@ -67,8 +67,8 @@ def test_a_sum_of_patches_gives_back_the_patches() -> None:
 
 
 def test_the_standard_error_is_the_spread_over_seeds() -> None:
-    level = formula_level((4, 4), lambda shown: (shown[:, 0, 0] + 2 * shown[:, 2, 2])[:, None])
-    each = [weighed(*_looks(level, 100, 50, cells=4, shown=0.5, seed=seed)) for seed in range(40)]
+    game = Formula((4, 4), lambda shown: (shown[:, 0, 0] + 2 * shown[:, 2, 2])[:, None], batch=50)
+    each = [weighed(*looks(game, rise_masks(100, (4, 4), cells=4, shown=0.5, seed=seed), 100)) for seed in range(40)]
     spread = torch.stack([values for values, _ in each]).std(0).mean()
     said = torch.stack([errors for _, errors in each]).mean()
     assert float(said) == pytest.approx(float(spread), rel=0.2)

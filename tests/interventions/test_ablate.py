@@ -15,8 +15,7 @@ from llava_lab.interventions.ablate import FILLS, shuffled
 from llava_lab.interventions.states import states_before
 from llava_lab.models import Lab
 from llava_lab.models.layout import connector_of
-from llava_lab.replay.alter import embedded
-from llava_lab.replay.prefix import image_tokens
+from llava_lab.replay.prefix import embedded, image_tokens
 from llava_lab.results import Run
 from tests.support.gradients import leftovers, noise_run
 from tests.support.planted import RED, planted_lab, red_picture, scripted_run

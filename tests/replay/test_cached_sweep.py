@@ -18,8 +18,8 @@ from llava_lab.capture import undisturbed
 from llava_lab.errors import LabError
 from llava_lab.models import Lab, load
 from llava_lab.models.layout import connector_of
-from llava_lab.replay.alter import open_level
-from llava_lab.replay.prefix import Branches, _groups
+from llava_lab.replay.alter import grouped, open_altered
+from llava_lab.replay.prefix import Branches
 from llava_lab.results import Run
 from tests.support.planted import RED, planted_lab, red_picture, scripted_run
 
@@ -112,9 +112,9 @@ def test_equals_captum_s_feature_ablation(tiny_random: Lab, run: Run) -> None:
     rel = attribute(tiny_random, run, method="occlusion", at="projector", fill="grey", target=["answer", "blue"])
     with undisturbed(tiny_random.model):
         targets = (run.target(), run.target("blue"))
-        level = open_level(tiny_random, run, targets, at="projector", fill="grey")
+        level: Any = open_altered(tiny_random, run, targets, at="projector", fill="grey")
         patches = torch.arange(16).view(1, 1, 4, 4)
-        found = FeatureAblation(level.score).attribute(level.whole, baselines=level.fill, feature_mask=patches)
+        found = FeatureAblation(level.read).attribute(level.values, baselines=level.filling("grey"), feature_mask=patches)
     _close(rel.values, found[:, 0].numpy(), np.array(rel.extras["score"]))
 
 
@@ -123,10 +123,10 @@ def test_equals_captum_s_feature_ablation(tiny_random: Lab, run: Run) -> None:
 def test_every_fill_changes_only_the_hidden_patches(tiny_random: Lab, run: Run, at: str, fill: str) -> None:
     rel = attribute(tiny_random, run, method="occlusion", at=at, fill=fill, target=TARGETS)
     with undisturbed(tiny_random.model):
-        level = open_level(tiny_random, run, (run.target(),), at=at, fill=fill)
+        level: Any = open_altered(tiny_random, run, (run.target(),), at=at, fill=fill)
         hidden = torch.zeros(1, 4, 4, dtype=torch.bool)
         hidden[0, 2, 1] = True
-        filled = level.hide(hidden)[0].flatten(1).T  # patches by width
+        filled = level.altered((~hidden).float())[0].flatten(1).T  # patches by width
     own = _seen_by(tiny_random, run, at)
     assert not torch.allclose(filled[9], own[9])
     kept = [i for i in range(16) if i != 9]
@@ -138,16 +138,15 @@ def test_every_fill_changes_only_the_hidden_patches(tiny_random: Lab, run: Run, 
 
 def test_grey_tokens_are_what_the_model_makes_of_a_grey_picture(tiny_random: Lab, run: Run) -> None:
     with undisturbed(tiny_random.model):
-        level = open_level(tiny_random, run, (run.target(),), at="projector", fill="grey")
-        black = open_level(tiny_random, run, (run.target(),), at="pixels", fill="grey")
-    inputs = {**tiny_random.inputs(run), "pixel_values": black.fill}
+        level: Any = open_altered(tiny_random, run, (run.target(),), at="projector", fill="grey")
+        black: Any = open_altered(tiny_random, run, (run.target(),), at="pixels", fill="grey")
+    inputs = {**tiny_random.inputs(run), "pixel_values": black.filling("grey")}
     kept: list[Tensor] = []
     handle = connector_of(tiny_random.model).register_forward_hook(lambda m, args, out: kept.append(out))
     with torch.no_grad():
         tiny_random.model(**inputs)
     handle.remove()
-    assert level.fill is not None
-    torch.testing.assert_close(level.fill[0].flatten(1).T, kept[0][0])
+    torch.testing.assert_close(level.filling("grey")[0].flatten(1).T, kept[0][0])
 
 
 def test_most_positions_are_not_computed_again(tiny_random: Lab, run: Run) -> None:
@@ -163,9 +162,8 @@ def test_576_tokens_from_one_id_give_the_numbers_of_whole_forwards(llava15_folde
     rel = attribute(lab, run, method="occlusion", at="projector", fill="noise", block=12, target=TARGETS)
     assert run.map.coverage()[:5].max() == 0  # padded above and below; a block that holds some of it is still tried
     with undisturbed(lab.model):
-        fill = open_level(lab, run, (run.target(),), at="projector", fill="noise").fill
-    assert fill is not None
-    tokens = fill[0].flatten(1).T
+        altered: Any = open_altered(lab, run, (run.target(),), at="projector", fill="noise")
+    tokens = altered.filling("noise")[0].flatten(1).T
     whole = _naive(lab, run, "projector", None)
     block = [row * 24 + col for row in range(12, 24) for col in range(12)]
     gone = _naive(lab, run, "projector", lambda states: states.__setitem__(block, tokens[block]))
@@ -232,9 +230,9 @@ def test_a_projector_that_mixes_patches_is_refused(tiny_random: Lab, run: Run, m
 
 
 def test_groups_share_a_beginning_and_stay_small() -> None:
-    groups = _groups([100, 400, 410, 402, 300, 100], 420, 3)
+    groups = grouped([100, 400, 410, 402, 300, 100], 420, 3)
     assert groups == [[2, 3, 1], [4], [0], [5]]
-    assert _groups([5], 1000, 8) == [[0]]
+    assert grouped([5], 1000, 8) == [[0]]
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

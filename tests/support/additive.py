@@ -38,7 +38,7 @@ def additive_model(monkeypatch: pytest.MonkeyPatch) -> Install:
 
             return pixels, score
 
-        monkeypatch.setattr(HOME, "target_score", scoring)
+        monkeypatch.setattr("llava_lab.replay.alter.target_score", scoring)
 
     return install
 

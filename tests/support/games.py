@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from llava_lab.attribution.shapley import Game
-from llava_lab.replay.alter import Level
+from llava_lab.replay.alter import Altered
 
 
-def formula_level(grid: tuple[int, int], formula: Callable[[Tensor], Tensor]) -> Level:
-    """A level that shows ones and hides with zeros; `formula` scores a batch of such pictures, (B, rows, cols) -> (B, N)."""
-    whole = torch.ones(1, 1, *grid)
-    return Level("projector", grid, 1, whole, torch.zeros_like(whole), lambda shown: formula(shown[:, 0]), lambda shown: shown)
+class Formula(Altered):
+    """A picture of ones that is hidden with zeros; `formula` scores a batch of such pictures, (B, rows, cols) -> (B, N)."""
+
+    patch = 1
+
+    def __init__(self, grid: tuple[int, int], formula: Callable[[Tensor], Tensor], batch: int = 8) -> None:
+        super().__init__(grid, at="projector", fill="mean", batch=batch)
+        self.frame, self._formula = grid, formula
+
+    def _score(self, shown: Tensor, fill: str) -> Tensor:
+        return self._formula(shown)
 
 
-def formula_game(labels: np.ndarray, formula: Callable[[Tensor], Tensor], **options: Any) -> Game:
+def formula_game(labels: np.ndarray, formula: Callable[[Tensor], Tensor], batch: int = 8) -> Game:
     """The game over `labels`; `formula` sees each region as shown (1) or hidden (0), (B, n) -> (B, N)."""
     first = [int(np.flatnonzero(labels.ravel() == region)[0]) for region in range(int(labels.max()) + 1)]
     rows, cols = labels.shape
-    return Game(formula_level((rows, cols), lambda shown: formula(shown.flatten(1)[:, first])), labels, **options)
+    return Game(Formula((rows, cols), lambda shown: formula(shown.flatten(1)[:, first]), batch), labels)
