@@ -7,9 +7,7 @@ is for the tests of its family.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +19,12 @@ import torch
 from llava_lab.attribution import METHODS, Maps, Method, attribute
 from llava_lab.attribution.method import REGISTERED
 from llava_lab.attribution.registry import FAMILIES
-from llava_lab.capture.watch import _HANDLERS
 from llava_lab.errors import CheckpointError, OptionError, TargetError
 from llava_lab.models import Lab, load
 from llava_lab.models.layout import language_layers, used_vision_layers
 from llava_lab.results import Relevance, Run
 from tests.support.endpoint_server import open_box, serving, weighing
+from tests.support.leftovers import as_someone_who_trains_has_it, state_of
 from tests.support.logit_cases import speaking_lab
 from tests.support.next_folders import build_next
 from tests.support.planted import RED, planted_lab, red_picture, scripted_run
@@ -298,7 +296,8 @@ def test_a_method_works_on_a_closed_model_where_its_card_says_so(tmp_path: Path)
 # What lights up where the only red square is, and with which options. On "speaking" image tokens themselves ask for "red".
 DECIDING: dict[str, tuple[str, dict[str, Any]]] = {
     "attention": ("planted", {}),
-    "value_attention": ("planted", {"scale": "raw"}),
+    "value_attention": ("planted", {}),
+    "localization_heads": ("planted", {}),
     "rollout": ("planted", {}),
     "attention_flow": ("planted", {}),
     "occlusion": ("planted", {}),
@@ -378,36 +377,3 @@ def test_bfloat16_weights_find_the_same_patch(labs: dict[str, Lab], name: str) -
     assert rel.values.dtype == np.float32
     covered = run.map.mask_to_patches((picture == np.array(RED)).all(-1))
     assert covered.ravel()[rel.values[0].argmax()] > 0.99
-
-
-# -- what a method could leave changed ------------------------------------------------------
-
-
-@contextmanager
-def as_someone_who_trains_has_it(lab: Any) -> Iterator[None]:
-    """Mixed modes, and one parameter that wants a gradient; put back afterwards."""
-    lab.model.train()
-    lab.model.model.vision_tower.eval()
-    lab.model.lm_head.requires_grad_(True)
-    try:
-        yield
-    finally:
-        lab.model.eval()
-        lab.model.requires_grad_(False)
-
-
-def state_of(lab: Any) -> dict[str, Any]:
-    """Everything a method could leave changed."""
-    modules = list(lab.model.modules())
-    configs = (lab.model.config, lab.model.config.text_config, lab.model.config.vision_config)
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return {
-        "attention": [config._attn_implementation for config in configs],
-        "handlers": len(_HANDLERS),
-        "hooks": [len(getattr(module, kind)) for module, kind in itertools.product(modules, hooks)],
-        "training": [module.training for module in modules],
-        "gradients": [(parameter.requires_grad, parameter.grad is None) for parameter in lab.model.parameters()],
-        "weights": lab.fingerprint,
-        "random": (torch.get_rng_state().tolist(), str(np.random.get_state(legacy=False))),  # noqa: NPY002, the global one
-        "mode": torch.is_grad_enabled(),
-    }

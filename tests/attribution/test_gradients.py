@@ -1,7 +1,8 @@
-"""Gradient times input and Grad-CAM are autograd's and captum's; and what every gradient method must keep to."""
+"""Gradient methods: autograd's and captum's own answers, complete, seeded, and Ctrl-C keeps what is finished."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,17 +16,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llava_lab.attribution import METHODS, Maps
-from llava_lab.errors import OptionError
+from llava_lab.attribution import Maps
+from llava_lab.attribution.gradients import open_point
+from llava_lab.attribution.method import Method
+from llava_lab.capture import undisturbed
+from llava_lab.errors import LabError
 from llava_lab.models import Lab, load
 from llava_lab.models.layout import connector_of, language_layers
 from llava_lab.replay import fill_pixels, resolve_targets
 from llava_lab.replay.alter import open_altered
 from llava_lab.results import Run, Target
-from tests.support.gradients import PLACES, compute, leave_one_trained, leftovers, logit, noise_run, put_back, stands_at
+from tests.support.gradients import PLACES, compute, logit, noise_run, stands_at
 from tests.support.planted import RED, planted_lab, red_picture, scripted_run
 
 ALL = ("gradient_input", "integrated_gradients", "smoothgrad", "gradcam")
+
+
 QUICK = {"integrated_gradients": {"steps": 4}, "smoothgrad": {"samples": 3}}  # enough where only sameness is asked
 
 
@@ -47,9 +53,6 @@ def patch_sums(values: Tensor, patch: int = 8) -> np.ndarray:
             for y in range(rows)
         ]
     )
-
-
-# -- gradient times input -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("at", PLACES)
@@ -140,9 +143,6 @@ def test_a_contrast_is_the_difference_of_its_two_words(tiny_random: Lab, run: Ru
     np.testing.assert_allclose(both, said - other, atol=1e-4)
 
 
-# -- Grad-CAM -------------------------------------------------------------------------------
-
-
 def test_gradcam_is_captum_s_on_the_layer_llava_reads(tiny_random: Lab, run: Run) -> None:
     targets = resolve_targets(tiny_random, run, ["blue", ("blue", "green")])
     positive = compute(tiny_random, run, "gradcam", list(targets))
@@ -164,36 +164,6 @@ def test_gradcam_is_captum_s_on_the_layer_llava_reads(tiny_random: Lab, run: Run
         assert positive.extras["negative_share"][number] == pytest.approx(float((expected < 0).float().mean()))
     assert any("cut to 0" in note for note in positive.notes)
     assert not any("cut to 0" in note for note in signed.notes)
-
-
-# -- all of them ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("method", ALL)
-def test_several_targets_share_the_passes_and_equal_single_ones(tiny_random: Lab, run: Run, method: str) -> None:
-    wanted: list[Any] = ["answer", "blue", 0, ("blue", "green")]
-    together = quick(tiny_random, run, method, wanted)
-    for number, target in enumerate(wanted):
-        alone = quick(tiny_random, run, method, target)
-        assert alone.passes == together.passes
-        np.testing.assert_allclose(alone.values[0], together.values[number], atol=1e-5)
-
-
-@pytest.mark.parametrize("method", ALL)
-def test_576_image_tokens_and_both_fits_take_the_same_path(big: tuple[Lab, np.ndarray], method: str) -> None:
-    lab, picture = big
-    for fit in ("pad", "crop"):
-        run = scripted_run(lab, picture, "The car is blue.", fit=fit)
-        options = {"integrated_gradients": {"steps": 2}, "smoothgrad": {"samples": 1}}.get(method, {})
-        values = compute(lab, run, method, ["blue", ("blue", "red")], **options).values
-        assert values.shape == (2, 24, 24)
-        assert np.isfinite(values).all()
-        assert np.ptp(values, (1, 2)).min() > 0
-
-
-@pytest.fixture(scope="module")
-def big(llava15_folder: Path) -> tuple[Lab, np.ndarray]:
-    return load(str(llava15_folder)), np.random.default_rng(3).integers(0, 255, (120, 90, 3), dtype=np.uint8)
 
 
 @pytest.mark.parametrize("at", PLACES)
@@ -222,68 +192,107 @@ def test_bfloat16_weights_give_nearly_the_same_map(tiny_folder: Path, tiny_rando
     assert np.corrcoef(exact.ravel(), found.ravel())[0, 1] > 0.98  # seven layers of rounding at 1 in 256
 
 
-@pytest.mark.parametrize(
-    ("method", "options", "message"),
-    [
-        ("gradient_input", {"at": "tower"}, "at must be one of 'projector', 'vision', 'pixels', got 'tower'"),
-        ("gradient_input", {"fill": "black"}, "fill must be one of None, 'grey', 'mean', 'blur', got 'black'"),
-        ("integrated_gradients", {"steps": 0}, "steps must be a whole number of at least 1, got 0"),
-        ("integrated_gradients", {"fill": None}, "fill must be one of 'grey', .*, got None"),
-        ("integrated_gradients", {"rule": "simpson"}, "rule must be one of 'gausslegendre', .*, got 'simpson'"),
-        ("smoothgrad", {"samples": 2.5}, "samples must be a whole number of at least 1, got 2.5"),
-        ("smoothgrad", {"noise": -0.1}, "noise is a share of the values' range, 0 to 1, got -0.1"),
-        ("smoothgrad", {"batch": 0}, "batch must be a whole number of at least 1, got 0"),
-        ("gradcam", {"positive": 2}, "positive must be one of True, False, got 2"),
-    ],
-)
-def test_options_out_of_range_are_refused(tiny_random: Lab, run: Run, method: str, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(OptionError, match=message):
-        compute(tiny_random, run, method, **options)
+# -- integrated gradients and SmoothGrad ---------------------------------------------------
 
 
-class _Settings:
-    quant_method = SimpleNamespace(value="bitsandbytes")
+@pytest.mark.parametrize(("at", "fill"), [("projector", "grey"), ("vision", "blur"), ("pixels", "grey"), ("pixels", "mean")])
+def test_the_path_sums_to_the_change_of_the_logit(tiny_random: Lab, run: Run, at: str, fill: str) -> None:
+    targets = resolve_targets(tiny_random, run, ["answer", "blue", ("blue", "green")])
+    maps = compute(tiny_random, run, "integrated_gradients", list(targets), at=at, fill=fill, steps=64, batch=16)
+    pixels = tiny_random.inputs(run)["pixel_values"]
+    filled = fill_pixels(tiny_random, pixels, fill, run.map)
+    with torch.no_grad():
+        ends = [[float(logit(tiny_random, run, one, at="pixels", value=each)) for one in targets] for each in (pixels, filled)]
+    moved = np.subtract(ends[0], ends[1])
+    np.testing.assert_allclose(maps.values.sum((1, 2)), moved, atol=0.02 * np.abs(moved).max())
+    np.testing.assert_allclose(maps.extras["completeness_gap"], maps.values.sum((1, 2)) - moved, atol=1e-4)
+    np.testing.assert_allclose(maps.extras["score"], ends[0], atol=1e-4)
+    np.testing.assert_allclose(maps.extras["score_at_fill"], ends[1], atol=1e-4)
+    assert any("completeness: the map sums to" in note and "gap of" in note for note in maps.notes)
+    assert maps.passes == {"forward": 66 if at == "pixels" else 67, "backward": 64}
 
 
-@pytest.mark.parametrize("method", [*ALL, "relevancy"])
-@pytest.mark.parametrize("sign", ["settings", "weights", "modules"])
-def test_a_quantised_model_is_refused_before_anything_runs(
-    tiny_random: Lab, run: Run, monkeypatch: pytest.MonkeyPatch, method: str, sign: str
-) -> None:
-    model = tiny_random.model
-    target = resolve_targets(tiny_random, run)
-    monkeypatch.setattr(model, "forward", lambda *args, **kwargs: pytest.fail("it ran"))
-    if sign == "settings":
-        monkeypatch.setattr(model.config, "quantization_config", _Settings(), raising=False)
-    elif sign == "weights":
-        packed = nn.Parameter(torch.zeros(2, dtype=torch.uint8), requires_grad=False)
-        monkeypatch.setitem(model.lm_head._parameters, "packed", packed)
-    else:
-        kind = type("Linear8bitLt", (nn.Linear,), {"__module__": "bitsandbytes.nn.modules"})
-        monkeypatch.setitem(model.lm_head._modules, "packed", kind(1, 1))
-    with pytest.raises(
-        OptionError, match=f"^method '{method}' needs gradients, and .* packed into 8 or 4 bits; load it .*'occlusion'"
-    ) as error:
-        METHODS[method].compute(tiny_random, run, target, {})
-    assert "\n" not in str(error.value)
+def test_it_is_captum_s_own_answer_for_each_target(tiny_random: Lab, run: Run) -> None:
+    targets = resolve_targets(tiny_random, run, ["blue", "answer"])
+    found = compute(tiny_random, run, "integrated_gradients", list(targets), steps=6, batch=4, rule="riemann_trapezoid").values
+    with undisturbed(tiny_random.model), torch.enable_grad():
+        here = open_point(tiny_random, run, targets, at="projector", fill="grey")
+        method = captum.attr.IntegratedGradients(here.scores)
+        for number in range(2):
+            expected = method.attribute(here.value, here.fill, target=number, n_steps=6, method="riemann_trapezoid")
+            np.testing.assert_allclose(found[number], expected.sum(1)[0].detach(), atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ALL)
-@pytest.mark.parametrize("how", [None, RuntimeError, KeyboardInterrupt])
-def test_nothing_is_left_behind(
-    tiny_random: Lab, run: Run, monkeypatch: pytest.MonkeyPatch, method: str, how: type[BaseException] | None
-) -> None:
-    leave_one_trained(tiny_random)
-    before = leftovers(tiny_random)
-    stopped = False
+def test_ctrl_c_on_the_path_keeps_its_first_part(tiny_random: Lab, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    with interrupted_after(tiny_random, monkeypatch, calls=3 + 3):  # fill and both ends, then three steps
+        part = compute(tiny_random, run, "integrated_gradients", "blue", steps=8)
+    assert part.passes["backward"] == 3
+    assert any("Interrupted after 3 of 8 steps" in note for note in part.notes)
+    whole = compute(tiny_random, run, "integrated_gradients", "blue", steps=8)
+    assert np.abs(part.values - whole.values).max() > 0
+    with interrupted_after(tiny_random, monkeypatch, calls=3), pytest.raises(KeyboardInterrupt):
+        compute(tiny_random, run, "integrated_gradients", "blue", steps=8)
+
+
+@contextmanager
+def interrupted_after(lab: Lab, monkeypatch: pytest.MonkeyPatch, *, calls: int) -> Iterator[None]:
+    """Ctrl-C at the end of the language model's forward, once it has run `calls` times without the picture's own tower pass."""
+    last = language_layers(lab.model)[-1].mlp
+    plain, seen = last.forward, []
+
+    def stop(*args: Any) -> Tensor:
+        seen.append(1)
+        if len(seen) == calls:
+            raise KeyboardInterrupt
+        return plain(*args)
+
     with monkeypatch.context() as patch:
-        if how is not None:  # the first forward stops half-way through the language model
-            patch.setattr(language_layers(tiny_random.model)[1].mlp, "forward", lambda *args: (_ for _ in ()).throw(how("stop")))
-        try:
-            quick(tiny_random, run, method)
-        except (RuntimeError, KeyboardInterrupt):
-            stopped = True
-    after = leftovers(tiny_random)
-    put_back(tiny_random)
-    assert after == before
-    assert stopped == (how is not None)
+        patch.setattr(last, "forward", stop)
+        yield
+
+
+@pytest.mark.parametrize("at", PLACES)
+def test_without_noise_smoothgrad_is_gradient_input(tiny_random: Lab, run: Run, at: str) -> None:
+    plain = compute(tiny_random, run, "gradient_input", ["blue", 0], at=at).values
+    smooth = compute(tiny_random, run, "smoothgrad", ["blue", 0], at=at, noise=0.0, samples=3, batch=2)
+    np.testing.assert_allclose(smooth.values, plain, atol=1e-5)
+    assert smooth.passes == {"forward": 4, "backward": 3}
+    assert "mean over 3 noisy copies" in smooth.notes[0]
+
+
+def test_the_noise_is_the_seed_s_and_its_size_the_range_s(tiny_random: Lab, run: Run) -> None:
+    one, same, other = (compute(tiny_random, run, "smoothgrad", "blue", samples=4, seed=seed).values for seed in (1, 1, 2))
+    np.testing.assert_array_equal(one, same)
+    assert np.abs(one - other).max() > 1e-4
+    (target,) = resolve_targets(tiny_random, run, "blue")
+    with undisturbed(tiny_random.model):
+        here = open_point(tiny_random, run, (target,), at="projector")
+        torch.manual_seed(1)
+        spread = 0.15 * float(here.value.max() - here.value.min())
+        noisy = [here.value + torch.normal(0, torch.full_like(here.value[:, None], spread)[:, 0]) for _ in range(4)]
+        with torch.enable_grad():
+            gradients = [torch.autograd.grad(here.scores(copy.requires_grad_())[0, 0], copy)[0] for copy in noisy]
+        expected = torch.stack([(grad * value).sum(1) for grad, value in zip(gradients, noisy, strict=True)]).mean(0)
+        lengths = torch.stack(gradients).mean(0).norm(dim=1)
+    np.testing.assert_allclose(one[0], expected[0].detach(), atol=1e-4)
+    saliency = compute(tiny_random, run, "smoothgrad", "blue", samples=4, seed=1, times_input=False)
+    np.testing.assert_allclose(saliency.values[0], lengths[0], atol=1e-4)
+    assert "no sign" in saliency.notes[0]
+
+
+def test_ctrl_c_keeps_the_copies_that_are_done(tiny_random: Lab, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    with interrupted_after(tiny_random, monkeypatch, calls=3):
+        part = compute(tiny_random, run, "smoothgrad", "blue", samples=8)
+    two = compute(tiny_random, run, "smoothgrad", "blue", samples=2)
+    np.testing.assert_allclose(part.values, two.values, atol=1e-6)
+    assert any("Interrupted after 2 of 8 copies" in note for note in part.notes)
+
+
+@pytest.mark.parametrize("method", ["integrated_gradients", "smoothgrad"])
+def test_without_captum_it_says_how_to_get_it(
+    tiny_random: Lab, run: Run, monkeypatch: pytest.MonkeyPatch, method: Method
+) -> None:
+    monkeypatch.setitem(sys.modules, "captum", None)
+    monkeypatch.setitem(sys.modules, "captum.attr", None)
+    with pytest.raises(LabError, match=f"method '{method}' needs captum, which is not installed; `pip install captum`"):
+        compute(tiny_random, run, method)

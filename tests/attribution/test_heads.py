@@ -1,27 +1,30 @@
-"""Chosen heads and values weighed in: each against eager attention and a plain loop."""
+"""Every head's map against eager matrices, and localisation heads by their criterion."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from llava_lab.attribution import attribute
-from llava_lab.attribution.attention import head_weights, output_projection
-from llava_lab.capture import Full, fuse_heads, undisturbed, watch_attention
-from llava_lab.errors import LabError, OptionError, TargetError
-from llava_lab.models import Lab
+from llava_lab.attribution import attribute, find_localization_heads, head_maps
+from llava_lab.attribution.heads import elbow, rank_heads, smooth, spatial_entropy
+from llava_lab.capture import Full, undisturbed, watch_attention
+from llava_lab.errors import CheckpointError, DataError, OptionError, TargetError
+from llava_lab.models import Lab, load
 from llava_lab.models.layout import language_layers
-from llava_lab.results import Relevance, Run
-from tests.support.checkpoints import build_llama_model, build_processor, byte_tokenizer, llava_config
+from llava_lab.results import HeadMaps, Run
+from tests.support.checkpoints import build_llava
 from tests.support.planted import planted_lab, red_picture, scripted_run
 
 ANSWER = "The car is blue."
-PAIRS = ((2, 3), (0, 1), (2, 0))
+
+
+HALF: Any = {"rtol": 1e-3, "atol": 1e-6}  # what float16 keeps of a number between 0 and 1
 
 
 def _wide() -> np.ndarray:
@@ -34,6 +37,121 @@ def run(tiny_random: Lab) -> Run:
 
 
 @pytest.fixture(scope="module")
+def found(tiny_random: Lab, run: Run) -> HeadMaps:
+    return head_maps(tiny_random, run)
+
+
+def _by_eager(lab: Lab, run: Run, targets: Any) -> np.ndarray:
+    """The same maps from whole matrices: (targets, layers, heads, patches)."""
+    with torch.no_grad():
+        kept = lab.model.eval()(**lab.inputs(run), output_attentions=True, use_cache=False).attentions
+    image = slice(*run.segments["image"])
+    whole = torch.stack([layer[0].float() for layer in kept])  # L H Q K
+    return np.stack([whole[:, :, list(target.positions), image].mean(2).numpy() for target in targets])
+
+
+def test_every_head_equals_eager_attention(tiny_folder: Path, found: HeadMaps, run: Run) -> None:
+    want = _by_eager(load(str(tiny_folder), attention="eager"), run, found.targets)
+    assert found.values.shape == (len(run.words), 3, 4, 4, 4)
+    assert found.values.dtype == np.float16
+    np.testing.assert_allclose(found.values.reshape(want.shape), want, **HALF)
+
+
+def test_a_prompt_of_576_image_tokens_equals_eager_attention(llava15_folder: Path) -> None:
+    lab = load(str(llava15_folder))
+    run = scripted_run(lab, _wide(), ANSWER)
+    found = head_maps(lab, run, target=["blue", "answer"])
+    want = _by_eager(load(str(llava15_folder), attention="eager"), run, found.targets)
+    assert found.values.shape[3:] == (24, 24)
+    np.testing.assert_allclose(found.values.reshape(want.shape), want, **HALF)
+
+
+def test_the_mean_over_heads_and_layers_is_the_attention_method(tiny_random: Lab, found: HeadMaps, run: Run) -> None:
+    rel = attribute(tiny_random, run, method="attention", target="words")
+    np.testing.assert_allclose(found.values.astype(np.float32).mean((1, 2)), rel.values, **HALF)
+
+
+def test_each_map_sums_to_the_head_s_share_on_the_picture(tiny_random: Lab, found: HeadMaps, run: Run) -> None:
+    share = found.image_share
+    assert share.shape == (len(run.words), 3, 4)
+    assert share.dtype == np.float32
+    assert ((share > 0) & (share < 1)).all()
+    rel = attribute(tiny_random, run, method="attention", target="words")
+    np.testing.assert_allclose(share.mean((1, 2)), rel.extras["image_share"], rtol=1e-3)
+
+
+def test_the_planted_heads_look_at_the_red_patch() -> None:
+    lab = planted_lab()
+    run = scripted_run(lab, red_picture(64, 64, (40, 16, 48, 24)), "It is red.")
+    found = head_maps(lab, run, target="red")
+    assert (found.values[0, 0].reshape(4, -1).argmax(1) == 2 * 8 + 5).all()  # the layer that was written
+    assert found.values[0, 1].std() < 1e-4  # the layer that was not
+
+
+def test_bfloat16_equals_eager_in_bfloat16(tiny_folder: Path, run: Run) -> None:
+    lab, eager = (load(str(tiny_folder), dtype="bfloat16", attention=how) for how in ("sdpa", "eager"))
+    run = replace(run, fingerprint=lab.fingerprint)
+    coarse = head_maps(lab, run)
+    want = _by_eager(eager, run, coarse.targets)
+    # eager rounds the scores to bfloat16 before the softmax, watching keeps them in float32
+    np.testing.assert_allclose(coarse.values.reshape(want.shape), want, atol=2e-2)
+
+
+def test_a_word_of_several_tokens_is_the_mean_of_its_tokens(tiny_random: Lab) -> None:
+    run = scripted_run(tiny_random, _wide(), "The zzyzx is blue.")
+    word = run.word("zzyzx")
+    start = run.segments["answer"][0]
+    tokens = list(range(word.start - start, word.stop - start))
+    assert len(tokens) > 1
+    one = head_maps(tiny_random, run, target=word).values[0].astype(np.float32)
+    several = head_maps(tiny_random, run, target=tokens).values.astype(np.float32)
+    np.testing.assert_allclose(one, several.mean(0), **HALF)
+
+
+def test_it_comes_back_from_its_file_exactly(found: HeadMaps, tmp_path: Path) -> None:
+    again = HeadMaps.load(found.save(tmp_path / "heads.npz"))
+    np.testing.assert_array_equal(again.values, found.values)
+    assert again.values.dtype == np.float16
+    for name in ("targets", "map", "model", "fingerprint", "seconds", "notes"):
+        assert getattr(again, name) == getattr(found, name), name
+
+
+def test_nothing_stays_behind_also_after_an_interrupt(tiny_random: Lab, run: Run) -> None:
+    layers = language_layers(tiny_random.model)
+    hooks = [(len(one._forward_hooks), len(one._forward_pre_hooks)) for one in tiny_random.model.modules()]
+    before = tiny_random.model.config.text_config._attn_implementation
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = layers[1].register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        head_maps(tiny_random, run)
+    handle.remove()
+    assert tiny_random.model.config.text_config._attn_implementation == before
+    assert [(len(one._forward_hooks), len(one._forward_pre_hooks)) for one in tiny_random.model.modules()] == hooks
+    assert all(parameter.grad is None for parameter in tiny_random.model.parameters())
+
+
+def test_what_it_cannot_show_is_refused_in_one_line(tiny_random: Lab, run: Run, tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match=r"cannot tell .*blue.*attention is the same for every word"):
+        head_maps(tiny_random, run, target=("blue", "red"))
+    with pytest.raises(TargetError, match="the answer has no word 'green'.*it has 'The', 'car'"):
+        head_maps(tiny_random, run, target="green")
+    other = load(str(build_llava(tmp_path / "other", seed=5)))
+    with pytest.raises(CheckpointError, match="got one by .* with other weights; ask again"):
+        head_maps(other, run)
+
+
+def test_a_wrong_shape_is_refused(found: HeadMaps) -> None:
+    with pytest.raises(DataError, match=r"must be \(targets, layers, heads, rows, cols\)"):
+        replace(found, values=found.values[0])
+
+
+# -- localisation heads --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
 def kept(tiny_random: Lab, run: Run) -> Tensor:
     """Every attention weight, L H Q K."""
     with undisturbed(tiny_random.model), watch_attention(language_layers(tiny_random.model), Full()) as full:
@@ -41,184 +159,116 @@ def kept(tiny_random: Lab, run: Run) -> Tensor:
     return torch.stack([full.attention[i][0] for i in range(3)])
 
 
-@pytest.fixture(scope="module", params=[4, 2], ids=["every head its own values", "values shared by two heads"])
-def grouped(request: pytest.FixtureRequest) -> tuple[Lab, Run]:
-    """A random model whose heads may share keys and values."""
-    tokenizer = byte_tokenizer()
-    sizes = {"image": 32, "patch": 8, "vision_width": 32, "vision_layers": 2, "hidden": 64, "layers": 3, "heads": 4}
-    rest = {"feature_layer": -2, "feature_strategy": "default", "projector_bias": True, "context": 512}
-    config = llava_config(tokenizer, vocab=len(tokenizer), **sizes, **rest)  # type: ignore[arg-type]
-    config.text_config.num_key_value_heads = request.param
-    lab = Lab(build_llama_model(config, seed=1), build_processor(config, tokenizer, do_pad=True), name="grouped")
-    return lab, scripted_run(lab, _wide(), ANSWER)
+def test_entropy_of_regions_by_hand() -> None:
+    one, diagonal, two, lopsided = (np.zeros((6, 6)) for _ in range(4))
+    one[1:3, 1:3] = 1
+    diagonal[1, 1] = diagonal[2, 2] = diagonal[3, 1] = 1  # corners touch: one region
+    two[0, 0] = two[5, 5] = 1
+    lopsided[0, 0], lopsided[5, 5] = 4, 2
+    above = np.array([4 - 6 / 36, 2 - 6 / 36])
+    shares = above / above.sum()
+    assert spatial_entropy(one) == pytest.approx(0)
+    assert spatial_entropy(diagonal) == pytest.approx(0)
+    assert spatial_entropy(two) == pytest.approx(np.log(2))
+    assert spatial_entropy(lopsided) == pytest.approx(-(shares * np.log(shares)).sum())
+    assert spatial_entropy(np.full((6, 6), 0.5)) == float("inf")
 
 
-# -- attention with (layer, head) pairs -----------------------------------------------------
+def test_elbow_is_the_value_farthest_below_the_line() -> None:
+    assert elbow(np.array([0.9, 0.0, 0.1, 0.2, 0.1])) == pytest.approx(0.2)  # line at 0, .225, .45, .675, .9
+    assert elbow(np.array([0.3, 0.1])) == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("fusion", ["mean", "max"])
-def test_pairs_are_exactly_these_heads(tiny_random: Lab, run: Run, kept: Tensor, fusion: str) -> None:
-    rel = attribute(tiny_random, run, method="attention", target=["answer", "blue"], heads=PAIRS, fusion=fusion)
-    image = slice(*run.segments["image"])
-    rows = fuse_heads(torch.stack([kept[layer, head] for layer, head in PAIRS])[None], fusion)[0]
-    for i, target in enumerate(rel.targets):
-        want = rows[list(target.positions)].mean(0)
-        np.testing.assert_allclose(rel.values[i].ravel(), want[image].numpy(), atol=1e-6)
-    shares = rel.extras["image_share_by_head"]
-    assert [(one["layer"], one["head"]) for one in shares] == list(PAIRS)
-    blue = list(rel.targets[1].positions)
-    assert shares[0]["share"][1] == pytest.approx(float(kept[2, 3][blue][:, image].sum(1).mean()), abs=1e-6)
-    assert "L2H3, L0H1, L2H0" in rel.notes[0]
+def test_ranking_wants_the_picture_first_and_then_one_place() -> None:
+    maps = np.full((2, 3, 4, 4), 0.001)
+    maps[0, 0, 1, 1] = 0.8  # one place
+    maps[0, 2, 0, 0] = maps[0, 2, 3, 3] = 0.42  # two places
+    maps[1, 1, 2, 2] = 0.9  # one place, more of it
+    maps[1, 0, 2, 2] = 0.02  # one place, hardly looked at
+    ranked = rank_heads(maps, first=5, threshold=0.5)
+    assert [(one.layer, one.head) for one in ranked] == [(6, 1), (5, 0), (5, 2)]
+    assert ranked[0].image_share == pytest.approx(0.915)
+    assert [(one.layer, one.head) for one in rank_heads(maps)][:1] == [(1, 1)]
 
 
-def test_pairs_survive_saving(tiny_random: Lab, run: Run, tmp_path: Path) -> None:
-    rel = attribute(tiny_random, run, method="attention", heads=PAIRS)
-    again = Relevance.load(rel.save(tmp_path / "map.npz"))
-    assert again.options == rel.options
-    assert rel.options["heads"] == [[2, 3], [0, 1], [2, 0]]
-    np.testing.assert_array_equal(
-        attribute(tiny_random, run, method="attention", heads=again.options["heads"]).values, rel.values
-    )
+def test_smoothing_keeps_a_flat_map_and_spreads_a_peak() -> None:
+    flat = np.full((5, 7), 0.25)
+    np.testing.assert_allclose(smooth(flat, 1.0), flat)
+    peak = np.zeros((15, 15))
+    peak[7, 7] = 1
+    spread = smooth(peak, 1.0)
+    bump = np.exp(-(np.arange(-3, 4) ** 2) / 2)
+    np.testing.assert_allclose(spread[4:11, 4:11], np.outer(bump, bump) / bump.sum() ** 2)
+    assert spread[3].max() == 0, "seven patches wide"
+    assert smooth(peak, 0) is peak
 
 
-@pytest.mark.parametrize("method", ["attention", "value_attention", "relative_attention"])
-@pytest.mark.parametrize("heads", [((3, 0),), ((0, 4),), ((0, 1), 2), ((0, 1, 2),), ((-1, 0),), True, (True,)], ids=str)
-def test_heads_nobody_has_are_refused(tiny_random: Lab, run: Run, method: str, heads: Any) -> None:
-    forms = r"numbers from 0 to 3, or None for all, or \(layer, head\) pairs like .* with layers from 0 to 2; got"
-    with pytest.raises(OptionError, match=forms):
-        attribute(tiny_random, run, method=method, heads=heads)
-
-
-def test_pairs_and_a_window_are_refused_together(tiny_random: Lab, run: Run) -> None:
-    with pytest.raises(OptionError, match=r"leave layers=None, got \(0, 2\)"):
-        attribute(tiny_random, run, method="attention", heads=PAIRS, layers=(0, 2))
-
-
-@pytest.mark.parametrize("method", ["value_attention", "localization_heads", "relative_attention", "attention_flow"])
-def test_contrasts_are_refused(tiny_random: Lab, run: Run, method: str) -> None:
-    with pytest.raises(TargetError, match=f"{method!r} cannot tell 'blue, not green'"):
-        attribute(tiny_random, run, method=method, target=("blue", "green"))
-
-
-# -- attention weighed by values ------------------------------------------------------------
-
-
-def _eager_vectors(lab: Lab, run: Run) -> tuple[Tensor, Tensor]:
-    """Attention L H Q K by eager, and every head's projected value L H K D, one after the other, in float64."""
-    layers, values = language_layers(lab.model), []
-    handles = [layer.self_attn.v_proj.register_forward_hook(lambda *call: values.append(call[2][0])) for layer in layers]
-    lab.model.set_attn_implementation("eager")
+def _one_pointing_head() -> tuple[Lab, list[Run]]:
+    """The hand-written model with only L0H2 looking at red; the others look everywhere alike."""
+    lab = planted_lab()
+    attention = language_layers(lab.model)[0].self_attn
     with torch.no_grad():
-        attentions = lab.model(**lab.inputs(run), output_attentions=True).attentions
-    lab.model.set_attn_implementation("sdpa")
-    for handle in handles:
-        handle.remove()
-    moved = []
-    for layer, value in zip(layers, values, strict=True):
-        weight, width = layer.self_attn.o_proj.weight.double(), layer.self_attn.head_dim
-        group = 4 // (value.shape[1] // width)
-        for head in range(4):
-            own = value[:, (head // group) * width : (head // group + 1) * width].double()
-            moved.append(own @ weight[:, head * width : (head + 1) * width].T)
-    return torch.cat(attentions).double(), torch.stack(moved).reshape(len(layers), 4, *moved[0].shape)
+        for head in (0, 1, 3):
+            attention.q_proj.weight[head * attention.head_dim : (head + 1) * attention.head_dim] = 0
+    boxes = [(12, 60, 36, 84), (60, 12, 84, 36), (36, 36, 60, 60)]
+    return lab, [scripted_run(lab, red_picture(96, 96, box), "The car is red.") for box in boxes]
+
+
+def test_the_one_pointing_head_is_found_and_followed() -> None:
+    lab, runs = _one_pointing_head()
+    rel = attribute(lab, runs[0], method="localization_heads", target="red", top=1)
+    found = rel.extras["heads"][0]
+    assert [(one["layer"], one["head"]) for one in found] == [(0, 2)]
+    assert found[0]["entropy"] == pytest.approx(0, abs=1e-6)
+    y, x = np.unravel_index(int(rel.values[0].argmax()), rel.values[0].shape)
+    assert 5 <= y < 7
+    assert 1 <= x < 3
+    assert "L0H2" in rel.notes[0]
+    assert find_localization_heads(lab, runs, top=1) == ((0, 2),)
+    given = attribute(lab, runs[0], method="localization_heads", target="red", heads=((0, 2),))
+    np.testing.assert_array_equal(given.values, rel.values)
+    plain = attribute(lab, runs[0], method="localization_heads", target="red", heads=((0, 2),), sigma=0)
+    row = attribute(lab, runs[0], method="attention", target="red", heads=((0, 2),))
+    np.testing.assert_allclose(plain.values, row.values, atol=1e-7)
+
+
+def test_the_map_is_the_smoothed_mean_of_the_heads_it_names(tiny_random: Lab, run: Run, kept: Tensor) -> None:
+    rel = attribute(tiny_random, run, method="localization_heads", target=["blue", 0])
+    for i, target in enumerate(rel.targets):
+        rows = kept[:, :, list(target.positions)].mean(2)[..., slice(*run.segments["image"])]
+        maps = rows.reshape(3, 4, 4, 4).numpy()
+        want = rank_heads(maps)[:3]
+        named = [(one["layer"], one["head"]) for one in rel.extras["heads"][i]]
+        assert named == [(one.layer, one.head) for one in want]
+        np.testing.assert_allclose(rel.values[i], smooth(np.mean([maps[pair] for pair in named], 0), 1.0), atol=1e-6)
+
+
+def test_the_first_two_layers_are_left_out_of_a_deep_model(tmp_path: Path) -> None:
+    lab = load(str(build_llava(tmp_path / "deep", layers=5)))
+    run = scripted_run(lab, _wide(), ANSWER)
+    rel = attribute(lab, run, method="localization_heads", threshold=0, top=99)
+    assert {one["layer"] for one in rel.extras["heads"][0]} == {2, 3, 4}
+    assert any("among layers 2 to 4" in note for note in rel.notes)
+    all_of_them = attribute(lab, run, method="localization_heads", threshold=0, top=99, layers=(0, 5))
+    assert len(all_of_them.extras["heads"][0]) == 20
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "message"),
     [
-        {"scale": "raw"},
-        {"scale": "raw", "join": "vectors"},
-        {},
-        {"join": "vectors"},
-        {"layers": (1, 3), "heads": (3, 1)},
-        {"heads": 2, "join": "vectors", "scale": "raw"},
-        {"heads": PAIRS, "scale": "raw"},
-        {"heads": PAIRS, "join": "vectors"},
+        ({"top": 0}, "top must be a whole number of at least 1, got 0"),
+        ({"sigma": -1}, "sigma must be a number of at least 0, got -1"),
+        ({"threshold": "high"}, "threshold must be a number of at least 0, got 'high'"),
+        ({"threshold": 2.0}, "no head gives the picture 2 of its attention, the most is 0"),
+        ({"heads": (1, 2)}, r"heads must be \(layer, head\) pairs like"),
+        ({"heads": ((9, 2),)}, "with layers from 0 to 2; got"),
     ],
-    ids=str,
 )
-def test_value_attention_equals_a_loop_over_eager_attention(grouped: tuple[Lab, Run], options: dict[str, Any]) -> None:
-    lab, run = grouped
-    attention, moved = _eager_vectors(lab, run)
-    heads = options.get("heads", range(4))
-    layers = range(*options.get("layers", (0, 3)))
-    chosen = {layer: [heads] if isinstance(heads, int) else list(heads) for layer in layers}
-    if heads == PAIRS:
-        chosen = {0: [1], 2: [3, 0]}
-    rows = []
-    for layer, mine in chosen.items():
-        pieces = torch.stack([attention[layer, h][:, :, None] * moved[layer, h][None] for h in mine])  # h Q K D
-        row = pieces.sum(0).norm(dim=-1) if options.get("join") == "vectors" else pieces.norm(dim=-1).mean(0)
-        rows.append(row if options.get("scale") == "raw" else row / row.sum(-1, keepdim=True))
-    mean = torch.stack(rows).mean(0)
-    rel = attribute(lab, run, method="value_attention", target=["answer", "blue"], **options)
-    for i, target in enumerate(rel.targets):
-        want = mean[list(target.positions)].mean(0)
-        image = want[slice(*run.segments["image"])]
-        np.testing.assert_allclose(rel.values[i].ravel(), image.numpy(), rtol=1e-4, atol=1e-6)
-        assert rel.extras["image_share"][i] == pytest.approx(float(image.sum() / want.sum()), abs=1e-5)
-    if options.get("scale") != "raw":
-        assert sum(rel.extras["mass"][0].values()) == pytest.approx(1, abs=1e-5)
+def test_localisation_options_out_of_range_are_refused(tiny_random: Lab, run: Run, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        attribute(tiny_random, run, method="localization_heads", **options)
 
 
-def test_heads_that_cancel_count_only_without_their_direction(grouped: tuple[Lab, Run]) -> None:
-    lab, _ = grouped
-    before = {name: value.clone() for name, value in lab.model.state_dict().items()}
-    with torch.no_grad():
-        for layer in language_layers(lab.model):
-            mine = layer.self_attn
-            width = mine.head_dim
-            for part in (mine.q_proj, mine.k_proj, mine.v_proj):
-                part.weight[width : 2 * width] = part.weight[:width]
-            mine.o_proj.weight[:, width : 2 * width] = -mine.o_proj.weight[:, :width]
-    again = scripted_run(lab, _wide(), ANSWER)
-    found = {
-        join: attribute(lab, again, method="value_attention", heads=(0, 1), join=join, scale="raw").values
-        for join in ("norms", "vectors")
-    }
-    lab.model.load_state_dict(before)
-    assert found["vectors"].max() < 1e-3 * found["norms"].max()
-
-
-def test_packed_projections_are_read_by_what_they_do() -> None:
-    plain = nn.Linear(12, 7)
-
-    class Packed(nn.Module):
-        in_features = 12
-        weight = torch.zeros(42, 1, dtype=torch.uint8)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return plain(x)
-
-    value = torch.zeros(1, 3, 5, 4)
-    with torch.no_grad():
-        weights = head_weights(plain, value)
-        assert weights.shape == (3, 4, 7)
-        torch.testing.assert_close(head_weights(Packed(), value), weights, atol=1e-6, rtol=0)
-    with pytest.raises(LabError, match="expected a linear output projection, got Identity"):
-        head_weights(nn.Identity(), value)
-
-
-def test_a_layer_without_an_output_projection_is_refused() -> None:
-    attention, layer = nn.Module(), nn.Module()
-    attention.config, layer.self_attn = object(), attention  # type: ignore[assignment]
-    with pytest.raises(LabError, match="output projection named o_proj or out_proj, got Module without"):
-        output_projection(layer)
-
-
-@pytest.mark.parametrize(("option", "value"), [("join", "sum"), ("scale", "log")])
-def test_value_options_list_their_choices(tiny_random: Lab, run: Run, option: str, value: str) -> None:
-    with pytest.raises(OptionError, match=f"{option} must be one of '.*', got '{value}'"):
-        attribute(tiny_random, run, method="value_attention", **{option: value})
-
-
-def test_only_red_patches_have_values_to_fetch() -> None:
-    lab = planted_lab()
-    picture = red_picture(96, 96, (12, 60, 36, 84))
-    run = scripted_run(lab, picture, "The car is red.")
-    covered = run.map.mask_to_patches((picture == (220, 30, 30)).all(-1))
-    rel = attribute(lab, run, method="value_attention", target="red", scale="raw")
-    plain = attribute(lab, run, method="attention", target="red")
-    # grey noise is nearly as red as it is green: it draws attention and is worth almost nothing
-    assert rel.values[0][covered == 0].max() < 1e-3 * rel.values[0][covered == 1].min()
-    assert plain.values[0][covered == 0].max() > 1e-3 * plain.values[0][covered == 1].min()
+def test_heads_cannot_be_found_on_no_runs(tiny_random: Lab) -> None:
+    with pytest.raises(OptionError, match="at least one run to find localisation heads on, got none"):
+        find_localization_heads(tiny_random, [])

@@ -1,26 +1,23 @@
-"""What the three logit methods share (planted causes, sizes, nothing left behind, messages), and the logit lens."""
+"""Direct logit attribution as an exact sum, and the logit lens of image tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from llava_lab.attribution import attribute
-from llava_lab.errors import OptionError
-from llava_lab.models import Lab, load
+from llava_lab.capture import Full, undisturbed, watch_attention
+from llava_lab.errors import LabError
+from llava_lab.models import Lab
 from llava_lab.models.layout import language_layers, language_model
 from llava_lab.results import Run, Target
-from tests.support.logit_cases import speaking_lab, states_and_logits
-from tests.support.planted import RED, planted_lab, red_picture, scripted_run
-
-METHODS = ("tam", "direct_logit", "logit_lens_map")
-MAPS: dict[str, dict[str, Any]] = {"tam": {"filter": None}, "direct_logit": {}, "logit_lens_map": {}}
-BOXES = [(120, 80, (60, 10, 80, 30)), (80, 120, (10, 60, 30, 80)), (96, 96, (12, 60, 36, 84))]
+from tests.support.logit_cases import grouped_lab, states_and_logits
+from tests.support.planted import planted_lab, red_picture, scripted_run
 
 
 @pytest.fixture(scope="module")
@@ -30,16 +27,128 @@ def run(tiny_random: Lab) -> Run:
 
 
 @pytest.fixture(scope="module")
-def planted() -> Lab:
-    return planted_lab()
+def grouped() -> Lab:
+    return grouped_lab()
 
 
-@pytest.fixture(scope="module")
-def speaking() -> Lab:
-    return speaking_lab()
+@pytest.mark.parametrize(
+    "options", [{}, {"centre": True}, {"layers": (1, 2)}, {"heads": (0, 3)}, {"heads": ((0, 1), (1, 2))}], ids=str
+)
+@pytest.mark.parametrize("which", ["tiny_random", "grouped"])
+def test_map_and_remainder_add_up_to_the_models_logit(
+    which: str, options: dict[str, Any], request: pytest.FixtureRequest
+) -> None:
+    lab: Lab = request.getfixturevalue(which)
+    picture = np.random.default_rng(5).integers(0, 255, (60, 40, 3), dtype=np.uint8)
+    run = scripted_run(lab, picture, "No, the car is blue.", fit="crop")
+    rel = attribute(lab, run, method="direct_logit", target=["answer", "blue", ("blue", "red"), 0], **options)
+    _, logits = states_and_logits(lab, run)
+    if options.get("centre"):
+        logits = logits - logits.mean(-1, keepdim=True)
+    for i, target in enumerate(rel.targets):
+        want = sum(float(logits[at, token]) for at, token in zip(target.positions, target.token_ids, strict=True))
+        want -= sum(float(logits[at, token]) for at, token in zip(target.positions, target.against_ids, strict=False))
+        parts = dict(rel.extras["parts"][i])
+        assert abs(parts.pop("rounding")) < 1e-4
+        assert parts.pop("image") == pytest.approx(float(rel.values[i].sum()), abs=1e-4)
+        assert float(rel.values[i].sum()) + sum(parts.values()) == pytest.approx(want, abs=1e-4)
+        assert rel.extras["logit"][i] == pytest.approx(want, abs=1e-4)
+        assert set(parts) == {"image_left_out", "mlp", "embedding", "bias", "system", "question", "cue", "answer"}
+        assert (abs(parts["bias"]) > 1e-3) == (which == "grouped")
+        image = float(np.sum(rel.extras["image_by_layer"][i]))
+        assert image == pytest.approx(float(rel.values[i].sum()) + parts["image_left_out"], abs=1e-4)
 
 
-# -- logit lens -----------------------------------------------------------------------------
+@pytest.mark.parametrize("which", ["tiny_random", "grouped"])
+def test_direct_logit_equals_moving_one_head_and_one_position_at_a_time(which: str, request: pytest.FixtureRequest) -> None:
+    lab: Lab = request.getfixturevalue(which)
+    picture = np.random.default_rng(6).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+    run = scripted_run(lab, picture, "No, the car is blue.")
+    layers, target = language_layers(lab.model), run.target("blue")
+    values: dict[int, torch.Tensor] = {}
+    hooks = [
+        layer.self_attn.v_proj.register_forward_hook(lambda module, args, out, i=i: values.__setitem__(i, out[0]))
+        for i, layer in enumerate(layers)
+    ]
+    with undisturbed(lab.model), watch_attention(layers, Full()) as full:
+        lab.model(**lab.inputs(run))
+    for hook in hooks:
+        hook.remove()
+    last: list[torch.Tensor] = []
+    norm: Any = language_model(lab.model).norm
+    hook = norm.register_forward_pre_hook(lambda module, args: last.append(args[0][0]))
+    states_and_logits(lab, run)
+    hook.remove()
+    start, stop = run.segments["image"]
+    want = np.zeros(stop - start)
+    for at, token in zip(target.positions, target.token_ids, strict=True):
+        scale = float((last[0][at].double().square().mean() + norm.variance_epsilon).rsqrt())
+        direction = lab.model.lm_head.weight[token].double() * norm.weight.double() * scale
+        for i, layer in enumerate(layers):
+            out, shared = layer.self_attn.o_proj.weight.double(), values[i].double().view(len(values[i]), -1, 16)
+            for head in range(4):
+                group = head * shared.shape[1] // 4
+                for position in range(start, stop):
+                    carried = float(full.attention[i][0, head, at, position]) * shared[position, group]
+                    want[position - start] += float(direction @ (out[:, head * 16 : (head + 1) * 16] @ carried))
+    rel = attribute(lab, run, method="direct_logit", target="blue")
+    np.testing.assert_allclose(rel.values[0].ravel(), want, atol=1e-5)
+    assert np.abs(want).max() > 0.01
+
+
+def test_direct_logit_of_a_contrast_is_the_difference_of_the_two_words(tiny_random: Lab, run: Run) -> None:
+    contrast = attribute(tiny_random, run, method="direct_logit", target=("blue", "red"))
+    position, said, other = (getattr(contrast.targets[0], name)[0] for name in ("positions", "token_ids", "against_ids"))
+    singles = [Target("token", "x", (position,), (token,)) for token in (said, other)]
+    one, two = attribute(tiny_random, run, method="direct_logit", target=singles).values
+    np.testing.assert_allclose(contrast.values[0], one - two, atol=1e-5)
+    centred = attribute(tiny_random, run, method="direct_logit", target=("blue", "red"), centre=True)
+    np.testing.assert_allclose(centred.values, contrast.values, atol=1e-6)
+
+
+def test_maps_of_separate_heads_add_up_to_the_whole_map(tiny_random: Lab, run: Run) -> None:
+    whole = attribute(tiny_random, run, method="direct_logit", target="blue")
+    heads = [attribute(tiny_random, run, method="direct_logit", target="blue", heads=head).values for head in range(4)]
+    np.testing.assert_allclose(sum(heads), whole.values, atol=1e-5)
+    layers = [attribute(tiny_random, run, method="direct_logit", target="blue", layers=(i, i + 1)) for i in range(3)]
+    np.testing.assert_allclose(sum(one.values for one in layers), whole.values, atol=1e-5)
+    by_layer = [float(one.values.sum()) for one in layers]
+    np.testing.assert_allclose(whole.extras["image_by_layer"][0], by_layer, atol=1e-5)
+    best = whole.extras["top_heads"][0][0]
+    alone = attribute(tiny_random, run, method="direct_logit", target="blue", heads=((best["layer"], best["head"]),))
+    assert float(alone.values.sum()) == pytest.approx(best["value"], abs=1e-5)
+    assert "L" + str(best["layer"]) in alone.notes[-1]
+
+
+def test_layers_that_do_more_than_add_are_refused(tiny_random: Lab, run: Run) -> None:
+    hook = language_layers(tiny_random.model)[1].register_forward_hook(lambda module, args, out: 1.5 * out)
+    try:
+        with pytest.raises(LabError, match="expected parts that add up to the logit, .* is missing"):
+            attribute(tiny_random, run, method="direct_logit")
+    finally:
+        hook.remove()
+
+
+def test_a_norm_that_subtracts_the_mean_is_refused(tiny_random: Lab, run: Run) -> None:
+    language: Any = language_model(tiny_random.model)
+    own, language.norm = language.norm, nn.LayerNorm(64)
+    try:
+        with pytest.raises(LabError, match="expected a root-mean-square final norm, got LayerNorm"):
+            attribute(tiny_random, replace(run, fingerprint=tiny_random.fingerprint), method="direct_logit")
+    finally:
+        language.norm = own
+
+
+def test_all_of_the_planted_logit_comes_from_the_picture() -> None:
+    planted = planted_lab()
+    run = scripted_run(planted, red_picture(96, 96, (12, 60, 36, 84)), "The car is red.")
+    rel = attribute(planted, run, method="direct_logit", target="red")
+    assert rel.extras["logit"][0] > 0.1
+    assert rel.values[0].sum() == pytest.approx(rel.extras["logit"][0], rel=1e-4)
+    assert rel.extras["top_heads"][0][0]["layer"] == 0
+
+
+# -- the logit lens ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", ["probability", "logit"])
@@ -79,124 +188,3 @@ def test_lens_reduces_each_word_over_its_states_and_tokens(tiny_random: Lab, run
     pair = [replace(one, positions=(at,)) for one in (said, other)]
     blue, red = attribute(tiny_random, run, method="logit_lens_map", target=pair).values
     np.testing.assert_allclose(strongest.values[1], blue - red, atol=1e-6)
-
-
-# -- a cause that was planted ---------------------------------------------------------------
-
-
-@pytest.mark.parametrize("fit", ["pad", "crop"])
-@pytest.mark.parametrize(("width", "height", "box"), BOXES)
-@pytest.mark.parametrize(
-    ("which", "how"),
-    [
-        ("planted", {"method": "direct_logit"}),
-        ("planted", {"method": "direct_logit", "target": ("red", "blue")}),
-        ("speaking", {"method": "tam", "filter": None}),
-        ("speaking", {"method": "logit_lens_map"}),
-        ("speaking", {"method": "logit_lens_map", "layers": 0, "value": "logit", "target": ("red", "blue")}),
-    ],
-    ids=str,
-)
-def test_the_red_square_lights_up_where_it_is(
-    which: str,
-    how: dict[str, Any],
-    fit: str,
-    width: int,
-    height: int,
-    box: tuple[int, int, int, int],
-    request: pytest.FixtureRequest,
-) -> None:
-    lab: Lab = request.getfixturevalue(which)
-    picture = red_picture(width, height, box)
-    run = scripted_run(lab, picture, "The car is red.", fit=fit)
-    rel = attribute(lab, run, **{"target": "red", **how})
-    red = (picture == np.array(RED)).all(-1)
-    painted = rel.on_picture()
-    y, x = np.unravel_index(np.nanargmax(painted), painted.shape)
-    assert red[y, x], f"brightest at ({x}, {y}), the red square is {box}"
-    covered = run.map.mask_to_patches(red)
-    assert rel.values[0][covered == 1].min() > rel.values[0][covered == 0].max()
-
-
-# -- any size, any dtype, nothing left behind -----------------------------------------------
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_576_image_tokens_and_several_targets_in_one_forward(llava15_folder: Any, method: str) -> None:
-    lab = load(str(llava15_folder))
-    wide = np.random.default_rng(1).integers(0, 255, (40, 64, 3), dtype=np.uint8)
-    run = scripted_run(lab, wide, "The car is red.", fit="pad")
-    together = attribute(lab, run, method=method, target=["answer", "red", ("red", "blue")])
-    assert together.values.shape == (3, 24, 24)
-    assert together.passes == {"forward": 1, "backward": 0}
-    alone = attribute(lab, run, method=method, target="red")
-    np.testing.assert_allclose(alone.values[0], together.values[1], atol=1e-5)
-    assert np.ptp(together.values, (1, 2)).min() > 0
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_bfloat16_gives_nearly_the_same_map(llava15_folder: Any, method: str) -> None:
-    exact, rough = load(str(llava15_folder)), load(str(llava15_folder), dtype="bfloat16")
-    picture = np.random.default_rng(1).integers(0, 255, (40, 40, 3), dtype=np.uint8)
-    maps = []
-    for lab in (exact, rough):
-        run = scripted_run(lab, picture, "The car is red.")
-        maps.append(attribute(lab, run, method=method, target="red", **MAPS[method]).values[0].ravel())
-    assert np.corrcoef(*maps)[0, 1] > 0.98
-
-
-@pytest.fixture
-def untouched(tiny_random: Lab) -> Iterator[Lab]:
-    """In training mode before and after; hooks, weights and random state as they were."""
-    model = tiny_random.model
-    model.train()
-
-    def state() -> Any:
-        hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
-        grads = [(p.requires_grad, p.grad is None) for p in model.parameters()]
-        implementations = [part._attn_implementation for part in (model.config, model.config.text_config)]
-        training = [m.training for m in model.modules()]
-        return hooks, grads, implementations, training, tiny_random.fingerprint, torch.get_rng_state().tolist()
-
-    before = state()
-    yield tiny_random
-    after = state()
-    model.eval()
-    assert after == before
-
-
-@pytest.mark.parametrize("how", [None, RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("method", METHODS)
-def test_nothing_is_left_behind(
-    untouched: Lab, run: Run, monkeypatch: pytest.MonkeyPatch, method: str, how: type[BaseException] | None
-) -> None:
-    if how is None:
-        attribute(untouched, run, method=method)
-        return
-    with monkeypatch.context() as patch:
-        last = language_layers(untouched.model)[-1]
-        patch.setattr(last.mlp, "forward", lambda *args: (_ for _ in ()).throw(how("stop")))
-        with pytest.raises(how, match="stop"):
-            attribute(untouched, run, method=method)
-
-
-@pytest.mark.parametrize(
-    ("method", "options", "message"),
-    [
-        ("tam", {"correction": "all"}, "correction must be one of 'context', 'answer', 'none', got 'all'"),
-        ("tam", {"filter": 2}, "filter must be None or an odd window from 1 to 4 patches, got 2"),
-        ("tam", {"filter": 7}, "filter must be None or an odd window from 1 to 4"),
-        ("tam", {"clip": "no"}, "clip must be one of True, False"),
-        ("direct_logit", {"layers": (2, 9)}, "layers must be .start, stop. with 0 <= start < stop <= 3"),
-        ("direct_logit", {"heads": 4}, "heads must be numbers from 0 to 3"),
-        ("direct_logit", {"centre": "mean"}, "centre must be one of False, True"),
-        ("logit_lens_map", {"layers": 4}, "layers must be a state from 0 .projector output. to 3 .last layer., got 4"),
-        ("logit_lens_map", {"layers": (0, 5)}, "layers must be .start, stop. with 0 <= start < stop <= 4"),
-        ("logit_lens_map", {"value": "odds"}, "value must be one of 'probability', 'logit'"),
-        ("logit_lens_map", {"reduce": "sum"}, "reduce must be one of 'max', 'mean'"),
-    ],
-)
-def test_wrong_options_are_refused_in_one_line(tiny_random: Lab, run: Run, method: str, options: dict, message: str) -> None:
-    with pytest.raises(OptionError, match=message) as error:
-        attribute(tiny_random, run, method=method, **options)
-    assert "\n" not in str(error.value)

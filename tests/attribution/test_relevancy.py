@@ -1,4 +1,4 @@
-"""Relevancy: rules 5 and 6 against plain autograd on kept eager matrices, every variant, and nothing left behind."""
+"""Relevancy is rules 5 and 6 on kept matrices, and lvlm-interpret's own maps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from llava_lab.models.layout import language_layers, used_vision_layers
 from llava_lab.replay import resolve_targets
 from llava_lab.results import Run
 from tests.support.checkpoints import SENTENCES, build_llama_model, build_llava, build_processor, byte_tokenizer, llava_config
-from tests.support.gradients import compute, leave_one_trained, leftovers, noise_run, put_back
+from tests.support.gradients import compute, noise_run
+from tests.support.leftovers import as_someone_who_trains_has_it, state_of
 from tests.support.planted import RED, planted_lab, red_picture, scripted_run
 
 
@@ -77,9 +78,6 @@ def naive(lab: Lab, run: Run, target: Any, *, vision: bool = False) -> np.ndarra
         return image.numpy()
     through = rules(tower, gradients[len(language) :])
     return (image @ through[1:])[1:].numpy()
-
-
-# -- rules 5 and 6 --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("vision", [False, True])
@@ -141,9 +139,6 @@ def test_576_image_tokens_and_both_fits_take_the_same_path(llava15_folder: Path)
         np.testing.assert_allclose(found[0], expected, rtol=1e-3, atol=1e-5 * expected.max())
 
 
-# -- lvlm-interpret's own maps --------------------------------------------------------------
-
-
 def lvlm_interpret(lab: Lab, run: Run) -> np.ndarray:
     """(answer tokens, patches) by their way: generation with every step's graph kept, one backward per token."""
     inputs = lab.inputs(run)
@@ -196,9 +191,6 @@ def test_the_variant_refuses_what_that_tool_cannot_do(tiny_random: Lab, run: Run
         maps(tiny_random, run, ("blue", "green"), variant="lvlm-interpret")
 
 
-# -- what it says ---------------------------------------------------------------------------
-
-
 def test_mass_and_class_token_share_are_what_the_chain_leaves(tiny_random: Lab, eager: Lab, run: Run) -> None:
     targets = resolve_targets(tiny_random, run, "blue")
     plain = METHODS["relevancy"].compute(tiny_random, run, targets, METHODS["relevancy"].with_defaults({}))
@@ -232,18 +224,6 @@ def test_the_planted_red_square_lights_up(options: dict[str, Any]) -> None:
     assert values[covered == 1].min() > values[covered == 0].max()
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"vision": 1.5}, "vision must be one of False, True, got 1.5"),
-        ({"variant": "chfer"}, "one of 'chefer', 'lvlm-interpret', got 'chfer'"),
-    ],
-)
-def test_options_out_of_range_are_refused(tiny_random: Lab, run: Run, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(OptionError, match=message):
-        maps(tiny_random, run, **options)
-
-
 def test_bfloat16_weights_give_nearly_the_same_map(tiny_folder: Path, tiny_random: Lab, run: Run) -> None:
     rough = load(str(tiny_folder), dtype="bfloat16")
     exact = maps(tiny_random, run, ["blue", "answer"], vision=True)
@@ -262,16 +242,11 @@ def test_a_head_that_is_not_norm_and_lm_head_is_refused(tiny_random: Lab, run: R
         maps(tiny_random, run, "blue")
 
 
-# -- nothing left behind --------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("at", ["the forward", "the way back", "nowhere"])
 @pytest.mark.parametrize("how", [RuntimeError, KeyboardInterrupt])
 def test_nothing_is_left_behind(
     tiny_random: Lab, run: Run, monkeypatch: pytest.MonkeyPatch, at: str, how: type[BaseException]
 ) -> None:
-    leave_one_trained(tiny_random)
-    before = leftovers(tiny_random)
     layer = language_layers(tiny_random.model)[1]
     plain, calls = layer.mlp.forward, []
 
@@ -282,13 +257,13 @@ def test_nothing_is_left_behind(
         return plain(*args)
 
     stopped = False
-    with monkeypatch.context() as patch:
-        patch.setattr(layer.mlp, "forward", stop)
-        try:
-            maps(tiny_random, run, ["blue", "answer"], vision=True)
-        except (RuntimeError, KeyboardInterrupt):
-            stopped = True
-    after = leftovers(tiny_random)
-    put_back(tiny_random)
-    assert after == before
+    with as_someone_who_trains_has_it(tiny_random):
+        before = state_of(tiny_random)
+        with monkeypatch.context() as patch:
+            patch.setattr(layer.mlp, "forward", stop)
+            try:
+                maps(tiny_random, run, ["blue", "answer"], vision=True)
+            except (RuntimeError, KeyboardInterrupt):
+                stopped = True
+        assert state_of(tiny_random) == before
     assert stopped == (at != "nowhere")

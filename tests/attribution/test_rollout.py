@@ -1,7 +1,8 @@
-"""Rollout on a model: every option equals the definition on kept matrices, and says what it did."""
+"""Rollout: the product by its definition, every option on kept matrices, sinks, and the vision tower alone."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,122 @@ import torch
 from torch import Tensor
 
 from llava_lab.attribution import attribute
-from llava_lab.attribution.rollout import FLOOR, Flow, TowerRollout, chain_through_vision, remove_columns
+from llava_lab.attribution.rollout import (
+    FLOOR,
+    Flow,
+    TowerRollout,
+    UniformFlow,
+    chain_through_vision,
+    column_pull,
+    find_sinks,
+    remove_columns,
+    whole_rows,
+)
 from llava_lab.capture import Full, fuse_heads, undisturbed, watch_attention
-from llava_lab.errors import LabError, OptionError, TargetError
+from llava_lab.errors import LabError
 from llava_lab.models import Lab, load
 from llava_lab.models.layout import language_layers, used_vision_layers
-from llava_lab.results import Relevance, Run
-from tests.attribution.test_flow import naive_rollout, uniform_attention
+from llava_lab.results import Run
+from tests.support.matrices import naive_rollout, uniform_attention
 from tests.support.planted import planted_lab, scripted_run
+
+# -- the product ---------------------------------------------------------------------------
+
+
+def test_two_layers_by_hand() -> None:
+    flow = Flow(2, causal=True)
+    for rows in ([[1, 0], [0.5, 0.5]], [[1, 0], [0.25, 0.75]]):
+        flow.step(torch.tensor(rows, dtype=torch.float32), 0.5)
+    assert flow.total.tolist() == [[1, 0], [0.34375, 0.65625]]
+
+
+# weight on attention, layers, mass on position 0, on system text, on the image, top image row / bottom row
+COLLAPSE = [
+    (0.5, 32, 0.976, 0.023, 0.000, 1.6e5),
+    (0.8, 32, 1.000, 0.000, 0.000, None),
+    (1.0, 32, 1.000, 0.000, 0.000, None),
+    (0.2, 32, 0.393, 0.466, 0.141, 165),
+    (0.1, 32, 0.093, 0.378, 0.493, 17.9),
+    (0.05, 32, 0.020, 0.173, 0.609, 5.0),
+    (0.02, 32, 0.003, 0.052, 0.416, 2.05),
+    (0.5, 4, 0.021, None, 0.684, 8.6),
+    (0.5, 8, 0.135, None, 0.370, 69),
+    (0.5, 16, 0.576, None, 0.043, 1.6e3),
+]
+
+
+@pytest.mark.parametrize(("weight", "layers", "first", "system", "image", "ratio"), COLLAPSE)
+def test_uniform_attention_collapses_as_tabled(
+    weight: float, layers: int, first: float, system: float | None, image: float, ratio: float | None
+) -> None:
+    size, start, stop = 620, 35, 611  # LLaVA-1.5's 576 image tokens after a system sentence
+    attention, flow, null = uniform_attention(size), Flow(size, causal=True), UniformFlow(size, causal=True)
+    for _ in range(layers):
+        flow.step(attention, 1 - weight)
+        null.step(1 - weight)
+    torch.testing.assert_close(null.total, flow.total, atol=1e-5, rtol=0)
+    row = flow.total[-1]
+    assert row[0] == pytest.approx(first, abs=6e-4)
+    assert row[start:stop].sum() == pytest.approx(image, abs=6e-4)
+    if system is not None:
+        assert row[1:start].sum() == pytest.approx(system, abs=6e-4)
+    if ratio is not None:
+        rows = row[start:stop].reshape(24, 24).mean(1)
+        assert rows[0] / rows[-1] == pytest.approx(ratio, rel=0.04)  # tabled to two figures
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_flow_equals_the_definition_and_keeps_rows_whole(causal: bool) -> None:
+    size, generator = 150, torch.Generator().manual_seed(0)  # not a multiple of the block
+    matrices = [torch.rand(size, size, generator=generator) ** 4 for _ in range(3)]
+    matrices = [whole_rows(m.tril() if causal else m) for m in matrices]
+    residuals = [torch.rand(size, generator=generator) for _ in range(3)]
+    flow = Flow(size, causal=causal)
+    for attention, residual in zip(matrices, residuals, strict=True):
+        flow.step(attention, residual)
+    torch.testing.assert_close(flow.total, naive_rollout(matrices, residuals).float(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(flow.total.sum(1), torch.ones(size), atol=1e-5, rtol=0)
+    assert not causal or flow.total.triu(1).abs().max() == 0
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("removed", [(), (0, 1, 7)])
+def test_uniform_flow_is_flow_over_uniform_matrices(causal: bool, removed: tuple[int, ...]) -> None:
+    size = 30
+    attention = remove_columns(uniform_attention(size) if causal else torch.full((size, size), 1 / size), removed)
+    residual = torch.linspace(0.1, 0.9, size)
+    flow, uniform = Flow(size, causal=causal), UniformFlow(size, causal=causal, removed=removed)
+    for _ in range(4):
+        flow.step(attention, residual)
+        uniform.step(residual)
+    torch.testing.assert_close(uniform.total, flow.total, atol=1e-6, rtol=0)
+    torch.testing.assert_close(uniform.total.sum(1), torch.ones(size), atol=1e-6, rtol=0)
+
+
+def test_a_planted_sink_is_found_and_nothing_in_uniform_attention() -> None:
+    size = 100
+    uniform = uniform_attention(size)
+    torch.testing.assert_close(column_pull(uniform), torch.ones(size))
+    assert find_sinks(column_pull(uniform)) == ()
+    sunk = uniform.clone()
+    for sink in (0, 40):
+        sunk[sink + 1 :, sink] += 0.5
+    sunk = whole_rows(sunk)
+    assert find_sinks(column_pull(sunk)) == (0, 40)
+    left = remove_columns(sunk, (0, 40))
+    torch.testing.assert_close(left.sum(1), torch.ones(size))
+    assert left[1:, 0].max() == 0
+    assert left[0, 0] == 1, "a row with nothing left attends to itself"
+
+
+def test_too_few_observers_make_no_sink() -> None:
+    attention = uniform_attention(60)
+    attention[56:, 55] = 50.0
+    assert find_sinks(column_pull(whole_rows(attention))) == ()
+
+
+# -- on a model ----------------------------------------------------------------------------
+
 
 PLAIN: dict[str, Any] = {"residual": 0.5, "null": "none", "sinks": "keep"}  # Abnar & Zuidema's own
 
@@ -172,39 +281,39 @@ def test_576_image_tokens_take_the_same_path(big: tuple[Lab, Run]) -> None:
     assert np.isfinite(attribute(lab, run, through_vision=True).values).all()
 
 
-def test_contrast_is_refused_because_attention_cannot_tell_words_apart(tiny_random: Lab, run: Run) -> None:
-    for method in ("rollout", "attention"):
-        with pytest.raises(TargetError, match=f"{method!r} cannot tell 'blue, not green'.*occlusion"):
-            attribute(tiny_random, run, method=method, target=("blue", "green"))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"residual": 1.5}, "weight of the identity, 0 to 1, or 'measured'; got 1.5"),
-        ({"residual": "half"}, "got 'half'"),
-        ({"layers": (2, 2)}, r"0 <= start < stop <= 3.*got \(2, 2\)"),
-        ({"layers": 4}, "or None for all; got 4"),
-        ({"fusion": "sum"}, "fusion must be one of 'mean', 'max', 'min', got 'sum'"),
-        ({"sinks": "drop"}, "sinks must be one of 'keep', 'remove', got 'drop'"),
-        ({"null": True}, "null must be one of 'none', 'causal', got True"),
-        ({"through_vision": "yes"}, "through_vision must be one of False, True, got 'yes'"),
-    ],
-)
-def test_options_out_of_range_are_refused(tiny_random: Lab, run: Run, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(OptionError, match=message):
-        attribute(tiny_random, run, **options)
-
-
-def test_a_tower_that_is_not_the_grid_is_refused(run: Run) -> None:
+def test_a_chained_tower_that_is_not_the_grid_is_refused(run: Run) -> None:
     tower = TowerRollout(causal=False, residual=0.5, null=False, fusion="mean", flow=Flow(9, causal=False))
     with pytest.raises(LabError, match="expected 16 patches and at most one CLS token in the vision tower, got 9 positions"):
         chain_through_vision(torch.ones(1, len(run.token_ids)), None, tower, run)
 
 
-def test_result_survives_saving(tiny_random: Lab, run: Run, tmp_path: Path) -> None:
-    rel = attribute(tiny_random, run, layers=(0, 2), through_vision=True, sinks="remove")
-    again = Relevance.load(rel.save(tmp_path / "map.npz"))
-    assert again.options == rel.options
-    assert again.extras == rel.extras
-    np.testing.assert_array_equal(again.values, rel.values)
+# -- the vision tower alone ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fusion", ["mean", "max", "min"])
+def test_vision_is_the_mean_patch_row_of_the_towers_rollout(tiny_random: Lab, run: Run, fusion: str) -> None:
+    model = tiny_random.model
+    with undisturbed(model), watch_attention(used_vision_layers(model), Full()) as full:
+        model(**tiny_random.inputs(run))
+    matrices = [whole_rows(fuse_heads(one, fusion)[0]) for one in full.attention.values()]
+    total = naive_rollout(matrices, [torch.tensor(0.5)] * len(matrices))
+    rel = attribute(tiny_random, run, method="vision", fusion=fusion)
+    np.testing.assert_allclose(rel.values[0].ravel(), total[1:, 1:].mean(0).numpy(), atol=1e-6)
+    assert rel.extras["lost_to_cls"] == pytest.approx(float(total[1:, 0].mean()), abs=1e-6)
+    assert rel.values.sum() + rel.extras["lost_to_cls"] == pytest.approx(1, abs=1e-5)
+
+
+def test_vision_knows_neither_the_question_nor_the_answer(tiny_random: Lab, run: Run) -> None:
+    other = scripted_run(tiny_random, run.picture, "Yes, a tree.", question="Is there a tree?")
+    one = attribute(tiny_random, run, method="vision", target=["blue", ("blue", "green")])
+    np.testing.assert_array_equal(one.values[0], one.values[1])
+    np.testing.assert_array_equal(one.values[0], attribute(tiny_random, other, method="vision").values[0])
+    assert any("a control, not an explanation" in note for note in one.notes)
+    flipped = scripted_run(tiny_random, np.ascontiguousarray(run.picture[:, ::-1]), "The car is blue.")
+    assert not np.allclose(one.values[0], attribute(tiny_random, flipped, method="vision").values[0])
+
+
+def test_a_tower_that_is_not_the_grid_is_refused(tiny_random: Lab, run: Run) -> None:
+    wrong = replace(run, map=replace(run.map, rows=3))
+    with pytest.raises(LabError, match="expected 12 patches and at most one CLS token in the vision tower, got 17 positions"):
+        attribute(tiny_random, wrong, method="vision")

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from llava_lab.attribution import METHODS, Maps
-from llava_lab.capture.watch import _HANDLERS
 from llava_lab.models import Lab
 from llava_lab.models.layout import connector_of
 from llava_lab.replay import resolve_targets
@@ -60,31 +59,3 @@ def stands_at(lab: Any, at: str, pixels: Tensor) -> Tensor:
         lab.model.get_image_features(pixel_values=pixels)
     handle.remove()
     return seen[0]
-
-
-def leave_one_trained(lab: Lab) -> None:
-    """The model as someone who trains its head would have it: mixed modes, and one parameter that wants a gradient."""
-    lab.model.train()
-    lab.model.model.vision_tower.eval()
-    lab.model.lm_head.requires_grad_(True)
-
-
-def put_back(lab: Lab) -> None:
-    lab.model.eval()
-    lab.model.requires_grad_(False)
-
-
-def leftovers(lab: Lab) -> dict[str, Any]:
-    """Everything a method could leave changed."""
-    modules = list(lab.model.modules())
-    configs = (lab.model.config, lab.model.config.text_config, lab.model.config.vision_config)
-    return {
-        "implementation": [part._attn_implementation for part in configs],
-        "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in modules],
-        "training": [m.training for m in modules],
-        "grad": [(p.requires_grad, p.grad is None) for p in lab.model.parameters()],
-        "weights": lab.fingerprint,
-        "random": torch.get_rng_state().tolist(),
-        "opening": len(_HANDLERS),
-        "mode": torch.is_grad_enabled(),
-    }

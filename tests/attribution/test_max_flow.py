@@ -21,8 +21,8 @@ from llava_lab.errors import OptionError
 from llava_lab.models import Lab, load
 from llava_lab.models.layout import language_layers
 from llava_lab.results import Run
-from tests.attribution.test_flow import naive_rollout
-from tests.support.planted import RED, planted_lab, red_picture, scripted_run
+from tests.support.matrices import naive_rollout
+from tests.support.planted import red_picture, scripted_run
 
 Pipes = dict[tuple[Any, Any], Fraction]
 
@@ -162,16 +162,6 @@ def test_the_map_is_the_mean_flow_of_kept_matrices(tiny_random: Lab, run: Run, o
     assert rel.passes["forward"] == 1
     assert 0 <= rel.extras["rounding"] < 1e-5
     assert any("do not sum to 1" in note for note in rel.notes)
-
-
-@pytest.mark.parametrize("fit", ["pad", "crop"])
-def test_the_red_square_could_send_most(fit: str) -> None:
-    lab, picture = planted_lab(), red_picture(120, 80, (60, 10, 80, 30))
-    run = scripted_run(lab, picture, "The car is red.", fit=fit)
-    rel = attribute(lab, run, method="attention_flow", target="red")
-    red = (picture == np.array(RED)).all(-1)
-    painted = rel.on_picture()
-    assert red[np.unravel_index(np.nanargmax(painted), painted.shape)]
 
 
 def test_too_large_a_graph_is_refused_before_anything_runs(tiny_random: Lab, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

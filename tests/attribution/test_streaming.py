@@ -16,9 +16,17 @@ from llava_lab.models.layout import language_layers
 from tests.support.planted import RED, planted_lab
 
 PICTURE = np.random.default_rng(3).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+
+
 QUESTION = "What color is the car?"
+
+
 NEW = 5
+
+
 EVERY: Any = list(range(NEW))
+
+
 PLAIN: dict[str, Any] = {"residual": 0.5, "null": "none"}
 
 

@@ -1,4 +1,4 @@
-"""Baselines: edges know the picture and nothing else, inverse turns another map round and nothing else."""
+"""Controls: random, centre and edges know nothing of the answer; inverse turns another map round and nothing else."""
 
 from __future__ import annotations
 
@@ -79,3 +79,15 @@ def test_inverse_hands_on_options_and_contrasts(tiny_random: Lab, run: Run) -> N
 def test_what_cannot_be_turned_round_is_refused(tiny_random: Lab, run: Run, options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         attribute(tiny_random, run, method="inverse", **options)
+
+
+def test_controls_know_nothing_and_say_so(tiny_random: Lab, run: Run) -> None:
+    one, two = (attribute(tiny_random, run, method="random", target="words", seed=seed) for seed in (0, 1))
+    assert not np.allclose(one.values, two.values)
+    assert not np.allclose(one.values[0], one.values[1])
+    middle = attribute(tiny_random, run, method="center").values[0]
+    np.testing.assert_allclose(middle, middle[::-1, ::-1], atol=1e-6)
+    assert middle[1:3, 1:3].min() > middle[0].max()
+    assert all("a control" in note for note in one.notes)
+    with pytest.raises(OptionError, match="seed must be a whole number"):
+        attribute(tiny_random, run, method="random", seed=-1)

@@ -29,7 +29,7 @@ from llava_lab.errors import CheckpointError, OptionError, TargetError
 from llava_lab.models import Lab, load
 from llava_lab.replay import fill_pixels, target_score
 from llava_lab.results import Run
-from tests.attribution.test_attribution import _state
+from tests.support.leftovers import state_of
 from tests.support.planted import planted_lab, red_picture, scripted_run
 
 
@@ -37,9 +37,6 @@ from tests.support.planted import planted_lab, red_picture, scripted_run
 def run(tiny_random: Lab) -> Run:
     wide = np.random.default_rng(3).integers(0, 255, (40, 60, 3), dtype=np.uint8)
     return scripted_run(tiny_random, wide, "The car is blue.")
-
-
-# -- with and without the picture -----------------------------------------------------------
 
 
 def test_divergence_by_hand() -> None:
@@ -77,9 +74,6 @@ def test_mass_is_that_of_the_methods(tiny_random: Lab, run: Run) -> None:
     assert share.mass["relevancy"] == pytest.approx(relevancy["image"] / sum(relevancy.values()), abs=1e-5)
     assert all(0 <= one <= 1 for one in share.mass.values())
     assert share.passes["backward"] == 1
-
-
-# -- Shapley values -------------------------------------------------------------------------
 
 
 def _table(score: Callable[[np.ndarray], float]) -> Callable[[np.ndarray], np.ndarray]:
@@ -155,9 +149,6 @@ def test_blocks_of_mere_padding_do_not_play(tiny_random: Lab) -> None:
     shown = run.map.coverage() > 0
     assert all(shown[block].any() for block in find_players(tiny_random, run, 4).blocks)
     assert len(find_players(tiny_random, run, 4).blocks) < 16
-
-
-# -- what must come out ---------------------------------------------------------------------
 
 
 def test_a_model_that_only_looks_takes_all_from_the_picture() -> None:
@@ -257,7 +248,7 @@ def test_ctrl_c_gives_the_finished_orders_and_leaves_nothing(
     tiny_random: Lab, run: Run, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
     tiny_random.model.train()
-    before, whole, forwards = _state(tiny_random), tiny_random.model.forward, [0]
+    before, whole, forwards = state_of(tiny_random), tiny_random.model.forward, [0]
     # three forwards for KL, one batch for the ends, one batch for each order of two blocks to a side
     last = 3 + 1 + after
 
@@ -277,7 +268,7 @@ def test_ctrl_c_gives_the_finished_orders_and_leaves_nothing(
                 share = image_share(tiny_random, run, orders=4, side=2, batch=64)
                 assert share.orders == after
                 assert any(f"Interrupted after {after} of 4 orders" in note for note in share.notes)
-        assert _state(tiny_random) == before
+        assert state_of(tiny_random) == before
     finally:
         tiny_random.model.eval()
 
