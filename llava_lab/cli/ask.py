@@ -13,19 +13,16 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_lab.cli import common
-from llava_lab.cli.common import CLOSED, Add, Reply, positive, table
+from llava_lab.cli.common import CLOSED, Add, Reply, positive
 from llava_lab.errors import OptionError
 
 if TYPE_CHECKING:
-    from llava_lab.results import Effect, FlowSweep, LogitLens, NearestWords, Relevance, Run
+    from llava_lab.results import Effect, FlowSweep, Relevance, Run
 
-SHOWN = 4  # words of a state in the table
 PATCHES = re.compile(r"\d+,\d+(;\d+,\d+)*")
 
 
@@ -94,15 +91,7 @@ def ask(args: argparse.Namespace) -> Reply:
     picture = common.read_picture(args)
     run = common.ask(args, common.load(args), picture, show=True)
     common.save(run, args.save)
-    data = {
-        "answer": run.answer,
-        "words": [word.text for word in run.words],
-        "tokens": list(run.tokens),  # all of them; `segments` index into these, `logprobs` are of the answer's
-        "logprobs": run.logprobs.tolist(),
-        "segments": {name: list(span) for name, span in run.segments.items()},
-        "model": run.model,
-    }
-    return Reply(data)
+    return Reply(run.to_dict())
 
 
 def explain(args: argparse.Namespace) -> Reply:
@@ -124,20 +113,8 @@ def explain(args: argparse.Namespace) -> Reply:
     common.save(relevance, args.save)
     if args.out:
         _draw(run, relevance, args.out)
-    where = relevance.map
-    data = {
-        "answer": run.answer,
-        "words": [word.text for word in run.words],
-        "targets": [target.text for target in relevance.targets],
-        "grid": list(relevance.grid),
-        "relevance": relevance.values.tolist(),
-        "method": relevance.method,
-        "options": relevance.options,
-        "seconds": relevance.seconds,
-        "notes": list(relevance.notes),
-        "picture": {"width": where.width, "height": where.height, "mode": where.mode, "seen_box": list(where.seen_box)},
-    }
-    return Reply(data, _describe(relevance))
+    data = {"answer": run.answer, "words": [word.text for word in run.words], **relevance.to_dict()}
+    return Reply(data, str(relevance.table()))
 
 
 def _draw(run: Run, relevance: Relevance, path: str) -> None:
@@ -154,19 +131,6 @@ def _draw(run: Run, relevance: Relevance, path: str) -> None:
     if Path(path).suffix.lstrip(".").lower() not in endings:
         raise OptionError(f"--out must end in one of {', '.join('.' + ending for ending in endings)}, got {path!r}")
     common.save_figure(figure, path, bbox_inches="tight")
-
-
-def _describe(relevance: Relevance) -> str:
-    lines = [f"{relevance.method} ({pairs(relevance.options)}), {relevance.seconds:.2f} s; strongest patches (row, column):"]
-    for index, target in enumerate(relevance.targets):
-        top = ", ".join(f"({row}, {col}) {value:.3g}" for row, col, value in relevance.top(3, index))
-        lines.append(f"  {target.text}: {top}")
-    return "\n".join(lines + [f"note: {note}" for note in relevance.notes])
-
-
-def pairs(options: Mapping[str, Any]) -> str:
-    """``name=value`` pairs in one line."""
-    return ", ".join(f"{name}={value}" for name, value in options.items()) or "none"
 
 
 # -- lens, naming ---------------------------------------------------------------------------
@@ -186,117 +150,18 @@ def lens(args: argparse.Namespace) -> Reply:
     result = logit_lens(lab, run, layers=layers, top=args.top, words=args.word)
     near = nearest_words(lab, run, space=args.space, centered=not args.raw, top=args.top, seed=args.seed)
     common.save(result, args.save)
-    data: dict[str, Any] = {
-        "answer": run.answer,
-        "grid": list(lab.grid),
-        "vocabulary": result.vocabulary,
-        "states": [_state(result, number) for number in range(len(result.states))],
-        "words": [_word(result, word) for word in result.words],
-        "nearest": _nearest(near),
-        "notes": [*result.notes, *near.notes],
-        "model": run.model,
-    }
+    data = {"answer": run.answer, **result.to_dict(), "nearest": near.to_dict(), "notes": [*result.notes, *near.notes]}
     if patch:
         states = [{"state": state, "top": result.at(state, *patch)} for state in result.states]
         data["patch"] = {"row": patch[0], "col": patch[1], "states": states, "nearest": near.at(*patch)}
-    return Reply(data, _lens_text(data))
-
-
-def _state(result: LogitLens, number: int) -> dict[str, Any]:
-    """How sure the patches are at one state, and the words most of them would say."""
-    names = dict(zip(result.piece_ids.tolist(), result.pieces, strict=True))
-    likeliest = Counter(result.top_ids[number, :, 0].tolist()).most_common(SHOWN)
-    patches = result.top_ids.shape[1]
-    return {
-        "state": result.states[number],
-        "entropy": float(result.entropy[number].mean()),
-        "probability": float(result.top_probs[number, :, 0].mean()),
-        "said": [{"text": names[token], "share": count / patches} for token, count in likeliest],
-    }
-
-
-def _word(result: LogitLens, word: str) -> dict[str, Any]:
-    """Where a word is most probable, with its rank there."""
-    index = result.words.index(word)
-    probabilities = result.probs[:, :, index]
-    number, patch = divmod(int(probabilities.argmax()), probabilities.shape[1])
-    row, col = divmod(patch, result.map.cols)
-    return {
-        "word": word,
-        "token": result.word_ids[index],
-        "probability": float(probabilities.max()),
-        "state": result.states[number],
-        "row": row,
-        "col": col,
-        "rank": int(result.ranks[number, patch, index]),
-        "by_state": probabilities.max(1),
-    }
-
-
-def _nearest(near: NearestWords) -> dict[str, Any]:
-    return {
-        "space": near.space,
-        "centered": near.centered,
-        "readable_share": near.readable_share,
-        "random_share": float(near.random_shares.mean()),
-        "vocabulary_share": near.vocabulary_share,
-        "cosine": float(near.cosines[:, 0].mean()),
-        "random_cosine": float(near.random_cosines.mean()),
-        "common_direction": near.common_direction,
-    }
-
-
-def _lens_text(data: dict[str, Any]) -> str:
-    rows = []
-    for state in data["states"]:
-        words = ", ".join(f"{word['text'].strip() or word['text']!r} {word['share']:.0%}" for word in state["said"])
-        rows.append([str(state["state"]), f"{state['entropy']:.2f}", f"{state['probability']:.3f}", words])
-    lines = table(("state", "entropy", "top probability", "said by most patches"), rows)
-    for word in data["words"]:
-        lines.append(
-            f"{word['word']!r}: {word['probability']:.3f} at state {word['state']}, row {word['row']}, column {word['col']}, "
-            f"rank {word['rank']} of {data['vocabulary']}"
-        )
-    if "patch" in data:
-        patch = data["patch"]
-        lines.append(f"patch row {patch['row']}, column {patch['col']}:")
-        words_of = [(str(state["state"]), state["top"]) for state in patch["states"]] + [("nearest", patch["nearest"])]
-        rows = [
-            [name, ", ".join(f"{text.strip() or repr(text)} {value:.3f}" for text, value in words)] for name, words in words_of
-        ]
-        lines += table(("state", "words"), rows)
-    near = data["nearest"]
-    lines.append(
-        f"nearest word is a whole word at {near['readable_share']:.0%} of patches, {near['random_share']:.0%} for random vectors"
-    )
-    return "\n".join([*lines, *data["notes"]])
+    return Reply(data, str(result.table(patch=patch, near=near)))
 
 
 def naming(args: argparse.Namespace) -> Reply:
     from llava_lab.probes import naming_share
 
     result = naming_share(common.load(args), n=args.n, split=args.split, top=args.top, seed=args.seed, progress=not args.json)
-    shares = {
-        group: {
-            what: [
-                {"share": float(share), "interval": [float(low), float(high)]}
-                for share, (low, high) in zip(result.share[g, w], result.interval[g, w], strict=True)
-            ]
-            for w, what in enumerate(result.WHAT)
-        }
-        for g, group in enumerate(result.GROUPS)
-    }
-    data = {
-        "states": list(result.states),
-        "top": result.top,
-        "split": result.split,
-        "pictures": result.pictures,
-        "patches": dict(zip(result.GROUPS, result.patches, strict=True)),
-        "shares": shares,
-        "notes": list(result.notes),
-        "model": result.model,
-    }
-    return Reply(data, str(result.table()))
+    return Reply(result.to_dict(), str(result.table()))
 
 
 def _read_states(text: str | None) -> Any:
@@ -333,13 +198,12 @@ def knockout(args: argparse.Namespace) -> Reply:
     run = common.ask(args, lab, picture, show=False)
     metric = common.read_target(args.target)
     if args.sweep:
-        sweep = interventions.knockout_sweep(lab, run, width=args.width, metric=metric)
-        common.save(sweep, args.save)
-        return Reply({"answer": run.answer, **_sweep_data(sweep)}, _sweep_text(sweep), code=130 if sweep.interrupted else 0)
-    options: dict[str, Any] = {"layers": layers, "metric": metric, "draws": args.draws, "seed": args.seed}
-    effect = interventions.knockout(lab, run, source=source, target=to, **options)
-    common.save(effect, args.save)
-    return Reply({"answer": run.answer, **effect.to_dict()}, _effect_text(effect), code=130 if effect.interrupted else 0)
+        result: Effect | FlowSweep = interventions.knockout_sweep(lab, run, width=args.width, metric=metric)
+    else:
+        options: dict[str, Any] = {"layers": layers, "metric": metric, "draws": args.draws, "seed": args.seed}
+        result = interventions.knockout(lab, run, source=source, target=to, **options)
+    common.save(result, args.save)
+    return Reply({"answer": run.answer, **result.to_dict()}, str(result.table()), code=130 if result.interrupted else 0)
 
 
 def read_place(text: str) -> Any:
@@ -356,47 +220,3 @@ def read_layers(text: str | None) -> tuple[int, int] | None:
     if not colon or not start.isdecimal() or not stop.isdecimal():
         raise OptionError(f"--layers wants START:STOP, such as 0:8, got {text!r}")
     return int(start), int(stop)
-
-
-def _effect_text(effect: Effect) -> str:
-    cells = []
-    for i, target in enumerate(effect.targets):
-        percentile = float(effect.percentile[i])
-        numbers = [f"{float(part[i]):.3f}" for part in (effect.before, effect.after, effect.change)]
-        cells.append([target.text, *numbers, f"{percentile:.0f}" if percentile == percentile else "-"])
-    return "\n".join(
-        [
-            effect.what,
-            f"before: {effect.answer_before}",
-            f"after:  {effect.answer_after}",
-            *table(("target", "before", "after", "change", "percentile"), cells),
-            f"control: {effect.control_name}; {len(effect.control)} draws",
-            f"proof: {effect.proof.get('edges', 0):.0f} cut entries, largest weight {effect.proof.get('largest', 0):g}",
-            *effect.notes,
-        ]
-    )
-
-
-def _sweep_data(sweep: FlowSweep) -> dict[str, Any]:
-    return {
-        "flows": list(sweep.flows),
-        "layers": sweep.windows,
-        "targets": [target.text for target in sweep.targets],
-        "before": sweep.before,
-        "change": sweep.change,
-        "relative": sweep.relative,
-        "proof": sweep.proof,
-        "interrupted": sweep.interrupted,
-        "notes": list(sweep.notes),
-        "model": sweep.model,
-        "seconds": sweep.seconds,
-    }
-
-
-def _sweep_text(sweep: FlowSweep) -> str:
-    """Change of the first target, a row for each window."""
-    cells = [
-        [f"{start} to {stop - 1}", *(f"{float(value):.3f}" for value in sweep.change[:, i, 0])]
-        for i, (start, stop) in enumerate(sweep.windows.tolist())
-    ]
-    return "\n".join([f"change of {sweep.targets[0].text!r}", *table(("layers", *sweep.flows), cells), *sweep.notes])

@@ -1,18 +1,18 @@
-"""What the commands share: options of a question, loading a model, asking it, reading targets, writing files, tables.
+"""What the commands share: options of a question, loading a model, asking it, reading targets, writing files.
 
 Each command is a function from its arguments to a `Reply`. Heavy imports stand inside functions, so that
 ``llava-lab --help`` answers at once.
 
-    reply = Reply({"answer": "A red car."}, "A red car.")
-    print(json.dumps(plain(reply.data)))
+    lab = load(args)
+    run = ask(args, lab, read_picture(args), show=True)
+    save(run, args.save)
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -172,7 +172,7 @@ def ask(args: argparse.Namespace, lab: Any, picture: np.ndarray, *, show: bool) 
     return run
 
 
-# -- files and text -------------------------------------------------------------------------
+# -- files ----------------------------------------------------------------------------------
 
 
 def write(action: Callable[[str], Written], path: str) -> Written:
@@ -193,23 +193,3 @@ def save_figure(figure: Any, path: str, **options: Any) -> None:
     """Write a figure; folders on the way are made."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write(lambda out: figure.savefig(out, dpi=150, **options), path)
-
-
-def table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of text with columns in step."""
-    lines = [list(names), *rows]
-    widths = [max(len(row[i]) for row in lines) for i in range(len(names))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in lines]
-
-
-def plain(value: Any) -> Any:
-    """`value` as JSON can hold it: arrays and tuples as lists, what is not finite as null."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if hasattr(value, "tolist"):
-        return plain(value.tolist())
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if value is None or isinstance(value, (str, int, float)) else str(value)

@@ -15,17 +15,17 @@ versions=)`` and returns the path; what it refuses (a ValueError or TypeError) i
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_lab.cli import common
-from llava_lab.cli.common import FIGURES, Add, Reply, positive, table
+from llava_lab.cli.common import FIGURES, Add, Reply, positive
 from llava_lab.errors import LabError, OptionError
 
 if TYPE_CHECKING:
-    from llava_lab.results import Comparison, Leaderboard, Relevance, Sanity
+    from llava_lab.results import Comparison, Relevance, Run, Sanity
 
 GROUP = "llava_lab.report"
 INSTALL = "`pip install 'llava-lab[lab]'` brings it, in a checkout `python3 run.py install`"
@@ -105,22 +105,8 @@ def _compare_one(args: argparse.Namespace) -> Reply:
 
         common.save_figure(plots.comparison(result), args.figure)
     common.save(run, args.save_run)
-    data = {
-        "answer": run.answer,
-        "target": result.targets[0].text,
-        "rows": result.rows(),
-        "refused": result.refused,
-        "agreement": {
-            "methods": list(result.methods),
-            "spearman": result.spearman,
-            "overlap": result.overlap,
-            "top": result.top,
-        },
-        "notes": list(result.notes),
-        "seconds": result.seconds,
-        "model": run.model,
-    }
-    return Reply(data, _comparison_text(run.answer, result), code=130 if result.interrupted else 0)
+    data = {"answer": run.answer, **result.to_dict(), "model": run.model}
+    return Reply(data, _under_answer(run, result), code=130 if result.interrupted else 0)
 
 
 def _compare_many(args: argparse.Namespace) -> Reply:
@@ -138,7 +124,7 @@ def _compare_many(args: argparse.Namespace) -> Reply:
         from llava_lab.plots import scores as plots
 
         common.save_figure(plots.leaderboard(board), args.figure)
-    return Reply(board.to_dict(), leaderboard_text(board), code=130 if board.about["interrupted"] else 0)
+    return Reply(board.to_dict(), str(board.table()), code=130 if board.about["interrupted"] else 0)
 
 
 def _numbers(args: argparse.Namespace) -> dict[str, int]:
@@ -159,49 +145,10 @@ def _read_methods(text: str) -> str | list[str]:
     return names
 
 
-def _comparison_text(answer: str, result: Comparison) -> str:
-    names = ("method", "gain", "deletion", "insertion", "beats random", "passes", "seconds")
-    cells = [
-        [
-            row["method"],
-            *(_number(row[part]) for part in ("gain", "deletion", "insertion")),
-            "yes" if row["beats_random"] else "no",
-            str(sum(row["passes"].values())),
-            f"{row['seconds']:.2f}",
-        ]
-        for row in result.rows()
-    ]
-    lines = [f"{answer}  (explained: {result.targets[0].text!r})", *table(names, cells)]
-    return "\n".join([*lines, *_refusals(result.refused), *result.notes])
-
-
-def leaderboard_text(board: Leaderboard) -> str:
-    """The table for a terminal: faithfulness first, the world's truth in columns of their own, then the gain by type."""
-    about, methods = board.about, board.order("gain")
-    measures = ("deletion", "insertion", "better", "object", "pointing", "mass", "auc", "iou", "seconds")
-    cells = []
-    for name in methods:
-        gain = board.at(name, "gain")
-        interval = ", ".join(map(_number, gain["interval"]))
-        means = [_number(board.at(name, measure)["mean"]) for measure in measures]
-        cells.append([name, f"{_number(gain['mean'])} [{interval}]", *means])
-    lines = [
-        f"{about['model']} on {about['data']} {about['split']}: {about['explained']} of {about['pictures']} pictures "
-        f"explained; {about['asked']} questions asked, {about['wrong']} answered wrong, {about['blind']} without the picture",
-        *table(("method", "gain (95%)", *measures), cells),
-    ]
-    for measure in ("gain", "pointing"):
-        by_type = [[name, *(_number(board.at(name, measure, kind)["mean"]) for kind in board.types)] for name in methods]
-        lines += ["", *table((measure, *board.types), by_type)]
-    return "\n".join([*lines, *_refusals(board.refused)])
-
-
-def _refusals(refused: Mapping[str, str]) -> list[str]:
-    return [f"{name} refused: {reason}" for name, reason in refused.items()]
-
-
-def _number(value: float) -> str:
-    return f"{value:.3f}" if value == value else "-"
+def _under_answer(run: Run, result: Comparison | Sanity) -> str:
+    """The result's table, with the answer before its title."""
+    table = result.table()
+    return str(table.titled(f"{run.answer}  ({table.title})"))
 
 
 # -- sanity ---------------------------------------------------------------------------------
@@ -236,26 +183,7 @@ def sanity(args: argparse.Namespace) -> Reply:
         "seconds": result.seconds,
         "model": run.model,
     }
-    return Reply(data, _sanity_text(run.answer, result), code=130 if result.interrupted else 0)
-
-
-def _sanity_text(answer: str, result: Sanity) -> str:
-    """The curves as a table for a terminal, means over the targets, then the verdict."""
-    curves = [
-        *(("model", name, result.spearman[i], result.overlap[i]) for i, name in enumerate(result.steps)),
-        *(("question", name, result.question_spearman[i], result.question_overlap[i]) for i, name in enumerate(result.questions)),
-    ]
-    cells = [[test, name, f"{rank.mean():.2f}", f"{top.mean():.2f}"] for test, name, rank, top in curves]
-    names = ("test", "randomised so far, or asked instead", "rank correlation", f"same top {result.top}")
-    explained = ", ".join(repr(target.text) for target in result.targets)
-    verdict = ", ".join(f"{test} {outcome}" for test, outcome in result.verdict.items())
-    lines = [
-        f"{answer}  ({result.method}, explained: {explained})",
-        *table(names, cells),
-        f"unrelated maps stay below a rank correlation of {result.limit.mean():.2f} and share {result.chance:.2f} of the top",
-        f"{'passed' if result.passed else 'not passed'}: {verdict}",
-    ]
-    return "\n".join([*lines, *result.notes])
+    return Reply(data, _under_answer(run, result), code=130 if result.interrupted else 0)
 
 
 # -- evaluate -------------------------------------------------------------------------------

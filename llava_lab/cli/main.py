@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from llava_lab.cli import ask, judge, train
-from llava_lab.cli.common import Add, Reply, plain, positive, table
+from llava_lab.cli.common import Add, Reply, positive
 from llava_lab.errors import LabError, OptionError
 
 DEFAULT_MODEL = "tiny"
@@ -44,6 +44,8 @@ def main(argv: list[str] | None = None) -> int:
         else:
             reply = args.run(args)
         if args.json and reply.data is not None:
+            from llava_lab.results.table import plain
+
             print(json.dumps(plain(reply.data), ensure_ascii=False, allow_nan=False))
         elif not args.json and reply.text:
             print(reply.text)
@@ -117,21 +119,23 @@ def _add_commands(add: Add) -> None:
 
 def methods(args: argparse.Namespace) -> Reply:
     import llava_lab as ll
+    from llava_lab.results.table import pairs
 
     fields = ("name", "truth", "source", "cost", "blind_to", "options")
     rows = [{field: getattr(method, field) for field in fields} for method in ll.METHODS.values()]
-    text = [f"{row['name']}\n    {row['truth']}\n    options: {ask.pairs(row['options'])}" for row in rows]
+    text = [f"{row['name']}\n    {row['truth']}\n    options: {pairs(row['options'])}" for row in rows]
     return Reply({"methods": rows}, "\n".join(text))
 
 
 def bench(args: argparse.Namespace) -> Reply:
     from llava_lab.bench import run
+    from llava_lab.results.table import aligned
 
     result = run(args.name, model=args.model, quick=args.quick, layers=args.layers)
     lines = [f"{args.name} on {result['device']}, {result['threads']} threads; floor: {result['floor']:.2f} s"]
     names = ["name", "seconds", "ratio_to_floor", "ratio_to_peer", "extra_mb", "max_error"]
     names += [key for row in result["rows"][:1] for key in row if key not in names]  # what only this benchmark has
-    lines += table(names, [[_short(row.get(name)) for name in names] for row in result["rows"]])
+    lines += aligned(names, [[_short(row.get(name)) for name in names] for row in result["rows"]])
     return Reply(result, "\n".join(lines))
 
 

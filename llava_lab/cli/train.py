@@ -18,14 +18,11 @@ import argparse
 import logging
 import os
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llava_lab.cli import common
-from llava_lab.cli.common import Add, Reply, positive, table
+from llava_lab.cli.common import Add, Reply, positive
 from llava_lab.errors import OptionError
-
-if TYPE_CHECKING:
-    from llava_lab.results import Ablation
 
 RECIPES = ("llava-1.5-7b", "llava-1-7b")
 STAGES = {"with": (True,), "without": (False,), "both": (True, False)}
@@ -224,7 +221,7 @@ def ablate(args: argparse.Namespace) -> Reply:
         **options,
     )
     common.save(result, args.save)
-    return Reply(_ablation_data(result), _ablation_text(result))
+    return Reply(result.to_dict(), str(result.table()))
 
 
 def _read_rates(text: str) -> tuple[float, ...]:
@@ -233,57 +230,6 @@ def _read_rates(text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise OptionError(f"--rates wants numbers with commas between them, got {text!r}") from None
-
-
-def _ablation_data(result: Ablation) -> dict[str, Any]:
-    """What ``--json`` prints."""
-    return {
-        "model": result.model,
-        "seeds": list(result.seeds),
-        "splits": {
-            split: {
-                "arms": result.scores(split=split),
-                "comparisons": result.rows(split=split),
-                "by_type": {type: result.rows(split=split, type=type) for type in result.types[1:]},  # noqa: A001
-            }
-            for split in result.splits
-        },
-        "sweep": {"rates": result.sweep_rates, "loss": result.sweep_loss, "accuracy": result.sweep_accuracy},
-        "start": result.start,
-        "seconds": result.seconds,
-        "notes": list(result.notes),
-    }
-
-
-def _ablation_text(result: Ablation) -> str:
-    """Scores, then every comparison in a sentence, split by split."""
-    lines = [f"{result.model}: {len(result.seeds)} seeds, rates chosen on validation, accuracies in percent"]
-    names = ("connector", "budget", "stage 1", "parameters", "rate", "steps", "accuracy (95%)", "over seeds", *result.types[1:])
-    for x, split in enumerate(result.splits):
-        cells = [
-            [
-                row["connector"],
-                row["budget"],
-                "yes" if row["stage1"] else "no",
-                f"{row['parameters']:,}",
-                f"{row['rate']:g}",
-                "+".join(map(str, row["steps"])),
-                f"{_percent(row['accuracy'])} [{_percent(row['interval'][0])}, {_percent(row['interval'][1])}]",
-                f"+-{_percent(row['sd'])}",
-                *(_percent(value) for value in row["by_type"].values()),
-            ]
-            for row in result.scores(split=split)
-        ]
-        lines += ["", f"{split}: {int(result.questions[x, 0]):,} questions", *table(names, cells), ""]
-        for row in result.rows(split=split):
-            lines.append(
-                f"{row['text']}; McNemar on the pooled seeds: +{row['gained']} -{row['lost']}, p = {row['mcnemar_p']:.2g}"
-            )
-    return "\n".join([*lines, "", *result.notes])
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}" if value == value else "-"
 
 
 def convert(args: argparse.Namespace) -> Reply:
