@@ -12,7 +12,6 @@ import pytest
 
 import llava_lab as ll
 from llava_lab.cli import main as cli
-from llava_lab.cli.judge import leaderboard_text
 from llava_lab.errors import DataError, OptionError
 from llava_lab.judging import leaderboard
 from llava_lab.judging.leaderboard import answer_target, economical
@@ -232,7 +231,7 @@ def test_json_keeps_faithfulness_and_ground_truth_apart(tiny_random: Lab, credul
     assert set(row["ground_truth"]) == set(TRUE)
     assert set(row["cost"]) == set(COST)
     assert set(row["faithfulness"]["gain"]) == {"mean", "interval", "n", "against_random", "against_random_interval"}
-    assert "attention" in leaderboard_text(board)
+    assert "attention" in str(board.table())
     again = Leaderboard.load(board.save(tmp_path / "board.npz"))
     _same(again, board)
     assert again.about == json.loads(json.dumps(board.about))
