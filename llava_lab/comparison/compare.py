@@ -1,4 +1,4 @@
-"""Which connector is better, asked so that the answer can be trusted: `compare_connectors`.
+"""Which connector is better: trained side by side, in a way that allows a conclusion.
 
 Each connector has a learning rate of its own, chosen on validation; then every seed trains it anew from the same tower
 and language model, on the same batches in the same order; all answer the same questions. Beside the linear and the MLP
@@ -6,6 +6,11 @@ stand their controls: a bottleneck with the linear's parameters, and two linear 
 
 Every finished run is one file in `out`. The same call goes on where it was stopped, and trains only what is missing when
 connectors, seeds, rates or budgets are added.
+
+    result = compare_connectors(["linear", "mlp2x_gelu"], start="runs/tiny", out="runs/ablation")
+    print(result.rows())
+
+`start` is where every run begins, `plan` which runs there are, `run` one of them; `ship` writes what the package holds.
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ from llava_lab import stats
 from llava_lab.comparison import plan
 from llava_lab.comparison.plan import ABLATION, BUDGETS, CONNECTORS, RATES, VALIDATION, Arm
 from llava_lab.comparison.run import Finished, Job, Material, feature_pool, fresh, make_exam, read, refuse_foreign, train_run
-from llava_lab.comparison.start import Given, load_start
+from llava_lab.comparison.start import Given, Start, load_start
 from llava_lab.errors import DataError, OptionError
 from llava_lab.results import ALL, Ablation
 from llava_lab.training.recipe import Recipe
@@ -68,6 +73,12 @@ def compare_connectors(
     ``out/models``. `bf16` is autocast, `fused` joins small operations with torch.compile (faster, needs a C++ compiler,
     other last digits). Interrupted, finished runs stay and KeyboardInterrupt is raised; the same call goes on.
     Raises OptionError or DataError (one line) for what cannot be compared, or for an `out` of another comparison.
+
+    What such a call gives after an hour ships with the package:
+
+    >>> result = ll.shipped_ablation()
+    >>> len(result.seeds), result.row("mlp2x_gelu", "linear", budget="samples", stage1=True)["verdict"]
+    (5, 'not distinguishable')
     """
     plan.check_options(connectors, rates, seeds, budgets, stage1, splits)
     if data != "picturebook":
@@ -78,7 +89,8 @@ def compare_connectors(
     for name in connectors:
         fresh(begun, name, seed)  # what does not fit is said before anything is drawn
     scaled = _scaled(recipe, steps_scale, seed)
-    material = _material(begun, folder, scaled, tuple(splits), (validation, test), (bf16, fused), progress)
+    counts = {"train": scaled.pictures, VALIDATION: validation, **dict.fromkeys(splits, test)}
+    material = prepare(begun, folder, scaled, counts, bf16=bf16, fused=fused, progress=progress)
     refuse_foreign(folder / "runs", material.setup)
     counting = tqdm(connectors, desc="counting operations", unit="connector", disable=not progress, leave=False)
     flops = {name: plan.step_flops(material, name, folder / "flops") for name in counting}
@@ -92,7 +104,7 @@ def compare_connectors(
         final = [arm.runs(rate, measured, tuple(splits)) for arm, rate in zip(arms, chosen, strict=True)]
         by_seed = [job for of_seed in zip(*final, strict=True) for job in of_seed]  # a stop leaves whole seeds
         runs.finish(by_seed, keep=folder / "models" if keep else None, keep_seed=seed)
-    _same_order(runs.done)
+    check_same_batches(runs.done)
     return _result(material, arms, swept, final, runs.done)
 
 
@@ -103,23 +115,16 @@ def _scaled(recipe: Recipe, scale: float, seed: int) -> Recipe:
     return replace(recipe, seed=seed, pictures=pictures, align=align, instruct=instruct)
 
 
-def _material(
-    begun: Any,
-    folder: Path,
-    recipe: Recipe,
-    splits: tuple[str, ...],
-    pictures: tuple[int, int],
-    how: tuple[bool, bool],
-    progress: bool,
+def prepare(
+    begun: Start, folder: Path, recipe: Recipe, counts: dict[str, int], *, bf16: bool, fused: bool, progress: bool
 ) -> Material:
-    """Features and exams of everything, and what an `out` folder must agree in."""
+    """Features and exams of `counts` pictures of each split, and what an `out` folder must agree in."""
     seed, tokenizer = recipe.seed, begun.lab.tokenizer
-    counts = {"train": recipe.pictures, VALIDATION: pictures[0], **dict.fromkeys(splits, pictures[1])}
     pools = {name: feature_pool(begun, folder, name, n, seed=seed, progress=progress) for name, n in counts.items()}
     exams = {name: make_exam(tokenizer, pools[name], seed=seed) for name in counts if name != "train"}
     stages = {stage.name: {k: v for k, v in asdict(stage).items() if k != "steps"} for stage in (recipe.align, recipe.instruct)}
-    setup = {"start": begun.fingerprints, "pictures": counts, "seed": seed, "bf16": how[0], "fused": how[1], "stages": stages}
-    return Material(begun, recipe, pools["train"], exams, setup, how[0])
+    setup = {"start": begun.fingerprints, "pictures": counts, "seed": seed, "bf16": bf16, "fused": fused, "stages": stages}
+    return Material(begun, recipe, pools["train"], exams, setup, bf16)
 
 
 class _Runs:
@@ -148,29 +153,28 @@ class _Runs:
         """Read what is there, train what is not."""
         for job in plan.unique(jobs):
             self.bar.set_postfix_str(job.id, refresh=False)
-            found = read(self.folder, job, self.material.setup)
-            if found is None:
+            before = self.bar.n
+            run = read(self.folder, job, self.material.setup)
+            if run is None:
                 place = keep / job.id if keep is not None and job.seed == keep_seed else None
-                before = self.bar.n
-                found = train_run(self.material, job, advance=self.bar.update, keep=place)
-                found.save(self.folder / f"{job.id}.npz")
-                self.bar.update(before + sum(job.steps) - self.bar.n)  # a diverged run ends early
-            else:
-                self.bar.update(sum(job.steps))
-            self.done[job] = found
+                run = train_run(self.material, job, advance=self.bar.update, keep=place)
+                run.save(self.folder / f"{job.id}.npz")
+            # also where nothing was trained, or a diverged run ended early
+            self.bar.update(before + sum(job.steps) - self.bar.n)
+            self.done[job] = run
 
 
-def _same_order(done: dict[Job, Finished]) -> None:
+def check_same_batches(done: dict[Job, Finished]) -> None:
     """Every run of a seed must have read the same batches, stage by stage, as far as both went. Raises DataError."""
-    first: dict[tuple[int, int], tuple[Job, np.ndarray]] = {}
+    longest: dict[tuple[int, int], tuple[Job, np.ndarray]] = {}
     for job, run in done.items():
         for stage, stamps in enumerate((run.order[: job.steps[0]], run.order[job.steps[0] :])):
-            other, known = first.setdefault((job.seed, stage), (job, stamps))
-            both = min(len(stamps), len(known))
-            if not np.array_equal(stamps[:both], known[:both]):
+            other, others = longest.setdefault((job.seed, stage), (job, stamps))
+            both = min(len(stamps), len(others))
+            if not np.array_equal(stamps[:both], others[:both]):
                 raise DataError(f"{job.id} and {other.id} did not read the same batches; remove both and run again")
-            if len(stamps) > len(known):
-                first[job.seed, stage] = job, stamps
+            if len(stamps) > len(others):
+                longest[job.seed, stage] = job, stamps
 
 
 def _questions(material: Material, splits: Sequence[str]) -> tuple[stats.Questions, tuple[str, ...]]:
@@ -237,9 +241,9 @@ def _notes(
         where = f"{arm.connector} ({arm.budget}, {'with' if arm.stage1 else 'without'} stage 1)"
         if runs[0].rate in (jobs[0].rate, jobs[-1].rate):
             notes.append(f"{where}: the best rate, {runs[0].rate:g}, is at the sweep's edge; a wider sweep may find a better one")
-        lost = [str(job.seed) for job in runs if not np.isfinite(done[job].losses).all()]
-        if lost:
-            notes.append(f"{where}: training diverged with seed {', '.join(lost)}; its answers count as they are")
+        diverged = [str(job.seed) for job in runs if not np.isfinite(done[job].losses).all()]
+        if diverged:
+            notes.append(f"{where}: training diverged with seed {', '.join(diverged)}; its answers count as they are")
     notes.append("Without stage 1 a run is shorter by stage 1's steps: that comparison is not at equal samples.")
     notes.append("Matrices are trained with Muon, the rest with AdamW; another optimiser may rank connectors otherwise.")
     return tuple(notes)

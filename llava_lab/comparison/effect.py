@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from llava_lab.capture import undisturbed
+from llava_lab.checks import PATIENCE
 from llava_lab.connectors.linearize import CONTROLS, FIT, random_map
 from llava_lab.connectors.plug import connector, linear_connector, new_connector, shuffled_tokens
 from llava_lab.errors import DataError, OptionError
@@ -29,7 +30,6 @@ from llava_lab.results import LinearEffect, Linearized
 from llava_lab.stats import exact_match, resampled_means
 
 ALL = "all"
-PATIENCE = 2.0
 BEFORE = "a"  # an answer stands after something, so that its first token carries the space it has there
 
 
@@ -51,6 +51,11 @@ def linear_effect(
     `ranks` adds the fit cut to each rank. KL, in nats, is of the next-token distributions where the original's own
     answer and what comes after it are predicted, their mean; an answer is flipped when its text differs; accuracy is
     exact match. The lab is left as it was. Raises DataError for unknown data, OptionError for a rank the fit does not have.
+
+    >>> fit = ll.linearize(lab, [ll.worlds.picturebook.scene("train", i).picture() for i in range(8)], progress=False)
+    >>> effect = ll.linear_effect(lab, fit, n=1, controls=False, progress=False)
+    >>> effect.variants, effect.pictures
+    (('linear',), 1)
     """
     began = time.perf_counter()
     names = variants(fit, ranks, controls)
@@ -63,9 +68,9 @@ def linear_effect(
     rows = []
     for name in names:
         with plugged(lab, fit, name, seed=seed):
-            said = _read(lab, items, finished, name, progress)
+            changed = _read(lab, items, finished, name, progress)
             answers = answer_all(lab, items, prompt=prompt, label=name, progress=progress)
-        kl = np.array([float((a.exp() * (a - b)).sum(-1).clamp_min(0).mean()) for a, b in zip(own, said, strict=True)])
+        kl = np.array([float((a.exp() * (a - b)).sum(-1).clamp_min(0).mean()) for a, b in zip(own, changed, strict=True)])
         flipped = np.array([a != b for a, b in zip(answers, own_answers, strict=True)], float)
         rows.append((kl, flipped, _right(items, answers) - right))
     types = (ALL, *sorted({item.type for item in items} - {ALL}))
@@ -121,9 +126,9 @@ def _stand_in(lab: Lab, fit: Linearized, name: str, seed: int) -> Any:
 
 def _finished(lab: Lab, item: Item, answer: str, prompt: str | None) -> tuple[np.ndarray, int]:
     """The prompt with the answer behind it, (T,) token ids, and how many positions predict the answer and its end."""
-    alone, said = (lab.tokenizer.encode(text, add_special_tokens=False) for text in (BEFORE, f"{BEFORE} {answer}"))
-    tail = np.array(said[len(alone) :], np.int64)
-    return np.concatenate([lab.sequence(item.question, prompt=prompt).token_ids, tail]), len(tail) + 1
+    alone, both = (lab.tokenizer.encode(text, add_special_tokens=False) for text in (BEFORE, f"{BEFORE} {answer}"))
+    ids = np.array(both[len(alone) :], np.int64)
+    return np.concatenate([lab.sequence(item.question, prompt=prompt).token_ids, ids]), len(ids) + 1
 
 
 def _read(

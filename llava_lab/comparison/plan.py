@@ -8,6 +8,9 @@ A sweep has a seed of its own, which no measured run uses, and is examined on va
 validation loss is taken: loss is finer than accuracy on the few hundred questions there are. Where equal operations
 change the number of steps by less than a tenth, the rate found for equal samples is kept; where they change it by less
 than two in a hundred, so are the runs, and the operations beside them say how far from equal they are.
+
+    arms = make_arms(["linear", "mlp2x_gelu"], flops, ABLATION, budgets=BUDGETS, stage1=(True, False))
+    jobs = [job for arm in arms for job in arm.sweep(RATES, seed=0)]
 """
 
 from __future__ import annotations
@@ -89,7 +92,7 @@ def step_flops(material: Material, connector: str, folder: Path) -> tuple[float,
 
 def count_flops(material: Material, connector: str) -> tuple[float, float]:
     """Mean floating-point operations of a step of stage 1 and of stage 2 with this connector, forward and backward."""
-    start, recipe, found = material.start, material.recipe, []
+    start, recipe, means = material.start, material.recipe, []
     model: Any = start.lab.model
     module = fresh(start, connector, 0)
     try:
@@ -103,16 +106,12 @@ def count_flops(material: Material, connector: str) -> tuple[float, float]:
                     with counter, torch.autocast("cpu", torch.bfloat16, enabled=material.bf16):
                         loss_of(model, module, item, material.image_id).backward()
                     total += counter.get_total_flops()
-                found.append(total / cycle)
+                means.append(total / cycle)
                 model.zero_grad(set_to_none=True)
     finally:
         model.requires_grad_(False)
         model.zero_grad(set_to_none=True)
-    return found[0], found[1]
-
-
-def _bad_list(names: Sequence[str]) -> bool:
-    return isinstance(names, str) or not names or len(set(names)) < len(names)
+    return means[0], means[1]
 
 
 def make_arms(
@@ -166,16 +165,13 @@ def make_pairs(arms: Sequence[Arm]) -> tuple[list[tuple[int, int]], list[int]]:
 
 def choose(jobs: Sequence[Job], done: Mapping[Job, Finished]) -> float:
     """The rate with the lowest validation loss. Raises OptionError when every rate diverged."""
-    losses = [float(done[job].loss[0]) if _sound(done[job]) else math.inf for job in jobs]
+    sound = [np.isfinite(done[job].losses).all() and np.isfinite(done[job].loss).all() for job in jobs]
+    losses = [float(done[job].loss[0]) if fine else math.inf for job, fine in zip(jobs, sound, strict=True)]
     best = min(range(len(jobs)), key=losses.__getitem__)
     if not math.isfinite(losses[best]):
         rates = ", ".join(f"{job.rate:g}" for job in jobs)
         raise OptionError(f"training {jobs[0].connector!r} diverged at every rate ({rates}); give smaller ones")
     return jobs[best].rate
-
-
-def _sound(run: Finished) -> bool:
-    return bool(np.isfinite(run.losses).all() and np.isfinite(run.loss).all())
 
 
 def unique(jobs: Iterable[Job]) -> list[Job]:
@@ -192,6 +188,10 @@ def check_options(
     splits: Sequence[str],
 ) -> None:
     """Raises OptionError (one line) for a comparison that would say nothing."""
+
+    def no_list(names: Sequence[str]) -> bool:
+        return isinstance(names, str) or not names or len(set(names)) < len(names)
+
     few = isinstance(connectors, str) or len(connectors) < 2
     rules: list[tuple[bool, str]] = [
         (few, f"a comparison wants a list of two connectors or more, got {connectors!r}"),
@@ -200,13 +200,13 @@ def check_options(
         (any(not 0 < rate < math.inf for rate in rates), f"rates must be above 0, got {list(rates)}"),
         (seeds < 2, f"seeds must be 2 or more (5 to conclude anything), got {seeds}: one run has no spread"),
         (
-            _bad_list(budgets) or bool(set(budgets) - set(BUDGETS)),
+            no_list(budgets) or bool(set(budgets) - set(BUDGETS)),
             f"budgets are {', '.join(BUDGETS)}, each once; got {budgets!r}",
         ),
         (not stage1 or len(set(stage1)) < len(stage1), f"stage1 is (True,), (False,) or both, got {list(stage1)}"),
-        (_bad_list(splits), f"splits must be a list of names, each once; got {splits!r}"),
+        (no_list(splits), f"splits must be a list of names, each once; got {splits!r}"),
         (bool({VALIDATION, "train"} & set(splits)), f"splits must be held out from training, got {splits!r}"),
     ]
-    for broken, said in rules:
+    for broken, reason in rules:
         if broken:
-            raise OptionError(said)
+            raise OptionError(reason)

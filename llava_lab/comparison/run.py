@@ -1,15 +1,16 @@
-"""What every run of a comparison reads and is asked: frozen features computed once, and questions encoded once.
+"""One run of a comparison: a fresh connector before the same start, the recipe's stages, one exam; kept as one file.
 
-A pool whose pictures are features instead of pixels goes through the recipe's own `AlignData` and `InstructData`
-unchanged, so that batches, their order and their words are the recipe's. Exams are the questions `llava-lab evaluate`
-asks of a split; an answer is right when every token of it, end mark included, is the most likely one, which is greedy
-exact match as long as the tokenizer spells an answer in one way.
-
-One run of a comparison: a fresh connector before the same start, the recipe's stages, one exam; kept as one file.
+What every run reads and is asked is made once: features of the frozen tower, and questions in tokens. A pool whose
+pictures are features instead of pixels goes through the recipe's own `AlignData` and `InstructData` unchanged, so that
+batches, their order and their words are the recipe's. Exams are the questions `llava-lab evaluate` asks of a split; an
+answer is right when every token of it, end mark included, is the most likely one, which is greedy exact match as long as
+the tokenizer spells an answer in one way.
 
 Everything random comes from the run's seed and the step's number, so that runs of one seed read the same batches in the
 same order whatever the connector. The connector has a rate of its own; the language model keeps the recipe's.
-A file is written when its run is finished and under a temporary name first: a run is there whole or not at all.
+
+    run = train_run(material, Job("linear", rate=1e-3, seed=0, steps=(80, 100), exams=("test",)))
+    run.right.mean(), run.losses
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import re
 import shutil
 import time
@@ -41,6 +41,7 @@ from llava_lab.errors import DataError, OptionError
 from llava_lab.evaluation.items import load_items
 from llava_lab.models import layout
 from llava_lab.results import Saved
+from llava_lab.results.save import whole_file
 from llava_lab.training import loop
 from llava_lab.training.features import SPARE, tower_features
 from llava_lab.training.recipe import Recipe, Stage
@@ -82,31 +83,23 @@ def feature_pool(start: Start, folder: Path, split: str, n: int, *, seed: int, p
     pool = make_pool(folder / "pictures", n=n, side=side, grid=grid, split=split, seed=seed, workers=default_workers())
     path = folder / "features" / f"{split}-{seed}-{n}-{start.fingerprints['vision']}.npy"
     if not path.exists():
-        width = config.vision_config.hidden_size * len(layout.feature_layers(config))
-        _compute(start.lab.model, pool, path, (n, grid * grid, width), progress)
-    return replace(pool, pictures=np.load(path, mmap_mode="r"))
-
-
-def _compute(model: Any, pool: Pool, path: Path, shape: tuple[int, int, int], progress: bool) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    needed, free = 4 * int(np.prod(shape)), shutil.disk_usage(path.parent).free
-    if needed + SPARE > free:
-        raise OptionError(
-            f"features of {shape[0]:,} pictures need {needed / 1e9:.1f} GB in {path.parent}, {free / 1e9:.1f} GB are free; "
-            "take fewer pictures or another folder"
-        )
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        found = np.lib.format.open_memmap(part, mode="w+", dtype=np.float32, shape=shape)
-        with tqdm(total=shape[0], desc=f"vision features, {pool.split}", unit="picture", disable=not progress) as bar:
-            for first in range(0, shape[0], CHUNK):
-                seen = tower_features(model, normalise(pool.pictures[first : first + CHUNK]))
-                found[first : first + len(seen)] = seen.numpy()
+        shape = (n, grid * grid, config.vision_config.hidden_size * len(layout.feature_layers(config)))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        needed, free = 4 * math.prod(shape), shutil.disk_usage(path.parent).free
+        if needed + SPARE > free:
+            raise OptionError(
+                f"features of {n:,} pictures need {needed / 1e9:.1f} GB in {path.parent}, {free / 1e9:.1f} GB are free; "
+                "take fewer pictures or another folder"
+            )
+        bar = tqdm(total=n, desc=f"vision features, {split}", unit="picture", disable=not progress)
+        with whole_file(path) as temporary, bar:
+            features = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
+            for first in range(0, n, CHUNK):
+                seen = tower_features(start.lab.model, normalise(pool.pictures[first : first + CHUNK]))
+                features[first : first + len(seen)] = seen.numpy()
                 bar.update(len(seen))
-        found.flush()
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+            features.flush()
+    return replace(pool, pictures=np.load(path, mmap_mode="r"))
 
 
 def make_exam(tokenizer: PreTrainedTokenizerFast, pool: Pool, *, seed: int) -> Exam:
@@ -134,12 +127,12 @@ def sit(model: nn.Module, connector: nn.Module, exam: Exam, image_id: int) -> tu
     right: list[bool] = []
     total = count = 0.0
     for (rows, words), asked in zip(exam.batches, exam.asked, strict=True):
-        seen = torch.from_numpy(np.array(exam.pool.pictures[rows]))
-        loss, hits = apart_loss(model, words, connector(seen), image_id)
+        features = torch.from_numpy(np.array(exam.pool.pictures[rows]))
+        loss, hits = apart_loss(model, words, connector(features), image_id)
         labelled = int((words.labels != IGNORE).sum())
         total, count = total + float(loss) * labelled, count + labelled
-        for row, many in zip(hits.tolist(), asked, strict=True):
-            right += row[:many]
+        for row, questions in zip(hits.tolist(), asked, strict=True):
+            right += row[:questions]
     return np.array(right), total / count
 
 
@@ -155,12 +148,12 @@ def loss_of(model: nn.Module, connector: nn.Module, item: Item, image_id: int) -
 def stamp(item: Item) -> int:
     """A number for exactly this batch, words and pictures: two runs that read the same have the same stamps."""
     _, words, features = item
-    found = zlib.crc32(features[:, 0].contiguous().numpy().tobytes())
+    number = zlib.crc32(features[:, 0].contiguous().numpy().tobytes())
     for name in ("prefix", "ids", "labels"):
         part = getattr(words, name, None)
         if part is not None:
-            found = zlib.crc32(part.numpy().tobytes(), found)
-    return found
+            number = zlib.crc32(part.numpy().tobytes(), number)
+    return number
 
 
 Advance = Callable[[int], None]  # steps done since the last call
@@ -309,25 +302,23 @@ def read(folder: Path, job: Job, setup: Mapping[str, Any]) -> Finished | None:
     path = folder / f"{job.id}.npz"
     if not path.exists():
         return None
-    found = Finished.load(path)
-    of_another(path, found.setup, setup)
-    if found.job != json.loads(json.dumps(asdict(job))):
-        raise DataError(f"{path} holds another run than its name says ({found.job}); remove it and run again")
-    return found
+    run = Finished.load(path)
+    refuse_other(path, run.setup, setup)
+    if run.job != json.loads(json.dumps(asdict(job))):
+        raise DataError(f"{path} holds another run than its name says ({run.job}); remove it and run again")
+    return run
 
 
-def of_another(path: Path, found: Mapping[str, Any], setup: Mapping[str, Any]) -> None:
-    """Raises DataError when a run was made by another comparison than the one `setup` describes."""
-    wanted = json.loads(json.dumps(setup))
-    differs = [name for name in wanted if found.get(name) != wanted[name]]
-    if differs:
-        name = differs[0]
-        raise DataError(
-            f"{path} belongs to another comparison: {name} was {found.get(name)}, now {wanted[name]}; choose another folder"
-        )
+def refuse_other(path: Path, setup: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Raises DataError when the comparison that made a run is not the expected one."""
+    for name, value in json.loads(json.dumps(expected)).items():
+        if setup.get(name) != value:
+            raise DataError(
+                f"{path} belongs to another comparison: {name} was {setup.get(name)}, now {value}; choose another folder"
+            )
 
 
 def refuse_foreign(folder: Path, setup: Mapping[str, Any]) -> None:
     """Raises DataError when any run in a folder is another comparison's, before anything is written there."""
     for path in sorted(folder.glob("*.npz")):
-        of_another(path, Finished.load(path).setup, setup)
+        refuse_other(path, Finished.load(path).setup, setup)

@@ -17,7 +17,7 @@ from llava_lab.comparison import compare as ablation
 from llava_lab.comparison import plan as ablation_plan
 from llava_lab.comparison import run as ablation_run
 from llava_lab.comparison.plan import Arm, make_arms, make_pairs
-from llava_lab.comparison.run import Job, train_run
+from llava_lab.comparison.run import Job, Material, train_run
 from llava_lab.comparison.start import load_start
 from llava_lab.errors import DataError, LabError
 from llava_lab.results import Ablation
@@ -50,6 +50,12 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def made(start: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ablation]:
     out = tmp_path_factory.mktemp("out")
     return out, ll.compare_connectors(SAME, start=start, out=out, **OPTIONS)
+
+
+def prepared(start: Path, out: Path) -> Material:
+    """What the runs of a small comparison share, in float32."""
+    counts = {"train": FEW.pictures, "validation": 6, "test": 6}
+    return ablation.prepare(load_start(start), out, FEW, counts, bf16=False, fused=False, progress=False)
 
 
 def test_one_function_under_two_names_is_not_distinguishable(made: tuple[Path, Ablation]) -> None:
@@ -127,9 +133,9 @@ def test_a_run_under_another_s_name_is_refused(made: tuple[Path, Ablation], tmp_
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_the_start_comes_back_bit_for_bit(start: Path, tmp_path: Path, error: type[BaseException]) -> None:
-    begun = load_start(start)
+    material = prepared(start, tmp_path)
+    begun = material.start
     before = {name: value.clone() for name, value in begun.lab.model.state_dict().items()}
-    material = ablation._material(begun, tmp_path, FEW, ("test",), (6, 6), (False, False), False)
     job = Job("mlp2x_gelu", 1e-3, 0, (2, 2), ("test",))
 
     def stop(_: int) -> None:
@@ -149,8 +155,8 @@ def test_the_start_comes_back_bit_for_bit(start: Path, tmp_path: Path, error: ty
 
 def test_operations_are_counted_over_a_whole_cycle_of_batches(start: Path, tmp_path: Path) -> None:
     """The linear's own products, by hand, are what the MLP's first count lacks: everything else is the same."""
-    begun = load_start(start)
-    material = ablation._material(begun, tmp_path, FEW, ("test",), (6, 6), (False, False), False)
+    material = prepared(start, tmp_path)
+    begun = material.start
     linear, mlp = (ablation_plan.count_flops(material, name) for name in ("linear", "mlp2x_gelu"))
     config: Any = begun.lab.model.config
     patches = begun.lab.grid[0] * begun.lab.grid[1]
@@ -176,16 +182,15 @@ def test_budgets_follow_the_dearest_and_share_what_hardly_differs() -> None:
 
 
 def test_two_connectors_read_the_same_batches_and_a_run_that_did_not_is_found(start: Path, tmp_path: Path) -> None:
-    begun = load_start(start)
-    material = ablation._material(begun, tmp_path, FEW, ("test",), (6, 6), (False, False), False)
+    material = prepared(start, tmp_path)
     jobs = [Job(name, 1e-3, 0, (2, 2), ("test",)) for name in ("linear", "mlp2x_gelu")]
     done = {job: train_run(material, job) for job in jobs}
     assert np.array_equal(done[jobs[0]].order, done[jobs[1]].order)
     assert not np.array_equal(done[jobs[0]].losses, done[jobs[1]].losses)
-    ablation._same_order(done)
+    ablation.check_same_batches(done)
     other = train_run(material, replace(jobs[1], seed=1))
     with pytest.raises(DataError, match="did not read the same batches"):
-        ablation._same_order({jobs[0]: done[jobs[0]], jobs[1]: other})
+        ablation.check_same_batches({jobs[0]: done[jobs[0]], jobs[1]: other})
 
 
 def test_the_sweep_never_sits_the_test_exam(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,14 +200,14 @@ def test_the_sweep_never_sits_the_test_exam(start: Path, tmp_path: Path, monkeyp
         ablation_run, "sit", lambda model, module, exam, image: asked.append(id(exam)) or real(model, module, exam, image)
     )
     exams: dict[str, int] = {}
-    made = ablation._material
+    made = ablation.prepare
 
-    def remember(*given: Any) -> Any:
-        material = made(*given)
+    def remember(*given: Any, **options: Any) -> Any:
+        material = made(*given, **options)
         exams.update({name: id(exam) for name, exam in material.exams.items()})
         return material
 
-    monkeypatch.setattr(ablation, "_material", remember)
+    monkeypatch.setattr(ablation, "prepare", remember)
     ll.compare_connectors(SAME, start=start, out=tmp_path, **OPTIONS)
     assert asked[:6] == [exams["validation"]] * 6
     assert asked[6:] == [exams["test"]] * 4
