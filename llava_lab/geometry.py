@@ -4,8 +4,10 @@ LLaVA-1.5 shows the model either a padded square (its own training, ``pad``) or 
 crop (the hub's default, ``crop``). Every map we draw must travel back through the very same
 transform, or it sits beside what it explains. `PictureMap` is that transform as plain numbers.
 
-It does not touch pixels of the model's input; `llava_lab.models.pictures` builds it from what
-the image processor really did.
+It holds no pixels; `llava_lab.models.pictures` builds it from what the image processor really did.
+
+    where = PictureMap.make(640, 480, size=336, rows=24, cols=24, mode="pad")
+    where.patch_box(12, 12)  # left, top, right, bottom in picture pixels
 
 Sources: haotian-liu/LLaVA @ c121f04 ``llava/mm_utils.py`` (expand2square);
 transformers ``CLIPImageProcessor`` (resize shortest edge, centre crop).
@@ -150,11 +152,8 @@ class PictureMap:
         return np.where(seen, painted, np.float32(np.nan)).astype(np.float32)
 
     def to_dict(self) -> dict:
+        """Plain numbers, for JSON."""
         return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: dict) -> PictureMap:
-        return cls(**data)
 
     def _overlap(self, cells: int, pixels: int, scale: float, offset: float) -> np.ndarray:
         """(cells, pixels): share of each cell's length covered by each picture pixel."""
@@ -207,14 +206,6 @@ class View:
     @property
     def _rows(self) -> np.ndarray:
         return np.arange(self.start, self.stop).reshape(self.map.rows, -1)
-
-    def to_dict(self) -> dict:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: dict) -> View:
-        tiles = {name: tuple(data[name]) for name in ("tile_rows", "tile_cols")}
-        return cls(**{**data, "map": PictureMap.from_dict(data["map"]), **tiles})
 
 
 def _bilinear(grid: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:

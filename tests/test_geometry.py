@@ -21,7 +21,7 @@ def test_going_there_and_back_is_exact(shape: tuple[int, int], mode: str) -> Non
     at = made(*shape, mode)
     for point in [(0.0, 0.0), (10.5, 20.25), (float(shape[0]), float(shape[1]))]:
         assert at.to_picture(*at.to_model(*point)) == pytest.approx(point)
-    assert PictureMap.from_dict(at.to_dict()) == at
+    assert PictureMap(**at.to_dict()) == at
 
 
 def test_crop_of_640x480_sees_the_middle_480() -> None:
@@ -90,6 +90,14 @@ def test_smooth_keeps_a_constant_and_stays_between_neighbours() -> None:
     smooth = at.project(values, smooth=True)
     assert np.nanmin(smooth) >= values.min() - 1e-6
     assert np.nanmax(smooth) <= values.max() + 1e-6
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_enlarged_picture_is_painted_as_its_pixels_are(mode: str) -> None:
+    at = made(60, 37, mode, grid=6)
+    values = np.random.default_rng(0).random((6, 6)).astype(np.float32)
+    # every third pixel of three has the centre of a pixel of the picture
+    np.testing.assert_array_equal(at.project(values, shape=(3 * 37, 3 * 60))[1::3, 1::3], at.project(values))
 
 
 def test_wrong_requests_say_what_was_expected() -> None:

@@ -1,8 +1,10 @@
 """Figures of a comparison of connectors: accuracies with every seed, differences with their two intervals, the rate sweep.
 
-Numbers come from `llava_lab.results` and are never made here; no model, no torch. Every function takes ``ax=``
-and returns its Axes. Accuracies are percent, differences percent points. With stage 1 is blue and round, without it
-orange and square; in differences grey always means: not told apart (blue is better, red is worse).
+Every function takes ``ax=`` and returns its Axes. No model and no torch. Accuracies are percent, differences percent
+points. With stage 1 is blue and round, without it orange and square; in differences grey always means: not told apart
+(blue is better, red is worse).
+
+    accuracies(result, split="compositions")
 """
 
 from __future__ import annotations
@@ -12,17 +14,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llava_lab.errors import OptionError
-from llava_lab.plots.scores import BLUE, GREY, RED, TEXT, _new_axes
+from llava_lab.plots.axes import AS_TEXT, named_rows, new_axes, open_frame
+from llava_lab.plots.palette import BLUE, LINES, MARKERS, ORANGE, VERDICTS
 from llava_lab.results import MANY, WORDS, Ablation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-ORANGE = "#c05621"
 STAGES = {True: (BLUE, "o", "with stage 1"), False: (ORANGE, "s", "without stage 1")}
-VERDICTS = {1: BLUE, -1: RED, 0: GREY}
-LINES = ("#2b6cb0", "#d69e2e", "#2f855a", "#97266d", "#4a5568", "#00838f")  # connectors in the sweep; told apart also by marker
-MARKERS = "osD^vP"
 MINUS = "\N{MINUS SIGN}"
 
 _APART, _WITHIN = 0.17, 0.07  # rows: between the two stage settings, and between the seeds and their mean
@@ -38,7 +37,7 @@ def accuracies(result: Ablation, *, split: str | None = None, ax: Axes | None = 
     x, arms = _split(result, split), _arms(result)
     names = list(dict.fromkeys(result.connectors[arm] for arm in arms))
     both = len({bool(result.stage1[arm]) for arm in arms}) == 2
-    ax = ax if ax is not None else _new_axes((6.2, 1.1 + 0.62 * len(names)))
+    ax = ax if ax is not None else new_axes((6.2, 1.1 + 0.62 * len(names)))
     asked = result.question_split == x
     labelled: set[bool] = set()
     for arm in arms:
@@ -53,15 +52,16 @@ def accuracies(result: Ablation, *, split: str | None = None, ax: Axes | None = 
         said = None if aligned in labelled else label
         ax.plot(mean, height + _WITHIN, marker, color=color, markersize=7, markeredgecolor="white", label=said)
         labelled.add(aligned)
-    ax.set_yticks(range(len(names)), names, fontsize=9, **TEXT)
+    ax.set_yticks(range(len(names)), names, fontsize=9, **AS_TEXT)
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.set_xlabel(
         f"right, % of {int(result.questions[x, 0]):,} questions\npale: each of {len(result.seeds)} seeds    "
         "strong: their mean, 95% over pictures",
         fontsize=8,
     )
-    ax.set_title(f"{result.splits[x]}, equal {result.budgets[arms[0]]}", fontsize=10, **TEXT)
-    _plain(ax)
+    ax.set_title(f"{result.splits[x]}, equal {result.budgets[arms[0]]}", fontsize=10, **AS_TEXT)
+    named_rows(ax)
+    ax.tick_params(axis="y", length=0)
     ax.legend(fontsize=8, framealpha=0.9, edgecolor="none", loc="best")
     return ax
 
@@ -83,7 +83,7 @@ def differences(result: Ablation, *, split: str | None = None, ax: Axes | None =
     ]
     groups = [(aligned, pairs) for aligned, pairs in groups if pairs]
     count = sum(len(pairs) for _, pairs in groups)
-    ax = ax if ax is not None else _new_axes((7.6, 1.2 + 0.36 * (count + _GAP * len(groups))))
+    ax = ax if ax is not None else new_axes((7.6, 1.2 + 0.36 * (count + _GAP * len(groups))))
     ax.axvline(0, color="0.25", linewidth=0.9)
     height = 0.0
     places: list[float] = []
@@ -100,7 +100,7 @@ def differences(result: Ablation, *, split: str | None = None, ax: Axes | None =
             places.append(height)
             names.append(f"{second} {MINUS} {first}")
             height += 1
-    ax.set_yticks(places, names, fontsize=8, **TEXT)
+    ax.set_yticks(places, names, fontsize=8, **AS_TEXT)
     for number in heads:
         ax.get_yticklabels()[number].set(weight="bold", fontsize=9)
     ax.set_ylim(height - 0.4, -0.6)
@@ -108,8 +108,9 @@ def differences(result: Ablation, *, split: str | None = None, ax: Axes | None =
         "difference of what is right, percent points\nthick: 95% over seeds    thin: 95% over pictures    grey: not told apart",
         fontsize=8,
     )
-    ax.set_title(f"{result.splits[x]}, equal {result.budgets[min(arms)]}, {len(result.seeds)} seeds", fontsize=10, **TEXT)
-    _plain(ax)
+    ax.set_title(f"{result.splits[x]}, equal {result.budgets[min(arms)]}, {len(result.seeds)} seeds", fontsize=10, **AS_TEXT)
+    named_rows(ax)
+    ax.tick_params(axis="y", length=0)
     return ax
 
 
@@ -120,7 +121,7 @@ def sweep(result: Ablation, *, ax: Axes | None = None) -> Axes:
     """
     arms = _arms(result)
     names = list(dict.fromkeys(result.connectors[arm] for arm in arms))
-    ax = ax if ax is not None else _new_axes((6.2, 3.6))
+    ax = ax if ax is not None else new_axes((6.2, 3.6))
     rates = result.sweep_rates
     for arm in arms:
         number = names.index(result.connectors[arm])
@@ -142,7 +143,7 @@ def sweep(result: Ablation, *, ax: Axes | None = None) -> Axes:
     ax.tick_params(labelsize=8)
     ax.grid(color="0.92")
     ax.set_axisbelow(True)
-    ax.spines[["top", "right"]].set_visible(False)
+    open_frame(ax)
     _sweep_legend(ax, names, {bool(result.stage1[arm]) for arm in arms})
     return ax
 
@@ -197,11 +198,3 @@ def _split(result: Ablation, split: str | None) -> int:
     if split is not None and split not in result.splits:
         raise OptionError(f"split must be one of {', '.join(result.splits)}, got {split!r}")
     return 0 if split is None else result.splits.index(split)
-
-
-def _plain(ax: Axes) -> None:
-    ax.tick_params(axis="x", labelsize=8)
-    ax.tick_params(axis="y", length=0)
-    ax.grid(axis="x", color="0.92")
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right", "left"]].set_visible(False)

@@ -1,8 +1,11 @@
 """Drawings that explain how a model works, from the numbers of one real run.
 
 `journey` follows a picture through the three parts of a LLaVA to its answer; `matrices` shows small
-matrices with their numbers, for arithmetic done by hand. Maps on pictures are `llava_lab.plots`.
-No model, no torch: what a drawing needs beyond the run is given as plain numbers.
+matrices with their numbers, for arithmetic done by hand. No model and no torch: what a drawing needs
+beyond the run is given as plain numbers.
+
+    journey(run, widths=(1024, 4096))
+    matrices({"A": np.eye(2)}, labels=("the", "car"))
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ import numpy as np
 
 from llava_lab.errors import OptionError
 from llava_lab.geometry import PictureMap
-from llava_lab.plots.maps import AS_TEXT, OTHER, SEGMENT_COLORS
+from llava_lab.plots.axes import AS_TEXT, figure_of, panels
+from llava_lab.plots.palette import OTHER, SEGMENTS
 from llava_lab.results import Run
 
 if TYPE_CHECKING:
@@ -61,7 +65,7 @@ def journey(run: Run, *, widths: tuple[int, int] | None = None, ax: Axes | None 
     _part(ax, (6.3, 7.7, BOTTOM - 0.5, BOTTOM + 0.5), "language\nmodel")
     _arrow(ax, 7.8, 8.2, BOTTOM)
     answer = textwrap.fill(textwrap.shorten(run.answer, 80, placeholder=" …"), 16)
-    ax.text(8.3, BOTTOM, answer, ha="left", va="center", fontsize=12, color=SEGMENT_COLORS["answer"], weight="bold", **AS_TEXT)
+    ax.text(8.3, BOTTOM, answer, ha="left", va="center", fontsize=12, color=SEGMENTS["answer"], weight="bold", **AS_TEXT)
     return ax
 
 
@@ -72,12 +76,10 @@ def matrices(
     if not given:
         raise OptionError("expected at least one matrix to draw, got none")
     shape = np.shape(next(iter(given.values())))
-    panels = list(ax) if ax is not None else _row(len(given), shape)
-    if len(panels) < len(given):
-        raise OptionError(f"expected at least {len(given)} axes, one per matrix, got {len(panels)}")
-    for panel, (title, values) in zip(panels, given.items(), strict=False):
+    shown = panels(ax, len(given), (0.62 * shape[-1] + 0.75, 0.62 * shape[0] + 0.6))
+    for panel, (title, values) in zip(shown, given.items(), strict=True):
         _matrix(panel, np.asarray(values, float), title, labels, digits)
-    return panels[0].figure  # type: ignore[return-value]
+    return figure_of(shown[0])
 
 
 def patch_mosaic(picture: np.ndarray, where: PictureMap) -> np.ndarray:
@@ -101,14 +103,6 @@ def _canvas(size: tuple[float, float]) -> Axes:
 
     figure = pyplot.figure(figsize=size)
     return figure.add_axes((0, 0, 1, 1))
-
-
-def _row(count: int, shape: tuple[int, ...]) -> list[Axes]:
-    from matplotlib import pyplot
-
-    size = (0.62 * shape[-1] + 0.75, 0.62 * shape[0] + 0.6)
-    grid = pyplot.subplots(1, count, figsize=(size[0] * count, size[1]), layout="constrained", squeeze=False)[1]
-    return list(grid.ravel())
 
 
 def _picture(ax: Axes, pixels: np.ndarray, left: float, label: str) -> None:
@@ -139,7 +133,7 @@ def _strip(ax: Axes, run: Run, left: float, right: float) -> float:
     edges = left + np.concatenate([[0], np.cumsum(sizes / sizes.sum())]) * (right - left)
     middles = dict(zip(blocks, (edges[:-1] + edges[1:]) / 2, strict=True))
     for i, (name, count) in enumerate(blocks.items()):
-        color = SEGMENT_COLORS.get(name, OTHER)
+        color = SEGMENTS.get(name, OTHER)
         ax.add_patch(Rectangle((edges[i], BOTTOM - 0.2), edges[i + 1] - edges[i] - 0.05, 0.4, facecolor=color, linewidth=0))
         ax.text(middles[name], BOTTOM, name, ha="center", va="center", fontsize=9, color="white", weight="bold")
         _under(ax, middles[name], BOTTOM - 0.26, f"{count}")

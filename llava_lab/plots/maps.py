@@ -1,7 +1,9 @@
 """Figures from saved results: maps drawn on the original picture, with what the model never saw marked.
 
-A figure shows numbers and never makes them: no model, no torch, only `llava_lab.results` and matplotlib.
-Every function takes ``ax=``; single panels return their Axes, panels side by side their Figure.
+Every function takes ``ax=``; single panels return their Axes, panels side by side their Figure. No model and no torch.
+
+    overlay(run, relevance, target=2)  # one map on the picture
+    words_figure(run, relevance)  # every word's map, on one colour scale
 
 Colours: one-sided maps run from clear to bright, maps with negative values are centred on 0 (red more,
 blue less, clear nothing). The strength of the colour is the value, and the colour bar shows the same blend.
@@ -9,35 +11,25 @@ blue less, clear nothing). The strength of the colour is the value, and the colo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llava_lab.errors import OptionError
+from llava_lab.plots.axes import AS_TEXT, figure_of, new_axes, open_frame, panels
+from llava_lab.plots.palette import ONE_SIDED, OTHER, SEGMENTS, TWO_SIDED
 from llava_lab.results import Relevance, Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap, Normalize
-    from matplotlib.figure import Figure, SubFigure
+    from matplotlib.figure import Figure
 
-ONE_SIDED, TWO_SIDED = "viridis", "RdBu_r"
 CLIP = 99.5  # percentile of the absolute values that gets the full colour; one odd patch must not hide the rest
 PANEL = 2.4  # inches per small panel
 UNSEEN: dict[str, Any] = {"facecolor": (0.45, 0.45, 0.45, 0.55), "edgecolor": (1, 1, 1, 0.7), "hatch": "///", "linewidth": 0}
-AS_TEXT: dict[str, Any] = {"parse_math": False}  # a model's words are never a formula
 NOTE: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 7}
-SEGMENT_COLORS = {
-    "system": "#9aa5b1",
-    "image": "#3b7dd8",
-    "history": "#8a7fb8",
-    "question": "#e0a030",
-    "cue": "#c9b28f",
-    "answer": "#b04a5a",
-}
-OTHER = "#dddddd"
 
 Scale = tuple[float, float]
 
@@ -73,7 +65,7 @@ def overlay(
     ax.set_title(f"{_quoted(rel, target)} by {rel.method}" if title is None else title, fontsize=10, **AS_TEXT)
     ax.set_xlabel(_padding_note(rel, target), fontsize=7, color="0.35")
     if colorbar:
-        _bar(ax.figure, [ax], rel, scale, colors, norm)
+        _bar([ax], rel, scale, colors, norm)
     return ax
 
 
@@ -89,16 +81,16 @@ def words_figure(
 ) -> Figure:
     """Every target of `rel` as a small map, all on one colour scale with one legend."""
     _check(run, rel, 0)
-    panels = _panels(run, len(rel.targets), columns, ax)
+    maps = _grid(run, len(rel.targets), columns, ax)
     scale = color_scale([rel])
-    for i, panel in enumerate(panels):
+    for i, panel in enumerate(maps):
         title = _quoted(rel, i, 24)
         overlay(run, rel, target=i, ax=panel, opacity=opacity, smooth=smooth, cmap=cmap, scale=scale, colorbar=False, title=title)
-    figure = panels[0].figure
-    _bar(figure, panels, rel, scale, *_colors(scale, cmap, opacity))
+    _bar(maps, rel, scale, *_colors(scale, cmap, opacity))
+    figure = figure_of(maps[0])
     if ax is None:
         figure.suptitle(f"{_short(run.question)}\n{_short(run.answer)}", fontsize=10, **AS_TEXT)
-    return _root(figure)
+    return figure
 
 
 def compare_figure(
@@ -114,14 +106,14 @@ def compare_figure(
     """The same target explained in several ways, side by side, each on its own colour scale: units differ."""
     if not maps:
         raise OptionError("expected at least one map to compare, got none")
-    panels = _panels(run, len(maps), columns, ax, beside=0.8)
-    for panel, (name, rel) in zip(panels, maps.items(), strict=True):
+    shown = _grid(run, len(maps), columns, ax, beside=0.8)
+    for panel, (name, rel) in zip(shown, maps.items(), strict=True):
         overlay(run, rel, target=target, ax=panel, opacity=opacity, smooth=smooth, title=name)
-    figure = panels[0].figure
+    figure = figure_of(shown[0])
     if ax is None:
         which = _quoted(next(iter(maps.values())), target)
         figure.suptitle(f"Which patches made {which}?\n{_short(run.question)}", fontsize=10, **AS_TEXT)
-    return _root(figure)
+    return figure
 
 
 def segment_bars(run: Run, rel: Relevance, *, ax: Axes | None = None) -> Axes:
@@ -132,19 +124,19 @@ def segment_bars(run: Run, rel: Relevance, *, ax: Axes | None = None) -> Axes:
     if rel.extras.get("null_mass"):
         bars.append(("mask alone", rel.extras["null_mass"][0]))
     if ax is None:
-        ax = _new_axes((6.0, 0.9 + 0.32 * len(bars)))
+        ax = new_axes((6.0, 0.9 + 0.32 * len(bars)))
     left = np.zeros(len(bars))
-    for name in (*SEGMENT_COLORS, "other"):
+    for name in (*SEGMENTS, "other"):
         sizes = np.array([mass.get(name, 0.0) if name != "other" else max(1 - sum(mass.values()), 0.0) for _, mass in bars])
         if sizes.max() > 5e-4:
-            ax.barh(range(len(bars)), sizes, left=left, color=SEGMENT_COLORS.get(name, OTHER), label=name, height=0.7)
+            ax.barh(range(len(bars)), sizes, left=left, color=SEGMENTS.get(name, OTHER), label=name, height=0.7)
         left += sizes
     ax.set_yticks(range(len(bars)), [text for text, _ in bars], fontsize=8, **AS_TEXT)
     ax.invert_yaxis()
     ax.set_xlim(0, 1)
     ax.set_xlabel("share of the row", fontsize=8)
     ax.tick_params(axis="x", labelsize=8)
-    ax.spines[["top", "right"]].set_visible(False)
+    open_frame(ax)
     ax.legend(ncols=6, fontsize=7, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return ax
 
@@ -187,14 +179,12 @@ def _colors(scale: Scale, cmap: str | None, opacity: float) -> tuple[Colormap, N
     return ListedColormap(table), Normalize(*scale, clip=True)
 
 
-def _bar(
-    figure: Figure | SubFigure, axes: Sequence[Axes], rel: Relevance, scale: Scale, colors: Colormap, norm: Normalize
-) -> None:
+def _bar(axes: Sequence[Axes], rel: Relevance, scale: Scale, colors: Colormap, norm: Normalize) -> None:
     from matplotlib.cm import ScalarMappable
 
     clipped = float(np.abs(rel.values).max()) > scale[1] * (1 + 1e-6)
     extend = "neither" if not clipped else "both" if scale[0] < 0 else "max"
-    bar = figure.colorbar(ScalarMappable(norm, colors), ax=list(axes), shrink=0.8, fraction=0.05, extend=extend)
+    bar = axes[0].figure.colorbar(ScalarMappable(norm, colors), ax=list(axes), shrink=0.8, fraction=0.05, extend=extend)
     bar.set_label(_unit(rel), fontsize=7)
     bar.ax.tick_params(labelsize=7)
     bar.outline.set_visible(False)
@@ -235,39 +225,17 @@ def _padding_note(rel: Relevance, target: int) -> str:
 def _axes(ax: Axes | None, run: Run) -> Axes:
     if ax is None:
         height, width = run.picture.shape[:2]
-        ax = _new_axes((5.0, max(2.0, 4.2 * height / width)))
+        ax = new_axes((5.0, max(2.0, 4.2 * height / width)))
     ax.set_xticks([])
     ax.set_yticks([])
     ax.spines[:].set_visible(False)
     return ax
 
 
-def _new_axes(size: tuple[float, float]) -> Axes:
-    from matplotlib import pyplot
-
-    return pyplot.subplots(figsize=size, layout="constrained")[1]
-
-
-def _panels(run: Run, count: int, columns: int, ax: Sequence[Axes] | None, *, beside: float = 0.0) -> list[Axes]:
-    """`count` Axes: the caller's, or a new grid of small ones with `beside` inches each for a colour bar."""
-    if ax is not None:
-        given = list(np.ravel(np.asarray(ax, dtype=object)))
-        if len(given) < count:
-            raise OptionError(f"expected at least {count} axes, one per panel, got {len(given)}")
-        return given[:count]
+def _grid(run: Run, count: int, columns: int, ax: Sequence[Axes] | None, *, beside: float = 0.0) -> list[Axes]:
+    """`count` Axes as wide and high as the picture wants, with `beside` inches each for a colour bar."""
     if columns < 1:
         raise OptionError(f"columns must be at least 1, got {columns}")
-    from matplotlib import pyplot
-
-    columns = min(columns, count)
-    rows = math.ceil(count / columns)
     height, width = run.picture.shape[:2]
-    size = ((PANEL + beside) * columns + 0.9, (PANEL * min(height / width, 2.0) + 0.35) * rows + 0.55)
-    grid = pyplot.subplots(rows, columns, figsize=size, layout="compressed", squeeze=False)[1]
-    for spare in grid.ravel()[count:]:
-        spare.remove()
-    return list(grid.ravel()[:count])
-
-
-def _root(figure: Figure | SubFigure) -> Figure:
-    return figure if not hasattr(figure, "parent") else figure.figure  # type: ignore[return-value]
+    size = (PANEL + beside, PANEL * min(height / width, 2.0) + 0.35)
+    return panels(ax, count, size, columns=columns, around=(0.9, 0.55), layout="compressed")

@@ -41,6 +41,8 @@ SEGMENTS = {
 }
 OTHER = "#dddddd"  # positions in no segment
 
+ONE_SIDED, TWO_SIDED = "viridis", "RdBu_r"  # matplotlib's names, for figures with a colour bar
+
 # -- scales of maps -------------------------------------------------------------------------
 
 _VIRIDIS = (

@@ -1,12 +1,11 @@
-"""Figures of scores: the leaderboard, how far methods agree, deletion and insertion beside random maps, sanity checks.
+"""Figures of scores and interventions: leaderboards, curves beside random maps, sanity checks, knockout sweeps.
 
-Numbers come from `llava_lab.results` and are never made here; no model, no torch. Every function takes ``ax=``;
-single panels return their Axes, panels side by side their Figure. Grey always means: not told apart from random
-(blue is better, red is worse).
+Every function takes ``ax=``; single panels return their Axes, panels side by side their Figure. No model and no torch.
+Grey always means: not told apart from random (blue is better, red is worse).
 
-Figures of interventions: knockout sweeps over many questions, and how often an answer stays.
-
-Numbers come from `llava_lab.results` and from the caller; no model, no torch. Every function takes ``ax=``.
+    leaderboard(board)  # several measures side by side
+    curves(score)  # deletion and insertion of one map
+    flows(sweeps)  # a panel per flow, over many questions
 """
 
 from __future__ import annotations
@@ -17,18 +16,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llava_lab.errors import OptionError
-from llava_lab.results import Comparison, Faithfulness, FlowSweep, Leaderboard
+from llava_lab.plots.axes import AS_TEXT, figure_of, named_rows, new_axes, open_frame, panels
+from llava_lab.plots.palette import BAND, BLUE, GREY, LINES, RED
+from llava_lab.results import Comparison, Faithfulness, FlowSweep, Leaderboard, Sanity
+from llava_lab.results.scores import COST
+from llava_lab.stats import cluster_bootstrap, percentiles
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from llava_lab.results import Sanity
-
-BLUE, GREY, BAND, RED = "#2b6cb0", "#a0a4aa", "#d5d8dc", "#b04a5a"
 KINDS = ("deletion", "insertion")
 AGREEMENT = {"spearman": "rank correlation", "overlap": "share of the top patches in common"}
-TEXT: dict[str, Any] = {"parse_math": False}  # names are never a formula
 WORDS = {
     "gain": "faithful: insertion minus\ndeletion area (0: random)",
     "deletion": "area under deletion\n(lower is better)",
@@ -43,7 +42,6 @@ WORDS = {
     "backward": "backward passes",
     "seconds": "seconds",
 }
-COST = ("forward", "backward", "seconds")
 QUICKEST = 1e-3  # seconds; what is quicker is drawn here, since a logarithm needs an end
 
 
@@ -57,7 +55,7 @@ def dots(
     """
     names = board.order(sort or measure, kind)[::-1]
     cells = [board.at(name, measure, kind) for name in names]
-    ax = ax if ax is not None else _new_axes((6.0, 0.8 + 0.26 * len(names)))
+    ax = ax if ax is not None else new_axes((6.0, 0.8 + 0.26 * len(names)))
     for height, cell in enumerate(cells):
         color = _color(cell, measure)
         least = QUICKEST if measure == "seconds" else -np.inf
@@ -67,14 +65,11 @@ def dots(
         ax.plot(np.maximum(cell["mean"], least), height, "o", color=color, markersize=5)
         if cell["against"] == cell["against"]:
             ax.plot(cell["mean"] - cell["against"], height, "|", color="0.25", markersize=9)
-    ax.set_yticks(range(len(names)), list(names), fontsize=8, **TEXT)
+    ax.set_yticks(range(len(names)), list(names), fontsize=8, **AS_TEXT)
     ax.set_ylim(-0.7, len(names) - 0.3)
     counts = [cell["n"] for cell in cells]
     ax.set_xlabel(f"{WORDS.get(measure, measure)}\n{kind} questions, {max(counts)} pictures", fontsize=8)
-    ax.tick_params(axis="x", labelsize=8)
-    ax.grid(axis="x", color="0.92")
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right", "left"]].set_visible(False)
+    named_rows(ax)
     if measure == "seconds":
         ax.set_xscale("log")
     return ax
@@ -84,21 +79,21 @@ def leaderboard(
     board: Leaderboard, measures: Sequence[str] = ("gain", "pointing", "seconds"), *, kind: str = "all", ax: Any = None
 ) -> Figure:
     """Several measures beside one another, methods in the order of the first. Each is its own axis: they are never combined."""
-    panels = _row_of(ax, len(measures), (3.4, 1.0 + 0.26 * len(board.methods)), sharey=False)
-    for number, (panel, measure) in enumerate(zip(panels, measures, strict=True)):
+    shown = panels(ax, len(measures), (3.4, 1.0 + 0.26 * len(board.methods)))
+    for number, (panel, measure) in enumerate(zip(shown, measures, strict=True)):
         dots(board, measure, kind=kind, ax=panel, sort=measures[0])
         if number:
             panel.set_yticklabels([])
     if ax is None:
         note = "| random on the same pictures    grey: not told apart from it    red: worse    lines: 95% over pictures"
-        _root(panels[0]).supxlabel(note, fontsize=7, color="0.35")
-    return _root(panels[0])
+        figure_of(shown[0]).supxlabel(note, fontsize=7, color="0.35")
+    return figure_of(shown[0])
 
 
 def by_type(board: Leaderboard, measure: str = "gain", *, ax: Axes | None = None) -> Axes:
     """Methods by types of question, each cell the mean; grey numbers where it does not differ from random."""
     names = board.order(measure)
-    ax = ax if ax is not None else _new_axes((1.6 + 0.75 * len(board.types), 0.8 + 0.28 * len(names)))
+    ax = ax if ax is not None else new_axes((1.6 + 0.75 * len(board.types), 0.8 + 0.28 * len(names)))
     cells = [[board.at(name, measure, kind) for kind in board.types] for name in names]
     values = np.array([[cell["mean"] for cell in row] for row in cells])
     told = np.array([[measure in COST or _differs(cell) for cell in row] for row in cells])
@@ -114,7 +109,7 @@ def agreement(result: Comparison | Leaderboard, which: str = "spearman", *, ax: 
         raise OptionError(f"which must be one of {', '.join(kinds)} here, got {which!r}")
     values, names = getattr(result, which), result.methods
     side = 1.8 + 0.36 * len(names)
-    ax = ax if ax is not None else _new_axes((side, side))
+    ax = ax if ax is not None else new_axes((side, side))
     _matrix(ax, values, names, names, (-1.0, 1.0) if which == "spearman" else (0.0, 1.0), ~np.isnan(values))
     note = f"; by chance {result.chance:.2f}" if which == "overlap" and isinstance(result, Comparison) else ""
     ax.set_title(f"{AGREEMENT[which]}{note}", fontsize=9)
@@ -131,7 +126,7 @@ def curve(
         raise OptionError(f"targets run from 0 to {len(score.targets) - 1}, got {target}")
     if fill is not None and fill not in score.fills:
         raise OptionError(f"fill must be one of {', '.join(score.fills)}, got {fill!r}")
-    ax = ax if ax is not None else _new_axes((4.2, 3.2))
+    ax = ax if ax is not None else new_axes((4.2, 3.2))
     which = KINDS.index(kind)
     chosen = slice(None) if fill is None else slice(score.fills.index(fill), score.fills.index(fill) + 1)
 
@@ -156,19 +151,19 @@ def curve(
     done = "taken away" if kind == "deletion" else "given back"
     ax.set_xlabel(f"patches {done}, %", fontsize=8)
     ax.set_ylabel(f"{score.scale}, 1 whole, 0 filled", fontsize=8)
-    ax.set_title(f"{kind}: “{score.targets[target].text}”", fontsize=9, **TEXT)
+    ax.set_title(f"{kind}: “{score.targets[target].text}”", fontsize=9, **AS_TEXT)
     ax.tick_params(labelsize=8)
-    ax.spines[["top", "right"]].set_visible(False)
+    open_frame(ax)
     ax.legend(fontsize=7, framealpha=0.8, edgecolor="none")
     return ax
 
 
 def curves(score: Faithfulness, *, target: int = 0, fill: str | None = None, ax: Any = None) -> Figure:
     """Deletion and insertion side by side."""
-    panels = _row_of(ax, 2, (4.0, 3.2), sharey=True)
-    for panel, kind in zip(panels, KINDS, strict=True):
+    shown = panels(ax, 2, (4.0, 3.2), sharey=True)
+    for panel, kind in zip(shown, KINDS, strict=True):
         curve(score, kind, target=target, fill=fill, ax=panel)
-    return _root(panels[0])
+    return figure_of(shown[0])
 
 
 def sanity(score: Sanity, *, target: int = 0, ax: Axes | None = None) -> Axes:
@@ -178,7 +173,7 @@ def sanity(score: Sanity, *, target: int = 0, ax: Axes | None = None) -> Axes:
     """
     if not 0 <= target < len(score.targets):
         raise OptionError(f"targets run from 0 to {len(score.targets) - 1}, got {target}")
-    ax = ax if ax is not None else _new_axes((4.2, 3.2))
+    ax = ax if ax is not None else new_axes((4.2, 3.2))
     steps, asked = len(score.steps), len(score.questions)
     at, others = np.arange(steps + 1), steps + 1.0 + np.arange(asked)
     draws = (score.random_spearman[:, target], score.moved_spearman[:, target])
@@ -191,62 +186,61 @@ def sanity(score: Sanity, *, target: int = 0, ax: Axes | None = None) -> Axes:
         ax.axvline(steps + 0.5, color="0.85", linewidth=0.8)
         ax.plot(others, score.question_spearman[:, target], "D", color=told["question"], markersize=5, label="another question")
     names = ["as it is", *(f"+ {name}" for name in score.steps), *(f"question {number + 1}" for number in range(asked))]
-    ax.set_xticks([*at, *others], names, fontsize=7, rotation=60, ha="right", rotation_mode="anchor", **TEXT)
+    ax.set_xticks([*at, *others], names, fontsize=7, rotation=60, ha="right", rotation_mode="anchor", **AS_TEXT)
     ax.set_ylim(min(-0.35, float(np.nanmin([*score.spearman.ravel(), *score.question_spearman.ravel(), 0])) - 0.1), 1.08)
     ax.set_ylabel("rank correlation with the first map", fontsize=8)
-    ax.set_title(f"{score.method}\n{_verdicts(score)}", fontsize=9, **TEXT)
+    ax.set_title(f"{score.method}\n{_verdicts(score)}", fontsize=9, **AS_TEXT)
     ax.tick_params(axis="y", labelsize=8)
-    ax.spines[["top", "right"]].set_visible(False)
+    open_frame(ax)
     return ax
 
 
 def sanities(scores: Sequence[Sanity], *, target: int = 0, ax: Any = None) -> Figure:
     """Several methods' sanity checks side by side, the legend in the first."""
-    panels = _row_of(ax, len(scores), (3.1, 3.5), sharey=True)
-    for panel, score in zip(panels, scores, strict=True):
+    shown = panels(ax, len(scores), (3.1, 3.5), sharey=True)
+    for panel, score in zip(shown, scores, strict=True):
         sanity(score, target=target, ax=panel)
-        panel.set_ylabel(panel.get_ylabel() if panel is panels[0] else "")
-    panels[0].legend(fontsize=7, framealpha=0.8, edgecolor="none")
-    return _root(panels[0])
+        panel.set_ylabel(panel.get_ylabel() if panel is shown[0] else "")
+    shown[0].legend(fontsize=7, framealpha=0.8, edgecolor="none")
+    return figure_of(shown[0])
 
 
 def sanity_maps(scores: Sequence[Sanity], *, target: int = 0, ax: Any = None) -> Figure:
     """A row per method: its map, its maps when half of the layers and when all are random, and after another question."""
-    panels = _row_of(ax, 4 * len(scores), (1.7, 1.8), sharey=False, columns=4)
+    shown = panels(ax, 4 * len(scores), (1.7, 1.8), columns=4)
     for number, score in enumerate(scores):
-        row, shown = panels[4 * number : 4 * number + 4], {score.method: score.original[target]}
+        row, maps = shown[4 * number : 4 * number + 4], {score.method: score.original[target]}
         if len(score.steps):
             half = len(score.steps) // 2
-            shown |= {f"to {score.steps[half]}": score.maps[half, target], "all random": score.maps[-1, target]}
+            maps |= {f"to {score.steps[half]}": score.maps[half, target], "all random": score.maps[-1, target]}
         if len(score.questions):
-            shown["another question"] = score.question_maps[-1, target]
-        for panel, (title, values) in zip(row, shown.items(), strict=False):
+            maps["another question"] = score.question_maps[-1, target]
+        for panel, (title, values) in zip(row, maps.items(), strict=False):
             panel.imshow(values, cmap="viridis")
-            panel.set_title(title, fontsize=9, **TEXT)
+            panel.set_title(title, fontsize=9, **AS_TEXT)
         for panel in row:
             panel.axis("off")
-    return _root(panels[0])
+    return figure_of(shown[0])
 
 
 def comparison(result: Comparison, *, target: int = 0, ax: Any = None) -> Figure:
     """One example: each method's gain with its interval against random, and how far the methods agree."""
-    panels = _row_of(
-        ax, 2, (max(1.8 + 0.36 * len(result.methods), 4.2), max(1.4 + 0.34 * len(result.methods), 3.0)), sharey=False
-    )
+    size = (max(1.8 + 0.36 * len(result.methods), 4.2), max(1.4 + 0.34 * len(result.methods), 3.0))
+    shown = panels(ax, 2, size)
     rows = result.rows(target)[::-1]
-    left = panels[0]
+    left = shown[0]
     for height, row in enumerate(rows):
         color = BLUE if row["beats_random"] else GREY
         if row["interval"][0] == row["interval"][0]:
             left.plot(row["interval"], [height, height], color=color, linewidth=2)
         left.plot(row["gain"], height, "o", color=color, markersize=5)
     left.axvline(0, color="0.25", linewidth=0.8)
-    left.set_yticks(range(len(rows)), [row["method"] for row in rows], fontsize=8, **TEXT)
+    left.set_yticks(range(len(rows)), [row["method"] for row in rows], fontsize=8, **AS_TEXT)
     left.set_xlabel("gain, and its 95% interval against one random map\n(grey: not told apart from random)", fontsize=8)
     left.tick_params(axis="x", labelsize=8)
-    left.spines[["top", "right"]].set_visible(False)
-    agreement(result, ax=panels[1])
-    return _root(left)
+    open_frame(left)
+    agreement(result, ax=shown[1])
+    return figure_of(left)
 
 
 def _verdicts(score: Sanity) -> str:
@@ -283,41 +277,10 @@ def _matrix(
             strong = abs(value - middle) > 0.7 * half if scale[0] < 0 else value > middle + 0.5 * half
             color = "white" if strong else "0.1" if told[row, column] else "0.6"
             ax.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=6, color=color)
-    ax.set_xticks(range(len(columns)), list(columns), fontsize=7, rotation=60, ha="right", rotation_mode="anchor", **TEXT)
-    ax.set_yticks(range(len(rows)), list(rows), fontsize=7, **TEXT)
+    ax.set_xticks(range(len(columns)), list(columns), fontsize=7, rotation=60, ha="right", rotation_mode="anchor", **AS_TEXT)
+    ax.set_yticks(range(len(rows)), list(rows), fontsize=7, **AS_TEXT)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
-
-
-def _row_of(ax: Any, count: int, size: tuple[float, float], *, sharey: bool, columns: int | None = None) -> list[Axes]:
-    """`count` Axes: the caller's, or new ones side by side (in rows of `columns`), each of `size` inches."""
-    if ax is not None:
-        given = list(np.ravel(np.asarray(ax, dtype=object)))
-        if len(given) < count:
-            raise OptionError(f"expected at least {count} axes, one per panel, got {len(given)}")
-        return given[:count]
-    from matplotlib import pyplot
-
-    across = columns or count
-    figsize = (size[0] * across, size[1] * (count // across))
-    axes = pyplot.subplots(count // across, across, figsize=figsize, layout="constrained", sharey=sharey, squeeze=False)[1]
-    return list(axes.flat)
-
-
-def _new_axes(size: tuple[float, float]) -> Axes:
-    from matplotlib import pyplot
-
-    return pyplot.subplots(figsize=size, layout="constrained")[1]
-
-
-def _root(ax: Axes) -> Figure:
-    figure = ax.figure
-    return figure if not hasattr(figure, "parent") else figure.figure  # type: ignore[return-value]
-
-
-COLORS = ("#2b6cb0", "#c05621", "#2f855a", "#805ad5")
-DRAWS = 2000  # resamples of questions
-EDGES = (0.025, 0.975)
 
 
 def mean_sweep(sweeps: Sequence[FlowSweep], *, target: int = 0, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -333,38 +296,40 @@ def mean_sweep(sweeps: Sequence[FlowSweep], *, target: int = 0, seed: int = 0) -
     values = np.stack([one.relative[..., target] for one in sweeps]).astype(float)
     if np.isnan(values).any():
         raise OptionError("expected whole sweeps of a target with a probability, got cells that are not a number")
-    drawn = np.random.default_rng(seed).integers(0, len(values), (DRAWS, len(values)))
-    means = np.stack([values[rows].mean(0) for rows in drawn])
-    low, high = np.quantile(means, EDGES, axis=0)
-    return values.mean(0), low, high
+
+    def means(weights: np.ndarray) -> np.ndarray:
+        return np.tensordot(weights, values, 1) / len(values)
+
+    interval = percentiles(cluster_bootstrap(means, len(values), seed=seed, one_by_one=True))
+    return values.mean(0), interval[..., 0], interval[..., 1]
 
 
 def flows(sweeps: Sequence[FlowSweep], *, target: int = 0, ax: Any = None) -> Figure:
     """One panel per flow: relative change of the answer's probability, mean and 95% interval over questions."""
     mean, low, high = 100 * np.stack(mean_sweep(sweeps, target=target))
     first = sweeps[0]
-    axes = _row_of(ax, len(first.flows), (3.4, 2.7), sharey=True)
+    axes = panels(ax, len(first.flows), (3.4, 2.7), sharey=True)
     for number, one in enumerate(axes):
-        color = COLORS[number % len(COLORS)]
+        color = LINES[number % len(LINES)]
         one.axhline(0, color="0.7", linewidth=1)
         one.fill_between(first.centres, low[number], high[number], color=color, alpha=0.2, linewidth=0)
         one.plot(first.centres, mean[number], color=color, marker="o")
-        one.set_title(first.flows[number].replace("->", "→"), fontsize=10, **TEXT)
+        one.set_title(first.flows[number].replace("->", "→"), fontsize=10, **AS_TEXT)
         one.set(xlabel="layer in the middle of the window", ylim=(-105, 8))
-        one.spines[["top", "right"]].set_visible(False)
+        open_frame(one)
     axes[0].set_ylabel("change of the answer's\nprobability, %")
-    return _root(axes[0])
+    return figure_of(axes[0])
 
 
 def stays(shares: Mapping[str, Sequence[Sequence[float]]], *, xlabel: str = "", ax: Axes | None = None) -> Axes:
     """How often the answer stays, one line per name; each point is (share, low, high), 0 to 1, at 0, 1, 2 ... along x."""
-    ax = ax if ax is not None else _new_axes((5.0, 2.9))
+    ax = ax if ax is not None else new_axes((5.0, 2.9))
     for number, (name, points) in enumerate(shares.items()):
         mean, low, high = 100 * np.asarray(points, float).T
         at = np.arange(len(mean)) + 0.06 * (number - (len(shares) - 1) / 2)  # aside, so that intervals do not cover each other
         bars = (mean - low, high - mean)
-        ax.errorbar(at, mean, bars, color=COLORS[number % len(COLORS)], marker="o", capsize=3, label=name)
+        ax.errorbar(at, mean, bars, color=LINES[number % len(LINES)], marker="o", capsize=3, label=name)
     ax.set(xlabel=xlabel, ylabel="answer stays, %", ylim=(-5, 105))
     ax.legend(frameon=False, fontsize=9)
-    ax.spines[["top", "right"]].set_visible(False)
+    open_frame(ax)
     return ax

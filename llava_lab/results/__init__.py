@@ -25,6 +25,7 @@ from llava_lab.results.scores import (
     mean_of_known,
     trapezoid,
 )
+from llava_lab.results.table import Table, aligned, plain
 
 __all__ = [
     "ALL",
@@ -55,17 +56,20 @@ __all__ = [
     "Sanity",
     "Saved",
     "Span",
+    "Table",
     "Target",
     "TokenGeometry",
     "VERDICTS",
     "WORDS",
     "Word",
     "WordActivation",
+    "aligned",
     "area",
     "in_words",
     "join",
     "load_npz",
     "mean_of_known",
+    "plain",
     "save_npz",
     "split",
     "trapezoid",

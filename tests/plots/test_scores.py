@@ -1,8 +1,7 @@
-"""Figures of scores: the numbers are drawn where they are, grey means not told from random, every function takes its axes."""
+"""Figures of scores and sweeps: numbers are drawn where they are, grey means not told from random, axes are the caller's."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,14 +13,10 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from llava_lab.errors import OptionError
+from llava_lab.plots import palette
 from llava_lab.plots import scores as plots
+from llava_lab.results import FlowSweep, Target
 from tests.support.score_examples import example_board, example_comparison, example_sanity, example_score
-
-
-@pytest.fixture(autouse=True)
-def _closed() -> Iterator[None]:
-    yield
-    pyplot.close("all")
 
 
 def _x(line: Any) -> np.ndarray:
@@ -43,7 +38,7 @@ def test_dots_stand_at_their_means_and_grey_is_not_told_from_random() -> None:
     ax = plots.dots(board)
     names = [label.get_text() for label in ax.get_yticklabels()]
     assert names == ["attention", "rollout"]  # the highest at the top
-    assert _points(ax) == {0.0: (0.1, plots.GREY), 1.0: (0.5, plots.BLUE)}
+    assert _points(ax) == {0.0: (0.1, palette.GREY), 1.0: (0.5, palette.BLUE)}
     spans = [sorted(_x(line)) for line in ax.lines if len(_x(line)) == 2]
     np.testing.assert_allclose(spans, [[0.0, 0.2], [0.4, 0.6]])
     ticks = [float(_x(line)[0]) for line in ax.lines if line.get_marker() == "|"]
@@ -54,8 +49,8 @@ def test_dots_stand_at_their_means_and_grey_is_not_told_from_random() -> None:
 def test_worse_than_random_is_red_and_a_low_deletion_is_better() -> None:
     board = example_board()
     worse = replace(board, against=-board.against, against_interval=-board.against_interval[..., ::-1])
-    assert _points(plots.dots(worse))[1.0][1] == plots.RED
-    assert _points(plots.dots(replace(worse, measures=("deletion", "pointing", "seconds")), "deletion"))[1.0][1] == plots.BLUE
+    assert _points(plots.dots(worse))[1.0][1] == palette.RED
+    assert _points(plots.dots(replace(worse, measures=("deletion", "pointing", "seconds")), "deletion"))[1.0][1] == palette.BLUE
 
 
 def test_unmeasured_is_last_and_has_no_interval() -> None:
@@ -92,8 +87,8 @@ def test_curves_are_the_scores_inside_the_band_of_random_maps(kind: str, want: l
     assert {"centre", "upside down", "6 random maps"} <= set(ax.get_legend_handles_labels()[1])
     edges = np.asarray(ax.collections[0].get_paths()[0].vertices)[:, 1]
     assert np.nanmin(edges) >= 0
-    assert to_hex(lines["rollout"].get_color()) == plots.GREY  # this target was not told from random
-    assert to_hex(plots.curve(example_score()).lines[2].get_color()) == plots.BLUE
+    assert to_hex(lines["rollout"].get_color()) == palette.GREY  # this target was not told from random
+    assert to_hex(plots.curve(example_score()).lines[2].get_color()) == palette.BLUE
 
 
 def test_a_chosen_fill_is_drawn_alone() -> None:
@@ -107,7 +102,7 @@ def test_a_chosen_fill_is_drawn_alone() -> None:
 def test_comparison_greys_what_does_not_beat_random() -> None:
     figure = plots.comparison(example_comparison())
     colors = [color for _, (_, color) in sorted(_points(figure.axes[0]).items())]
-    assert colors == [plots.GREY, plots.BLUE]
+    assert colors == [palette.GREY, palette.BLUE]
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["random", "rollout"]
 
 
@@ -167,9 +162,9 @@ def test_sanity_starts_at_one_and_the_band_is_of_unrelated_maps() -> None:
 
 def test_a_map_that_never_changes_is_red() -> None:
     lines = {line.get_label(): to_hex(line.get_color()) for line in plots.sanity(example_sanity("edges", dull=True)).lines}
-    assert {lines["layers randomised"], lines["another question"]} == {plots.RED}
+    assert {lines["layers randomised"], lines["another question"]} == {palette.RED}
     lines = {line.get_label(): to_hex(line.get_color()) for line in plots.sanity(example_sanity()).lines}
-    assert {lines["layers randomised"], lines["another question"]} == {plots.BLUE}
+    assert {lines["layers randomised"], lines["another question"]} == {palette.BLUE}
 
 
 def test_a_test_that_was_not_run_is_not_drawn() -> None:
@@ -200,3 +195,63 @@ def test_several_checks_stand_side_by_side_with_their_maps_below() -> None:
     np.testing.assert_array_equal(shown[7].images[0].get_array(), checks[1].question_maps[-1, 0])
     with pytest.raises(OptionError, match="targets run from 0 to 0, got 1"):
         plots.sanity(checks[0], target=1)
+
+
+# -- knockout sweeps over many questions -----------------------------------------------------
+
+FLOWS = ("image -> question", "image -> last")
+
+
+def sweep(after: np.ndarray) -> FlowSweep:
+    """A sweep of two flows over three windows; the target had probability 1 before, `after` is what is left."""
+    return FlowSweep(
+        flows=FLOWS,
+        windows=np.array([(0, 1), (1, 2), (2, 3)]),
+        centres=np.array([0, 1, 2]),
+        targets=(Target("word", "red", (3,), (7,)),),
+        before=np.zeros(1, np.float32),
+        after=np.log(after, dtype=np.float32)[..., None],
+        proof={},
+        model="m",
+        fingerprint="f",
+        passes={},
+        seconds=0.0,
+    )
+
+
+LEFT = [np.array([[1, 0.5, 1], [1, 1, 1]]), np.array([[1, 0.1, 1], [1, 1, 0.9]])]
+
+
+def test_the_mean_over_questions_is_that_of_relative_changes() -> None:
+    mean, low, high = plots.mean_sweep([sweep(one) for one in LEFT])
+    np.testing.assert_allclose(mean, np.mean(LEFT, 0) - 1, atol=1e-6)
+    assert (low <= mean + 1e-6).all()
+    assert (high >= mean - 1e-6).all()
+    np.testing.assert_allclose([low[0, 1], high[0, 1]], [-0.9, -0.5], atol=1e-6)  # a draw may be one question twice
+
+
+def test_every_flow_has_its_panel_in_per_cent() -> None:
+    figure = plots.flows([sweep(one) for one in LEFT])
+    assert [ax.get_title() for ax in figure.axes] == ["image → question", "image → last"]
+    lines: list[Any] = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
+    np.testing.assert_allclose(np.asarray(lines[0].get_ydata(), float), [0, -70, 0], atol=1e-4)
+
+
+def test_points_and_bars_of_how_often_an_answer_stays() -> None:
+    ax = plots.stays({"half": [(0.5, 0.25, 1.0), (1.0, 0.75, 1.0)]}, xlabel="layers")
+    drawn: Any = ax.containers[0]
+    line, _, (bars,) = drawn.lines
+    np.testing.assert_allclose(np.asarray(line.get_ydata(), float), [50, 100])
+    ends = bars.get_segments()
+    np.testing.assert_allclose([end[:, 1] for end in ends], [(25, 100), (75, 100)])
+    assert plots.stays({"all": [(0, 0, 0.2)]}, ax=ax) is ax
+
+
+def test_sweeps_that_do_not_belong_together_are_refused() -> None:
+    one = sweep(LEFT[0])
+    with pytest.raises(OptionError, match="at least one sweep"):
+        plots.mean_sweep([])
+    with pytest.raises(OptionError, match="same flows and windows"):
+        plots.mean_sweep([one, replace(one, windows=one.windows + 1)])
+    with pytest.raises(OptionError, match="not a number"):
+        plots.mean_sweep([replace(one, after=one.after * np.nan)])
