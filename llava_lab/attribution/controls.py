@@ -116,4 +116,4 @@ def inverse(
     low, high = inner.min(1), inner.max(1)
     values = np.where(seen, (low + high)[:, None, None] - maps.values, low[:, None, None])
     notes = (f"The map of {other.name} turned round: a control, not an explanation.", *maps.notes)
-    return Maps(values, maps.passes, notes, maps.extras)
+    return Maps(values, maps.passes, notes, maps.extras, interrupted=maps.interrupted)

@@ -119,7 +119,7 @@ def integrated_gradients(
             f"Interrupted after {done.count} of {steps} steps: only the path's first part, from the fill, is in the map."
         )
     passes = {"forward": done.count + 2 + here.passes, "backward": done.count}
-    return Maps(values.cpu().numpy(), passes, tuple(notes), extras)
+    return Maps(values.cpu().numpy(), passes, tuple(notes), extras, interrupted=counted.interrupted)
 
 
 def noise_share(name: str, value: Any) -> float:
@@ -178,7 +178,7 @@ def smoothgrad(
     if counted.interrupted:
         notes.append(f"Interrupted after {done.count} of {samples} copies; the mean is over those.")
     passes = {"forward": done.count + 1, "backward": done.count}
-    return Maps(values.cpu().numpy(), passes, tuple(notes), {"score": score.tolist()})
+    return Maps(values.cpu().numpy(), passes, tuple(notes), {"score": score.tolist()}, interrupted=counted.interrupted)
 
 
 @method(

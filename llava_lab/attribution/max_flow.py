@@ -69,7 +69,8 @@ def attention_flow(lab: Lab, run: Run, targets: Targets, *, layers: Window = Non
     ]
     if done.interrupted:
         notes.append(f"Interrupted after {done.count} of {len(image)} patches; patches not reached are 0.")
-    return Maps(values, {"forward": 1}, tuple(notes), {"flows": done.count * len(at), "rounding": bound})
+    extras = {"flows": done.count * len(at), "rounding": bound}
+    return Maps(values, {"forward": 1}, tuple(notes), extras, interrupted=done.interrupted)
 
 
 def refuse_too_large(layers: int, at: Sequence[int], image: range) -> None:

@@ -77,6 +77,7 @@ class Maps:
     notes: tuple[str, ...] = ()
     extras: dict[str, Any] = field(default_factory=dict)  # JSON-able
     views: tuple[np.ndarray, ...] = ()  # float32 (targets, rows, cols) of each of the run's views, where it has several
+    interrupted: bool = False  # Ctrl-C ended the work early: what is here is what was done until then
 
 
 @dataclass(frozen=True)

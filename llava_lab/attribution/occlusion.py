@@ -148,7 +148,7 @@ def occlusion(
     extras: dict[str, Any] = {"score": whole.tolist(), "blocks": done.count}
     if altered.positions is not None:
         extras |= {"positions": altered.positions, "positions_of_full_passes": (done.count + 1) * len(run.token_ids)}
-    return Maps(values, {"forward": altered.passes}, tuple(notes), extras)
+    return Maps(values, {"forward": altered.passes}, tuple(notes), extras, interrupted=done.interrupted)
 
 
 def says(altered: Altered, what: str) -> str:
@@ -238,7 +238,7 @@ def occlusion_coarse(
     if interrupted:
         notes.append(f"Interrupted after {sum(rounds)} blocks; the map is as fine as it got.")
     extras = {"score": whole[: len(targets)].tolist(), "blocks": sum(rounds), "rounds": rounds}
-    return Maps(values * covered, {"forward": altered.passes}, tuple(notes), extras)
+    return Maps(values * covered, {"forward": altered.passes}, tuple(notes), extras, interrupted=interrupted)
 
 
 def _area(block: Block) -> int:
@@ -337,7 +337,7 @@ def rise(
     if done < masks:
         notes.append(f"Interrupted after {done} of {masks} masks; the means are over these.")
     extras = {"masks": done, "standard_error": errors[:, torch.from_numpy(covered)].mean(1).tolist()}
-    return Maps(values.numpy() * covered, {"forward": altered.passes}, tuple(notes), extras)
+    return Maps(values.numpy() * covered, {"forward": altered.passes}, tuple(notes), extras, interrupted=done < masks)
 
 
 def looks(altered: Altered, masks: Masks, count: int) -> tuple[Float[Tensor, "m N"], Float[Tensor, "m rows cols"]]:
@@ -398,7 +398,7 @@ def token_knockout(lab: Lab, run: Run, targets: Targets, *, rows: Literal["answe
         "blocked_change": proof[0],
         "unblocked_change": proof[1],
     }
-    return Maps(values, {"forward": passes}, tuple(notes), extras)
+    return Maps(values, {"forward": passes}, tuple(notes), extras, interrupted=done < len(blocks))
 
 
 def _sweep(

@@ -125,6 +125,7 @@ def result_of(
         views=run.views if maps.views else (),
         view_values=tuple(values.astype(np.float32) for values in maps.views),
         control=method.control,
+        interrupted=maps.interrupted,
     )
 
 

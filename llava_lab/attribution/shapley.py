@@ -54,12 +54,11 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from llava_lab.attribution.method import Count, Fill, Maps, Seed, at_least, method
-from llava_lab.checks import one_of
+from llava_lab.checks import Sweep, one_of
 from llava_lab.errors import LabError, OptionError
-from llava_lab.replay.alter import PATIENCE, Altered, open_altered
+from llava_lab.replay.alter import Altered, open_altered
 from llava_lab.replay.targets import Targets
 from llava_lab.results import Run, Target
 
@@ -264,7 +263,7 @@ def shapley(
             notes.append(f"Interrupted after {done} of {orders} orders; the values are the mean over these.")
         spread = values.std(0, correction=1) / done**0.5 if done > 1 else torch.full_like(values[0], torch.nan)
         extras = {"orders": done, "standard_error": spread.nan_to_num(0).tolist() if done > 1 else None}
-        return _maps(game, values.mean(0), notes, extras)
+        return _maps(game, values.mean(0), notes, extras, interrupted=done < orders)
 
 
 @method(
@@ -296,7 +295,7 @@ def kernel_shap(
             notes.append(f"Interrupted after {done} of {samples} coalitions; the fit is to these.")
         if done < game.players + 1:
             notes.append("Fewer coalitions than regions: many fits are equally good, and this is the smallest.")
-        return _maps(game, values, notes, {"samples": done})
+        return _maps(game, values, notes, {"samples": done}, interrupted=done < samples)
 
 
 def _says(how: str, game: Game) -> str:
@@ -307,7 +306,7 @@ def _says(how: str, game: Game) -> str:
     )
 
 
-def _maps(game: Game, values: Float[Tensor, "N n"], notes: list[str], extras: dict[str, Any]) -> Maps:
+def _maps(game: Game, values: Float[Tensor, "N n"], notes: list[str], extras: dict[str, Any], *, interrupted: bool) -> Maps:
     full, empty = game.everyone(), game.nobody()
     extras |= {
         "full": full.tolist(),
@@ -316,7 +315,8 @@ def _maps(game: Game, values: Float[Tensor, "N n"], notes: list[str], extras: di
         "efficiency_gap": (values.sum(1) - (full - empty)).tolist(),
         "regions": game.labels.tolist(),
     }
-    return Maps(game.shared_out(values.cpu().numpy()), {"forward": game.forwards}, tuple(notes), extras)
+    shared = game.shared_out(values.cpu().numpy())
+    return Maps(shared, {"forward": game.forwards}, tuple(notes), extras, interrupted=interrupted)
 
 
 def _walks(game: Game, orders: int, batch: int) -> Float[Tensor, "K N n"]:
@@ -326,14 +326,12 @@ def _walks(game: Game, orders: int, batch: int) -> Float[Tensor, "K N n"]:
     """
     attribution = _captum().ShapleyValueSampling(lambda shown: game.worth(shown > 0.5))
     everyone = torch.ones(1, game.players)
-    found: list[Tensor] = []
-    try:
-        for _ in tqdm(range(orders), desc="shapley", unit="order", delay=PATIENCE, leave=False):
-            found.append(attribution.attribute(everyone, n_samples=1, perturbations_per_eval=batch)[0])
-    except KeyboardInterrupt:
-        if not found:
-            raise
-    return torch.stack(found)
+    gains: list[Tensor] = []
+    with Sweep("shapley", total=orders, unit="order") as done:
+        for _ in range(orders):
+            gains.append(attribution.attribute(everyone, n_samples=1, perturbations_per_eval=batch)[0])
+            done.step()
+    return torch.stack(gains)
 
 
 def _fit(game: Game, samples: int, batch: int, *, seed: int) -> tuple[Float[Tensor, "N n"], int]:
@@ -342,11 +340,11 @@ def _fit(game: Game, samples: int, batch: int, *, seed: int) -> tuple[Float[Tens
     if game.players < 2:  # nothing to fit: the one region has it all
         return (game.everyone() - game.nobody())[:, None], 2
 
-    def fit(count: int, target: int, progress: Any = None) -> Tensor:
+    def fit(count: int, target: int, done: Sweep | None = None) -> Tensor:
         def look(shown: Tensor) -> Tensor:
             scores = game.worth(shown > 0.5)[:, target]
-            if progress is not None:
-                progress.update(len(shown))
+            if done is not None:
+                done.step(len(shown))
             return scores
 
         torch.manual_seed(seed)  # the same coalitions for every target
@@ -356,13 +354,9 @@ def _fit(game: Game, samples: int, batch: int, *, seed: int) -> tuple[Float[Tens
         return attribution.attribute(everyone, n_samples=count, perturbations_per_eval=batch, return_input_shape=False)[0]
 
     targets = len(game.everyone())
-    with tqdm(total=samples, desc="kernel_shap", unit="coalition", delay=PATIENCE, leave=False) as progress:
-        try:
-            fit(samples, 0, progress)
-        except KeyboardInterrupt:
-            if progress.n < 3:
-                raise
-            samples = int(progress.n)
+    with Sweep("kernel_shap", total=samples, unit="coalition", least=3) as done:
+        fit(samples, 0, done)
+    samples = done.count if done.interrupted else samples
     return torch.stack([fit(samples, target) for target in range(targets)]), samples  # every coalition is known by now
 
 
@@ -480,7 +474,7 @@ def greedy(
         "necessity": [path.necessity for path in paths],
         "regions": game.labels.tolist(),
     }
-    return Maps(values, {"forward": game.forwards}, tuple(notes), extras)
+    return Maps(values, {"forward": game.forwards}, tuple(notes), extras, interrupted=done < wanted)
 
 
 def _search(game: Game, paths: list[_Path], steps: int) -> None:
@@ -488,15 +482,12 @@ def _search(game: Game, paths: list[_Path], steps: int) -> None:
     full, empty = game.everyone()[None], game.nobody()[None]
     for path in paths:
         path.before = float(path.probability(empty) + 1 - path.probability(full))
-    try:
-        for _ in tqdm(range(steps), desc="greedy", unit="step", delay=PATIENCE, leave=False):
+    with Sweep("greedy", total=steps) as done:
+        for _ in range(steps):
             shown = torch.cat([path.candidates(game.players) for path in paths])
             game.worth(torch.cat([shown, ~shown]))  # all at once, in full batches; kept for `take`
             for path in paths:
                 path.take(game)
-    except KeyboardInterrupt:
-        if not paths[0].chosen:
-            raise
-        fewest = min(len(path.chosen) for path in paths)
-        for path in paths:
-            del path.chosen[fewest:], path.insight[fewest:], path.necessity[fewest:]
+            done.step()
+    for path in paths:
+        del path.chosen[done.count :], path.insight[done.count :], path.necessity[done.count :]

@@ -1,31 +1,30 @@
-"""Whether one map on one picture did better than random maps: the steps, and the statistics. Numpy only.
-
-Steps lie densely at both ends, where a good map shows, and symmetrically, so that the pictures of a deletion
-curve read backwards are the insertion curve of the map upside down. A random map upside down is a random
-map too: each ranking serves twice, and the mean gain of random maps is exactly 0.
-
-In simulations (score additive over 144 patches, 4 to 144 of which count, two fills, 10 rankings) one or two of a
-hundred random maps beat random, and a perfect map nearly always; where one or two patches decide, hardly ever.
-
-Does the answer depend on the patches a map marks? Deletion, insertion and remove-one-thing, beside random maps.
+"""Does the answer depend on the patches a map marks? Deletion, insertion and remove-one-thing, beside random maps.
 
 Patches are taken away (deletion) or given back to a filled picture (insertion) in the order of the map, and
-the finished answer is scored again each time. Three choices are made here:
+the finished answer is scored again each time (`llava_lab.replay.alter`). Four choices are made here:
 
 - **Scale.** ``probability`` is the probability of the target, the geometric mean over its tokens (for a
   contrast: of the word said against the other), ``logprob`` the summed log-probability (the logit difference).
   Curves are ``(s - s_filled) / (s_whole - s_filled)``.
 - **Fill.** No fill is neutral and a method does best under its own, so at least two others are used: by default, of
   those the method did not use, the two under which the picture matters to most targets (the earlier in `SQUARES`).
+- **Steps** lie densely at both ends, where a good map shows, and symmetrically, so that the pictures of a deletion
+  curve read backwards are the insertion curve of the map upside down.
 - **Control.** The gain is insertion minus deletion area. A map upside down has exactly the opposite gain, so random
-  maps have 0 on average *whatever the model*. How far they scatter is measured with `seeds` rankings.
+  maps have 0 on average *whatever the model*. How far they scatter is measured with `seeds` rankings, each of which
+  serves twice, since a random map upside down is a random map too.
 
 ``beats_random`` is a verdict on one map of one picture, and strict: under every fill the gain must lie above
 every random map's and above 2.5 times their spread, and the 95% interval must lie above 0. That interval
 is of the map's gain minus the gain of *one* random map (each resample draws one, and draws the steps anew, for
 both); the interval of the difference from the *mean* random map would call half of all random maps better
-than random. Where few patches decide everything, random maps scatter so widely that one picture cannot tell;
-then a note says so, and `llava_lab.leaderboard` over many pictures can.
+than random. In simulations (score additive over 144 patches, 4 to 144 of which count, two fills, 10 rankings) one or
+two of a hundred random maps beat random, and a perfect map nearly always. Where one or two patches decide everything,
+random maps scatter so widely that one picture cannot tell; then a note says so, and `llava_lab.leaderboard` over many
+pictures can.
+
+    score = faithfulness(lab, run, attribute(lab, run, method="attention"))
+    score.gain, score.interval, score.beats_random
 
 Sources: Petsiuk et al. 2018 (arXiv 1806.07421) section 4.2, deletion and insertion; the normalisation is
 iGOS++'s (Khorram et al. 2021, arXiv 2012.15783); the symmetric control and the verdict are ours.
@@ -34,7 +33,7 @@ iGOS++'s (Khorram et al. 2021, arXiv 2012.15783); the symmetric control and the 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -53,54 +52,6 @@ from llava_lab.stats import RESAMPLES, best_first, cluster_bootstrap, percentile
 
 FEWEST_FILLS = 2
 SIGMAS = 2.5  # spreads of random maps that a map must lie above them
-
-
-def step_counts(patches: int, steps: int) -> np.ndarray:
-    """How many of `patches` are changed at each step, int (about steps + 1,): 0 first, all last, the same backwards."""
-    half = (1 - np.cos(np.pi * np.arange(steps // 2 + 1) / steps)) / 2
-    counts = np.floor(half * patches + 0.5).astype(int)
-    return np.unique(np.concatenate([counts, patches - counts]))
-
-
-def verdict(
-    fractions: np.ndarray, deletion: np.ndarray, insertion: np.ndarray, random: np.ndarray, seed: int = 0
-) -> tuple[tuple[float, float], bool]:
-    """The 95% interval of this map's gain minus one random map's, and whether the map beats random.
-
-    deletion, insertion (fills, steps) of one target, NaN where a fill tells nothing; random (2, seeds, fills, steps).
-    """
-    known = ~np.isnan(deletion).any(1)
-    if known.sum() < FEWEST_FILLS:
-        return (float("nan"), float("nan")), False
-    lead = (insertion - deletion)[known].astype(np.float64)
-    forth = (random[1] - random[0])[:, known].astype(np.float64)
-    others = np.concatenate([forth, -forth[..., ::-1]])  # maps, fills, steps
-    gains, scatter = area(fractions, lead), area(fractions, others)
-    above = (gains > scatter.max(0)) & (gains > SIGMAS * np.sqrt((scatter**2).mean(0)))
-    interval = _interval(trapezoid(fractions)[1:-1], (lead.mean(0) - others.mean(1))[:, 1:-1], seed)
-    return interval, bool(above.all() and interval[0] > 0)
-
-
-def told_apart(fractions: np.ndarray, random: np.ndarray) -> bool:
-    """Whether a perfect map could be told from random ones under some fill; random (2, seeds, fills, steps), one target."""
-    gains = area(fractions, random[1] - random[0])
-    spread = np.sqrt((gains[:, ~np.isnan(gains).any(0)] ** 2).mean(0))
-    return bool((SIGMAS * spread < trapezoid(fractions)[1:-1].sum()).any())
-
-
-def _interval(weights: np.ndarray, ahead: np.ndarray, seed: int) -> tuple[float, float]:
-    """Bootstrap over random maps and steps: weights (S,), ahead (maps, S) the map's lead over each random map at each step."""
-    rng = np.random.default_rng((seed, 19))
-    which = rng.integers(len(ahead), size=RESAMPLES // 2)
-
-    def means(times: np.ndarray) -> np.ndarray:
-        times = times * weights
-        return (ahead[which] * times).sum(1) / times.sum(1) * weights.sum()
-
-    low, high = percentiles(cluster_bootstrap(means, len(weights), seed=rng, resamples=RESAMPLES // 2))
-    return float(low), float(high)
-
-
 STEPS, SEEDS, BATCH = 8, 10, 8
 SCALES = ("probability", "logprob")
 MATTERS = {"probability": 0.02, "logprob": 0.1}  # filling everything must lower the score by this much, or nothing can be told
@@ -127,8 +78,13 @@ def faithfulness(
 
     Raises OptionError (a fill the method used, fewer than two, a map of another picture),
     CheckpointError (the run was made by another checkpoint); on a closed model also BudgetError and EndpointError.
+
+    >>> relevance = ll.attribute(lab, run, method="center")
+    >>> score = ll.faithfulness(lab, run, relevance, steps=2, seeds=2, fills=("grey", "mean"))
+    >>> score.deletion.shape
+    (1, 2, 3)
     """
-    wanted = allowed_fills([rel.options], fills)
+    wanted = allowed_fills([(rel.method, rel.options)], fills)
 
     def score(model: Any) -> Faithfulness:
         judge = Judge(
@@ -142,9 +98,9 @@ def faithfulness(
     return replace(done.result, notes=(*done.result.notes, *done.notes))
 
 
-def allowed_fills(used: Sequence[Mapping[str, Any]], wanted: Sequence[str] | None = None) -> tuple[str, ...]:
-    """Fills to score with when maps were made with the options `used`: `wanted` if they are fair, else all that are."""
-    own = {name for options in used for name in _own_fills(options)}
+def allowed_fills(used: Iterable[tuple[str, Mapping[str, Any]]], wanted: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Fills to score with when maps were made by the methods and options `used`: `wanted` if they are fair, else all that are."""
+    own = {fill for method, options in used for fill in _own_fills(method, options)}
     fair = tuple(name for name in SQUARES if name not in own)
     if wanted is None:
         if len(fair) < FEWEST_FILLS:
@@ -348,13 +304,60 @@ def check_masks(run: Run, masks: Any, what: str = "things") -> np.ndarray:
     return found
 
 
-def _own_fills(options: Mapping[str, Any]) -> list[str]:
+def _own_fills(method: str, options: Mapping[str, Any]) -> list[str]:
     """The fills a map was made with, also where it was made from another method's map."""
-    keys = dict.fromkeys(key for entry in METHODS.values() for key in entry.fill_options)
-    own = [name for key in keys for name in _as_list(options.get(key)) if name in EVERY_FILL]
-    inner = METHODS.get(str(options.get("of")))
-    return own + (_own_fills(inner.with_defaults(options.get("options") or {})) if inner else [])
+    # what is not in the registry may call its fill anything
+    names = METHODS[method].fill_options if method in METHODS else tuple(options)
+    own = [fill for name in names for fill in _as_list(options.get(name)) if fill in EVERY_FILL]
+    inner = str(options.get("of"))
+    return own + (_own_fills(inner, METHODS[inner].with_defaults(options.get("options") or {})) if inner in METHODS else [])
 
 
 def _as_list(value: Any) -> list[Any]:
     return [value] if isinstance(value, str) else list(value) if isinstance(value, (list, tuple)) else []
+
+
+def step_counts(patches: int, steps: int) -> np.ndarray:
+    """How many of `patches` are changed at each step, int (about steps + 1,): 0 first, all last, the same backwards."""
+    half = (1 - np.cos(np.pi * np.arange(steps // 2 + 1) / steps)) / 2
+    counts = np.floor(half * patches + 0.5).astype(int)
+    return np.unique(np.concatenate([counts, patches - counts]))
+
+
+def verdict(
+    fractions: np.ndarray, deletion: np.ndarray, insertion: np.ndarray, random: np.ndarray, seed: int = 0
+) -> tuple[tuple[float, float], bool]:
+    """The 95% interval of this map's gain minus one random map's, and whether the map beats random.
+
+    deletion, insertion (fills, steps) of one target, NaN where a fill tells nothing; random (2, seeds, fills, steps).
+    """
+    known = ~np.isnan(deletion).any(1)
+    if known.sum() < FEWEST_FILLS:
+        return (float("nan"), float("nan")), False
+    lead = (insertion - deletion)[known].astype(np.float64)
+    forth = (random[1] - random[0])[:, known].astype(np.float64)
+    others = np.concatenate([forth, -forth[..., ::-1]])  # maps, fills, steps
+    gains, scatter = area(fractions, lead), area(fractions, others)
+    above = (gains > scatter.max(0)) & (gains > SIGMAS * np.sqrt((scatter**2).mean(0)))
+    interval = _interval(trapezoid(fractions)[1:-1], (lead.mean(0) - others.mean(1))[:, 1:-1], seed)
+    return interval, bool(above.all() and interval[0] > 0)
+
+
+def told_apart(fractions: np.ndarray, random: np.ndarray) -> bool:
+    """Whether a perfect map could be told from random ones under some fill; random (2, seeds, fills, steps), one target."""
+    gains = area(fractions, random[1] - random[0])
+    spread = np.sqrt((gains[:, ~np.isnan(gains).any(0)] ** 2).mean(0))
+    return bool((SIGMAS * spread < trapezoid(fractions)[1:-1].sum()).any())
+
+
+def _interval(weights: np.ndarray, ahead: np.ndarray, seed: int) -> tuple[float, float]:
+    """Bootstrap over random maps and steps: weights (S,), ahead (maps, S) the map's lead over each random map at each step."""
+    rng = np.random.default_rng((seed, 19))
+    which = rng.integers(len(ahead), size=RESAMPLES // 2)
+
+    def means(times: np.ndarray) -> np.ndarray:
+        times = times * weights
+        return (ahead[which] * times).sum(1) / times.sum(1) * weights.sum()
+
+    low, high = percentiles(cluster_bootstrap(means, len(weights), seed=rng, resamples=RESAMPLES // 2))
+    return float(low), float(high)

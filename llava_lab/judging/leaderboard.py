@@ -364,7 +364,7 @@ def _ask(
                 counts["wrong"] += 1
                 continue
             target = answer_target(run, question.short)
-            judge = Judge(lab, run, (target,), allowed_fills(list(chosen.values())), scale=scale)
+            judge = Judge(lab, run, (target,), allowed_fills(chosen.items()), scale=scale)
             judge.choose_fills(FEWEST_FILLS)
             if judge.tells.sum() >= FEWEST_FILLS:
                 return counts, (question, run, target)

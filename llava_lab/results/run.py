@@ -161,6 +161,7 @@ class Relevance(Saved):
     # float32 (targets, rows, cols) of each view; the first is `values`
     view_values: tuple[np.ndarray, ...] = field(default=(), metadata={"stored": "view"})
     control: bool = False  # made to compare with, not to explain
+    interrupted: bool = False  # Ctrl-C ended the work early: what is here is what was done until then
 
     def __post_init__(self) -> None:
         maps = (self.map, *(view.map for view in self.views))

@@ -110,7 +110,7 @@ def test_ctrl_c_gives_the_finished_methods(tiny_random: Lab, run: Run, where: st
     def compute(*args: Any, **options: Any) -> Maps:
         if where == "in a method that lets go":
             raise KeyboardInterrupt
-        return Maps(METHODS["center"].function(*args).values, {}, ("Interrupted after 1 of 2 blocks.",))
+        return Maps(METHODS["center"].function(*args).values, {}, interrupted=True)
 
     stopped = replace(METHODS["random"], function=compute)
     if where == "in the scores":
@@ -170,16 +170,16 @@ def test_words_not_said_and_foreign_runs_are_refused(tiny_random: Lab, run: Run)
 def test_the_whole_registry_can_be_scored_with_the_same_two_fills() -> None:
     chosen = chosen_methods("all", {})
     assert set(chosen) == set(METHODS)
-    assert len(allowed_fills(list(chosen.values()))) >= 2
+    assert len(allowed_fills(chosen.items())) >= 2
 
 
 def test_progress_shows_only_when_it_takes_long(
     tiny_random: Lab, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(HOME, "PATIENCE", 60.0)
+    monkeypatch.setattr("llava_lab.checks.PATIENCE", 60.0)
     compare(tiny_random, run, ["center"], **QUICK)
     assert capsys.readouterr() == ("", "")
-    monkeypatch.setattr(HOME, "PATIENCE", 0.0)
+    monkeypatch.setattr("llava_lab.checks.PATIENCE", 0.0)
     compare(tiny_random, run, ["center"], **QUICK)
     assert "compare" in capsys.readouterr().err
 

@@ -44,12 +44,12 @@ def test_the_fills_are_never_the_methods_own(tiny_random: Lab, run: Run) -> None
 
 
 def test_fusing_heads_by_mean_is_not_a_fill() -> None:
-    assert allowed_fills([{"fusion": "mean", "null": "causal"}]) == ("grey", "mean", "blur", "noise")
-    assert allowed_fills([{"fill": "grey"}, {"fill": ["blur"]}]) == ("mean", "noise")
-    assert allowed_fills([{"of": "occlusion", "options": {"fill": "blur"}}]) == ("grey", "mean", "noise")
-    assert allowed_fills([{"of": "occlusion", "options": None}]) == ("mean", "blur", "noise")
+    assert allowed_fills([("attention", {"fusion": "mean"})]) == ("grey", "mean", "blur", "noise")
+    assert allowed_fills([("occlusion", {"fill": "grey"}), ("elsewhere", {"baseline": ["blur"]})]) == ("mean", "noise")
+    assert allowed_fills([("inverse", {"of": "occlusion", "options": {"fill": "blur"}})]) == ("grey", "mean", "noise")
+    assert allowed_fills([("inverse", {"of": "occlusion", "options": None})]) == ("mean", "blur", "noise")
     with pytest.raises(OptionError, match="two fills that made none of them; blur, grey, mean were all used"):
-        allowed_fills([{"fill": "grey"}, {"fill": "blur"}, {"fill": "mean"}])
+        allowed_fills([("occlusion", {"fill": fill}) for fill in ("grey", "blur", "mean")])
 
 
 @pytest.mark.parametrize(

@@ -267,7 +267,7 @@ def test_a_sweep_that_was_cut_short_ends_the_check_too(tiny_random: Lab, run: Ru
     def cut(*args: Any, **options: Any) -> Relevance:
         calls.append(1)
         rel = attribute(*args, **options)
-        return rel.with_notes("Interrupted after 3 of 9 blocks.") if len(calls) == 3 else rel
+        return replace(rel, interrupted=len(calls) == 3)
 
     monkeypatch.setattr(MODULE, "attribute", cut)
     found = sanity(tiny_random, run, "center", tests="model")
