@@ -1,9 +1,11 @@
 """The answering loop: one prefill with the picture, then one token a step on the cache.
 
-A plain loop, not ``model.generate``: the log-probability of every token comes with it, the sampling
-draws from its own generator, and stopping half-way leaves nothing behind. Greedy answers equal
-``model.generate``'s (tested). The image token is never chosen: a sequence with a second picture in
-it could not be explained.
+A plain loop, not ``model.generate``: the log-probability of every token comes with it, the sampling draws from its own generator,
+and stopping half-way leaves nothing behind. Greedy answers equal ``model.generate``'s (tested). The image token is never chosen:
+a sequence with a second picture in it could not be explained.
+
+    generated = generate(lab.model, input_ids, pixel_values, limit=20, eos=lab.eos_ids, image_id=lab.image_id)
+    generated.token_ids, generated.logprobs
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ def generate(
     on_id: Callable[[int], None] | None = None,
 ) -> Generated:
     """Answer greedily (``temperature=0``) or by seeded sampling, at most `limit` tokens."""
-    said: list[tuple[int, float]] = []
+    answer: list[tuple[int, float]] = []
     stopped = "length"
     random = torch.Generator(device=input_ids.device).manual_seed(seed)  # never the global generator
     try:
@@ -58,18 +60,18 @@ def generate(
                 if token in eos:
                     stopped = "eos"
                     break
-                said.append((token, float(torch.log_softmax(logits, -1)[token])))
+                answer.append((token, float(torch.log_softmax(logits, -1)[token])))
                 if on_id is not None:
                     on_id(token)
-                if len(said) >= limit:
+                if len(answer) >= limit:
                     break
                 step = torch.tensor([[token]], device=input_ids.device)
                 out = model(input_ids=step, past_key_values=out.past_key_values, use_cache=True)
     except KeyboardInterrupt:
         stopped = "interrupted"
-        logger.warning("interrupted after %d tokens; the answer so far is kept", len(said))
-    ids = np.array([token for token, _ in said], np.int64)
-    return Generated(ids, np.array([logprob for _, logprob in said], np.float32), stopped)
+        logger.warning("interrupted after %d tokens; the answer so far is kept", len(answer))
+    ids = np.array([token for token, _ in answer], np.int64)
+    return Generated(ids, np.array([logprob for _, logprob in answer], np.float32), stopped)
 
 
 def _choose(logits: Float[Tensor, " V"], image_id: int, temperature: float, random: torch.Generator) -> int:

@@ -1,13 +1,16 @@
 """Lab: a loaded LLaVA and everything needed to ask it and to explain its answers.
 
-It asks (`ask`) and gives back the finished sequence as model input (`inputs`); it does not explain,
-train or change the model. The same code serves the shipped model and the 7B: sizes are data.
+    lab = ll.load("tiny")
+    run = lab.ask("car.png", "What color is the car?")
+    logits = lab.model(**lab.inputs(run)).logits
+
+It asks (`ask`) and gives back the finished sequence as model input (`inputs`). The same code serves the shipped model and the 7B:
+sizes are data.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -15,20 +18,24 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+from llava_lab.checks import whole_number
 from llava_lab.errors import CheckpointError, OptionError, PictureError
 from llava_lab.geometry import View
-from llava_lab.models import layout
-from llava_lab.models import text as prompts
+from llava_lab.models import layout, text
 from llava_lab.models.card import Card, fingerprint, make_card
 from llava_lab.models.generation import Generated, generate
 from llava_lab.models.pictures import PictureLike, Preprocessing, read_picture
 from llava_lab.models.swap import Swap, trained_beside
-from llava_lab.models.text import Sequence, decode, encode, finished, group_words, pieces, refuse_special_text
+from llava_lab.models.text import History, Prompt, decode, finished, group_words
 from llava_lab.results import Run
 
 
 class Lab:
-    """A LLaVA model with its processor, its card and its patch grid."""
+    """A LLaVA model with its processor, its card and its patch grid.
+
+    >>> lab.ask(picture, "What is in the picture?", max_new_tokens=2).image_positions.shape
+    (144,)
+    """
 
     def __init__(
         self, model: LlavaForConditionalGeneration, processor: LlavaProcessor, *, name: str = "model", card: Card | None = None
@@ -117,17 +124,19 @@ class Lab:
         seed: int = 0,
         prompt: str | None = None,
         fit: str | None = None,
-        history: prompts.History = (),
+        history: History = (),
         on_token: Callable[[str], None] | None = None,
     ) -> Run:
         """Ask about a picture and get the answer with every position, probability and the picture's map.
 
-        `prompt`: None is the model's own form (`self.prompt`), else one of `prompts.PROMPTS`.
+        `prompt`: None is the model's own form (`self.prompt`), else one of `text.PROMPTS`.
         `fit`: None is the checkpoint's own way, else "pad" or "crop". `history`: earlier (question, answer)
         pairs about the same picture. `on_token` receives the answer's text as it grows, whole characters only.
         Interrupting (KeyboardInterrupt) gives the answer so far, with ``options["stopped"] == "interrupted"``.
         """
-        _check_options(max_new_tokens, temperature)
+        whole_number("max_new_tokens", max_new_tokens, least=1)
+        if not 0 <= temperature < float("inf"):
+            raise OptionError(f"temperature must be 0 (greedy) or a positive number, got {temperature!r}")
         prompt = prompt or self.prompt
         pixels = read_picture(picture)
         sequence = self.sequence(question, prompt=prompt, history=history, picture=pixels)
@@ -156,23 +165,29 @@ class Lab:
         return self._run(pixels, question.strip(), sequence, generated, seed, options)
 
     def sequence(
-        self, question: str, *, prompt: str | None = None, history: prompts.History = (), picture: PictureLike | None = None
-    ) -> Sequence:
+        self, question: str, *, prompt: str | None = None, history: History = (), picture: PictureLike | None = None
+    ) -> Prompt:
         """The prompt for a question as the model reads it, with its segments, before any answer.
 
         `picture` matters only where the number of image tokens depends on its shape.
         """
         prompt = prompt or self.prompt
-        prompts.check_form(prompt)
-        texts = [text for turn in prompts.turns(question, history) for text in turn if text is not None]
-        refuse_special_text(self.tokenizer, *texts)
+        text.check_form(prompt)
+        parts = [part for turn in text.turns(question, history) for part in turn if part is not None]
+        text.refuse_special_text(self.tokenizer, *parts)
         if prompt == "chat":
-            text = self._chat(question, history)
+            whole = self._chat(question, history)
         else:
-            marks = getattr(self.model.config, prompts.MARKED, None) or ()
-            text = prompts.marked(prompts.build_prompt(question, prompt, history), marks)
-        count = self.image_tokens(picture)
-        return encode(self.tokenizer, text, question.strip(), image_id=self.image_id, image_tokens=count, history=bool(history))
+            marks = getattr(self.model.config, text.MARKED, None) or ()
+            whole = text.marked(text.build_prompt(question, prompt, history), marks)
+        return text.encode(
+            self.tokenizer,
+            whole,
+            question.strip(),
+            image_id=self.image_id,
+            image_tokens=self.image_tokens(picture),
+            history=bool(history),
+        )
 
     def inputs(self, run: Run, *, picture: np.ndarray | None = None, tiles: bool = False) -> dict[str, Tensor]:
         """The finished sequence as model input (teacher forcing): input_ids, attention_mask (1, T), pixel_values.
@@ -209,14 +224,14 @@ class Lab:
         """How a picture is looked at, where that is more than once; `span` is where its tokens stand."""
         return ()
 
-    def _chat(self, question: str, history: prompts.History) -> str:
+    def _chat(self, question: str, history: History) -> str:
         if not self.processor.chat_template:
             raise OptionError(f"prompt='chat' needs a chat template and {self.name!r} has none; use 'llava-1.5' or 'hf'")
-        messages = prompts.chat_messages(question, history)
+        messages = text.chat_messages(question, history)
         return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
     def _run(
-        self, picture: np.ndarray, question: str, sequence: Sequence, generated: Generated, seed: int, options: dict[str, Any]
+        self, picture: np.ndarray, question: str, sequence: Prompt, generated: Generated, seed: int, options: dict[str, Any]
     ) -> Run:
         start = len(sequence.token_ids)
         token_ids = np.concatenate([sequence.token_ids, generated.token_ids])
@@ -227,7 +242,7 @@ class Lab:
             answer=decode(self.tokenizer, generated.token_ids.tolist()).strip(),
             prompt=sequence.text,
             token_ids=token_ids,
-            tokens=pieces(self.tokenizer, token_ids),
+            tokens=text.pieces(self.tokenizer, token_ids),
             segments={**sequence.segments, "answer": (start, len(token_ids))},
             words=group_words(self.tokenizer, generated.token_ids.tolist(), start),
             logprobs=generated.logprobs,
@@ -263,20 +278,13 @@ class _Stream:
             self.on_text(piece)
 
 
-def _check_options(max_new_tokens: int, temperature: float) -> None:
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
-        raise OptionError(f"max_new_tokens must be a whole number of at least 1, got {max_new_tokens!r}")
-    if not 0 <= temperature < float("inf"):
-        raise OptionError(f"temperature must be 0 (greedy) or a positive number, got {temperature!r}")
-
-
 def _image_id(model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> int:
     """The image token's id, which the configuration and the tokenizer must agree on."""
     configured = int(model.config.image_token_index)
-    spelled = processor.tokenizer.convert_tokens_to_ids(prompts.IMAGE)
+    spelled = processor.tokenizer.convert_tokens_to_ids(text.IMAGE)
     if configured != spelled:
         raise CheckpointError(
-            f"config.json says image_token_index {configured}, the tokenizer's {prompts.IMAGE} is {spelled}; "
+            f"config.json says image_token_index {configured}, the tokenizer's {text.IMAGE} is {spelled}; "
             "the two files of this checkpoint do not belong together"
         )
     return configured

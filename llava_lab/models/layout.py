@@ -1,8 +1,10 @@
 """Where the parts of a LLaVA model are, and where the picture sits in its sequence.
 
-Module paths differ between transformers versions and between vision towers, so each part is
-looked up among the known places and its absence is an error, never a guess. Image tokens are
-found by their id; their number and contiguity are checked, never assumed.
+    layers = language_layers(lab.model)
+    features, tokens = read_connector(lab.model, lab.pixels(picture))
+
+Module paths differ between transformers versions and between vision towers, so each part is looked up among the known places and
+its absence is an error, never a guess. Image tokens are found by their id; their number and place are checked, never assumed.
 
 Source: transformers ``LlavaModel`` (5.x has no ``vision_model`` level in the CLIP tower, earlier ones do).
 """
@@ -55,7 +57,7 @@ def read_connector(model: Any, pixel_values: Float[Tensor, "B 3 S S"]) -> tuple[
 
 
 def replace_connector(model: nn.Module, new: nn.Module) -> None:
-    """Set another module in the connector's place; config and grid are `llava_lab.models.swap`'s business."""
+    """Set another module in the connector's place; config and grid follow in `llava_lab.models.swap`."""
     for path in CONNECTOR_PATHS:
         home, _, name = path.rpartition(".")
         parent = _get(model, home)
@@ -140,12 +142,8 @@ def has_class_token(model: nn.Module) -> bool:
 
 def image_token_count(model: nn.Module) -> int:
     """How many tokens the model makes of one picture, from its configuration."""
-    config: LlavaConfig = model.config
-    if grid := connectors.token_grid(config):
-        return grid[0] * grid[1]
-    side = config.vision_config.image_size // config.vision_config.patch_size
-    dropped = config.vision_feature_select_strategy == "default"
-    return side * side + int(has_class_token(model)) - int(dropped)
+    grid = connectors.token_grid(model.config)
+    return grid[0] * grid[1] if grid else _vision_tokens(model)[1]
 
 
 def patch_grid(model: nn.Module) -> tuple[int, int]:
@@ -154,16 +152,21 @@ def patch_grid(model: nn.Module) -> tuple[int, int]:
     Raises CheckpointError when tokens are not patches.
     """
     config: LlavaConfig = model.config
-    side = config.vision_config.image_size // config.vision_config.patch_size
-    grid = connectors.token_grid(config)
-    count = side * side + int(has_class_token(model)) - int(config.vision_feature_select_strategy == "default")
+    side, count = _vision_tokens(model)
     if count != side * side:
         strategy = config.vision_feature_select_strategy
         raise CheckpointError(
             f"the model makes {count} image tokens of {side}x{side} patches (vision_feature_select_strategy={strategy!r}); "
             "a map needs one token per patch, so the class token must be dropped: use a checkpoint that does"
         )
-    return grid or (side, side)
+    return connectors.token_grid(config) or (side, side)
+
+
+def _vision_tokens(model: nn.Module) -> tuple[int, int]:
+    """Patches along a side of the picture, and the tokens that the tower passes on: the patches, with a class token or not."""
+    config: LlavaConfig = model.config
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    return side, side**2 + int(has_class_token(model)) - int(config.vision_feature_select_strategy == "default")
 
 
 def require_patch_tokens(model: nn.Module, what: str) -> None:

@@ -1,25 +1,25 @@
-"""Any picture a user has, as upright 8-bit RGB. One rule per kind of picture, stated here.
+"""From any picture a user has to the model's square input, and the exact map back.
 
-- a file is read to its end, so a truncated one is noticed; an animated file gives its first frame
-  (a PIL image gives the frame it stands on);
+    pixels = read_picture("car.jpg")  # uint8, height x width x 3
+    lab.preprocessing.map(*pixels.shape[1::-1]).patch_box(0, 0)
+
+Reading. One rule per kind of picture:
+- a file is read to its end, so a truncated one is noticed; an animated file gives its first frame (a PIL image gives the frame
+  it stands on);
 - EXIF rotation is applied; colour profiles are ignored (the vision tower was trained that way);
 - transparency (RGBA, LA, a palette's transparent colour) is laid on white;
 - grey becomes three equal channels; palette, CMYK, YCbCr and the like are converted by Pillow;
 - 16-bit values are scaled by 1/257, floating point must lie in 0..1 and is scaled by 255;
 - anything above `MAX_PIXELS` is refused before its pixels are decoded.
 
-Nothing here knows a model; `llava_lab.models.pictures` turns the result into model input.
-
-From a picture to the model's square input, and the exact map back.
-
-Two ways, recorded with every run:
+Making a square. Two ways, recorded with every run:
 - ``pad``: LLaVA-1.5's own: the picture is set in the middle of a square of the mean colour, then resized;
 - ``crop``: the hub's default: the short side is resized to the square's, the middle is cut out.
 A processor that only squeezes pictures into the square (SigLIP's) is padded first, which keeps shapes.
 
-The pixels come from the checkpoint's own image processor; the map repeats its arithmetic, and a test
-holds the two together. Sources: haotian-liu/LLaVA @ c121f04 ``llava/mm_utils.py`` (expand2square);
-transformers ``CLIPImageProcessor``, ``LlavaImageProcessor`` (``do_pad``).
+The pixels come from the checkpoint's own image processor; the map repeats its arithmetic, and a test holds the two together.
+Sources: haotian-liu/LLaVA @ c121f04 ``llava/mm_utils.py`` (expand2square); transformers ``CLIPImageProcessor``,
+``LlavaImageProcessor`` (``do_pad``).
 """
 
 from __future__ import annotations
@@ -54,11 +54,16 @@ def read_picture(source: PictureLike) -> np.ndarray:
     """Read a path, encoded bytes, a PIL image or a numpy array as uint8 (height, width, 3), upright RGB.
 
     Raises PictureError with one line on anything that is not a sound picture of a sensible size.
+
+    >>> from llava_lab.models import read_picture
+    >>> read_picture(run.picture).shape == run.picture.shape
+    True
     """
     if isinstance(source, np.ndarray):
         return _from_array(source)
     if isinstance(source, Image.Image):
-        return _from_pil(source, "the picture")
+        with _sound_decoding("the picture"):
+            return _to_rgb(source.copy(), "the picture")
     if isinstance(source, bytes | bytearray | memoryview):
         return _from_file(io.BytesIO(source), "the picture's bytes", len(source))
     if isinstance(source, str | os.PathLike):
@@ -90,11 +95,6 @@ def _from_file(file: io.BufferedIOBase, name: str, size: int) -> np.ndarray:
         return _to_rgb(image, name)
 
 
-def _from_pil(image: Image.Image, name: str) -> np.ndarray:
-    with _sound_decoding(name):
-        return _to_rgb(image.copy(), name)
-
-
 @contextmanager
 def _sound_decoding(name: str) -> Iterator[None]:
     """Pillow's warnings and decoder errors become one PictureError; damage is never read over."""
@@ -122,9 +122,9 @@ def _to_rgb(image: Image.Image, name: str) -> np.ndarray:
     image.load()
     upright = ImageOps.exif_transpose(image)
     if upright.mode in WIDE_GREY:
-        return _grey_to_rgb(_from_16_bit(np.asarray(upright), name))
+        return _grey_to_rgb(_from_16_bit(np.asarray(upright), name)[..., None])
     if upright.mode == "F":
-        return _grey_to_rgb(_from_float(np.asarray(upright), name))
+        return _grey_to_rgb(_from_float(np.asarray(upright), name)[..., None])
     if upright.has_transparency_data:
         layer = upright.convert("RGBA")
         upright = Image.alpha_composite(Image.new("RGBA", layer.size, (255, 255, 255, 255)), layer)
@@ -141,8 +141,8 @@ def _from_array(array: np.ndarray) -> np.ndarray:
     _check_size(array.shape[1], array.shape[0], "the array")
     pixels = _to_8_bit(array, "the array")
     if pixels.shape[2] == 4:
-        return _from_pil(Image.fromarray(pixels, "RGBA"), "the array")
-    return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else np.ascontiguousarray(pixels)
+        return _to_rgb(Image.fromarray(pixels, "RGBA"), "the array")
+    return _grey_to_rgb(pixels) if pixels.shape[2] == 1 else np.ascontiguousarray(pixels)
 
 
 def _to_8_bit(array: np.ndarray, name: str) -> np.ndarray:
@@ -179,7 +179,7 @@ def _from_float(values: np.ndarray, name: str) -> np.ndarray:
 
 
 def _grey_to_rgb(grey: np.ndarray) -> np.ndarray:
-    return np.repeat(grey[..., None], 3, axis=2)
+    return np.repeat(grey, 3, axis=2)
 
 
 def _check_size(width: int, height: int, name: str) -> None:

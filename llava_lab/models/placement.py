@@ -27,7 +27,12 @@ class Placement(NamedTuple):
 def choose_device(
     device: str | torch.device | None = None, dtype: str | torch.dtype | None = None, *, parameters: int | None = None
 ) -> Placement:
-    """Decide for a model of so many parameters (None: a small one); what the user gives is taken, after a check."""
+    """Decide for a model of so many parameters (None: a small one); what the user gives is taken, after a check.
+
+    >>> from llava_lab.models import choose_device
+    >>> choose_device("cpu", parameters=5_000_000).why.split(";")[0]
+    'cpu: as asked'
+    """
     place, why_device = _device(device)
     number, why_dtype = _given(dtype) if dtype is not None else _dtype(place, parameters)
     return Placement(place, number, f"{why_device}; {why_dtype}")

@@ -1,28 +1,21 @@
-"""The text around a question, in the forms LLaVA is used with.
+"""Text: the prompt around a question, its tokens with every part's position, and answer tokens grouped into words.
 
-``llava-1.5`` and ``hf`` differ in the system sentence only, and give different answers, so a run
-records which one it had. ``chat`` is for relatives with another language model, whose own template
-is the right one; `llava_lab.models.lab` asks the processor for it.
+    build_prompt("What color is the car?", "hf")  # "USER: <image>\\nWhat color is the car? ASSISTANT:"
 
-It knows strings only; one ``<image>`` stands for all image tokens.
+Prompts. ``llava-1.5`` and ``hf`` differ in the system sentence only, and give different answers, so a run records which one it
+had. ``chat`` is for relatives with another language model, whose own template is the right one; the processor writes it. One
+``<image>`` stands for all image tokens.
+
+Segments. The tokenizer's character offsets say where the question ends, and the image tokens are found by their id; nothing is
+computed from lengths. Segments cover the sequence in order: ``system`` (everything before the picture), ``image``, ``history``
+(earlier turns, only when given), ``question``, ``cue`` (what asks for the answer), and ``answer`` once there is one.
+
+Words. Byte-level BPE (``Ġred``) and SentencePiece (``▁red``) mark word starts differently, and both may spread one character over
+several tokens. So nothing is read off the pieces: every prefix of the answer is decoded, which tells the characters each token
+completed; words are then cut in the decoded text. A word is a run of letters and digits (with inner apostrophes, hyphens,
+points), a run of other signs, or one character of a script written without spaces.
+
 Source: haotian-liu/LLaVA @ c121f04 ``llava/conversation.py`` (``conv_vicuna_v1``).
-
-Answer tokens grouped into the words they spell, whatever the tokenizer.
-
-Byte-level BPE (``Ġred``) and SentencePiece (``▁red``) mark word starts differently, and both may
-spread one character over several tokens. So nothing is read off the pieces: every prefix of the
-answer is decoded, which tells the characters each token completed; words are then cut in the
-decoded text. A word is a run of letters and digits (with inner apostrophes, hyphens, points), a run
-of other signs, or one character of a script written without spaces.
-
-It needs a tokenizer's ``decode`` and nothing else of it.
-
-From a prompt's text to token ids with every part's position found.
-
-The tokenizer's character offsets say where the question ends, and the image tokens are found by
-their id; nothing is computed from lengths. Segments cover the sequence in order:
-``system`` (everything before the picture), ``image``, ``history`` (earlier turns, only when given),
-``question``, ``cue`` (what asks for the answer), and ``answer`` once there is one.
 """
 
 from __future__ import annotations
@@ -59,7 +52,28 @@ PROMPTS = MappingProxyType(
 
 MARKED = "image_marks"  # config.json's entry for words that stand before and after every picture; ours, stock models ignore it
 
+UNFINISHED = "\ufffd"  # what decoding shows for bytes that are not a whole character yet
+
+_SPACELESS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # kana and Han
+_LETTER = rf"[^\W{_SPACELESS}]"
+_WORD = re.compile(rf"[{_SPACELESS}]|{_LETTER}+(?:['’.,:-]{_LETTER}+)*|[^\w\s]+")
+
 History = Sequence[tuple[str, str]]
+
+
+class Decoder(Protocol):
+    """All that is asked of a tokenizer to read its words."""
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str: ...
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as the model reads it."""
+
+    text: str  # the exact text given to the tokenizer, one <image>
+    token_ids: np.ndarray  # int64 (T,), image tokens expanded
+    segments: dict[str, Span]  # system, image, (history), question, cue
 
 
 def build_prompt(question: str, form: str = "llava-1.5", history: History = ()) -> str:
@@ -67,14 +81,18 @@ def build_prompt(question: str, form: str = "llava-1.5", history: History = ()) 
 
     `history` holds earlier (question, answer) pairs about the same picture, oldest first.
     Raises OptionError for an unknown form, an empty question, or text that holds ``<image>`` itself.
+
+    >>> from llava_lab.models import build_prompt
+    >>> build_prompt("Is it red?", "hf")
+    'USER: <image>\\nIs it red? ASSISTANT:'
     """
     check_form(form)
     if form == "chat":
         raise OptionError("prompt='chat' is written by a checkpoint's own template; ask through a Lab")
     *earlier, (last, _) = turns(question, history)
-    questions = [asked for asked, _ in earlier] + [last]
+    questions = [question for question, _ in earlier] + [last]
     parts = [f"USER: {IMAGE}\n{questions[0]} {CUE}"]
-    parts += [f" {said}{END_OF_TURN}USER: {asked} {CUE}" for (_, said), asked in zip(earlier, questions[1:], strict=True)]
+    parts += [f" {answer}{END_OF_TURN}USER: {after} {CUE}" for (_, answer), after in zip(earlier, questions[1:], strict=True)]
     return (f"{SYSTEM} " if form == "llava-1.5" else "") + "".join(parts)
 
 
@@ -86,10 +104,10 @@ def marked(text: str, marks: Sequence[str]) -> str:
 def chat_messages(question: str, history: History = ()) -> list[dict]:
     """The same turns as transformers' chat messages, the picture in the first."""
     messages: list[dict] = []
-    for asked, said in turns(question, history):
-        messages.append({"role": "user", "content": [{"type": "text", "text": asked}]})
-        if said is not None:
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": said}]})
+    for text, answer in turns(question, history):
+        messages.append({"role": "user", "content": [{"type": "text", "text": text}]})
+        if answer is not None:
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     messages[0]["content"].insert(0, {"type": "image"})
     return messages
 
@@ -98,8 +116,8 @@ def turns(question: str, history: History = ()) -> list[tuple[str, str | None]]:
     """Checked (question, answer) pairs, oldest first; the last has no answer yet."""
     if isinstance(history, str) or any(isinstance(turn, str) or len(turn) != 2 for turn in history):
         raise OptionError("history must be a sequence of (question, answer) pairs, oldest first")
-    earlier = [(_text(asked, "an earlier question"), _text(said, "an earlier answer")) for asked, said in history]
-    return [*earlier, (_text(question, "the question"), None)]
+    earlier = [(_checked(text, "an earlier question"), _checked(answer, "an earlier answer")) for text, answer in history]
+    return [*earlier, (_checked(question, "the question"), None)]
 
 
 def check_form(form: str) -> None:
@@ -107,7 +125,7 @@ def check_form(form: str) -> None:
         raise OptionError(f"prompt must be one of {', '.join(PROMPTS)}, got {form!r}")
 
 
-def _text(text: str, what: str) -> str:
+def _checked(text: str, what: str) -> str:
     if not isinstance(text, str):
         raise OptionError(f"{what} must be text, got {type(text).__name__}")
     if not text.strip():
@@ -118,17 +136,27 @@ def _text(text: str, what: str) -> str:
     return text.strip()
 
 
-UNFINISHED = "\ufffd"  # what decoding shows for bytes that are not a whole character yet
-
-_SPACELESS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # kana and Han
-_LETTER = rf"[^\W{_SPACELESS}]"
-_WORD = re.compile(rf"[{_SPACELESS}]|{_LETTER}+(?:['’.,:-]{_LETTER}+)*|[^\w\s]+")
-
-
-class Decoder(Protocol):
-    """The one thing asked of a tokenizer here."""
-
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str: ...
+def encode(tokenizer: Any, text: str, question: str, *, image_id: int, image_tokens: int, history: bool = False) -> Prompt:
+    """Tokenize `text`, expand its one image token, and find the segments; `question` is the last turn's."""
+    if text.count(IMAGE) != 1:
+        raise CheckpointError(f"the prompt must hold {IMAGE} once, its template wrote it {text.count(IMAGE)} times: {text!r}")
+    first = text.rfind(question)
+    assert first >= 0, (question, text)
+    has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+    coded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not has_bos)
+    short = np.array(coded["input_ids"], np.int64)
+    ids = layout.expand_image(short, image_id, image_tokens)
+    start, stop = layout.image_span(ids, image_id, image_tokens)
+    extra = len(ids) - len(short)  # how far expansion moved everything after the image
+    ends = [(i + extra, lo, hi) for i, (lo, hi) in enumerate(coded["offset_mapping"]) if i + extra >= stop]
+    # the first token that begins at or after the question's end, and the first that reaches beyond its beginning
+    cue = next((i for i, lo, hi in ends if lo >= first + len(question) and hi > lo), len(ids))
+    asked = next((i for i, _, hi in ends if hi > first), cue) if history else stop
+    segments = {"system": (0, start), "image": (start, stop)}
+    if history:
+        segments["history"] = (stop, asked)
+    segments |= {"question": (asked, cue), "cue": (cue, len(ids))}
+    return Prompt(text, ids, segments)
 
 
 def decode(tokenizer: Decoder, token_ids: Sequence[int]) -> str:
@@ -189,7 +217,7 @@ class Spelt:
         self.pieces = pieces
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
-        return b"".join(self.pieces[one] for one in token_ids).decode("utf-8", "replace")
+        return b"".join(self.pieces[token] for token in token_ids).decode("utf-8", "replace")
 
     def words(self, token_ids: Sequence[int], start: int) -> tuple[Word, ...]:
         return group_words(self, token_ids, start)
@@ -199,37 +227,6 @@ def _shared(a: str, b: str) -> int:
     """Length of the common beginning of two strings."""
     n = min(len(a), len(b))
     return next((i for i in range(n) if a[i] != b[i]), n)
-
-
-@dataclass(frozen=True)
-class Sequence:
-    """A prompt as the model reads it."""
-
-    text: str  # the exact text given to the tokenizer, one <image>
-    token_ids: np.ndarray  # int64 (T,), image tokens expanded
-    segments: dict[str, Span]  # system, image, (history), question, cue
-
-
-def encode(tokenizer: Any, text: str, question: str, *, image_id: int, image_tokens: int, history: bool = False) -> Sequence:
-    """Tokenize `text`, expand its one image token, and find the segments; `question` is the last turn's."""
-    if text.count(IMAGE) != 1:
-        raise CheckpointError(f"the prompt must hold {IMAGE} once, its template wrote it {text.count(IMAGE)} times: {text!r}")
-    first = text.rfind(question)
-    assert first >= 0, (question, text)
-    has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-    coded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not has_bos)
-    short = np.array(coded["input_ids"], np.int64)
-    ids = layout.expand_image(short, image_id, image_tokens)
-    start, stop = layout.image_span(ids, image_id, image_tokens)
-    extra = len(ids) - len(short)  # how far expansion moved everything after the image
-    ends = [(i + extra, lo, hi) for i, (lo, hi) in enumerate(coded["offset_mapping"]) if i + extra >= stop]
-    cue = _first(ends, first + len(question), len(ids))
-    asked = _first_reaching(ends, first, cue) if history else stop
-    segments = {"system": (0, start), "image": (start, stop)}
-    if history:
-        segments["history"] = (stop, asked)
-    segments |= {"question": (asked, cue), "cue": (cue, len(ids))}
-    return Sequence(text, ids, segments)
 
 
 def refuse_special_text(tokenizer: Any, *texts: str) -> None:
@@ -254,13 +251,3 @@ def pieces(tokenizer: Any, token_ids: np.ndarray) -> tuple[str, ...]:
 
 def _decode(tokenizer: Any, token_ids: list[int]) -> str:
     return tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-
-def _first(ends: list[tuple[int, int, int]], char: int, default: int) -> int:
-    """Position of the first token that begins at or after `char`."""
-    return next((i for i, lo, hi in ends if lo >= char and hi > lo), default)
-
-
-def _first_reaching(ends: list[tuple[int, int, int]], char: int, default: int) -> int:
-    """Position of the first token that reaches beyond `char`."""
-    return next((i for i, lo, hi in ends if hi > char), default)

@@ -1,19 +1,18 @@
-"""LLaVA-NeXT's and LLaVA-OneVision's way with pictures: whole in one square, and enlarged and cut into square tiles.
+"""A Lab for models that look at a picture several times: whole in one square, and enlarged in tiles (LLaVA-NeXT, OneVision).
 
-The pixels come from the checkpoint's own image processor and the numbers of rows and columns from transformers' own
-functions; what is added here is where every token lies in the sequence and on the picture (`views`).
+    run = ll.load("llava-hf/llava-v1.6-vicuna-7b-hf").ask("street.jpg", "How many cars?")
+    overview, tiles = run.views  # where every token stands in the sequence and on the picture
+
+The pixels come from the checkpoint's own image processor and the numbers of rows and columns from transformers' own functions;
+what is added here is where every token lies in the sequence and on the picture (`views`). `Run.map` and the patch grid are the
+overview's. What cannot tell views apart asks for `inputs` or `pixels` as of a single square, and is refused in one line before
+it starts: a map that mixed the views would be silently wrong.
 
 OneVision draws the tiles' grid smaller where it has more cells than so many squares (``anyres_max_9``). Its squares of 384 px
 hold 27 patches of 14 and 6 px that no patch sees; the tiles' map spreads the 27 evenly, which is wrong by less than half a patch.
 
 Sources: transformers ``LlavaNextImageProcessor`` (get_image_patches), ``pack_image_features`` of both models;
 haotian-liu/LLaVA @ c121f04 ``llava/mm_utils.py`` (process_anyres_image) and ``llava_arch.py`` (spatial_unpad).
-
-A Lab for models that look at a picture several times: whole, and enlarged in tiles (LLaVA-NeXT, LLaVA-OneVision).
-
-`Run.views` says where every token of every view stands in the sequence and on the picture; `Run.map` and the patch grid
-are the overview's. What has not been taught to tell views apart asks for `inputs` or `pixels` as of a single square, and is
-refused in one line before it starts: a map that mixed the views would be silently wrong.
 """
 
 from __future__ import annotations
@@ -146,16 +145,16 @@ class _Axis:
     drawn: int  # pixels of the enlarged picture
     offset: int  # of the drawn picture
     cut: int  # cells of padding before the first that is kept
-    kept: int  # cells
+    cells: int  # that are kept
     cell: float  # pixels of the enlarged picture
 
-    def tiles(self, cells: int, side: int) -> tuple[int, ...]:
-        """The tile of each of `cells` that stand evenly for the kept ones, by its middle; `side` cells make a tile."""
-        return tuple(int((self.cut + (i + 0.5) * self.kept / cells) // side) for i in range(cells))
+    def tiles(self, count: int, side: int) -> tuple[int, ...]:
+        """The tile of each of `count` cells that stand evenly for the kept ones, by its middle; `side` cells make a tile."""
+        return tuple(int((self.cut + (i + 0.5) * self.cells / count) // side) for i in range(count))
 
     def onto(self, side: int) -> tuple[float, float]:
         """Scale and offset from the picture to a square of `side` that holds the kept cells."""
-        stretch = side / (self.kept * self.cell)
+        stretch = side / (self.cells * self.cell)
         return self.drawn / self.picture * stretch, (self.offset - self.cut * self.cell) * stretch
 
 
@@ -214,10 +213,10 @@ class TiledLab(Lab):
 
     def shown(self, picture: np.ndarray, fit: str | None = None) -> dict[str, Tensor]:
         self.preprocessing.mode(fit)
-        made = self.preprocessing.inputs(picture)
+        inputs = self.preprocessing.inputs(picture)
         return {
-            "pixel_values": made["pixel_values"].to(self.device, self.dtype),
-            "image_sizes": made["image_sizes"].to(self.device),
+            "pixel_values": inputs["pixel_values"].to(self.device, self.dtype),
+            "image_sizes": inputs["image_sizes"].to(self.device),
         }
 
     def image_tokens(self, picture: PictureLike | None) -> int:
@@ -229,10 +228,10 @@ class TiledLab(Lab):
         return self.preprocessing.count(width, height)
 
     def views(self, width: int, height: int, span: tuple[int, int]) -> tuple[View, ...]:
-        found = self.preprocessing.views(width, height, span[0])
-        if found[-1].stop != span[1]:
-            raise CheckpointError(f"expected {span[1] - span[0]} image tokens in two views, found {found[-1].stop - span[0]}")
-        return found
+        views = self.preprocessing.views(width, height, span[0])
+        if views[-1].stop != span[1]:
+            raise CheckpointError(f"expected {span[1] - span[0]} image tokens in two views, found {views[-1].stop - span[0]}")
+        return views
 
     def _refusal(self) -> str:
         return (
