@@ -1,49 +1,32 @@
-"""Occlusion: cover a block of patches, give the model its own answer again, see how much less likely it is.
+"""Hide parts of what the model is given, and see how much less likely its own answer becomes.
 
-It touches what the model is given, so it can claim a cause; what it claims is about this fill, this block
-size and the place where the patch is taken away. Patches that back each other up can each look unimportant.
+It touches what the model is given, so it can claim a cause; what it claims is about this fill, this block size and the
+place where the patch is taken away. Patches that back each other up can each look unimportant.
 
-At the pixels, blocks are covered in the model's square, at the very pixels of its patches. At the vision
-tower's or the projector's output, tokens are replaced instead; the tower then runs once, and each variant
-computes only what comes after its first changed token (`occlusion_cached`), with the same numbers.
+- ``occlusion`` covers a block of patches after the other, at the pixels, at the vision tower's or at the projector's output
+  (`replay.alter`). The value is the drop of the answer's log-probability.
+- ``occlusion_coarse`` covers large blocks first, and only those that mattered most are looked at closer: a few tens of
+  passes stand in for one per patch. What is never looked at closer keeps its block's drop, shared out over the block's
+  patches, so the map is exact where it is fine and a guess where it is coarse. Which blocks are divided is decided by the
+  answer as a whole (the largest change among its tokens), so that several targets share the passes. Parts that matter
+  only together with others far away, or that cancel inside a block, are not found.
+- ``rise`` shows the picture through many random smooth masks. A patch's value is the mean score over masks, weighed by how
+  much of the patch each mask showed, minus the plain mean. It hides much at once, so patches that stand in for one another
+  are found; the price is noise, which is estimated and reported. Two things differ from the paper: the score is a
+  log-probability, and it is centred before it is weighed, which takes out the noise of unequal mask sums and leaves the
+  ranking's limit as it is.
+- ``token_knockout``: the answer may not look at one image token, in any layer; everything else stays as it was. Every
+  other position still reads the token, so this is the *direct* way from the patch to the answer. With ``rows="text"`` the
+  question may not look either, and what is left goes through other image tokens. Nothing is put in the token's place. All
+  patches share one cache of the untouched sequence, so hundreds of patches cost a few forwards. A knockout that does not
+  take effect looks like a patch that does not matter; therefore the strongest one is proved in each run: with absurd keys
+  and values at the blocked token the score must stay the same to the last digits, and without the block it must not.
 
-Source: Zeiler & Fergus 2014 (arXiv 1311.2901), section 4.2, on the log-probability of a given answer.
+Sources: Zeiler & Fergus 2014 (arXiv 1311.2901), section 4.2; coarse to fine after the quadtree searches of image coding;
+Petsiuk et al. 2018 (arXiv 1806.07421), sections 3.1 and 3.2; Geva et al. 2023 (arXiv 2304.14767) for attention knockout;
+Zhang et al. 2024 (arXiv 2411.18620) for its use between image, question and answer.
 
-Occlusion from coarse to fine: large blocks first, and only those that mattered most are looked at closer.
-
-A few tens of passes stand in for one per patch. What is never looked at closer keeps its block's drop,
-shared out over the block's patches, so the map is exact where it is fine and a guess where it is coarse.
-
-Which blocks are divided is decided by the answer as a whole (the largest change among its tokens), not by
-the target, so that several targets share the passes. Parts that matter only together with others far away,
-or that cancel inside a block, are not found.
-
-Source: a beam version of occlusion (Zeiler & Fergus 2014); after the quadtree searches of image coding.
-
-RISE: show the picture through many random smooth masks; a patch matters where showing it went with a likelier answer.
-
-The value of a patch is the mean score over masks, weighed by how much of the patch each mask showed, minus
-the plain mean. Unlike occlusion it hides much at once, so patches that stand in for one another are found;
-the price is noise, which is estimated and reported.
-
-Two things differ from the paper: the score is a log-probability, as everywhere here, and it is centred before
-it is weighed, which takes out the noise of unequal mask sums and leaves the ranking's limit as it is.
-
-Source: Petsiuk et al. 2018 (arXiv 1806.07421), sections 3.1 and 3.2.
-
-Token knockout: the answer may not look at one image token, in any layer; everything else stays as it was.
-
-Every other position still reads the token, so what the question's words had gathered from it remains: this
-is the *direct* way from the patch to the answer. With ``rows="text"`` the question may not look either, and
-what is left goes through other image tokens. Nothing is put in the token's place, so there is no fill.
-
-All patches share one cache of the untouched sequence; a variant is only the few positions that may not
-look, so hundreds of patches cost a few forwards. A knockout that does not take effect looks like a patch
-that does not matter; therefore the strongest one is proved in each run: with absurd keys and values at the
-blocked token the score must stay the same to the last digits, and without the block it must not.
-
-Sources: Geva et al. 2023 (arXiv 2304.14767) for attention knockout; Zhang et al. 2024 (arXiv 2411.18620)
-for its use between image, question and answer.
+    attribute(lab, run, method="occlusion", target="red", block=2, fill="mean")
 """
 
 from __future__ import annotations
@@ -74,33 +57,11 @@ if TYPE_CHECKING:
 At = Literal["pixels", "vision", "projector"]  # where something is hidden
 Block = tuple[slice, slice]  # rows and columns of the patch grid
 
-
-def blocks_of(rows: int, cols: int, block: int, stride: int) -> list[Block]:
-    """Blocks of ``block x block`` patches every `stride`, the last moved back inside, so that each patch is covered."""
-
-    def starts(length: int) -> list[int]:
-        last = max(length - block, 0)
-        return sorted({*range(0, last + 1, stride), last})
-
-    return [(slice(y, y + block), slice(x, x + block)) for y in starts(rows) for x in starts(cols)]
+FLOOR = 1e-6  # of a patch's total weight, for one that no mask ever showed
+SAME = 1e-6  # what a blocked token may still change, relative above 1: it should be nothing at all
 
 
-def masks_of(blocks: Sequence[Block], grid: tuple[int, int]) -> Bool[Tensor, "M rows cols"]:
-    """Each block as a mask over the patch grid."""
-    hidden = torch.zeros(len(blocks), *grid, dtype=torch.bool)
-    for one, (y, x) in zip(hidden, blocks, strict=True):
-        one[y, x] = True
-    return hidden
-
-
-def spread(drops: np.ndarray, blocks: Sequence[Block], grid: tuple[int, int]) -> np.ndarray:
-    """Each patch gets the mean drop of the blocks that cover it, float32 (targets, rows, cols); 0 where none does."""
-    total = np.zeros((drops.shape[1], *grid))
-    count = np.zeros(grid)
-    for drop, (y, x) in zip(drops, blocks, strict=True):
-        total[:, y, x] += drop[:, None, None]
-        count[y, x] += 1
-    return (total / np.maximum(count, 1)).astype(np.float32)
+# -- occlusion -------------------------------------------------------------------------
 
 
 @method(
@@ -129,7 +90,7 @@ def occlusion(
         raise OptionError(f"expected stride <= block <= {min(grid)}, got block {block} and stride {stride}")
     covered = run.map.coverage() > 0
     every = blocks_of(*grid, block, stride)
-    blocks = [one for one in every if covered[one].any()]
+    blocks = [place for place in every if covered[place].any()]
     altered = open_altered(lab, run, targets, at=at, fill=fill, seed=seed, batch=batch)
     whole = altered.whole
     drops: list[Tensor] = []
@@ -159,28 +120,35 @@ def says(altered: Altered, what: str) -> str:
     )
 
 
-def first_side(grid: tuple[int, int]) -> int:
-    """Side of the first blocks: a power of two, about a quarter of the grid, at least 2 where the grid allows."""
-    side = 1
-    while side * 4 < max(grid):
-        side *= 2
-    return min(max(side, 2), min(grid))
+def blocks_of(rows: int, cols: int, block: int, stride: int) -> list[Block]:
+    """Blocks of ``block x block`` patches every `stride`, the last moved back inside, so that each patch is covered."""
+
+    def starts(length: int) -> list[int]:
+        last = max(length - block, 0)
+        return sorted({*range(0, last + 1, stride), last})
+
+    return [(slice(y, y + block), slice(x, x + block)) for y in starts(rows) for x in starts(cols)]
 
 
-def cut(block: Block) -> list[Block]:
-    """The block in halves both ways; a side of one patch stays whole."""
-
-    def halves(part: slice) -> list[slice]:
-        middle = (part.start + part.stop + 1) // 2
-        return [part] if part.stop - part.start == 1 else [slice(part.start, middle), slice(middle, part.stop)]
-
-    return [(y, x) for y in halves(block[0]) for x in halves(block[1])]
+def masks_of(blocks: Sequence[Block], grid: tuple[int, int]) -> Bool[Tensor, "M rows cols"]:
+    """Each block as a mask over the patch grid."""
+    hidden = torch.zeros(len(blocks), *grid, dtype=torch.bool)
+    for one, (y, x) in zip(hidden, blocks, strict=True):
+        one[y, x] = True
+    return hidden
 
 
-def tiles(grid: tuple[int, int], side: int) -> list[Block]:
-    """Blocks that cover the grid without overlap; those at the end may be smaller."""
-    rows, cols = ([slice(i, min(i + side, length)) for i in range(0, length, side)] for length in grid)
-    return [(y, x) for y in rows for x in cols]
+def spread(drops: np.ndarray, blocks: Sequence[Block], grid: tuple[int, int]) -> np.ndarray:
+    """Each patch gets the mean drop of the blocks that cover it, float32 (targets, rows, cols); 0 where none does."""
+    total = np.zeros((drops.shape[1], *grid))
+    count = np.zeros(grid)
+    for drop, (y, x) in zip(drops, blocks, strict=True):
+        total[:, y, x] += drop[:, None, None]
+        count[y, x] += 1
+    return (total / np.maximum(count, 1)).astype(np.float32)
+
+
+# -- from coarse to fine ---------------------------------------------------------------
 
 
 @method(
@@ -229,7 +197,7 @@ def occlusion_coarse(
         if changes:
             rounds.append(len(changes))
         strong = sorted(changes, key=lambda i: -changes[i])
-        divisible = [blocks[i] for i in strong if _area(blocks[i]) > 1]
+        divisible = [blocks[i] for i in strong if len(cut(blocks[i])) > 1]
         blocks = [part for block in divisible[:keep] for part in cut(block) if covered[part].any()]
     notes = [says(altered, "blocks of patches") + " A block's drop is shared out over its patches."]
     notes.append(
@@ -241,11 +209,97 @@ def occlusion_coarse(
     return Maps(values * covered, {"forward": altered.passes}, tuple(notes), extras, interrupted=interrupted)
 
 
-def _area(block: Block) -> int:
-    return (block[0].stop - block[0].start) * (block[1].stop - block[1].start)
+def first_side(grid: tuple[int, int]) -> int:
+    """Side of the first blocks: a power of two, about a quarter of the grid, at least 2 where the grid allows."""
+    side = 1
+    while side * 4 < max(grid):
+        side *= 2
+    return min(max(side, 2), min(grid))
 
 
-FLOOR = 1e-6  # of a patch's total weight, for one that no mask ever showed
+def cut(block: Block) -> list[Block]:
+    """The block in halves both ways; a side of one patch stays whole."""
+
+    def halves(part: slice) -> list[slice]:
+        middle = (part.start + part.stop + 1) // 2
+        return [part] if part.stop - part.start == 1 else [slice(part.start, middle), slice(middle, part.stop)]
+
+    return [(y, x) for y in halves(block[0]) for x in halves(block[1])]
+
+
+def tiles(grid: tuple[int, int], side: int) -> list[Block]:
+    """Blocks that cover the grid without overlap; those at the end may be smaller."""
+    rows, cols = ([slice(i, min(i + side, length)) for i in range(0, length, side)] for length in grid)
+    return [(y, x) for y in rows for x in cols]
+
+
+# -- RISE ------------------------------------------------------------------------------
+
+
+def shown_share(name: str, value: Any) -> float:
+    """The option `shown`, checked."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < 1:
+        raise OptionError(f"{name} is the share of the picture a mask shows, between 0 and 1; got {value!r}")
+    return float(value)
+
+
+@method(
+    truth="How much likelier the target is on average under random masks that show the patch than under all of them.",
+    source="Petsiuk et al. 2018",
+    cost="one forward per mask",
+    blind_to="anything finer than a mask's cells, and differences within its own noise",
+    reach="pixels",
+    economy={"masks": 64},
+)
+def rise(
+    lab: Lab,
+    run: Run,
+    targets: Targets,
+    *,
+    masks: Annotated[int, at_least(2)] = 128,
+    cells: Count | None = None,
+    shown: Annotated[float, shown_share] = 0.5,
+    fill: SquareFill = "grey",
+    at: At = "pixels",
+    batch: Count = 8,
+    seed: Seed = 0,
+) -> Maps:
+    grid = run.map.rows, run.map.cols
+    cells = natural_cells(grid) if cells is None else cells
+    if cells > min(grid):
+        raise OptionError(f"cells must be at most {min(grid)} for a grid of {grid[0]}x{grid[1]}, got {cells}")
+    altered = open_altered(lab, run, targets, at=at, fill=fill, seed=seed, fills=SQUARES, batch=batch)
+    drawn = rise_masks(masks, altered.frame, cells=cells, shown=shown, seed=seed)
+    scores, shares = looks(altered, drawn, masks)
+    values, errors = weighed(scores, shares)
+    covered = run.map.coverage() > 0
+    notes = [
+        "Mean log-probability of the target (for a contrast: logit difference) over masks that show the patch, minus the mean "
+        f"over all; what is hidden is {altered.filled}."
+    ]
+    if len(scores) < masks:
+        notes.append(f"Interrupted after {len(scores)} of {masks} masks; the means are over these.")
+    extras = {"masks": len(scores), "standard_error": errors[:, torch.from_numpy(covered)].mean(1).tolist()}
+    return Maps(values.numpy() * covered, {"forward": altered.passes}, tuple(notes), extras, interrupted=len(scores) < masks)
+
+
+def natural_cells(grid: tuple[int, int]) -> int:
+    """Cells a side when none are asked for: about three patches each, 2 to 8 (the paper's 7 is for whole photographs)."""
+    return min(max(min(grid) // 3, 2), 8, min(grid))
+
+
+def looks(altered: Altered, masks: Masks, count: int) -> tuple[Float[Tensor, "m N"], Float[Tensor, "m rows cols"]]:
+    """Scores through each mask and how much of each patch it shows; fewer after Ctrl-C, raised while there are not two."""
+    rows, cols = (length * altered.patch for length in altered.grid)
+    scores: list[Tensor] = []
+    shares: list[Tensor] = []
+    with Sweep("rise", total=count, unit="mask", least=2) as done:
+        for start in range(0, count, altered.batch):
+            now = masks(start, min(start + altered.batch, count))
+            scores.append(altered.scores(now))
+            shares.append(functional.avg_pool2d(now[:, None, :rows, :cols], altered.patch)[:, 0])
+            done.step(len(now))
+    return torch.cat(scores[: len(shares)]), torch.cat(shares)
 
 
 Masks = Callable[[int, int], Tensor]  # from one number up to another -> (M, Y, X)
@@ -287,74 +341,7 @@ def weighed(
     return value.float().reshape(shape), error.float().reshape(shape)
 
 
-def shown_share(name: str, value: Any) -> float:
-    """The option `shown`, checked."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < 1:
-        raise OptionError(f"{name} is the share of the picture a mask shows, between 0 and 1; got {value!r}")
-    return float(value)
-
-
-def natural_cells(grid: tuple[int, int]) -> int:
-    """Cells a side when none are asked for: about three patches each, 2 to 8 (the paper's 7 is for whole photographs)."""
-    return min(max(min(grid) // 3, 2), 8, min(grid))
-
-
-@method(
-    truth="How much likelier the target is on average under random masks that show the patch than under all of them.",
-    source="Petsiuk et al. 2018",
-    cost="one forward per mask",
-    blind_to="anything finer than a mask's cells, and differences within its own noise",
-    reach="pixels",
-    economy={"masks": 64},
-)
-def rise(
-    lab: Lab,
-    run: Run,
-    targets: Targets,
-    *,
-    masks: Annotated[int, at_least(2)] = 128,
-    cells: Count | None = None,
-    shown: Annotated[float, shown_share] = 0.5,
-    fill: SquareFill = "grey",
-    at: At = "pixels",
-    batch: Count = 8,
-    seed: Seed = 0,
-) -> Maps:
-    grid = run.map.rows, run.map.cols
-    cells = natural_cells(grid) if cells is None else cells
-    if cells > min(grid):
-        raise OptionError(f"cells must be at most {min(grid)} for a grid of {grid[0]}x{grid[1]}, got {cells}")
-    altered = open_altered(lab, run, targets, at=at, fill=fill, seed=seed, fills=SQUARES, batch=batch)
-    drawn = rise_masks(masks, altered.frame, cells=cells, shown=shown, seed=seed)
-    scores, shares = looks(altered, drawn, masks)
-    done = len(scores)
-    values, errors = weighed(scores, shares)
-    covered = run.map.coverage() > 0
-    notes = [
-        "Mean log-probability of the target (for a contrast: logit difference) over masks that show the patch, minus the mean "
-        f"over all; what is hidden is {altered.filled}."
-    ]
-    if done < masks:
-        notes.append(f"Interrupted after {done} of {masks} masks; the means are over these.")
-    extras = {"masks": done, "standard_error": errors[:, torch.from_numpy(covered)].mean(1).tolist()}
-    return Maps(values.numpy() * covered, {"forward": altered.passes}, tuple(notes), extras, interrupted=done < masks)
-
-
-def looks(altered: Altered, masks: Masks, count: int) -> tuple[Float[Tensor, "m N"], Float[Tensor, "m rows cols"]]:
-    """Scores through each mask and how much of each patch it shows; fewer after Ctrl-C, raised while there are not two."""
-    rows, cols = (length * altered.patch for length in altered.grid)
-    scores: list[Tensor] = []
-    shares: list[Tensor] = []
-    with Sweep("rise", total=count, unit="mask", least=2) as done:
-        for start in range(0, count, altered.batch):
-            now = masks(start, min(start + altered.batch, count))
-            scores.append(altered.scores(now))
-            shares.append(functional.avg_pool2d(now[:, None, :rows, :cols], altered.patch)[:, 0])
-            done.step(len(now))
-    return torch.cat(scores[: len(shares)]), torch.cat(shares)
-
-
-SAME = 1e-6  # what a blocked token may still change, relative above 1: it should be nothing at all
+# -- token knockout --------------------------------------------------------------------
 
 
 @method(
@@ -378,47 +365,34 @@ def token_knockout(lab: Lab, run: Run, targets: Targets, *, rows: Literal["answe
         size = max(ROWS // length, 1)  # variants in one pass
         branches = Branches(lab, run, every, altered.tokens(altered.values), room=start + (size + 1) * length)
         agree(branches.whole, whole, branches.sequence.dtype)
-        drops = _sweep(branches, run, blocks, grid, start, size, whole)
+        parts: list[Tensor] = []
+        with Sweep("token knockout", total=len(blocks), unit="block") as done:
+            for first in range(0, len(blocks), size):
+                now = blocks[first : first + size]
+                tails = branches.sequence[:, start:].expand(len(now), -1, -1)
+                parts.append(whole - branches.score(tails, start, _columns(run, now, grid, start, tails.device)))
+                done.step(len(now))
+        drops = torch.cat(parts)
         strongest = int(drops[:, -1].abs().argmax())
-        proof = _prove(branches, run, blocks[strongest], grid, start)
-    done, wanted = len(drops), len(targets)
-    values = spread(drops[:, :wanted].cpu().numpy(), blocks[:done], grid)
+        leak, change = _prove(branches, run, blocks[strongest], grid, start)
+    wanted = len(targets)
+    values = spread(drops[:, :wanted].cpu().numpy(), blocks[: len(drops)], grid)
     who = "the positions that predict the answer" if rows == "answer" else "the question and the answer"
     notes = [
         f"Drop of the target's log-probability (for a contrast: of the logit difference) when {who} may not attend to "
         f"{block}x{block} image tokens in any layer; nothing is put in their place."
     ]
-    if done < len(blocks):
-        notes.append(f"Interrupted after {done} of {len(blocks)} blocks; patches not reached are 0.")
-    passes = 2 + -(-done // size) + 3  # plain, kept, the variants, the proof
+    if done.interrupted:
+        notes.append(f"Interrupted after {done.count} of {len(blocks)} blocks; patches not reached are 0.")
+    passes = 2 + len(parts) + 3  # plain, kept, the variants, the proof
     extras = {
         "score": whole[:wanted].tolist(),
-        "blocks": done,
+        "blocks": done.count,
         "positions": branches.rows,
-        "blocked_change": proof[0],
-        "unblocked_change": proof[1],
+        "blocked_change": leak,
+        "unblocked_change": change,
     }
-    return Maps(values, {"forward": passes}, tuple(notes), extras, interrupted=done < len(blocks))
-
-
-def _sweep(
-    branches: Branches,
-    run: Run,
-    blocks: list[Block],
-    grid: tuple[int, int],
-    start: int,
-    size: int,
-    whole: Float[Tensor, " N"],
-) -> Float[Tensor, "m N"]:
-    """Drop of each target's score for each block; fewer after Ctrl-C, which is raised before the first pass."""
-    drops: list[Tensor] = []
-    with Sweep("token knockout", total=len(blocks), unit="block") as done:
-        for first in range(0, len(blocks), size):
-            now = blocks[first : first + size]
-            tails = branches.sequence[:, start:].expand(len(now), -1, -1)
-            drops.append(whole - branches.score(tails, start, _columns(run, now, grid, start, tails.device)))
-            done.step(len(now))
-    return torch.cat(drops)
+    return Maps(values, {"forward": passes}, tuple(notes), extras, interrupted=done.interrupted)
 
 
 def _columns(run: Run, blocks: list[Block], grid: tuple[int, int], start: int, device: torch.device) -> Tensor:

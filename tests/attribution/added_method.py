@@ -1,3 +1,5 @@
+"""Attention of the last layer alone: an attribution method in one file."""
+
 from llava_lab.attribution.attention import read_rows
 from llava_lab.attribution.heads import choose_heads
 from llava_lab.attribution.method import Fusion, Maps, method

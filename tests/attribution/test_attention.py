@@ -158,12 +158,6 @@ def test_attention_is_the_mean_row_of_eager_matrices(tiny_random: Lab, run: Run,
     assert sum(rel.extras["mass"][0].values()) == pytest.approx(1, abs=1e-5)
 
 
-@pytest.mark.parametrize("heads", [4, (0, 9), (), "all", (0.5,)])
-def test_heads_that_do_not_exist_are_refused(tiny_random: Lab, run: Run, heads: Any) -> None:
-    with pytest.raises(OptionError, match="heads must be numbers from 0 to 3, or None for all"):
-        attribute(tiny_random, run, method="attention", heads=heads)
-
-
 # -- chosen heads and values ---------------------------------------------------------------
 
 

@@ -57,15 +57,6 @@ def test_every_head_equals_eager_attention(tiny_folder: Path, found: HeadMaps, r
     np.testing.assert_allclose(found.values.reshape(want.shape), want, **HALF)
 
 
-def test_a_prompt_of_576_image_tokens_equals_eager_attention(llava15_folder: Path) -> None:
-    lab = load(str(llava15_folder))
-    run = scripted_run(lab, _wide(), ANSWER)
-    found = head_maps(lab, run, target=["blue", "answer"])
-    want = _by_eager(load(str(llava15_folder), attention="eager"), run, found.targets)
-    assert found.values.shape[3:] == (24, 24)
-    np.testing.assert_allclose(found.values.reshape(want.shape), want, **HALF)
-
-
 def test_the_mean_over_heads_and_layers_is_the_attention_method(tiny_random: Lab, found: HeadMaps, run: Run) -> None:
     rel = attribute(tiny_random, run, method="attention", target="words")
     np.testing.assert_allclose(found.values.astype(np.float32).mean((1, 2)), rel.values, **HALF)
@@ -86,15 +77,6 @@ def test_the_planted_heads_look_at_the_red_patch() -> None:
     found = head_maps(lab, run, target="red")
     assert (found.values[0, 0].reshape(4, -1).argmax(1) == 2 * 8 + 5).all()  # the layer that was written
     assert found.values[0, 1].std() < 1e-4  # the layer that was not
-
-
-def test_bfloat16_equals_eager_in_bfloat16(tiny_folder: Path, run: Run) -> None:
-    lab, eager = (load(str(tiny_folder), dtype="bfloat16", attention=how) for how in ("sdpa", "eager"))
-    run = replace(run, fingerprint=lab.fingerprint)
-    coarse = head_maps(lab, run)
-    want = _by_eager(eager, run, coarse.targets)
-    # eager rounds the scores to bfloat16 before the softmax, watching keeps them in float32
-    np.testing.assert_allclose(coarse.values.reshape(want.shape), want, atol=2e-2)
 
 
 def test_a_word_of_several_tokens_is_the_mean_of_its_tokens(tiny_random: Lab) -> None:

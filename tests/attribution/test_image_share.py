@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,18 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 import llava_lab as ll
 from llava_lab.attribution import attribute, image_share
 from llava_lab.attribution.image_share import (
+    Pieces,
     divergence,
     find_players,
-    game,
     shapley_orders,
     share_interval,
     share_of,
     stand_in_token,
 )
+from llava_lab.attribution.shapley import Game
 from llava_lab.capture import undisturbed
 from llava_lab.errors import CheckpointError, OptionError, TargetError
 from llava_lab.models import Lab, load
@@ -76,15 +77,20 @@ def test_mass_is_that_of_the_methods(tiny_random: Lab, run: Run) -> None:
     assert share.passes["backward"] == 1
 
 
-def _table(score: Callable[[np.ndarray], float]) -> Callable[[np.ndarray], np.ndarray]:
-    return lambda present: np.array([score(row) for row in present], np.float64)
+class Table(Game):
+    """A game whose worth is written down."""
+
+    def __init__(self, players: int, score: Callable[[np.ndarray], float]) -> None:
+        self.players, self._score = players, score
+
+    def worth(self, shown: Tensor) -> Tensor:
+        return torch.tensor([[score] for score in map(self._score, shown.numpy())], dtype=torch.float64).float()
 
 
 def test_an_additive_game_pays_each_player_its_own_in_every_order() -> None:
     own = np.array([3.0, -1.0, 0.5, 0.0, 2.0])
-    gains, ends = shapley_orders(_table(lambda there: 7 + there @ own), 5, orders=4, seed=0)
+    gains = shapley_orders(Table(5, lambda there: 7 + there @ own), orders=4, seed=0)
     np.testing.assert_allclose(gains, np.repeat(own[None], 4, 0), atol=1e-12)
-    assert ends.tolist() == [7.0, 11.5]
     assert share_of(gains, 2) == pytest.approx(4 / 6.5)
     np.testing.assert_allclose(share_interval(gains, 2, 0.95), 4 / 6.5, atol=1e-12)  # every order says the same
 
@@ -93,8 +99,8 @@ def test_players_who_need_each_other_share_and_every_order_adds_up() -> None:
     def score(there: np.ndarray) -> float:
         return 6.0 * (there[0] and there[1]) + 2.0 * there[2] - 3.0 * (there[0] and there[2] and there[3])
 
-    gains, ends = shapley_orders(_table(score), 4, orders=4000, seed=1)
-    np.testing.assert_allclose(gains.sum(1), ends[1] - ends[0])
+    gains = shapley_orders(Table(4, score), orders=4000, seed=1)
+    np.testing.assert_allclose(gains.sum(1), 5)
     np.testing.assert_allclose(gains.mean(0), [2, 3, 1, -1], atol=0.15)  # half of 6; thirds of -3
     assert len({tuple(row) for row in gains}) > 3, "orders must differ"
 
@@ -115,11 +121,11 @@ def test_a_missing_player_is_covered_or_replaced(tiny_random: Lab, run: Run) -> 
     players = find_players(tiny_random, run, 2)
     targets = (run.target("blue"),)
     with undisturbed(tiny_random.model):
-        value = game(tiny_random, run, targets, players, fill="grey", batch=2)
+        game = Pieces(tiny_random, run, targets, players, fill="grey", batch=2)
         pixels, score = target_score(tiny_random, run, targets)
-        everyone = np.ones((3, len(players)), bool)
+        everyone = torch.ones(3, len(players), dtype=torch.bool)
         everyone[1, 3] = everyone[2, len(players.blocks)] = False
-        got = value(everyone)
+        got = game.worth(everyone)[:, 0].numpy()
         covered = pixels.clone()
         covered[..., 16:, 16:] = fill_pixels(tiny_random, pixels, "grey", run.map)[..., 16:, 16:]
         want = [float(score(one)[0, 0]) for one in (pixels, covered)]
@@ -181,8 +187,8 @@ def test_gains_of_all_players_are_what_everything_is_worth(tiny_random: Lab, run
     share = image_share(tiny_random, run, target="blue", orders=2, batch=5)
     players = find_players(tiny_random, run)
     with undisturbed(tiny_random.model):
-        value = game(tiny_random, run, (run.target("blue"),), players, fill="grey", batch=8)
-        nothing, everything = value(np.stack([np.zeros(len(players), bool), np.ones(len(players), bool)]))
+        game = Pieces(tiny_random, run, (run.target("blue"),), players, fill="grey", batch=8)
+        nothing, everything = float(game.nobody()), float(game.everyone())
     assert share.block_values.sum() + share.token_values.sum() == pytest.approx(everything - nothing, abs=1e-4)
     assert share.passes["forward"] >= 3 + 2 + 2 * (len(players) - 1)
 
@@ -205,7 +211,7 @@ def test_a_contrast_has_no_attention_mass_and_says_so(tiny_random: Lab, run: Run
 
 
 def test_without_orders_there_is_no_game(tiny_random: Lab, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules[image_share.__module__], "game", lambda *_, **__: pytest.fail("a game was played"))
+    monkeypatch.setattr(Pieces, "worth", lambda *_: pytest.fail("a game was played"))
     share = image_share(tiny_random, run, orders=0)
     assert (share.shap, share.text_shap, share.interval, share.orders) == (None, None, None, 0)
 

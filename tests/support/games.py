@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from torch import Tensor
 
-from llava_lab.attribution.shapley import Game
+from llava_lab.attribution.shapley import RegionGame
 from llava_lab.replay.alter import Altered
 
 
@@ -24,8 +24,8 @@ class Formula(Altered):
         return self._formula(shown)
 
 
-def formula_game(labels: np.ndarray, formula: Callable[[Tensor], Tensor], batch: int = 8) -> Game:
+def formula_game(labels: np.ndarray, formula: Callable[[Tensor], Tensor], batch: int = 8) -> RegionGame:
     """The game over `labels`; `formula` sees each region as shown (1) or hidden (0), (B, n) -> (B, N)."""
     first = [int(np.flatnonzero(labels.ravel() == region)[0]) for region in range(int(labels.max()) + 1)]
     rows, cols = labels.shape
-    return Game(Formula((rows, cols), lambda shown: formula(shown.flatten(1)[:, first]), batch), labels)
+    return RegionGame(Formula((rows, cols), lambda shown: formula(shown.flatten(1)[:, first]), batch), labels)
