@@ -96,14 +96,12 @@ def ask(args: argparse.Namespace) -> Reply:
 
 def explain(args: argparse.Namespace) -> Reply:
     import llava_lab as ll
+    from llava_lab.attribution.registry import refuse_unable
 
     options = common.read_method(args)
-    if common.is_closed(args):
-        from llava_lab.remote import refuse_inside
-
-        refuse_inside(args.method)  # before the question is paid for
     picture = common.read_picture(args)
     lab = common.load(args)
+    refuse_unable(lab, ll.METHODS[args.method])  # before the question is paid for
     run = common.ask(args, lab, picture, show=True)
     targets = [common.read_target(text) for text in args.target or ["words"]]
     target = targets[0] if len(targets) == 1 else targets

@@ -33,16 +33,16 @@ from typing import Any, NoReturn
 import numpy as np
 from PIL import Image
 
+from llava_lab.attribution.registry import works_at
 from llava_lab.checks import one_of, whole_number
-from llava_lab.errors import BudgetError, CheckpointError, EndpointError, OptionError, TargetError
+from llava_lab.errors import BudgetError, CheckpointError, EndpointError, OptionError
 from llava_lab.geometry import PictureMap
 from llava_lab.models import text as prompts
 from llava_lab.models.pictures import PictureLike, read_picture
 from llava_lab.remote.client import Endpoint, Reply, ReplyCache, read_reply, token_id
-from llava_lab.results import Run, Target
+from llava_lab.results import Run
 
 PREFIX = "openai:"
-WORKS = ("occlusion", "rise", "shapley", "kernel_shap", "random", "center", "edges")  # methods that need no inside
 SCORINGS = ("auto", "top", "prefill", "agreement")
 MOST_LISTED = 20  # tokens OpenAI and vLLM list at each place
 LARGEST_GRID = 64  # cells a side
@@ -71,7 +71,7 @@ class Estimate:
 
 def works() -> str:
     """What can be done with a closed model, for one-line refusals."""
-    return f"with a closed model work ask, ask_without, faithfulness, and attribute with method {', '.join(WORKS)}"
+    return f"with a closed model work ask, ask_without, faithfulness, and attribute with method {', '.join(works_at('pixels'))}"
 
 
 @dataclass(frozen=True)
@@ -211,19 +211,6 @@ class BlackBox:
         """Raises CheckpointError for a run that another model, address or system text gave."""
         if run.fingerprint != self.fingerprint:
             raise CheckpointError(f"expected a run made by {self.name!r} at its address, got one by {run.model!r}; ask again")
-
-    def contrast(self, run: Run, said: str, instead: str) -> Target:
-        """`said` in the answer against `instead` at the same place; both must be one token there."""
-        word = run.word(said)
-        piece = run.tokens[word.start]
-        at = piece.casefold().find(said.casefold())
-        if word.stop - word.start != 1 or at < 0 or said.casefold() == instead.casefold():
-            raise TargetError(f"a closed model compares two words of one token each; {said!r} is not one here, explain it alone")
-        spelt = piece[at : at + len(said)]
-        instead = instead[:1].upper() + instead[1:] if spelt[:1].isupper() else instead
-        other = token_id((piece[:at] + instead + piece[at + len(said) :]).encode())
-        own = int(run.token_ids[word.start])
-        return Target("contrast", f"{spelt}, not {instead}", (word.start - 1,), (own,), (other,))
 
     def shrunk(self, picture: np.ndarray) -> np.ndarray:
         """The picture as it is sent: at most `longest` pixels on its longer side."""

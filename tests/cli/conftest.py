@@ -38,7 +38,8 @@ def lab(monkeypatch: pytest.MonkeyPatch, here: Path) -> StandIn:
         return {**method.options, **options}
 
     about = {"name": "rollout", "truth": "t", "source": "s", "cost": "1", "blind_to": "b"}
-    method = SimpleNamespace(**about, options={"residual": 0.5, "seed": 0}, with_defaults=with_defaults)
+    options = {"residual": 0.5, "seed": 0}
+    method = SimpleNamespace(**about, options=options, with_defaults=with_defaults, refuse=lambda lab, targets: None)
     monkeypatch.setitem(ll.__dict__, "load", stand_in.load)
     monkeypatch.setitem(ll.__dict__, "attribute", stand_in.attribute)
     monkeypatch.setitem(ll.__dict__, "METHODS", {"rollout": method})

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import llava_lab as ll
+from llava_lab.attribution.registry import works_at
 from llava_lab.errors import LabError, OptionError
-from llava_lab.remote.black_box import WORKS
 from tests.support.endpoint_server import Answered, Asked, open_box, says, serving
 
 PLAIN = np.full((36, 36, 3), (220, 30, 30), np.uint8)
@@ -25,7 +25,7 @@ def test_every_method_that_looks_inside_is_refused_before_it_starts(tmp_path: Pa
     with serving(yes) as server:
         box = open_box(server, tmp_path)
         run = box.ask(PLAIN, QUESTION)
-        for method in ll.METHODS.keys() - set(WORKS):
+        for method in ll.METHODS.keys() - set(works_at("pixels")):
             with pytest.raises(OptionError, match=f"{method!r} looks inside.*occlusion, rise") as refused:
                 ll.attribute(box, run, method=method)
             assert "\n" not in str(refused.value)
