@@ -213,8 +213,8 @@ def seeds_needed(effect: float, sd: float) -> float:
         return math.nan
     if effect == 0:
         return math.inf
-    both, one = scipy.stats.norm.ppf(1 - ALPHA / 2) + scipy.stats.norm.ppf(POWER), scipy.stats.norm.ppf(1 - ALPHA / 2)
-    return float(max(2, math.ceil((both * sd / effect) ** 2 + one**2 / 2)))
+    both, edge = scipy.stats.norm.ppf(1 - ALPHA / 2) + scipy.stats.norm.ppf(POWER), scipy.stats.norm.ppf(1 - ALPHA / 2)
+    return float(max(2, math.ceil((both * sd / effect) ** 2 + edge**2 / 2)))
 
 
 def detectable(sd: float, seeds: int) -> float:
@@ -236,9 +236,9 @@ def holm(p: np.ndarray) -> np.ndarray:
     """p values of one family, adjusted so that the chance of any false finding stays at its level."""
     order = np.argsort(p, kind="stable")
     raised = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
-    found = np.empty(len(p))
-    found[order] = np.minimum(1.0, raised)
-    return found
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.minimum(1.0, raised)
+    return adjusted
 
 
 def compare(right: np.ndarray, pairs: Sequence[tuple[int, int]], pictures: np.ndarray, *, seed: int = 0) -> dict[str, np.ndarray]:
@@ -281,34 +281,34 @@ def table(
     needs an adjusted p below 5% and pictures' interval on the same side of 0.
     """
     shape = (len(pairs), questions.splits, questions.types)
-    found = {name: np.full((*shape, 2) if name.endswith("interval") else shape, np.nan) for name in FIELDS}
+    cells = {name: np.full((*shape, 2) if name.endswith("interval") else shape, np.nan) for name in FIELDS}
     for x, y, asked in questions.cells():
         for name, values in compare(right[:, :, asked], pairs, questions.pictures[asked], seed=seed).items():
-            found[name][:, x, y] = values
+            cells[name][:, x, y] = values
     for x in range(questions.splits):
         for family in np.unique(families):
             for columns in (slice(0, 1), slice(1, None)):
-                block = found["p"][families == family, x, columns]
+                block = cells["p"][families == family, x, columns]
                 known = ~np.isnan(block)
                 block[known] = holm(block[known])
-                found["p_adjusted"][families == family, x, columns] = block
-    low, high = found["picture_interval"][..., 0], found["picture_interval"][..., 1]
-    sure = found["p_adjusted"] < ALPHA
-    found["verdict"] = (sure & (low > 0)).astype(np.int64) - (sure & (high < 0)).astype(np.int64)
+                cells["p_adjusted"][families == family, x, columns] = block
+    low, high = cells["picture_interval"][..., 0], cells["picture_interval"][..., 1]
+    sure = cells["p_adjusted"] < ALPHA
+    cells["verdict"] = (sure & (low > 0)).astype(np.int64) - (sure & (high < 0)).astype(np.int64)
     for name in ("gained", "lost"):
-        found[name] = np.nan_to_num(found[name]).astype(np.int64)
-    return found
+        cells[name] = np.nan_to_num(cells[name]).astype(np.int64)
+    return cells
 
 
 def accuracies(right: np.ndarray, questions: Questions, *, seed: int = 0) -> dict[str, np.ndarray]:
     """Each arm's accuracy (A, X, T), its spread over seeds (A, X, T), pictures' interval (A, X, T, 2); questions (X, T)."""
     shape = (len(right), questions.splits, questions.types)
-    found = {"accuracy": np.full(shape, np.nan), "accuracy_sd": np.full(shape, np.nan)}
-    found |= {"accuracy_interval": np.full((*shape, 2), np.nan), "questions": np.zeros(shape[1:], np.int64)}
+    cells = {"accuracy": np.full(shape, np.nan), "accuracy_sd": np.full(shape, np.nan)}
+    cells |= {"accuracy_interval": np.full((*shape, 2), np.nan), "questions": np.zeros(shape[1:], np.int64)}
     for x, y, asked in questions.cells():
         part = right[:, :, asked].astype(float)
-        found["questions"][x, y] = asked.sum()
-        found["accuracy"][:, x, y] = part.mean((1, 2))
-        found["accuracy_sd"][:, x, y] = part.mean(2).std(1, ddof=1)
-        found["accuracy_interval"][:, x, y] = resampled_means(part.mean(1), questions.pictures[asked], seed=seed)[0]
-    return found
+        cells["questions"][x, y] = asked.sum()
+        cells["accuracy"][:, x, y] = part.mean((1, 2))
+        cells["accuracy_sd"][:, x, y] = part.mean(2).std(1, ddof=1)
+        cells["accuracy_interval"][:, x, y] = resampled_means(part.mean(1), questions.pictures[asked], seed=seed)[0]
+    return cells

@@ -18,7 +18,9 @@ from llava_lab.results import Relevance, Run, Saved, Table, Target, Word, load_n
 from tests.support.result_examples import NASTY, examples
 
 EXAMPLES = examples()
-KINDS = [kind for kind in vars(results).values() if isinstance(kind, type) and issubclass(kind, Saved) and kind is not Saved]
+KINDS: list[Any] = [
+    kind for kind in vars(results).values() if isinstance(kind, type) and issubclass(kind, Saved) and kind is not Saved
+]
 OLD = Path(__file__).parent / "support" / "old_results"
 
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
@@ -94,7 +96,8 @@ def test_files_of_the_release_before_load(tmp_path: Path) -> None:
     assert (relevance.targets, relevance.notes, relevance.control) == ((Target("word", "red", (2,), (3,)),), ("a note",), True)
     np.testing.assert_array_equal(relevance.view_values[1], 2 * relevance.values)
     heads = results.HeadMaps.load(OLD / "head_maps.npz")
-    assert (heads.values.dtype, heads.map, heads.notes) == (np.float16, run.map, ("n",))
+    assert heads.values.dtype == np.float16
+    assert (heads.map, heads.notes) == (run.map, ("n",))
     comparison = results.Comparison.load(OLD / "comparison.npz")
     assert (comparison.methods, comparison.refused, comparison.truth) == (("rollout",), {"x": "no"}, {})
     assert comparison.faithfulness["rollout"].beats_random[0]

@@ -177,8 +177,10 @@ def _verdict(right: np.ndarray) -> tuple[int, float]:
 
 def test_a_steady_large_difference_is_better_and_the_other_way_round_worse() -> None:
     right = _answers([[0.60, 0.61, 0.59, 0.60, 0.60], [0.80, 0.81, 0.80, 0.79, 0.80]])
-    assert _verdict(right) == (1, pytest.approx(0.2, abs=0.005))
-    assert _verdict(right[::-1]) == (-1, pytest.approx(-0.2, abs=0.005))
+    for side, sign in ((right, 1), (right[::-1], -1)):
+        verdict, effect = _verdict(side)
+        assert verdict == sign
+        assert effect == pytest.approx(0.2 * sign, abs=0.005)
 
 
 def test_a_difference_that_seeds_make_by_themselves_is_no_verdict() -> None:

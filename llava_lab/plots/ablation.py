@@ -49,8 +49,8 @@ def accuracies(result: Ablation, *, split: str | None = None, ax: Axes | None = 
         low, high = 100 * result.accuracy_interval[arm, x, 0]
         ax.plot([low, high], [height + _WITHIN] * 2, color=color, linewidth=2, solid_capstyle="round")
         mean = 100 * result.accuracy[arm, x, 0]
-        said = None if aligned in labelled else label
-        ax.plot(mean, height + _WITHIN, marker, color=color, markersize=7, markeredgecolor="white", label=said)
+        legend = None if aligned in labelled else label
+        ax.plot(mean, height + _WITHIN, marker, color=color, markersize=7, markeredgecolor="white", label=legend)
         labelled.add(aligned)
     ax.set_yticks(range(len(names)), names, fontsize=9, **AS_TEXT)
     ax.set_ylim(len(names) - 0.5, -0.5)
@@ -155,14 +155,14 @@ def _difference(ax: Axes, result: Ablation, pair: int, x: int, height: float) ->
     ax.plot(of_seeds, [height - 0.08] * 2, color=color, linewidth=3.2, solid_capstyle="round")
     ax.plot(of_pictures, [height + 0.22] * 2, color=color, linewidth=1, solid_capstyle="butt")
     ax.plot(100 * result.effect[pair, x, 0], height - 0.08, "o", color=color, markersize=6.5, markeredgecolor="white")
-    said = WORDS[verdict]
+    text = WORDS[verdict]
     needed = float(result.seeds_needed[pair, x, 0])
     if verdict == 0 and needed > len(result.seeds):  # else other pairs' correction or the pictures left it open
-        said += f"; {_seeds(needed)}"
+        text += f"; {_seeds(needed)}"
     ax.text(
         1.015,
         height,
-        said,
+        text,
         transform=ax.get_yaxis_transform(),
         fontsize=8,
         va="center",
@@ -185,7 +185,7 @@ def _sweep_legend(ax: Axes, names: list[str], stages: set[bool]) -> None:
         for number, name in enumerate(names)
     ]
     if len(stages) == 2:
-        handles += [Line2D([], [], color="0.4", linestyle="-" if one else "--", label=STAGES[one][2]) for one in (True, False)]
+        handles += [Line2D([], [], color="0.4", linestyle="-" if key else "--", label=STAGES[key][2]) for key in (True, False)]
     ax.legend(handles=handles, fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 

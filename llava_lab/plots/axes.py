@@ -38,10 +38,10 @@ def panels(
     Raises OptionError where the caller gave too few.
     """
     if ax is not None:
-        given = list(np.ravel(np.asarray(ax, dtype=object)))
-        if len(given) < count:
-            raise OptionError(f"expected at least {count} axes, one per panel, got {len(given)}")
-        return given[:count]
+        every = list(np.ravel(np.asarray(ax, dtype=object)))
+        if len(every) < count:
+            raise OptionError(f"expected at least {count} axes, one per panel, got {len(every)}")
+        return every[:count]
     from matplotlib import pyplot
 
     across = min(columns or count, count)

@@ -96,8 +96,8 @@ def by_type(board: Leaderboard, measure: str = "gain", *, ax: Axes | None = None
     ax = ax if ax is not None else new_axes((1.6 + 0.75 * len(board.types), 0.8 + 0.28 * len(names)))
     cells = [[board.at(name, measure, kind) for kind in board.types] for name in names]
     values = np.array([[cell["mean"] for cell in row] for row in cells])
-    told = np.array([[measure in COST or _differs(cell) for cell in row] for row in cells])
-    _matrix(ax, values, names, board.types, _reach(values, measure), told)
+    sure = np.array([[measure in COST or _differs(cell) for cell in row] for row in cells])
+    _matrix(ax, values, names, board.types, _reach(values, measure), sure)
     ax.set_title(WORDS.get(measure, measure).replace("\n", " "), fontsize=9)
     return ax
 
@@ -131,11 +131,11 @@ def curve(
     chosen = slice(None) if fill is None else slice(score.fills.index(fill), score.fills.index(fill) + 1)
 
     def line(curves: np.ndarray) -> np.ndarray:  # (..., fills, steps) -> (..., steps)
-        kept = curves[..., chosen, :]
-        told = ~np.isnan(kept).any(-1)
-        return np.where(
-            told.any(-1)[..., None], np.where(told[..., None], kept, 0).sum(-2) / np.maximum(told.sum(-1), 1)[..., None], np.nan
-        )
+        """Mean over the fills that tell something."""
+        part = curves[..., chosen, :]
+        known = ~np.isnan(part).any(-1)[..., None]
+        total, count = np.where(known, part, 0).sum(-2), known.sum(-2)
+        return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
     at = 100 * score.fractions
     both_ways = np.concatenate(
@@ -177,14 +177,16 @@ def sanity(score: Sanity, *, target: int = 0, ax: Axes | None = None) -> Axes:
     steps, asked = len(score.steps), len(score.questions)
     at, others = np.arange(steps + 1), steps + 1.0 + np.arange(asked)
     draws = (score.random_spearman[:, target], score.moved_spearman[:, target])
-    ax.axhspan(min(np.quantile(one, 0.05) for one in draws), score.limit[target], color=BAND, linewidth=0, label="unrelated maps")
+    ax.axhspan(
+        min(np.quantile(values, 0.05) for values in draws), score.limit[target], color=BAND, linewidth=0, label="unrelated maps"
+    )
     ax.axhline(0, color="0.8", linewidth=0.8)
-    told = {name: RED if verdict == "unchanged" else BLUE for name, verdict in score.verdict.items()}
+    colors = {name: RED if verdict == "unchanged" else BLUE for name, verdict in score.verdict.items()}
     if steps:
-        ax.plot(at, [1, *score.spearman[:, target]], color=told["model"], marker="o", markersize=4, label="layers randomised")
+        ax.plot(at, [1, *score.spearman[:, target]], color=colors["model"], marker="o", markersize=4, label="layers randomised")
     if asked:
         ax.axvline(steps + 0.5, color="0.85", linewidth=0.8)
-        ax.plot(others, score.question_spearman[:, target], "D", color=told["question"], markersize=5, label="another question")
+        ax.plot(others, score.question_spearman[:, target], "D", color=colors["question"], markersize=5, label="another question")
     names = ["as it is", *(f"+ {name}" for name in score.steps), *(f"question {number + 1}" for number in range(asked))]
     ax.set_xticks([*at, *others], names, fontsize=7, rotation=60, ha="right", rotation_mode="anchor", **AS_TEXT)
     ax.set_ylim(min(-0.35, float(np.nanmin([*score.spearman.ravel(), *score.question_spearman.ravel(), 0])) - 0.1), 1.08)
@@ -244,8 +246,8 @@ def comparison(result: Comparison, *, target: int = 0, ax: Any = None) -> Figure
 
 
 def _verdicts(score: Sanity) -> str:
-    told = {name: verdict for name, verdict in score.verdict.items() if verdict != "not run"}
-    return ", ".join(f"{name}: {verdict}" for name, verdict in told.items())
+    verdicts = {name: verdict for name, verdict in score.verdict.items() if verdict != "not run"}
+    return ", ".join(f"{name}: {verdict}" for name, verdict in verdicts.items())
 
 
 def _color(cell: dict[str, Any], measure: str) -> str:
@@ -266,16 +268,16 @@ def _reach(values: np.ndarray, measure: str) -> tuple[float, float]:
 
 
 def _matrix(
-    ax: Axes, values: np.ndarray, rows: Sequence[str], columns: Sequence[str], scale: tuple[float, float], told: np.ndarray
+    ax: Axes, values: np.ndarray, rows: Sequence[str], columns: Sequence[str], scale: tuple[float, float], sure: np.ndarray
 ) -> None:
-    """Coloured cells with their numbers; `told` says which numbers are printed dark."""
+    """Coloured cells with their numbers; `sure` says which numbers are printed dark."""
     cmap = "RdBu" if scale[0] < 0 else "Blues"
     ax.imshow(np.ma.masked_invalid(values), cmap=cmap, vmin=scale[0], vmax=scale[1], aspect="auto", alpha=0.8)
     middle, half = (scale[0] + scale[1]) / 2, (scale[1] - scale[0]) / 2
     for (row, column), value in np.ndenumerate(values):
         if value == value:
             strong = abs(value - middle) > 0.7 * half if scale[0] < 0 else value > middle + 0.5 * half
-            color = "white" if strong else "0.1" if told[row, column] else "0.6"
+            color = "white" if strong else "0.1" if sure[row, column] else "0.6"
             ax.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=6, color=color)
     ax.set_xticks(range(len(columns)), list(columns), fontsize=7, rotation=60, ha="right", rotation_mode="anchor", **AS_TEXT)
     ax.set_yticks(range(len(rows)), list(rows), fontsize=7, **AS_TEXT)
@@ -291,9 +293,9 @@ def mean_sweep(sweeps: Sequence[FlowSweep], *, target: int = 0, seed: int = 0) -
     if not sweeps:
         raise OptionError("expected at least one sweep, got none")
     first = sweeps[0]
-    if any(one.flows != first.flows or not np.array_equal(one.windows, first.windows) for one in sweeps):
+    if any(sweep.flows != first.flows or not np.array_equal(sweep.windows, first.windows) for sweep in sweeps):
         raise OptionError("expected sweeps of the same flows and windows; sweep every question with the same options")
-    values = np.stack([one.relative[..., target] for one in sweeps]).astype(float)
+    values = np.stack([sweep.relative[..., target] for sweep in sweeps]).astype(float)
     if np.isnan(values).any():
         raise OptionError("expected whole sweeps of a target with a probability, got cells that are not a number")
 
@@ -309,14 +311,14 @@ def flows(sweeps: Sequence[FlowSweep], *, target: int = 0, ax: Any = None) -> Fi
     mean, low, high = 100 * np.stack(mean_sweep(sweeps, target=target))
     first = sweeps[0]
     axes = panels(ax, len(first.flows), (3.4, 2.7), sharey=True)
-    for number, one in enumerate(axes):
+    for number, panel in enumerate(axes):
         color = LINES[number % len(LINES)]
-        one.axhline(0, color="0.7", linewidth=1)
-        one.fill_between(first.centres, low[number], high[number], color=color, alpha=0.2, linewidth=0)
-        one.plot(first.centres, mean[number], color=color, marker="o")
-        one.set_title(first.flows[number].replace("->", "→"), fontsize=10, **AS_TEXT)
-        one.set(xlabel="layer in the middle of the window", ylim=(-105, 8))
-        open_frame(one)
+        panel.axhline(0, color="0.7", linewidth=1)
+        panel.fill_between(first.centres, low[number], high[number], color=color, alpha=0.2, linewidth=0)
+        panel.plot(first.centres, mean[number], color=color, marker="o")
+        panel.set_title(first.flows[number].replace("->", "→"), fontsize=10, **AS_TEXT)
+        panel.set(xlabel="layer in the middle of the window", ylim=(-105, 8))
+        open_frame(panel)
     axes[0].set_ylabel("change of the answer's\nprobability, %")
     return figure_of(axes[0])
 

@@ -88,8 +88,8 @@ class Linearized(Saved):
         if rank == self.limit:
             weight = self.full.astype(np.float64)
         else:
-            kept = self.directions[:, :rank].astype(np.float64)
-            weight = kept @ (kept.T @ self.full.astype(np.float64))
+            directions = self.directions[:, :rank].astype(np.float64)
+            weight = directions @ (directions.T @ self.full.astype(np.float64))
         bias = self.output_mean - weight @ self.feature_mean
         return replace(self, weight=weight.astype(np.float32), bias=bias.astype(np.float32), rank=rank)
 
@@ -178,12 +178,12 @@ class LinearEffect(Saved):
                 f"expected one of {', '.join(self.variants)} and one of {', '.join(self.types)}, got {variant}, {type}"
             )
         at = self.variants.index(variant), self.types.index(type)
-        found: dict[str, float | tuple[float, float]] = {}
+        cell: dict[str, float | tuple[float, float]] = {}
         intervals = {"kl": self.kl_interval, "flipped": self.flipped_interval, "accuracy_change": self.accuracy_interval}
         for name, interval in intervals.items():
-            found[name] = float(getattr(self, name)[at])
-            found[f"{name}_interval"] = (float(interval[at][0]), float(interval[at][1]))
-        return found
+            cell[name] = float(getattr(self, name)[at])
+            cell[f"{name}_interval"] = (float(interval[at][0]), float(interval[at][1]))
+        return cell
 
     def table(self, type: str = ALL) -> Table:  # noqa: A002
         """A row per stand-in on one question type, with 95% intervals."""
@@ -378,24 +378,24 @@ class Ablation(Saved):
     def _cell(self, pair: int, x: int, y: int) -> dict[str, Any]:
         first, second = self.pairs[pair].tolist()
         names = ("effect", "seed_sd", "p", "p_adjusted", "mcnemar_p", "seeds_needed", "pictures_needed", "detectable")
-        found: dict[str, Any] = {name: float(getattr(self, name)[pair, x, y]) for name in names}
-        found |= {name: int(getattr(self, name)[pair, x, y]) for name in ("gained", "lost")}
-        found |= {name: tuple(getattr(self, name)[pair, x, y].tolist()) for name in ("picture_interval", "seed_interval")}
-        found |= {"first": self.label(first), "second": self.label(second), "split": self.splits[x], "type": self.types[y]}
-        found |= {"verdict": WORDS[int(self.verdict[pair, x, y])], "seeds": len(self.seeds)}
-        return found | {"text": in_words(found)}
+        cell: dict[str, Any] = {name: float(getattr(self, name)[pair, x, y]) for name in names}
+        cell |= {name: int(getattr(self, name)[pair, x, y]) for name in ("gained", "lost")}
+        cell |= {name: tuple(getattr(self, name)[pair, x, y].tolist()) for name in ("picture_interval", "seed_interval")}
+        cell |= {"first": self.label(first), "second": self.label(second), "split": self.splits[x], "type": self.types[y]}
+        cell |= {"verdict": WORDS[int(self.verdict[pair, x, y])], "seeds": len(self.seeds)}
+        return cell | {"text": in_words(cell)}
 
 
 def in_words(row: dict[str, Any]) -> str:
     """A comparison as one sentence: the verdict, the effect beside the spread, and what would tell."""
     low, high = row["seed_interval"]
-    said = (
+    difference = (
         f"{100 * row['effect']:+.2f} points [{100 * low:+.2f}, {100 * high:+.2f}], "
         f"spread of the difference over {row['seeds']} seeds {100 * row['seed_sd']:.2f}"
     )
     if row["verdict"] != WORDS[0]:
-        return f"{row['second']} is {row['verdict']} than {row['first']}: {said}"
-    return f"{row['second']} is {WORDS[0]} from {row['first']}: {said}; {_what_would_tell(row)}"
+        return f"{row['second']} is {row['verdict']} than {row['first']}: {difference}"
+    return f"{row['second']} is {WORDS[0]} from {row['first']}: {difference}; {_what_would_tell(row)}"
 
 
 def _what_would_tell(row: dict[str, Any]) -> str:

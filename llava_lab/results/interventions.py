@@ -70,8 +70,8 @@ class Effect(Saved):
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the picture's map, ready for JSON."""
-        names = ("name", "what", "options", "answer_before", "answer_after", "answered")
-        names += ("control_name", "proof", "side", "model", "seconds")
+        names = ["name", "what", "options", "answer_before", "answer_after", "answered"]
+        names += ["control_name", "proof", "side", "model", "seconds"]
         columns = {"before": self.before, "after": self.after, "change": self.change, "percentile": self.percentile}
         rows = [
             {"target": target.text, **{name: column[i] for name, column in columns.items()}, "control": self.control[:, i]}
@@ -149,7 +149,7 @@ class FlowSweep(Saved):
 
     def to_dict(self) -> dict[str, Any]:
         """What ``llava-lab knockout --sweep --json`` prints beside the answer."""
-        about: dict[str, Any] = {"flows": self.flows, "layers": self.windows, "targets": [one.text for one in self.targets]}
+        about: dict[str, Any] = {"flows": self.flows, "layers": self.windows, "targets": [target.text for target in self.targets]}
         about |= {"before": self.before, "change": self.change, "relative": self.relative, "proof": self.proof}
         return plain(about | {name: getattr(self, name) for name in ("interrupted", "notes", "model", "seconds")})
 

@@ -45,8 +45,8 @@ class LogitLens(Saved):
     def at(self, state: int, row: int, col: int) -> list[tuple[str, float]]:
         """The top words of one patch at one state, as (text, probability), likeliest first."""
         number, patch = _state(self.states, state), _patch(self.map, row, col)
-        found = np.searchsorted(self.piece_ids, self.top_ids[number, patch])
-        return [(self.pieces[i], float(p)) for i, p in zip(found, self.top_probs[number, patch], strict=True)]
+        places = np.searchsorted(self.piece_ids, self.top_ids[number, patch])
+        return [(self.pieces[i], float(p)) for i, p in zip(places, self.top_probs[number, patch], strict=True)]
 
     def rank_of(self, word: str) -> np.ndarray:
         """Rank of a chosen word, int32 (states, rows, cols)."""
@@ -83,7 +83,7 @@ class LogitLens(Saved):
         about = self.to_dict()
         rows = tuple(
             (str(row["state"]), f"{row['entropy']:.2f}", f"{row['probability']:.3f}",
-             ", ".join(f"{said['text'].strip() or said['text']!r} {said['share']:.0%}" for said in row["said"]))
+             ", ".join(f"{word['text'].strip() or word['text']!r} {word['share']:.0%}" for word in row["said"]))
             for row in about["states"]
         )  # fmt: skip
         words = tuple(
@@ -269,8 +269,8 @@ class NearestWords(Saved):
     def at(self, row: int, col: int) -> list[tuple[str, float]]:
         """The nearest words of one patch, as (text, cosine)."""
         patch = _patch(self.map, row, col)
-        found = np.searchsorted(self.piece_ids, self.top_ids[patch])
-        return [(self.pieces[i], float(c)) for i, c in zip(found, self.cosines[patch], strict=True)]
+        places = np.searchsorted(self.piece_ids, self.top_ids[patch])
+        return [(self.pieces[i], float(c)) for i, c in zip(places, self.cosines[patch], strict=True)]
 
     @property
     def sentence(self) -> str:

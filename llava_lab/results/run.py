@@ -89,11 +89,11 @@ class Run(Saved):
     def word(self, text: str, occurrence: int = 0) -> Word:
         """The answer's word `text` (case and final punctuation do not matter)."""
         want = _bare(text)
-        found = [w for w in self.words if _bare(w.text) == want]
-        if len(found) <= occurrence:
-            said = ", ".join(repr(w.text) for w in self.words) or "no words"
-            raise TargetError(f"the answer has no word {text!r} (occurrence {occurrence}); it has {said}")
-        return found[occurrence]
+        matches = [w for w in self.words if _bare(w.text) == want]
+        if len(matches) <= occurrence:
+            words = ", ".join(repr(w.text) for w in self.words) or "no words"
+            raise TargetError(f"the answer has no word {text!r} (occurrence {occurrence}); it has {words}")
+        return matches[occurrence]
 
     def target(self, what: str | int | Word | Target | tuple[str, str] | None = None) -> Target:
         """Resolve a target: None or "answer" the whole answer, an int an answer token, a str a word.
@@ -188,7 +188,7 @@ class Relevance(Saved):
         """
         if view is None:
             return self.map.project(self.values[target], smooth=smooth)
-        names = [one.name for one in self.views]
+        names = [own.name for own in self.views]
         if view not in names:
             raise OptionError(f"view must be None or one of {', '.join(names) or '(this map has none)'}, got {view!r}")
         at = names.index(view)

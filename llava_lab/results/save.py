@@ -144,8 +144,8 @@ def load_npz(path: str | os.PathLike, kind: str) -> tuple[dict[str, Any], dict[s
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} is not a saved {kind} ({type(error).__name__}: {error})") from None
     if header.get("kind") != kind or header.get("llava_lab") != FORMAT:
-        found = f"{header.get('kind')} of format {header.get('llava_lab')}"
-        raise DataError(f"{path} holds a {found}; expected a {kind} of format {FORMAT}")
+        held = f"{header.get('kind')} of format {header.get('llava_lab')}"
+        raise DataError(f"{path} holds a {held}; expected a {kind} of format {FORMAT}")
     return header, arrays
 
 
@@ -177,18 +177,18 @@ def join(cls: type[Result], header: dict[str, Any], arrays: Mapping[str, np.ndar
     """The result that `split` took apart. Raises KeyError for a field that is missing and has no default."""
     hints = _hints(cls)
     header = cls.upgraded(header) if issubclass(cls, Saved) else header
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for field in fields(cls):  # type: ignore[arg-type]
         hint, name = hints[field.name], _stored(field)
         if name in arrays:
-            found[field.name] = arrays[name]
+            values[field.name] = arrays[name]
         elif _of_arrays(hint):
-            found[field.name] = tuple(arrays[f"{name}_{n}"] for n in range(len(arrays)) if f"{name}_{n}" in arrays)
+            values[field.name] = tuple(arrays[f"{name}_{n}"] for n in range(len(arrays)) if f"{name}_{n}" in arrays)
         elif name in header:
-            found[field.name] = _from_json(hint, header[name], name, arrays)
+            values[field.name] = _from_json(hint, header[name], name, arrays)
         elif field.default is MISSING and field.default_factory is MISSING:
             raise KeyError(name)
-    return cls(**found)
+    return cls(**values)
 
 
 def _stored(field: Field) -> str:
@@ -197,7 +197,7 @@ def _stored(field: Field) -> str:
 
 
 @functools.cache
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 

@@ -251,8 +251,8 @@ class Leaderboard(Saved):
         where = _index("method", method, self.methods), _index("type", kind, self.types)
         cell = (*where, _index("measure", measure, self.measures))
         parts = {"mean": self.mean, "against": self.against, "n": self.counts}
-        found = {name: part[cell].item() for name, part in parts.items()}
-        return found | {"interval": self.interval[cell].tolist(), "against_interval": self.against_interval[cell].tolist()}
+        numbers = {name: part[cell].item() for name, part in parts.items()}
+        return numbers | {"interval": self.interval[cell].tolist(), "against_interval": self.against_interval[cell].tolist()}
 
     def order(self, measure: str, kind: str = "all") -> tuple[str, ...]:
         """Methods by the mean of a measure, highest first, unmeasured last."""
@@ -322,11 +322,11 @@ def mean_of_known(values: np.ndarray) -> np.ndarray:
 
 def _hit(claims: np.ndarray, effects: np.ndarray) -> float:
     """claims (things,), effects (fills, things) -> share of the fills whose neediest thing the map marks most."""
-    told = ~np.isnan(effects).any(1)
-    if effects.shape[1] < 2 or not told.any():
+    known = ~np.isnan(effects).any(1)
+    if effects.shape[1] < 2 or not known.any():
         return float("nan")
     marked = (claims == claims.max()) / (claims == claims.max()).sum()
-    return float(np.mean([marked[one == one.max()].sum() for one in effects[told]]))
+    return float(np.mean([marked[row == row.max()].sum() for row in effects[known]]))
 
 
 def _interval(edges: Any) -> str:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from llava_lab.geometry import Mode
-from llava_lab.plots import palette, stills
+from llava_lab.plots import palette, sheet, stills
 from tests.support import flow_examples, lens_examples
 from tests.support.compare_examples import heads_example
 from tests.support.widget_examples import car_picture, example, make_relevance, make_run, spots
@@ -47,9 +47,9 @@ def test_a_still_is_the_same_bytes_whatever_the_reader_s_settings(name: str) -> 
     with matplotlib.rc_context({"font.size": 20, "axes.facecolor": "black", "figure.dpi": 50, "savefig.bbox": "tight"}):
         assert stills.png(DRAWN[name]()) == first
     image = Image.open(io.BytesIO(first))
-    assert image.width == stills.DENSITY * stills.WIDTH
+    assert image.width == sheet.DENSITY * sheet.WIDTH
     assert image.info.keys() <= {"dpi"}  # no date and no version
-    assert len(first) < 2 * stills.PNG_LIMIT
+    assert len(first) < 2 * sheet.PNG_LIMIT
 
 
 @pytest.mark.parametrize("mode", ["pad", "crop"])
@@ -148,7 +148,7 @@ def test_some_states_are_spread_with_both_ends_and_the_one_wanted() -> None:
 def test_flows_and_patching_show_their_numbers_and_their_holes() -> None:
     figure = DRAWN["flow_and_patching"]()
     _, cutting, patching = figure.axes[:3]
-    lines = [line for line in cutting.lines if line.get_marker() in "os^D"]
+    lines: list[Any] = [line for line in cutting.lines if line.get_marker() in ("o", "s", "^", "D")]
     np.testing.assert_allclose([line.get_ydata() for line in lines], SWEEP.change[..., 0])
     assert [line.get_color() for line in lines] == list(palette.FLOWS[:3])
     crosses = [np.asarray(line.get_xdata()).tolist() for line in cutting.lines if line.get_marker() == "x"]
@@ -165,7 +165,7 @@ def test_flows_and_patching_show_their_numbers_and_their_holes() -> None:
 
 def test_losses_are_drawn_at_their_steps_and_odd_ones_left_out() -> None:
     figure = stills.losses({"align": [(0, 2.0), (5, np.nan), (10, 0.5)], "next": []}, log=True)
-    ax = figure.axes[1]
+    ax: Any = figure.axes[1]
     np.testing.assert_allclose(ax.lines[0].get_xydata(), [[0, 2], [10, 0.5]])
     assert ax.get_yscale() == "log"
     legend: Any = ax.get_legend()
@@ -183,14 +183,15 @@ def test_the_difference_of_two_connectors_is_second_minus_first() -> None:
 def test_large_stills_have_fewer_colours(monkeypatch: pytest.MonkeyPatch) -> None:
     figure = DRAWN["losses"]()
     whole = stills.png(figure)
-    monkeypatch.setattr(stills, "PNG_LIMIT", 1000)
+    monkeypatch.setattr(sheet, "PNG_LIMIT", 1000)
     assert Image.open(io.BytesIO(stills.png(figure))).mode == "P"
     assert len(stills.png(figure)) < len(whole)
 
 
 def test_scales_are_256_colours_that_fade_where_nothing_is_said() -> None:
     for name, colors in palette.palettes().items():
-        assert (colors.shape, colors.dtype) == ((256, 4), np.uint8), name
+        assert colors.shape == (256, 4), name
+        assert colors.dtype == np.uint8, name
     assert palette.sequential()[0, 3] == round(255 * palette.FAINTEST)
     middle = palette.diverging()[127:129, 3]
     assert middle.max() < 15

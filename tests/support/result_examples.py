@@ -25,7 +25,7 @@ def examples() -> dict[type[Saved], Saved]:
     tiles = View("tiles", 4, True, PictureMap.make(288, 288, size=64, rows=3, cols=4, mode="pad"), 1, (0, 0, 0), (0, 0, 0, 0))
     views = (View("overview", 4, False, run.map), tiles)
     values = spots(run).astype(np.float32)
-    looked_twice = {"views": views, "view_values": (values, np.ones((4, 3, 4), np.float32))}
+    looked_twice: dict[str, Any] = {"views": views, "view_values": (values, np.ones((4, 3, 4), np.float32))}
     every: list[Saved] = [
         make_run(f"The car is {NASTY}"),
         make_relevance(run, values, notes=(NASTY,), extras={"mass": [0.5]}, **looked_twice),

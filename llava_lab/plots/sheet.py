@@ -1,0 +1,236 @@
+"""The page that stills are drawn on: a picture's heading, maps over it, text that fits, and the PNG.
+
+A `Sheet` is one axes in units with y downwards; things are put on it from the top down, and it ends where the last one
+does. Text is in the font that comes with matplotlib, so the bytes are the same on every machine.
+
+    sheet = Sheet(run)  # begins with the picture, the question and the answer
+    sheet.line("Grey: not shown to beat random maps.")
+    data = png(sheet.done())
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import matplotlib
+import numpy as np
+from matplotlib import style
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Colormap, ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.patches import Rectangle
+from PIL import Image
+
+from llava_lab.plots.palette import COLORS, INK, PAPER, SOFT, colors_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from llava_lab.results import Run
+
+Item = TypeVar("Item")
+
+WIDTH, MARGIN, GAP = 960, 20, 10  # units; 100 are an inch
+DENSITY = 1  # pixels for each unit; at two, a notebook with three stills is over a megabyte
+PNG_LIMIT = 300_000  # bytes; beyond it the colours are reduced to 256, so that notebooks stay small
+FONT = "DejaVu Sans"  # it comes with matplotlib, so the bytes are the same on every machine
+HEAD = 176  # longer side of the picture at the top
+OPACITY = 0.85  # as in the page
+PALER = 0.6  # how much of the picture's own colour gives way to the map's, as in the page
+LUMINANCE = np.array([0.3, 0.59, 0.11])
+UNSEEN = np.array([17, 20, 28], np.float64)
+
+Scale = tuple[float, float]
+Size = tuple[int, int]
+
+
+def plain_style(draw: Callable[..., Any]) -> Callable[..., Any]:
+    """The same picture whatever the reader's own matplotlib settings are."""
+
+    @functools.wraps(draw)
+    def drawn(*args: Any, **kwargs: Any) -> Any:
+        with style.context("default"), matplotlib.rc_context({"font.family": FONT}):
+            return draw(*args, **kwargs)
+
+    return drawn
+
+
+@plain_style
+def png(figure: Figure) -> bytes:
+    """A still's bytes, without date or version, so that a notebook that runs again stays the same file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100 * DENSITY, metadata={"Software": None})
+    image = Image.open(buffer).convert("RGB")
+    for smaller in (image, image.quantize(COLORS)):
+        buffer = io.BytesIO()
+        smaller.save(buffer, "PNG", optimize=True)
+        if buffer.tell() <= PNG_LIMIT:
+            break
+    return buffer.getvalue()
+
+
+class Sheet:
+    """A page drawn from the top down: one axes in units, y downwards; `top` is where the next thing goes."""
+
+    def __init__(self, run: Run | None = None) -> None:
+        self.figure = Figure(figsize=(WIDTH / 100, 1), dpi=100, facecolor=PAPER)
+        self._renderer = FigureCanvasAgg(self.figure).get_renderer()
+        self.ax = self.figure.add_axes((0, 0, 1, 1))
+        self.ax.axis("off")
+        # nothing drawn may move the edges of the page
+        self.ax.set(xlim=(0, WIDTH), autoscale_on=False, aspect="auto")
+        self.top = float(MARGIN)
+        self._inside: list[tuple[Axes, tuple[float, float, float, float]]] = []
+        if run is not None:
+            self._heading(run)
+
+    def done(self) -> Figure:
+        """The figure, as high as what was drawn."""
+        height = round(self.top + MARGIN)
+        self.figure.set_size_inches(WIDTH / 100, height / 100)
+        self.ax.set(xlim=(0, WIDTH), ylim=(height, 0))
+        for axes, (x, y, wide, high) in self._inside:
+            axes.set_position((x / WIDTH, 1 - (y + high) / height, wide / WIDTH, high / height))
+        return self.figure
+
+    def measure(self, text: str, size: float) -> float:
+        """Width of a text `size` units high."""
+        font = FontProperties(family=FONT, size=size * 0.72)
+        return self._renderer.get_text_width_height_descent(text, font, False)[0] if text else 0.0
+
+    def write(
+        self, x: float, y: float, text: str, size: float = 13, color: str = INK, *, room: float | None = None, ha: str = "left"
+    ) -> None:
+        """One line of text, its top at `y`, shortened to `room` units."""
+        shown = in_font(" ".join(text.split()))
+        while room is not None and len(shown) > 1 and self.measure(shown, size) > room:
+            shown = shown[:-2].rstrip() + "…"
+        self.ax.text(x, y, shown, fontsize=size * 0.72, color=color, ha=ha, va="top", parse_math=False)
+
+    def box(self, x: float, y: float, width: float, height: float, **how: Any) -> None:
+        self.ax.add_patch(Rectangle((x, y), width, height, **{"linewidth": 0, **how}))
+
+    def image(self, pixels: np.ndarray, x: float, y: float, width: float, height: float) -> None:
+        self.ax.imshow(pixels, extent=(x, x + width, y + height, y), aspect="auto", interpolation="antialiased")
+
+    def tile(self, run: Run, values: np.ndarray, scale: Scale, at: tuple[float, float], size: Size, **how: Any) -> None:
+        """A map over the picture."""
+        self.image(overlay(run, values, scale, (size[0] * DENSITY, size[1] * DENSITY), **how), *at, *size)
+
+    def axes(self, x: float, y: float, width: float, height: float) -> Axes:
+        """Axes of their own in a box of the page."""
+        axes = self.figure.add_axes((0, 0, 1, 1))
+        self._inside.append((axes, (x, y, width, height)))
+        return axes
+
+    def tiles(self, items: Iterable[Item], per_line: int, size: Size, *, caption: float) -> Iterator[tuple[float, float, Item]]:
+        """Each item with the left and top edge of its tile, in lines with room for a caption; the page goes on below them."""
+        count = 0
+        for count, item in enumerate(items, 1):
+            line, column = divmod(count - 1, per_line)
+            yield MARGIN + column * (size[0] + GAP), self.top + line * (size[1] + caption), item
+        self.top += math.ceil(count / per_line) * (size[1] + caption)
+
+    def line(self, text: str) -> None:
+        """A footnote over the whole width."""
+        self.write(MARGIN, self.top + 6, text, 13, SOFT, room=WIDTH - 2 * MARGIN)
+        self.top += 26
+
+    def title(self, text: str, scale: Scale | None = None) -> None:
+        """A block's title, and its colour strip with real numbers at the right."""
+        self.write(MARGIN, self.top + 12, text, 16, room=WIDTH - 2 * MARGIN if scale is None else 560)
+        if scale is not None:
+            color = colors_of(scale[0] < 0).astype(np.float64)
+            alpha = color[:, 3:] / 255
+            strip = (color[:, :3] * alpha + 225 * (1 - alpha)).round().astype(np.uint8)
+            self.image(np.repeat(strip[None], 2, 0), WIDTH - MARGIN - 220, self.top + 17, 150, 10)
+            low, high = (_figures(value, scale) for value in scale)
+            self.write(WIDTH - MARGIN - 228, self.top + 13, low, 13, SOFT, ha="right")
+            self.write(WIDTH - MARGIN - 62, self.top + 13, high, 13, SOFT)
+        self.top += 40
+
+    def _heading(self, run: Run) -> None:
+        """The picture, and beside it the question, the answer, and what answered."""
+        size = fit(run, HEAD)
+        left, bottom = MARGIN + size[0] + 22, self.top + 28
+        room = WIDTH - MARGIN - left
+        pixels = Image.fromarray(run.picture).resize((size[0] * DENSITY, size[1] * DENSITY), Image.Resampling.LANCZOS)
+        self.image(np.asarray(pixels), MARGIN, self.top, *size)
+        self.write(left, self.top, run.question, 18, SOFT, room=room)
+        answer = in_font(" ".join(run.answer.split()))
+        height = 30 if self.measure(answer, 30) <= room else 20
+        lines = [""]
+        for word in answer.split():
+            # the last of three lines takes the rest, and is shortened
+            fits = self.measure(f"{lines[-1]} {word}", height) <= room
+            lines = [*lines[:-1], f"{lines[-1]} {word}".strip()] if fits or len(lines) == 3 else [*lines, word]
+        for line in lines:
+            self.write(left, bottom, line, height, room=room)
+            bottom += round(1.3 * height)
+        about = f"{run.model}, seed {run.seed}, {run.map.rows} × {run.map.cols} patches"
+        self.write(left, bottom + 8, about, 14, SOFT, room=room)
+        self.top += max(size[1], bottom + 26 - self.top) + 6
+
+
+def overlay(run: Run, values: np.ndarray, scale: Scale, size: Size, *, doubtful: bool = False) -> np.ndarray:
+    """The picture at `size` (width, height) with one map (rows, cols) over it, uint8 (height, width, 3).
+
+    What the model did not see is dark; a doubtful map and its picture are grey.
+    """
+    lo, hi = scale
+    picture = np.asarray(Image.fromarray(run.picture).resize(size, Image.Resampling.LANCZOS), np.float64)
+    grey = (picture @ LUMINANCE)[..., None]
+    picture = np.broadcast_to(grey, picture.shape) if doubtful else picture
+    ground = picture + (grey - picture) * PALER * OPACITY
+    painted = run.map.project(values, shape=size[::-1])
+    seen = ~np.isnan(painted)
+    place = (np.where(seen, painted, lo) - lo) / (hi - lo) if hi > lo else np.zeros(painted.shape)
+    color = colors_of(lo < 0, doubtful=doubtful)[np.rint(np.clip(place, 0, 1) * (COLORS - 1)).astype(int)].astype(np.float64)
+    alpha = color[..., 3:] / 255 * OPACITY
+    shown = np.where(seen[..., None], ground * (1 - alpha) + color[..., :3] * alpha, picture * 0.32 + UNSEEN * 0.68)
+    return shown.round().astype(np.uint8)
+
+
+def range_over(values: Sequence[np.ndarray]) -> Scale:
+    """The colour range that maps share; centred on zero where anything is negative."""
+    lo, hi = min(float(v.min()) for v in values), max(float(v.max()) for v in values)
+    return (-max(-lo, hi), max(-lo, hi)) if lo < 0 else (lo, hi)
+
+
+def fit(run: Run, side: int) -> Size:
+    """The picture's width and height when its longer side is `side`."""
+    height, width = run.picture.shape[:2]
+    scale = side / max(height, width)
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def titled(ax: Axes, title: str, about: str) -> None:
+    ax.text(0, 1.14, in_font(title), transform=ax.transAxes, fontsize=11.5, color=INK, parse_math=False)
+    ax.text(0, 1.04, in_font(about), transform=ax.transAxes, fontsize=9, color=SOFT, parse_math=False)
+
+
+def quiet(ax: Axes) -> None:
+    ax.tick_params(length=0, labelsize=8.5, labelcolor=SOFT)
+    ax.set_axisbelow(True)
+    ax.spines[:].set_visible(False)
+
+
+def colormap(table: np.ndarray) -> Colormap:
+    """A scale of the palette without its alpha; white where there is no number."""
+    return ListedColormap(table[:, :3] / 255.0).with_extremes(bad=PAPER)
+
+
+def in_font(text: str) -> str:
+    """Signs that the font does not have as "?"; the page shows them all."""
+    font = get_font(findfont(FONT))
+    return "".join(sign if font.get_char_index(ord(sign)) else "?" for sign in text)
+
+
+def _figures(value: float, scale: Scale) -> str:
+    """Three figures; what is nothing beside the range is zero."""
+    return f"{value:.3g}" if abs(value) > 1e-3 * (scale[1] - scale[0]) else "0"
