@@ -68,7 +68,7 @@ def test_screen_reader_tree_names_everything(widget_page: WidgetPage) -> None:
         '- slider "State"',
         '- table "Likeliest words at row 8, column 5 · locked"',
         '- columnheader "likeliest"',
-        '- rowheader "state 0, what the projector gives"',
+        '- rowheader "state 0, what the connector gives"',
         '- heading "Nearest words of the projected token" [level=3]',
         '- radiogroup "Colour by"',
     ):

@@ -8,14 +8,15 @@ import { blankCanvas, contextOf, paintBase, paintGround, paintHeat, paintScene }
 import { choices, make, setText, slider } from "./shared/dom.js";
 import { patchAt, patchName } from "./shared/grid.js";
 import { bytesOf, colorTable, formatNumber, formatPercent, levelsOf, readMaps, readPalettes, valueOf } from "./shared/maps.js";
-import { Panel } from "./shared/panel.js";
+import { Panel, shows } from "./shared/panel.js";
 
 /**
  * @typedef {{name: string, answer: string, words: {text: string, p: number | null}[], p: number | null,
  *   near: [string, number][][], r2: number | null}} BenchSide
  * @typedef {{question: string, model: string, seed: number, map: import("./shared/grid.js").PictureMap, sides: BenchSide[],
  *   second: boolean, ranks: number[], lo: number, hi: number, picture: string, palettes: Record<string, string>}} BenchSpec
- * @typedef {{root: HTMLElement, name: HTMLElement, canvas: HTMLCanvasElement, said: HTMLElement, line: HTMLElement, key: string}} BenchTile
+ * @typedef {{root: HTMLElement, name: HTMLElement, canvas: HTMLCanvasElement, said: HTMLElement, line: HTMLElement,
+ *   key: string}} BenchTile
  */
 
 const BENCH_OPACITY = 0.85;
@@ -201,7 +202,8 @@ class Bench extends Panel {
     paintHeat(this.heat, levels, table, map.rows, map.cols, false);
     const lights = { selected: new Set(this.model.get("selected")), dragging: [], hover, cursor: -1 };
     const under = { map, base: this.base, ground: this.ground, heat: this.heat };
-    paintScene(contextOf(tile.canvas), { ...under, smooth: false, spotlight: false, opacity: BENCH_OPACITY, ...lights }, this.dot);
+    const look = { smooth: false, spotlight: false, opacity: BENCH_OPACITY };
+    paintScene(contextOf(tile.canvas), { ...under, ...look, ...lights }, this.dot);
   }
 
   /** @param {number} place @param {number} index @returns {[Uint8Array, Uint32Array]} */
@@ -230,9 +232,6 @@ class Bench extends Panel {
   }
 }
 
-/** Shows a view; gives back its clean-up.
- * @param {{model: import("./shared/panel.js").Model, el: HTMLElement}} host */
-export function renderBench({ model, el }) {
-  const bench = new Bench(model, el);
-  return () => bench.close();
-}
+
+
+export const renderBench = shows(Bench);

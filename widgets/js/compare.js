@@ -2,25 +2,19 @@
 /**
  * CompareView: which map to trust. Every method's map of the same target, over the same picture.
  *
- * Maps arrive once; targets, order, colours and the enlarged map change here and ask Python nothing.
- * Python hears of what is kept: `target`, `method` (the enlarged one), `sort`, `selected`.
- */
-/* TODO 
- * What is read of the enlarged map: what made it, its scores beside those of the other methods, its likes.
- * Builds its elements once; `update` writes what changed.
- */
-/* TODO 
- * All small maps as one picture to save: in the order shown, with names and the score that orders them, on white.
+ * The enlarged map with what made it, its scores beside those of the other methods, its likes; below it all maps, small
+ * (``compare_maps.js``), in the order of any score. Maps arrive once; targets, order, colours and the enlarged map change
+ * here and ask Python nothing. Python hears of what is kept: `target`, `method` (the enlarged one), `sort`, `selected`.
  */
 
 import { blankCanvas, contextOf, paintBase, paintGround, paintHeat, paintScene, write } from "./shared/canvas.js";
-import { button, choices, make, section, setText, slider } from "./shared/dom.js";
-import { keyboardGestures, pointerGestures } from "./shared/gestures.js";
-import { bytesOf, readMaps, readPalettes } from "./shared/maps.js";
-import { Panel } from "./shared/panel.js";
-import { legend, readout, topList, wordChips } from "./shared/parts.js";
-import { saveCanvas, Surface, widest } from "./shared/surface.js";
-import { patchSummary, summary } from "./shared/view.js";
+import { choices, make, opacitySlider, section, segmented, setText, slider } from "./shared/dom.js";
+import { MapPanel } from "./shared/map_panel.js";
+import { readMaps } from "./shared/maps.js";
+import { shows } from "./shared/panel.js";
+import { topList, wordChips } from "./shared/parts.js";
+import { saveCanvas } from "./shared/surface.js";
+import { summary } from "./shared/view.js";
 import { ALIKE, alikeText, formatScore, orderOf, scoreOf, Tiles, tilesOf, whatOf } from "./compare_maps.js";
 
 /**
@@ -34,68 +28,52 @@ import { ALIKE, alikeText, formatScore, orderOf, scoreOf, Tiles, tilesOf, whatOf
 
 const LEAST_RANGE = 5; // per cent
 const MOST_NOTES = 3; // shown without being asked for
+const KEY = "Bars are this map's scores, ticks the other methods', rings the controls'.";
+const SHEET = { margin: 48, side: 250, gap: 20, columns: 5, under: 56, head: 190 }; // pixels
 
-class Compare extends Panel {
+class Compare extends MapPanel {
   /** @param {import("./shared/panel.js").Model} model @param {HTMLElement} el */
   constructor(model, el) {
     super(model, ["target", "method", "sort"]);
-    this.spec = /** @type {CompareSpec} */ (model.get("spec"));
     const { map, opacity, smooth } = this.spec;
     this.maps = readMaps(model.get("maps"), model.get("scales"), map.rows * map.cols);
-    this.palettes = readPalettes(this.spec.palettes);
     this.display = /** @type {CompareDisplay} */ ({ opacity, smooth, spotlight: false, ownScale: true, byRank: false, range: 1 });
     this.peek = { target: -1 };
     this.worstFirst = false;
     this.kept = { key: "", tiles: /** @type {Tile[]} */ ([]) };
-    this.surface = new Surface(map, this.palettes, this.refresh);
     const { signal } = this.stop;
     const host = {
       enlarge: (/** @type {number} */ index) => this.choose("method", this.spec.methods[index].name),
       point: (/** @type {number} */ hover) => this.point({ hover }),
     };
     this.tiles = new Tiles(this.spec, this.palettes, host, this.refresh, signal);
-    this.parts = /** @type {{update: (view: any) => void}[]} */ ([]);
-    this.open(this.build(), el);
-    this.listen();
-    this.load();
+    this.open(this.build(), el).then(() => this.surface.picture && this.tiles.show(this.surface.picture));
   }
 
   build() {
-    const { spec } = this;
+    const spec = /** @type {CompareSpec} */ (this.spec);
     const { signal } = this.stop;
-    const add = (/** @type {{root: HTMLElement, update: (view: any) => void}} */ part) => {
-      this.parts.push(part);
-      return part.root;
-    };
     const peek = (/** @type {number} */ target) => this.set(this.peek, { target });
-    const chips = add(wordChips(/** @type {any} */ (spec), (i) => this.choose("target", i), peek, signal));
+    const chips = this.add(wordChips(/** @type {any} */ (spec), (i) => this.choose("target", i), peek, signal));
     chips.setAttribute("aria-label", "What is explained");
-    const figure = make("div", "lab-figure", [this.surface.canvas, add(readout()), add(legend(this.palettes))]);
-    figure.style.maxWidth = `${widest(spec.map)}px`;
-    const side = [add(aboutMap(spec)), add(scoreLines(spec)), add(topList((hover) => this.point({ hover }), signal))];
-    const stage = make("div", "lab-stage", [figure, make("div", "lab-side", side)]);
-    const { rows, cols } = spec.map;
-    const about = `${spec.model} · seed ${spec.seed} · ${rows} × ${cols} patches · ${spec.methods.length} methods`;
-    const save = button("Save as PNG", () => this.save(), signal, "lab-link");
-    const head = make("div", "lab-head", [make("span", "lab-about", [about]), save]);
-    const question = make("div", "lab-question", [spec.question], { role: "heading", "aria-level": "2" });
-    const notes = notesOf(spec);
-    const bars = [add(this.orderBar()), add(this.colorBar())];
-    const all = [head, question, chips, stage, ...bars, this.tiles.root, notes, this.live];
-    const card = make("div", "lab-card", all, { role: "group", "aria-label": "Compare methods" });
-    return make("div", "lab-widget lab-compare", [card]);
+    const figure = this.figure();
+    const side = [aboutMap(spec), scoreLines(spec), topList((hover) => this.point({ hover }), signal)];
+    const stage = make("div", "lab-stage", [figure, make("div", "lab-side", side.map((part) => this.add(part)))]);
+    const bars = [this.add(this.orderBar()), this.add(this.colorBar())];
+    const about = `${this.patchesText} · ${spec.methods.length} methods`;
+    const text = { class: "lab-compare", label: "Compare methods", about };
+    return this.card(text, [chips, stage, ...bars, this.tiles.root, notesOf(spec)]);
   }
 
   /** By which score the maps are ordered, and which end comes first. */
   orderBar() {
-    const { spec } = this;
+    const spec = /** @type {CompareSpec} */ (this.spec);
     const { signal } = this.stop;
     const names = ["", ...spec.scores.map((score) => score.name), ...(spec.agreement ? [ALIKE] : [])];
     const items = names.map((name) => ({ name: name || "as given", content: [name || "as given"] }));
     const by = choices({ label: "Sort by", className: "lab-pills", items, pick: (i) => this.choose("sort", names[i]), signal });
-    const ends = ["Best first", "Worst first"].map((name) => ({ name, content: [name] }));
     const pick = (/** @type {number} */ i) => this.set(/** @type {any} */ (this), { worstFirst: i === 1 });
-    const way = choices({ label: "Order", className: "lab-pair", items: ends, pick, signal });
+    const way = segmented("Order", ["Best first", "Worst first"], pick, signal);
     return {
       root: make("div", "lab-bar-row", [make("span", "lab-label", ["Sort by"]), by.root, way.root]),
       update: (/** @type {CompareState} */ view) => {
@@ -110,24 +88,19 @@ class Compare extends Panel {
   /** Colours of all maps at once: their range, what they stand for, how they lie on the picture. */
   colorBar() {
     const { signal } = this.stop;
-    const percent = { min: LEAST_RANGE, max: 100, step: 5, value: 100, signal };
-    const range = slider({ ...percent, label: "Colour range", input: (value) => this.set(this.display, { range: value / 100 }) });
-    const value = Math.round(100 * this.display.opacity);
-    const input = (/** @type {number} */ share) => this.set(this.display, { opacity: share / 100 });
-    const opacity = slider({ ...percent, label: "Opacity", min: 0, value, input });
-    const pair = (/** @type {string} */ label, /** @type {string[]} */ names, /** @type {(second: boolean) => void} */ pick) => {
-      const items = names.map((name) => ({ name, content: [name] }));
-      return choices({ label, className: "lab-pair", items, pick: (i) => pick(i === 1), signal });
-    };
-    const scale = pair("Scale", ["Each map", "Each method"], (second) => this.set(this.display, { ownScale: !second }));
-    const paint = pair("Colours by", ["Value", "Rank"], (byRank) => this.set(this.display, { byRank }));
-    const look = pair("Look", ["Patches", "Smooth"], (smooth) => this.set(this.display, { smooth }));
+    const change = (/** @type {Partial<CompareDisplay>} */ display) => this.set(this.display, display);
+    const input = (/** @type {number} */ percent) => change({ range: percent / 100 });
+    const range = slider({ label: "Colour range", min: LEAST_RANGE, max: 100, step: 5, value: 100, input, signal });
+    const opacity = opacitySlider(this.display, change, signal);
+    const scale = segmented("Scale", ["Each map", "Each method"], (i) => change({ ownScale: i === 0 }), signal);
+    const paint = segmented("Colours by", ["Value", "Rank"], (i) => change({ byRank: i === 1 }), signal);
+    const look = segmented("Look", ["Patches", "Smooth"], (i) => change({ smooth: i === 1 }), signal);
     return {
       root: make("div", "lab-bar-row", [range.root, opacity.root, paint.root, scale.root, look.root]),
       update: (/** @type {CompareState} */ { display }) => {
         const share = `${Math.round(100 * display.range)}%`;
         setText(range.output, display.byRank ? `top ${share}` : share);
-        setText(opacity.output, `${Math.round(100 * display.opacity)}%`);
+        opacity.show(display.opacity);
         paint.show(Number(display.byRank), -1);
         scale.show(Number(!display.ownScale), -1);
         scale.root.classList.toggle("lab-unused", display.byRank);
@@ -136,27 +109,9 @@ class Compare extends Panel {
     };
   }
 
-  listen() {
-    const { signal } = this.stop;
-    const host = {
-      selected: () => this.selected,
-      select: (/** @type {Set<number>} */ patches) => this.select(patches),
-      point: (/** @type {object} */ change) => this.point(change),
-      say: (/** @type {number} */ patch) => this.say(patchSummary(this.view(), patch)),
-    };
-    pointerGestures(this.surface.canvas, this.spec.map, host, signal);
-    keyboardGestures(this.surface.canvas, this.spec.map, host, signal);
-  }
-
-  async load() {
-    await this.surface.load(new Blob([bytesOf(this.model.get("picture")).slice()], { type: this.spec.picture }));
-    if (this.surface.picture) this.tiles.show(this.surface.picture);
-  }
-
   close() {
     super.close();
     this.tiles.close();
-    this.surface.close();
   }
 
   /** @param {string} name @param {any} value */
@@ -170,16 +125,14 @@ class Compare extends Panel {
 
   /** What is to be seen; for the parts that read one map, the enlarged one. */
   view() {
-    const { spec, display, peek } = this;
+    const { display, peek } = this;
+    const spec = /** @type {CompareSpec} */ (this.spec);
     const chip = peek.target >= 0 ? peek.target : this.model.get("target");
     const key = JSON.stringify([chip, display]);
     if (key !== this.kept.key) this.kept = { key, tiles: tilesOf(spec, this.maps, chip, display) };
     const { tiles } = this.kept;
     const name = this.model.get("method");
-    const stage = Math.max(
-      0,
-      spec.methods.findIndex((method) => method.name === name),
-    );
+    const stage = Math.max(0, spec.methods.map((method) => method.name).indexOf(name));
     const sort = /** @type {string} */ (this.model.get("sort"));
     const { shown, palette, method } = tiles[stage];
     const what = whatOf(spec, chip);
@@ -197,10 +150,9 @@ class Compare extends Panel {
   }
 
   paint() {
-    const view = this.view();
-    this.surface.paint(view, this.pointing);
+    const view = super.paint();
     this.tiles.paint(view);
-    for (const part of this.parts) part.update(view);
+    return view;
   }
 
   save() {
@@ -225,15 +177,6 @@ function scaleText({ byRank, ownScale, range }) {
   if (byRank) return "colours by rank";
   return `${ownScale ? "colours of each map" : "one scale per method"}${range < 1 ? `, to ${Math.round(100 * range)}%` : ""}`;
 }
-
-/** Shows a view; gives back its clean-up.
- * @param {{model: import("./shared/panel.js").Model, el: HTMLElement}} host */
-export function renderCompare({ model, el }) {
-  const compare = new Compare(model, el);
-  return () => compare.close();
-}
-
-const KEY = "Bars are this map's scores, ticks the other methods', rings the controls'.";
 
 /** Name, verdict, what made it, notes.
  * @param {CompareSpec} spec */
@@ -314,8 +257,6 @@ function ticks(spec, values, stage) {
   });
 }
 
-const SHEET = { margin: 48, side: 250, gap: 20, columns: 5, under: 56, head: 190 }; // pixels
-
 /** @param {import("./compare_maps.js").CompareSpec} spec @param {import("./compare_maps.js").TilesView} view
  * @param {Record<string, Uint8Array>} palettes @param {CanvasImageSource} picture */
 export function paintSheet(spec, view, palettes, picture) {
@@ -355,3 +296,5 @@ export function paintSheet(spec, view, palettes, picture) {
   });
   return canvas;
 }
+
+export const renderCompare = shows(Compare);

@@ -1,30 +1,18 @@
 // @ts-check
 /**
- * Many methods' maps of one target: which is shown how, in what order, and what is said of each. Pure.
+ * Many methods' maps of one target: which is shown how, in what order, and what is said of each; and the small maps
+ * themselves, one button per method over the same picture.
  *
- * Methods have units of their own, so one slider sets the range of all as a share of each map's own range.
- * By rank, a colour means the same in every map: how many of the patches lie below.
- */
-/* TODO 
- * The small maps: one button per method over the same picture, painted on canvases of one size. A map is painted
- * when it or the selection changes; following the pointer only moves a frame over each, which paints nothing anew.
+ * Methods have units of their own, so one slider sets the range of all as a share of each map's own range. By rank, a
+ * colour means the same in every map: how many of the patches lie below. A small map is painted when it or the selection
+ * changes; following the pointer only moves a frame over each, which paints nothing anew.
  */
 
 import { blankCanvas, contextOf, paintBase, paintGround, paintHeat, paintLights, paintScene } from "./shared/canvas.js";
 import { make, setText } from "./shared/dom.js";
 import { clipToPicture, patchAt, patchBox, patchName } from "./shared/grid.js";
-import {
-  colorTable,
-  findMap,
-  formatNumber,
-  formatValue,
-  levelsOf,
-  linearMap,
-  position,
-  rangeOf,
-  strongest,
-  valueOf,
-} from "./shared/maps.js";
+import { colorTable, findMap, formatNumber, formatValue, levelsOf, linearMap } from "./shared/maps.js";
+import { position, rangeOf, strongest, valueOf } from "./shared/maps.js";
 import { chipText } from "./shared/parts.js";
 import { doubtful, paletteOf } from "./shared/view.js";
 
@@ -48,6 +36,7 @@ import { doubtful, paletteOf } from "./shared/view.js";
  */
 
 export const ALIKE = "agreement"; // the order by likeness to the enlarged map
+const SIDE = 166; // CSS pixels a square picture's map has at least
 
 /** Every method's map of a target, in the order given.
  * @param {CompareSpec} spec @param {Maps} maps @param {number} chip @param {CompareDisplay} display @returns {Tile[]} */
@@ -205,8 +194,6 @@ export function formatScore(value) {
   const size = Math.abs(value);
   return size >= 0.001 && size < 10 ? value.toFixed(size < 0.1 ? 3 : 2).replace("-", "−") : formatNumber(value);
 }
-
-const SIDE = 166; // CSS pixels a square picture's map has at least
 
 export class Tiles {
   /** @param {CompareSpec} spec @param {Record<string, Uint8Array>} palettes @param {TilesHost} host @param {() => void} changed

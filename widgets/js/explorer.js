@@ -2,26 +2,20 @@
 /**
  * PatchExplorer: which patches of the picture an answer came from.
  *
- * Maps arrive once; pointing at a word, method or layer repaints here and asks Python nothing.
- * Python hears of what is kept: `selected`, and `word`, `method`, `layer` when chosen.
- * Opacity, look and colour scale never leave the page.
- */
-/* TODO 
- * How the map is looked at, and what is done with the selection. Each control calls back; none keeps state.
- */
-/* TODO 
- * What "ask again without these patches" brought back: the old answer beside the new one,
- * a sign of work while Python is busy, or the error in words.
+ * Maps arrive once; pointing at a word, method or layer repaints here and asks Python nothing. Python hears of what is
+ * kept: `selected`, and `word`, `method`, `layer` when chosen. Opacity, look and colour scale never leave the page.
+ *
+ * Below the picture: how it is looked at, what is done with the selection, and what "ask again without these patches"
+ * brought back: the old answer beside the new one, a sign of work while Python is busy, or the error in words.
  */
 
-import { button, choices, make, section, setText, slider } from "./shared/dom.js";
-import { keyboardGestures, pointerGestures } from "./shared/gestures.js";
+import { button, make, opacitySlider, section, segmented, setText, slider } from "./shared/dom.js";
 import { onPicture, sorted } from "./shared/grid.js";
-import { bytesOf, formatPercent, readMaps, readPalettes, strongest } from "./shared/maps.js";
-import { Panel } from "./shared/panel.js";
-import { legend, methodList, readout, topList, wordChips, wordContent } from "./shared/parts.js";
-import { saveCanvas, Surface, widest } from "./shared/surface.js";
-import { patchSummary, summary, viewOf } from "./shared/view.js";
+import { MapPanel } from "./shared/map_panel.js";
+import { formatPercent, readMaps, strongest } from "./shared/maps.js";
+import { shows } from "./shared/panel.js";
+import { methodList, topList, wordChips, wordContent } from "./shared/parts.js";
+import { viewOf } from "./shared/view.js";
 
 /**
  * @typedef {import("./shared/view.js").Spec} Spec
@@ -36,95 +30,64 @@ import { patchSummary, summary, viewOf } from "./shared/view.js";
 
 const QUICK = 0.1; // of all patches, for the two quick selections
 
-class Explorer extends Panel {
+class Explorer extends MapPanel {
   /** @param {Model} model @param {HTMLElement} el */
   constructor(model, el) {
     super(model, ["word", "method", "layer", "reply"]);
-    this.spec = /** @type {Spec} */ (model.get("spec"));
-    this.map = this.spec.map;
-    this.maps = readMaps(model.get("maps"), model.get("scales"), this.map.rows * this.map.cols);
-    const palettes = readPalettes(this.spec.palettes);
-    this.surface = new Surface(this.map, palettes, this.refresh);
+    const { map } = this.spec;
+    this.maps = readMaps(model.get("maps"), model.get("scales"), map.rows * map.cols);
     const { opacity, smooth } = this.spec;
     this.display = /** @type {Display} */ ({ opacity, smooth, ownScale: false, spotlight: false });
     this.peek = { word: -1, method: -1 };
     this.pending = /** @type {{id: number, selected: number[], since: number} | null} */ (null);
     this.fallback = make("p", "lab-fallback");
     this.answers = answers(this.spec, this.stop.signal);
-    this.parts = /** @type {Part[]} */ ([]);
-    this.open(this.build(palettes), el);
-    this.listen();
+    this.open(this.build(), el);
     this.clock = setInterval(() => this.pending && this.refresh(), 1000);
-    this.surface.load(new Blob([bytesOf(model.get("picture")).slice()], { type: this.spec.picture }));
   }
 
-  /** @param {Record<string, Uint8Array>} palettes */
-  build(palettes) {
-    const { spec, map } = this;
+  build() {
+    const spec = /** @type {Spec} */ (this.spec);
     const { signal } = this.stop;
-    const quick = Math.max(1, Math.round(QUICK * map.rows * map.cols));
-    const add = (/** @type {Part} */ part) => {
-      this.parts.push(part);
-      return part.root;
-    };
+    const quick = Math.max(1, Math.round(QUICK * this.maps.cells));
     const pickWord = (/** @type {number} */ i) => this.choose("word", i);
     const pickMethod = (/** @type {number} */ i) => this.choose("method", spec.methods[i].name);
-    const words = add(wordChips(spec, pickWord, (word) => this.set(this.peek, { word }), signal));
-    const methods = add(methodList(spec, pickMethod, (method) => this.set(this.peek, { method }), signal));
-    const layer = add(layerControl(spec, (i) => this.choose("layer", i), signal));
-    const display = add(displayControls(this.display, (change) => this.set(this.display, change), signal));
-    const top = add(topList((hover) => this.point({ hover }), signal));
-    const bar = add(selectionBar(spec.can_ask, quick, this.selectionActions(quick), signal));
-    const about = `${spec.model} · seed ${spec.seed} · ${map.rows} × ${map.cols} patches`;
-    const save = button("Save as PNG", () => this.save(), signal, "lab-link");
-    const head = make("div", "lab-head", [make("span", "lab-about", [about]), save]);
-    const question = make("div", "lab-question", [spec.question], { role: "heading", "aria-level": "2" });
-    const figure = make("div", "lab-figure", [this.surface.canvas, add(readout()), add(legend(palettes)), this.fallback]);
-    figure.style.maxWidth = `${widest(map)}px`;
-    const body = make("div", "lab-body", [figure, make("div", "lab-side", [methods, layer, display, top])]);
-    const all = [head, question, words, body, bar, this.answers.root, this.live];
-    const card = make("div", "lab-card", all, { role: "group", "aria-label": "Patch explorer" });
-    return make("div", "lab-widget lab-explorer", [card]);
-  }
-
-  listen() {
-    const { signal } = this.stop;
-    const host = {
-      selected: () => this.selected,
-      select: (/** @type {Set<number>} */ patches) => this.select(patches),
-      point: (/** @type {object} */ change) => this.point(change),
-      say: (/** @type {number} */ patch) => this.say(patchSummary(this.view(), patch)),
-    };
-    pointerGestures(this.surface.canvas, this.map, host, signal);
-    keyboardGestures(this.surface.canvas, this.map, host, signal);
+    const words = this.add(wordChips(spec, pickWord, (word) => this.set(this.peek, { word }), signal));
+    const methods = this.add(methodList(spec, pickMethod, (method) => this.set(this.peek, { method }), signal));
+    const layer = this.add(layerControl((i) => this.choose("layer", i), signal));
+    const display = this.add(displayControls(this.display, (change) => this.set(this.display, change), signal));
+    const top = this.add(topList((hover) => this.point({ hover }), signal));
+    const bar = this.add(selectionBar(spec.can_ask, quick, this.selectionActions(quick), signal));
+    const side = make("div", "lab-side", [methods, layer, display, top]);
+    const body = make("div", "lab-body", [this.figure([this.fallback]), side]);
+    const text = { class: "lab-explorer", label: "Patch explorer", about: this.patchesText };
+    return this.card(text, [words, body, bar, this.answers.root]);
   }
 
   close() {
     super.close();
     clearInterval(this.clock);
-    this.surface.close();
   }
 
   /** Choose what is shown: Python hears of it, and so does a screen reader.
    * @param {string} name @param {any} value */
   choose(name, value) {
     this.peek = { word: -1, method: -1 };
-    this.keep(name, value);
-    this.say(summary(this.view()));
+    super.choose(name, value);
   }
 
   /** @param {number} quick @returns {SelectionActions} */
   selectionActions(quick) {
-    const cells = Array.from({ length: this.maps.cells }, (_, i) => i).filter((patch) => onPicture(this.map, patch));
+    const seen = (/** @type {number[]} */ patches) => patches.filter((patch) => onPicture(this.spec.map, patch));
     return {
       strongest: () => {
         const { shown } = this.view();
         if (!shown) return;
-        const order = strongest(shown.levels, this.maps.cells);
-        this.select(new Set(order.filter((patch) => onPicture(this.map, patch)).slice(0, quick)));
+        this.select(new Set(seen(strongest(shown.levels, this.maps.cells)).slice(0, quick)));
       },
       random: () => {
-        const order = cells.map((patch) => ({ patch, at: Math.random() })).sort((a, b) => a.at - b.at);
+        const order = seen([...Array(this.maps.cells).keys()]).map((patch) => ({ patch, at: Math.random() }));
+        order.sort((a, b) => a.at - b.at);
         this.select(new Set(order.slice(0, quick).map(({ patch }) => patch)));
       },
       clear: () => this.select(new Set()),
@@ -164,10 +127,9 @@ class Explorer extends Panel {
 
   paint() {
     this.settle();
-    const view = this.view();
-    this.surface.paint(view, this.pointing);
-    for (const part of this.parts) part.update(view);
+    const view = super.paint();
     setText(this.fallback, view.said);
+    return view;
   }
 
   /** Show what came of asking again. */
@@ -183,39 +145,23 @@ class Explorer extends Panel {
     const busy = this.pending && { state: "busy", selected: this.pending.selected, heard: mine };
     this.answers.show(busy || reply, waited);
   }
-
-  save() {
-    const view = this.view();
-    this.surface.paint(view, this.pointing);
-    saveCanvas(this.surface.figure(this.spec, view), view.title);
-  }
-}
-
-/** Shows a view; gives back its clean-up.
- * @param {{model: Model, el: HTMLElement}} host */
-export function renderExplorer({ model, el }) {
-  const explorer = new Explorer(model, el);
-  return () => explorer.close();
 }
 
 /** Opacity, patches or smooth, colours or the picture itself lit up, one scale or each map its own.
  * @param {Display} start @param {(change: Partial<Display>) => void} change @param {AbortSignal} signal @returns {Part} */
 export function displayControls(start, change, signal) {
   const pair = (/** @type {string} */ label, /** @type {string[]} */ names, /** @type {(second: boolean) => void} */ pick) => {
-    const items = names.map((name) => ({ name, content: [name] }));
-    const group = choices({ label, className: "lab-pair", items, pick: (index) => pick(index === 1), signal });
+    const group = segmented(label, names, (index) => pick(index === 1), signal);
     return { root: make("div", "lab-slider", [make("span", "lab-label", [label]), group.root]), show: group.show };
   };
-  const value = Math.round(100 * start.opacity);
-  const input = (/** @type {number} */ percent) => change({ opacity: percent / 100 });
-  const opacity = slider({ label: "Opacity", min: 0, max: 100, step: 5, value, input, signal });
+  const opacity = opacitySlider(start, change, signal);
   const look = pair("Look", ["Patches", "Smooth"], (smooth) => change({ smooth }));
   const scale = pair("Scale", ["All words", "This map"], (ownScale) => change({ ownScale }));
   const paint = pair("Paint", ["Colour", "Spotlight"], (spotlight) => change({ spotlight }));
   return {
     root: section("Display", [opacity.root, look.root, paint.root, scale.root]),
     update({ display }) {
-      setText(opacity.output, `${Math.round(100 * display.opacity)}%`);
+      opacity.show(display.opacity);
       look.show(Number(display.smooth), -1);
       scale.show(Number(display.ownScale), -1);
       paint.show(Number(display.spotlight), -1);
@@ -224,8 +170,8 @@ export function displayControls(start, change, signal) {
 }
 
 /** A slider over the layers of the method shown; absent where it has one map only.
- * @param {Spec} spec @param {(layer: number) => void} pick @param {AbortSignal} signal @returns {Part} */
-export function layerControl(spec, pick, signal) {
+ * @param {(layer: number) => void} pick @param {AbortSignal} signal @returns {Part} */
+export function layerControl(pick, signal) {
   const { root: row, range, output } = slider({ label: "Layer", min: 0, max: 0, step: 1, value: 0, input: pick, signal });
   return {
     root: row,
@@ -283,24 +229,11 @@ export function answers(spec, signal) {
         const words = reply.words ?? [];
         const same = reply.answer === spec.answer;
         const after = `Without ${countText(reply.selected.length)}`;
+        const texts = [old, words].map((some) => some.map(({ text }) => text));
+        const fresh = newWords(texts[0], texts[1]);
         root.replaceChildren(
-          column(
-            "With every patch",
-            old,
-            spec.p,
-            old.map(() => false),
-            "",
-          ),
-          column(
-            after,
-            words,
-            reply.p ?? null,
-            newWords(
-              old.map((w) => w.text),
-              words.map((w) => w.text),
-            ),
-            same ? "same answer" : "new answer",
-          ),
+          column("With every patch", old, spec.p, [], ""),
+          column(after, words, reply.p ?? null, fresh, same ? "same answer" : "new answer"),
         );
       }
     },
@@ -356,10 +289,8 @@ function failure(reply, signal) {
   const trace = make("pre", "lab-trace", [reply.trace ?? ""]);
   trace.hidden = true;
   const more = button("Show where", () => (trace.hidden = !trace.hidden), signal, "lab-link");
-  return make(
-    "div",
-    "lab-failure",
-    [make("p", "", [reply.message ?? "The callback failed."]), ...(reply.trace ? [more, trace] : [])],
-    { role: "alert" },
-  );
+  const said = make("p", "", [reply.message ?? "The callback failed."]);
+  return make("div", "lab-failure", [said, ...(reply.trace ? [more, trace] : [])], { role: "alert" });
 }
+
+export const renderExplorer = shows(Explorer);

@@ -1,28 +1,16 @@
 // @ts-check
 /**
- * FlowView in the page: the two plots, what is chosen in them, and what Python hears of it.
- */
-/* TODO 
- * What stands around the two plots: flows to put on and off, the scale of the shares, the answers side by side, the line
- * that says what is pointed at. Each part builds its elements once and writes nothing but what changed.
+ * FlowView: the two plots with what stands around them (flows to put on and off, the scale of the shares, the answers
+ * side by side, the line that says what is pointed at), what is chosen in them, and what Python hears of it.
  */
 
 import { blankCanvas, contextOf } from "./shared/canvas.js";
-import { choices, make, setText } from "./shared/dom.js";
+import { choices, make, segmented, setText } from "./shared/dom.js";
 import { bytesOf, readPalette } from "./shared/maps.js";
-import { Panel } from "./shared/panel.js";
+import { Panel, shows } from "./shared/panel.js";
 import { Plot } from "./shared/plot.js";
 import { cellsOf, curvesOf, cutSentence, flowText, nextSpot, patchSentence, reachOf, readFlow, scoreText } from "./flow_data.js";
-import {
-  cellFrame,
-  cellsHeight,
-  frameOf,
-  nearestMark,
-  paintCells,
-  paintCurves,
-  shareColor,
-  spotAt,
-} from "./flow_plots.js";
+import { cellFrame, cellsHeight, frameOf, nearestMark, paintCells, paintCurves, shareColor, spotAt } from "./flow_plots.js";
 
 /**
  * @typedef {import("./flow_data.js").Spot} Spot
@@ -88,7 +76,7 @@ class FlowView extends Panel {
     const { signal } = this.stop;
     const sweep = /** @type {import("./flow_data.js").SweepSpec} */ (this.spec.sweep);
     const units = ["Log-probability", "Probability, %"];
-    const unit = smallChoice("Unit", units, (i) => this.set(this.own, { relative: i === 1 }), signal);
+    const unit = segmented("Unit", units, (i) => this.set(this.own, { relative: i === 1 }), signal);
     const toggles = flowToggles(sweep.flows, this.spec.colors, (i) => this.toggle(i), signal);
     const line = spotLine("Point at a mark to read it; click to keep it.");
     const host = {
@@ -124,7 +112,8 @@ class FlowView extends Panel {
     const grid = /** @type {import("./flow_data.js").GridSpec} */ (this.spec.grid);
     const [tall, wide] = [grid.sites.length, grid.windows.length];
     const names = grid.components.map((one) => COMPONENTS[one] ?? one);
-    const component = smallChoice("Component", names, (i) => this.choose("component", i), signal);
+    const component = segmented("Component", names, (i) => this.choose("component", i), signal);
+    component.root.hidden = names.length < 2;
     const open = grid.sites.map(() => true);
     const line = spotLine("Point at a cell to read it; click to keep it.");
     const [scale, cards] = [shareScale(this.colors), answerCards(grid)];
@@ -240,13 +229,6 @@ class FlowView extends Panel {
   }
 }
 
-/** Shows a view; gives back its clean-up.
- * @param {{model: import("./shared/panel.js").Model, el: HTMLElement}} host */
-export function renderFlow({ model, el }) {
-  const flow = new FlowView(model, el);
-  return () => flow.close();
-}
-
 /** @param {string[]} flows @param {string[]} colors @param {(flow: number) => void} toggle @param {AbortSignal} signal */
 export function flowToggles(flows, colors, toggle, signal) {
   const buttons = flows.map((name, i) => {
@@ -260,15 +242,6 @@ export function flowToggles(flows, colors, toggle, signal) {
     root: make("div", "lab-pills", buttons, { role: "group", "aria-label": "Flows shown" }),
     update: (/** @type {boolean[]} */ open) => buttons.forEach((node, i) => node.setAttribute("aria-pressed", String(open[i]))),
   };
-}
-
-/** One of several in a small strip; nothing where there is no choice.
- * @param {string} label @param {string[]} names @param {(index: number) => void} pick @param {AbortSignal} signal */
-export function smallChoice(label, names, pick, signal) {
-  const items = names.map((name) => ({ name, content: [name] }));
-  const made = choices({ label, className: "lab-pair", items, pick, signal });
-  made.root.hidden = names.length < 2;
-  return made;
 }
 
 /** What is pointed at or chosen, in one sentence. @param {string} idle said while there is nothing */
@@ -333,3 +306,5 @@ export function answerCards(grid) {
     },
   };
 }
+
+export const renderFlow = shows(FlowView);

@@ -1,11 +1,9 @@
 // @ts-check
 /**
- * The sweep's curves: a line per flow, its name at its end, the zero line, the window under the pointer as a band.
- * Colours are Okabe and Ito's, told apart without full colour vision; marks differ in shape too.
- */
-/* TODO 
- * The heat map of patching: a row per site, a column per window of layers, each cell's share written in it where it fits.
- * Zero is grey, one deep orange, below zero blue. What was not measured is crossed out.
+ * The two plots of FlowView. The sweep's curves: a line per flow, its name at its end, the zero line, the window under
+ * the pointer as a band; marks differ in shape as well as in colour. The heat map of patching: a row per site, a column
+ * per window of layers, each cell's share written in it where it fits; zero is grey, one deep orange, below zero blue,
+ * and what was not measured is crossed out.
  */
 
 import { every, plotText } from "./shared/plot.js";
@@ -30,6 +28,13 @@ const NAMES = 144; // for the names beside the lines' ends
 const NAME_GAP = 15;
 const NEAR = 36; // CSS pixels from a mark at which it is meant
 const MISSING = 11; // above the axis, where what was not measured is marked
+const SITES_ROOM = 78; // CSS pixels for the sites' names
+const CELLS_TOP = 24;
+const CELLS_BOTTOM = 42;
+const CELL_HIGHEST = 58;
+const CELL_LEAST = 4;
+const CELLS_TALLEST = 400;
+const FITS = 30; // a cell this wide has room for its number
 
 /** @param {CurveView} view @param {number} width @param {number} height @returns {Frame} */
 export function frameOf({ rows, open, windows }, width, height) {
@@ -188,7 +193,8 @@ export function spreadOut(wanted, gap, low, high) {
   return out;
 }
 
-/** @param {CanvasRenderingContext2D} ctx @param {string} color @param {number} flow @param {number} x @param {number} y @param {string} paper */
+/** @param {CanvasRenderingContext2D} ctx @param {string} color @param {number} flow @param {number} x
+ * @param {number} y @param {string} paper */
 function flowMark(ctx, color, flow, x, y, paper) {
   const r = 4.2;
   ctx.beginPath();
@@ -220,14 +226,6 @@ function strokePath(ctx, points) {
   points.forEach(([x, y], i) => (i ? ctx.lineTo(x, y) : ctx.moveTo(x, y)));
   ctx.stroke();
 }
-
-const SITES_ROOM = 78; // CSS pixels for the sites' names
-const CELLS_TOP = 24;
-const CELLS_BOTTOM = 42;
-const CELL_HIGHEST = 58;
-const CELL_LEAST = 4;
-const CELLS_TALLEST = 400;
-const FITS = 30; // a cell this wide has room for its number
 
 /** @param {number} rows @param {number} columns @param {number} width @returns {CellFrame} */
 export function cellFrame(rows, columns, width) {

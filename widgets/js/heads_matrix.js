@@ -1,11 +1,8 @@
 // @ts-check
 /**
  * Attention of every head to every patch, read from one byte per value: a map's value is peak * (level / 255)²,
- * so that what is small beside its peak keeps its digits. Maps, the layer x head matrix, sums over patches. Pure.
- */
-/* TODO 
- * The layer x head matrix on a canvas: a row per layer, a column per head, the mean of the row beside it. It paints
- * numbers it is given, and tells which cell is pointed at.
+ * so that what is small beside its peak keeps its digits. Maps, sums over patches, and the layer x head matrix on a
+ * canvas: a row per layer, a column per head, the mean of the row beside it.
  */
 
 import { blankCanvas, contextOf } from "./shared/canvas.js";
@@ -29,6 +26,13 @@ import { chipText } from "./shared/parts.js";
 
 const SQUARE = Float32Array.from({ length: 256 }, (_, level) => (level / 255) ** 2);
 export const MEAN = -1; // in place of a head: the mean over the layer's heads
+const BESIDE = 40; // CSS pixels for the layers' numbers
+const ABOVE = 34; // for the heads' numbers and the titles
+const GAP = 8; // before the mean
+const AFTER = 12; // for its title, wider than a cell
+const LARGEST = 46; // side of a cell
+const MATRIX_TALLEST = 460;
+const MATRIX_HELP = "Arrow keys move over layers and heads; the last column is the mean of a layer's heads.";
 
 /** @param {DataView | Uint8Array} levels @param {DataView | Uint8Array} scales @param {HeadsSpec} spec @returns {Heads} */
 export function readHeads(levels, scales, { chips, layers, heads, map }) {
@@ -145,14 +149,6 @@ export function onWhat(patches, pointed) {
 export function wordName(spec, word) {
   return chipText(spec.chips[word]);
 }
-
-const BESIDE = 40; // CSS pixels for the layers' numbers
-const ABOVE = 34; // for the heads' numbers and the titles
-const GAP = 8; // before the mean
-const AFTER = 12; // for its title, wider than a cell
-const LARGEST = 46; // side of a cell
-const MATRIX_TALLEST = 460;
-const MATRIX_HELP = "Arrow keys move over layers and heads; the last column is the mean of a layer's heads.";
 
 export class Matrix {
   /** @param {number} layers @param {number} heads @param {MatrixHost} host @param {() => void} changed

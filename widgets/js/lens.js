@@ -1,42 +1,20 @@
 // @ts-check
 /**
  * TokenLens: what each image patch would say at each state. The picture is coloured by a word's probability or by how
- * undecided a patch is; the table beside it holds the words of the patch pointed at, or of the one that is locked.
+ * undecided a patch is, with each patch's likeliest word on it where there is room; the table beside it holds the words
+ * of the patch pointed at, or of the one that is locked. A press locks a patch or lets it go; arrows move the lock.
  *
  * All of it is in the page. Python hears of what is kept: `word`, `state`, `selected` (the locked patch).
  */
-/* TODO 
- * The picture of the lens: each patch's likeliest word written on it where there is room, and the line that says what
- * is known of the patch pointed at.
- */
-/* TODO 
- * Locking one patch: a press locks it or lets it go; arrows move the lock where there is one, else the cursor. The
- * pointer is followed as in every widget; only what a press means is the lens's own.
- */
 
 import { blankCanvas, contextOf } from "./shared/canvas.js";
-import { button, choices, make, section, setText, slider } from "./shared/dom.js";
+import { button, make, opacitySlider, section, segmented, setText } from "./shared/dom.js";
 import { pointerGestures } from "./shared/gestures.js";
 import { firstOnPicture, onPicture, patchBox, patchName, step } from "./shared/grid.js";
-import { bytesOf, readPalettes } from "./shared/maps.js";
-import { Panel } from "./shared/panel.js";
-import { legend } from "./shared/parts.js";
-import { saveCanvas, Surface, widest } from "./shared/surface.js";
-import {
-  commonest,
-  entropyQuantity,
-  findWord,
-  lensMap,
-  readLens,
-  rootProbability,
-  spokenPatch,
-  spokenState,
-  sureQuantity,
-  topPieces,
-  valueText,
-  wordQuantity,
-  wordStatus,
-} from "./lens_data.js";
+import { MapPanel } from "./shared/map_panel.js";
+import { shows } from "./shared/panel.js";
+import { commonest, entropyQuantity, findWord, lensMap, readLens, rootProbability, spokenPatch } from "./lens_data.js";
+import { spokenState, sureQuantity, topPieces, valueText, wordQuantity, wordStatus } from "./lens_data.js";
 import { LensCurve, lensTable, nearList, wordField } from "./lens_parts.js";
 
 /**
@@ -51,81 +29,62 @@ import { LensCurve, lensTable, nearList, wordField } from "./lens_parts.js";
 const COLORS = ["Word", "Entropy", "Likeliest word"];
 const [BY_WORD, BY_ENTROPY] = [0, 1];
 const KEYS = "Arrow keys move, space locks a patch, escape unlocks it.";
-const STATES_SAID = "State 0 is what the projector gives; state l is the stream after l layers. Entropy in nats: 0 is decided.";
+const STATES_SAID = "State 0 is what the connector gives; state l is the stream after l layers. Entropy in nats: 0 is decided.";
+const ROOM = 26; // CSS pixels a patch must be wide for a word to be read on it
+const FAINT = 0.6; // of a word that the model is not sure of at all
+/** @type {Record<string, [number, number]>} */
+const STEPS = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
 
-class TokenLens extends Panel {
+class TokenLens extends MapPanel {
   /** @param {import("./shared/panel.js").Model} model @param {HTMLElement} el */
   constructor(model, el) {
     super(model, ["word", "state"]);
-    this.spec = /** @type {LensSpec} */ (model.get("spec"));
     this.lens = readLens(model.get("maps"), this.spec);
-    this.palettes = readPalettes(this.spec.palettes);
     const { map, opacity } = this.spec;
-    const display = { opacity, smooth: false, spotlight: false, ownScale: false, words: true, color: BY_ENTROPY };
-    this.display = display;
+    this.display = { opacity, smooth: false, spotlight: false, ownScale: false, words: true, color: BY_ENTROPY };
     this.peek = { state: -1 };
     this.typed = /** @type {string | null} */ (null); // not entered yet
     this.heardWord = /** @type {string | null} */ (null);
     this.entropy = entropyQuantity(this.lens);
     this.sure = sureQuantity(this.lens);
     this.looked = this.lookUp("");
-    this.everywhere = this.spec.states.map((_, state) => commonest(this.lens, state));
+    this.everywhere = this.lens.spec.states.map((_, state) => commonest(this.lens, state));
     this.shown = /** @type {{key: string, map: import("./shared/maps.js").Shown | null}} */ ({ key: "", map: null });
-    this.surface = new Surface(map, this.palettes, this.refresh);
     this.surface.canvas.setAttribute("aria-label", `The picture in ${map.rows} by ${map.cols} patches. ${KEYS}`);
     this.written = new PatchWords(this.lens);
     const pick = (/** @type {number} */ state) => this.pickState(state);
     const peek = (/** @type {number} */ state) => this.set(this.peek, { state });
     this.curve = new LensCurve(this.spec.states, pick, peek, this.refresh, this.stop.signal);
-    this.parts = /** @type {{update: (view: any) => void}[]} */ ([]);
     this.open(this.build(pick, peek), el);
-    this.listen();
-    this.surface.load(new Blob([bytesOf(model.get("picture")).slice()], { type: this.spec.picture }));
   }
 
   /** @param {(state: number) => void} pick @param {(state: number) => void} peek */
   build(pick, peek) {
-    const { spec, lens } = this;
+    const spec = /** @type {LensSpec} */ (this.spec);
+    const { lens } = this;
     const { signal } = this.stop;
-    const add = (/** @type {{root: HTMLElement, update: (view: any) => void}} */ part) => {
-      this.parts.push(part);
-      return part.root;
-    };
     const type = (/** @type {string} */ text) => this.type(text);
-    const find = add(wordField(lens, type, (word) => this.enter(word), signal));
-    const figure = make("div", "lab-figure", [this.surface.canvas, add(lensReadout(lens)), add(legend(this.palettes))]);
-    figure.style.maxWidth = `${widest(spec.map)}px`;
-    const left = make("div", "lab-side", [figure, this.curve.root]);
+    const find = this.add(wordField(lens, type, (word) => this.enter(word), signal));
+    const left = make("div", "lab-side", [this.figure([], lensReadout(lens)), this.curve.root]);
     const near = nearList(lens);
-    const words = [add(lensTable(lens, pick, peek, signal)), ...(near ? [add(near)] : [])];
-    const right = make("div", "lab-side", [...words, add(this.controls())]);
-    const kind = spec.tuned ? "tuned lens" : "logit lens";
-    const sizes = `${spec.states.length} states · ${spec.map.rows} × ${spec.map.cols} patches`;
-    const about = `${spec.model} · seed ${spec.seed} · ${kind} · ${sizes}`;
-    const save = button("Save as PNG", () => this.save(), signal, "lab-link");
-    const head = make("div", "lab-head", [make("span", "lab-about", [about]), save]);
-    const question = make("div", "lab-question", [spec.question], { role: "heading", "aria-level": "2" });
-    const answer = make("span", "lab-lens-answer", [spec.answer]);
-    question.append(" ", answer);
+    const words = [this.add(lensTable(lens, pick, peek, signal)), ...(near ? [this.add(near)] : [])];
+    const right = make("div", "lab-side", [...words, this.add(this.controls())]);
     const notes = make("ul", "lab-notes", spec.notes.map((text) => make("li", "", [text])));
-    const all = [head, question, find, make("div", "lab-lens-body", [left, right]), notes, this.live];
-    const card = make("div", "lab-card", all, { role: "group", "aria-label": "Token lens" });
-    return make("div", "lab-widget lab-lens", [card]);
+    const kind = spec.tuned ? "tuned lens" : "logit lens";
+    const about = `${kind} · ${spec.states.length} states · ${this.patchesText}`;
+    const answer = make("span", "lab-lens-answer", [spec.answer]);
+    const text = { class: "lab-lens", label: "Token lens", about, tail: [document.createTextNode(" "), answer] };
+    return this.card(text, [find, make("div", "lab-lens-body", [left, right]), notes]);
   }
 
   /** What the picture is coloured by, on which scale, and whether words are written on it. */
   controls() {
     const { signal } = this.stop;
-    const pair = (/** @type {string} */ label, /** @type {string[]} */ names, /** @type {(i: number) => void} */ pick) => {
-      const items = names.map((name) => ({ name, content: [name] }));
-      return choices({ label, className: "lab-pair", items, pick, signal });
-    };
-    const color = pair("Colour by", COLORS, (i) => this.set(this.display, { color: i }));
-    const scale = pair("Scale", ["All states", "This state"], (i) => this.set(this.display, { ownScale: i === 1 }));
-    const words = pair("Words on the picture", ["Words", "None"], (i) => this.set(this.display, { words: i === 0 }));
-    const value = Math.round(100 * this.display.opacity);
-    const input = (/** @type {number} */ percent) => this.set(this.display, { opacity: percent / 100 });
-    const opacity = slider({ label: "Opacity", min: 0, max: 100, step: 5, value, input, signal });
+    const change = (/** @type {object} */ display) => this.set(this.display, display);
+    const color = segmented("Colour by", COLORS, (i) => change({ color: i }), signal);
+    const scale = segmented("Scale", ["All states", "This state"], (i) => change({ ownScale: i === 1 }), signal);
+    const words = segmented("Words on the picture", ["Words", "None"], (i) => change({ words: i === 0 }), signal);
+    const opacity = opacitySlider(this.display, change, signal);
     const unlock = button("Unlock", () => this.lock(-1), signal);
     const labelled = [color, scale, words].map((one, i) =>
       make("div", "lab-lens-choice", [make("span", "lab-label", [["Colour", "Scale", "Write"][i]]), one.root]),
@@ -138,7 +97,7 @@ class TokenLens extends Panel {
         scale.show(Number(display.ownScale), -1);
         words.show(Number(!display.words), -1);
         labelled[2].hidden = !written;
-        setText(opacity.output, `${Math.round(100 * display.opacity)}%`);
+        opacity.show(display.opacity);
         /** @type {HTMLButtonElement} */ (unlock).disabled = locked < 0;
       },
     };
@@ -165,7 +124,6 @@ class TokenLens extends Panel {
   close() {
     super.close();
     this.curve.close();
-    this.surface.close();
   }
 
   get locked() {
@@ -296,30 +254,12 @@ class TokenLens extends Panel {
   }
 
   paint() {
-    const view = this.view();
-    this.surface.paint(view, this.pointing);
+    const view = super.paint();
     if (view.display.words) this.written.paint(this.surface.canvas, this.surface.dot, view.state);
     this.curve.update(view.curve);
-    for (const part of this.parts) part.update(view);
-  }
-
-  save() {
-    const view = this.view();
-    this.surface.paint(view, this.pointing);
-    saveCanvas(this.surface.figure(this.spec, view), view.title);
-    this.refresh();
+    return view;
   }
 }
-
-/** Shows a view; gives back its clean-up.
- * @param {{model: import("./shared/panel.js").Model, el: HTMLElement}} host */
-export function renderLens({ model, el }) {
-  const lens = new TokenLens(model, el);
-  return () => lens.close();
-}
-
-const ROOM = 26; // CSS pixels a patch must be wide for a word to be read on it
-const FAINT = 0.6; // of a word that the model is not sure of at all
 
 /** The likeliest words of one state over the picture, painted again only when they change. */
 export class PatchWords {
@@ -400,10 +340,8 @@ export function lensReadout(lens) {
   };
 }
 
-/** @type {Record<string, [number, number]>} */
-const STEPS = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
-
-/** @param {HTMLElement} canvas @param {import("./shared/grid.js").PictureMap} map @param {LockHost} host @param {AbortSignal} signal */
+/** @param {HTMLElement} canvas @param {import("./shared/grid.js").PictureMap} map @param {LockHost} host
+ * @param {AbortSignal} signal */
 export function lockGestures(canvas, map, host, signal) {
   let pressed = -1;
   const follow = {
@@ -435,3 +373,5 @@ export function lockGestures(canvas, map, host, signal) {
   canvas.addEventListener("blur", () => host.point({ cursor: -1 }), { signal });
   canvas.addEventListener("focus", () => host.point({ cursor }), { signal });
 }
+
+export const renderLens = shows(TokenLens);

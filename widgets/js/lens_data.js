@@ -3,9 +3,6 @@
  * A lens as the page holds it: typed tables in one buffer, words looked up in them, one quantity at a time to colour the
  * picture with. A probability is (level / 65535)². Pure; knows no page.
  */
-/* TODO 
- * What the lens says in words: of a state, of a patch, of the word that was typed and of how much is known of it. Pure.
- */
 
 import { patchName } from "./shared/grid.js";
 import { bytesOf, formatPercent, position } from "./shared/maps.js";
@@ -31,6 +28,8 @@ const ROOTS = 65535;
 const COSINES = 32767;
 /** @type {Record<string, any>} */
 const NUMBERS = { u2: Uint16Array, u4: Uint32Array, i2: Int16Array, f4: Float32Array };
+const SUGGESTED = 5;
+const SPOKEN = 3; // words of a patch that are read out
 
 /** @param {DataView | Uint8Array} data @param {LensSpec} spec @returns {Lens} */
 export function readLens(data, spec) {
@@ -231,13 +230,10 @@ export function chanceText(p) {
   return p > 0 ? formatPercent(p) : "0%";
 }
 
-const SUGGESTED = 5;
-const SPOKEN = 3; // words of a patch that are read out
-
 /** A state by its number, in the words of the library.
  * @param {number} state */
 export function stateName(state) {
-  return state === 0 ? "what the projector gives" : `after ${state} layer${state === 1 ? "" : "s"}`;
+  return state === 0 ? "what the connector gives" : `after ${state} layer${state === 1 ? "" : "s"}`;
 }
 
 /** @param {Lens} lens */

@@ -1,23 +1,13 @@
 // @ts-check
 /**
- * The states as a curve over a slider: how high the coloured quantity rises at each state, with the patch in question
- * beside it. A press on the curve, or the slider from the keyboard, goes to a state.
- */
-/* TODO 
- * The top words, a row per state: of the patch in question, or of all patches where there is none. Bars are
- * probabilities (or shares of patches). A row can be pointed at and chosen. Builds its cells once.
- */
-/* TODO 
- * The projected token itself, before any layer: the words it points nearest to, and how long it is beside the others.
- */
-/* TODO 
- * The word looked for: a field that knows every piece, the words the lens was asked for as buttons, and in plain words
- * how much is known of the one typed. What is typed is looked up at once; Python hears of it when it is entered.
+ * What stands beside the lens's picture: the states as a curve over a slider; the table of top words, a row per state; the
+ * projected token itself, before any layer, with its nearest words and its norm; and the field for a word to look for.
+ * Each part builds its elements once; `update` writes what changed.
  */
 
 import { contextOf } from "./shared/canvas.js";
 import { button, make, setText } from "./shared/dom.js";
-import { chanceText, commonestNear, knownTexts, nearPieces, stateName } from "./lens_data.js";
+import { chanceText, commonestNear, nearPieces, stateName } from "./lens_data.js";
 
 /**
  * @typedef {{key: string, curve: Float32Array, line: Float32Array | null, hi: number, state: number, kept: number, said: string,
@@ -32,6 +22,8 @@ import { chanceText, commonestNear, knownTexts, nearPieces, stateName } from "./
 
 const HIGH = 84; // CSS pixels
 const EDGE = 8; // of the slider's thumb; the curve's ends lie over the slider's ends
+const MOST_COLUMNS = 6;
+let fields = 0; // ids of the lists of suggestions must differ within a page
 
 export class LensCurve {
   /** @param {number[]} states @param {(index: number) => void} pick @param {(index: number) => void} peek -1: no longer
@@ -156,8 +148,6 @@ function disc(ctx, x, y, radius) {
   ctx.fill();
 }
 
-const MOST_COLUMNS = 6;
-
 /** @param {import("./lens_data.js").Lens} lens @param {(index: number) => void} pick @param {(index: number) => void} peek
  * @param {AbortSignal} signal */
 export function lensTable(lens, pick, peek, signal) {
@@ -279,8 +269,6 @@ function nearLine() {
   const bar = make("span", "lab-bar", [fill], { "aria-hidden": "true" });
   return { root: make("li", "lab-lens-near-line", [text, bar, value]), text, value, fill };
 }
-
-let fields = 0; // ids of the lists of suggestions must differ within a page
 
 /** @param {import("./lens_data.js").Lens} lens @param {(word: string) => void} type @param {(word: string) => void} enter
  * @param {AbortSignal} signal */

@@ -5,7 +5,7 @@
 
 import { button, make, setText } from "./shared/dom.js";
 import { bytesOf, formatNumber } from "./shared/maps.js";
-import { Panel } from "./shared/panel.js";
+import { Panel, shows } from "./shared/panel.js";
 import { Plot, plotText } from "./shared/plot.js";
 
 /**
@@ -194,9 +194,6 @@ export function lossSaid({ name, steps, losses }, step) {
   return step < 0 ? `${name} ${value}` : `${name} ${value} at ${Math.round(steps[place])}`;
 }
 
-/** Shows a view; gives back its clean-up.
- * @param {{model: import("./shared/panel.js").Model, el: HTMLElement}} host */
-export function renderLoss({ model, el }) {
-  const view = new LossView(model, el);
-  return () => view.close();
-}
+
+
+export const renderLoss = shows(LossView);

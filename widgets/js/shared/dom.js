@@ -105,3 +105,18 @@ function mark(node, picked, shown) {
   node.tabIndex = picked ? 0 : -1;
   node.classList.toggle("lab-shown", shown);
 }
+
+/** One of a few, side by side. @param {string} label @param {string[]} names @param {(index: number) => void} pick
+ * @param {AbortSignal} signal */
+export function segmented(label, names, pick, signal) {
+  return choices({ label, className: "lab-pair", items: names.map((name) => ({ name, content: [name] })), pick, signal });
+}
+
+/** How strongly maps lie on the picture. @param {{opacity: number}} display @param {(change: any) => void} change
+ * @param {AbortSignal} signal */
+export function opacitySlider(display, change, signal) {
+  const input = (/** @type {number} */ percent) => change({ opacity: percent / 100 });
+  const value = Math.round(100 * display.opacity);
+  const { root, output } = slider({ label: "Opacity", min: 0, max: 100, step: 5, value, input, signal });
+  return { root, show: (/** @type {number} */ opacity) => setText(output, `${Math.round(100 * opacity)}%`) };
+}

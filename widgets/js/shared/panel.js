@@ -104,3 +104,12 @@ export class Panel {
     setText(this.live, text);
   }
 }
+
+/** What a host calls to show a widget; it gives back the clean-up.
+ * @param {new (model: Model, el: HTMLElement) => {close: () => void}} Widget */
+export function shows(Widget) {
+  return (/** @type {{model: Model, el: HTMLElement}} */ { model, el }) => {
+    const widget = new Widget(model, el);
+    return () => widget.close();
+  };
+}

@@ -1,10 +1,8 @@
 // @ts-check
 /**
- * What is read beside the picture: the legend, the patch under the pointer, the strongest patches in words.
+ * What is read beside the picture: the legend, the patch under the pointer, the strongest patches in words; and what can
+ * be pointed at: the answer's words with their probabilities, and the methods.
  * Each part builds its elements once; `update(view)` writes nothing but what changed.
- */
-/* TODO 
- * What can be pointed at: the answer's words with their probabilities, and the methods.
  */
 
 import { blankCanvas, contextOf, paintLegend } from "./canvas.js";
@@ -21,6 +19,7 @@ import { formatPercent, formatValue, strongest } from "./maps.js";
  */
 
 const TOP = 5; // strongest patches listed beside the picture
+const MANY = [14, 40]; // chips; beyond these the words are set smaller
 
 /** The colour scale with real numbers, and where the patch under the pointer lies on it.
  * @param {Record<string, Uint8Array>} palettes @returns {MapPart} */
@@ -117,8 +116,6 @@ function boxText(view) {
   const picked = view.selected.has(view.focus) ? "selected · " : "";
   return `${picked}x ${left}–${right}, y ${top}–${bottom} px`;
 }
-
-const MANY = [14, 40]; // chips; beyond these the words are set smaller
 
 /** A word with its probability as a thin bar and a number.
  * @param {Word} word @returns {Node[]} */
