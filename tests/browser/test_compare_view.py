@@ -242,3 +242,40 @@ def test_wide_pictures_keep_the_maps_aligned(widget_page: WidgetPage) -> None:
     first = shown.locator(".lab-tile-canvas").first
     *unseen, seen = widget_page.pixels([*((0.04, 0.1 + 0.05 * i) for i in range(9)), (0.6, 0.6)], first)
     assert statistics.median(max(pixel[:3]) for pixel in unseen) < 140 < min(seen[:3])  # hatched, so not every pixel
+
+
+def test_maps_are_reached_and_enlarged_by_keyboard(widget_page: WidgetPage) -> None:
+    shown = widget_page.mount(three(sort=""))
+    keyboard = widget_page.page.keyboard
+    shown.locator(".lab-tile").first.focus()
+    keyboard.press("ArrowRight")
+    keyboard.press("Enter")
+    assert widget_page.get("method") == "two"
+    keyboard.press("End")
+    keyboard.press(" ")
+    assert widget_page.get("method") == "three"
+    widget_page.settle()
+    stops = shown.locator(".lab-tile").evaluate_all("(nodes) => nodes.map((node) => node.tabIndex)")
+    assert stops == [-1, -1, 0]
+    shown.locator("canvas.lab-canvas").focus()
+    for key in ("ArrowRight", "ArrowDown", " "):
+        keyboard.press(key)
+    assert widget_page.get("selected") == [12]
+    assert "row 1, column 0" in (shown.locator(".lab-live").text_content() or "")
+
+
+@pytest.mark.parametrize(
+    ("key", "at", "expected"),
+    [
+        ("ArrowRight", 2, 3),
+        ("ArrowLeft", 0, -1),
+        ("ArrowDown", 1, 6),
+        ("ArrowUp", 4, -1),
+        ("End", 0, 7),
+        ("Home", 5, 0),
+        ("a", 1, -1),
+    ],
+)
+def test_keys_move_over_rows_of_maps(widget_page: WidgetPage, key: str, at: int, expected: int) -> None:
+    widget_page.module = CompareView._esm
+    assert widget_page.call("nextTile", key, at, 8, 5) == expected

@@ -46,11 +46,3 @@ def test_pointing_at_one_map_reads_all_three(widget_page: WidgetPage) -> None:
     assert abs(float(said.split("±")[1]) - reach) < 0.02 * reach, "the difference says how much its full colour is"
     canvas.press("Escape")
     expect(lines.first).to_have_text("Point at a patch.")
-
-
-def test_it_leaves_nothing_behind(widget_page: WidgetPage) -> None:
-    one, two, _ = bench_example()
-    widget_page.mount(ConnectorBench(one, two))
-    widget_page.page.evaluate("() => window.test.close()")
-    assert widget_page.page.evaluate("() => window.test.listeners()") == 0
-    assert widget_page.page.locator(".lab-widget").count() == 0

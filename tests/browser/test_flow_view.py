@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from playwright.sync_api import Browser, Locator
+from playwright.sync_api import Locator
 
 from tests.support.flow_examples import two
-from tests.support.measure_widget import hover_times
-from tests.support.widget_page import CONTRAST, WidgetPage
+from tests.support.widget_page import WidgetPage
 from widgets import FlowView
 
-ATTACK = '<img/src=x/onerror="window.attacked=1">'
-SLOWEST_MS = 50  # three frames; under 16 are meant
-FLOOR_TIMES = 4  # or as many times what any repaint takes here and now: someone else may be using the machine
-ATTEMPTS = 3
 CURVES, CELLS = "canvas.lab-flow-curves", "canvas.lab-flow-cells"
 MARK = """async ([rows, flow, window, width, height]) => {
   const { frameOf, layerX, valueY } = await import('/module.js');
@@ -203,61 +197,3 @@ def test_either_half_stands_alone(widget_page: WidgetPage, which: str) -> None:
     shown = widget_page.mount(FlowView(run, sweep) if which == "sweep" else FlowView(run, grid=grid))
     assert shown.locator(".lab-flow-half").count() == 1
     assert shown.locator("canvas.lab-flow-plot").count() == 1
-
-
-def test_screen_readers_get_names_and_markup_stays_text(widget_page: WidgetPage) -> None:
-    run, sweep, grid = two()
-    grid = replace(grid, clean_answer=ATTACK, notes=(ATTACK,))
-    shown = widget_page.mount(FlowView(run, sweep, grid))
-    tree = shown.aria_snapshot()
-    for line in (
-        '- group "Flow of information"',
-        '- radiogroup "What is scored"',
-        '- application "Change of the score when a flow is cut, 3 flows by 4 windows.',
-        '- application "Share brought back, 3 places by 4 windows of layers.',
-        '- button "image → question" [pressed]',
-        '- group "Answers"',
-    ):
-        assert line in tree, f"{line} is missing in\n{tree}"
-    assert shown.locator(".lab-flow-answer strong").first.inner_text() == ATTACK
-    assert widget_page.page.evaluate("() => window.attacked") is None
-
-
-def test_closing_leaves_no_listener_and_no_element(widget_page: WidgetPage) -> None:
-    shown = widget_page.mount(FlowView(*two()))
-    assert widget_page.page.evaluate("() => window.test.listeners()") > 0
-    widget_page.page.evaluate("() => window.test.close()")
-    assert widget_page.page.evaluate("() => window.test.listeners()") == 0
-    assert shown.count() == 0
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_fits_a_narrow_page_and_can_be_read_in_both_themes(chromium: Browser, scheme: str) -> None:
-    page = WidgetPage(chromium, color_scheme=scheme, viewport={"width": 560, "height": 1200})
-    shown = page.mount(FlowView(*two()))
-    assert page.page.evaluate("() => document.documentElement.scrollWidth") <= 560
-    said = shown.locator(".lab-flow-how, .lab-flow-line, .lab-flow-title, .lab-caption, .lab-flow-tick")
-    assert said.evaluate_all(CONTRAST, ".lab-card") >= 4.5
-    assert page.errors == []
-    page.close()
-
-
-def test_at_7b_size_pointing_repaints_within_frames_and_loads_nothing(widget_page: WidgetPage) -> None:
-    run, sweep, grid = two()
-    random, layers = np.random.default_rng(0), 32
-    windows = np.stack([np.arange(layers), np.arange(1, layers + 1)], 1)
-    after = random.normal(-1, 1, (3, layers, 2)).astype(np.float32)
-    sweep = replace(sweep, windows=windows, centres=np.arange(layers), after=after)
-    scores = random.normal(-1, 1, (2, 12, layers, 2)).astype(np.float32)
-    sites = tuple(f"site {i}" for i in range(12))
-    grid = replace(grid, windows=windows, sites=sites, scores=scores, answers=np.full(scores.shape[:3], "red."))
-    shown = widget_page.mount(FlowView(run, sweep, grid))
-    for _ in range(ATTEMPTS):
-        found = [hover_times(widget_page, shown.locator(name), 33) for name in (CURVES, CELLS)]
-        print(json.dumps(found))
-        allowed = max(SLOWEST_MS, FLOOR_TIMES * min(one["floor_ms"] for one in found))
-        if max(one["median_ms"] for one in found) < allowed:
-            break
-    assert max(one["median_ms"] for one in found) < allowed
-    assert widget_page.sent() == []
-    assert widget_page.page.evaluate("() => window.test.saves()") == 0

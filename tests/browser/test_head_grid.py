@@ -177,3 +177,41 @@ def test_every_cell_is_found_under_its_own_middle(widget_page: WidgetPage) -> No
     }"""
     for shape in ([6, 4, 460], [32, 32, 460], [32, 40, 420]):
         assert widget_page.page.evaluate(code, shape) == [0, None, None, True]
+
+
+def test_the_matrix_works_from_the_keyboard_and_speaks(widget_page: WidgetPage) -> None:
+    shown = widget_page.mount(HeadGrid(*one_patch_each(), word=0, layer=0, head=0))
+    shown.locator("canvas.lab-matrix").focus()
+    for key in ("ArrowDown", "ArrowRight"):
+        widget_page.page.keyboard.press(key)
+    assert (widget_page.get("layer"), widget_page.get("head")) == (1, 1)
+    said = shown.locator(".lab-live").text_content() or ""
+    assert said.startswith("layer 1, head 1 · “The”")
+    assert "Strongest: row 0, column 5: 0.90;" in said
+    widget_page.page.keyboard.press("End")
+    assert widget_page.get("head") == -1
+    widget_page.page.keyboard.press("ArrowLeft")
+    assert widget_page.get("head") == 3
+    shown.locator("canvas.lab-canvas").focus()
+    widget_page.page.keyboard.press("ArrowRight")
+    assert "Attention on this patch, mean over all heads: The" in (shown.locator(".lab-live").text_content() or "")
+
+
+@pytest.mark.parametrize(
+    ("key", "at", "expected"),
+    [
+        ("ArrowRight", (0, 3), (0, -1)),
+        ("ArrowRight", (0, -1), (0, -1)),
+        ("ArrowLeft", (2, 0), (2, 0)),
+        ("ArrowUp", (0, 2), (0, 2)),
+        ("ArrowDown", (5, 2), (5, 2)),
+        ("Home", (3, -1), (3, 0)),
+        ("x", (3, 1), None),
+    ],
+)
+def test_keys_stay_in_the_matrix(
+    widget_page: WidgetPage, key: str, at: tuple[int, int], expected: tuple[int, int] | None
+) -> None:
+    widget_page.module = HeadGrid._esm
+    found = widget_page.call("nextCell", key, {"layer": at[0], "head": at[1]}, LAYERS, HEADS)
+    assert found == (None if expected is None else {"layer": expected[0], "head": expected[1]})

@@ -5,20 +5,12 @@ from __future__ import annotations
 import pytest
 from playwright.sync_api import expect
 
+from tests.support.all_widgets import losses
 from tests.support.widget_page import WidgetPage
-from widgets import LossPlot
-
-
-def begun(steps: int = 4) -> LossPlot:
-    plot = LossPlot("align", total=10)
-    for step in range(1, steps + 1):
-        plot.told({"step": step, "loss": 4 / step, "seconds": 2.0 * step})
-    plot.publish()
-    return plot
 
 
 def test_losses_are_drawn_and_read_off(widget_page: WidgetPage) -> None:
-    shown = widget_page.mount(begun())
+    shown = widget_page.mount(losses())
     expect(shown.locator(".lab-loss-status")).to_have_text("step 4 of 10 · 12 s left")
     canvas = shown.locator("canvas")
     canvas.focus()
@@ -28,7 +20,7 @@ def test_losses_are_drawn_and_read_off(widget_page: WidgetPage) -> None:
 
 
 def test_the_stop_button_is_heard_and_the_page_says_where_the_training_ended(widget_page: WidgetPage) -> None:
-    plot = begun()
+    plot = losses()
     shown = widget_page.mount(plot)
     shown.get_by_role("button", name="Stop").click()
     assert widget_page.get("stopped") is True
@@ -43,20 +35,13 @@ def test_the_stop_button_is_heard_and_the_page_says_where_the_training_ended(wid
 
 
 def test_a_finished_training_has_no_stop_button(widget_page: WidgetPage) -> None:
-    shown = widget_page.mount(begun(10))
+    shown = widget_page.mount(losses(10))
     expect(shown.locator(".lab-loss-status")).to_have_text("finished after step 10")
     expect(shown.get_by_role("button", name="Stop")).to_be_hidden()
 
 
 def test_the_axis_ends_at_round_numbers(widget_page: WidgetPage) -> None:
-    plot = begun()
+    plot = losses()
     widget_page.mount(plot)
     for value, top in ((5.43, 6), (0.9, 1), (4, 4), (0.013, 0.016)):
         assert widget_page.call("roundTop", value) == pytest.approx(top)
-
-
-def test_it_leaves_nothing_behind(widget_page: WidgetPage) -> None:
-    widget_page.mount(begun())
-    widget_page.page.evaluate("() => window.test.close()")
-    assert widget_page.page.evaluate("() => window.test.listeners()") == 0
-    assert widget_page.page.locator(".lab-widget").count() == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -252,3 +253,11 @@ def test_words_are_written_on_the_picture_and_can_be_left_out(widget_page: Widge
     shown.get_by_role("radio", name="None").click()
     after = widget_page.pixels(places)
     assert sum(difference(a, b) > 20 for a, b in zip(before, after, strict=True)) > 100
+
+
+def test_one_state_needs_no_slider(widget_page: WidgetPage) -> None:
+    run, lens, near = example()
+    cut = {name: getattr(lens, name)[2:3] for name in ("top_ids", "top_probs", "entropy", "ranks", "probs")}
+    shown = widget_page.mount(TokenLens(run, replace(lens, states=(2,), **cut), near, word="car"))
+    assert not shown.get_by_role("slider", name="State").is_visible()
+    assert shown.locator(".lab-legend-title").inner_text() == "“car” at state 2"

@@ -90,6 +90,25 @@ PROBE_REDRAW = """() => {
     }
   }).observe(document.querySelector('.jp-OutputArea'), { childList: true, subtree: true });
 }"""
+PAINT = """async (canvas) => {
+  const box = canvas.getBoundingClientRect();
+  const own = window.requestAnimationFrame;
+  const times = [];
+  window.requestAnimationFrame = (call) => own((now) => {
+    const start = performance.now();
+    call(now);
+    document.body.offsetHeight;  // style and layout belong to it
+    times.push(performance.now() - start);
+  });
+  for (let i = 0; i < 60; i++) {
+    const [x, y] = [((i * 7) % 23 + 0.5) / 24, ((i * 5) % 23 + 0.5) / 24];
+    const at = { clientX: box.left + x * box.width, clientY: box.top + y * box.height, bubbles: true };
+    canvas.dispatchEvent(new PointerEvent('pointermove', at));
+    await new Promise((done) => own(() => own(done)));
+  }
+  window.requestAnimationFrame = own;
+  return times.slice(10);
+}"""
 HEAT = """(canvas) => {
   const data = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
   let sum = 0;
@@ -163,6 +182,11 @@ def hover_times(page: WidgetPage, over: Locator, count: int) -> dict[str, float]
         page.page.wait_for_timeout(20)
     times = page.page.evaluate("() => window.times")[2 * WARM_UP :]
     return {**_summary(times[::2]), "floor_ms": _summary(times[1::2])["median_ms"]}
+
+
+def paint_times(over: Locator) -> dict[str, float]:
+    """Milliseconds that one hover costs, from its frame's start to the end of layout."""
+    return _summary(over.evaluate(PAINT))
 
 
 def _point(page: Page, boxes: Sequence[Any], count: int) -> list[float]:

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 import io
-import re
 
 import numpy as np
 import pytest
 import traitlets
 from PIL import Image
 
-from llava_lab.plots import stills
 from tests.support.widget_examples import example, make_relevance, make_run, spots
-from widgets import CompareView, ConnectorBench, FlowView, HeadGrid, LossPlot, PatchExplorer, TokenLens
-from widgets.base import JS, LabWidget, bundle, sources, styles
+from widgets import PatchExplorer
 from widgets.patch_explorer import read_answer
-
-SCRIPTS = sorted(JS.rglob("*.js"))
 
 
 @pytest.fixture
@@ -44,11 +38,6 @@ def test_a_misspelt_option_is_an_error_that_names_the_choices() -> None:
 def test_wrong_options_say_what_is_right(options: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         PatchExplorer(*example(), **options)
-
-
-def test_a_widget_without_a_still_picture_is_a_bug_that_says_so() -> None:
-    with pytest.raises(TypeError, match="LabWidget must draw its own still picture"):
-        LabWidget().draw_png()
 
 
 def test_the_first_word_is_the_last_one_with_a_map() -> None:
@@ -128,37 +117,6 @@ def test_a_wrong_selection_in_a_message_is_a_reply_too(widget: PatchExplorer) ->
     assert "must lie in 0..143" in widget.reply["message"]
 
 
-def test_the_mime_bundle_carries_text_picture_and_view(widget: PatchExplorer) -> None:
-    data, _ = widget._repr_mimebundle_()  # type: ignore[misc]
-    assert data["text/plain"] == "PatchExplorer('What color is the car?' → 'The car is red.'; rollout, occlusion, random)"
-    assert data["application/vnd.jupyter.widget-view+json"]["model_id"] == widget.model_id
-    image = Image.open(io.BytesIO(base64.b64decode(data["image/png"])))
-    assert image.size[0] == 960
-    assert len(base64.b64decode(data["image/png"])) < 300_000
-
-
-def test_the_still_picture_is_the_same_bytes_each_time() -> None:
-    assert PatchExplorer(*example()).draw_png() == PatchExplorer(*example()).draw_png()
-
-
-def test_the_still_picture_lights_the_cell_of_the_map() -> None:
-    run = make_run(picture=np.full((288, 288, 3), 128, np.uint8))
-    values = np.zeros((12, 12))
-    values[2, 9] = 1.0
-    drawn = stills.overlay(run, values, (0.0, 1.0), (144, 144)).astype(int)
-    bright = np.abs(drawn - drawn[0, 0]).sum(-1) > 30
-    assert bright[24:36, 108:120].all()
-    assert bright.sum() == 144
-
-
-def test_the_still_picture_darkens_what_was_not_seen() -> None:
-    run = make_run(picture=np.full((200, 400, 3), 200, np.uint8), mode="crop")
-    drawn = stills.overlay(run, np.zeros((12, 12)), (0.0, 1.0), stills.fit(run, 120)).astype(int)
-    assert drawn.shape == (60, 120, 3)
-    assert (drawn[:, :29] < 120).all()
-    assert (drawn[:, 31:89] > 150).all()
-
-
 def test_long_answers_and_many_methods_still_fit_a_notebook() -> None:
     run = make_run(
         " ".join(f"word{i}" for i in range(40)), picture=np.random.default_rng(0).integers(0, 256, (300, 500, 3), dtype=np.uint8)
@@ -167,40 +125,6 @@ def test_long_answers_and_many_methods_still_fit_a_notebook() -> None:
     png = PatchExplorer(run, {f"method {i}": rel for i in range(9)}).draw_png()
     assert len(png) < 700_000
     assert Image.open(io.BytesIO(png)).size[0] == 960
-
-
-def test_joined_modules_share_one_scope_without_a_name_defined_twice() -> None:
-    shown = (PatchExplorer, CompareView, HeadGrid, TokenLens, FlowView, ConnectorBench, LossPlot)
-    used = [*(widget.script for widget in shown), "shared/page.js"]
-    assert sorted(sources(*used)) == SCRIPTS
-    source = bundle(*used)  # a report has them all in one module
-    names = re.findall(r"^(?:export )?(?:async )?(?:function|class|const|let) (\w+)", source, re.MULTILINE)
-    assert len(names) == len(set(names))
-    assert not re.search(r"^import ", source, re.MULTILINE)
-    for widget in shown:
-        assert widget._esm.count("export default") == 1
-        assert f"function {widget.entry}(" in widget._esm
-
-
-def test_modules_state_their_types_and_stay_readable() -> None:
-    for path in SCRIPTS:
-        text = path.read_text("utf-8")
-        assert text.startswith("// @ts-check\n/**"), path.name
-
-
-def test_every_name_a_module_imports_is_exported_by_the_file_it_names() -> None:
-    for path in SCRIPTS:
-        for names, file in re.findall(r'^import \{([^}]*)\} from "(\.[\w./]+\.js)";', path.read_text("utf-8"), re.MULTILINE):
-            exported = set(
-                re.findall(r"^export (?:function|class|const) (\w+)", (path.parent / file).read_text("utf-8"), re.MULTILINE)
-            )
-            assert {name.strip() for name in names.split(",") if name.strip()} <= exported, f"{path.name} from {file}"
-
-
-def test_css_classes_carry_the_prefix() -> None:
-    sheets = styles(*sorted(path.name for path in JS.parent.glob("*.css")))
-    classes = re.findall(r"\.([a-z][\w-]*)", re.sub(r"\d\.\d+|/\*.*?\*/", "", sheets, flags=re.DOTALL))
-    assert [name for name in classes if not name.startswith("lab-")] == []
 
 
 def test_maps_not_better_than_random_are_grey_in_the_explorer_too() -> None:

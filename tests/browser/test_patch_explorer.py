@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import base64
+from io import BytesIO
+from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from tests.support.widget_examples import car_picture, example, make_relevance, make_run, single_cell, spots
 from tests.support.widget_page import WidgetPage, center, difference
@@ -152,11 +155,6 @@ def test_an_earlier_reply_does_not_answer_a_new_question(widget_page: WidgetPage
     assert shown.locator(".lab-waiting").count() == 1
 
 
-def test_without_a_callback_there_is_no_button(widget_page: WidgetPage) -> None:
-    shown = widget_page.mount(PatchExplorer(*example()))
-    assert shown.get_by_role("button", name="Ask again without these patches").count() == 0
-
-
 def test_crop_shows_what_was_not_seen_and_selects_nothing_there(widget_page: WidgetPage) -> None:
     picture = np.full((200, 400, 3), 200, np.uint8)
     run = make_run(picture=picture, mode="crop")
@@ -214,3 +212,63 @@ def test_pictures_of_any_size_reach_the_page_once_and_small(widget_page: WidgetP
     assert len(base64.b64encode(widget.picture)) < 1_500_000
     widget_page.mount(widget)
     assert widget_page.page.locator("canvas.lab-canvas").evaluate("(c) => Math.round((c.width / c.height) * 100)") == 147
+
+
+def test_arrows_choose_words_methods_and_layers(widget_page: WidgetPage) -> None:
+    shown = widget_page.mount(PatchExplorer(*example()))
+    keyboard = widget_page.page.keyboard
+    shown.get_by_role("radio", name="red.").focus()
+    keyboard.press("ArrowLeft")
+    assert widget_page.get("word") == 2
+    widget_page.settle()  # the chips are marked with the next frame
+    assert shown.get_by_role("radio", name="is, ").get_attribute("aria-checked") == "true"
+    keyboard.press("Home")
+    assert widget_page.get("word") == 0
+    shown.get_by_role("radio", name="rollout").focus()
+    keyboard.press("ArrowRight")
+    assert widget_page.get("method") == "occlusion"
+    keyboard.press("ArrowLeft")
+    widget_page.settle()  # the slider comes back with the next frame
+    shown.get_by_role("slider", name="Layer").focus()
+    keyboard.press("ArrowLeft")
+    widget_page.settle()
+    assert widget_page.get("layer") == 4
+    assert shown.locator(".lab-legend-title").text_content() == "rollout · “The” · layer 4"
+
+
+def test_the_picture_works_from_the_keyboard_and_speaks(widget_page: WidgetPage) -> None:
+    shown = widget_page.mount(PatchExplorer(*example()))
+    keyboard = widget_page.page.keyboard
+    shown.locator("canvas.lab-canvas").focus()
+    for key in ("ArrowRight", "ArrowRight", "ArrowDown", " "):
+        keyboard.press(key)
+    assert widget_page.get("selected") == [13]
+    assert "row 1, column 1" in (shown.locator(".lab-live").text_content() or "")
+    assert "selected" in (shown.locator(".lab-live").text_content() or "")
+    keyboard.press("Shift+ArrowRight")
+    keyboard.press("Shift+ArrowDown")
+    assert widget_page.get("selected") == [13, 14, 25, 26]
+    keyboard.press("Escape")
+    assert widget_page.get("selected") == []
+
+
+def test_choosing_a_word_says_its_strongest_patches(widget_page: WidgetPage) -> None:
+    run = make_run()
+    rel = single_cell(run, [17, 60, 101, 130], value=0.5)
+    shown = widget_page.mount(PatchExplorer(run, {"rollout": rel}))
+    shown.get_by_role("radio", name="car").click()
+    assert "rollout · “car”" in (shown.locator(".lab-live").text_content() or "")
+    assert "Strongest: row 5, column 0: 0.500" in (shown.locator(".lab-live").text_content() or "")
+    row, col, value = rel.top(1, target=1)[0]
+    assert shown.get_by_role("listitem").first.inner_text().split("\n") == [f"row {row}, column {col}", f"{value:.3f}"]
+
+
+def test_export_saves_a_png_with_the_map_in_it(widget_page: WidgetPage) -> None:
+    shown = widget_page.mount(PatchExplorer(*example()))
+    with widget_page.page.expect_download() as download:
+        shown.get_by_role("button", name="Save as PNG").click()
+    saved = download.value
+    assert saved.suggested_filename == "patches-rollout-red-layer-5.png"
+    image = Image.open(BytesIO(Path(saved.path()).read_bytes())).convert("RGB")
+    assert image.width >= 900
+    assert len(image.getcolors(1 << 22) or []) > 1000

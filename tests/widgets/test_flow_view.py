@@ -126,9 +126,3 @@ def test_a_target_of_one_half_alone_and_a_whole_answer_are_drawn() -> None:
     widget = FlowView(run, answer, grid, target=0)
     assert widget.spec["chips"][0]["what"] == "log p(whole answer)"
     assert Image.open(io.BytesIO(widget.draw_png())).size[0] == 960
-
-
-def test_the_page_of_its_own_needs_nothing_else() -> None:
-    text = FlowView(*two()).to_html()
-    assert "renderFlow" in text
-    assert "http" not in text.replace("http-equiv", "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from dataclasses import replace
 from typing import Any
@@ -141,16 +140,6 @@ def test_what_is_of_another_run_or_of_another_kind_is_refused() -> None:
             TokenLens(run, *given)
 
 
-def test_the_mime_bundle_carries_text_picture_and_view() -> None:
-    widget = TokenLens(*example(), word="car")
-    data, _ = widget._repr_mimebundle_()  # type: ignore[misc]
-    assert data["text/plain"].endswith("states 0 to 4, 12 x 12 patches; looking for 'car')")
-    raw = base64.b64decode(data["image/png"])
-    assert Image.open(io.BytesIO(raw)).size[0] == 960
-    assert len(raw) < 300_000
-    assert raw == TokenLens(*example(), word="car").draw_png()
-
-
 def test_the_still_follows_word_state_and_patch() -> None:
     run, lens, near = example()
     drawn = [
@@ -165,7 +154,14 @@ def test_the_still_of_many_states_shows_the_one_chosen() -> None:
     assert Image.open(io.BytesIO(TokenLens(*big(), state=19).draw_png())).size[0] == 960
 
 
-def test_a_page_without_a_kernel_holds_all_of_it(tmp_path: Any) -> None:
-    text = TokenLens(*example(), word="car").to_html(tmp_path / "lens.html")
-    assert "renderLens" in text
-    assert (tmp_path / "lens.html").read_text("utf-8") == text
+def test_a_word_asked_for_is_known_everywhere_and_any_other_among_the_top_words_only() -> None:
+    _, lens, _ = example()
+    np.testing.assert_allclose(lens.probability_of(" car ")[:, SPOT], CAR, rtol=1e-6)
+    assert lens.probability_of("car").min() > 0
+    sky = lens.probability_of("sky")  # two tokens read so
+    assert sorted(lens.matching("sky").tolist()) == [4, 7]
+    assert sky[0, 0] == pytest.approx(0.2)
+    assert sky[4, SPOT] == pytest.approx(0.9 / 16)
+    assert np.argwhere(lens.probability_of("red")).tolist() == [list(ONCE)]  # case alone does not hide a word
+    assert not lens.knows("zebra")
+    assert not lens.probability_of("zebra").any()

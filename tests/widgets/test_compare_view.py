@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import traitlets
-from PIL import Image
 
-from llava_lab.plots import stills
-from llava_lab.plots.palette import colors_of
-from tests.support.compare_examples import METHODS, comparison_example, contrast_of, methods_example
-from tests.support.widget_examples import make_relevance, make_run, spots
-from widgets import CompareView, PatchExplorer
+from tests.support.compare_examples import METHODS, comparison_example, methods_example
+from tests.support.widget_examples import make_run
+from widgets import CompareView
 from widgets.compare_view import in_order
-from widgets.pack import per_target
 
 
 def scored(method: CompareView, name: str) -> list[float | None]:
@@ -103,13 +97,6 @@ def test_contrasts_are_asked_as_a_question_and_only_some_methods_answer() -> Non
     assert CompareView(run, maps).target == 3  # the last word that all explain comes first
 
 
-def test_words_and_contrasts_have_keys_that_other_views_share() -> None:
-    run, maps = methods_example()
-    keys = [chip["key"] for chip in CompareView(run, maps).spec["chips"]]
-    assert keys == [chip["key"] for chip in PatchExplorer(run, maps).spec["chips"]]
-    assert len(set(keys)) == len(keys)
-
-
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -143,22 +130,6 @@ def test_maps_of_another_answer_are_refused() -> None:
         CompareView(other, maps)
 
 
-def test_per_target_values_are_lists_and_text_is_no_list() -> None:
-    run = make_run()
-    layers = [("", make_relevance(run, spots(run)))]
-    assert per_target("rollout", layers, None, "x") == [None] * 4
-    assert per_target("rollout", layers, "yes", "x") == ["yes"] * 4
-
-
-def test_the_mime_bundle_carries_text_picture_and_view() -> None:
-    widget = CompareView(*comparison_example())
-    data, _ = widget._repr_mimebundle_()  # type: ignore[misc]
-    assert data["text/plain"].startswith("CompareView('What color is the car?' → 'The car is red.'; rollout, relevancy,")
-    image = Image.open(io.BytesIO(base64.b64decode(data["image/png"])))
-    assert image.size[0] == 960
-    assert len(base64.b64decode(data["image/png"])) < 300_000
-
-
 def test_the_still_picture_follows_the_order_and_the_target() -> None:
     run, maps = methods_example(names=("rollout", "attention"))
     scores = {"rollout": {"gain": 0.1}, "attention": {"gain": 0.5}}
@@ -168,31 +139,8 @@ def test_the_still_picture_follows_the_order_and_the_target() -> None:
         assert CompareView(run, maps, **{"scores": scores, "target": "car", **other}).draw_png() != one.draw_png()  # type: ignore[arg-type]
 
 
-def test_a_map_no_better_than_random_is_grey_and_the_others_are_not() -> None:
-    run = make_run()
-    values = spots(run)[3]
-    for doubtful in (True, False):
-        drawn = stills.overlay(run, values, (0.0, 1.0), (120, 120), doubtful=doubtful).astype(int)
-        colorless = (drawn.max(-1) - drawn.min(-1)) <= 9
-        assert colorless.mean() > 0.98 if doubtful else colorless.mean() < 0.6
-
-
-def test_grey_scales_have_no_colour_and_rise_towards_the_dark() -> None:
-    for signed in (False, True):
-        grey = colors_of(signed, doubtful=True).astype(int)
-        assert (grey[:, :3].max(1) - grey[:, :3].min(1)).max() <= 9
-        assert grey[-1, :3].mean() < grey[0, :3].mean() - 100
-        np.testing.assert_array_equal(grey[:, 3], colors_of(signed)[:, 3])
-
-
 def test_many_methods_still_fit_a_page() -> None:
     run, maps = methods_example(make_run(grid=24, size=336), METHODS)
     widget = CompareView(run, maps)
     assert len(widget.maps) == sum(len(rel.values) for rel in maps.values()) * 576
     assert len(widget.to_html()) < 700_000
-
-
-def test_the_contrast_s_target_is_refused_nowhere() -> None:
-    run = make_run()
-    rel = make_relevance(run, spots(run)[:1], [contrast_of(run)])
-    assert CompareView(run, {"occlusion": rel}).target == 4  # after the answer's words, none of which has a map

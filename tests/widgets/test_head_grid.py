@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import traitlets
-from PIL import Image
 
 from llava_lab.results import HeadMaps
 from tests.support.compare_examples import heads_example
@@ -127,13 +124,3 @@ def test_maps_of_another_checkpoint_picture_or_answer_are_refused() -> None:
             HeadGrid(run, broken)
     with pytest.raises(ValueError, match="which this run does not say there"):
         HeadGrid(replace(run, token_ids=run.token_ids + 1), maps)
-
-
-def test_the_mime_bundle_carries_text_picture_and_view() -> None:
-    widget = HeadGrid(*heads_example())
-    data, _ = widget._repr_mimebundle_()  # type: ignore[misc]
-    assert data["text/plain"].endswith("6 layers x 4 heads; The, car, is, red.)")
-    raw = base64.b64decode(data["image/png"])
-    assert Image.open(io.BytesIO(raw)).size[0] == 960
-    assert len(raw) < 300_000
-    assert raw == HeadGrid(*heads_example()).draw_png()

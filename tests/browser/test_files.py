@@ -1,4 +1,4 @@
-"""The report opened from disk in a real browser: its views work, are linked, obey the strict policy, and ask nobody."""
+"""The report and a widget's own file opened from disk: views work, are linked, obey the strict policy, and ask nobody."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 from playwright.sync_api import Browser, Page
 
 from tests.support.compare_examples import comparison_example, heads_example
-from tests.support.widget_examples import make_relevance, make_run, spots
+from tests.support.widget_examples import example, make_relevance, make_run, spots
 from tests.support.widget_page import CONTRAST
-from widgets import report
+from widgets import PatchExplorer, report
 
 ATTACK = "</script><img src=x onerror=window.attacked=1><!--<script>window.attacked=1</script>"
 
@@ -188,4 +188,25 @@ def test_text_stands_out_from_its_ground(chromium: Browser, file: Path, scheme: 
     opened = Opened(chromium, file, color_scheme=scheme).painted()
     assert opened.page.locator("h1, h2, nav a, .lab-report-about, th, td, dt, dd").evaluate_all(CONTRAST, "html") >= 4.5
     opened.page.screenshot(path=tmp_path / f"report-{scheme}.png", full_page=True)
+    opened.context.close()
+
+
+def test_a_widget_s_own_file_works_from_disk(chromium: Browser, tmp_path: Path) -> None:
+    widget = PatchExplorer(*example(), ask=lambda patches: ("x", None))
+    widget.selected = [7]
+    widget.to_html(tmp_path / "explorer.html")
+    opened = Opened(chromium, tmp_path / "explorer.html").painted()
+    page = opened.page
+    assert page.title() == "What color is the car?"
+    assert page.locator(".lab-count").text_content() == "1 patch of 144 selected"
+    before = page.locator("canvas.lab-canvas").screenshot()
+    page.get_by_role("radio", name="random, control").click()
+    page.get_by_role("radio", name="The, ").hover()
+    page.wait_for_function("() => document.querySelector('.lab-legend-title').textContent === 'random · “The”'")
+    assert page.locator("canvas.lab-canvas").screenshot() != before
+    assert page.get_by_role("button", name=re.compile("Ask again")).count() == 0
+    with page.expect_download():
+        page.get_by_role("button", name="Save as PNG").click()
+    assert opened.outside == []
+    assert opened.wrong == []
     opened.context.close()
