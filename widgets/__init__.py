@@ -1,4 +1,4 @@
-"""What the lab shows in a notebook. `from widgets import PatchExplorer`; it computes nothing about models."""
+"""What the lab shows in a notebook. `from widgets import PatchExplorer`."""
 
 from widgets.compare_view import CompareView
 from widgets.connector_bench import ConnectorBench, seen

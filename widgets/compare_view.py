@@ -2,7 +2,7 @@
 
 Pointing at a patch lights it in every map; a click enlarges a map; maps are ordered by any score, and those that
 were not shown to beat random ones are grey. All of it is answered in the browser. What comes back to Python is
-`target`, `method` (the enlarged one), `sort` and `selected`. Computes nothing about models.
+`target`, `method` (the enlarged one), `sort` and `selected`.
 
 Takes maps by name, or an object with the fields of ``llava_lab.results.Comparison`` (recognised by its shape, never
 imported). Scores that say whether a map is faithful to the model, whether it is true to the picture, and what it
@@ -42,6 +42,11 @@ class CompareView(PictureWidget):
     its scores along. `scores` are numbers by method and name, ``{"rollout": {"deletion": 0.3}}``, each one number
     or one per target; `beats_random` says of each method (or each of its targets) whether it is better than random
     maps; `agreement` is a matrix of how alike the methods' maps are, 1 for alike.
+
+        >>> widget = CompareView(run, {name: ll.attribute(lab, run, method=name) for name in ("rollout", "edges")})
+        >>> widget.target = 0
+        >>> widget.method
+        'rollout'
 
     `target` is what is explained first, by position or text; `method` the map enlarged first; `sort` the score
     that orders the maps ("" for the order given, "agreement" for likeness to the enlarged map).
@@ -133,8 +138,8 @@ class CompareView(PictureWidget):
 
 def _one_of(what: str, value: str, choices: list[str]) -> str:
     if value not in choices:
-        said = ", ".join(choice or "'' (as given)" for choice in choices)
-        raise traitlets.TraitError(f"{what} must be one of {said}, got {value!r}")
+        names = ", ".join(choice or "'' (as given)" for choice in choices)
+        raise traitlets.TraitError(f"{what} must be one of {names}, got {value!r}")
     return value
 
 
@@ -182,8 +187,8 @@ def compared(maps: Any, scores: Scores | None, beats_random: Mapping[str, Any] |
     return Compared(maps, scores or {}, beats_random or {}, table)
 
 
-def is_comparison(given: Any) -> bool:
-    return all(hasattr(given, name) for name in ("maps", "faithfulness", "rows", "spearman"))
+def is_comparison(result: Any) -> bool:
+    return all(hasattr(result, name) for name in ("maps", "faithfulness", "rows", "spearman"))
 
 
 def from_comparison(result: Any) -> Compared:

@@ -2,7 +2,7 @@
 
 Answers with probabilities, maps on one scale, nearest words, what one map has more of. Pointing at a patch lights it
 in all maps. The rank slider is answered in the browser from maps and answers that were made before. Python hears of
-`rank` and `selected`. Computes nothing about models.
+`rank` and `selected`.
 
 Every connector and every rank of the linear fit is a `Seen`, made by `seen`: its run, its map, its nearest words. All
 travel at once in one buffer of quantised maps.
@@ -40,6 +40,10 @@ def seen(
 ) -> Seen:
     """A connector's view from what the lab measured; `target` is which of the relevance's maps is shown.
 
+        >>> side = seen("trained", run, ll.attribute(lab, run, method="rollout"))
+        >>> side.values.shape
+        (12, 12)
+
     `words` is what `llava_lab.nearest_words` gives, or for each patch, row by row, pairs of a word and its cosine.
     """
     if relevance.map != run.map:
@@ -65,6 +69,10 @@ class ConnectorBench(PictureWidget):
     """`one` and `two` are `widgets.seen(...)`; `ranks` likewise by rank: the linear fit cut to each.
 
     `rank` is the rank shown on the right, 0 for `two` itself.
+
+        >>> sides = [seen(name, run, ll.attribute(lab, run, method=name)) for name in ("rollout", "edges")]
+        >>> ConnectorBench(*sides).shown.name
+        'edges'
     """
 
     entry, script, sheets = "renderBench", "bench.js", ("base.css", "connector.css")
@@ -117,16 +125,16 @@ class ConnectorBench(PictureWidget):
 
 def pack_bench(one: Seen, two: Seen | None, ranks: Mapping[int, Seen]) -> tuple[dict[str, Any], dict[str, bytes]]:
     """The page's spec, and its picture, maps and scales."""
-    every = [one, *([two] if two else []), *ranks.values()]
-    if len(every) < 2:
+    sides = [one, *([two] if two else []), *ranks.values()]
+    if len(sides) < 2:
         raise ValueError("there is nothing to compare: give a second connector, ranks of a linear fit, or both")
-    for other in every:
+    for other in sides:
         check_same(one, other)
-    levels, scales, lo, hi = quantize(np.stack([one.values for one in every]))
+    levels, scales, lo, hi = quantize(np.stack([side.values for side in sides]))
     picture, kind = encode_picture(one.run.picture)
     spec = {
         **head_of(one.run),
-        "sides": [side_of(one) for one in every],
+        "sides": [side_of(side) for side in sides],
         "second": two is not None,
         "ranks": list(ranks),
         "lo": lo,
@@ -154,12 +162,12 @@ def check_same(one: Seen, other: Seen) -> None:
         )
 
 
-def side_of(one: Seen) -> dict[str, Any]:
+def side_of(side: Seen) -> dict[str, Any]:
     return {
-        "name": one.name,
-        "answer": one.run.answer,
-        "words": answer_words(one.run),
-        "p": whole_probability(one.run),
-        "near": [[[word, round(cosine, 3)] for word, cosine in patch] for patch in one.words],
-        "r2": one.r2,
+        "name": side.name,
+        "answer": side.run.answer,
+        "words": answer_words(side.run),
+        "p": whole_probability(side.run),
+        "near": [[[word, round(cosine, 3)] for word, cosine in patch] for patch in side.words],
+        "r2": side.r2,
     }

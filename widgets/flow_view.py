@@ -2,7 +2,7 @@
 
 On the left what cutting each flow of attention costs, layer by layer; on the right what each place of the clean run
 brings back when it is put into a corrupted one. Either may be missing. All numbers are in the page; Python hears of
-`target`, `component` and `selected`. Computes nothing about models.
+`target`, `component` and `selected`.
 
 The scores are few (a 7B sweep is 3 flows x 32 windows), so they travel as they are, float32, NaN where nothing was
 measured. What was measured on another checkpoint or answer is refused, as are tables that do not fit their names.
@@ -32,6 +32,10 @@ class FlowView(RunWidget):
     `target` is what is shown first, by position among the targets of both or by text; `component` likewise of the grid's.
     `selected` is ``{"flow": [flow, window], "cell": [site, window]}``, positions in the results; what is not chosen is
     not in it.
+
+        >>> widget = FlowView(run, ll.knockout_sweep(lab, run))
+        >>> widget.spec["sweep"]["flows"]
+        ['image -> question', 'question -> last', 'image -> last']
     """
 
     entry, script, sheets = "renderFlow", "flow.js", ("base.css", "flow.css")
@@ -84,8 +88,8 @@ class FlowView(RunWidget):
             parts.append(f"{len(self.sweep.flows)} flows x {len(self.sweep.windows)} windows cut")
         if self.grid is not None:
             parts.append(f"{len(self.grid.sites)} sites x {len(self.grid.windows)} windows patched")
-        said = ", ".join(repr(target.text) for target in self.targets)
-        return f"FlowView({self.run.question!r} → {self.run.answer!r}; {'; '.join(parts)}; {said})"
+        targets = ", ".join(repr(target.text) for target in self.targets)
+        return f"FlowView({self.run.question!r} → {self.run.answer!r}; {'; '.join(parts)}; {targets})"
 
     # -- checks on what Python or the page sets ------------------------------------------------
 
@@ -117,13 +121,13 @@ class FlowView(RunWidget):
         return out
 
 
-def _place(option: str, given: int | str, names: list[str]) -> int:
+def _place(option: str, choice: int | str, names: list[str]) -> int:
     """A position, from itself or from the name there."""
-    if not isinstance(given, str):
-        return given
-    if given not in names:
-        raise ValueError(f"{option} must be one of {', '.join(repr(name) for name in names)}, got {given!r}")
-    return names.index(given)
+    if not isinstance(choice, str):
+        return choice
+    if choice not in names:
+        raise ValueError(f"{option} must be one of {', '.join(repr(name) for name in names)}, got {choice!r}")
+    return names.index(choice)
 
 
 # -- packing ----------------------------------------------------------------------------------
@@ -179,8 +183,8 @@ def check_result(run: Run, name: str, result: Any, kind: str, made_by: str) -> N
     if not result.targets:
         raise ValueError(f"{name} has no target; there is nothing to show")
     for target in result.targets:
-        said = [int(run.token_ids[at + 1]) if at + 1 < len(run.token_ids) else -1 for at in target.positions]
-        if tuple(said) != target.token_ids:
+        tokens = [int(run.token_ids[at + 1]) if at + 1 < len(run.token_ids) else -1 for at in target.positions]
+        if tuple(tokens) != target.token_ids:
             raise ValueError(f"{name} was measured for {target.text!r}, which this run does not say there; measure this run")
 
 
@@ -270,11 +274,11 @@ def patch_sentence(grid: PatchGrid, target: Target, component: int, spot: Sequen
     put = f"Clean {grid.components[component]} at {grid.sites[spot[0]]}, {window_name(grid.windows[spot[1]])}"
     if not np.isfinite(grid.values[at]):
         return f"{put}: not measured, or nothing to bring back."
-    said = f'the answer is "{grid.answers[at[:3]]}" (clean "{grid.clean_answer}", corrupted "{grid.corrupt_answer}")'
-    return f"{put}, brings back {plain(float(grid.values[at]))} of what {target.scored} lost; {said}."
+    answer = f'the answer is "{grid.answers[at[:3]]}" (clean "{grid.clean_answer}", corrupted "{grid.corrupt_answer}")'
+    return f"{put}, brings back {plain(float(grid.values[at]))} of what {target.scored} lost; {answer}."
 
 
 def plain(value: float) -> str:
     """Two decimals, and no minus before nothing."""
-    said = f"{value:.2f}"
-    return "0.00" if said == "-0.00" else said
+    text = f"{value:.2f}"
+    return "0.00" if text == "-0.00" else text

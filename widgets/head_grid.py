@@ -2,7 +2,7 @@
 
 A layer x head matrix says how much of each head's attention lies on the picture; pointing at a head shows its map.
 Patches that are pointed at or selected answer the other way: which heads, and which words, look at them. All maps
-are in the page; Python hears of `word`, `layer`, `head` and `selected`. Computes nothing about models.
+are in the page; Python hears of `word`, `layer`, `head` and `selected`.
 
 A map travels with one byte per value, so that 7B's 32 x 32 heads take 0.6 MB per word. A level is the square root of
 a value beside its map's peak: ``value = peak * (level / 255) ** 2``. Attention has high peaks on low ground; under a
@@ -36,6 +36,10 @@ class HeadGrid(PictureWidget):
     `word` is what is shown first, by position among the words kept, or by text; `layer` and `head` the head shown
     first (default: the one that looks most; head -1 is the mean of a layer's heads). `megabytes` bounds what the
     page is sent: at 7B size ten words are 6 MB. Where there is no room for all, those that look most are kept.
+
+        >>> widget = HeadGrid(run, ll.head_maps(lab, run))
+        >>> widget.values.shape
+        (12, 12)
     """
 
     entry, script, sheets = "renderHeads", "heads.js", ("base.css", "heads.css")
@@ -99,7 +103,7 @@ class HeadGrid(PictureWidget):
             return within("word", word, len(targets))
         wanted = run.target(word)
         if wanted not in targets:
-            raise ValueError(f"no head maps of {word!r} here; there are {', '.join(repr(one.text) for one in targets)}")
+            raise ValueError(f"no head maps of {word!r} here; there are {', '.join(repr(target.text) for target in targets)}")
         return targets.index(wanted)
 
     # -- checks on what Python or the page sets ------------------------------------------------

@@ -3,7 +3,7 @@
 `told` takes one dict per logged step, as ``train_stage(..., told=plot.told)`` gives them: ``step``, ``loss`` and
 ``seconds``; ``epoch`` says how far the schedule is where no `total` was given, ``ended`` that this step is the last. A
 cell that trains keeps the kernel busy, so a click on Stop is heard only when the training runs beside it, which `start`
-does; the notebook's own stop button works either way. Knows nothing of models.
+does; the notebook's own stop button works either way.
 """
 
 from __future__ import annotations
@@ -28,6 +28,11 @@ class LossPlot(LabWidget):
     """A live plot of one or several losses; `name` is the first curve's, `total` its number of steps if known.
 
     `told` adds a point to the current curve, `curve` begins another. `stopped` is true once someone asked to stop.
+
+        >>> plot = LossPlot("align", total=100)
+        >>> plot.told({"step": 1, "loss": 2.5})
+        >>> plot
+        LossPlot(align: 2.500 at step 1)
     """
 
     entry, script, sheets = "renderLoss", "loss.js", ("base.css", "loss.css")
@@ -138,11 +143,11 @@ class LossPlot(LabWidget):
         return stills.png(stills.losses(self.curves, log=self.logarithmic))
 
     def __repr__(self) -> str:
-        said = [
+        curves = [
             f"{name}: {f'{rows[-1][1]:.3f} at step {rows[-1][0]}' if rows else 'no step yet'}"
             for name, rows in self.curves.items()
         ]
-        return f"LossPlot({'; '.join(said)})"
+        return f"LossPlot({'; '.join(curves)})"
 
     def _end(self, how: str) -> None:
         self.running = False

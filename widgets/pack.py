@@ -4,8 +4,6 @@ A map travels as uint8 levels with its own offset and step (``value = offset + l
 64-word, 32-layer, 24x24 answer is 1.2 MB and needs no decoding in the browser. Levels are exact to
 1/255 of that map's range; the real numbers stay in Python. Colours are shared: every method has one
 low and one high over all its maps.
-
-Knows nothing of Jupyter or of pages.
 """
 
 from __future__ import annotations

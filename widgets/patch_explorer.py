@@ -2,7 +2,6 @@
 
 The maps go to the browser once; hovering and arrowing repaint there. What comes back to Python is
 `selected` (flat patch indices), the kept `word`, `method` and `layer`, and the request to ask again.
-Computes nothing about models: it shows what `llava_lab.results` hold.
 
 The page's part is in ``widgets/js`` (the map, pure helpers, one file per idea) and ``explorer.css``.
 """
@@ -44,6 +43,11 @@ class PatchExplorer(PictureWidget):
     `word` is the first word shown, by position or text (None: the last word with a map); `opacity`
     is 0 to 1; `smooth` interpolates between patch centres. Where `beats_random` says False, for a method or
     for each of its targets, the map is grey and says why.
+
+        >>> widget = PatchExplorer(run, {"rollout": ll.attribute(lab, run, method="rollout")})
+        >>> widget.selected = [0, 13]
+        >>> widget.patches
+        [(0, 0), (1, 1)]
     """
 
     entry, script, sheets, width = "renderExplorer", "explorer.js", ("base.css", "explorer.css"), 900

@@ -2,7 +2,7 @@
 
 Pointing at a patch shows its likeliest words state by state, its nearest words and its norm; a typed word shows where
 and at which state it lights up. All of it is answered in the browser from one buffer. What comes back to Python is
-`word`, `state` and `selected` (the locked patch). Computes nothing about models.
+`word`, `state` and `selected` (the locked patch).
 
 Tables travel in one buffer. Probabilities are uint16 square roots, ``p = (level / 65535) ** 2``: 1 is exact and a
 chance of one in a million keeps two figures, where bytes would make it zero. Entropies are uint16 steps up to the
@@ -36,6 +36,10 @@ class TokenLens(PictureWidget):
     `near` adds each token's nearest words and its norm (`llava_lab.nearest_words`). `word` is looked for first: one of
     the words the lens was asked for is known everywhere, any other only where it is among the top words kept. `state`
     is shown first (default: where `word` is likeliest, else the last); `patch`, a (row, column), is locked first.
+
+        >>> widget = TokenLens(run, ll.logit_lens(lab, run))
+        >>> widget.values.shape
+        (12, 12)
     """
 
     entry, script, sheets = "renderLens", "lens.js", ("base.css", "lens.css")
@@ -79,8 +83,8 @@ class TokenLens(PictureWidget):
     def __repr__(self) -> str:
         states = self.lens.states
         about = f"states {states[0]} to {states[-1]}, {self.run.map.rows} x {self.run.map.cols} patches"
-        said = f"; looking for {self.word!r}" if self.word else ""
-        return f"TokenLens({self.run.question!r} → {self.run.answer!r}; {about}{said})"
+        looking = f"; looking for {self.word!r}" if self.word else ""
+        return f"TokenLens({self.run.question!r} → {self.run.answer!r}; {about}{looking})"
 
     @property
     def values(self) -> np.ndarray:
@@ -115,8 +119,8 @@ class TokenLens(PictureWidget):
     def _valid_state(self, proposal: dict) -> int:
         states = self.lens.states
         if proposal["value"] not in states:
-            said = f"one of {states[0]} to {states[-1]}" if len(states) > 1 else f"{states[0]}"
-            raise traitlets.TraitError(f"state must be {said}, which this lens read, got {proposal['value']}")
+            choices = f"one of {states[0]} to {states[-1]}" if len(states) > 1 else f"{states[0]}"
+            raise traitlets.TraitError(f"state must be {choices}, which this lens read, got {proposal['value']}")
         return proposal["value"]
 
     @traitlets.validate("selected")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import doctest
+import importlib
 import io
 import json
 import re
@@ -10,7 +12,9 @@ import re
 import pytest
 from PIL import Image
 
+import llava_lab as ll
 from tests.support.all_widgets import ATTACK, EVERY
+from tests.support.widget_examples import car_picture
 from widgets.base import JS, LabWidget, RunWidget, bundle, embed, sources, styles
 
 SCRIPTS = sorted(JS.rglob("*.js"))
@@ -60,7 +64,7 @@ def test_a_widget_without_a_still_picture_is_a_bug_that_says_so() -> None:
 
 
 def test_joined_modules_share_one_scope_without_a_name_defined_twice() -> None:
-    shown = [type(make()) for make in EVERY.values()]
+    shown = [make() for make in EVERY.values()]
     used = [*(widget.script for widget in shown), "shared/page.js"]
     assert sorted(sources(*used)) == SCRIPTS
     source = bundle(*used)  # a report has them all in one module
@@ -90,3 +94,13 @@ def test_css_classes_carry_the_prefix() -> None:
     sheets = styles(*sorted(path.name for path in JS.parent.glob("*.css")))
     classes = re.findall(r"\.([a-z][\w-]*)", re.sub(r"\d\.\d+|/\*.*?\*/", "", sheets, flags=re.DOTALL))
     assert [name for name in classes if not name.startswith("lab-")] == []
+
+
+def test_examples_of_the_docstrings_run() -> None:
+    lab = ll.load("tiny")
+    run = lab.ask(car_picture(), "What color is the car?")
+    for make in EVERY.values():
+        module = importlib.import_module(type(make()).__module__)
+        outcome = doctest.testmod(module, extraglobs={"ll": ll, "lab": lab, "run": run})
+        assert outcome.attempted >= 2
+        assert outcome.failed == 0

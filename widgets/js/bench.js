@@ -4,7 +4,7 @@
  * Everything for every rank is here already, so the slider asks nobody.
  */
 
-import { blankCanvas, contextOf, paintBase, paintGround, paintHeat, paintScene } from "./shared/canvas.js";
+import { blankCanvas, contextOf, groundsOf, paintHeat, paintScene } from "./shared/canvas.js";
 import { choices, make, setText, slider } from "./shared/dom.js";
 import { patchAt, patchName } from "./shared/grid.js";
 import { bytesOf, colorTable, formatNumber, formatPercent, levelsOf, readMaps, readPalettes, valueOf } from "./shared/maps.js";
@@ -146,8 +146,7 @@ class Bench extends Panel {
     const { map } = this.spec;
     const across = Math.round(width * this.dot);
     if (across === this.base.width) return;
-    this.base = paintBase(map, this.picture, across, (across * map.height) / map.width);
-    this.ground = paintGround(this.base);
+    Object.assign(this, groundsOf(map, this.picture, across));
     for (const one of this.tiles) {
       [one.canvas.width, one.canvas.height] = [this.base.width, this.base.height];
       one.key = "";

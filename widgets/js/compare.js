@@ -7,7 +7,7 @@
  * here and ask Python nothing. Python hears of what is kept: `target`, `method` (the enlarged one), `sort`, `selected`.
  */
 
-import { blankCanvas, contextOf, paintBase, paintGround, paintHeat, paintScene, write } from "./shared/canvas.js";
+import { blankCanvas, contextOf, groundsOf, paintHeat, paintScene, write } from "./shared/canvas.js";
 import { choices, make, opacitySlider, section, segmented, setText, slider } from "./shared/dom.js";
 import { MapPanel } from "./shared/map_panel.js";
 import { readMaps } from "./shared/maps.js";
@@ -274,8 +274,7 @@ export function paintSheet(spec, view, palettes, picture) {
   write(ctx, spec.answer, margin, 118, 28, "#374151", "400", room);
   const by = view.sort ? `, by ${view.sort}` : "";
   write(ctx, `Maps of “${view.what}”${by} · ${spec.model} · seed ${spec.seed}`, margin, 154, 20, "#6b7280", "400", room);
-  const base = paintBase(map, picture, wide, high);
-  const [ground, pale] = [paintGround(base), paintGround(base, 1)];
+  const { base, ground, pale } = groundsOf(map, picture, wide);
   const [inner, heat] = [blankCanvas(wide, high), blankCanvas(1, 1)];
   view.order.forEach((index, place) => {
     const { shown, palette, method, doubt } = view.tiles[index];

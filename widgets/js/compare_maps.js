@@ -8,7 +8,7 @@
  * changes; following the pointer only moves a frame over each, which paints nothing anew.
  */
 
-import { blankCanvas, contextOf, paintBase, paintGround, paintHeat, paintLights, paintScene } from "./shared/canvas.js";
+import { blankCanvas, contextOf, groundsOf, paintHeat, paintLights, paintScene } from "./shared/canvas.js";
 import { make, setText } from "./shared/dom.js";
 import { clipToPicture, patchAt, patchBox, patchName } from "./shared/grid.js";
 import { colorTable, findMap, formatNumber, formatValue, levelsOf, linearMap } from "./shared/maps.js";
@@ -264,9 +264,7 @@ export class Tiles {
     const across = Math.round(width * dot);
     if (!width || !this.picture || across === this.base.width) return;
     this.dot = dot;
-    this.base = paintBase(this.spec.map, this.picture, across, (across * this.spec.map.height) / this.spec.map.width);
-    this.ground = paintGround(this.base);
-    this.pale = paintGround(this.base, 1);
+    Object.assign(this, groundsOf(this.spec.map, this.picture, across));
     for (const one of this.smalls) {
       for (const canvas of [one.canvas, one.whole]) [canvas.width, canvas.height] = [this.base.width, this.base.height];
       one.key = one.lit = "";

@@ -12,10 +12,10 @@
 import { button, make, opacitySlider, section, segmented, setText, slider } from "./shared/dom.js";
 import { onPicture, sorted } from "./shared/grid.js";
 import { MapPanel } from "./shared/map_panel.js";
-import { formatPercent, readMaps, strongest } from "./shared/maps.js";
+import { findMap, formatPercent, linearMap, rangeOf, readMaps, strongest } from "./shared/maps.js";
 import { shows } from "./shared/panel.js";
-import { methodList, topList, wordChips, wordContent } from "./shared/parts.js";
-import { viewOf } from "./shared/view.js";
+import { chipText, methodList, topList, wordChips, wordContent } from "./shared/parts.js";
+import { doubtful, paletteOf } from "./shared/view.js";
 
 /**
  * @typedef {import("./shared/view.js").Spec} Spec
@@ -28,6 +28,7 @@ import { viewOf } from "./shared/view.js";
  * @typedef {import("./shared/parts.js").Word} Word
  */
 
+const DOUBT = "Grey: this map was not shown to beat random ones.";
 const QUICK = 0.1; // of all patches, for the two quick selections
 
 class Explorer extends MapPanel {
@@ -105,22 +106,30 @@ class Explorer extends MapPanel {
     this.refresh();
   }
 
-  /** @returns {View} */
+  /** Which map is to be seen, in which colours, and the words that say so. @returns {View} */
   view() {
-    const { model, peek } = this;
-    const [word, method, layer] = ["word", "method", "layer"].map((name) => model.get(name));
-    return viewOf(this.spec, this.maps, {
-      word,
-      method,
-      layer,
-      selected: this.selected,
-      peekWord: peek.word,
-      peekMethod: peek.method,
-      focus: this.focus,
-      display: this.display,
-      busy: this.pending !== null,
-      mean: this.surface.mean,
-    });
+    const { model, peek, display, focus, selected } = this;
+    const spec = /** @type {Spec} */ (this.spec);
+    const pickedMethod = Math.max(0, spec.methods.map(({ name }) => name).indexOf(model.get("method")));
+    const methodIndex = peek.method >= 0 ? peek.method : pickedMethod;
+    const method = spec.methods[methodIndex];
+    const word = /** @type {number} */ (model.get("word"));
+    const chip = peek.word >= 0 ? peek.word : word;
+    const layer = Math.min(model.get("layer"), method.layers.length - 1);
+    const found = findMap(method, chip, layer);
+    const [lo, hi] = found && display.ownScale ? rangeOf(this.maps, found.index, method.signed) : [method.lo, method.hi];
+    const what = chipText(spec.chips[chip]);
+    const doubt = doubtful(method, found);
+    return {
+      ...{ map: spec.map, method, methodIndex, pickedMethod, word, chip, layer, display, focus, selected },
+      ...{ busy: this.pending !== null, mean: this.surface.mean },
+      shown: found && linearMap(this.maps, found.index, lo, hi, method.signed),
+      palette: paletteOf(method.signed, doubt, display.spotlight),
+      title: [method.name, `“${what}”`, method.layers.length > 1 ? method.layers[layer] : ""].filter(Boolean).join(" · "),
+      said: [missing(method, found, what), doubt ? DOUBT : ""].filter(Boolean).join(" "),
+      scaleSaid: display.ownScale ? "colours of this map alone" : "one colour scale for all words",
+      caption: method.caption,
+    };
   }
 
   // -- painting ------------------------------------------------------------------------------
@@ -145,6 +154,14 @@ class Explorer extends MapPanel {
     const busy = this.pending && { state: "busy", selected: this.pending.selected, heard: mine };
     this.answers.show(busy || reply, waited);
   }
+}
+
+/** What is said where a method has no map of its own for a word.
+ * @param {import("./shared/maps.js").Method} method @param {import("./shared/maps.js").Found | null} found
+ * @param {string} what */
+function missing(method, found, what) {
+  if (!found) return `${method.name} has no map for “${what}”.`;
+  return found.own ? "" : `${method.name} has no map of its own for “${what}”: this is its map for the whole answer.`;
 }
 
 /** Opacity, patches or smooth, colours or the picture itself lit up, one scale or each map its own.

@@ -85,6 +85,13 @@ export function paintGround(base, less = PALER) {
   return canvas;
 }
 
+/** What maps are painted on, at one size: the picture, with less colour, and with none for grey maps.
+ * @param {PictureMap} map @param {CanvasImageSource | null} picture @param {number} width */
+export function groundsOf(map, picture, width) {
+  const base = paintBase(map, picture, width, (width * map.height) / map.width);
+  return { base, ground: paintGround(base), pale: paintGround(base, 1) };
+}
+
 /** @param {CanvasRenderingContext2D} ctx @param {Scene} scene @param {number} dot device pixels per CSS pixel */
 export function paintScene(ctx, scene, dot) {
   const { width, height } = ctx.canvas;

@@ -3,7 +3,8 @@
  * The canvas in the page: it follows its size, keeps what is costly to draw again, and paints a view.
  */
 
-import { blankCanvas, contextOf, meanColor, paintBase, paintFigure, paintGround, paintHeat, paintScene } from "./canvas.js";
+import { blankCanvas, contextOf, groundsOf, meanColor, paintBase } from "./canvas.js";
+import { paintFigure, paintGround, paintHeat, paintScene } from "./canvas.js";
 import { make } from "./dom.js";
 
 /**
@@ -73,9 +74,8 @@ export class Surface {
   /** The figure to save. `paint` must have shown this view.
    * @param {{question: string, answer: string, model: string, seed: number}} spec @param {View} view */
   figure(spec, view) {
-    const base = paintBase(this.map, this.picture, SAVED, (SAVED * this.map.height) / this.map.width);
-    const pale = view.palette.startsWith("grey") ? paintGround(base, 1) : null;
-    const under = { base: pale ?? base, ground: pale ?? paintGround(base) };
+    const { base, ground, pale } = groundsOf(this.map, this.picture, SAVED);
+    const under = view.palette.startsWith("grey") ? { base: pale, ground: pale } : { base, ground };
     const scene = { ...this.scene(view, { hover: -1, cursor: -1, dragging: [] }), ...under };
     const [low, , high] = view.shown?.ends ?? ["", "", ""];
     return paintFigure(scene, {
