@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import re
 import socket
 import tomllib
@@ -155,3 +156,15 @@ def test_shapes_in_signatures_are_checked_while_tests_run() -> None:
     assert target_rows(torch.ones(1, 3), (1,), (target,)).shape == (1, 3)
     with pytest.raises(TypeError, match="Q K"):
         target_rows(torch.ones(3), (1,), (target,))
+
+
+def test_the_method_that_readers_are_shown_is_the_one_that_is_tested() -> None:
+    """`tests/attribution/test_conformance.py` runs the file as written."""
+    shown = (ROOT / "tests" / "attribution" / "added_method.py").read_text("utf-8")
+    assert f"```python\n{shown}```" in (ROOT / "README.md").read_text("utf-8")
+    cells = json.loads((ROOT / "notebooks" / "02_patch_influence.ipynb").read_text("utf-8"))["cells"]
+    assert any(f"```python\n{shown}```" in "".join(cell["source"]) for cell in cells)
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 150
