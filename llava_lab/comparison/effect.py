@@ -52,7 +52,8 @@ def linear_effect(
     answer and what comes after it are predicted, their mean; an answer is flipped when its text differs; accuracy is
     exact match. The lab is left as it was. Raises DataError for unknown data, OptionError for a rank the fit does not have.
 
-    >>> fit = ll.linearize(lab, [ll.worlds.picturebook.scene("train", i).picture() for i in range(8)], progress=False)
+    >>> from llava_lab.worlds import picturebook
+    >>> fit = ll.linearize(lab, [picturebook.scene("train", i).picture() for i in range(8)])
     >>> effect = ll.linear_effect(lab, fit, n=1, controls=False, progress=False)
     >>> effect.variants, effect.pictures
     (('linear',), 1)

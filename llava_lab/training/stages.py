@@ -130,7 +130,8 @@ def train_stage(
 
     >>> from dataclasses import replace
     >>> from llava_lab.training import LLAVA_15_7B, Running
-    >>> rows = ll.worlds.picturebook.write_dataset(tmp / "rows", n=4, progress=False)
+    >>> from llava_lab.worlds import picturebook
+    >>> rows = picturebook.write_dataset(tmp / "rows", n=4, progress=False)
     >>> recipe = replace(LLAVA_15_7B.align, batch=2)
     >>> trained = ll.train_stage(ll.load("tiny"), rows, "align", tmp / "run", recipe=recipe, steps=1, cache=tmp,
     ...                          running=Running(progress=False))

@@ -101,7 +101,8 @@ def train_connectors(
 
     >>> from dataclasses import replace
     >>> from llava_lab.training import LLAVA_15_7B, train_connectors
-    >>> rows = ll.worlds.picturebook.write_dataset(tmp / "captions", n=4, progress=False)
+    >>> from llava_lab.worlds import picturebook
+    >>> rows = picturebook.write_dataset(tmp / "captions", n=4, progress=False)
     >>> connectors = {"linear": ll.new_connector(lab, "linear")}
     >>> recipe = replace(LLAVA_15_7B.align, batch=2)
     >>> trained = train_connectors(lab, connectors, rows, recipe=recipe, steps=1, cache=tmp, progress=False)
