@@ -21,7 +21,6 @@ from llava_lab.comparison.run import Job, Material, train_run
 from llava_lab.comparison.start import load_start
 from llava_lab.errors import DataError, LabError
 from llava_lab.results import Ablation
-from llava_lab.training import train
 from tests.support.training_rows import QUICK
 
 FEW = replace(QUICK, pictures=24, align=replace(QUICK.align, steps=2, batch=4), instruct=replace(QUICK.instruct, steps=2))
@@ -39,11 +38,9 @@ SAME = ["linear", "mlp1x_gelu"]  # one function under two names
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def start(quick_run: Path) -> Path:
     """A tower and a language model that has seen no picture."""
-    folder = tmp_path_factory.mktemp("start")
-    train("quick", folder, recipe=QUICK, steps_scale=0.4)
-    return folder
+    return quick_run
 
 
 @pytest.fixture(scope="module")

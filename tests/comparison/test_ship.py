@@ -18,6 +18,7 @@ from llava_lab.comparison import ship as ablation_ship
 from llava_lab.comparison.ship import CONNECTORS, Change, first_job, ship_ablation
 from llava_lab.errors import CheckpointError, DataError, OptionError
 from llava_lab.models import folders
+from llava_lab.models.folders import ABLATION, ASSETS
 from llava_lab.results import Ablation
 from tests.support.ablation_examples import example_ablation
 
@@ -162,3 +163,22 @@ def test_a_models_card_says_which_run_it_is() -> None:
     assert "Seed 0, peak rate 0.003 (chosen on validation), 80 steps of stage 1 and 100 steps of stage 2" in text
     assert "Right on test: 41.7%, compositions: 25.0% as trained" in text  # by hand: 5 and 3 of 12
     assert 'll.load("tiny-mlp")' in text
+
+
+# -- what ships today
+
+
+@pytest.mark.parametrize(("name", "connector"), [("tiny-linear", "linear"), ("tiny-mlp", "mlp2x_gelu")])
+def test_a_shipped_model_is_the_connector_it_names(name: str, connector: str) -> None:
+    lab = ll.load(name)
+    assert lab.card.connector == connector
+    assert "apache-2.0" in lab.card.licence
+    job = first_job(ll.shipped_ablation(), connector)
+    assert f"Seed {job.seed}, peak rate {job.rate:g}" in (ABLATION / connector / "README.md").read_text("utf-8")
+
+
+def test_what_ships_stays_small() -> None:
+    files = [path for path in ASSETS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files if path.suffix == ".safetensors") < 40_000_000
+    assert (ABLATION / "ablation.npz").stat().st_size < 2_000_000
+    assert not [path for path in files if path.suffix in (".bin", ".pt", ".pkl")]

@@ -41,6 +41,19 @@ def llava15_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+@pytest.fixture(scope="session")
+def quick_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of our own recipe in a size of seconds, with every stage's state, the tokenizer and the model."""
+    from llava_lab.training import train
+    from llava_lab.training.tiny.model import build_tokenizer
+    from tests.support.training_rows import QUICK
+
+    folder = tmp_path_factory.mktemp("quick")
+    build_tokenizer(700, samples=1000).save_pretrained(folder / "tokenizer")  # from fewer texts than a real run's
+    train("quick", folder, recipe=QUICK)
+    return folder
+
+
 @pytest.fixture
 def picture() -> np.ndarray:
     """A wide uint8 picture, 60x40, grey noise with a red square in its lower left."""

@@ -11,7 +11,7 @@ import pytest
 from llava_lab.errors import DataError
 from llava_lab.worlds import picturebook
 from llava_lab.worlds.drawing import COLORS, KINDS
-from llava_lab.worlds.questions import DIRECTIONS, MARGIN, NUMBERS, place_of
+from llava_lab.worlds.questions import DIRECTIONS, MARGIN, NUMBERS, RARE, place_of
 from llava_lab.worlds.scenes import GAP, HELD_OUT, SIZE, Scene, Thing
 
 MANY = 400
@@ -156,6 +156,19 @@ def test_every_type_is_asked_and_no_answer_dominates_its_type(asked: list) -> No
     for name, answers in by_type.items():
         share = max(answers.count(a) for a in set(answers)) / len(answers)
         assert share < 0.6, f"{name}: one answer is {share:.0%}"
+
+
+def test_rare_comparisons_are_asked_on_purpose_with_the_answer_they_are_for() -> None:
+    found: dict[str, set[str]] = {name: set() for name in RARE}
+    for i in range(60):
+        for name, answers in found.items():
+            for question in picturebook.ask_about(picturebook.scene("train", i), np.random.default_rng(i), 2, (name,)):
+                assert question.type == "comparison"
+                answers.add(question.answer.split()[0] if "color" in name else question.short)
+                if "color" in name:
+                    one, two = (picturebook.scene("train", i).things[thing].color for thing in question.deciding)
+                    assert (one == two) == (question.short == "yes")
+    assert found == {"same color": {"Yes,"}, "different color": {"No,"}, "unequal": {"yes", "no"}}
 
 
 def test_caption_names_everything_and_description_its_places() -> None:

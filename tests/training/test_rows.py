@@ -15,7 +15,6 @@ from llava_lab.errors import DataError, OptionError
 from llava_lab.models import Lab, layout
 from llava_lab.training import rows as json_rows
 from llava_lab.training.rows import LlavaData, Order, Problems, Source, Text, build_index, epoch_rows, group_by_modality
-from llava_lab.training.text import FORMATS, read_turns
 from tests.support.training_rows import turn, write_json, write_rows
 
 IGNORE = -100
@@ -114,16 +113,6 @@ def test_align_learns_the_caption_and_its_newline_and_drops_the_request(tmp_path
         open_data(tiny_random, Source(write_rows(tmp_path, count=4)), tmp_path, stage="align")
 
 
-def test_response_format_follows_the_first_question_once() -> None:
-    row = {"conversations": turn("What?", "red") + turn("And?", "blue")}
-    turns, _ = read_turns(row, stage="instruct", suffix="word")
-    assert turns == [(f"What?\n{FORMATS['word']}", "red"), ("And?", "blue")]
-    said = {"conversations": turn(f"What?\n{FORMATS['word']}", "red")}
-    assert read_turns(said, stage="instruct", suffix="word")[0][0][0].count(FORMATS["word"]) == 1
-    with pytest.raises(OptionError, match="suffix must be one of none, word"):
-        Source("x.json", suffix="words")
-
-
 def test_long_rows_are_cut_where_asked(tmp_path: Path, tiny_random: Lab) -> None:
     path = write_json(tmp_path / "long.json", [{"conversations": turn("a", "word " * 400)}])
     row = open_data(tiny_random, Source(path), tmp_path, cut_long=True)[0]
@@ -188,6 +177,7 @@ print(use(120_000) - small)
 """
 
 
+@pytest.mark.long
 def test_memory_stays_flat_with_the_number_of_rows(tmp_path: Path, tiny_folder: Path) -> None:
     command = [sys.executable, "-c", MEMORY, str(tmp_path), str(tiny_folder)]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -1,45 +1,45 @@
-"""The recipe on a handful of steps: each stage changes its own parts only, learns, repeats and resumes exactly."""
+"""The recipe of `tiny` on a handful of steps: each stage changes its own parts only, learns and repeats exactly."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
-from llava_lab.errors import DataError, OptionError
-from llava_lab.training import TINY, train
-from llava_lab.training.loop import rate_at
-from llava_lab.training.text import IGNORE, encode, render
-from llava_lab.training.tiny.batches import apart, apart_loss, joined, joined_loss, plain
+from llava_lab.errors import OptionError
+from llava_lab.training import train
+from llava_lab.training.text import IGNORE, encode
+from llava_lab.training.tiny.batches import apart, apart_loss, joined, joined_loss
+from llava_lab.training.tiny.language import statements
 from llava_lab.training.tiny.make import _Work
-from llava_lab.training.tiny.model import build_config, build_model, build_processor, build_tokenizer
-from llava_lab.training.tiny.pictures import NOTHING, make_pool, truth_of
+from llava_lab.training.tiny.model import build_config, build_model, build_processor
+from llava_lab.training.tiny.pictures import NOTHING, OTHER_COLORS, OTHER_KINDS, make_pool, retold, truth_of
 from llava_lab.training.tiny.sight import FORMS, InstructData
 from llava_lab.training.tiny.streams import shared_prefix
 from llava_lab.training.tiny.tower import normalise, swapped
-from llava_lab.worlds.picturebook import SHORT, conversation, scene
+from llava_lab.worlds.picturebook import SHORT, scene
+from llava_lab.worlds.questions import NUMBERS, place_of
+from llava_lab.worlds.scenes import KIND_NAMES, Scene, Thing
 from tests.support.training_rows import QUICK, SMALL
 
 PARTS = {"tower": "vision_tower", "language": "language_model|lm_head", "align": "multi_modal_projector"}
 PARTS["instruct"] = "multi_modal_projector|language_model|lm_head"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished quick run."""
-    out = tmp_path_factory.mktemp("quick")
-    train("quick", out, recipe=QUICK)
-    return out
+@pytest.fixture
+def folder(quick_run: Path) -> Path:
+    return quick_run
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return build_tokenizer(700, samples=300)
+def tokenizer(quick_run: Path) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast.from_pretrained(quick_run / "tokenizer")
 
 
 def losses(folder: Path, stage: str) -> list[float]:
@@ -73,22 +73,18 @@ def test_losses_fall(folder: Path) -> None:
     assert text[7] < text[0]  # steps 0 and 7 read descriptions
 
 
+def prepared(folder: Path, out: Path) -> Path:
+    """A new run's folder with what needs no second making: words and pictures."""
+    for part in ("tokenizer", "pool"):
+        shutil.copytree(folder / part, out / part)
+    return out
+
+
 def test_same_seed_same_losses_and_another_seed_others(folder: Path, tmp_path: Path) -> None:
-    train("quick", tmp_path / "again", recipe=QUICK, stages=["tower"])
-    assert losses(tmp_path / "again", "tower") == losses(folder, "tower")
-    train("quick", tmp_path / "other", recipe=QUICK, stages=["tower"], seed=1)
-    assert losses(tmp_path / "other", "tower") != losses(folder, "tower")
-
-
-def test_a_stage_stopped_half_way_resumes_to_the_same_bits(folder: Path, tmp_path: Path) -> None:
-    work = _Work(QUICK, tmp_path, 1.0)
-    half = replace(QUICK.tower, steps=3)
-    work.run(replace(half, warmup=0.0))
-    first = losses(tmp_path, "tower")
-    work = _Work(QUICK, tmp_path, 1.0)
-    whole = work.run(replace(QUICK.tower, warmup=0.0))
-    assert whole[:3] == first
-    assert len(whole) == 6
+    for name, seed in (("again", 0), ("other", 1)):
+        prepared(folder, tmp_path / name)
+        train("quick", tmp_path / name, recipe=QUICK, stages=["tower"], seed=seed)
+        assert (losses(tmp_path / name, "tower") == losses(folder, "tower")) == (name == "again")
 
 
 def test_finished_stages_are_not_repeated(folder: Path) -> None:
@@ -110,47 +106,6 @@ def test_logs_carry_the_share_of_supervised_tokens(folder: Path) -> None:
     rows = [json.loads(line) for line in (folder / "instruct.jsonl").read_text().splitlines()]
     assert all(0 < row["supervised"] < 1 for row in rows)
     assert "by_type" in rows[-1]
-
-
-def test_only_answers_and_their_end_marks_are_learned(tokenizer) -> None:
-    for i in range(25):
-        turns = conversation(scene("train", i), np.random.default_rng(i), 4)
-        for apart_ in (False, True):
-            encoded = encode(tokenizer, turns, system=bool(i % 2), apart=apart_)
-            learned = tokenizer.decode(encoded.ids[encoded.labels != IGNORE])
-            assert learned == "".join(f" {answer}</s>" for _, answer in turns)
-
-
-def test_turn_numbers_split_prefix_from_questions(tokenizer) -> None:
-    turns = [("What color is the car?", "The car is red."), ("Is there a tree?", "No, there is no tree.")]
-    encoded = encode(tokenizer, turns, system=True, apart=True)
-    assert tokenizer.decode(encoded.ids[encoded.turn == 0]).endswith("USER: <image>\n")
-    for i, (asked, answered) in enumerate(turns, 1):
-        assert tokenizer.decode(encoded.ids[encoded.turn == i]) == f"{asked} ASSISTANT: {answered}</s>"
-
-
-def test_joined_form_is_the_prompt_that_asking_uses(tokenizer) -> None:
-    from llava_lab.models.text import build_prompt
-
-    turns = [("One?", "Yes."), ("Two?", "No.")]
-    text, _, _ = render(turns, system=True)
-    assert text == build_prompt("Two?", "llava-1.5", [("One?", "Yes.")]) + " No.</s>"
-    assert render(turns[:1], system=False)[0] == build_prompt("One?", "hf") + " Yes.</s>"
-
-
-def test_a_token_that_straddles_an_answer_raises(tokenizer) -> None:
-    class Greedy:
-        """A tokenizer whose second token reaches from the cue into the answer."""
-
-        def __call__(self, text: str, **_: object) -> dict:
-            cut = text.index("ASSISTANT:") + 12
-            return {"input_ids": [1, 2, 3], "offset_mapping": [(0, cut - 6), (cut - 6, cut), (cut, len(text))]}
-
-        def convert_ids_to_tokens(self, token: int) -> str:
-            return f"piece{token}"
-
-    with pytest.raises(DataError, match="straddles"):
-        encode(Greedy(), [("Q?", "Answer.")], system=False)  # type: ignore[arg-type]
 
 
 def test_questions_apart_equal_the_stock_forward_of_each_alone(tokenizer) -> None:
@@ -184,14 +139,6 @@ def test_losses_apart_and_joined_agree_on_a_single_turn(tokenizer) -> None:
     torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
 
 
-def test_plain_form_learns_the_whole_caption_and_the_newline(tokenizer) -> None:
-    image_id = int(tokenizer.convert_tokens_to_ids("<image>"))
-    batch = plain(tokenizer, [["A small red car."]], image_id)
-    learned = batch.labels[0, 0][batch.labels[0, 0] != IGNORE]
-    assert tokenizer.decode(learned) == "A small red car.\n"
-    assert batch.prefix.tolist() == [tokenizer.bos_token_id, image_id]
-
-
 def test_training_pictures_are_what_the_processor_shows_the_model(tokenizer) -> None:
     config = build_config(SMALL, tokenizer)
     processor = build_processor(config, tokenizer)
@@ -220,12 +167,6 @@ def test_hard_negatives_differ_and_never_show_a_held_out_pair() -> None:
         assert not any(t.held_out for t in other.things)
 
 
-def test_rates_warm_up_then_fall() -> None:
-    rates = [rate_at(TINY.align, step, 100) for step in range(100)]
-    assert rates[0] < rates[2] == max(rates) == 1.0
-    assert rates[-1] < 0.03
-
-
 def test_any_text_a_user_types_encodes_and_decodes(tokenizer) -> None:
     for text in ("What colour is the car?", "¿Dónde está el coche? 🚗", "日本語\ttabs\n"):
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
@@ -239,7 +180,7 @@ def test_bad_requests_are_refused_in_one_line(folder: Path, tmp_path: Path) -> N
     with pytest.raises(OptionError, match="--resume"):
         train("quick", folder, recipe=QUICK)
     with pytest.raises(OptionError, match="train stage tower first"):
-        train("quick", tmp_path / "gap", recipe=QUICK, stages=["language"])
+        train("quick", prepared(folder, tmp_path / "gap"), recipe=QUICK, stages=["language"])
 
 
 def test_a_scene_without_a_question_is_described_instead(tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,3 +191,52 @@ def test_a_scene_without_a_question_is_described_instead(tokenizer, tmp_path: Pa
     assert form == "joined"
     assert ((batch.ids == data.image_id).sum(1) == 1).all()
     assert ((batch.labels != IGNORE).sum(1) > 5).all()
+
+
+# -- what the language stage reads
+
+
+def things_named(drawn: Scene, words: list[str]) -> list[Thing]:
+    return [t for t in drawn.things if all(w in (t.kind, t.color, t.size, "thing") for w in words)]
+
+
+def one_named(drawn: Scene, words: list[str]) -> Thing:
+    found = things_named(drawn, words)
+    assert len(found) == 1, f"{words} fits {found}"
+    return found[0]
+
+
+def test_single_facts_are_true_and_pick_out_one_thing() -> None:
+    forms = set()
+    for i in range(80):
+        drawn = scene("train", i)
+        for given, known in statements(drawn, np.random.default_rng(i), 12):
+            words, value = given.split(), known.strip(" .").removeprefix("an ").removeprefix("a ")
+            forms.add(words[0] + words[1])
+            if given.startswith(" The number of"):
+                many = [w.removesuffix("s") if w.removesuffix("s") in (*KIND_NAMES, "thing") else w for w in words[3:-1]]
+                assert NUMBERS.index(value) == len(things_named(drawn, many))
+            elif words[0] in ("Across", "Up"):
+                start, split = words.index("from") + 2, words.index("the", words.index("from") + 2)
+                other, thing = one_named(drawn, words[start:split]), one_named(drawn, words[split + 1 : -1])
+                gap = thing.x - other.x if words[0] == "Across" else thing.y - other.y
+                assert value == {"Across": ("left", "right"), "Up": ("above", "below")}[words[0]][gap > 0]
+            else:
+                hidden = words[1] if words[2] == "of" else "kind"
+                thing = one_named(drawn, words[4:-1] if words[2] == "of" else words[1:-1])
+                assert value == (place_of(thing) if hidden == "place" else getattr(thing, hidden))
+    assert {"Theplace", "Thecolor", "Thesize", "Thenumber", "Acrossfrom", "Upor"} <= forms
+
+
+def test_a_scene_retold_keeps_what_is_alike_and_never_makes_a_held_out_pair() -> None:
+    new = set()
+    for i in range(200):
+        drawn = scene("train", i)
+        other = retold(drawn, np.random.default_rng(i))
+        for key in ("kind", "color"):
+            old, names = ([getattr(t, key) for t in s.things] for s in (drawn, other))
+            assert [[a == b for b in old] for a in old] == [[a == b for b in names] for a in names]
+            new |= set(names)
+        assert not any(t.held_out for t in other.things)
+        assert [(t.x, t.y, t.size) for t in other.things] == [(t.x, t.y, t.size) for t in drawn.things]
+    assert set(OTHER_KINDS) | set(OTHER_COLORS) <= new
