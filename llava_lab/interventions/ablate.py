@@ -57,7 +57,12 @@ def ablated(
     other: Any = None,
     seed: int = 0,
 ) -> Iterator[Lab]:
-    """The model with those tokens taken away, for every forward inside the block whose prompt has the run's places."""
+    """The model with those tokens taken away, for every forward inside the block whose prompt has the run's places.
+
+    >>> with ll.ablated(lab, run, [(3, 3), (3, 4)], fill="zero"):
+    ...     lab.ask(picture, run.question).answer
+    'The car is red.'
+    """
     lab.inputs(run)
     place, layer = positions_of_patches(run, patches), token_layer(lab, at)
     with remover(lab, run, fill, layer, pictures=pictures, other=other, seed=seed)(place, None):
@@ -87,6 +92,10 @@ def ablate_tokens(
     says how many of them did less. `metric` as in `knockout`.
 
     Raises OptionError, TargetError, CheckpointError, PictureError, and LabError when the change did not reach the model.
+
+    >>> effect = ll.ablate_tokens(lab, run, [(3, 3), (3, 4)], fill="zero", draws=2, answer=False)
+    >>> effect.control.shape, effect.proof["states"]
+    ((2, 1), 2.0)
     """
     targets = resolve_targets(lab, run, metric)
     draws, seed = whole_number("draws", draws), whole_number("seed", seed)

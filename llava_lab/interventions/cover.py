@@ -37,6 +37,10 @@ def ask_without(lab: Lab | BlackBox, run: Run, patches: Patches, *, fill: str = 
     `fill`: ``grey``, ``mean`` (the picture's own mean colour) or ``blur``. A run that came with earlier turns
     needs them again as `history`. Raises OptionError (no patch, one outside the grid, missing turns),
     CheckpointError (the run was made by another checkpoint).
+
+    >>> everything = [(row, col) for row in range(12) for col in range(12)]
+    >>> ll.ask_without(lab, run, everything).answer == run.answer
+    False
     """
     same_model(lab, run)
     if "history" in run.segments and not history:

@@ -196,6 +196,10 @@ def knocked_out(
     """The model with those attention edges cut, for every forward inside the block and for `lab.ask` with the same prompt.
 
     Positions are those of `run`. Raises OptionError as `knockout` does.
+
+    >>> with ll.knocked_out(lab, run, source="image", target="last"):
+    ...     lab.ask(picture, run.question).answer == run.answer
+    False
     """
     lab.inputs(run)
     cut, window = _cut(lab, run, source, target, layers, keep_self)
@@ -226,6 +230,10 @@ def knockout(
 
     Raises OptionError (unknown segment, empty set, a layer out of range, a position left with nothing to attend to),
     TargetError, CheckpointError, and LabError when the cut did not take effect.
+
+    >>> effect = ll.knockout(lab, run, source="image", target="last", draws=0, answer=False)
+    >>> bool(effect.change[0] < -0.5), effect.proof["largest"]
+    (True, 0.0)
     """
     cut, window = _cut(lab, run, source, target, layers, keep_self)
     targets = resolve_targets(lab, run, metric)
@@ -295,6 +303,10 @@ def knockout_sweep(
     `knockout`. Ctrl-C gives the cells that are done, the others NaN.
 
     Raises OptionError, TargetError, CheckpointError and LabError as `knockout` does.
+
+    >>> sweep = ll.knockout_sweep(lab, run, flows=[("image", "last")], step=3)
+    >>> sweep.flows, sweep.after.shape
+    (('image -> last',), (1, 2, 1))
     """
     began = time.perf_counter()
     count = len(language_layers(lab.model))

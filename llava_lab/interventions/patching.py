@@ -61,6 +61,10 @@ def patch(
     the whole answer. Ctrl-C gives the cells that are done, the others NaN.
 
     Raises OptionError, TargetError, CheckpointError, PictureError, and LabError when a state did not arrive.
+
+    >>> grid = ll.patch(lab, run, "grey", sites=["image", "last"], layers=[0, 5], metric=("red", "blue"))
+    >>> grid.scores.shape, grid.clean_answer
+    ((1, 2, 2, 1), 'red')
     """
     began = time.perf_counter()
     targets = resolve_targets(lab, clean, metric)

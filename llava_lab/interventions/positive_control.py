@@ -65,6 +65,10 @@ def positive_control(
     the questions that are done.
 
     Raises OptionError when no question can be used.
+
+    >>> rates = ll.positive_control(lab, n=2, fill="zero")
+    >>> rates.n, rates.changed.shape
+    (2, (2, 2))
     """
     began = time.perf_counter()
     one_of("task", task, TASKS)

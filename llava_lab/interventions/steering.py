@@ -59,6 +59,10 @@ def steer(
     directions of the same length. `others`: questions about the same picture, answered before and after.
 
     Raises OptionError, TargetError, CheckpointError, and LabError when the states did not move as they should.
+
+    >>> effect = ll.steer(lab, run, direction=("blue", "red"), alpha=2, metric=("red", "blue"), draws=1, others=[], answer=False)
+    >>> bool(effect.change[0] < 0)
+    True
     """
     is_number = not isinstance(alpha, bool) and isinstance(alpha, int | float | np.floating)
     if not is_number or not np.isfinite(alpha) or not alpha:
@@ -84,6 +88,10 @@ def erase(
     """Take `direction` out of what each layer of [start, stop) gives on, at `where`: h - strength (h.u) u. Otherwise as `steer`.
 
     With `strength` 1 nothing of the direction is left there, which is checked in the call.
+
+    >>> effect = ll.erase(lab, run, direction="red", where="image", draws=1, others=[], answer=False)
+    >>> effect.what
+    "erased: 'red', at image, layers 0 to 5."
     """
     options = {"layers": layers, "where": where, "strength": number("strength", strength), "metric": metric}
     return _measure(lab, run, "erase", direction, options, others, draws, seed, answer)
@@ -93,7 +101,12 @@ def erase(
 def steered(
     lab: Lab, run: Run, *, direction: Any, layers: Sequence[int] | None = None, alpha: float = 1.0, where: Any = "last"
 ) -> Iterator[Lab]:
-    """The model with the direction added, for every forward inside the block."""
+    """The model with the direction added, for every forward inside the block.
+
+    >>> with ll.steered(lab, run, direction=("blue", "red"), alpha=2.0):
+    ...     lab.ask(picture, run.question, max_new_tokens=1).answer
+    'blue'
+    """
     lab.inputs(run)
     unit, _ = find_direction(lab, direction)
     with _moved(lab, positions_of(run, where, option="where"), _window(lab, layers), _adding(unit, alpha)):
@@ -104,7 +117,12 @@ def steered(
 def erased(
     lab: Lab, run: Run, *, direction: Any, layers: Sequence[int] | None = None, where: Any = "image", strength: float = 1.0
 ) -> Iterator[Lab]:
-    """The model with the direction taken out, for every forward inside the block."""
+    """The model with the direction taken out, for every forward inside the block.
+
+    >>> with ll.erased(lab, run, direction="red", where="image"):
+    ...     lab.ask(picture, run.question).answer
+    'The car is red.'
+    """
     lab.inputs(run)
     unit, _ = find_direction(lab, direction)
     with _moved(lab, positions_of(run, where, option="where"), _window(lab, layers), _erasing(unit, strength)):
@@ -136,7 +154,12 @@ def find_direction(lab: Lab, direction: Any) -> tuple[Float[Tensor, " D"], str]:
 
 
 def mean_difference(lab: Lab, runs: Sequence[Run], others: Sequence[Run], *, layer: int, where: Any = "last") -> np.ndarray:
-    """Mean state of `runs` minus that of `others` after `layer` layers at `where`, float32 (width,)."""
+    """Mean state of `runs` minus that of `others` after `layer` layers at `where`, float32 (width,).
+
+    >>> other = lab.ask(picture, "What is in the picture?")
+    >>> ll.mean_difference(lab, [run], [other], layer=3).shape
+    (256,)
+    """
     if not runs or not others:
         raise OptionError(f"expected at least one run on each side, got {len(runs)} and {len(others)}")
     count = len(language_layers(lab.model))

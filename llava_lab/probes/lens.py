@@ -1,30 +1,26 @@
-"""A tuned lens: for each state one affine, trained so that reading the state early predicts what is read at the end.
+"""Lenses: what every image token would say at every layer, if the model stopped there.
 
-``state + state A + b`` with A and b zero at first (which is the plain lens), trained on image tokens with Adam to
-lessen the Kullback-Leibler divergence from the final distribution. It reads what the plain lens cannot, in another
-basis; it may also learn what the model only works out later, so compare on pictures it was not trained on.
-
-Source: Belrose et al. 2023 (arXiv 2303.08112), section 2; there SGD with momentum on text.
-
-Logit lens: what every image token would say at every layer, if the model stopped there.
-
-State 0 is what the projector gives, state l the stream after l layers. Every state goes through the final norm
+State 0 is what the connector gives, state l the stream after l layers. Every state goes through the final norm
 exactly once, the last one too, because all are taken before it (transformers' ``hidden_states[-1]`` is already
 normed; norming it again is the usual mistake). Norm statistics are each state's own. Only the top words are kept.
 
-With a `TunedLens` each state first goes through its own trained affine. Neither says that the model uses what it reads.
+With a `TunedLens` each state first goes through its own trained affine, ``state + state A + b`` with A and b zero at first
+(which is the plain lens), trained on image tokens with Adam to lessen the Kullback-Leibler divergence from the final
+distribution. It reads what the plain lens cannot, in another basis; it may also learn what the model only works out later,
+so compare on pictures it was not trained on. Neither lens says that the model uses what it reads.
 
-Sources: nostalgebraist 2020 (logit lens); Belrose et al. 2023 (arXiv 2303.08112, tuned lens); Jiang et al. 2025
-(arXiv 2410.02762) for internal confidence on image tokens.
+`naming_share` counts how often image tokens name what they show. A patch counts when one thing covers most of it
+(`patch_labels`); at every state its top words are looked up among the ways to spell the thing's kind and colour. Two controls
+stand beside it: patches that no thing touches, tried with the words of a random thing of the same picture, and the same
+object patches tried with the words of a thing in the next picture.
 
-How often image tokens name what they show: the share of object patches whose top words are its kind or its colour.
+    lens = logit_lens(lab, run, words="red")
+    lens.rank_of("red")[-1]
 
-A patch counts when one thing covers most of it (`patch_labels`); at every state its top words are looked up among the ways
-to spell the thing's kind and colour. Two controls stand beside it: patches that no thing touches, tried with the words of a
-random thing of the same picture, and the same object patches tried with the words of a thing in the next picture.
-
-Source: Neo et al. 2025 (arXiv 2410.07149) read visual tokens with the logit lens and count those that name their object;
-the controls and intervals are ours.
+Sources: nostalgebraist 2020 (logit lens); Belrose et al. 2023 (arXiv 2303.08112, tuned lens, section 2; there SGD with
+momentum on text); Jiang et al. 2025 (arXiv 2410.02762) for internal confidence on image tokens; Neo et al. 2025 (arXiv
+2410.07149) read visual tokens with the logit lens and count those that name their object; the controls and intervals of
+that count are ours.
 """
 
 from __future__ import annotations
@@ -37,11 +33,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.std import tqdm
+from tqdm.auto import tqdm
 
 from llava_lab.capture import undisturbed
 from llava_lab.capture.residual import watch_stream
-from llava_lab.checks import number, whole_number
+from llava_lab.checks import PATIENCE, Sweep, number, whole_number
 from llava_lab.errors import CheckpointError, OptionError
 from llava_lab.models.layout import language_layers
 from llava_lab.probes.linear import QUESTION, patch_labels, read_stages, subset
@@ -54,7 +50,8 @@ from llava_lab.worlds.scenes import COLOR_NAMES, KIND_NAMES, Scene
 if TYPE_CHECKING:
     from llava_lab.models import Lab
 
-BATCH = 256  # tokens a step
+BATCH = 256  # tokens a step of training
+ASKED = "What do you see?"  # of each scene whose tokens are tried with names
 
 
 @dataclass(frozen=True)
@@ -79,76 +76,6 @@ class TunedLens(Saved):
         return (state + state @ weight + bias).to(states.dtype)
 
 
-def train_lens(
-    lab: Lab,
-    pictures: Sequence[Any],
-    *,
-    question: str = QUESTION,
-    steps: int = 200,
-    rate: float = 1e-3,
-    per_picture: int = 64,
-    seed: int = 0,
-    progress: bool = True,
-) -> TunedLens:
-    """Train a lens on image tokens of `pictures` asked `question`; the model is not changed.
-
-    Holds ``pictures x per_picture`` tokens of every state in memory. Ctrl-C raises, nothing half-trained comes back.
-    Raises OptionError for no pictures, a negative rate or fewer than one step.
-    """
-    whole_number("steps", steps, least=1)
-    number("rate", rate)
-    if not len(pictures):
-        raise OptionError("expected pictures to train a lens on, got none")
-    count, rng = len(language_layers(lab.model)), np.random.default_rng(seed)
-    kept: list[list[np.ndarray]] = [[] for _ in range(count + 1)]
-    for picture in tqdm(pictures, desc="tokens", unit="picture", disable=not progress):
-        found = read_stages(lab, picture, tuple(range(count + 1)), question=question)
-        chosen = subset(rng, len(found[0]), per_picture)
-        for state in range(count + 1):
-            kept[state].append(found[state][chosen])
-    tokens = [torch.from_numpy(np.concatenate(rows)).to(lab.device) for rows in kept]
-    generator = torch.Generator().manual_seed(seed)
-    bar = tqdm(range(count), desc="lens", unit="state", disable=not progress)
-    trained = [_train_one(lab, tokens[state], tokens[-1], steps, rate, generator) for state in bar]
-    weights, biases, before, after = zip(*trained, strict=True)
-    gaps = (np.array(before, np.float32), np.array(after, np.float32))
-    return TunedLens(np.stack(weights), np.stack(biases), gaps[0], gaps[1], lab.name, lab.fingerprint)
-
-
-def _train_one(
-    lab: Lab, states: Tensor, last: Tensor, steps: int, rate: float, generator: torch.Generator
-) -> tuple[np.ndarray, np.ndarray, float, float]:
-    width = states.shape[1]
-    weight = torch.zeros(width, width, device=states.device, requires_grad=True)
-    bias = torch.zeros(width, device=states.device, requires_grad=True)
-    optimiser = torch.optim.Adam([weight, bias], lr=rate)
-
-    def loss(rows: Tensor) -> Tensor:
-        read = _log_probs(lab, states[rows] + states[rows] @ weight + bias)
-        with torch.no_grad():
-            goal = _log_probs(lab, last[rows])
-        return (goal.exp() * (goal - read)).sum(-1).mean()
-
-    def whole_number() -> float:
-        with torch.no_grad():
-            parts = torch.arange(len(states), device=states.device).split(BATCH)
-            return sum(float(loss(rows)) * len(rows) for rows in parts) / len(states)
-
-    before = whole_number()
-    with torch.enable_grad():
-        for _ in range(steps):
-            rows = torch.randint(len(states), (min(BATCH, len(states)),), generator=generator).to(states.device)
-            weight.grad, bias.grad = torch.autograd.grad(loss(rows), (weight, bias))  # so the model's own grads stay None
-            optimiser.step()
-    return weight.detach().cpu().numpy(), bias.detach().cpu().numpy(), before, whole_number()
-
-
-def _log_probs(lab: Lab, states: Tensor) -> Tensor:
-    head = output_head(lab)
-    normed = final_norm(lab)(states.to(head.weight.dtype))
-    return head(normed).float().log_softmax(-1)
-
-
 def logit_lens(
     lab: Lab,
     run: Run,
@@ -166,6 +93,10 @@ def logit_lens(
 
     Raises OptionError (a state out of range, `top` below 1 or above the vocabulary), CheckpointError (another
     model's run or tuned lens), LabError (a quantised output head).
+
+    >>> lens = ll.logit_lens(lab, run, words="red")
+    >>> lens.top_ids.shape, lens.rank_of("red").shape
+    ((7, 144, 5), (7, 12, 12))
     """
     begin = time.perf_counter()
     vocabulary = len(output_head(lab).weight)
@@ -173,17 +104,17 @@ def logit_lens(
         raise OptionError(f"top must be at most the vocabulary's {vocabulary}, got {top}")
     names, ids, notes = word_tokens(lab, words)
     states, read = _read(lab, run, layers, top, ids, tuned)
-    top_ids = np.stack([one.top_ids for one in read])
+    top_ids = np.stack([state.top_ids for state in read])
     piece_ids, pieces = token_texts(lab, top_ids)
     return LogitLens(
         states=states,
         top_ids=top_ids,
-        top_probs=np.stack([one.top_probs for one in read]),
-        entropy=np.stack([one.entropy for one in read]),
+        top_probs=np.stack([state.top_probs for state in read]),
+        entropy=np.stack([state.entropy for state in read]),
         words=names,
         word_ids=ids,
-        ranks=np.stack([one.ranks for one in read]),
-        probs=np.stack([one.probs for one in read]),
+        ranks=np.stack([state.ranks for state in read]),
+        probs=np.stack([state.probs for state in read]),
         piece_ids=piece_ids,
         pieces=pieces,
         vocabulary=vocabulary,
@@ -202,13 +133,16 @@ def activation_map(
     """How probable a word (or each of several) is at every patch and state; options and errors as `logit_lens`.
 
     Its `confidence`, the maximum over patches and states, is what vl-interp calls internal confidence.
+
+    >>> ll.activation_map(lab, run, "red").values.shape
+    (1, 7, 12, 12)
     """
     begin = time.perf_counter()
     names, ids, notes = word_tokens(lab, word)
     if not names:
         raise OptionError("expected at least one word to look for, got none")
     states, read = _read(lab, run, layers, 1, ids, tuned)
-    values = np.stack([one.probs for one in read]).transpose(2, 0, 1)
+    values = np.stack([state.probs for state in read]).transpose(2, 0, 1)
     return WordActivation(
         values=np.ascontiguousarray(values).reshape(len(ids), len(states), run.map.rows, run.map.cols),
         words=names,
@@ -238,31 +172,33 @@ def hallucination_check(
     `present` and `absent`: words for each run. The score is the chance that a present word beats an absent one
     (area under the ROC curve), its interval by resampling pictures. Ctrl-C gives the pictures done so far.
     Raises OptionError when the lists do not match the runs or one kind of word is missing altogether.
+
+    >>> check = ll.hallucination_check(lab, [run], [["red"]], [["green"]], progress=False)
+    >>> check.words, check.auc
+    (('red', 'green'), 1.0)
     """
     if not len(runs) == len(present) == len(absent):
         raise OptionError(f"expected words for {len(runs)} runs, got {len(present)} lists of present and {len(absent)} of absent")
     if not any(map(len, present)) or not any(map(len, absent)):
         raise OptionError("expected at least one present and one absent word, got none of one kind")
-    rows: list[tuple[str, int, bool, float]] = []
+    rows: list[tuple[str, int, bool, float]] = []  # word, number of its picture, whether it is there, confidence
     notes: dict[str, None] = {}
-    interrupted = False
-    try:
-        for number, run in enumerate(tqdm(runs, desc="confidence", unit="picture", disable=not progress)):
-            asked = [*present[number], *absent[number]]
+    with Sweep("confidence", total=len(runs), unit="picture", show=progress) as sweep:
+        for picture, run in enumerate(runs):
+            asked = [*present[picture], *absent[picture]]
             if asked:
-                found = activation_map(lab, run, asked, layers=layers, tuned=tuned)
-                notes |= dict.fromkeys(found.notes)
-                there = [True] * len(present[number]) + [False] * len(absent[number])
-                rows += zip(asked, [number] * len(asked), there, found.confidence.tolist(), strict=True)
-    except KeyboardInterrupt:
-        interrupted = True
-        if len({row[2] for row in rows}) < 2:
-            raise
+                activation = activation_map(lab, run, asked, layers=layers, tuned=tuned)
+                notes |= dict.fromkeys(activation.notes)
+                there = [True] * len(present[picture]) + [False] * len(absent[picture])
+                rows += zip(asked, [picture] * len(asked), there, activation.confidence.tolist(), strict=True)
+            sweep.step()
+    if sweep.interrupted and len({row[2] for row in rows}) < 2:
+        raise KeyboardInterrupt
     words, *columns = zip(*rows, strict=True)
     where, is_there, sure = (np.array(one, kind) for one, kind in zip(columns, (np.int32, bool, np.float32), strict=True))
     auc, low, high = _separation(where, is_there, sure, seed)
     about = (tuple(words), where, is_there, sure, auc, low, high)
-    return HallucinationCheck(*about, lab.name, lab.fingerprint, interrupted, tuple(notes))
+    return HallucinationCheck(*about, lab.name, lab.fingerprint, sweep.interrupted, tuple(notes))
 
 
 def _separation(where: np.ndarray, there: np.ndarray, sure: np.ndarray, seed: int) -> tuple[float, float, float]:
@@ -290,16 +226,16 @@ def _read(
     if tuned is not None and tuned.fingerprint != lab.fingerprint:
         raise CheckpointError(f"this tuned lens was trained for {tuned.model!r} with other weights; train it with `train_lens`")
     image, norm = slice(*run.segments["image"]), final_norm(lab)
-    found: list[Reading] = []
+    readings: list[Reading] = []
 
     def fold(number: int, state: Tensor) -> None:
         if start <= number < stop:
             rows = state[0, image] if tuned is None else tuned.translate(number, state[0, image])
-            found.append(read_words(lab, norm(rows), top=top, ids=ids))
+            readings.append(read_words(lab, norm(rows), top=top, ids=ids))
 
     with undisturbed(lab.model), watch_stream(stack, fold):
         lab.model(**lab.inputs(run), use_cache=False, logits_to_keep=1)
-    return tuple(range(start, stop)), found
+    return tuple(range(start, stop)), readings
 
 
 def _note(states: tuple[int, ...], tuned: TunedLens | None) -> str:
@@ -308,16 +244,98 @@ def _note(states: tuple[int, ...], tuned: TunedLens | None) -> str:
     return f"Image tokens at {places} read with the output head, {how}, with its own norm statistics."
 
 
-QUESTION = "What do you see?"
+# -- training a lens --------------------------------------------------------------------------
+
+
+def train_lens(
+    lab: Lab,
+    pictures: Sequence[Any],
+    *,
+    question: str = QUESTION,
+    steps: int = 200,
+    rate: float = 1e-3,
+    per_picture: int = 64,
+    seed: int = 0,
+    progress: bool = True,
+) -> TunedLens:
+    """Train a lens on image tokens of `pictures` asked `question`; the model is not changed.
+
+    Holds ``pictures x per_picture`` tokens of every state in memory. Ctrl-C raises, nothing half-trained comes back.
+    Raises OptionError for no pictures, a negative rate or fewer than one step.
+
+    >>> tuned = ll.train_lens(lab, [picture], steps=2, per_picture=16, progress=False)
+    >>> ll.logit_lens(lab, run, tuned=tuned).tuned
+    True
+    """
+    whole_number("steps", steps, least=1)
+    number("rate", rate)
+    if not len(pictures):
+        raise OptionError("expected pictures to train a lens on, got none")
+    count, rng = len(language_layers(lab.model)), np.random.default_rng(seed)
+    rows: list[list[np.ndarray]] = [[] for _ in range(count + 1)]
+    for picture in tqdm(pictures, desc="tokens", unit="picture", delay=PATIENCE, disable=not progress):
+        stages = read_stages(lab, picture, tuple(range(count + 1)), question=question)
+        chosen = subset(rng, len(stages[0]), per_picture)
+        for state in range(count + 1):
+            rows[state].append(stages[state][chosen])
+    tokens = [torch.from_numpy(np.concatenate(of_state)).to(lab.device) for of_state in rows]
+    generator = torch.Generator().manual_seed(seed)
+    bar = tqdm(range(count), desc="lens", unit="state", delay=PATIENCE, disable=not progress)
+    trained = [_train_state(lab, tokens[state], tokens[-1], steps, rate, generator) for state in bar]
+    weights, biases, before, after = zip(*trained, strict=True)
+    gaps = (np.array(before, np.float32), np.array(after, np.float32))
+    return TunedLens(np.stack(weights), np.stack(biases), gaps[0], gaps[1], lab.name, lab.fingerprint)
+
+
+def _train_state(
+    lab: Lab, states: Tensor, last: Tensor, steps: int, rate: float, generator: torch.Generator
+) -> tuple[np.ndarray, np.ndarray, float, float]:
+    """Weight and bias for one state, and the divergence before and after."""
+    width = states.shape[1]
+    weight = torch.zeros(width, width, device=states.device, requires_grad=True)
+    bias = torch.zeros(width, device=states.device, requires_grad=True)
+    optimiser = torch.optim.Adam([weight, bias], lr=rate)
+
+    def loss(rows: Tensor) -> Tensor:
+        read = _log_probs(lab, states[rows] + states[rows] @ weight + bias)
+        with torch.no_grad():
+            goal = _log_probs(lab, last[rows])
+        return (goal.exp() * (goal - read)).sum(-1).mean()
+
+    def mean_loss() -> float:
+        with torch.no_grad():
+            parts = torch.arange(len(states), device=states.device).split(BATCH)
+            return sum(float(loss(rows)) * len(rows) for rows in parts) / len(states)
+
+    before = mean_loss()
+    with torch.enable_grad():
+        for _ in range(steps):
+            rows = torch.randint(len(states), (min(BATCH, len(states)),), generator=generator).to(states.device)
+            # not `backward`, so that the model's own grads stay None
+            weight.grad, bias.grad = torch.autograd.grad(loss(rows), (weight, bias))
+            optimiser.step()
+    return weight.detach().cpu().numpy(), bias.detach().cpu().numpy(), before, mean_loss()
+
+
+def _log_probs(lab: Lab, states: Tensor) -> Tensor:
+    head = output_head(lab)
+    normed = final_norm(lab)(states.to(head.weight.dtype))
+    return head(normed).float().log_softmax(-1)
+
+
+# -- how often tokens name what they show --------------------------------------------------------
 
 
 def naming_share(
-    lab: Lab, *, n: int = 60, split: str = "test", top: int = 5, question: str = QUESTION, seed: int = 0, progress: bool = True
+    lab: Lab, *, n: int = 60, split: str = "test", top: int = 5, question: str = ASKED, seed: int = 0, progress: bool = True
 ) -> NamingShare:
     """Shares by state over the first `n` scenes of a split, with intervals that resample pictures.
 
     One answer and one forward a picture. A word of several tokens counts by its first (the notes list them).
     Raises OptionError for `n` below 2 (the shuffled control needs another picture) or `top` below 1, DataError for a split.
+
+    >>> ll.naming_share(lab, n=2, progress=False).of("object").shape
+    (7,)
     """
     begin = time.perf_counter()
     whole_number("n", n, least=2)
@@ -329,10 +347,10 @@ def naming_share(
     rng = np.random.default_rng((seed, n))
     hits, counts = [], []
     states: tuple[int, ...] = ()
-    for i, shown in enumerate(tqdm(scenes, desc="naming", unit="picture", disable=not progress)):
+    for i, shown in enumerate(tqdm(scenes, desc="naming", unit="picture", delay=PATIENCE, disable=not progress)):
         run = lab.ask(shown.picture(), question, max_new_tokens=1)
         lens = logit_lens(lab, run, top=top)
-        states, said = lens.states, lens.top_ids
+        states = lens.states
         kind, color = kinds[i].ravel(), colors[i].ravel()
         there = np.flatnonzero(kind >= 0)
         blank = np.flatnonzero(empty[i].ravel())
@@ -341,7 +359,7 @@ def naming_share(
             (blank, *_drawn(shown, len(blank), rng)),
             (there, *_drawn(scenes[(i + 1) % n], len(there), rng)),
         )
-        hits.append(np.stack([_named(said[:, where], names, k, c) for where, k, c in groups]))
+        hits.append(np.stack([_named(lens.top_ids[:, where], names, k, c) for where, k, c in groups]))
         counts.append([len(where) for where, _, _ in groups])
     share, interval = _shares(np.stack(hits).astype(float), np.array(counts, float), seed)
     return NamingShare(
@@ -367,29 +385,28 @@ def _drawn(shown: Scene, count: int, rng: np.random.Generator) -> tuple[np.ndarr
 
 
 def _spellings(lab: Lab) -> tuple[dict[str, list[np.ndarray]], tuple[str, ...]]:
-    """For every kind and colour the first tokens of its spellings: in a sentence, at its start, with a capital."""
-    found: dict[str, list[np.ndarray]] = {}
-    said: dict[str, None] = {}
+    """For every kind and colour the first tokens of its spellings: in a sentence, at its start, with a capital; and notes."""
+    spellings: dict[str, list[np.ndarray]] = {"kind": [], "color": []}
+    notes: dict[str, None] = {}
     for what, words in (("kind", KIND_NAMES), ("color", COLOR_NAMES)):
-        found[what] = []
         for word in words:
-            _, (inside,), notes = word_tokens(lab, word)
-            said |= dict.fromkeys(notes)
+            _, (inside,), about = word_tokens(lab, word)
+            notes |= dict.fromkeys(about)
             ids = {inside}
             for spelt in (word, word.capitalize(), f" {word.capitalize()}"):
                 alone = lab.tokenizer.encode(spelt, add_special_tokens=False)
                 if len(alone) == 1 and alone[0] != lab.tokenizer.unk_token_id:
                     ids.add(alone[0])
-            found[what].append(np.array(sorted(ids)))
-    return found, tuple(said)
+            spellings[what].append(np.array(sorted(ids)))
+    return spellings, tuple(notes)
 
 
-def _named(said: np.ndarray, names: dict[str, list[np.ndarray]], kind: np.ndarray, color: np.ndarray) -> np.ndarray:
+def _named(top_ids: np.ndarray, names: dict[str, list[np.ndarray]], kind: np.ndarray, color: np.ndarray) -> np.ndarray:
     """(S, P, top) tokens -> patches that name their kind, their colour, either: int (3, S)."""
-    hit = np.zeros((2, *said.shape[:2]), bool)
-    for row, (what, wanted) in enumerate((("kind", kind), ("color", color))):
-        for patch, label in enumerate(wanted):
-            hit[row, :, patch] = np.isin(said[:, patch], names[what][int(label)]).any(-1)
+    hit = np.zeros((2, *top_ids.shape[:2]), bool)
+    for row, (what, labels) in enumerate((("kind", kind), ("color", color))):
+        for patch, label in enumerate(labels):
+            hit[row, :, patch] = np.isin(top_ids[:, patch], names[what][int(label)]).any(-1)
     return np.stack([*hit, hit.any(0)]).sum(-1)
 
 

@@ -1,10 +1,13 @@
-"""Which words of the vocabulary a projected image token points nearest to, by cosine.
+"""Which words of the vocabulary an image token behind the connector points nearest to, by cosine.
 
 The input embedding (what the language model is used to read) and the output head (what it writes with) give
 different answers. Raw cosine is dominated by one direction all words share, so the centred one is the default: the
 vocabulary's mean is taken from the words and the picture's own mean from its tokens, which also takes away the gap
 between the two clouds. A nearest word exists for any vector, so the share of readable ones stands beside that of
 random vectors: the picture's own tokens with the entries of each put in random order.
+
+    near = nearest_words(lab, run)
+    near.readable_share, near.random_shares.mean()
 
 Sources: Neo et al. 2024 (arXiv 2410.07149) and LatentLens (arXiv 2602.00462) for the question; the controls are ours.
 """
@@ -40,11 +43,15 @@ WORD_START = ("▁", "Ġ", " ")
 def nearest_words(
     lab: Lab, run: Run, *, space: str = "input", centered: bool = True, top: int = 5, draws: int = 20, seed: int = 0
 ) -> NearestWords:
-    """The `top` nearest words of every projected image token, and how often they are whole words beside a control.
+    """The `top` nearest words of every image token behind the connector, and how often they are whole words beside a control.
 
     `space`: "input" compares with the embeddings, "output" with the rows of the output head. Special tokens and rows
     without a token are left out. `draws` random controls. One forward; cosines are taken a few hundred words at a time.
     Raises OptionError (another space, `top` or `draws` out of range), CheckpointError, LabError (quantised embeddings).
+
+    >>> near = ll.nearest_words(lab, run, draws=2)
+    >>> near.top_ids.shape, near.random_shares.shape
+    ((144, 5), (2,))
     """
     begin = time.perf_counter()
     one_of("space", space, SPACES)
@@ -54,7 +61,7 @@ def nearest_words(
     kept = _comparable(lab, len(rows))
     if whole_number("top", top, least=1) > len(kept):
         raise OptionError(f"top must be at most the {len(kept)} words compared with, got {top}")
-    tokens = _projected(lab, run).to(rows.device)
+    tokens = _image_tokens(lab, run).to(rows.device)
     middle, common = _vocabulary_means(rows, kept)
     mean = middle if centered else torch.zeros_like(middle)
     ids, cosines = _nearest(_toward(tokens, centered), rows, kept, mean, top)
@@ -90,17 +97,16 @@ def nearest_words(
     )
 
 
-def _projected(lab: Lab, run: Run) -> Float[Tensor, "P W"]:
-    image, found = slice(*run.segments["image"]), []
-    layers = language_layers(lab.model)
+def _image_tokens(lab: Lab, run: Run) -> Float[Tensor, "P W"]:
+    image, tokens = slice(*run.segments["image"]), []
 
     def fold(number: int, state: Tensor) -> None:
         if number == 0:
-            found.append(state[0, image].float())
+            tokens.append(state[0, image].float())
 
-    with undisturbed(lab.model), watch_stream(layers, fold):
+    with undisturbed(lab.model), watch_stream(language_layers(lab.model), fold):
         lab.model(**lab.inputs(run), use_cache=False, logits_to_keep=1)
-    return found[0]
+    return tokens[0]
 
 
 def _matrix(lab: Lab, space: str) -> Tensor:

@@ -37,6 +37,8 @@ def facts(tiny_folder: Path) -> Iterator[Facts]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(capture, "NEW_TOKENS", NEW)
         patch.setattr(relevancy, "NEW_TOKENS", NEW)
+        few = {method: {**options, **occlusion.WARM.get(method, {})} for method, options in occlusion.STAND_INS.items()}
+        patch.setattr(occlusion, "STAND_INS", few)
         measured: Facts = {}
         for name in COMPARED:
             comparison = import_module(f"llava_lab.bench.{name}").COMPARISON

@@ -10,7 +10,7 @@ import pytest
 
 from llava_lab.errors import DataError
 from llava_lab.evaluation import Item, answer_all, evaluate, load_items
-from llava_lab.evaluation.scoring import _blind, _majority, _shuffled
+from llava_lab.evaluation.scoring import _blind, _majority, _score, _shuffled
 
 
 def test_batched_answers_equal_single_questions(tiny_random) -> None:
@@ -47,6 +47,15 @@ def test_evaluate_reports_what_json_promises(tiny_random) -> None:
         assert 0 <= low <= high <= 1
         assert part["n"] >= 1
     json.dumps(result)
+
+
+def test_intervals_resample_pictures_and_not_questions() -> None:
+    """Eight questions about a picture that are right together say no more than one: 40 pictures, not 320 questions."""
+    pictures = np.arange(40)
+    right = np.random.default_rng(0).random(40) < 0.5
+    once, often = _score(right, pictures)["interval"], _score(np.repeat(right, 8), np.repeat(pictures, 8))["interval"]
+    assert often == once
+    assert often[1] - often[0] > 0.25
 
 
 def test_llava_json_items_ask_each_turn_alone(tmp_path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from llava_lab.capture import undisturbed
+from llava_lab.capture import hooked, undisturbed
 from llava_lab.errors import OptionError
 from llava_lab.interventions import ablate_tokens, ablated
 from llava_lab.interventions.ablate import FILLS, shuffled
@@ -18,6 +18,7 @@ from llava_lab.models.layout import connector_of
 from llava_lab.replay.prefix import embedded, image_tokens
 from llava_lab.results import Run
 from tests.support.gradients import leftovers, noise_run
+from tests.support.interrupts import interrupting
 from tests.support.planted import RED, planted_lab, red_picture, scripted_run
 
 PATCHES = [(0, 1), (3, 2)]
@@ -35,16 +36,14 @@ def _score(lab: Lab, run: Run, logits: torch.Tensor, gone: int = 0) -> float:
     return float(sum(logprobs[i - 1 - gone, run.token_ids[i]] for i in range(start, stop)))
 
 
-def test_zero_at_the_projector_is_the_projector_with_zero_rows(tiny_random: Lab, run: Run) -> None:
+def test_zero_at_the_connector_is_the_connector_with_zero_rows(tiny_random: Lab, run: Run) -> None:
     def zeroed(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
         changed = output.clone()
         changed[:, PLACES] = 0
         return changed
 
-    handle = connector_of(tiny_random.model).register_forward_hook(zeroed)
-    with undisturbed(tiny_random.model):
+    with undisturbed(tiny_random.model), hooked(connector_of(tiny_random.model), after=zeroed):
         expected = _score(tiny_random, run, tiny_random.model(**tiny_random.inputs(run)).logits)
-    handle.remove()
     effect = ablate_tokens(tiny_random, run, PATCHES, fill="zero", draws=0)
     assert effect.after[0] == pytest.approx(expected, abs=1e-4)
     assert effect.proof["states"] == 2
@@ -128,16 +127,8 @@ def test_bad_input_is_said_in_one_line(tiny_random: Lab, run: Run, patches: Any,
 
 def test_ctrl_c_keeps_the_controls_that_are_done(tiny_random: Lab, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     before = leftovers(tiny_random)
-    calls, forward = 0, tiny_random.model.forward
-
-    def interrupted(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 6:  # kept, before, after, two controls
-            raise KeyboardInterrupt
-        return forward(*args, **kwargs)
-
-    monkeypatch.setattr(tiny_random.model, "forward", interrupted)
+    # kept, before, after, two controls
+    monkeypatch.setattr(tiny_random.model, "forward", interrupting(tiny_random.model.forward, at=6))
     effect = ablate_tokens(tiny_random, run, PATCHES, fill="zero", draws=5)
     monkeypatch.undo()
     assert effect.interrupted

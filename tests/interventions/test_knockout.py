@@ -19,10 +19,10 @@ from llava_lab.models.layout import language_layers
 from llava_lab.results import Effect, FlowSweep, Run
 from tests.support.checkpoints import build_llava
 from tests.support.gradients import leftovers, noise_run
+from tests.support.interrupts import interrupting
 
-cut_module = importlib.import_module(
-    "llava_lab.interventions.knockout"
-)  # the module: its package gives the function of that name
+# the module: its package gives the function of that name
+cut_module = importlib.import_module("llava_lab.interventions.knockout")
 
 TEXT = "Yes, the car is blue."
 
@@ -45,7 +45,7 @@ def _naive(lab: Lab, run: Run, rows: list[int], columns: list[int], window: tupl
     causal = torch.zeros(1, 1, size, size).masked_fill_(torch.ones(size, size, dtype=torch.bool).triu(1), -1e9)
     closed = causal.clone()
     for row in rows:
-        closed[0, 0, row, [one for one in columns if one < row]] = -1e9
+        closed[0, 0, row, [column for column in columns if column < row]] = -1e9
     layers: Any = language_layers(lab.model)
     plain = [layer.forward for layer in layers]
 
@@ -199,9 +199,8 @@ def test_another_checkpoint_s_run_is_refused(tiny_random: Lab, run: Run, tmp_pat
         knockout(other, run, source="image", target="last")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16"])
-def test_it_holds_in_half_precision_at_576_patches(llava15_folder: Path, dtype: str) -> None:
-    lab = load(str(llava15_folder), dtype=dtype)
+def test_it_holds_in_half_precision_at_576_patches(llava15_folder: Path) -> None:
+    lab = load(str(llava15_folder), dtype="bfloat16")
     run = noise_run(lab, "The car is red.")
     assert run.segments["image"][1] - run.segments["image"][0] == 576
     for name in ("sdpa", "eager"):
@@ -228,16 +227,8 @@ def test_a_sweep_is_knockouts_one_by_one(lab: Lab, run: Run, tmp_path: Path) -> 
 
 def test_ctrl_c_in_a_sweep_gives_the_finished_cells(tiny_random: Lab, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     before, whole = leftovers(tiny_random), knockout_sweep(tiny_random, run, width=1)
-    calls, forward = 0, tiny_random.model.forward
-
-    def interrupted(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 5:  # the kept beginning, the plain score, two cells
-            raise KeyboardInterrupt
-        return forward(*args, **kwargs)
-
-    monkeypatch.setattr(tiny_random.model, "forward", interrupted)
+    # the kept beginning, the plain score, two cells
+    monkeypatch.setattr(tiny_random.model, "forward", interrupting(tiny_random.model.forward, at=5))
     part = knockout_sweep(tiny_random, run, width=1)
     monkeypatch.undo()
     assert part.interrupted

@@ -13,6 +13,7 @@ from llava_lab.interventions import patch
 from llava_lab.models import Lab
 from llava_lab.results import PatchGrid, Run
 from tests.support.gradients import leftovers, noise_run
+from tests.support.interrupts import interrupting
 from tests.support.planted import planted_lab, red_picture, scripted_run
 
 TARGETS = ["blue", ("blue", "green")]
@@ -82,16 +83,8 @@ def test_bad_input_is_said_in_one_line(tiny_random: Lab, run: Run, corrupt: Any,
 
 def test_ctrl_c_gives_the_finished_cells(tiny_random: Lab, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     before = leftovers(tiny_random)
-    calls, forward = 0, tiny_random.model.forward
-
-    def interrupted(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 7:  # two beginnings, two readings, two cells
-            raise KeyboardInterrupt
-        return forward(*args, **kwargs)
-
-    monkeypatch.setattr(tiny_random.model, "forward", interrupted)
+    # two beginnings, two readings, two cells
+    monkeypatch.setattr(tiny_random.model, "forward", interrupting(tiny_random.model.forward, at=7))
     grid = patch(tiny_random, run, "grey")
     monkeypatch.undo()
     assert grid.interrupted

@@ -6,7 +6,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from llava_lab.errors import CheckpointError
-from llava_lab.evaluation.plain_text import perplexity
+from llava_lab.evaluation.perplexity import perplexity
 from llava_lab.models import folders, layout
 from llava_lab.models.formats import smol
 from llava_lab.models.formats import smol as gguf_cache

@@ -1,8 +1,8 @@
-"""The logit lens: the naive way's numbers without its memory, one norm per state, nothing left behind, clear refusals."""
+"""Lenses: the naive way's numbers without its memory, one norm per state, nothing left behind; how often tokens name things."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from llava_lab.errors import CheckpointError, OptionError
+from llava_lab.cli import main as cli
+from llava_lab.errors import CheckpointError, DataError, OptionError
 from llava_lab.models import Lab, load
 from llava_lab.models.layout import language_layers, language_model
-from llava_lab.probes import activation_map, hallucination_check, lens, logit_lens, train_lens
+from llava_lab.probes import activation_map, hallucination_check, lens, logit_lens, naming_share, patch_labels, train_lens
 from llava_lab.replay import words as vocabulary
-from llava_lab.results import HallucinationCheck, LogitLens, Run, WordActivation
+from llava_lab.replay.words import word_tokens
+from llava_lab.results import HallucinationCheck, LogitLens, NamingShare, Run, WordActivation
+from llava_lab.worlds.picturebook import scene
+from llava_lab.worlds.scenes import COLOR_NAMES, KIND_NAMES
+from tests.support.gradients import leftovers
+from tests.support.interrupts import interrupting
 from tests.support.logit_cases import grouped_lab, speaking_lab, states_and_logits
 from tests.support.planted import RED, red_picture, scripted_run
 
@@ -37,14 +43,6 @@ def naive(lab: Lab, run: Run) -> torch.Tensor:
     with torch.no_grad():
         normed = [norm(state[image]) for state in states[:-1]] + [states[-1][image]]
         return torch.stack([head(state.float().to(head.weight.dtype)).float().softmax(-1) for state in normed])
-
-
-def hooks(lab: Lab) -> int:
-    return sum(
-        len(part)
-        for module in lab.model.modules()
-        for part in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
-    )
 
 
 def check_against_naive(lab: Lab, run: Run, near: float) -> None:
@@ -174,7 +172,7 @@ def test_nothing_is_left_behind_even_when_stopped(
     tiny_random: Lab, run: Run, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, logits = states_and_logits(tiny_random, run)
-    hung = hooks(tiny_random)
+    before = leftovers(tiny_random)
 
     def stop(*args: Any, **options: Any) -> None:
         raise error
@@ -184,24 +182,25 @@ def test_nothing_is_left_behind_even_when_stopped(
         patch.setattr(lens, "read_words", stop)
         with pytest.raises(error):
             logit_lens(tiny_random, run)
-    assert hooks(tiny_random) == hung
+    assert leftovers(tiny_random) == before
     assert torch.equal(states_and_logits(tiny_random, run)[1], logits)
 
 
 def test_a_stopped_check_keeps_the_pictures_done(tiny_random: Lab, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[int] = []
-    real: Callable[..., WordActivation] = lens.activation_map
-
-    def second_stops(*args: Any, **options: Any) -> WordActivation:
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*args, **options)
-
-    monkeypatch.setattr(lens, "activation_map", second_stops)
+    monkeypatch.setattr(lens, "activation_map", interrupting(lens.activation_map, at=2))
     found = hallucination_check(tiny_random, [run, run], [["red"]] * 2, [["blue"]] * 2, progress=False)
     assert found.interrupted
     assert found.words == ("red", "blue")
+
+
+def test_the_interval_of_a_check_resamples_pictures_and_not_words() -> None:
+    rng = np.random.default_rng(0)
+    where, there = np.repeat(np.arange(20), 2).astype(np.int32), np.tile([True, False], 20)
+    sure = (rng.random(40) + 0.3 * there).astype(np.float32)
+    once = lens._separation(where, there, sure, 0)
+    often = lens._separation(np.repeat(where, 4), np.repeat(there, 4), np.repeat(sure, 4), 0)
+    assert often == pytest.approx(once)
+    assert once[1] < once[0] < once[2]
 
 
 def test_results_survive_the_disk(tiny_random: Lab, run: Run, tmp_path: Path) -> None:
@@ -250,3 +249,98 @@ def test_a_run_of_other_weights_and_lists_that_do_not_match_are_refused(tiny_ran
         found.at(1, 4, 0)
     with pytest.raises(OptionError, match="asked for: red; got 'blue'"):
         found.rank_of("blue")
+
+
+N = 3
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Lab:
+    return load("tiny")
+
+
+def token(lab: Lab, word: str) -> int:
+    return word_tokens(lab, word)[1][0]
+
+
+def plant_names(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """State 0 says nothing; state 1 says the kind of the thing at its patches; state 2 its colour everywhere it is."""
+    scenes = iter([scene("test", i) for i in range(N)])
+    nothing = lab.tokenizer.encode(",", add_special_tokens=False)[0]
+    real = lens.logit_lens
+
+    def planted_lens(lab: Lab, run: Any, *, top: int) -> Any:
+        shown = next(scenes)
+        found = real(lab, run, top=top, layers=(0, 3))
+        said = np.full_like(found.top_ids, nothing)
+        for state, what, names in ((1, "kind", KIND_NAMES), (2, "color", COLOR_NAMES)):
+            for patch, number in enumerate(patch_labels(lab, [shown], what)[0].ravel()):
+                if number >= 0:
+                    said[state, patch, -1] = token(lab, names[number])
+        return replace(found, top_ids=said)
+
+    monkeypatch.setattr(lens, "logit_lens", planted_lens)
+
+
+def test_a_lens_that_names_everything_scores_one_and_its_background_nothing(tiny: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant_names(tiny, monkeypatch)
+    found = naming_share(tiny, n=N, top=2, progress=False)
+    assert found.of("object", "kind").tolist() == [0, 1, 0]
+    assert found.of("object", "color").tolist() == [0, 0, 1]
+    assert found.of("object").tolist() == [0, 1, 1]
+    assert found.of("background").tolist() == [0, 0, 0]
+    assert 0 <= found.of("shuffled", "kind")[1] < 1
+
+
+def test_the_shuffled_control_tries_the_next_picture_s_things(tiny: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant_names(tiny, monkeypatch)
+    expected, patches = 0.0, 0
+    for i in range(N):
+        mine = patch_labels(tiny, [scene("test", i)], "kind")[0].ravel()
+        others = [thing.kind for thing in scene("test", (i + 1) % N).things]
+        expected += sum(others.count(KIND_NAMES[k]) / len(others) for k in mine[mine >= 0])
+        patches += int((mine >= 0).sum())
+    drawn = naming_share(tiny, n=N, top=2, progress=False).of("shuffled", "kind")[1]
+    assert abs(drawn - expected / patches) < 4 * np.sqrt(0.25 / patches)  # a random thing of that picture each time
+
+
+def test_on_the_shipped_model_a_naive_loop_gives_the_same_share(tiny: Lab) -> None:
+    found = naming_share(tiny, n=2, progress=False)
+    hit = count = 0
+    for i in range(2):
+        shown = scene("test", i)
+        said = logit_lens(tiny, tiny.ask(shown.picture(), lens.ASKED, max_new_tokens=1))
+        table = patch_labels(tiny, [shown], "color")[0]
+        for (row, col), number in np.ndenumerate(table):
+            if number >= 0:
+                count += 1
+                hit += any(text.strip().lower() == COLOR_NAMES[number] for text, _ in said.at(said.states[-1], row, col))
+    assert found.patches[0] == count
+    assert found.of("object", "color")[-1] == pytest.approx(hit / count)
+
+
+def test_intervals_hold_the_share_and_the_file_gives_it_back(tiny: Lab, tmp_path: Path) -> None:
+    found = naming_share(tiny, n=N, progress=False)
+    assert (found.interval[..., 0] <= found.share + 1e-6).all()
+    assert (found.share <= found.interval[..., 1] + 1e-6).all()
+    back = NamingShare.load(found.save(tmp_path / "n.npz"))
+    assert np.array_equal(back.share, found.share)
+    assert back.table() == found.table()
+    assert len(found.table().splitlines()) == len(found.states) + 1
+
+
+def test_bad_counts_and_splits_are_refused(tiny: Lab) -> None:
+    with pytest.raises(OptionError, match="n must be a whole number of at least 2, got 1"):
+        naming_share(tiny, n=1)
+    with pytest.raises(OptionError, match="top must be"):
+        naming_share(tiny, n=2, top=0)
+    with pytest.raises(DataError, match="split must be one of"):
+        naming_share(tiny, n=2, split="moon")
+
+
+def test_the_command_prints_what_the_function_finds(tiny: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["naming", "--n", "2", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    found = naming_share(tiny, n=2, progress=False)
+    assert [one["share"] for one in data["shares"]["object"]["either"]] == pytest.approx(found.of("object").tolist())
+    assert data["patches"]["object"] == found.patches[0]

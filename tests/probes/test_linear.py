@@ -1,8 +1,7 @@
-"""Linear probes: closed-form ridge against plain algebra, labels that are there are read, leakage and chance are not."""
+"""Linear probes: ridge against plain algebra, labels that are there are read, leakage and chance are not; labels of patches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,47 +10,29 @@ import pytest
 import torch
 
 from llava_lab.errors import OptionError
-from llava_lab.models import Lab, load
+from llava_lab.models import Lab
 from llava_lab.models.layout import connector_of
 from llava_lab.probes import linear, linear_probe
-from llava_lab.probes import linear as features
-from llava_lab.probes.linear import Ridge, held_out_classes
+from llava_lab.probes.linear import PATCH_LABELS, QUESTION, Ridge, Stage, held_out_classes, patch_labels, read_stages
 from llava_lab.results import ProbeScores
+from llava_lab.worlds import picturebook
+from llava_lab.worlds.scenes import Scene, Thing
+from tests.support.interrupts import interrupting
 from tests.support.logit_cases import states_and_logits
-from tests.support.planted import RED, scripted_run
+from tests.support.planted import scripted_run
+from tests.support.probe_cases import placed_lab, red_squares
 
 COUNT = 12
 
 
-def squares(count: int = COUNT) -> tuple[list[np.ndarray], np.ndarray]:
-    """Grey pictures with one red 8x8 patch each, and which patch it is, (count, 4, 4)."""
-    rng = np.random.default_rng(1)
-    pictures, labels = [], np.zeros((count, 4, 4), np.int64)
-    for number in range(count):
-        pixels = rng.integers(90, 160, (32, 32, 3), dtype=np.uint8)
-        row, col = rng.integers(0, 4, 2)
-        pixels[row * 8 : row * 8 + 8, col * 8 : col * 8 + 8] = RED
-        labels[number, row, col] = 1
-        pictures.append(pixels)
-    return pictures, labels
-
-
 @pytest.fixture(scope="module")
 def red() -> tuple[list[np.ndarray], np.ndarray]:
-    return squares()
-
-
-def placed(folder: Path) -> Lab:
-    """A random model whose patches say loudly where they stand; where they stand is all that a label of place needs."""
-    lab = load(str(folder))
-    with torch.no_grad():
-        next(one for name, one in lab.model.named_parameters() if "position_embedding" in name).mul_(30)
-    return lab
+    return red_squares(COUNT)
 
 
 @pytest.fixture(scope="module")
 def places(tiny_folder: Path, red: tuple[list[np.ndarray], np.ndarray]) -> ProbeScores:
-    lab = placed(tiny_folder)
+    lab = placed_lab(tiny_folder)
     return linear_probe(lab, red[0], "row", at=("before", "after", 2), per_picture=None, shuffles=4, progress=False)
 
 
@@ -119,8 +100,8 @@ def test_rows_are_read_off_patches_and_shuffled_labels_are_not(places: ProbeScor
 
 
 def test_a_connector_that_throws_away_loses_and_a_straight_one_keeps(tiny_folder: Path) -> None:
-    pictures, _ = squares(20)
-    lab = placed(tiny_folder)
+    pictures, _ = red_squares(20)
+    lab = placed_lab(tiny_folder)
     connector: Any = connector_of(lab.model)
     with torch.no_grad():
         connector.linear_2.weight.zero_()
@@ -144,11 +125,11 @@ def test_one_label_per_picture_is_read_off_the_mean_token(tiny_random: Lab) -> N
 
 
 def test_stages_are_what_the_model_computes(tiny_random: Lab, picture: np.ndarray) -> None:
-    run = scripted_run(tiny_random, picture, "red", question=features.QUESTION)
+    run = scripted_run(tiny_random, picture, "red", question=QUESTION)
     states, _ = states_and_logits(tiny_random, run)
     image = slice(*run.segments["image"])
-    text: dict[features.Stage, np.ndarray] = {}
-    found = features.read_stages(tiny_random, picture, ("before", "after", 1, 2), text=text)
+    text: dict[Stage, np.ndarray] = {}
+    found = read_stages(tiny_random, picture, ("before", "after", 1, 2), text=text)
     np.testing.assert_allclose(found["after"], states[0][image], atol=1e-5)
     np.testing.assert_allclose(found[2], states[2][image], atol=1e-4)
     assert found["before"].shape == (16, 32)
@@ -172,26 +153,14 @@ def test_ctrl_c_probes_the_pictures_read_and_leaves_the_model(
 ) -> None:
     run = scripted_run(tiny_random, red[0][0], "red")
     logits = states_and_logits(tiny_random, run)[1]
-    real: Callable[..., Any] = linear.read_stages
-
-    def stops_at(number: int) -> Callable[..., Any]:
-        calls: list[int] = []
-
-        def read(*args: Any, **options: Any) -> Any:
-            calls.append(1)
-            if len(calls) > number:
-                raise KeyboardInterrupt
-            return real(*args, **options)
-
-        return read
-
-    monkeypatch.setattr(linear, "read_stages", stops_at(7))
+    monkeypatch.setattr(linear, "read_stages", interrupting(read_stages, at=8))
     found = linear_probe(tiny_random, red[0], "row", at="after", progress=False)
     assert found.interrupted
     assert len(found.counts) == 7
-    monkeypatch.setattr(linear, "read_stages", stops_at(3))
+    monkeypatch.setattr(linear, "read_stages", interrupting(read_stages, at=4))
     with pytest.raises(KeyboardInterrupt):
         linear_probe(tiny_random, red[0], "row", at="after", progress=False)
+    monkeypatch.undo()
     assert not connector_of(tiny_random.model)._forward_hooks
     assert torch.equal(states_and_logits(tiny_random, run)[1], logits)
 
@@ -225,4 +194,82 @@ def test_bad_input_is_refused_in_one_line(
 ) -> None:
     with pytest.raises(OptionError, match=message) as error:
         linear_probe(tiny_random, red[0], labels, progress=False, **options)
+    assert "\n" not in str(error.value)
+
+
+def scene_of(*things: Thing) -> Scene:
+    return Scene("lesson", 0, 0, things, (5, 0, 0, 77))
+
+
+@pytest.fixture(scope="module")
+def scenes() -> list[Scene]:
+    return [picturebook.scene("lesson", index) for index in range(12)]
+
+
+def areas(scene: Scene, rows: int, cols: int) -> np.ndarray:
+    """Share of each patch under each thing, by plain counting of pixels, (things, rows, cols)."""
+    masks = scene.masks()
+    high, wide = masks.shape[1] // rows, masks.shape[2] // cols
+    return masks.reshape(len(masks), rows, high, cols, wide).mean((2, 4))
+
+
+@pytest.mark.parametrize("what", ["color", "kind"])
+def test_a_label_is_that_of_the_one_thing_that_covers_most_of_the_patch(tiny_random: Lab, scenes: list[Scene], what: str) -> None:
+    labels = patch_labels(tiny_random, scenes, what)
+    assert labels.shape == (12, *tiny_random.grid)
+    assert (labels >= 0).any()
+    for scene, one in zip(scenes, labels, strict=True):
+        covered = areas(scene, *tiny_random.grid)
+        for (row, col), label in np.ndenumerate(one):
+            most = int(covered[:, row, col].argmax())
+            wanted = getattr(scene.things[most], what) if covered[most, row, col] > 0.5 else None
+            assert (None if label == -1 else PATCH_LABELS[what][label]) == wanted
+
+
+def test_background_is_what_nothing_touches_and_what_is_mixed_is_left_out(tiny_random: Lab, scenes: list[Scene]) -> None:
+    labels = patch_labels(tiny_random, scenes)
+    covered = np.stack([areas(scene, *tiny_random.grid).sum(0) for scene in scenes])
+    np.testing.assert_array_equal(labels == 0, covered == 0)
+    assert ((labels == -1) == ((covered > 0) & (labels != 1))).all()
+    assert (covered[labels == 1] > 0.5).all()
+    assert {-1, 0, 1} == set(labels.ravel().tolist())
+
+
+def test_a_higher_share_leaves_out_more_and_changes_no_label_that_stays(tiny_random: Lab, scenes: list[Scene]) -> None:
+    loose, strict = (patch_labels(tiny_random, scenes, "kind", most=most) for most in (0.5, 0.6))
+    kept = strict >= 0
+    assert 0 < kept.sum() < (loose >= 0).sum()
+    np.testing.assert_array_equal(strict[kept], loose[kept])
+
+
+def test_a_thing_in_a_corner_labels_that_corner(tiny_random: Lab) -> None:
+    """By hand: one square of a quarter of the picture, upper left, so that row and column cannot be swapped."""
+    thing = Thing("house", "green", "large", x=0.625, y=0.25, side=0.5)
+    labels = patch_labels(tiny_random, [scene_of(thing)], "color")[0]
+    found = np.argwhere(labels >= 0)
+    assert set(labels[labels >= 0].tolist()) == {PATCH_LABELS["color"].index("green")}
+    assert found[:, 0].max() <= 1  # rows 0 and 1 of 4
+    assert found[:, 1].min() >= 1  # columns 1 and 2
+
+
+def test_the_linear_probe_takes_them_as_they_are(tiny_random: Lab, scenes: list[Scene]) -> None:
+    labels = patch_labels(tiny_random, scenes)
+    pictures = [scene.picture() for scene in scenes]
+    scores = linear_probe(tiny_random, pictures, labels, at="before", folds=3, shuffles=1, per_picture=None, progress=False)
+    assert scores.per == "patch"
+    assert scores.counts.tolist() == (labels >= 0).sum((1, 2)).tolist()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"what": "colour"}, "what must be one of 'object', 'kind', 'color', got 'colour'"),
+        ({"most": 0.4}, r"most must be a share from 0.5 to below 1, .* got 0.4"),
+        ({"most": 1.0}, "most must be a share from 0.5 to below 1"),
+        ({"scenes": []}, "expected scenes to label, got none"),
+    ],
+)
+def test_bad_labels_are_refused_in_one_line(tiny_random: Lab, scenes: list[Scene], given: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message) as error:
+        patch_labels(tiny_random, given.get("scenes", scenes), given.get("what", "object"), most=given.get("most", 0.5))
     assert "\n" not in str(error.value)
