@@ -235,22 +235,22 @@ def rows(depths: Mapping[str, Mapping[str, Mapping[str, Any]]], layers: int, ful
     floor = deep[FLOOR]["seconds"]
     whole = _at(deep[FLOOR], shallow[FLOOR], "seconds", layers, full)
     table = []
-    for name, one in deep.items():
-        seconds, memory = (_at(one, shallow[name], key, layers, full) for key in ("seconds", "extra_mb"))
+    for name, facts in deep.items():
+        seconds, memory = (_at(facts, shallow[name], key, layers, full) for key in ("seconds", "extra_mb"))
         table.append(
             {
                 "name": name,
-                "seconds": one["seconds"],
-                "ratio_to_floor": one["seconds"] and one["seconds"] / floor,
+                "seconds": facts["seconds"],
+                "ratio_to_floor": facts["seconds"] and facts["seconds"] / floor,
                 "ratio_to_peer": None,
-                "extra_mb": one["extra_mb"],
+                "extra_mb": facts["extra_mb"],
                 "max_error": None,
-                "passes": one["passes"],
-                "seconds_per_layer": _slope(one, shallow[name], "seconds", layers),
-                "extra_mb_per_layer": _slope(one, shallow[name], "extra_mb", layers),
+                "passes": facts["passes"],
+                "seconds_per_layer": _slope(facts, shallow[name], "seconds", layers),
+                "extra_mb_per_layer": _slope(facts, shallow[name], "extra_mb", layers),
                 f"computed_ratio_at_{full}": None if seconds is None or not whole else seconds / whole,
                 f"computed_extra_mb_at_{full}": memory,
-                "note": one["note"],
+                "note": facts["note"],
             }
         )
     return table

@@ -255,7 +255,7 @@ def knockout(
         start=min(cut.target.positions),
         enter=partial(cutting, lab, cut, window),
         prove=prove,
-        controls=[partial(cutting, lab, Cut(one, cut.target, keep_self), window) for one in others],
+        controls=[partial(cutting, lab, Cut(source, cut.target, keep_self), window) for source in others],
         control_name=name,
         notes=notes,
     )

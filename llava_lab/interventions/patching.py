@@ -81,7 +81,7 @@ def patch(
         pixels, corruption = _corrupted(lab, clean, corrupt, seed)
         start = clean.segments["image"][0]
         reading = Tail(lab, clean, targets, start)
-        with keeping(lab, components) as kept:
+        with keeping(lab, components) as states_of:
             clean_logits = reading.logits()
         # from here on the sequence is read with the corrupted picture
         reading = Tail(lab, clean, targets, start, image_tokens(lab, clean, pixels))
@@ -97,7 +97,7 @@ def patch(
         with Sweep("patching", total=answers.size, unit="cell") as sweep:
             for cell in np.ndindex(*answers.shape):
                 component, place, window = components[cell[0]], places[cell[1]], windows[cell[2]]
-                with patched(lab, kept, component, place, window, reading.start) as changed_layers:
+                with patched(lab, states_of, component, place, window, reading.start) as changed_layers:
                     logits = reading.logits()
                 states += changed_layers * len(place.positions)
                 scores[cell], answers[cell] = score(logits), word(logits)
@@ -132,9 +132,9 @@ def patch(
 
 @contextmanager
 def patched(
-    lab: Lab, kept: dict[str, list[Tensor]], component: str, place: Positions, window: tuple[int, int], first: int
+    lab: Lab, states_of: dict[str, list[Tensor]], component: str, place: Positions, window: tuple[int, int], first: int
 ) -> Iterator[int]:
-    """States `kept` by `keeping`, (layers) of (T, D) from position `first` on, in their places for every forward inside.
+    """The states of `keeping`, (layers) of (T, D) from position `first` on, in their places for every forward inside.
 
     Gives the number of layers that are changed.
     """
@@ -142,7 +142,7 @@ def patched(
     changes = []
 
     def clean_states(layer: int) -> Change:
-        states = kept[component][layer]
+        states = states_of[component][layer]
 
         def change(now: Tensor, at: Tensor) -> Tensor:
             inside = at - first < len(states)  # what is generated later has no clean state
@@ -162,16 +162,16 @@ def patched(
 @contextmanager
 def keeping(lab: Lab, components: Sequence[str]) -> Iterator[dict[str, list[Tensor]]]:
     """What each layer's components give in the forward inside, lists over layers of (T, D)."""
-    kept: dict[str, list[Tensor]] = {name: [] for name in components}
+    states_of: dict[str, list[Tensor]] = {name: [] for name in components}
 
-    def keep(name: str) -> Any:
-        return lambda module, args, output: kept[name].append((output[0] if isinstance(output, tuple) else output)[0].detach())
+    def keep(name: str, output: Any) -> None:
+        states_of[name].append((output[0] if isinstance(output, tuple) else output)[0].detach())
 
     with ExitStack() as stack:
         for name in components:
             for module in parts(lab, name):
-                stack.enter_context(hooked(module, after=keep(name)))
-        yield kept
+                stack.enter_context(hooked(module, after=lambda module, args, output, name=name: keep(name, output)))
+        yield states_of
 
 
 def _corrupted(lab: Lab, run: Run, corrupt: Any, seed: int) -> tuple[Tensor, str]:

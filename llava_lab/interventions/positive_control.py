@@ -72,7 +72,7 @@ def positive_control(
     """
     began = time.perf_counter()
     one_of("task", task, TASKS)
-    one_of("fill", fill, [one for one in FILLS if one != "other"])
+    one_of("fill", fill, [name for name in FILLS if name != "other"])
     n, buffer, seed = whole_number("n", n), whole_number("buffer", buffer), whole_number("seed", seed)
     layer, rng = token_layer(lab, at), np.random.default_rng((seed, 47))
     changed: list[tuple[bool, bool]] = []  # without the deciding patches, without others

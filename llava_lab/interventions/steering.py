@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -67,8 +68,8 @@ def steer(
     is_number = not isinstance(alpha, bool) and isinstance(alpha, int | float | np.floating)
     if not is_number or not np.isfinite(alpha) or not alpha:
         raise OptionError(f"alpha must be a finite number other than 0, got {alpha!r}")
-    options = {"layers": layers, "where": where, "alpha": float(alpha), "metric": metric}
-    return _measure(lab, run, "steer", direction, options, others, draws, seed, answer)
+    size = {"alpha": float(alpha)}
+    return _measure(lab, run, "steer", direction, size, layers, where, metric, others, draws, seed, answer)
 
 
 def erase(
@@ -93,8 +94,8 @@ def erase(
     >>> effect.what
     "erased: 'red', at image, layers 0 to 5."
     """
-    options = {"layers": layers, "where": where, "strength": number("strength", strength), "metric": metric}
-    return _measure(lab, run, "erase", direction, options, others, draws, seed, answer)
+    size = {"strength": number("strength", strength)}
+    return _measure(lab, run, "erase", direction, size, layers, where, metric, others, draws, seed, answer)
 
 
 @contextmanager
@@ -109,7 +110,7 @@ def steered(
     """
     lab.inputs(run)
     unit, _ = find_direction(lab, direction)
-    with _moved(lab, positions_of(run, where, option="where"), _window(lab, layers), _adding(unit, alpha)):
+    with _moved(lab, positions_of(run, where, option="where"), _window(lab, layers), "steer", unit, alpha):
         yield lab
 
 
@@ -125,7 +126,7 @@ def erased(
     """
     lab.inputs(run)
     unit, _ = find_direction(lab, direction)
-    with _moved(lab, positions_of(run, where, option="where"), _window(lab, layers), _erasing(unit, strength)):
+    with _moved(lab, positions_of(run, where, option="where"), _window(lab, layers), "erase", unit, strength):
         yield lab
 
 
@@ -176,38 +177,38 @@ def mean_difference(lab: Lab, runs: Sequence[Run], others: Sequence[Run], *, lay
         return (mean(runs) - mean(others)).cpu().numpy()
 
 
-Move = Callable[[Tensor], Tensor]  # states (n, D) float32 -> states
-
-
-def _adding(unit: Tensor, alpha: float) -> Move:
-    return lambda states: states + alpha * states.norm(dim=-1, keepdim=True) * unit
-
-
-def _erasing(unit: Tensor, strength: float) -> Move:
-    return lambda states: states - strength * (states @ unit)[:, None] * unit
-
-
 def _measure(
-    lab: Lab, run: Run, kind: str, direction: Any, options: dict[str, Any], others: Any, draws: int, seed: int, answer: bool
+    lab: Lab,
+    run: Run,
+    kind: str,
+    direction: Any,
+    size: dict[str, float],
+    layers: Any,
+    where: Any,
+    metric: Wanted,
+    others: Any,
+    draws: int,
+    seed: int,
+    answer: bool,
 ) -> Effect:
-    targets = resolve_targets(lab, run, options.pop("metric"))
+    """The effect of steering or erasing; `size` is the option that says how much, by its name."""
+    targets = resolve_targets(lab, run, metric)
     lab.inputs(run)
     if isinstance(others, str) or not all(isinstance(question, str) and question.strip() for question in others):
         raise OptionError(f"others must be a list of questions, got {others!r}")
     draws, seed = whole_number("draws", draws), whole_number("seed", seed)
-    place, window = positions_of(run, options["where"], option="where"), _window(lab, options["layers"])
+    place, window = positions_of(run, where, option="where"), _window(lab, layers)
     unit, name = find_direction(lab, direction)
+    (amount,) = size.values()
     generator = torch.Generator().manual_seed(seed)
     random_directions = [torch.randn(unit.shape, generator=generator).to(unit.device) for _ in range(draws)]
-    make = _adding if kind == "steer" else _erasing
-    size = options["alpha"] if kind == "steer" else options["strength"]
 
     def enter(along: Tensor, at: Positions = place) -> Enter:
-        return lambda: _moved(lab, at, window, make(along / along.norm(), size))
+        return partial(_moved, lab, at, window, kind, along / along.norm(), amount)
 
     @contextmanager
     def prove(proof: dict[str, float]) -> Iterator[None]:
-        with _moved(lab, place, window, make(unit, size), (unit, size) if kind == "erase" else None) as changes:
+        with _moved(lab, place, window, kind, unit, amount, check=True) as changes:
             yield
         proof["states"], proof["largest_change"] = float(changes.states), changes.largest
         if not changes.states:
@@ -216,13 +217,13 @@ def _measure(
     plan = Plan(
         name=kind,
         what=f"{'added' if kind == 'steer' else 'erased'}: {name}, at {place.name}, layers {window[0]} to {window[1] - 1}.",
-        options={**options, "where": place.name, "layers": list(window), "direction": name},
+        options={"layers": list(window), "where": place.name, **size, "direction": name},
         start=place.positions[0],
         enter=enter(unit),
         prove=prove,
         controls=[enter(along) for along in random_directions],
         control_name="random directions of the same length" if draws else "none",
-        side=lambda: _side(lab, run, others, options["where"], lambda at: enter(unit, at)),
+        side=lambda: _side(lab, run, others, where, lambda at: enter(unit, at)),
     )
     return carry_out(lab, run, targets, plan, seed=seed, answer=answer)
 
@@ -252,16 +253,18 @@ def _side(lab: Lab, run: Run, others: Sequence[str], where: Any, enter: Callable
 
 @contextmanager
 def _moved(
-    lab: Lab, place: Positions, window: tuple[int, int], move: Move, gone: tuple[Tensor, float] | None = None
+    lab: Lab, place: Positions, window: tuple[int, int], kind: str, unit: Tensor, amount: float, *, check: bool = False
 ) -> Iterator[Changes]:
-    """`move` on what each layer of the window gives on; `gone` (direction, strength) is checked to have shrunk by that much."""
+    """Add ("steer") or erase `unit` in what each layer of the window gives on; with `check`, see that an erasure leaves none."""
 
     def change(states: Tensor, at: Tensor) -> Tensor:
-        new = move(states.float()).to(states.dtype)
-        if gone is not None:
-            unit, strength = gone
-            left = (new.float() @ unit - (1 - strength) * (states.float() @ unit)).abs()
-            limit = 8 * torch.finfo(states.dtype).eps * states.float().norm(dim=-1)
+        plain = states.float()
+        along = plain @ unit
+        step = -amount * along[:, None] if kind == "erase" else amount * plain.norm(dim=-1, keepdim=True)
+        new = (plain + step * unit).to(states.dtype)
+        if check and kind == "erase":
+            left = (new.float() @ unit - (1 - amount) * along).abs()
+            limit = 8 * torch.finfo(states.dtype).eps * plain.norm(dim=-1)
             if bool((left > limit).any()):
                 raise LabError(f"expected nothing of the direction to be left, got {float(left.max()):.3g}; use float32")
         return new

@@ -195,7 +195,7 @@ def hallucination_check(
     if sweep.interrupted and len({row[2] for row in rows}) < 2:
         raise KeyboardInterrupt
     words, *columns = zip(*rows, strict=True)
-    where, is_there, sure = (np.array(one, kind) for one, kind in zip(columns, (np.int32, bool, np.float32), strict=True))
+    where, is_there, sure = (np.array(column, kind) for column, kind in zip(columns, (np.int32, bool, np.float32), strict=True))
     auc, low, high = _separation(where, is_there, sure, seed)
     about = (tuple(words), where, is_there, sure, auc, low, high)
     return HallucinationCheck(*about, lab.name, lab.fingerprint, sweep.interrupted, tuple(notes))

@@ -240,14 +240,14 @@ def patch_labels(lab: Lab, scenes: Sequence[Scene], what: str = "object", *, mos
         raise OptionError("expected scenes to label, got none")
     way = lab.preprocessing.map(SIZE, SIZE)
     labels = np.full((len(scenes), *lab.grid), LEFT_OUT, np.int32)
-    for one, scene in zip(labels, scenes, strict=True):
+    for grid, scene in zip(labels, scenes, strict=True):
         touched = np.zeros(lab.grid, bool)
         for thing, mask in zip(scene.things, scene.masks(), strict=True):
             covered = way.mask_to_patches(mask)
             touched |= covered > 0
-            one[covered > most] = 1 if what == "object" else PATCH_LABELS[what].index(getattr(thing, what))
+            grid[covered > most] = 1 if what == "object" else PATCH_LABELS[what].index(getattr(thing, what))
         if what == "object":
-            one[~touched] = 0
+            grid[~touched] = 0
     return labels
 
 

@@ -58,13 +58,13 @@ def nearest_words(
     one_of("centered", centered, (True, False))
     whole_number("draws", draws, least=1)
     rows = _matrix(lab, space)
-    kept = _comparable(lab, len(rows))
-    if whole_number("top", top, least=1) > len(kept):
-        raise OptionError(f"top must be at most the {len(kept)} words compared with, got {top}")
+    words = _comparable(lab, len(rows))
+    if whole_number("top", top, least=1) > len(words):
+        raise OptionError(f"top must be at most the {len(words)} words compared with, got {top}")
     tokens = _image_tokens(lab, run).to(rows.device)
-    middle, common = _vocabulary_means(rows, kept)
+    middle, common = _vocabulary_means(rows, words)
     mean = middle if centered else torch.zeros_like(middle)
-    ids, cosines = _nearest(_toward(tokens, centered), rows, kept, mean, top)
+    ids, cosines = _nearest(_toward(tokens, centered), rows, words, mean, top)
     names = pieces(lab.tokenizer, np.arange(len(lab.tokenizer)))
     starts = lab.tokenizer.convert_ids_to_tokens(list(range(len(names))))
     whole = np.array([_whole_word(name, start) for name, start in zip(names, starts, strict=True)])
@@ -72,7 +72,7 @@ def nearest_words(
     generator = torch.Generator().manual_seed(seed)
     for _ in range(draws):
         order = torch.rand(tokens.shape, generator=generator).argsort(-1).to(tokens.device)
-        drawn, near = _nearest(_toward(tokens.gather(1, order), centered), rows, kept, mean, 1)
+        drawn, near = _nearest(_toward(tokens.gather(1, order), centered), rows, words, mean, 1)
         shares.append(whole[drawn].mean())
         likeness.append(near.mean())
     known = np.unique(ids).astype(np.int32)
@@ -85,7 +85,7 @@ def nearest_words(
         readable=whole[ids[:, 0]],
         random_shares=np.array(shares, np.float32),
         random_cosines=np.array(likeness, np.float32),
-        vocabulary_share=float(whole[kept.cpu().numpy()].mean()),
+        vocabulary_share=float(whole[words.cpu().numpy()].mean()),
         common_direction=common,
         space=space,
         centered=centered,
@@ -124,15 +124,15 @@ def _comparable(lab: Lab, rows: int) -> Tensor:
     return torch.tensor([i for i in range(min(rows, len(lab.tokenizer))) if i not in special])
 
 
-def _vocabulary_means(rows: Tensor, kept: Tensor) -> tuple[Tensor, float]:
+def _vocabulary_means(rows: Tensor, words: Tensor) -> tuple[Tensor, float]:
     """The mean row, float32, and how much all rows share one direction: the squared length of their mean unit vector."""
     total = torch.zeros(rows.shape[1], device=rows.device)
     units = torch.zeros_like(total)
-    for part in kept.to(rows.device).split(COLUMNS):
+    for part in words.to(rows.device).split(COLUMNS):
         some = rows[part].float()
         total += some.sum(0)
         units += nn.functional.normalize(some, dim=-1).sum(0)
-    return total / len(kept), float((units / len(kept)).square().sum())
+    return total / len(words), float((units / len(words)).square().sum())
 
 
 def _toward(tokens: Tensor, centered: bool) -> Tensor:
@@ -142,10 +142,10 @@ def _toward(tokens: Tensor, centered: bool) -> Tensor:
     return torch.where(size > ROUNDING * tokens.norm(dim=-1, keepdim=True), moved / size, torch.zeros_like(moved))
 
 
-def _nearest(tokens: Tensor, rows: Tensor, kept: Tensor, mean: Tensor, top: int) -> tuple[np.ndarray, np.ndarray]:
+def _nearest(tokens: Tensor, rows: Tensor, words: Tensor, mean: Tensor, top: int) -> tuple[np.ndarray, np.ndarray]:
     """(ids, cosines), (P, top) each, nearest first; `COLUMNS` words at a time."""
     best, ids = tokens.new_full((len(tokens), 0), 0), torch.zeros((len(tokens), 0), dtype=torch.long, device=tokens.device)
-    for part in kept.to(rows.device).split(COLUMNS):
+    for part in words.to(rows.device).split(COLUMNS):
         cosines = tokens @ nn.functional.normalize(rows[part].float() - mean, dim=-1).T
         values, columns = cosines.topk(min(top, len(part)), 1)
         best, order = torch.cat([best, values], 1).topk(min(top, best.shape[1] + values.shape[1]), 1)

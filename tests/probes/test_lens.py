@@ -326,7 +326,7 @@ def test_intervals_hold_the_share_and_the_file_gives_it_back(tiny: Lab, tmp_path
     back = NamingShare.load(found.save(tmp_path / "n.npz"))
     assert np.array_equal(back.share, found.share)
     assert back.table() == found.table()
-    assert len(found.table().splitlines()) == len(found.states) + 1
+    assert len(str(found.table()).splitlines()) == len(found.states) + 1
 
 
 def test_bad_counts_and_splits_are_refused(tiny: Lab) -> None:
