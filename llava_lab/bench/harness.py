@@ -79,6 +79,8 @@ def run(name: str, *, model: str = "tiny", quick: bool = False, layers: int | No
     "floor" is the floor's seconds. A row has "name", "seconds", "ratio_to_floor", "ratio_to_peer", "extra_mb"
     (peak memory above the floor's) and "max_error" (against the peer's numbers); None where it does not
     apply. `quick` takes the median of 3 instead of 5. `layers` is for the benchmark "scale" alone.
+
+        run("start", quick=True)["rows"][1]["ratio_to_floor"]
     """
     if name not in BENCHES:
         raise OptionError(f"bench must be one of {', '.join(BENCHES)}, got {name!r}")

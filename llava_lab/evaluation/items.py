@@ -37,6 +37,10 @@ def load_items(data: str, *, split: str = "test", n: int = 2000, seed: int = 0) 
     """Items of `n` pictures: ``picturebook``, ``easy-vqa``, or a JSON file in LLaVA's format (each turn asked on its own).
 
     Raises DataError for an unknown name, an unknown split, or a file that is not in the format.
+
+    >>> from llava_lab.evaluation import load_items
+    >>> len(load_items("picturebook", n=2))
+    8
     """
     if n < 1:
         raise DataError(f"n must be 1 or more, got {n}")

@@ -48,7 +48,10 @@ def perplexity(model: Any, tokenizer: Any, texts: tuple[str, ...] = PROSE) -> fl
 
 
 def plain_text_perplexity() -> dict[str, float]:
-    """Perplexity of `smol`'s language model on plain prose as it came and after its training: {"before", "after"}."""
+    """Perplexity of `smol`'s language model on plain prose as it came and after its training: {"before", "after"}.
+
+    plain_text_perplexity()["after"]
+    """
     with quiet():
         model, processor = smol.assemble()
     before = perplexity(model, processor.tokenizer)

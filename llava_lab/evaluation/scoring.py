@@ -58,6 +58,10 @@ def evaluate(
     With `normalise` answers are compared after `stats.normalised`, else as they are.
     Returns the object that ``llava-lab evaluate --json`` prints. Intervals resample pictures.
     Raises DataError for an unknown data set or split.
+
+    >>> from llava_lab.evaluation import evaluate
+    >>> evaluate(lab, n=2, controls=False, progress=False)["n"]
+    8
     """
     began, prompt = time.perf_counter(), prompt or lab.prompt
     equal = same_answer if normalise else exact_match
@@ -86,7 +90,12 @@ def answer_all(
     label: str = "answering",
     progress: bool = True,
 ) -> list[str]:
-    """One answer per item, in order. Items in a row that share a picture have it drawn and prepared once."""
+    """One answer per item, in order. Items in a row that share a picture have it drawn and prepared once.
+
+    >>> from llava_lab.evaluation import answer_all, load_items
+    >>> len(answer_all(lab, load_items("picturebook", n=1), progress=False))
+    4
+    """
     answers: list[str] = []
     with tqdm(total=len(items), desc=label, unit="question", delay=PATIENCE, disable=not progress) as bar:
         for start in range(0, len(items), batch):

@@ -17,8 +17,9 @@ from llava_lab.models import Lab
 from llava_lab.models.layout import connector_of
 from llava_lab.replay.prefix import embedded, image_tokens
 from llava_lab.results import Run
-from tests.support.gradients import leftovers, noise_run
+from tests.support.gradients import noise_run
 from tests.support.interrupts import interrupting
+from tests.support.leftovers import state_of
 from tests.support.planted import RED, planted_lab, red_picture, scripted_run
 
 PATCHES = [(0, 1), (3, 2)]
@@ -69,11 +70,11 @@ def test_dropping_is_removing_with_the_others_places_kept(tiny_random: Lab, run:
 def test_only_the_chosen_tokens_change(tiny_random: Lab, run: Run, fill: str, at: Any) -> None:
     options: dict[str, Any] = {"other": np.zeros((30, 30, 3), np.uint8)} if fill == "other" else {}
     options |= {"pictures": [np.full((30, 30, 3), 90, np.uint8)]} if fill == "mean" else {}
-    before = leftovers(tiny_random)
+    before = state_of(tiny_random)
     effect = ablate_tokens(tiny_random, run, PATCHES, fill=fill, at=at, draws=2, answer=False, **options)
     assert effect.change[0] != 0
     assert effect.control.shape == (2, 1)
-    assert leftovers(tiny_random) == before
+    assert state_of(tiny_random) == before
     if fill == "drop":
         return
     layer = 1 if at == 1 else 0
@@ -126,7 +127,7 @@ def test_bad_input_is_said_in_one_line(tiny_random: Lab, run: Run, patches: Any,
 
 
 def test_ctrl_c_keeps_the_controls_that_are_done(tiny_random: Lab, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = leftovers(tiny_random)
+    before = state_of(tiny_random)
     # kept, before, after, two controls
     monkeypatch.setattr(tiny_random.model, "forward", interrupting(tiny_random.model.forward, at=6))
     effect = ablate_tokens(tiny_random, run, PATCHES, fill="zero", draws=5)
@@ -134,4 +135,4 @@ def test_ctrl_c_keeps_the_controls_that_are_done(tiny_random: Lab, run: Run, mon
     assert effect.interrupted
     assert len(effect.control) == 2
     assert "Interrupted after 2 of 5" in effect.notes[-1]
-    assert leftovers(tiny_random) == before
+    assert state_of(tiny_random) == before

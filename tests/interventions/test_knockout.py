@@ -18,8 +18,9 @@ from llava_lab.models import Lab, load
 from llava_lab.models.layout import language_layers
 from llava_lab.results import Effect, FlowSweep, Run
 from tests.support.checkpoints import build_llava
-from tests.support.gradients import leftovers, noise_run
+from tests.support.gradients import noise_run
 from tests.support.interrupts import interrupting
+from tests.support.leftovers import state_of
 
 # the module: its package gives the function of that name
 cut_module = importlib.import_module("llava_lab.interventions.knockout")
@@ -132,19 +133,19 @@ def test_a_cut_that_does_not_reach_the_attention_is_refused(lab: Lab, run: Run, 
         return torch.zeros(1, 1, *blocked.shape).masked_fill_(causal, -1e9)
 
     monkeypatch.setattr(cut_module, "_masked", useless)
-    before = leftovers(lab)
+    before = state_of(lab)
     with pytest.raises(LabError, match="expected attention 0 where it was cut"):
         knockout(lab, run, source="image", target="last", draws=0)
-    assert leftovers(lab) == before
+    assert state_of(lab) == before
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_nothing_stays_behind_after_an_exception(lab: Lab, run: Run, error: type[BaseException]) -> None:
-    before, plain = leftovers(lab), _logits(lab, run)
+    before, plain = state_of(lab), _logits(lab, run)
     with pytest.raises(error), knocked_out(lab, run, source="image", target="last"):
         raise error
     knockout(lab, run, source="image", target="last", draws=1)
-    assert leftovers(lab) == before
+    assert state_of(lab) == before
     assert torch.equal(_logits(lab, run), plain)
 
 
@@ -226,7 +227,7 @@ def test_a_sweep_is_knockouts_one_by_one(lab: Lab, run: Run, tmp_path: Path) -> 
 
 
 def test_ctrl_c_in_a_sweep_gives_the_finished_cells(tiny_random: Lab, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    before, whole = leftovers(tiny_random), knockout_sweep(tiny_random, run, width=1)
+    before, whole = state_of(tiny_random), knockout_sweep(tiny_random, run, width=1)
     # the kept beginning, the plain score, two cells
     monkeypatch.setattr(tiny_random.model, "forward", interrupting(tiny_random.model.forward, at=5))
     part = knockout_sweep(tiny_random, run, width=1)
@@ -236,7 +237,7 @@ def test_ctrl_c_in_a_sweep_gives_the_finished_cells(tiny_random: Lab, run: Run, 
     assert np.isnan(part.after[0, 2:]).all()
     assert np.isnan(part.after[1:]).all()
     assert "Interrupted after 2 of 9 cells" in part.notes[-1]
-    assert leftovers(tiny_random) == before
+    assert state_of(tiny_random) == before
 
 
 @pytest.mark.parametrize(

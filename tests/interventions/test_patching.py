@@ -12,8 +12,9 @@ from llava_lab.errors import OptionError
 from llava_lab.interventions import patch
 from llava_lab.models import Lab
 from llava_lab.results import PatchGrid, Run
-from tests.support.gradients import leftovers, noise_run
+from tests.support.gradients import noise_run
 from tests.support.interrupts import interrupting
+from tests.support.leftovers import state_of
 from tests.support.planted import planted_lab, red_picture, scripted_run
 
 TARGETS = ["blue", ("blue", "green")]
@@ -26,12 +27,12 @@ def run(tiny_random: Lab) -> Run:
 
 
 def test_clean_into_clean_is_identity(tiny_random: Lab, run: Run) -> None:
-    before = leftovers(tiny_random)
+    before = state_of(tiny_random)
     grid = patch(tiny_random, run, run, metric=TARGETS, components=("residual", "attention", "mlp"))
     np.testing.assert_array_equal(grid.scores, np.broadcast_to(grid.clean, grid.scores.shape))
     assert np.isnan(grid.values).all()
     assert any("changes nothing" in note for note in grid.notes)
-    assert leftovers(tiny_random) == before
+    assert state_of(tiny_random) == before
 
 
 @pytest.mark.parametrize("corrupt", ["grey", "blur", "noise", BLACK], ids=["grey", "blur", "noise", "other"])
@@ -82,11 +83,11 @@ def test_bad_input_is_said_in_one_line(tiny_random: Lab, run: Run, corrupt: Any,
 
 
 def test_ctrl_c_gives_the_finished_cells(tiny_random: Lab, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = leftovers(tiny_random)
+    before = state_of(tiny_random)
     # two beginnings, two readings, two cells
     monkeypatch.setattr(tiny_random.model, "forward", interrupting(tiny_random.model.forward, at=7))
     grid = patch(tiny_random, run, "grey")
     monkeypatch.undo()
     assert grid.interrupted
     assert int((~np.isnan(grid.scores[..., 0])).sum()) == 2
-    assert leftovers(tiny_random) == before
+    assert state_of(tiny_random) == before

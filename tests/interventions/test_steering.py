@@ -15,7 +15,8 @@ from llava_lab.interventions import erase, erased, mean_difference, steer, steer
 from llava_lab.models import Lab
 from llava_lab.models.layout import language_layers
 from llava_lab.results import Run
-from tests.support.gradients import leftovers, noise_run
+from tests.support.gradients import noise_run
+from tests.support.leftovers import state_of
 from tests.support.planted import planted_lab, red_picture, scripted_run
 
 QUESTION = ["How many stars are there?"]
@@ -35,7 +36,7 @@ def _stream(lab: Lab, run: Run) -> dict[int, torch.Tensor]:
 
 def test_steering_adds_alpha_of_each_state_s_length_of_the_direction(tiny_random: Lab, run: Run) -> None:
     direction = np.random.default_rng(0).normal(size=64).astype(np.float32)
-    before, plain = leftovers(tiny_random), _stream(tiny_random, run)
+    before, plain = state_of(tiny_random), _stream(tiny_random, run)
     with steered(tiny_random, run, direction=direction, layers=(1, 2), alpha=0.5, where="question"):
         moved = _stream(tiny_random, run)
     at = slice(*run.segments["question"])
@@ -43,7 +44,7 @@ def test_steering_adds_alpha_of_each_state_s_length_of_the_direction(tiny_random
     torch.testing.assert_close(moved[2][at], plain[2][at] + step, rtol=0, atol=1e-4)
     first = run.segments["question"][0]
     assert torch.equal(moved[2][:first], plain[2][:first])
-    assert leftovers(tiny_random) == before
+    assert state_of(tiny_random) == before
 
 
 def test_steering_is_the_same_token_by_token_and_in_one_forward(tiny_random: Lab, run: Run) -> None:

@@ -21,8 +21,8 @@ from llava_lab.replay.words import word_tokens
 from llava_lab.results import HallucinationCheck, LogitLens, NamingShare, Run, WordActivation
 from llava_lab.worlds.picturebook import scene
 from llava_lab.worlds.scenes import COLOR_NAMES, KIND_NAMES
-from tests.support.gradients import leftovers
 from tests.support.interrupts import interrupting
+from tests.support.leftovers import state_of
 from tests.support.logit_cases import grouped_lab, speaking_lab, states_and_logits
 from tests.support.planted import RED, red_picture, scripted_run
 
@@ -172,7 +172,7 @@ def test_nothing_is_left_behind_even_when_stopped(
     tiny_random: Lab, run: Run, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, logits = states_and_logits(tiny_random, run)
-    before = leftovers(tiny_random)
+    before = state_of(tiny_random)
 
     def stop(*args: Any, **options: Any) -> None:
         raise error
@@ -182,7 +182,7 @@ def test_nothing_is_left_behind_even_when_stopped(
         patch.setattr(lens, "read_words", stop)
         with pytest.raises(error):
             logit_lens(tiny_random, run)
-    assert leftovers(tiny_random) == before
+    assert state_of(tiny_random) == before
     assert torch.equal(states_and_logits(tiny_random, run)[1], logits)
 
 

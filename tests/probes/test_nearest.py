@@ -15,7 +15,7 @@ from llava_lab.models.layout import connector_of
 from llava_lab.probes import nearest, nearest_words
 from llava_lab.replay.words import word_tokens
 from llava_lab.results import NearestWords, Run
-from tests.support.gradients import leftovers
+from tests.support.leftovers import state_of
 from tests.support.logit_cases import states_and_logits
 from tests.support.planted import scripted_run
 
@@ -113,7 +113,7 @@ def test_same_seed_same_control_and_the_disk_keeps_it(tiny_random: Lab, run: Run
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_nothing_is_left_behind(tiny_random: Lab, run: Run, error: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
-    before = leftovers(tiny_random)
+    before = state_of(tiny_random)
     logits = states_and_logits(tiny_random, run)[1]
     real = tiny_random.model.lm_head.forward
 
@@ -124,7 +124,7 @@ def test_nothing_is_left_behind(tiny_random: Lab, run: Run, error: type[BaseExce
     with pytest.raises(error):
         nearest_words(tiny_random, run)
     monkeypatch.setattr(tiny_random.model.lm_head, "forward", real)
-    assert leftovers(tiny_random) == before
+    assert state_of(tiny_random) == before
     assert torch.equal(states_and_logits(tiny_random, run)[1], logits)
 
 
