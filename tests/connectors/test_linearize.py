@@ -19,7 +19,7 @@ from llava_lab.errors import DataError, OptionError
 from llava_lab.evaluation.items import load_items
 from llava_lab.evaluation.scoring import answer_all
 from llava_lab.models import Lab, layout
-from tests.support.gradients import leftovers
+from tests.support.leftovers import state_of
 
 PICTURES = [np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8) for i in range(16)]
 
@@ -128,9 +128,9 @@ def test_pictures_are_drawn_when_needed_and_let_go(tiny_random: Lab) -> None:
 
 def test_nothing_is_left_behind(tiny_random: Lab, fit: ll.Linearized) -> None:
     tiny_random.ask(PICTURES[0], "What?", max_new_tokens=1)  # transformers keeps hooks of its own from the first forward on
-    before, module = leftovers(tiny_random), layout.connector_of(tiny_random.model)
+    before, module = state_of(tiny_random), layout.connector_of(tiny_random.model)
     ll.local_linearity(tiny_random, fit, PICTURES, tokens=2)
-    assert leftovers(tiny_random) == before
+    assert state_of(tiny_random) == before
     assert layout.connector_of(tiny_random.model) is module
     assert not any(p.requires_grad for p in tiny_random.model.parameters())
 
