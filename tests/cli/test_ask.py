@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from llava_lab.cli import main as cli
 from llava_lab.cli.ask import read_layers, read_place
 from llava_lab.results import Effect, FlowSweep, LogitLens, Relevance, Run
+from tests.support.endpoint_server import a_red_car, serving
 from tests.support.stand_in import StandIn
 
 Printed = Callable[..., dict[str, Any]]
@@ -90,6 +92,53 @@ def test_saved_results_load_again(lab: StandIn) -> None:
     assert Run.load("run.npz").answer == "The car is red."
     assert cli.main(["explain", "car.png", "what?", "--save", "map.npz"]) == 0
     assert Relevance.load("map.npz").notes == ("read me",)
+
+
+# -- a closed model -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def key(here: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(here / "cache"))
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret-0123456789")
+    return "sk-very-secret-0123456789"
+
+
+def test_a_closed_model_is_asked_and_explained_within_its_budget(key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(a_red_car) as server:
+        box = ["car.png", QUESTION, "--model", "openai:scripted", "--base-url", server.base_url]
+        assert cli.main(["ask", *box]) == 0
+        assert capsys.readouterr().out == "a red car\n"
+        explain = ["explain", *box, "--method", "occlusion", "--option", "block=6", "--target", "red", "--json"]
+        assert cli.main([*explain, "--max-requests", "4"]) == 2
+        assert "needs 5 requests and 4 of max_requests=4 are left" in capsys.readouterr().err
+        assert cli.main([*explain, "--max-requests", "5", "--price", "1,2"]) == 0
+        assert len(server.asked) == 6
+    out = capsys.readouterr()
+    data = json.loads(out.out)
+    assert (data["answer"], data["grid"], data["picture"]["mode"]) == ("a red car", [12, 12], "whole")
+    assert "5 requests to send, 0 known already, 5 left" in out.err
+    assert key not in out.out + out.err
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        ("explain", ["--model", "openai:m", "--base-url", "{url}"], "'rollout' looks inside the model"),
+        ("ask", ["--model", "openai:m"], "needs base_url"),
+        ("ask", ["--base-url", "{url}"], "--base-url belongs to --model openai:NAME"),
+        ("ask", ["--model", "openai:m", "--base-url", "{url}", "--fit", "pad"], "--prompt and --fit"),
+        ("ask", ["--model", "openai:m", "--base-url", "{url}", "--device", "cpu"], "--device and --dtype"),
+        ("ask", ["--model", "openai:m", "--base-url", "{url}", "--price", "3"], "--price wants two numbers"),
+        ("lens", ["--model", "openai:m"], "lens looks inside the model"),
+    ],
+)
+def test_mistakes_with_a_closed_model_send_nothing(
+    key: str, command: str, options: list[str], message: str, refused: Refused
+) -> None:
+    with serving(a_red_car) as server:
+        assert message in refused(command, "car.png", QUESTION, *(option.format(url=server.base_url) for option in options))
+        assert server.asked == []
 
 
 # -- lens -----------------------------------------------------------------------------------

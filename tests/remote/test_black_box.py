@@ -1,33 +1,38 @@
-"""A closed model is asked in the protocol, explained by what it answers, and refuses what looks inside."""
+"""A closed model is asked in the protocol within its budget, and refuses in one line what looks inside."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import llava_lab as ll
-from llava_lab.errors import LabError, TargetError
-from tests.support.endpoint_server import Answered, Asked, open_box, says, serving, weighing
+from llava_lab.attribution.registry import works_at
+from llava_lab.errors import BudgetError, EndpointError, LabError, OptionError
+from llava_lab.remote import client
+from tests.support.endpoint_server import (
+    PLAIN,
+    QUESTION,
+    ROUGH,
+    Answered,
+    Asked,
+    a_red_car,
+    closed,
+    open_box,
+    says,
+    serving,
+    weighing,
+)
 
-PLAIN = np.full((36, 36, 3), (220, 30, 30), np.uint8)
-ROUGH = np.random.default_rng(0).choice(np.array([20, 60, 240], np.uint8), (36, 36, 3))
-WEIGHTS = np.array([[0.0, 1.0, 0.25], [0.5, 3.0, 0.0], [0.0, 0.0, -0.5]])
-QUESTION = "What is it?"
-
-
-def yes(asked: Asked) -> Answered:
-    return says("a red car", own=-0.5)
-
-
-# -- asking ---------------------------------------------------------------------------------
+WEIGHTS = np.arange(9.0).reshape(3, 3) / 9
 
 
 def test_asks_in_the_protocol_with_the_picture_unharmed(tmp_path: Path, picture: np.ndarray) -> None:
-    with serving(yes) as server:
+    with serving(a_red_car) as server:
         run = open_box(server, tmp_path, grid=(2, 3)).ask(picture, QUESTION, max_new_tokens=9, seed=4)
     (asked,) = server.asked
     assert asked.path == "/v1/chat/completions"
@@ -47,7 +52,7 @@ def test_asks_in_the_protocol_with_the_picture_unharmed(tmp_path: Path, picture:
 
 
 def test_a_run_is_saved_and_loaded_exactly(tmp_path: Path) -> None:
-    with serving(yes) as server:
+    with serving(a_red_car) as server:
         run = open_box(server, tmp_path).ask(PLAIN, QUESTION)
     back = ll.Run.load(run.save(tmp_path / "run.npz"))
     assert (back.tokens, back.words, back.map, back.options) == (run.tokens, run.words, run.map, run.options)
@@ -55,8 +60,7 @@ def test_a_run_is_saved_and_loaded_exactly(tmp_path: Path) -> None:
 
 
 def test_earlier_turns_and_system_text_are_sent_in_their_order(tmp_path: Path) -> None:
-    with serving(yes) as server:
-        box = open_box(server, tmp_path, system="Be brief.")
+    with closed(a_red_car, tmp_path, system="Be brief.") as (server, box):
         run = box.ask(PLAIN, QUESTION, history=[("Is it old?", "No.")])
         ll.attribute(box, run, method="occlusion", target="red", block=3)
     for asked in server.asked:
@@ -67,144 +71,15 @@ def test_earlier_turns_and_system_text_are_sent_in_their_order(tmp_path: Path) -
 
 def test_a_large_picture_is_sent_smaller_and_mapped_on_the_original(tmp_path: Path) -> None:
     large = np.zeros((300, 600, 3), np.uint8)
-    with serving(yes) as server:
+    with serving(a_red_car) as server:
         run = open_box(server, tmp_path, longest=100).ask(large, QUESTION)
     assert server.asked[0].picture.shape == (50, 100, 3)
     assert (run.map.width, run.map.height) == (600, 300)
 
 
-# -- explaining, by hand ----------------------------------------------------------------------
-
-
-def test_occlusion_finds_each_cells_weight(tmp_path: Path) -> None:
-    with serving(weighing(WEIGHTS, PLAIN)) as server:
-        box = open_box(server, tmp_path)
-        run = box.ask(PLAIN, QUESTION)
-        rel = ll.attribute(box, run, method="occlusion", target=["red", "answer"])
-    np.testing.assert_allclose(rel.values, [WEIGHTS, WEIGHTS], atol=1e-6)  # the other words do not change
-    assert rel.extras["score"] == pytest.approx([-0.75, -1.05])
-    assert any("ours and not its patches" in note for note in rel.notes)
-
-
-def test_shapley_values_of_a_sum_are_its_parts(tmp_path: Path) -> None:
-    with serving(weighing(WEIGHTS, PLAIN)) as server:
-        box = open_box(server, tmp_path)
-        run = box.ask(PLAIN, QUESTION)
-        for method, options in (("shapley", {"orders": 2}), ("kernel_shap", {"samples": 40})):
-            rel = ll.attribute(box, run, method=method, target="red", regions=9, shape="grid", **options)
-            np.testing.assert_allclose(rel.values[0], WEIGHTS, atol=1e-3)
-            assert rel.extras["efficiency_gap"] == pytest.approx([0], abs=1e-3)
-
-
-def test_rise_finds_the_heaviest_cell(tmp_path: Path) -> None:
-    weights = np.zeros((3, 3))
-    weights[1, 2] = 4
-    with serving(weighing(weights, PLAIN)) as server:
-        box = open_box(server, tmp_path)
-        rel = ll.attribute(box, box.ask(PLAIN, QUESTION), method="rise", target="red", masks=60, cells=3)
-    assert rel.top(1)[0][:2] == (1, 2)
-    assert rel.passes["forward"] == 60
-
-
-def test_faithfulness_tells_the_right_map_from_its_reverse(tmp_path: Path) -> None:
-    weights = np.zeros((3, 3))
-    weights[1, 1] = 4.9
-    with serving(weighing(weights, ROUGH)) as server:
-        box = open_box(server, tmp_path)
-        run = box.ask(ROUGH, QUESTION)
-        rel = ll.attribute(box, run, method="occlusion", target="red")
-        scores = [ll.faithfulness(box, run, replace(rel, values=side * rel.values), steps=4, seeds=2) for side in (1, -1)]
-    assert scores[0].gain[0] > 0.8
-    assert scores[1].gain[0] == pytest.approx(-scores[0].gain[0], abs=1e-5)
-    assert "grey" not in scores[0].fills
-    assert scores[0].notes[-1] == rel.notes[-1]
-
-
-@pytest.mark.parametrize("fill", ["grey", "mean", "blur", "noise", "neighbours"])
-def test_a_block_is_covered_at_its_own_pixels_and_nowhere_else(tmp_path: Path, picture: np.ndarray, fill: str) -> None:
-    with serving(yes) as server:
-        box = open_box(server, tmp_path, grid=(2, 3), parallel=1)
-        run = box.ask(picture, QUESTION)
-        ll.attribute(box, run, method="occlusion", target="red", fill=fill)
-    seen = [asked.picture for asked in server.asked[2:]]  # the question, the whole picture, six blocks
-    assert len(seen) == 6
-    for number, other in enumerate(seen):
-        y, x = number // 3 * 20, number % 3 * 20
-        changed = (other != picture).any(-1)
-        assert changed[y : y + 20, x : x + 20].mean() > 0.9
-        changed[y : y + 20, x : x + 20] = False
-        assert not changed.any()
-    if fill == "grey":
-        assert (seen[4][20:40, 20:40] == 128).all()
-
-
-# -- how answers are scored -----------------------------------------------------------------
-
-
-def covered(asked: Asked) -> bool:
-    return bool((asked.picture == 128).all(-1).any())
-
-
-def test_an_answer_that_parts_early_gets_the_floor_and_a_note(tmp_path: Path) -> None:
-    def answer(asked: Asked) -> Answered:
-        return says("one red car", own=-0.5) if covered(asked) else yes(asked)
-
-    with serving(answer) as server:
-        box = open_box(server, tmp_path, floor=-7)
-        rel = ll.attribute(box, box.ask(PLAIN, QUESTION), method="occlusion", target="red", block=3)
-    np.testing.assert_allclose(rel.values, 7 - 0.5)
-    assert any("In 1 of 2 looks" in note and "-7" in note for note in rel.notes)
-    assert rel.extras["parted"] == 1
-
-
-def test_a_token_that_is_not_listed_counts_as_much_as_it_could(tmp_path: Path) -> None:
-    def answer(asked: Asked) -> Answered:  # p 0.6 and 0.3 are listed, so 0.1 is left
-        return says("a blue car", own=math.log(0.6), listed={" green": math.log(0.3)}) if covered(asked) else yes(asked)
-
-    with serving(answer) as server:
-        box = open_box(server, tmp_path)
-        rel = ll.attribute(box, box.ask(PLAIN, QUESTION), method="occlusion", target="red", block=3)
-    np.testing.assert_allclose(rel.values, -0.5 - math.log(0.1), atol=1e-5)
-    assert (rel.extras["unlisted"], rel.extras["parted"]) == (1, 0)
-
-
-def test_a_contrast_is_the_difference_of_two_listed_words(tmp_path: Path) -> None:
-    def answer(asked: Asked) -> Answered:
-        blue = -1.5 if covered(asked) else -3.0
-        return says("a red car", own=-0.5, listed={" blue": blue})
-
-    with serving(answer) as server:
-        box = open_box(server, tmp_path)
-        run = box.ask(PLAIN, QUESTION)
-        rel = ll.attribute(box, run, method="occlusion", target=("red", "blue"), block=3)
-        with pytest.raises(TargetError, match="two different|two words"):
-            ll.attribute(box, run, method="occlusion", target=("red", "red"), block=3)
-    assert rel.targets[0].text == "red, not blue"
-    np.testing.assert_allclose(rel.values, 1.5, atol=1e-6)
-
-
-def test_without_log_probabilities_words_are_counted_in_repeated_answers(tmp_path: Path) -> None:
-    def answer(asked: Asked) -> Answered:
-        blind = covered(asked) and asked.body["seed"] != 1
-        return says("The car, the old car, is blue." if blind else "The car is a red car.")
-
-    with serving(answer) as server:
-        box = open_box(server, tmp_path, repeats=3)
-        run = box.ask(PLAIN, QUESTION)
-        rel = ll.attribute(box, run, method="occlusion", target=["red", "car", ("red", "blue")], block=3)
-    assert np.isnan(run.logprobs).all()
-    assert [word.text for word in run.words] == ["The", "car", "is", "a", "red", "car", "."]
-    most, one, none = (math.log((k + 0.5) / 4) for k in (3, 1, 0))
-    two = math.log(2.5 / 4)
-    assert rel.values[:, 0, 0] == pytest.approx([most - one, 0, (most - none) - (one - two)], abs=1e-6)
-    assert {asked.body["temperature"] for asked in server.asked[1:]} == {1.0}
-    assert sorted(asked.body["seed"] for asked in server.asked[1:4]) == [0, 1, 2]
-    assert any("no log-probabilities" in note for note in rel.notes)
-
-
 def test_log_probabilities_that_do_not_spell_the_answer_are_not_used(tmp_path: Path) -> None:
     def answer(asked: Asked) -> Answered:
-        reply = yes(asked)
+        reply = a_red_car(asked)
         reply.data["choices"][0]["message"]["content"] = "quite another answer"
         return reply
 
@@ -215,27 +90,163 @@ def test_log_probabilities_that_do_not_spell_the_answer_are_not_used(tmp_path: P
             open_box(server, tmp_path, scoring="top").ask(PLAIN, QUESTION)
 
 
-def test_a_server_that_goes_on_from_a_beginning_is_scored_on_the_runs_own_words(tmp_path: Path) -> None:
-    def answer(asked: Asked) -> Answered:
-        blind, last = covered(asked), asked.body["messages"][-1]
-        if last["role"] == "user":
-            return says("one blue cup" if blind else "a red car", own=-0.5)
-        assert (asked.body["continue_final_message"], asked.body["max_tokens"]) == (True, 1)
-        piece = {"a": " red", "a red": " car"}[last["content"]]
-        return says(piece, own=-2.0 if blind and piece == " red" else -0.5, spaced=True)
+def test_what_the_budget_cannot_pay_is_refused_before_it_starts(tmp_path: Path) -> None:
+    with closed(weighing(WEIGHTS, ROUGH), tmp_path, max_requests=10) as (server, box):
+        run = box.ask(ROUGH, QUESTION)
+        with pytest.raises(BudgetError, match="needs 10 requests and 9 of max_requests=10 are left; raise it"):
+            ll.attribute(box, run, method="occlusion", target="red")
+        rel = ll.attribute(box, run, method="occlusion", target="red", block=3)
+        with pytest.raises(BudgetError, match="fewer masks"):
+            ll.faithfulness(box, run, rel)
+        assert len(server.asked) == 3
 
-    with serving(answer) as server:
-        box = open_box(server, tmp_path, scoring="prefill")
+
+def test_a_budget_spent_on_retries_keeps_what_was_paid_for_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "FIRST_PAUSE", 0.01)
+    answer = weighing(WEIGHTS, PLAIN)
+
+    def now_and_then(asked: Asked) -> Answered:
+        return Answered({}, 503) if len(server.asked) in (3, 5, 6) else answer(asked)
+
+    with closed(now_and_then, tmp_path, max_requests=11, parallel=1) as (server, box):
         run = box.ask(PLAIN, QUESTION)
-        wanted = ll.estimate(box, run, target=["red", "car"], block=3)
-        rel = ll.attribute(box, run, method="occlusion", target=["red", "car"], block=3)
-    assert rel.values[:, 0, 0] == pytest.approx([1.5, 0])
-    assert rel.extras["parted"] == 0
-    assert wanted.requests == 4 == len(server.asked) - 1
+        with pytest.raises(BudgetError, match="all 11 requests are spent; every reply is kept"):
+            ll.attribute(box, run, method="occlusion", target="red")
+        assert len(server.asked) == 11
+        box.max_requests = 20
+        assert ll.estimate(box, run, method="occlusion", target="red").known == 7
+        rel = ll.attribute(box, run, method="occlusion", target="red")
+    np.testing.assert_allclose(rel.values[0], WEIGHTS, atol=1e-6)
+    assert len(server.asked) == 14  # ten looks, one question, three failures
 
 
-def test_a_server_that_does_not_go_on_is_found_out(tmp_path: Path) -> None:
-    with serving(lambda asked: says("a red car", own=[-0.5] * 3)) as server:
-        box = open_box(server, tmp_path, scoring="prefill")
-        with pytest.raises(LabError, match="does not go on from a beginning, use scoring='top'"):
-            ll.attribute(box, box.ask(PLAIN, QUESTION), method="occlusion", target="red", block=3)
+def test_requests_go_in_parallel_but_no_more_than_allowed(tmp_path: Path) -> None:
+    answer, lock = weighing(WEIGHTS, PLAIN), threading.Lock()
+    busy, most = [0], [0]
+
+    def slowly(asked: Asked) -> Answered:
+        with lock:
+            busy[0] += 1
+            most[0] = max(most[0], busy[0])
+        time.sleep(0.05)
+        with lock:
+            busy[0] -= 1
+        return answer(asked)
+
+    maps = []
+    for parallel in (1, 3):
+        most[0] = 0
+        with closed(slowly, tmp_path / str(parallel), parallel=parallel) as (_, box):
+            maps.append(ll.attribute(box, box.ask(PLAIN, QUESTION), method="occlusion", target="red"))
+        assert most[0] == parallel
+    assert np.array_equal(maps[0].values, maps[1].values)
+
+
+def test_an_interrupt_keeps_the_blocks_that_are_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with closed(weighing(WEIGHTS, PLAIN), tmp_path) as (_, box):
+        run, replies, calls = box.ask(PLAIN, QUESTION), box.replies, []
+
+        def stopped(looks: Any) -> Any:
+            calls.append(len(looks))
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return replies(looks)
+
+        monkeypatch.setattr(box, "replies", stopped)
+        rel = ll.attribute(box, run, method="occlusion", target="red", batch=3)
+    np.testing.assert_allclose(rel.values[0, 0], WEIGHTS[0], atol=1e-6)
+    assert any("Interrupted after 3 of 9 blocks" in note for note in rel.notes)
+
+
+def test_an_error_in_the_middle_keeps_what_came_before(tmp_path: Path) -> None:
+    def answer(asked: Asked) -> Answered:
+        return a_red_car(asked) if len(server.asked) <= 5 or mended else Answered({"error": {"message": "oh"}}, 401)
+
+    mended: list[bool] = []
+    with closed(answer, tmp_path, parallel=1) as (server, box):
+        run = box.ask(PLAIN, QUESTION)
+        with pytest.raises(EndpointError, match="answered 401"):
+            ll.attribute(box, run, method="occlusion", target="red")
+        sent = len(server.asked)
+        mended.append(True)
+        ll.attribute(box, run, method="occlusion", target="red")
+    assert sent == 6  # the question, four looks, and the one that failed
+    assert len(server.asked) == sent + 6  # ten looks in all
+
+
+def test_every_method_that_looks_inside_is_refused_before_it_starts(tmp_path: Path) -> None:
+    with closed(a_red_car, tmp_path) as (server, box):
+        run = box.ask(PLAIN, QUESTION)
+        for method in ll.METHODS.keys() - set(works_at("pixels")):
+            with pytest.raises(OptionError, match=f"{method!r} looks inside.*occlusion, rise") as refused:
+                ll.attribute(box, run, method=method)
+            assert "\n" not in str(refused.value)
+        with pytest.raises(OptionError, match="at must be 'pixels'"):
+            ll.attribute(box, run, method="occlusion", at="projector")
+        assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize("look", [
+    lambda box, run: ll.logit_lens(box, run), lambda box, run: ll.head_maps(box, run), lambda box, run: ll.compare(box, run),
+    lambda box, run: ll.nearest_words(box, run), lambda box, run: ll.sanity(box, run, "occlusion"),
+    lambda box, run: ll.knockout(box, run, source="image", target="last"), lambda box, run: ll.image_share(box, run),
+])  # fmt: skip
+def test_whatever_else_looks_inside_says_what_works(tmp_path: Path, look: Any) -> None:
+    with closed(a_red_car, tmp_path) as (server, box):
+        run = box.ask(PLAIN, QUESTION)
+        with pytest.raises(LabError, match="with a closed model work ask"):
+            look(box, run)
+        assert len(server.asked) == 1
+
+
+def test_controls_that_run_no_model_send_nothing(tmp_path: Path) -> None:
+    with closed(a_red_car, tmp_path) as (server, box):
+        run = box.ask(PLAIN, QUESTION)
+        assert [ll.attribute(box, run, method=name).grid for name in ("random", "center", "edges")] == [(3, 3)] * 3
+        assert len(server.asked) == 1
+
+
+def test_a_run_of_another_address_or_system_text_is_refused(tmp_path: Path) -> None:
+    with serving(a_red_car) as server:
+        run = open_box(server, tmp_path).ask(PLAIN, QUESTION)
+        other = open_box(server, tmp_path, system="Lie.")
+        with pytest.raises(LabError, match="ask again"):
+            ll.attribute(other, run, method="occlusion")
+
+
+def test_patches_can_be_taken_away_and_the_question_asked_again(tmp_path: Path) -> None:
+    with closed(lambda asked: says("nothing") if (asked.picture == 128).all(-1).any() else a_red_car(asked), tmp_path) as (
+        _,
+        box,
+    ):
+        assert ll.ask_without(box, box.ask(PLAIN, QUESTION), [(1, 1)]).answer == "nothing"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"grid": 12}, "grid must be"),
+        ({"grid": (0, 3)}, "grid must be"),
+        ({"scoring": "echo"}, "'auto', 'top', 'prefill', 'agreement'"),
+        ({"floor": 1.0}, "below 0"),
+        ({"price": 3}, "per million"),
+        ({"parallel": 0}, "parallel must be"),
+        ({"repeats": True}, "repeats must be"),
+        ({"timeout": 0}, "timeout must be"),
+        ({"patience": 3}, "no option 'patience'; its options are base_url, grid"),
+        ({"base_url": ""}, "needs base_url"),
+        ({"base_url": "example.org/v1"}, "must be an address"),
+        ({"device": "cpu"}, "server's own"),
+        ({"base_url": "http://me:secret@example.org/v1"}, "no user, password"),
+        ({"base_url": "https://example.org/v1?key=secret"}, "no user"),
+    ],
+)
+def test_options_are_checked_before_anything_is_sent(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message) as refused:
+        ll.load("openai:gpt", **{"base_url": "http://127.0.0.1:9/v1", "cache": False, **options})
+    assert "secret" not in str(refused.value)
+
+
+def test_options_of_a_server_are_refused_for_a_model_of_ones_own() -> None:
+    with pytest.raises(OptionError, match="base_url belong to a model behind a server"):
+        ll.load("tiny", base_url="http://127.0.0.1:9/v1")

@@ -1,7 +1,7 @@
 """A server on 127.0.0.1 that speaks the chat completions protocol and answers as a test says.
 
-`serving` starts it for the length of a block and remembers every request. `says` is an answer with words for
-tokens, `weighing` a model whose every number is known; `from_lab` answers with a model of ours and its real log-probabilities.
+`serving` starts it for the length of a block and remembers every request; `closed` gives a `BlackBox` at it as well.
+`says` is an answer with words for tokens, `weighing` a model whose every number is known; `from_lab` answers with a model of ours and its real log-probabilities.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -57,6 +58,7 @@ class Answered:
     headers: Mapping[str, str] = field(default_factory=dict)
     raw: bytes | None = None
     hang: threading.Event | None = None  # wait for it before answering
+    pause: float = 0.0  # seconds after each byte
 
 
 @dataclass
@@ -68,6 +70,10 @@ class Serving:
 
 
 Answerer = Callable[[Asked], Answered]
+
+QUESTION = "What is it?"
+PLAIN = np.full((36, 36, 3), (220, 30, 30), np.uint8)
+ROUGH = np.random.default_rng(0).choice(np.array([20, 60, 240], np.uint8), (36, 36, 3))
 
 
 @contextmanager
@@ -92,7 +98,9 @@ def serving(answer: Answerer) -> Iterator[Serving]:
                 if value:
                     self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(data)
+            for part in [data] if not reply.pause else [data[i : i + 1] for i in range(len(data))]:
+                self.wfile.write(part)
+                time.sleep(reply.pause)
             self.close_connection = True
 
         def log_message(self, *args: Any) -> None:
@@ -159,6 +167,18 @@ def open_box(server: Serving, folder: Path, **options: Any) -> BlackBox:
     """A closed model at `server`, with a small grid and a cache of its own."""
     known: dict[str, Any] = {"grid": (3, 3), "cache": folder / "replies", "timeout": 5.0, "retries": 2}
     return load("openai:scripted", base_url=server.base_url, **{**known, **options})
+
+
+@contextmanager
+def closed(answer: Answerer, folder: Path, **options: Any) -> Iterator[tuple[Serving, BlackBox]]:
+    """A server and a closed model at it."""
+    with serving(answer) as server:
+        yield server, open_box(server, folder, **options)
+
+
+def a_red_car(asked: Asked) -> Answered:
+    """The answer of most tests."""
+    return says("a red car", own=-0.5)
 
 
 def from_lab(lab: Lab, *, listed: int = 20) -> Answerer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import traceback
 from pathlib import Path
@@ -12,14 +11,11 @@ import numpy as np
 import pytest
 
 import llava_lab as ll
-from llava_lab.cli.main import main
 from llava_lab.errors import EndpointError
 from llava_lab.remote.client import Endpoint
-from tests.support.endpoint_server import Answered, Asked, open_box, says, serving
+from tests.support.endpoint_server import PLAIN, QUESTION, Answered, Asked, closed, open_box, says, serving
 
 KEY = "sk-very-secret-0123456789"
-PLAIN = np.full((36, 36, 3), (220, 30, 30), np.uint8)
-QUESTION = "What is it?"
 
 
 @pytest.fixture(autouse=True)
@@ -48,8 +44,7 @@ def held(value: Any, depth: int = 6) -> str:
 def test_a_working_key_is_seen_by_the_server_and_by_nothing_else(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with caplog.at_level(logging.DEBUG), serving(echoing) as server:
-        box = open_box(server, tmp_path)
+    with caplog.at_level(logging.DEBUG), closed(echoing, tmp_path) as (server, box):
         run = box.ask(PLAIN, QUESTION)
         rel = ll.attribute(box, run, method="occlusion", target="red", block=3)
     assert {asked.headers["Authorization"] for asked in server.asked} == {f"Bearer {KEY}"}
@@ -107,8 +102,7 @@ def test_plain_http_to_another_machine_carries_only_a_key_that_was_named(base_ur
 
 
 def test_a_key_is_read_from_the_variable_that_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with serving(lambda asked: says("yes")) as server:
-        box = open_box(server, tmp_path, key_variable="OTHER_KEY")
+    with closed(lambda asked: says("yes"), tmp_path, key_variable="OTHER_KEY") as (server, box):
         with pytest.raises(EndpointError, match="OTHER_KEY holds no key"):
             box.ask(PLAIN, QUESTION)
         monkeypatch.setenv("OTHER_KEY", "other-secret\n")
@@ -121,64 +115,3 @@ def test_a_key_is_read_from_the_variable_that_was_named(tmp_path: Path, monkeypa
         monkeypatch.delenv("OPENAI_API_KEY")
         open_box(server, tmp_path).ask(PLAIN, "Without a key?")
         assert "Authorization" not in server.asked[-1].headers
-
-
-# -- the command line -----------------------------------------------------------------------
-
-
-@pytest.fixture
-def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    from PIL import Image
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    Image.fromarray(PLAIN).save(tmp_path / "p.png")
-    return str(tmp_path / "p.png")
-
-
-def test_ask_and_explain_from_the_command_line(file: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with serving(lambda asked: says("a red car", own=-0.5)) as server:
-        closed = ["--model", "openai:scripted", "--base-url", server.base_url]
-        assert main(["ask", file, QUESTION, *closed]) == 0
-        assert capfd.readouterr().out == "a red car\n"
-        explain = [
-            "explain",
-            file,
-            QUESTION,
-            *closed,
-            "--method",
-            "occlusion",
-            "--option",
-            "block=6",
-            "--target",
-            "red",
-            "--json",
-        ]
-        assert main([*explain, "--max-requests", "4"]) == 2
-        assert "needs 5 requests and 4 of max_requests=4 are left" in capfd.readouterr().err
-        assert main([*explain, "--max-requests", "5", "--price", "1,2"]) == 0
-        assert len(server.asked) == 6
-    out = capfd.readouterr()
-    found = json.loads(out.out)
-    assert (found["answer"], found["grid"], found["picture"]["mode"]) == ("a red car", [12, 12], "whole")
-    assert "5 requests to send, 0 known already, 5 left" in out.err
-    assert KEY not in out.out + out.err
-
-
-@pytest.mark.parametrize(("words", "message"), [
-    (["explain", "{file}", "q", "--model", "openai:m", "--base-url", "{url}"], "'rollout' looks inside the model"),
-    (["ask", "{file}", "q", "--model", "openai:m"], "needs base_url"),
-    (["ask", "{file}", "q", "--base-url", "{url}"], "--base-url belongs to --model openai:NAME"),
-    (["ask", "{file}", "q", "--model", "openai:m", "--base-url", "{url}", "--fit", "pad"], "--prompt and --fit"),
-    (["ask", "{file}", "q", "--model", "openai:m", "--base-url", "{url}", "--device", "cpu"], "--device and --dtype"),
-    (["ask", "{file}", "q", "--model", "openai:m", "--base-url", "{url}", "--price", "3"], "--price wants two numbers"),
-    (["lens", "{file}", "q", "--model", "openai:m"], "lens looks inside the model"),
-])  # fmt: skip
-def test_mistakes_on_the_command_line_send_nothing(
-    file: str, words: list[str], message: str, capfd: pytest.CaptureFixture[str]
-) -> None:
-    with serving(lambda asked: says("yes")) as server:
-        assert main([word.format(file=file, url=server.base_url) for word in words]) == 2
-        assert server.asked == []
-    error = capfd.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1

@@ -1,4 +1,4 @@
-"""What goes wrong with a server is tried again where that helps, and otherwise said in one line."""
+"""What goes wrong with a server is tried again where that helps, and otherwise said in one line; replies are kept whole."""
 
 from __future__ import annotations
 
@@ -16,18 +16,16 @@ import pytest
 
 import llava_lab as ll
 from llava_lab.errors import EndpointError
-from llava_lab.remote import client as endpoint
+from llava_lab.remote import client
 from llava_lab.remote.client import retry_after
-from tests.support.endpoint_server import Answered, Answerer, Asked, open_box, says, serving
+from tests.support.endpoint_server import PLAIN, QUESTION, Answered, Answerer, Asked, a_red_car, closed, open_box, says, serving
 
-PLAIN = np.full((36, 36, 3), (220, 30, 30), np.uint8)
-QUESTION = "What is it?"
 FINE = says("a red car", own=-0.5)
 
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(client, "FIRST_PAUSE", 0.01)
 
 
 def failed(message: str, **error: Any) -> dict[str, Any]:
@@ -146,8 +144,7 @@ def test_an_option_the_server_refuses_is_left_out_from_then_on(tmp_path: Path, n
             return Answered(failed(f"Unsupported parameter: '{name}' is not supported with this model."), 400)
         return FINE
 
-    with serving(answer) as server:
-        box = open_box(server, tmp_path)
+    with closed(answer, tmp_path) as (server, box):
         box.ask(PLAIN, QUESTION)
         box.ask(PLAIN, "And now?")
     assert [name in asked.body for asked in server.asked] == [True, False, False]
@@ -166,18 +163,44 @@ def test_a_server_that_refuses_log_probabilities_is_asked_without(tmp_path: Path
     assert "top_logprobs" not in server.asked[1].body
 
 
-def test_an_error_in_the_middle_keeps_what_came_before(tmp_path: Path) -> None:
-    def answer(asked: Asked) -> Answered:
-        return FINE if len(server.asked) <= 5 or mended else Answered(failed("oh"), 401)
+def test_a_server_that_drips_is_left_after_the_time_allowed(tmp_path: Path) -> None:
+    """A time-out that starts anew with every byte would wait for ever."""
+    drip = Answered(raw=b" " * 40, pause=0.05)
+    with closed(lambda asked: drip, tmp_path, timeout=0.3, retries=0) as (_, box):
+        start = time.monotonic()
+        with pytest.raises(EndpointError, match="no answer within 0.3 s"):
+            box.ask(PLAIN, QUESTION)
+        assert time.monotonic() - start < 1.5
 
-    mended: list[bool] = []
-    with serving(answer) as server:
-        box = open_box(server, tmp_path, parallel=1)
-        run = box.ask(PLAIN, QUESTION)
-        with pytest.raises(EndpointError, match="answered 401"):
-            ll.attribute(box, run, method="occlusion", target="red")
+
+def test_replies_are_kept_for_the_next_process_but_not_for_another_question(tmp_path: Path) -> None:
+    with closed(a_red_car, tmp_path) as (server, box):
+        first = ll.attribute(box, box.ask(PLAIN, QUESTION), method="occlusion")
         sent = len(server.asked)
-        mended.append(True)
-        ll.attribute(box, run, method="occlusion", target="red")
-    assert sent == 6  # the question, four looks, and the one that failed
-    assert len(server.asked) == sent + 6  # ten looks in all
+        again = open_box(server, tmp_path, max_requests=1)
+        second = ll.attribute(again, again.ask(PLAIN, QUESTION), method="occlusion")
+        assert (len(server.asked), again.endpoint.requests) == (sent, 0)
+        again.ask(PLAIN, "And now?")
+        changed = PLAIN.copy()
+        changed[0, 0, 0] -= 1
+        open_box(server, tmp_path).ask(changed, QUESTION)
+        open_box(server, tmp_path, cache=False).ask(PLAIN, QUESTION)
+    assert np.array_equal(first.values, second.values)
+    assert len(server.asked) == sent + 3
+
+
+def test_damaged_files_are_asked_for_again_and_no_half_file_is_left(tmp_path: Path) -> None:
+    with serving(a_red_car) as server:
+        open_box(server, tmp_path).ask(PLAIN, QUESTION)
+        (file,) = (tmp_path / "replies").rglob("*.*")
+        whole = file.read_text("utf-8")
+        file.write_text(whole[:20], "utf-8")
+        assert open_box(server, tmp_path).ask(PLAIN, QUESTION).answer == "a red car"
+    assert len(server.asked) == 2
+    assert [one.read_text("utf-8") for one in (tmp_path / "replies").rglob("*.*")] == [whole]
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "replies").write_text("a file", "utf-8")
+    with serving(lambda asked: says("yes")) as server, pytest.raises(EndpointError, match="give cache=FOLDER, or cache=False"):
+        open_box(server, tmp_path).ask(PLAIN, QUESTION)
