@@ -67,7 +67,9 @@ def test_one_word_can_be_explained_by_occlusion(
 ) -> None:
     path, question = asked[0]
     out = tmp_path / "map.png"
-    data = printed("explain", path, question.text, "--method", "occlusion", "--target", "answer", "--out", str(out))
+    data = printed(
+        "explain", path, question.text, "--method", "occlusion", "--option", "block=3", "--target", "answer", "--out", str(out)
+    )
     assert len(data["targets"]) == len(data["relevance"]) == 1
     assert out.stat().st_size > 1000
 
@@ -77,6 +79,7 @@ def test_same_seed_same_sampled_answer(asked: list[tuple[str, picturebook.Questi
     assert printed(*command) == printed(*command)
 
 
+@pytest.mark.long
 def test_evaluate_prints_scores_beside_their_controls(printed: Printed) -> None:
     data = printed("evaluate", "--n", "6", "--split", "test", "--seed", "1")
     keys = {"accuracy", "interval", "n", "by_type", "controls", "model", "data", "split", "seed", "seconds"}

@@ -1,7 +1,8 @@
 """A server on 127.0.0.1 that speaks the chat completions protocol and answers as a test says.
 
 `serving` starts it for the length of a block and remembers every request; `closed` gives a `BlackBox` at it as well.
-`says` is an answer with words for tokens, `weighing` a model whose every number is known; `from_lab` answers with a model of ours and its real log-probabilities.
+`says` is an answer with words for tokens, `weighing` a model whose every number is known; `from_lab` answers with a
+model of ours and its real log-probabilities.
 """
 
 from __future__ import annotations
