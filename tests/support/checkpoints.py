@@ -54,51 +54,25 @@ LLAVA15_VOCAB = 32064  # 32000 of Llama, <image>, <pad>, filled up to a multiple
 def build_llava(
     folder: str | Path,
     *,
-    image: int = 32,
-    patch: int = 8,
-    vision_width: int = 32,
-    vision_layers: int = 4,
-    hidden: int = 64,
-    layers: int = 3,
-    heads: int = 4,
     vocab_words: tuple[str, ...] = SENTENCES,
-    feature_layer: int | list[int] = -2,
-    feature_strategy: str = "default",
-    projector_bias: bool = True,
-    context: int = 512,
     do_pad: bool = True,
     dtype: torch.dtype = torch.float32,
     llava15_config: bool = False,
     seed: int = 0,
+    **sizes: Any,
 ) -> Path:
-    """Save a random LLaVA checkpoint as a hub folder and return its path.
+    """Save a random LLaVA checkpoint as a hub folder and return its path; `sizes` are those of `llava_config`.
 
-    ``llava15_config=True`` has LLaVA-1.5's geometry and vocabulary (336 px, patch 14, 576 image
-    tokens, 32064 words, SentencePiece pieces) and its hub folder's files, with `hidden`, `layers`
-    and `vision_layers` still small.
+    ``llava15_config=True`` has LLaVA-1.5's geometry and vocabulary (336 px, patch 14, 576 image tokens, 32064 words,
+    SentencePiece pieces) and its hub folder's files, with `hidden`, `layers` and `vision_layers` still small.
     """
     folder = Path(folder)
     if llava15_config:
-        image, patch, context = 336, 14, 4096
+        sizes |= {"image": 336, "patch": 14, "context": 4096, "vocab": LLAVA15_VOCAB}
     tokenizer = sentencepiece_tokenizer() if llava15_config else byte_tokenizer(vocab_words)
-    config = llava_config(
-        tokenizer,
-        image=image,
-        patch=patch,
-        vision_width=vision_width,
-        vision_layers=vision_layers,
-        hidden=hidden,
-        layers=layers,
-        heads=heads,
-        feature_layer=feature_layer,
-        feature_strategy=feature_strategy,
-        projector_bias=projector_bias,
-        context=context,
-        vocab=LLAVA15_VOCAB if llava15_config else len(tokenizer),
-    )
+    config = llava_config(tokenizer, **sizes)
     build_llama_model(config, seed=seed).to(dtype).save_pretrained(folder)
-    processor = build_processor(config, tokenizer, do_pad=do_pad)
-    processor.save_pretrained(folder)
+    build_processor(config, tokenizer, do_pad=do_pad).save_pretrained(folder)
     if llava15_config:
         as_hub_folder(folder, config, V1_TEMPLATE)
     return folder
@@ -107,20 +81,21 @@ def build_llava(
 def llava_config(
     tokenizer: PreTrainedTokenizerFast,
     *,
-    image: int,
-    patch: int,
-    vision_width: int,
-    vision_layers: int,
-    hidden: int,
-    layers: int,
-    heads: int,
-    feature_layer: int | list[int],
-    feature_strategy: str,
-    projector_bias: bool,
-    context: int,
-    vocab: int,
+    image: int = 32,
+    patch: int = 8,
+    vision_width: int = 32,
+    vision_layers: int = 4,
+    hidden: int = 64,
+    layers: int = 3,
+    heads: int = 4,
+    feature_layer: int | list[int] = -2,
+    feature_strategy: str = "default",
+    projector_bias: bool = True,
+    context: int = 512,
+    vocab: int | None = None,
+    text: Any = None,
 ) -> LlavaConfig:
-    """A stock `LlavaConfig` for a CLIP tower and a Llama of the given sizes."""
+    """A stock `LlavaConfig` for a CLIP tower and a Llama of the given sizes, or for the language model of config `text`."""
     vision = CLIPVisionConfig(
         image_size=image,
         patch_size=patch,
@@ -131,8 +106,8 @@ def llava_config(
         projection_dim=vision_width,
         hidden_act="quick_gelu",
     )
-    text = LlamaConfig(
-        vocab_size=vocab,
+    llama = LlamaConfig(
+        vocab_size=vocab or len(tokenizer),
         hidden_size=hidden,
         intermediate_size=2 * hidden,
         num_hidden_layers=layers,
@@ -145,7 +120,7 @@ def llava_config(
     )
     return LlavaConfig(
         vision_config=vision,
-        text_config=text,
+        text_config=text or llama,
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
         image_seq_length=(image // patch) ** 2 + (feature_strategy == "full"),
         vision_feature_layer=feature_layer,

@@ -31,21 +31,7 @@ MISTRAL = (
 def build_next(folder: Path, *, template: str = V1_TEMPLATE, pinpoints: list[list[int]] | None = None, seed: int = 0) -> Path:
     """Save a random LLaVA-NeXT with squares of 4x4 patches and return its folder."""
     tokenizer = byte_tokenizer()
-    inner = llava_config(
-        tokenizer,
-        image=SIDE,
-        patch=PATCH,
-        vision_width=32,
-        vision_layers=3,
-        hidden=64,
-        layers=3,
-        heads=4,
-        feature_layer=-2,
-        feature_strategy="default",
-        projector_bias=True,
-        context=1024,
-        vocab=len(tokenizer),
-    )
+    inner = llava_config(tokenizer, image=SIDE, patch=PATCH, vision_layers=3, context=1024)
     shapes = pinpoints or PINPOINTS
     config = LlavaNextConfig(
         vision_config=inner.vision_config,

@@ -22,7 +22,6 @@ from tests.support.checkpoints import BOS, EOS, SENTENCES, UNK, _wrap, build_lla
 WORDS, ROWS = 400, 448  # 400 words and 2 new ones, filled up to a multiple of 64
 IMAGE_ID, PAD_ID = 400, 401
 TOWER_NAME = "openai/clip-vit-large-patch14-336"
-SIZES = {"image": 32, "patch": 8, "vision_width": 32, "vision_layers": 4, "hidden": 64, "layers": 2, "heads": 4, "context": 512}
 
 
 @dataclass
@@ -61,7 +60,7 @@ def original_tokenizer(marks: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
 def make_parts(kind: str = "mlp2x_gelu", *, layer: int = -2, seed: int = 3) -> Parts:
     """A random reference: stock transformers classes, its projector replaced by torch's own modules."""
     tokenizer = _with_new_words()
-    config = llava_config(tokenizer, feature_layer=layer, feature_strategy="default", projector_bias=True, vocab=ROWS, **SIZES)
+    config = llava_config(tokenizer, feature_layer=layer, layers=2, vocab=ROWS)
     model = build_llama_model(config, seed=seed)
     module = _projector(kind, seed)
     model.model.multi_modal_projector = module

@@ -15,6 +15,7 @@ from llava_lab.errors import LabError
 from llava_lab.models import Lab
 from llava_lab.models.layout import language_layers, language_model
 from llava_lab.results import Run
+from tests.support.closeness import close
 from tests.support.planted import scripted_run
 
 
@@ -42,7 +43,7 @@ def test_weights_times_values_through_the_output_projection_are_the_layers_atten
     ):
         tiny_random.model(**tiny_random.inputs(run))
     for number in range(3):
-        torch.testing.assert_close(found[number], outputs[number][0, [3, 70, 80]] @ directions.T, atol=1e-5, rtol=1e-5)
+        close(found[number], outputs[number][0, [3, 70, 80]] @ directions.T, terms=64 * 3)
 
 
 def test_head_sources_give_eager_weights(tiny_random: Lab, run: Run) -> None:

@@ -1,42 +1,36 @@
-"""Watching attention: equal to eager, causal, free for the logits, and gone afterwards."""
+"""Watching attention: equal to eager, causal, free for the logits, and gone afterwards; single heads and the values they mix."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from llava_lab.capture import FUSIONS, Full, LayerByLayer, PickedRows, Reducer, fuse_heads, undisturbed, watch_attention
+from llava_lab.capture import FUSIONS, Full, HeadRows, LayerByLayer, PickedRows, Reducer, fuse_heads, undisturbed, watch_attention
 from llava_lab.capture.watch import attention_rows
 from llava_lab.errors import LabError, OptionError
-from llava_lab.models.layout import language_layers, vision_layers
+from llava_lab.models import Lab
+from llava_lab.models.layout import language_layers, used_vision_layers, vision_layers
+from llava_lab.results import Run
 from tests.support.checkpoints import build_llama_model, byte_tokenizer, llava_config
+from tests.support.closeness import close
+from tests.support.leftovers import state_of
+from tests.support.planted import scripted_run
 from tests.support.rounding import in_dtype
 
 LENGTH = 150  # more than two chunks of query rows
+TERMS = 64 * 3  # width times layers: how rounding grows
 
 
 @pytest.fixture(scope="module", params=[4, 2], ids=["every head its own key", "keys shared by two heads"])
 def model(request: pytest.FixtureRequest) -> LlavaForConditionalGeneration:
-    config = llava_config(
-        byte_tokenizer(),
-        image=32,
-        patch=8,
-        vision_width=32,
-        vision_layers=3,
-        hidden=64,
-        layers=3,
-        heads=4,
-        feature_layer=-2,
-        feature_strategy="default",
-        projector_bias=True,
-        context=512,
-        vocab=400,
-    )
+    config = llava_config(byte_tokenizer(), vision_layers=3, vocab=400)
     config.text_config.num_key_value_heads = request.param
     model = build_llama_model(config)
     with torch.no_grad():
@@ -81,14 +75,14 @@ def test_capture_equals_eager_in_both_towers(model: LlavaForConditionalGeneratio
     for ours, theirs in zip((text, vision), eager(inputs), strict=True):
         assert len(ours.attention) == len(theirs) == 3
         for layer, reference in enumerate(theirs):
-            torch.testing.assert_close(ours.attention[layer], reference, atol=1e-5, rtol=0)
+            close(ours.attention[layer], reference, terms=TERMS)
 
 
 def test_rows_sum_to_one_and_the_future_is_zero(model: LlavaForConditionalGeneration) -> None:
     text, vision, _ = _capture(model, _inputs(model))
     for full in (text, vision):
         for attention in full.attention.values():
-            torch.testing.assert_close(attention.sum(-1), torch.ones_like(attention[..., 0]), atol=1e-6, rtol=0)
+            close(attention.sum(-1), torch.ones_like(attention[..., 0]), terms=TERMS)
     for attention in text.attention.values():
         assert attention.triu(1).abs().max() == 0
     assert vision.attention[0].triu(1).max() > 0, "the vision tower looks both ways"
@@ -113,7 +107,7 @@ def test_left_padding_gives_the_same_attention_and_padded_rows_none(model: Llava
     }
     text, _, _ = _capture(model, padded)
     for layer, attention in text.attention.items():
-        torch.testing.assert_close(attention[:, :, 5:, 5:], whole.attention[layer], atol=1e-5, rtol=0)
+        close(attention[:, :, 5:, 5:], whole.attention[layer], terms=TERMS)
         assert attention[:, :, 5:, :5].max() == 0
 
 
@@ -121,7 +115,7 @@ def test_a_batch_is_captured_row_by_row(model: LlavaForConditionalGeneration, ea
     inputs = _inputs(model, batch=2)
     text, _, _ = _capture(model, inputs)
     for layer, reference in enumerate(eager(inputs)[0]):
-        torch.testing.assert_close(text.attention[layer], reference, atol=1e-5, rtol=0)
+        close(text.attention[layer], reference, terms=TERMS)
 
 
 def test_decoding_with_a_cache_reports_the_new_rows(model: LlavaForConditionalGeneration) -> None:
@@ -144,7 +138,7 @@ def test_decoding_with_a_cache_reports_the_new_rows(model: LlavaForConditionalGe
     assert [one[0] for one in last] == [0, 1, 2]
     for layer, _, stop, attention in last:
         assert stop == LENGTH
-        torch.testing.assert_close(attention, whole.attention[layer][:, :, -1:], atol=1e-5, rtol=0)
+        close(attention, whole.attention[layer][:, :, -1:], terms=TERMS)
 
 
 def test_reducers_keep_what_they_say(model: LlavaForConditionalGeneration) -> None:
@@ -157,9 +151,9 @@ def test_reducers_keep_what_they_say(model: LlavaForConditionalGeneration) -> No
         with watch_attention(layers, LayerByLayer(lambda i, a, norms: seen.update({i: a.clone()}))):
             model(**inputs)
     for layer, attention in full.attention.items():
-        torch.testing.assert_close(seen[layer], attention[0].mean(0), atol=1e-6, rtol=0)
+        close(seen[layer], attention[0].mean(0), terms=TERMS)
         want = fuse_heads(attention, "max", (1, 2))[:, [3, 99, 140]]
-        torch.testing.assert_close(picked.layers[layer], want, atol=1e-6, rtol=0)
+        close(picked.layers[layer], want, terms=TERMS)
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
@@ -192,22 +186,6 @@ def test_bfloat16_is_captured_in_float32(model: LlavaForConditionalGeneration) -
     assert (text.attention[0] - exact.attention[0]).abs().mean() < 1e-3
 
 
-def _state(model: LlavaForConditionalGeneration) -> dict[str, Any]:
-    """Everything a capture could leave behind."""
-    modules = list(model.modules())
-    return {
-        "implementation": [
-            part._attn_implementation for part in (model.config, model.config.text_config, model.config.vision_config)
-        ],
-        "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in modules],
-        "training": [m.training for m in modules],
-        "grad": [p.requires_grad for p in model.parameters()],
-        "grads": [p.grad is None for p in model.parameters()],
-        "grad mode": torch.is_grad_enabled(),
-        "random": torch.get_rng_state().tolist(),
-    }
-
-
 @pytest.mark.parametrize("how", [None, RuntimeError, KeyboardInterrupt])
 def test_nothing_is_left_behind(model: LlavaForConditionalGeneration, how: type[BaseException] | None) -> None:
     class Failing(Full):
@@ -221,8 +199,9 @@ def test_nothing_is_left_behind(model: LlavaForConditionalGeneration, how: type[
     model.model.vision_tower.eval()  # a mixture of training flags must come back as the same mixture
     first = next(model.parameters())
     first.requires_grad_(True)
-    before = _state(model)
-    assert before["implementation"] == ["sdpa"] * 3
+    lab = SimpleNamespace(model=model, fingerprint="")
+    before = state_of(lab)
+    assert before["attention"] == ["sdpa"] * 3
     try:
         layers, patches = language_layers(model), vision_layers(model)
         with undisturbed(model), watch_attention(layers, Failing()), watch_attention(patches, Full()):
@@ -232,7 +211,7 @@ def test_nothing_is_left_behind(model: LlavaForConditionalGeneration, how: type[
         assert how is not None
     else:
         assert how is None
-    after = _state(model)
+    after = state_of(lab)
     first.requires_grad_(False)
     model.eval()
     assert after == before
@@ -273,10 +252,77 @@ def test_unwatched_layers_run_as_before(model: LlavaForConditionalGeneration) ->
     with undisturbed(model), watch_attention(language_layers(model)[1:2], Full()) as one:
         model(**inputs)
     assert list(one.attention) == [0]
-    torch.testing.assert_close(one.attention[0], full.attention[1], atol=1e-6, rtol=0)
+    close(one.attention[0], full.attention[1], terms=TERMS)
 
 
 def test_a_causal_chunk_without_a_mask_needs_all_its_keys() -> None:
     query, key = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 5, 4)
     with pytest.raises(LabError, match="expected a mask for 3 new rows over 5 keys"):
         list(attention_rows(query, key, None, 0.5, causal=True))
+
+
+@pytest.fixture(scope="module")
+def run(tiny_random: Lab) -> Run:
+    wide = np.random.default_rng(3).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    return scripted_run(tiny_random, wide, "The car is blue. " * 20)  # answer rows in more than one chunk
+
+
+def _watch(lab: Lab, run: Run, reducer: Any, *, vision: bool = False) -> Any:
+    layers = used_vision_layers(lab.model) if vision else language_layers(lab.model)
+    with undisturbed(lab.model), watch_attention(layers, reducer):
+        lab.model(**lab.inputs(run))
+    return reducer
+
+
+def test_head_rows_are_the_rows_of_every_head(tiny_random: Lab, run: Run) -> None:
+    full = _watch(tiny_random, run, Full())
+    start, stop = run.segments["image"]
+    end = len(run.token_ids)
+    rows = [end - 1, 3, start, *range(end - 90, end, 2)]
+    some = _watch(tiny_random, run, HeadRows(rows, columns=slice(start, stop)))
+    every = _watch(tiny_random, run, HeadRows(rows))
+    for layer, attention in full.attention.items():
+        want = attention[:, :, sorted(set(rows))]
+        close(every.layers[layer], want, terms=TERMS)
+        close(some.layers[layer], want[..., start:stop], terms=TERMS)
+
+
+def test_mixed_rows_are_weighted_sums_over_all_chunks(tiny_random: Lab, run: Run) -> None:
+    rows = list(range(*run.segments["answer"]))
+    assert len(rows) > 64
+    mix = torch.rand(3, len(rows), generator=torch.Generator().manual_seed(0))
+    full = _watch(tiny_random, run, Full())
+    mixed = _watch(tiny_random, run, HeadRows(rows, mix=mix))
+    for layer, attention in full.attention.items():
+        want = torch.einsum("nq,bhqk->bhnk", mix, attention[:, :, rows])
+        close(mixed.layers[layer], want, terms=TERMS)
+
+
+def test_rows_that_are_kept_do_not_hold_on_to_whole_chunks(tiny_random: Lab, run: Run) -> None:
+    kept = _watch(tiny_random, run, HeadRows([5, 9], columns=slice(2, 4)))
+    for part in kept.layers.values():
+        assert part.untyped_storage().nbytes() == part.numel() * 4
+
+
+@pytest.mark.parametrize("vision", [False, True], ids=["language model", "vision tower"])
+def test_values_come_before_the_rows_and_give_the_layers_output(tiny_random: Lab, run: Run, vision: bool) -> None:
+    outputs: list[Tensor] = []
+
+    class Mixed(Reducer):
+        def values(self, layer: int, value: Tensor) -> None:
+            self.value = value
+
+        def add(self, layer: int, rows: slice | Tensor, attention: Tensor) -> None:
+            mixed = attention @ self.value[:, :, : attention.shape[-1]].float()
+            outputs.append(mixed.transpose(1, 2).flatten(2))
+
+    layers = (used_vision_layers if vision else language_layers)(tiny_random.model)
+    seen: list[Tensor] = []
+    name = "out_proj" if vision else "o_proj"
+    handles = [
+        getattr(layer.self_attn, name).register_forward_pre_hook(lambda module, args: seen.append(args[0])) for layer in layers
+    ]
+    _watch(tiny_random, run, Mixed(), vision=vision)
+    for handle in handles:
+        handle.remove()
+    close(torch.cat(outputs, 1), torch.cat(seen, 1), terms=TERMS)

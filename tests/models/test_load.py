@@ -1,4 +1,5 @@
-"""Loading: exactly what was saved or one clear line, from a folder, the hub's cache, or old file formats."""
+"""Loading: exactly what was saved or one clear line. The 7B's path is the same path: LLaVA-1.5's config keys, files and geometry,
+with few and narrow layers."""
 
 from __future__ import annotations
 
@@ -13,15 +14,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import AutoProcessor, LlavaForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
+import llava_lab as ll
 from llava_lab.errors import OptionError
-from llava_lab.models import Lab, load
+from llava_lab.models import Lab, layout, load
+from llava_lab.results import Run
+from tests.support.answers import probabilities_check_out
 from tests.support.checkpoints import build_llava
 from tests.support.refusals import refused
 
 LINEAR_1 = "multi_modal_projector.linear_1.weight"
+QUESTION = "What color is the car?"
 
 
 @pytest.fixture
@@ -58,7 +65,7 @@ def test_the_model_comes_ready_and_unlearning(tiny_random: Lab) -> None:
     assert (tiny_random.device.type, tiny_random.dtype) == ("cpu", torch.float32)
 
 
-def test_loading_changes_no_settings_of_torch_or_transformers(tiny_folder: Path) -> None:
+def test_loading_changes_no_settings_and_prints_nothing(tiny_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     def settings() -> tuple[Any, ...]:
         bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
         return torch.get_num_threads(), torch.get_default_dtype(), torch.get_rng_state().tolist(), bars, level
@@ -66,10 +73,6 @@ def test_loading_changes_no_settings_of_torch_or_transformers(tiny_folder: Path)
     before = settings()
     load(tiny_folder)
     assert settings() == before
-
-
-def test_loading_prints_nothing(tiny_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    load(tiny_folder)
     assert capfd.readouterr() == ("", "")
 
 
@@ -153,26 +156,25 @@ def test_processor_files_that_are_missing_or_of_another_model_are_refused(copy: 
     assert "image processor" in refused(copy)
 
 
-def test_a_missing_weight_is_an_error_that_names_it(copy: Path) -> None:
-    edit_weights(copy, lambda weights: weights.pop(LINEAR_1))
-    assert "1 missing: model.multi_modal_projector.linear_1.weight" in refused(copy)
-
-
-def test_an_unexpected_weight_is_an_error_that_names_it(copy: Path) -> None:
-    edit_weights(copy, lambda weights: weights.update({"multi_modal_projector.linear_3.weight": torch.zeros(2)}))
-    assert "1 unexpected: model.multi_modal_projector.linear_3.weight" in refused(copy)
-
-
-def test_a_misshapen_weight_is_an_error_with_both_shapes(copy: Path) -> None:
-    edit_weights(copy, lambda weights: weights.update({LINEAR_1: torch.zeros(64, 33)}))
-    text = refused(copy)
-    assert "1 misshapen: model.multi_modal_projector.linear_1.weight (64, 33) not (64, 32)" in text
-
-
-def test_many_missing_weights_are_counted(copy: Path) -> None:
-    edit_weights(copy, lambda weights: [weights.pop(name) for name in list(weights) if "vision_tower" in name])
-    assert "and " in (text := refused(copy))
-    assert "more" in text
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda weights: weights.pop(LINEAR_1), "1 missing: model.multi_modal_projector.linear_1.weight"),
+        (
+            lambda weights: weights.update({"multi_modal_projector.linear_3.weight": torch.zeros(2)}),
+            "1 unexpected: model.multi_modal_projector.linear_3.weight",
+        ),
+        (
+            lambda weights: weights.update({LINEAR_1: torch.zeros(64, 33)}),
+            "1 misshapen: model.multi_modal_projector.linear_1.weight (64, 33) not (64, 32)",
+        ),
+        (lambda weights: [weights.pop(name) for name in list(weights) if "vision_tower" in name], " more"),
+    ],
+    ids=["missing", "unexpected", "misshapen", "many"],
+)
+def test_weights_that_do_not_fit_are_named(copy: Path, change: Callable[[dict[str, torch.Tensor]], Any], said: str) -> None:
+    edit_weights(copy, change)
+    assert said in refused(copy)
 
 
 def test_constants_of_old_checkpoints_are_no_surprise(copy: Path, tiny_random: Lab) -> None:
@@ -252,3 +254,66 @@ def test_names_as_in_memory_and_sharded_pytorch_weights_load(copy: Path, tiny_ra
         where |= dict.fromkeys(part, file)
     (copy / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
     assert load(copy).fingerprint == tiny_random.fingerprint
+
+
+@pytest.fixture(scope="module")
+def hub(llava15_folder: Path) -> Lab:
+    return ll.load(str(llava15_folder))
+
+
+@pytest.fixture(scope="module")
+def hub_run(hub: Lab) -> Run:
+    pixels = np.random.default_rng(1).integers(0, 256, (300, 480, 3), dtype=np.uint8)
+    return hub.ask(pixels, QUESTION, max_new_tokens=6)
+
+
+def test_the_folder_is_laid_out_as_the_hub_s(llava15_folder: Path) -> None:
+    config = json.loads((llava15_folder / "config.json").read_text())
+    assert (config["image_token_index"], config["image_seq_length"], config["pad_token_id"]) == (32000, 576, 32001)
+    assert config["text_config"]["vocab_size"] == 32064
+    assert (config["vision_config"]["image_size"], config["vision_config"]["patch_size"]) == (336, 14)
+    index = json.loads((llava15_folder / "model.safetensors.index.json").read_text())
+    assert any(name.startswith("vision_tower.vision_model.encoder") for name in index["weight_map"])
+    assert "image_processor" not in json.loads((llava15_folder / "processor_config.json").read_text())
+
+
+def test_it_loads_whole_with_576_image_tokens(hub: Lab) -> None:
+    assert hub.grid == (24, 24)
+    assert layout.image_token_count(hub.model) == 576
+    assert (hub.card.licence, hub.card.connector, hub.card.fit) == ("llama2", "mlp2x_gelu", "crop")
+    assert hub.dtype == torch.float32  # stored as float16; small enough to be exact
+    assert hub.context == 4096
+
+
+def test_its_run_has_576_image_positions_found_by_their_id(hub: Lab, hub_run: Run) -> None:
+    assert len(hub_run.image_positions) == 576
+    assert (hub_run.token_ids[hub_run.image_positions] == 32000).all()
+    assert (np.delete(hub_run.token_ids, hub_run.image_positions) != 32000).all()
+    assert (hub_run.map.rows, hub_run.map.cols, hub_run.map.size, hub_run.map.mode) == (24, 24, 336, "crop")
+
+
+def test_its_tokens_are_the_transformers_processor_s_own(hub: Lab, llava15_folder: Path) -> None:
+    theirs = AutoProcessor.from_pretrained(llava15_folder)
+    found = hub.sequence(QUESTION)
+    image = Image.new("RGB", (300, 200))
+    assert theirs(text=found.text, images=image, return_tensors="np")["input_ids"][0].tolist() == found.token_ids.tolist()
+
+
+def test_its_answer_equals_stock_transformers(hub: Lab, hub_run: Run, llava15_folder: Path) -> None:
+    model = LlavaForConditionalGeneration.from_pretrained(llava15_folder, dtype=torch.float32)
+    inputs = AutoProcessor.from_pretrained(llava15_folder)(
+        text=hub_run.prompt, images=Image.fromarray(hub_run.picture), return_tensors="pt"
+    )
+    out = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    assert out[0].tolist() == hub_run.token_ids.tolist()
+
+
+def test_teacher_forcing_agrees_with_the_answer(hub: Lab, hub_run: Run) -> None:
+    probabilities_check_out(hub, hub_run)
+
+
+def test_the_paper_s_padding_is_one_option_away(hub: Lab, hub_run: Run) -> None:
+    padded = hub.ask(hub_run.picture, QUESTION, fit="pad", max_new_tokens=1)
+    assert padded.map.mode == "pad"
+    assert padded.map.seen_box == (0, 0, 480, 300)
+    assert hub_run.map.seen_box != padded.map.seen_box
