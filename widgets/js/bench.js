@@ -5,8 +5,9 @@
  */
 
 import { blankCanvas, contextOf, groundsOf, paintHeat, paintScene } from "./shared/canvas.js";
-import { choices, make, setText, slider } from "./shared/dom.js";
-import { patchAt, patchName } from "./shared/grid.js";
+import { make, segmented, setText, slider } from "./shared/dom.js";
+import { ARROWS, patchUnder } from "./shared/gestures.js";
+import { patchName } from "./shared/grid.js";
 import { bytesOf, colorTable, formatNumber, formatPercent, levelsOf, readMaps, readPalettes, valueOf } from "./shared/maps.js";
 import { Panel, shows } from "./shared/panel.js";
 
@@ -81,8 +82,7 @@ class Bench extends Panel {
     const last = spec.ranks.length - 1;
     const names = [...(spec.second ? [spec.sides[1].name] : []), ...(spec.ranks.length ? ["linear fit"] : [])];
     const pick = (/** @type {number} */ i) => this.show(spec.second && i === 0 ? 0 : this.rank);
-    const items = names.map((name) => ({ name, content: [name] }));
-    this.which = choices({ label: "Compared with", className: "lab-pair", items, pick, signal });
+    this.which = segmented("Compared with", names, pick, signal);
     const input = (/** @type {number} */ place) => this.show((this.rank = spec.ranks[place]));
     this.range = slider({ label: "Rank", min: 0, max: Math.max(0, last), step: 1, value: Math.max(0, last), input, signal });
     this.which.root.hidden = names.length < 2;
@@ -104,12 +104,7 @@ class Bench extends Panel {
     const { map } = this.spec;
     canvas.style.aspectRatio = `${map.width} / ${map.height}`;
     const { signal } = this.stop;
-    const at = (/** @type {PointerEvent} */ event) => {
-      const box = canvas.getBoundingClientRect();
-      const k = map.width / box.width;
-      this.light(patchAt(map, (event.clientX - box.left) * k, (event.clientY - box.top) * k));
-    };
-    canvas.addEventListener("pointermove", at, { signal });
+    canvas.addEventListener("pointermove", (event) => this.light(patchUnder(canvas, map, event)), { signal });
     canvas.addEventListener("pointerleave", () => this.light(-1), { signal });
     canvas.addEventListener("keydown", (event) => this.press(event), { signal });
     const [name, said, line] = ["lab-bench-name", "lab-bench-said", "lab-bench-line"].map((one) => make("div", one));
@@ -119,11 +114,11 @@ class Bench extends Panel {
   /** @param {KeyboardEvent} event */
   press(event) {
     const { rows, cols } = this.spec.map;
-    const steps = /** @type {Record<string, number>} */ ({ ArrowRight: 1, ArrowLeft: -1, ArrowDown: cols, ArrowUp: -cols });
     if (event.key === "Escape") return this.light(-1);
-    if (!(event.key in steps)) return;
+    if (!(event.key in ARROWS)) return;
     event.preventDefault();
-    const next = this.pointing.hover < 0 ? 0 : this.pointing.hover + steps[event.key];
+    const [down, right] = ARROWS[event.key];
+    const next = this.pointing.hover < 0 ? 0 : this.pointing.hover + down * cols + right;
     if (next < 0 || next >= rows * cols) return;
     this.light(next);
     setText(this.live, `${patchName(this.spec.map, next)}: ${this.tiles.map((_, place) => this.lineAt(place, next)).join("; ")}`);

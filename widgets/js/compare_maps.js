@@ -10,7 +10,8 @@
 
 import { blankCanvas, contextOf, groundsOf, paintHeat, paintLights, paintScene } from "./shared/canvas.js";
 import { make, setText } from "./shared/dom.js";
-import { clipToPicture, patchAt, patchBox, patchName } from "./shared/grid.js";
+import { patchUnder } from "./shared/gestures.js";
+import { clipToPicture, patchBox, patchName } from "./shared/grid.js";
 import { colorTable, findMap, formatNumber, formatValue, levelsOf, linearMap } from "./shared/maps.js";
 import { position, rangeOf, strongest, valueOf } from "./shared/maps.js";
 import { chipText } from "./shared/parts.js";
@@ -221,12 +222,8 @@ export class Tiles {
     this.smalls.forEach(({ root, canvas }, index) => {
       root.addEventListener("click", () => host.enlarge((this.current = index)), { signal });
       root.addEventListener("focus", () => (this.current = index), { signal });
-      const at = (/** @type {PointerEvent} */ event) => {
-        const box = canvas.getBoundingClientRect();
-        const k = this.spec.map.width / box.width;
-        host.point(patchAt(this.spec.map, (event.clientX - box.left) * k, (event.clientY - box.top) * k));
-      };
-      canvas.addEventListener("pointermove", at, { signal });
+      const move = (/** @type {PointerEvent} */ event) => host.point(patchUnder(canvas, this.spec.map, event));
+      canvas.addEventListener("pointermove", move, { signal });
       canvas.addEventListener("pointerleave", () => host.point(-1), { signal });
     });
     this.root.addEventListener("keydown", (event) => this.press(event), { signal });

@@ -4,6 +4,7 @@
  * A change is the score after less the score before; a share is how much of clean less corrupt was brought back. Pure.
  */
 
+import { ARROWS } from "./shared/gestures.js";
 import { bytesOf, formatNumber, formatPercent } from "./shared/maps.js";
 
 /**
@@ -137,14 +138,8 @@ export function reachOf(rows) {
  * @param {string} key @param {Spot | null} at @param {boolean[]} open @param {number} windows @returns {Spot | null} */
 export function nextSpot(key, at, open, windows) {
   const first = open.indexOf(true);
-  const move = /** @type {Record<string, [number, number]>} */ ({
-    ArrowRight: [0, 1],
-    ArrowLeft: [0, -1],
-    ArrowDown: [1, 0],
-    ArrowUp: [-1, 0],
-    Home: [0, -windows],
-    End: [0, windows],
-  })[key];
+  const ends = /** @type {Record<string, [number, number]>} */ ({ Home: [0, -windows], End: [0, windows] });
+  const move = ARROWS[key] ?? ends[key];
   if (!move || first < 0) return null;
   if (!at || !open[at[0]]) return [first, at ? at[1] : 0];
   let row = at[0];

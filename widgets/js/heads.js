@@ -37,7 +37,7 @@ class HeadGrid extends MapPanel {
     this.kept = { key: "", high: 0, spent: /** @type {Float32Array[]} */ ([]) };
     const host = {
       hover: (/** @type {At | null} */ at) => this.set(this.peek, { at }),
-      pick: (/** @type {At} */ at) => this.pick(at),
+      pick: (/** @type {At | null} */ at) => at && this.pick(at),
       kept: () => this.at,
     };
     this.matrix = new Matrix(layers, heads, host, this.refresh, this.stop.signal);

@@ -7,6 +7,7 @@
 
 import { blankCanvas, contextOf } from "./shared/canvas.js";
 import { make } from "./shared/dom.js";
+import { ARROWS, spotGestures } from "./shared/gestures.js";
 import { bytesOf, formatPercent, formatValue, position } from "./shared/maps.js";
 import { chipText } from "./shared/parts.js";
 
@@ -19,7 +20,7 @@ import { chipText } from "./shared/parts.js";
  *   cells: number}} Heads maps in the order words, layers, heads; `shares` are what each head spends on the whole picture
  * @typedef {{layer: number, head: number}} At a head, or with head -1 the mean of a layer's heads
  * @typedef {{layers: number, heads: number, cell: [number, number], left: number, top: number, gap: number}} Layout CSS pixels
- * @typedef {{hover: (at: At | null) => void, pick: (at: At) => void, kept: () => At}} MatrixHost
+ * @typedef {{hover: (at: At | null) => void, pick: (at: At | null) => void, kept: () => At}} MatrixHost
  * @typedef {{key: string, spent: Float32Array, means: Float32Array, high: number, colors: Uint8Array, kept: At,
  *   hover: At | null}} MatrixView
  */
@@ -164,32 +165,11 @@ export class Matrix {
     this.key = "";
     this.layout = layoutOf(layers, heads, 1);
     this.dot = 1;
-    this.listen(host, signal);
+    const find = (/** @type {number} */ x, /** @type {number} */ y) => cellAt(this.layout, x, y);
+    const next = (/** @type {string} */ key) => nextCell(key, host.kept(), layers, heads);
+    spotGestures(this.canvas, { ...host, find, next }, signal);
     this.resized = new ResizeObserver(() => this.resize());
     this.resized.observe(this.canvas);
-  }
-
-  /** @param {MatrixHost} host @param {AbortSignal} signal */
-  listen(host, signal) {
-    const { canvas } = this;
-    const at = (/** @type {PointerEvent} */ event) => {
-      const box = canvas.getBoundingClientRect();
-      return cellAt(this.layout, event.clientX - box.left, event.clientY - box.top);
-    };
-    canvas.addEventListener("pointermove", (event) => host.hover(at(event)), { signal });
-    canvas.addEventListener("pointerleave", () => host.hover(null), { signal });
-    const click = (/** @type {MouseEvent} */ event) => {
-      const found = at(/** @type {PointerEvent} */ (event));
-      if (found) host.pick(found);
-    };
-    canvas.addEventListener("click", click, { signal });
-    const press = (/** @type {KeyboardEvent} */ event) => {
-      const next = nextCell(event.key, host.kept(), this.layers, this.heads);
-      if (!next) return;
-      event.preventDefault();
-      host.pick(next);
-    };
-    canvas.addEventListener("keydown", press, { signal });
   }
 
   close() {
@@ -282,10 +262,7 @@ export function nextCell(key, { layer, head }, layers, heads) {
     const [y, x] = [Math.min(layers - 1, Math.max(0, row)), Math.min(heads, Math.max(0, across))];
     return { layer: y, head: x === heads ? MEAN : x };
   };
-  if (key === "ArrowRight") return to(layer, column + 1);
-  if (key === "ArrowLeft") return to(layer, column - 1);
-  if (key === "ArrowDown") return to(layer + 1, column);
-  if (key === "ArrowUp") return to(layer - 1, column);
+  if (key in ARROWS) return to(layer + ARROWS[key][0], column + ARROWS[key][1]);
   if (key === "Home") return to(layer, 0);
   if (key === "End") return to(layer, heads);
   return null;

@@ -9,7 +9,7 @@
 
 import { blankCanvas, contextOf } from "./shared/canvas.js";
 import { button, make, opacitySlider, section, segmented, setText } from "./shared/dom.js";
-import { pointerGestures } from "./shared/gestures.js";
+import { ARROWS, pointerGestures } from "./shared/gestures.js";
 import { firstOnPicture, onPicture, patchBox, patchName, step } from "./shared/grid.js";
 import { MapPanel } from "./shared/map_panel.js";
 import { shows } from "./shared/panel.js";
@@ -32,8 +32,6 @@ const KEYS = "Arrow keys move, space locks a patch, escape unlocks it.";
 const STATES_SAID = "State 0 is what the connector gives; state l is the stream after l layers. Entropy in nats: 0 is decided.";
 const ROOM = 26; // CSS pixels a patch must be wide for a word to be read on it
 const FAINT = 0.6; // of a word that the model is not sure of at all
-/** @type {Record<string, [number, number]>} */
-const STEPS = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
 
 class TokenLens extends MapPanel {
   /** @param {import("./shared/panel.js").Model} model @param {HTMLElement} el */
@@ -363,7 +361,7 @@ export function lockGestures(canvas, map, host, signal) {
     host.say(cursor);
   };
   const press = (/** @type {KeyboardEvent} */ event) => {
-    if (event.key in STEPS) go(STEPS[event.key]);
+    if (event.key in ARROWS) go(ARROWS[event.key]);
     else if ((event.key === " " || event.key === "Enter") && cursor >= 0) host.lock(cursor === host.locked() ? -1 : cursor);
     else return;
     event.preventDefault();

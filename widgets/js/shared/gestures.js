@@ -1,7 +1,7 @@
 // @ts-check
 /**
- * Pointing and selecting on the picture by mouse, touch or keyboard. Knows the grid and one element;
- * what it finds goes to its host.
+ * Pointing by mouse, touch or keyboard: at patches of the picture, which can be selected, and at the spots of a plot.
+ * What is pointed at goes to the host.
  */
 
 import { changed, firstOnPicture, onPicture, patchAt, rectangle, step } from "./grid.js";
@@ -14,26 +14,49 @@ import { changed, firstOnPicture, onPicture, patchAt, rectangle, step } from "./
  */
 
 /** @type {Record<string, [number, number]>} */
-const ARROWS = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
+export const ARROWS = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
+
+/** The patch under the pointer, or -1. @param {Element} canvas @param {PictureMap} map @param {MouseEvent} event */
+export function patchUnder(canvas, map, event) {
+  const box = canvas.getBoundingClientRect();
+  const x = ((event.clientX - box.left) * map.width) / box.width;
+  return patchAt(map, x, ((event.clientY - box.top) * map.height) / box.height);
+}
+
+/** Point at spots of a canvas and choose one, by pointer or by key; null is no spot.
+ * @template T @param {HTMLElement} canvas @param {AbortSignal} signal
+ * @param {{find: (x: number, y: number) => T | null, next: (key: string) => T | null, hover: (spot: T | null) => void,
+ *   pick: (spot: T | null) => void}} host */
+export function spotGestures(canvas, host, signal) {
+  const at = (/** @type {MouseEvent} */ event) => {
+    const box = canvas.getBoundingClientRect();
+    return host.find(event.clientX - box.left, event.clientY - box.top);
+  };
+  canvas.addEventListener("pointermove", (event) => host.hover(at(event)), { signal });
+  canvas.addEventListener("pointerleave", () => host.hover(null), { signal });
+  canvas.addEventListener("click", (event) => host.pick(at(event)), { signal });
+  const press = (/** @type {KeyboardEvent} */ event) => {
+    const next = host.next(event.key);
+    if (!next && event.key !== "Escape") return;
+    event.preventDefault();
+    host.pick(next);
+  };
+  canvas.addEventListener("keydown", press, { signal });
+}
 
 /** Drag a block with the pointer; a drag that starts on a selected patch takes away.
  * @param {HTMLElement} canvas @param {PictureMap} map @param {Host} host @param {AbortSignal} signal */
 export function pointerGestures(canvas, map, host, signal) {
   let from = -1;
   let last = -1;
-  const at = (/** @type {PointerEvent} */ event) => {
-    const box = canvas.getBoundingClientRect();
-    const x = ((event.clientX - box.left) * map.width) / box.width;
-    return patchAt(map, x, ((event.clientY - box.top) * map.height) / box.height);
-  };
   const block = () => rectangle(map.cols, from, last).filter((patch) => onPicture(map, patch));
   const move = (/** @type {PointerEvent} */ event) => {
-    const patch = at(event);
+    const patch = patchUnder(canvas, map, event);
     if (patch >= 0) last = patch;
     host.point({ hover: patch, dragging: from < 0 ? [] : block() });
   };
   const down = (/** @type {PointerEvent} */ event) => {
-    const patch = at(event);
+    const patch = patchUnder(canvas, map, event);
     if (event.button !== 0 || patch < 0) return;
     from = last = patch;
     canvas.setPointerCapture(event.pointerId);

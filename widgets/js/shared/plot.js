@@ -6,6 +6,7 @@
 
 import { contextOf } from "./canvas.js";
 import { make } from "./dom.js";
+import { spotGestures } from "./gestures.js";
 
 /**
  * @typedef {import("../flow_data.js").Spot} Spot
@@ -22,28 +23,9 @@ export class Plot {
     this.canvas = /** @type {HTMLCanvasElement} */ (make("canvas", `lab-canvas lab-flow-plot ${className}`, [], attributes));
     this.dot = 1;
     this.width = 1;
-    this.listen(signal);
+    spotGestures(this.canvas, host, signal);
     this.resized = new ResizeObserver(() => this.resize());
     this.resized.observe(this.canvas);
-  }
-
-  /** @param {AbortSignal} signal */
-  listen(signal) {
-    const { canvas, host } = this;
-    const at = (/** @type {MouseEvent} */ event) => {
-      const box = canvas.getBoundingClientRect();
-      return host.find(event.clientX - box.left, event.clientY - box.top);
-    };
-    canvas.addEventListener("pointermove", (event) => host.hover(at(event)), { signal });
-    canvas.addEventListener("pointerleave", () => host.hover(null), { signal });
-    canvas.addEventListener("click", (event) => host.pick(at(event)), { signal });
-    const press = (/** @type {KeyboardEvent} */ event) => {
-      const next = host.next(event.key);
-      if (!next && event.key !== "Escape") return;
-      event.preventDefault();
-      host.pick(next);
-    };
-    canvas.addEventListener("keydown", press, { signal });
   }
 
   resize() {
