@@ -183,7 +183,7 @@ def test_without_scripts_the_still_pictures_and_tables_are_there(chromium: Brows
     opened.context.close()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.long)])
 def test_text_stands_out_from_its_ground(chromium: Browser, file: Path, scheme: str, tmp_path: Path) -> None:
     opened = Opened(chromium, file, color_scheme=scheme).painted()
     assert opened.page.locator("h1, h2, nav a, .lab-report-about, th, td, dt, dd").evaluate_all(CONTRAST, "html") >= 4.5
