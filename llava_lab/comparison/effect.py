@@ -157,11 +157,11 @@ def _table(
     rows: Sequence[tuple[np.ndarray, ...]], masks: Sequence[np.ndarray], pictures: np.ndarray, seed: int
 ) -> dict[str, Any]:
     """Means and intervals of each measure, (variants, types) and (variants, types, 2)."""
-    found = {}
+    table = {}
     names = (("kl", "kl_interval"), ("flipped", "flipped_interval"), ("accuracy_change", "accuracy_interval"))
     for number, (mean, interval) in enumerate(names):
         values = np.stack([row[number] for row in rows])
-        found[mean] = np.stack([values[:, mask].mean(1) for mask in masks], 1)
+        table[mean] = np.stack([values[:, mask].mean(1) for mask in masks], 1)
         intervals = [resampled_means(values[:, mask], pictures[mask], seed=seed, one_by_one=True)[0] for mask in masks]
-        found[interval] = np.stack(intervals, 1)
-    return found
+        table[interval] = np.stack(intervals, 1)
+    return table

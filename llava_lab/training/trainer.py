@@ -117,9 +117,9 @@ class LlavaTrainer(Trainer):
         except (OSError, SafetensorError, RuntimeError) as error:  # torch.save on a full disk raises RuntimeError
             shutil.rmtree(folder, ignore_errors=True)
             good = last_checkpoint(run)
-            kept = f"the last good one is {good}" if good else "there is none before it"
+            before = f"the last good one is {good}" if good else "there is none before it"
             raise CheckpointError(
-                f"cannot write {folder} ({' '.join(str(error).split())[:200]}); {kept}; make room and go on with --resume"
+                f"cannot write {folder} ({' '.join(str(error).split())[:200]}); {before}; make room and go on with --resume"
             ) from error
         self.accelerator.wait_for_everyone()
 

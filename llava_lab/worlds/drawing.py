@@ -3,6 +3,8 @@
 Each kind is a small recipe of filled shapes in a unit square, main parts in the thing's colour
 and details in neutral white and ink, so that the colour word stays true. A sprite is drawn
 large and reduced, and kept in a cache, since the same few thousand serve every picture.
+
+    sprite("car", "red", shade=1, side=96, mirrored=False)  # RGBA
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ An adapter for the package ``easy-vqa`` (MIT, Victor Zhou), which holds the pict
 train on, 1,000 and 9,673 to test on; nothing of ours moves a question from one to the other. A validation
 part, for choosing rates and lengths, is cut from the training pictures, every tenth.
 
+    write_dataset("runs/easy", split="train", stage="instruct")
+
 Source: https://github.com/vzhou842/easy-VQA, package version 1.0.
 """
 

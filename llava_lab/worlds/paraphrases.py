@@ -145,8 +145,8 @@ def pick(rng: np.random.Generator, options: tuple | list) -> str:
 def retell(question: Question, rng: np.random.Generator) -> Pair:
     """The same question and answer in other words. Raises KeyError for a question the world does not ask."""
     for pattern, forms in _COMPILED[question.type]:
-        if found := pattern.fullmatch(question.text):
-            parts = {name: value for name, value in found.groupdict().items() if value}
+        if match := pattern.fullmatch(question.text):
+            parts = {name: value for name, value in match.groupdict().items() if value}
             if question.type in ("size", "count"):
                 parts = {"a": next(iter(parts.values()))}
             asked = pick(rng, forms).format(**parts)

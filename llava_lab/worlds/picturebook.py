@@ -6,6 +6,8 @@ things that decide each answer; `caption` and `description` put the scene in wor
 does: a JSON list of ``id``, ``image``, ``conversations`` beside a folder of pictures, with a
 second file holding the ground truth that LLaVA's format has no place for.
 
+    write_dataset("runs/book", n=1000)  # then: llava-lab train --data runs/book/train.json --stage align
+
 Format source: haotian-liu/LLaVA @ c121f04 ``docs/Finetune_Custom_Data.md``.
 """
 

@@ -92,14 +92,14 @@ def ask_about(scene: Scene, rng: np.random.Generator, count: int, types: tuple[s
     """
     names = list(types or TYPES)
     order = [names[i] for i in rng.permutation(len(names))]
-    found: dict[str, Question] = {}
+    questions: dict[str, Question] = {}
     for attempt in range(count * 4):
         question = (MAKERS | RARE)[order[attempt % len(order)]](scene, rng)
-        if question and question.text not in found and _concerns(scene, question):
-            found[question.text] = question
-            if len(found) == count:
+        if question and question.text not in questions and _concerns(scene, question):
+            questions[question.text] = question
+            if len(questions) == count:
                 break
-    return list(found.values())
+    return list(questions.values())
 
 
 def _concerns(scene: Scene, question: Question) -> bool:

@@ -3,6 +3,9 @@
 Whatever says where an answer comes from must point at the odd cell; whatever takes that cell away must change the
 answer. Same arguments, same bytes. The task is that of "which colour is the odd one out" pictures used to test circuit
 finders; drawing and wording are ours.
+
+    odd = scene("test", 3, rows=6)
+    lab.ask(np.asarray(odd.picture()), odd.question)  # must rest on odd.patches(*lab.grid)
 """
 
 from __future__ import annotations
@@ -51,9 +54,9 @@ class RedCell:
 
     def cells(self) -> np.ndarray:
         """Which cell is odd, bool (rows, cols)."""
-        found = np.zeros((self.rows, self.cols), bool)
-        found[self.row, self.col] = True
-        return found
+        cells = np.zeros((self.rows, self.cols), bool)
+        cells[self.row, self.col] = True
+        return cells
 
     def patches(self, rows: int, cols: int) -> list[tuple[int, int]]:
         """The odd cell's patches (row, col) in a model's grid. Raises DataError unless cells and patches are aligned."""

@@ -3,6 +3,9 @@
 A `Scene` is the ground truth: things with kind, colour, size and place on a unit square. The
 same seed gives the same scene and the same bytes. Colour-kind pairs in `HELD_OUT` appear only in
 the split ``compositions``; no other split draws, describes or asks about them.
+
+    drawn = scene("test", 0)
+    drawn.picture(), drawn.masks(), drawn.boxes()
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ eight types do not: lists, what stands at an edge, what is left when something g
 short story, and things that are not there, which are refused ("There is no dog in the picture."). `account` tells a whole
 scene as prose. Every answer follows from the scene; where a margin is missing the question is not asked. Held-out pairs of
 colour and kind are never named.
+
+    chat(scene, rng)  # ("Which things are small?", "A red car and a blue cup.")
 """
 
 from __future__ import annotations
@@ -168,11 +170,11 @@ def _edge(scene: Scene, rng: np.random.Generator) -> Pair | None:
 
 def _sizes(scene: Scene, rng: np.random.Generator) -> Pair:
     size = pick(rng, ("small", "large"))
-    found = [
+    nouns = [
         article(f"{scene.things[i].color} {scene.things[i].kind}") for i in scene.left_to_right if scene.things[i].size == size
     ]
     asked = (f"Which things are {size}?", f"List the {size} things.", f"what is {size} here?")
-    return pick(rng, asked), _up(_join(found)) + "." if found else f"There is no {size} thing."
+    return pick(rng, asked), _up(_join(nouns)) + "." if nouns else f"There is no {size} thing."
 
 
 def _left(scene: Scene, rng: np.random.Generator) -> Pair | None:

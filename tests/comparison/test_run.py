@@ -20,6 +20,7 @@ from llava_lab.comparison.plan import Arm, make_arms, make_pairs
 from llava_lab.comparison.run import Job, Material, train_run
 from llava_lab.comparison.start import load_start
 from llava_lab.errors import DataError, LabError
+from llava_lab.evaluation import load_items
 from llava_lab.results import Ablation
 from tests.support.training_rows import QUICK
 
@@ -62,6 +63,13 @@ def test_one_function_under_two_names_is_not_distinguishable(made: tuple[Path, A
     assert np.array_equal(result.right[0], result.right[1])
     assert np.array_equal(result.losses[0], result.losses[1])
     assert "which no number of seeds tells from nothing" in row["text"]
+
+
+def test_questions_carry_the_picture_they_are_about_so_that_pictures_are_resampled(made: tuple[Path, Ablation]) -> None:
+    pictures = np.array([item.picture for item in load_items("picturebook", split="test", n=6, seed=0)])
+    labels = made[1].question_picture
+    assert len(set(labels)) == 6 < len(labels)
+    assert np.array_equal(labels[:, None] == labels, pictures[:, None] == pictures)
 
 
 def test_equal_operations_reuse_the_runs_of_equal_samples_where_they_cost_the_same(made: tuple[Path, Ablation]) -> None:

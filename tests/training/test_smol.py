@@ -76,23 +76,12 @@ def test_what_is_written_is_the_connector_and_two_matrices_for_every_linear_laye
     assert all(weights(whole)[f"lora.{name}.up"].abs().sum() > 0 for name in linear)
 
 
-def test_the_loaded_model_says_what_the_adapted_one_said(
-    run: Callable[..., Path], language: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kept: dict[str, Any] = {}
-    real = training.write_weights
-
-    def keep(folder: Path, connector: Any, lows: Any, recipe: Any) -> Path:
-        kept["lows"], kept["connector"] = lows.state_dict(), connector.state_dict()
-        return real(folder, connector, lows, recipe)
-
-    monkeypatch.setattr(training, "write_weights", keep)
-    folder = run(tmp_path / "smol")
+def test_the_loaded_model_says_what_the_adapted_one_said(whole: Path, language: Path) -> None:
+    state = torch.load(whole.parent / "recall.pt", weights_only=True)["modules"]
     adapted, _ = smol.assemble(language=language)
-    lows = training.adapt(layout.language_model(adapted), RECIPE.rank, RECIPE.scale, 0)
-    lows.load_state_dict(kept["lows"])
-    layout.connector_of(adapted).load_state_dict(kept["connector"])
-    merged, processor = smol.load_smol(torch.float32, folder, language=language)
+    training.adapt(layout.language_model(adapted), RECIPE.rank, RECIPE.scale, 0).load_state_dict(state["lora"])
+    layout.connector_of(adapted).load_state_dict(state["connector"])
+    merged, processor = smol.load_smol(torch.float32, whole, language=language)
     asked = processor(images=scene().picture(), text="<|im_start|>user\n<image>\nx<|im_end|>\n", return_tensors="pt")
     with torch.no_grad():
         one, two = adapted(**asked).logits, merged(**asked).logits
@@ -101,6 +90,7 @@ def test_the_loaded_model_says_what_the_adapted_one_said(
     assert not torch.allclose(plain(**asked).logits, two, atol=5e-2)
 
 
+@pytest.mark.long
 def test_a_run_stopped_in_any_stage_goes_on_to_the_same_bits(
     run: Callable[..., Path], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -141,7 +141,7 @@ class SmolData(Dataset):
             return texts_batch([self.texts[int(i)] for i in rng.integers(len(self.texts), size=TEXTS)])
         scenes = [scene("train", FIRST[self.stage] + step * self.batch + i, seed=self.seed) for i in range(self.batch)]
         types = PRACTISED if self.stage in ("practice", "recall") else HARD if step >= EVEN_STEPS else EVENLY
-        rows = [align_blocks(one, rng) if self.stage == "align" else instruct_blocks(one, rng, types) for one in scenes]
+        rows = [align_blocks(s, rng) if self.stage == "align" else instruct_blocks(s, rng, types) for s in scenes]
         return self.form.batch(rows, draw(scenes, self.side, blind=self.blind))
 
 
@@ -149,7 +149,7 @@ def draw(scenes: Sequence[Scene], side: int, *, blind: bool = False) -> np.ndarr
     """Pictures as the processor reduces them, uint8 (n, side, side, 3)."""
     if blind:
         return np.broadcast_to(np.array(GREY, np.uint8), (len(scenes), side, side, 3)).copy()
-    return np.stack([np.asarray(one.picture().resize((side, side), Image.Resampling.BICUBIC)) for one in scenes])
+    return np.stack([np.asarray(s.picture().resize((side, side), Image.Resampling.BICUBIC)) for s in scenes])
 
 
 def align_blocks(drawn: Scene, rng: np.random.Generator) -> list[Block]:

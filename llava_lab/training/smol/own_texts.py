@@ -1,12 +1,15 @@
 """Plain texts the untouched language model wrote: read again in stage 2, they keep its ability with text.
 
 No foreign text is needed: what a model says when it is sampled is drawn from exactly the distribution that must stay.
+
+    own_texts(model, tokenizer, Path("runs/smol/texts.json"))  # lists of token ids
 """
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,30 +27,14 @@ ASKED = (
     *("What does a doctor do?", "Write a polite email asking for a day off.", "How do plants drink?", "What is a computer?"),
     *("Tell me about the Moon.", "What are the seasons?", "How can I learn a new language?", "Give me a riddle."),
 )
+CHATS = tuple(f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n" for asked in ASKED)
 OPENED = (
-    *(
-        "The old man walked",
-        "In the nineteenth century,",
-        "To make bread, you",
-        "The committee decided that",
-        "She opened the letter and",
-    ),
-    *(
-        "Scientists have found that",
-        "When the rain stopped,",
-        "A good teacher",
-        "The city lies on",
-        "My grandmother always said that",
-    ),
-    *(
-        "The train was late, so",
-        "In mathematics, a function",
-        "Many people believe that",
-        "The first thing to do is",
-        "At night the forest",
-    ),
-    *("Water freezes when", "The museum opened in", "He had never seen", "Children learn best when", "The price of coffee"),
-    *("If you want to travel,", "The engine of a car", "Once there was a king who", "It is often said that"),
+    *("The old man walked", "In the nineteenth century,", "To make bread, you", "The committee decided that"),
+    *("She opened the letter and", "Scientists have found that", "When the rain stopped,", "A good teacher", "The city lies on"),
+    *("My grandmother always said that", "The train was late, so", "In mathematics, a function", "Many people believe that"),
+    *("The first thing to do is", "At night the forest", "Water freezes when", "The museum opened in", "He had never seen"),
+    *("Children learn best when", "The price of coffee", "If you want to travel,", "The engine of a car"),
+    *("Once there was a king who", "It is often said that"),
 )
 EACH, LENGTH, HEAT = 4, 64, 0.9
 BEGUN = (  # single words, so that what follows is as varied as the model is
@@ -61,31 +48,28 @@ AGAIN, WARM, AT_ONCE = 12, 1.0, 264  # texts to each beginning for the last stag
 
 def own_texts(model: Any, tokenizer: Any, file: Path, *, each: int = EACH, length: int = LENGTH) -> list[list[int]]:
     """Token ids of texts sampled from the language model as it is, kept in `file` so that a resumed run reads the same."""
-    if file.exists():
-        return json.loads(file.read_text())
-    log.info("the language model writes %d texts of its own", each * (len(ASKED) + len(OPENED)))
-    chats = [f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n" for asked in ASKED]
-    texts = []
-    for number, prompts in enumerate((chats, list(OPENED))):
-        ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts for _ in range(each)]
-        texts += sample(model, ids, length=length, end=tokenizer.eos_token_id, seed=number)
-    with whole_file(file) as temporary:
-        temporary.write_text(json.dumps(texts))
-    return texts
+    groups = [[text for text in texts for _ in range(each)] for texts in (CHATS, OPENED)]
+    return _sampled(model, tokenizer, file, list(enumerate(groups)), length=length, heat=HEAT)
 
 
 def many_texts(model: Any, tokenizer: Any, file: Path, *, again: int = AGAIN, length: int = LENGTH) -> list[list[int]]:
     """More of them, from more beginnings and at the model's own temperature, for a stage that reads them half of the time."""
+    prompts = [text for text in (*CHATS, *OPENED, *BEGUN) for _ in range(again)]
+    groups = [(100 + n, prompts[first : first + AT_ONCE]) for n, first in enumerate(range(0, len(prompts), AT_ONCE))]
+    return _sampled(model, tokenizer, file, groups, length=length, heat=WARM)
+
+
+def _sampled(
+    model: Any, tokenizer: Any, file: Path, groups: Sequence[tuple[int, list[str]]], *, length: int, heat: float
+) -> list[list[int]]:
+    """Continuations of each group's prompts with its seed, from `file` where they are there."""
     if file.exists():
         return json.loads(file.read_text())
-    chats = [f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n" for asked in ASKED]
-    begun = [text for text in (*chats, *OPENED, *BEGUN) for _ in range(again)]
-    log.info("the language model writes %d texts of its own", len(begun))
-    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in begun]
+    log.info("the language model writes %d texts of its own", sum(len(prompts) for _, prompts in groups))
     texts: list[list[int]] = []
-    for number, first in enumerate(range(0, len(ids), AT_ONCE)):
-        some = ids[first : first + AT_ONCE]
-        texts += sample(model, some, length=length, end=tokenizer.eos_token_id, seed=100 + number, heat=WARM)
+    for seed, prompts in groups:
+        ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+        texts += sample(model, ids, length=length, end=tokenizer.eos_token_id, seed=seed, heat=heat)
     with whole_file(file) as temporary:
         temporary.write_text(json.dumps(texts))
     return texts

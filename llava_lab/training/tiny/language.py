@@ -1,17 +1,18 @@
-"""Short true statements about a scene: the densest text there is about what goes with what.
-
-A conversation spends most tokens on form. "The color of the car is red." is a handful of tokens,
-one of which can only be known by looking the car up. Stage 0b reads many of these per scene
-before it meets whole questions; nothing else uses them.
-
-Stage 0b: the language model learns to read and to reason, without any picture.
+"""Stage 0b of `tiny`: the language model learns to read and to reason, without any picture.
 
 It reads *written maps*: the scene laid out on the patch grid in words, each cell holding the words
 for what is there (" large", " red", " car"; the cell's vector is the sum of their embeddings) with
 marks for where the cell lies; then come single facts, questions or a caption. Some scenes are
-retold in words that the pictures do not use (`retelling`). A written map is how the model learns,
+retold in words that the pictures do not use (`pictures.retold`). A written map is how the model learns,
 before it sees, to look things up in a grid; the marks are thrown away after, and the connector has
 to find words and marks by itself in stages 1 and 2. The card says so.
+
+Single facts are short true statements, the densest text there is about what goes with what. A
+conversation spends most tokens on form; "The color of the car is red." is a handful of tokens, one
+of which can only be known by looking the car up. The stage reads many of these per scene before it
+meets whole questions.
+
+    statements(scene, np.random.default_rng(0), 3)  # [(" The color of the car is", " red."), ...]
 """
 
 from __future__ import annotations
@@ -24,11 +25,14 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from llava_lab.training.text import IGNORE
 from llava_lab.training.tiny.batches import ASKED, SHORT_SHARE, Apart, apart, apart_loss, facts, plain, question_turns
-from llava_lab.training.tiny.pictures import ALL_COLORS, ALL_KINDS, NOTHING, Pool, retold
+from llava_lab.training.tiny.pictures import ALL_COLORS, ALL_KINDS, Pool, patch_places, retold
 from llava_lab.worlds.picturebook import REQUESTS, ask_about, caption, description
 from llava_lab.worlds.questions import MARGIN, NUMBERS, article, names_for, place_of, plural
 from llava_lab.worlds.scenes import Scene
+
+# -- single facts --------------------------------------------------------------------------
 
 Statement = tuple[str, str]  # what is given, what is to be known
 FORMS = ("color", "size", "kind", "place") + ("number",) * 3 + ("direction",) * 5
@@ -86,6 +90,8 @@ def _direction(scene: Scene, i: int, name: str, rng: np.random.Generator) -> Sta
         return f" Across from the {other} the {name} is", " right." if gap > 0 else " left."
     return f" Up or down from the {other} the {name} is", " below." if gap > 0 else " above."
 
+
+# -- written maps --------------------------------------------------------------------------
 
 FEW_CELLS = ((4, 16), (20, 60))  # most written maps have only some of their cells, few or more in turn, to be cheap
 FULL_SHARE = 0.15
@@ -173,26 +179,19 @@ class LanguageData(Dataset):
         self, scenes: list[Scene], owners: np.ndarray, things: np.ndarray, cells: int, rng: np.random.Generator
     ) -> dict[str, Tensor]:
         """`cells` cells of each scene in reading order: thing centres first, then other thing cells, then paper."""
-        empty = owners == NOTHING
-        rows = np.take_along_axis(things, np.where(empty, 0, owners)[:, :, None].astype(np.int64), axis=1)
-        centres = (
-            np.stack(np.meshgrid(np.arange(self.grid), np.arange(self.grid), indexing="xy"), -1).reshape(-1, 2) + 0.5
-        ) / self.grid
-        offset = (rows[:, :, 3:5] - centres) * 3 * ~empty[:, :, None]
-        here = (np.abs(rows[:, :, 3:5] - centres).max(-1) <= 0.5 / self.grid) & ~empty
+        _, empty, places = patch_places(owners, things, self.grid)
+        here = places[:, :, -1] > 0
         score = rng.random(owners.shape) + 2.0 * here + 0.4 * ~empty
-        kept = np.sort(np.argsort(-score, axis=1)[:, :cells], axis=1)
+        chosen = np.sort(np.argsort(-score, axis=1)[:, :cells], axis=1)
         names = np.full((*things.shape[:2], 3), -1)
         for row, scene in zip(names, scenes, strict=True):
             for i, thing in enumerate(scene.things):
                 row[i] = self.words[thing.kind], self.words[thing.color], self.words[thing.size]
         words = np.take_along_axis(names, np.where(empty, 0, owners)[:, :, None].astype(np.int64), axis=1)
         words[empty] = -1
-        own = np.broadcast_to(centres * 2 - 1, offset.shape)
-        places = np.concatenate([own, offset, here[:, :, None]], -1).astype(np.float32)
         take = {"words": words, "places": places}
-        layout = {name: torch.from_numpy(np.take_along_axis(value, kept[:, :, None], axis=1)) for name, value in take.items()}
-        return layout | {"cells": torch.from_numpy(kept)}
+        layout = {name: torch.from_numpy(np.take_along_axis(value, chosen[:, :, None], axis=1)) for name, value in take.items()}
+        return layout | {"cells": torch.from_numpy(chosen)}
 
 
 def language_loss(model: nn.Module, marks: Marks, item: tuple[str, Any, Any], image_id: int) -> tuple[Tensor, dict[str, float]]:
@@ -200,5 +199,5 @@ def language_loss(model: nn.Module, marks: Marks, item: tuple[str, Any, Any], im
     form, batch, layout = item
     maps = marks(model.model.language_model.embed_tokens, layout)
     loss, right = apart_loss(model, batch, maps, image_id)
-    asked = (batch.labels != -100).any(-1)
+    asked = (batch.labels != IGNORE).any(-1)
     return loss, {"form": float(FORMS_LANGUAGE.index(form)), "right": round(float(right.sum() / asked.sum()), 4)}

@@ -1,8 +1,11 @@
-"""Builds an untrained small LLaVA from an `Architecture`: stock transformers classes only.
+"""Builds an untrained small LLaVA from an `Architecture`, of stock transformers classes only.
 
 The tokenizer is a byte-level BPE trained on the world's own text, so any text a user types
 encodes. Connector weights start as LLaVA's do (torch's Linear default), not as transformers
 would re-initialise them: N(0, 0.02) makes the second layer several times larger.
+
+    tokenizer = build_tokenizer(1024)
+    model = build_model(build_config(Architecture(), tokenizer), seed=0)
 """
 
 from __future__ import annotations

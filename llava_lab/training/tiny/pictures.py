@@ -1,14 +1,14 @@
-"""A pool of drawn pictures with patch-level truth, made once and shared by every stage.
+"""A pool of drawn pictures with patch-level truth, made once and shared by every stage; and scenes retold.
 
-Pictures are drawn at the size users see and reduced exactly as the image processor reduces
-them, then kept as uint8 on disk beside the truth each patch is taught: which thing covers it.
-Nothing here knows a model.
+Pictures are drawn at the size users see and reduced exactly as the image processor reduces them, then kept as uint8 on
+disk beside the truth each patch is taught: which thing covers it.
 
-The same scene in other words: things and colours that the pictures never show.
+`retold` puts a scene in other words: things and colours that the pictures never show. A language model has read of far
+more than its pictures will hold. Reading scenes retold with these words, stage 0b cannot get by on which colour goes with
+which thing in the picture book; it has to look each one up, and so it also reads pairs right that it never met.
 
-A language model has read of far more than its pictures will hold. Reading scenes retold with
-these words, stage 0b cannot get by on which colour goes with which thing in the picture book; it
-has to look each one up, and so it also reads pairs right that it never met.
+    pool = make_pool(Path("runs/tiny/pool"), n=1000, side=96, grid=12)
+    pool.pictures[0], pool.owners[0], pool.scene(0)
 """
 
 from __future__ import annotations
@@ -109,6 +109,22 @@ def truth_of(drawn: Scene, side: int, grid: int) -> tuple[np.ndarray, np.ndarray
         large = float(thing.size == "large")
         table[i] = KIND_NAMES.index(thing.kind), COLOR_NAMES.index(thing.color), large, thing.x, thing.y, thing.side
     return picture, owners, table
+
+
+def patch_places(owners: np.ndarray, things: np.ndarray, grid: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What covers each patch and where, from a pool's owners (N, P) and things (N, 4, 6).
+
+    The covering thing's row (N, P, 6), whether there is none, bool (N, P), and float32 (N, P, 5): the patch's own x and y
+    from -1 to 1, three times the offset of the thing's centre (a large thing reaches about half a unit), and whether that
+    centre lies in the patch; the last three are 0 on paper.
+    """
+    empty = owners == NOTHING
+    rows = np.take_along_axis(things, np.where(empty, 0, owners)[:, :, None].astype(np.int64), axis=1)
+    cells = (np.stack(np.meshgrid(np.arange(grid), np.arange(grid), indexing="xy"), -1).reshape(-1, 2) + 0.5) / grid
+    offset = (rows[:, :, 3:5] - cells) * 3 * ~empty[:, :, None]
+    here = (np.abs(rows[:, :, 3:5] - cells).max(-1) <= 0.5 / grid) & ~empty
+    own = np.broadcast_to(cells * 2 - 1, offset.shape)
+    return rows, empty, np.concatenate([own, offset, here[:, :, None]], -1).astype(np.float32)
 
 
 def default_workers() -> int:

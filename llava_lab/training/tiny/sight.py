@@ -1,4 +1,4 @@
-"""Stages 1 and 2, LLaVA's own: alignment of the connector, then visual instruction tuning.
+"""Stages 1 and 2 of `tiny`, LLaVA's own: alignment of the connector, then visual instruction tuning.
 
 Stage 1 trains the connector alone, on captions in the plain form (picture, caption, newline) and
 on single facts in the same form; LLaVA has captions only.
@@ -95,11 +95,11 @@ class InstructData(Dataset):
 def sight_loss(model: nn.Module, item: tuple[str, Any, Tensor], image_id: int) -> tuple[Tensor, dict[str, float]]:
     """Loss of one batch with pictures; the share of supervised tokens goes to the log."""
     form, batch, pictures = item
-    seen = features(model, pictures)
+    tokens = features(model, pictures)
     share = float((batch.labels != IGNORE).float().mean())
     if form == "joined":
-        return joined_loss(model, batch, seen, image_id), {"joined": 1.0, "supervised": round(share, 4)}
-    loss, right = apart_loss(model, batch, seen, image_id)
+        return joined_loss(model, batch, tokens, image_id), {"joined": 1.0, "supervised": round(share, 4)}
+    loss, right = apart_loss(model, batch, tokens, image_id)
     asked = (batch.labels != IGNORE).any(-1)
     return loss, {"joined": 0.0, "supervised": round(share, 4), "right": round(float(right.sum() / asked.sum()), 4)}
 
@@ -128,11 +128,11 @@ def make_check(
     def check(step: int) -> dict[str, Any]:
         with torch.autocast("cpu", torch.bfloat16):
             _, right = apart_loss(model, batch, features(model, pictures), image_id)
-        found: dict[str, list[bool]] = defaultdict(list)
+        hits: dict[str, list[bool]] = defaultdict(list)
         for row, (_, types) in zip(right.tolist(), asked, strict=True):
             for hit, kind in zip(row, types, strict=False):
-                found[kind].append(hit)
-        overall = sum(map(sum, found.values())) / sum(map(len, found.values()))
-        return {"check": round(overall, 4), "by_type": {k: round(sum(v) / len(v), 3) for k, v in sorted(found.items())}}
+                hits[kind].append(hit)
+        overall = sum(map(sum, hits.values())) / sum(map(len, hits.values()))
+        return {"check": round(overall, 4), "by_type": {k: round(sum(v) / len(v), 3) for k, v in sorted(hits.items())}}
 
     return check

@@ -9,6 +9,8 @@ single question at test time needs. Equal to the stock forward of prefix + turn 
 Queries, keys, values and attention run in float32 also under autocast. In bfloat16 the gradients
 of the first layers' queries and keys pointed elsewhere than float32's (cosine 0.06 to 0.9 on
 written maps, 0.93 and more this way), measured on a model whose attention had grown sharp.
+
+    hidden = shared_prefix(model.model.language_model, prefix, turns)  # (B, N, T, D)
 """
 
 from __future__ import annotations
@@ -72,12 +74,12 @@ def shared_prefix(language_model: nn.Module, prefix: Tensor, turns: Tensor) -> T
         q_prefix, k_prefix, v_prefix = _project(layer, prefix, before)
         q, k, v = _project(layer, turns, after, repeat=count)
         if not last:  # nothing reads the prefix after the last layer
-            heard = _attend(q_prefix, k_prefix, v_prefix, causal_prefix)
-            prefix = _finish(layer, prefix, heard.transpose(1, 2).flatten(2))
+            mixed = _attend(q_prefix, k_prefix, v_prefix, causal_prefix)
+            prefix = _finish(layer, prefix, mixed.transpose(1, 2).flatten(2))
         heads, width = q.shape[1], q.shape[-1]
         own_shape = (batch, heads, count, tokens, width)
-        heard = _attend_turns(q.view(own_shape), k.view(own_shape), v.view(own_shape), k_prefix, v_prefix, causal_turn)
-        turns = _finish(layer, turns, heard.flatten(2, 3).transpose(1, 2).flatten(2))
+        mixed = _attend_turns(q.view(own_shape), k.view(own_shape), v.view(own_shape), k_prefix, v_prefix, causal_turn)
+        turns = _finish(layer, turns, mixed.flatten(2, 3).transpose(1, 2).flatten(2))
     return language_model.norm(turns).view(batch, count, tokens, -1)
 
 
@@ -110,6 +112,6 @@ def _attend_turns(q: Tensor, k: Tensor, v: Tensor, k_prefix: Tensor, v_prefix: T
     return from_prefix + weights[..., length:] @ v
 
 
-def _finish(layer: nn.Module, hidden: Tensor, heard: Tensor) -> Tensor:
-    hidden = hidden + layer.self_attn.o_proj(heard)
+def _finish(layer: nn.Module, hidden: Tensor, mixed: Tensor) -> Tensor:
+    hidden = hidden + layer.self_attn.o_proj(mixed)
     return hidden + layer.mlp(layer.post_attention_layernorm(hidden))

@@ -1,4 +1,4 @@
-"""Stage 0a: the vision tower learns from pictures with captions, and from what each patch shows.
+"""Stage 0a of `tiny`: the vision tower learns from pictures with captions, and from what each patch shows.
 
 Two losses. The contrastive one is CLIP's, with a small text encoder that is thrown away after,
 and one hard negative per picture whose colours or kinds are swapped between things. The dense
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from llava_lab.training.tiny.pictures import NOTHING, Pool
+from llava_lab.training.text import IGNORE
+from llava_lab.training.tiny.pictures import Pool, patch_places
 from llava_lab.worlds.drawing import COLORS, KINDS
 from llava_lab.worlds.picturebook import caption
 from llava_lab.worlds.scenes import COLOR_NAMES, HELD_OUT, KIND_NAMES, Scene
@@ -33,8 +34,8 @@ CONTRASTIVE_WEIGHT = 0.3
 
 def normalise(pictures: np.ndarray | Tensor) -> Tensor:
     """uint8 (N, side, side, 3) -> float32 (N, 3, side, side) scaled as CLIP's image processor scales."""
-    given = pictures if isinstance(pictures, Tensor) else torch.from_numpy(np.array(pictures))
-    pixels = given.permute(0, 3, 1, 2).float() / 255
+    drawn = pictures if isinstance(pictures, Tensor) else torch.from_numpy(np.array(pictures))
+    pixels = drawn.permute(0, 3, 1, 2).float() / 255
     return (pixels - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
 
 
@@ -96,17 +97,12 @@ def batch_indices(total: int, batch: int, step: int, seed: int) -> np.ndarray:
 
 def patch_truth(owners: np.ndarray, things: np.ndarray, grid: int) -> dict[str, Tensor]:
     """What each patch is taught. owners (N, P), things (N, 4, 6) -> long (N, P) labels and float (N, P, 5) places."""
-    empty = owners == NOTHING
-    rows = np.take_along_axis(things, np.where(empty, 0, owners)[:, :, None].astype(np.int64), axis=1)
-    cells = (np.stack(np.meshgrid(np.arange(grid), np.arange(grid), indexing="xy"), -1).reshape(-1, 2) + 0.5) / grid
-    offset = (rows[:, :, 3:5] - cells) * 3  # a large thing reaches about half a unit
-    here = np.abs(rows[:, :, 3:5] - cells).max(-1) <= 0.5 / grid
-    place = np.concatenate([np.broadcast_to(cells * 2 - 1, offset.shape), offset, here[:, :, None]], -1).astype(np.float32)
+    rows, empty, places = patch_places(owners, things, grid)
     return {
         "kind": torch.from_numpy(np.where(empty, len(KINDS), rows[:, :, 0]).astype(np.int64)),
         "color": torch.from_numpy(np.where(empty, len(COLORS), rows[:, :, 1]).astype(np.int64)),
-        "large": torch.from_numpy(np.where(empty, -100, rows[:, :, 2]).astype(np.int64)),
-        "place": torch.from_numpy(place),
+        "large": torch.from_numpy(np.where(empty, IGNORE, rows[:, :, 2]).astype(np.int64)),
+        "place": torch.from_numpy(places),
     }
 
 
@@ -117,9 +113,9 @@ def swapped(scene: Scene, rng: np.random.Generator) -> Scene:
     if len(things) > 1:
         a, b = order[:2]
         key = "color" if rng.random() < 0.6 else "size"
-        one, two = getattr(things[a], key), getattr(things[b], key)
-        if one != two:
-            changed = {a: replace(things[a], **{key: two}), b: replace(things[b], **{key: one})}
+        first, second = getattr(things[a], key), getattr(things[b], key)
+        if first != second:
+            changed = {a: replace(things[a], **{key: second}), b: replace(things[b], **{key: first})}
             if not any(t.held_out for t in changed.values()):
                 return replace(scene, things=tuple(changed.get(i, t) for i, t in enumerate(things)))
     i = order[0]
@@ -157,7 +153,7 @@ def _dense(heads: TowerHeads, patches: Tensor, batch: dict[str, Tensor]) -> tupl
         (F.cross_entropy(scores.flatten(0, 1), batch[name].flatten(), reduction="none") * weight.flatten()).sum() / weight.sum()
         for name, scores in (("kind", kind), ("color", color))
     )
-    loss = loss + 0.5 * F.cross_entropy(size.flatten(0, 1), batch["large"].flatten(), ignore_index=-100)
+    loss = loss + 0.5 * F.cross_entropy(size.flatten(0, 1), batch["large"].flatten(), ignore_index=IGNORE)
     place = heads.place_head(patches).float()
     loss = loss + F.smooth_l1_loss(place[..., :2], batch["place"][..., :2], beta=0.1)
     loss = loss + 2 * F.smooth_l1_loss(place[..., 2:4][things], batch["place"][..., 2:4][things], beta=0.1)
