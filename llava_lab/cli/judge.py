@@ -127,7 +127,7 @@ def _compare_many(args: argparse.Namespace) -> Reply:
     return Reply(board.to_dict(), str(board.table()), code=130 if board.about["interrupted"] else 0)
 
 
-def _numbers(args: argparse.Namespace) -> dict[str, int]:
+def _numbers(args: argparse.Namespace) -> dict[str, Any]:
     """The numbers that were given; each function has its own defaults."""
     return {name: getattr(args, name) for name in ("steps", "seeds") if getattr(args, name) is not None}
 

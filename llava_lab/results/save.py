@@ -20,7 +20,7 @@ import html
 import io
 import json
 import os
-import tempfile
+import secrets
 import types
 import typing
 import zipfile
@@ -53,21 +53,15 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
+    # not by tempfile, which gives 0600: a file is as readable as any other the user makes, and reading the umask is not
+    # safe while other threads write
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         yield temporary
-        temporary.chmod(0o666 & ~_umask())  # mkstemp gives 0600; a file is as readable as any other the user makes
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 class Saved:
