@@ -13,9 +13,14 @@ from llava_lab.results import whole_file
 
 def test_an_error_keeps_the_old_file_and_leaves_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("old")
-    with pytest.raises(ValueError, match="stop"), whole_file(tmp_path / "a") as temporary:
-        temporary.write_text("half")
-        raise ValueError("stop")
+
+    def fail() -> None:
+        with whole_file(tmp_path / "a") as temporary:
+            temporary.write_text("half")
+            raise ValueError("stop")
+
+    with pytest.raises(ValueError, match="stop"):
+        fail()
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("a", "old")]
 
 
