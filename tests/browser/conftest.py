@@ -1,4 +1,4 @@
-"""Browser tests share one Chromium, one JupyterLab server and one Lab page; see `tests/lab_server.py`."""
+"""Browser tests share one Chromium, one JupyterLab server and one Lab page; see `tests/support/lab_server.py`."""
 
 from __future__ import annotations
 
