@@ -33,6 +33,9 @@ def accuracies(result: Ablation, *, split: str | None = None, ax: Axes | None = 
 
     A pale dot per seed; the mean over seeds with its 95% interval (resampling pictures) below them. The first connector is
     at the top. Raises OptionError for a split that was not tested.
+
+    >>> plots.accuracies(ll.shipped_ablation()).get_title()
+    'test, equal samples'
     """
     x, arms = _split(result, split), _arms(result)
     names = list(dict.fromkeys(result.connectors[arm] for arm in arms))
@@ -72,6 +75,10 @@ def differences(result: Ablation, *, split: str | None = None, ax: Axes | None =
     Thick: the effect with its 95% interval over seeds, what a repetition would give; thin, below it: over pictures, of
     these very models. The verdict stands beside each, with the seeds that would tell where it is "not distinguishable".
     Raises OptionError for a split that was not tested.
+
+    >>> ax = plots.differences(ll.shipped_ablation())
+    >>> ax.get_xlabel().splitlines()[0]
+    'difference of what is right, percent points'
     """
     x, arms = _split(result, split), set(_arms(result))
     groups = [
@@ -118,6 +125,9 @@ def sweep(result: Ablation, *, ax: Axes | None = None) -> Axes:
     """Validation loss against the connector's peak rate, at the result's first budget; a ring marks the rate that was chosen.
 
     Solid with stage 1, dashed without. A rate at which training diverged has no point.
+
+    >>> plots.sweep(ll.shipped_ablation()).get_xlabel()
+    'peak rate of the connector'
     """
     arms = _arms(result)
     names = list(dict.fromkeys(result.connectors[arm] for arm in arms))

@@ -41,6 +41,10 @@ def journey(run: Run, *, widths: tuple[int, int] | None = None, ax: Axes | None 
     """Picture -> patches -> image tokens -> answer, with this run's own counts.
 
     `widths` is (numbers per patch after the vision encoder, numbers per token after the connector).
+
+    >>> texts = [text.get_text() for text in plots.journey(run).texts]
+    >>> "12 × 12 patches" in texts
+    True
     """
     ax = ax or _canvas(SIZE)
     ax.set(xlim=(0, SIZE[0]), ylim=(0, SIZE[1]), aspect="equal")
@@ -72,7 +76,12 @@ def journey(run: Run, *, widths: tuple[int, int] | None = None, ax: Axes | None 
 def matrices(
     given: Mapping[str, np.ndarray], *, labels: Sequence[str] = (), ax: Sequence[Axes] | None = None, digits: int = 2
 ) -> Figure:
-    """Small matrices side by side, darker for larger, each number written in its cell; zeros are left blank."""
+    """Small matrices side by side, darker for larger, each number written in its cell; zeros are left blank.
+
+    >>> figure = plots.matrices({"A": np.eye(2), "B": np.ones((2, 2))}, labels=("the", "car"))
+    >>> [ax.get_title() for ax in figure.axes]
+    ['A', 'B']
+    """
     if not given:
         raise OptionError("expected at least one matrix to draw, got none")
     shape = np.shape(next(iter(given.values())))
@@ -83,7 +92,11 @@ def matrices(
 
 
 def patch_mosaic(picture: np.ndarray, where: PictureMap) -> np.ndarray:
-    """The model's square as its patches with white gaps, float (height, width, 3) in 0..1; padding is light grey."""
+    """The model's square as its patches with white gaps, float (height, width, 3) in 0..1; padding is light grey.
+
+    >>> plots.patch_mosaic(run.picture, run.map).shape  # 12 patches of 20 pixels, with gaps of 5
+    (295, 295, 3)
+    """
     height, width = picture.shape[:2]
     fine = PATCH_PIXELS * FINER
     y = ((np.arange(where.rows * fine) + 0.5) * where.size / (where.rows * fine) - where.offset_y) / where.scale_y

@@ -50,6 +50,10 @@ def overlay(
     """One target's map on the picture it explains; hatched where the model never looked.
 
     `scale` is (lowest, highest) for the colours, by default shared by all targets of `rel`.
+
+    >>> relevance = ll.attribute(lab, run, method="attention", target="red")
+    >>> plots.overlay(run, relevance).get_title()
+    '“red” by attention'
     """
     _check(run, rel, target)
     if not 0 < opacity <= 1:
@@ -79,7 +83,12 @@ def words_figure(
     smooth: bool = False,
     cmap: str | None = None,
 ) -> Figure:
-    """Every target of `rel` as a small map, all on one colour scale with one legend."""
+    """Every target of `rel` as a small map, all on one colour scale with one legend.
+
+    >>> relevance = ll.attribute(lab, run, method="attention", target=["red", "answer"])
+    >>> len(plots.words_figure(run, relevance).axes)  # a map for each, and the colour bar
+    3
+    """
     _check(run, rel, 0)
     maps = _grid(run, len(rel.targets), columns, ax)
     scale = color_scale([rel])
@@ -103,7 +112,12 @@ def compare_figure(
     opacity: float = 0.75,
     smooth: bool = False,
 ) -> Figure:
-    """The same target explained in several ways, side by side, each on its own colour scale: units differ."""
+    """The same target explained in several ways, side by side, each on its own colour scale: units differ.
+
+    >>> maps = {name: ll.attribute(lab, run, method=name) for name in ("attention", "rollout")}
+    >>> [ax.get_title() for ax in plots.compare_figure(run, maps).axes[:2]]
+    ['attention', 'rollout']
+    """
     if not maps:
         raise OptionError("expected at least one map to compare, got none")
     shown = _grid(run, len(maps), columns, ax, beside=0.8)
@@ -117,7 +131,12 @@ def compare_figure(
 
 
 def segment_bars(run: Run, rel: Relevance, *, ax: Axes | None = None) -> Axes:
-    """Where each target's attention mass lies in the sequence, and, when known, where it would lie by the mask alone."""
+    """Where each target's attention mass lies in the sequence, and, when known, where it would lie by the mask alone.
+
+    >>> ax = plots.segment_bars(run, ll.attribute(lab, run, method="attention"))
+    >>> ax.get_xlabel()
+    'share of the row'
+    """
     if "mass" not in rel.extras:
         raise OptionError(f"expected a map with mass per segment (rollout, attention), got one by {rel.method!r}")
     bars = [(_quoted(rel, i), mass) for i, mass in enumerate(rel.extras["mass"])]
@@ -142,7 +161,12 @@ def segment_bars(run: Run, rel: Relevance, *, ax: Axes | None = None) -> Axes:
 
 
 def color_scale(maps: Sequence[Relevance]) -> Scale:
-    """(lowest, highest) for colours over all targets of `maps`: from 0 when nothing is negative, else symmetric about 0."""
+    """(lowest, highest) for colours over all targets of `maps`: from 0 when nothing is negative, else symmetric about 0.
+
+    >>> low, high = plots.color_scale([ll.attribute(lab, run, method="attention")])
+    >>> low, high > 0
+    (0.0, True)
+    """
     values = np.concatenate([rel.values.ravel() for rel in maps])
     top = float(np.percentile(np.abs(values), CLIP)) or float(np.abs(values).max()) or 1.0
     return (-top, top) if (values < 0).any() else (0.0, top)

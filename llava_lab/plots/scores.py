@@ -52,6 +52,10 @@ def dots(
 
     Grey where the interval of the paired difference from random includes 0, red where random is better.
     `sort` names the measure to order by.
+
+    >>> ax = plots.dots(ll.shipped_leaderboard(lab), "gain")
+    >>> ax.get_xlabel().splitlines()[0]
+    'faithful: insertion minus'
     """
     names = board.order(sort or measure, kind)[::-1]
     cells = [board.at(name, measure, kind) for name in names]
@@ -78,7 +82,12 @@ def dots(
 def leaderboard(
     board: Leaderboard, measures: Sequence[str] = ("gain", "pointing", "seconds"), *, kind: str = "all", ax: Any = None
 ) -> Figure:
-    """Several measures beside one another, methods in the order of the first. Each is its own axis: they are never combined."""
+    """Several measures beside one another, methods in the order of the first. Each is its own axis: they are never combined.
+
+    >>> figure = plots.leaderboard(ll.shipped_leaderboard(lab), ("gain", "pointing"))
+    >>> len(figure.axes)
+    2
+    """
     shown = panels(ax, len(measures), (3.4, 1.0 + 0.26 * len(board.methods)))
     for number, (panel, measure) in enumerate(zip(shown, measures, strict=True)):
         dots(board, measure, kind=kind, ax=panel, sort=measures[0])
@@ -91,7 +100,12 @@ def leaderboard(
 
 
 def by_type(board: Leaderboard, measure: str = "gain", *, ax: Axes | None = None) -> Axes:
-    """Methods by types of question, each cell the mean; grey numbers where it does not differ from random."""
+    """Methods by types of question, each cell the mean; grey numbers where it does not differ from random.
+
+    >>> ax = plots.by_type(ll.shipped_leaderboard(lab), "pointing")
+    >>> ax.get_title()
+    'highest patch on a deciding thing, share of pictures'
+    """
     names = board.order(measure)
     ax = ax if ax is not None else new_axes((1.6 + 0.75 * len(board.types), 0.8 + 0.28 * len(names)))
     cells = [[board.at(name, measure, kind) for kind in board.types] for name in names]
@@ -103,7 +117,11 @@ def by_type(board: Leaderboard, measure: str = "gain", *, ax: Axes | None = None
 
 
 def agreement(result: Comparison | Leaderboard, which: str = "spearman", *, ax: Axes | None = None) -> Axes:
-    """How far every two methods agree, methods by methods. `which`: ``spearman``, or for one example ``overlap``."""
+    """How far every two methods agree, methods by methods. `which`: ``spearman``, or for one example ``overlap``.
+
+    >>> plots.agreement(ll.shipped_leaderboard(lab)).get_title()
+    'rank correlation'
+    """
     kinds = tuple(AGREEMENT) if isinstance(result, Comparison) else ("spearman",)
     if which not in kinds:
         raise OptionError(f"which must be one of {', '.join(kinds)} here, got {which!r}")
@@ -119,7 +137,12 @@ def agreement(result: Comparison | Leaderboard, which: str = "spearman", *, ax: 
 def curve(
     score: Faithfulness, kind: str = "deletion", *, target: int = 0, fill: str | None = None, ax: Axes | None = None
 ) -> Axes:
-    """One curve with the band of random maps, the centre and the map upside down; mean over fills, or one `fill`."""
+    """One curve with the band of random maps, the centre and the map upside down; mean over fills, or one `fill`.
+
+    >>> relevance = ll.attribute(lab, run, method="attention", target="car")
+    >>> plots.curve(ll.faithfulness(lab, run, relevance, steps=2, seeds=2)).get_title()
+    'deletion: “car”'
+    """
     if kind not in KINDS:
         raise OptionError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if not 0 <= target < len(score.targets):
@@ -159,7 +182,12 @@ def curve(
 
 
 def curves(score: Faithfulness, *, target: int = 0, fill: str | None = None, ax: Any = None) -> Figure:
-    """Deletion and insertion side by side."""
+    """Deletion and insertion side by side.
+
+    >>> relevance = ll.attribute(lab, run, method="attention", target="car")
+    >>> len(plots.curves(ll.faithfulness(lab, run, relevance, steps=2, seeds=2)).axes)
+    2
+    """
     shown = panels(ax, 2, (4.0, 3.2), sharey=True)
     for panel, kind in zip(shown, KINDS, strict=True):
         curve(score, kind, target=target, fill=fill, ax=panel)
@@ -170,6 +198,10 @@ def sanity(score: Sanity, *, target: int = 0, ax: Axes | None = None) -> Axes:
     """How alike the map stays while the model is randomised from the top down, and (diamonds) after other questions.
 
     The band is where unrelated maps lie. Red is a map that never left what it was.
+
+    >>> check = ll.sanity(lab, run, "attention", groups=2)
+    >>> plots.sanity(check).get_ylabel()
+    'rank correlation with the first map'
     """
     if not 0 <= target < len(score.targets):
         raise OptionError(f"targets run from 0 to {len(score.targets) - 1}, got {target}")
@@ -198,7 +230,12 @@ def sanity(score: Sanity, *, target: int = 0, ax: Axes | None = None) -> Axes:
 
 
 def sanities(scores: Sequence[Sanity], *, target: int = 0, ax: Any = None) -> Figure:
-    """Several methods' sanity checks side by side, the legend in the first."""
+    """Several methods' sanity checks side by side, the legend in the first.
+
+    >>> checks = [ll.sanity(lab, run, name, groups=1) for name in ("attention", "center")]
+    >>> len(plots.sanities(checks).axes)
+    2
+    """
     shown = panels(ax, len(scores), (3.1, 3.5), sharey=True)
     for panel, score in zip(shown, scores, strict=True):
         sanity(score, target=target, ax=panel)
@@ -208,7 +245,12 @@ def sanities(scores: Sequence[Sanity], *, target: int = 0, ax: Any = None) -> Fi
 
 
 def sanity_maps(scores: Sequence[Sanity], *, target: int = 0, ax: Any = None) -> Figure:
-    """A row per method: its map, its maps when half of the layers and when all are random, and after another question."""
+    """A row per method: its map, its maps when half of the layers and when all are random, and after another question.
+
+    >>> figure = plots.sanity_maps([ll.sanity(lab, run, "attention", groups=2)])
+    >>> figure.axes[0].get_title()
+    'attention'
+    """
     shown = panels(ax, 4 * len(scores), (1.7, 1.8), columns=4)
     for number, score in enumerate(scores):
         row, maps = shown[4 * number : 4 * number + 4], {score.method: score.original[target]}
@@ -226,7 +268,12 @@ def sanity_maps(scores: Sequence[Sanity], *, target: int = 0, ax: Any = None) ->
 
 
 def comparison(result: Comparison, *, target: int = 0, ax: Any = None) -> Figure:
-    """One example: each method's gain with its interval against random, and how far the methods agree."""
+    """One example: each method's gain with its interval against random, and how far the methods agree.
+
+    >>> figure = plots.comparison(ll.compare(lab, run, ["attention", "center"], target="car", steps=2, seeds=2))
+    >>> [label.get_text() for label in figure.axes[0].get_yticklabels()] != []
+    True
+    """
     size = (max(1.8 + 0.36 * len(result.methods), 4.2), max(1.4 + 0.34 * len(result.methods), 3.0))
     shown = panels(ax, 2, size)
     rows = result.rows(target)[::-1]
@@ -289,6 +336,11 @@ def mean_sweep(sweeps: Sequence[FlowSweep], *, target: int = 0, seed: int = 0) -
     """(mean, low, high) of `FlowSweep.relative` over questions, each (flows, windows), with a 95% interval by resampling them.
 
     Raises OptionError unless the sweeps have the same flows and windows and are whole.
+
+    >>> sweep = ll.knockout_sweep(lab, run, metric="car")
+    >>> mean, low, high = plots.mean_sweep([sweep])
+    >>> mean.shape == (len(sweep.flows), len(sweep.windows))
+    True
     """
     if not sweeps:
         raise OptionError("expected at least one sweep, got none")
@@ -307,7 +359,12 @@ def mean_sweep(sweeps: Sequence[FlowSweep], *, target: int = 0, seed: int = 0) -
 
 
 def flows(sweeps: Sequence[FlowSweep], *, target: int = 0, ax: Any = None) -> Figure:
-    """One panel per flow: relative change of the answer's probability, mean and 95% interval over questions."""
+    """One panel per flow: relative change of the answer's probability, mean and 95% interval over questions.
+
+    >>> figure = plots.flows([ll.knockout_sweep(lab, run, metric="car")])
+    >>> figure.axes[0].get_title()
+    'image → question'
+    """
     mean, low, high = 100 * np.stack(mean_sweep(sweeps, target=target))
     first = sweeps[0]
     axes = panels(ax, len(first.flows), (3.4, 2.7), sharey=True)
@@ -324,7 +381,11 @@ def flows(sweeps: Sequence[FlowSweep], *, target: int = 0, ax: Any = None) -> Fi
 
 
 def stays(shares: Mapping[str, Sequence[Sequence[float]]], *, xlabel: str = "", ax: Axes | None = None) -> Axes:
-    """How often the answer stays, one line per name; each point is (share, low, high), 0 to 1, at 0, 1, 2 ... along x."""
+    """How often the answer stays, one line per name; each point is (share, low, high), 0 to 1, at 0, 1, 2 ... along x.
+
+    >>> plots.stays({"half of the layers": [(0.5, 0.25, 0.75), (1.0, 0.8, 1.0)]}).get_ylabel()
+    'answer stays, %'
+    """
     ax = ax if ax is not None else new_axes((5.0, 2.9))
     for number, (name, points) in enumerate(shares.items()):
         mean, low, high = 100 * np.asarray(points, float).T

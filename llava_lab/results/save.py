@@ -15,7 +15,6 @@ pickle, as everywhere.
 
 from __future__ import annotations
 
-import functools
 import html
 import io
 import json
@@ -190,7 +189,6 @@ def _stored(field: Field) -> str:
     return field.metadata.get("stored", field.name)
 
 
-@functools.cache
 def _hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 

@@ -125,7 +125,7 @@ def test_the_heads_that_look_most_are_beside_their_matrix() -> None:
     assert f'"car": {share[1].mean():.1%} of its attention on the picture, mean over all heads' in said
     assert f"layer 2, head 1: {share[1, 2, 1]:.0%}" in said
     assert said[said.index("Shown here: 2 of 4 words.") :][0]
-    shown = [ax.images[0].get_array() for ax in figure.axes[1:]]
+    shown: list[Any] = [ax.images[0].get_array() for ax in figure.axes[1:]]
     np.testing.assert_allclose(shown[0], share[1])
 
 
