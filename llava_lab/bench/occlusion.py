@@ -2,7 +2,7 @@
 
 The score is the log-probability of a given answer. The floor is one plain forward of the finished sequence, so a
 ratio to it reads as "as many forwards". Peers are captum's FeatureAblation over the pixels, one patch at a time
-and 16 at once, and for tokens its LayerFeatureAblation at the projector, which gives the numbers our exact sweep
+and 16 at once, and for tokens its LayerFeatureAblation at the connector, which gives the numbers our exact sweep
 gives. Sweeps are measured on at most `PATCHES` patches, spread evenly, and their time is scaled to all of them;
 everything else is measured whole.
 

@@ -1,4 +1,4 @@
-"""Touching the model to see what an answer rests on; each intervention proves that it took effect."""
+"""Change the model to see what an answer rests on; each intervention proves that it took effect."""
 
 from llava_lab.interventions.ablate import ablate_tokens, ablated
 from llava_lab.interventions.cover import ask_without
