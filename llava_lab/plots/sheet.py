@@ -66,11 +66,13 @@ def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100 * DENSITY, metadata={"Software": None})
     image = Image.open(buffer).convert("RGB")
-    for smaller in (image, image.quantize(COLORS)):
-        buffer = io.BytesIO()
-        smaller.save(buffer, "PNG", optimize=True)
-        if buffer.tell() <= PNG_LIMIT:
-            break
+    raw = _encoded(image)
+    return raw if len(raw) <= PNG_LIMIT else _encoded(image.quantize(COLORS))
+
+
+def _encoded(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
