@@ -42,6 +42,7 @@ from llava_lab.errors import LabError, OptionError
 from llava_lab.replay.alter import PLACES, InModel, Tokens, open_altered
 from llava_lab.replay.fills import FILLS
 from llava_lab.replay.prefix import embedded
+from llava_lab.replay.score import read_scores
 from llava_lab.replay.targets import Targets, predicting_rows
 from llava_lab.results import Run
 
@@ -248,7 +249,7 @@ def open_point(lab: Lab, run: Run, targets: Targets, *, at: str, fill: str | Non
             given |= {"input_ids": inputs["input_ids"].expand(len(batch), -1), "pixel_values": batch}
         else:
             given["inputs_embeds"] = embedded(lab, run, level.tokens(batch))[:, : where[-1] + 1]
-        return target_logits(model(**given, logits_to_keep=keep, use_cache=False).logits, where, targets)
+        return read_scores(model(**given, logits_to_keep=keep, use_cache=False).logits, where, targets, raw=True)
 
     filled = level.filling(fill).float() if fill else torch.zeros_like(level.values, dtype=torch.float32)
     return Point(level.values.float(), filled, scores, level.patch, level.passes)
@@ -261,18 +262,6 @@ def gradients(scores: Float[Tensor, "B N"], value: Tensor) -> Float[Tensor, "B N
         torch.autograd.grad(scores[:, target].sum(), value, retain_graph=target + 1 < count)[0].float() for target in range(count)
     ]
     return torch.stack(slopes, 1)
-
-
-def target_logits(logits: Float[Tensor, "B Q V"], at: Sequence[int], targets: Targets) -> Float[Tensor, "B N"]:
-    """Each target's logits, summed over its tokens, minus those of the word not said; `at` names the rows' positions."""
-    where = {position: i for i, position in enumerate(at)}
-    logits = logits.float()
-    columns = []
-    for target in targets:
-        rows = [where[position] for position in target.positions]
-        said = logits[:, rows, list(target.token_ids)].sum(1)
-        columns.append(said - logits[:, rows, list(target.against_ids)].sum(1) if target.against_ids else said)
-    return torch.stack(columns, 1)
 
 
 def inputs_until(lab: Lab, run: Run, at: Sequence[int]) -> dict[str, Tensor]:

@@ -47,7 +47,7 @@ from llava_lab.checks import Sweep
 from llava_lab.errors import LabError, OptionError
 from llava_lab.replay.alter import Altered, Tokens, open_altered
 from llava_lab.replay.fills import SQUARES
-from llava_lab.replay.prefix import ROWS, Branches, agree
+from llava_lab.replay.prefix import ROWS, Prefix, agree
 from llava_lab.replay.targets import Targets
 from llava_lab.results import Run
 
@@ -363,18 +363,18 @@ def token_knockout(lab: Lab, run: Run, targets: Targets, *, rows: Literal["answe
         whole = altered.read(altered.values)[0]
         length = run.segments["answer"][1] - 1 - start
         size = max(ROWS // length, 1)  # variants in one pass
-        branches = Branches(lab, run, every, altered.tokens(altered.values), room=start + (size + 1) * length)
-        agree(branches.whole, whole, branches.sequence.dtype)
+        prefix = Prefix(lab, run, every, tokens=altered.tokens(altered.values), room=start + (size + 1) * length)
+        agree(prefix.whole, whole, prefix.sequence.dtype)
         parts: list[Tensor] = []
         with Sweep("token knockout", total=len(blocks), unit="block") as done:
             for first in range(0, len(blocks), size):
                 now = blocks[first : first + size]
-                tails = branches.sequence[:, start:].expand(len(now), -1, -1)
-                parts.append(whole - branches.score(tails, start, _columns(run, now, grid, start, tails.device)))
+                rests = prefix.sequence[:, start:].expand(len(now), -1, -1)
+                parts.append(whole - prefix.branch(rests, start, _columns(run, now, grid, start, rests.device)))
                 done.step(len(now))
         drops = torch.cat(parts)
         strongest = int(drops[:, -1].abs().argmax())
-        leak, change = _prove(branches, run, blocks[strongest], grid, start)
+        leak, change = _prove(prefix, run, blocks[strongest], grid, start)
     wanted = len(targets)
     values = spread(drops[:, :wanted].cpu().numpy(), blocks[: len(drops)], grid)
     who = "the positions that predict the answer" if rows == "answer" else "the question and the answer"
@@ -388,7 +388,7 @@ def token_knockout(lab: Lab, run: Run, targets: Targets, *, rows: Literal["answe
     extras = {
         "score": whole[:wanted].tolist(),
         "blocks": done.count,
-        "positions": branches.rows,
+        "positions": prefix.positions,
         "blocked_change": leak,
         "unblocked_change": change,
     }
@@ -403,15 +403,15 @@ def _columns(run: Run, blocks: list[Block], grid: tuple[int, int], start: int, d
     return columns.to(device)
 
 
-def _prove(branches: Branches, run: Run, block: Block, grid: tuple[int, int], start: int) -> tuple[float, float]:
+def _prove(prefix: Prefix, run: Run, block: Block, grid: tuple[int, int], start: int) -> tuple[float, float]:
     """How much absurd keys and values at one blocked token change, with the block and without it; refuses a block that leaks."""
-    tail = branches.sequence[:, start:]
-    columns = _columns(run, [block], grid, start, tail.device)
+    rest = prefix.sequence[:, start:]
+    columns = _columns(run, [block], grid, start, rest.device)
     position = int(np.flatnonzero(columns[0].cpu().numpy())[0])
-    quiet = branches.score(tail, start, columns)[0]
-    with branches.poisoned(position):
-        behind = branches.score(tail, start, columns)[0]
-        beside = branches.score(tail, start)[0]
+    quiet = prefix.branch(rest, start, columns)[0]
+    with prefix.poisoned(position):
+        behind = prefix.branch(rest, start, columns)[0]
+        beside = prefix.branch(rest, start)[0]
     leak, change = (float(((one - quiet).abs() / quiet.abs().clamp_min(1)).max()) for one in (behind, beside))
     if not leak <= SAME:  # a score that is not a number is a leak too
         raise LabError(

@@ -32,7 +32,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llava_lab.attribution.gradients import inputs_until, target_logits
+from llava_lab.attribution.gradients import inputs_until
 from llava_lab.attribution.method import Maps, method
 from llava_lab.capture import undisturbed
 from llava_lab.capture.open_layer import Call, OpenLayer, keep_calls, open_layer
@@ -48,6 +48,7 @@ from llava_lab.models.layout import (
     used_vision_layers,
     vision_layers,
 )
+from llava_lab.replay.score import read_scores
 from llava_lab.replay.targets import Targets, image_values, predicting_rows, segment_mass, target_rows
 from llava_lab.results import Run, Target
 
@@ -91,7 +92,7 @@ def relevancy(
         down = _through_language(lab, [calls[layer] for layer in layers], logits, plan, further=vision)
         if vision:
             image, lost = _through_vision(lab, run, calls, tower, down)
-        scores = target_logits(logits, plan.at, targets)[0]
+        scores = read_scores(logits, plan.at, targets, raw=True)[0]
     if variant == "chefer":
         seen = down.relevance[:, 0]
     else:  # each token's row divided by its sum (equations 8 and 9), and their mean for each target
@@ -174,7 +175,7 @@ def _head_gradient(
     with torch.enable_grad():
         rows = states[:, at].requires_grad_()
         again = model.get_output_embeddings()(language_model(model).norm(rows))
-        scores = target_logits(again, at, plan.streams)[0]
+        scores = read_scores(again, at, plan.streams, raw=True)[0]
         wanted = [scores.sum()] if alone else list(scores)
         found = [torch.autograd.grad(score, rows, retain_graph=True)[0][0].float() for score in wanted]
     if not torch.allclose(again.float(), logits.float(), rtol=TOLERANCE, atol=TOLERANCE * float(logits.abs().max())):

@@ -35,7 +35,7 @@ from llava_lab.checks import Sweep, layer_window, whole_number
 from llava_lab.errors import LabError, OptionError
 from llava_lab.interventions.plan import DRAWS, Plan, Positions, carry_out, positions_of
 from llava_lab.models.layout import language_layers
-from llava_lab.replay.prefix import Tail
+from llava_lab.replay.prefix import Prefix
 from llava_lab.replay.targets import Wanted, resolve_targets
 from llava_lab.results import Effect, FlowSweep, Run
 
@@ -330,7 +330,7 @@ def knockout_sweep(
     passes = 0
     with undisturbed(lab.model), Sweep("knockout sweep", total=after[..., 0].size, unit="cell") as sweep:
         for i, cut in enumerate(cuts):
-            tail = Tail(lab, run, targets, min(cut.target.positions))
+            tail = Prefix(lab, run, targets, min(cut.target.positions))
             before = tail.score().cpu().numpy()
             for j, window in enumerate(windows):
                 with cutting(lab, cut, window), proving(lab, cut, window, proof):

@@ -29,7 +29,7 @@ from llava_lab.interventions.states import COMPONENTS, Change, changing, parts
 from llava_lab.models import read_picture
 from llava_lab.models.layout import language_layers
 from llava_lab.replay.fills import fill_pixels
-from llava_lab.replay.prefix import Tail, image_tokens
+from llava_lab.replay.prefix import Prefix, image_tokens
 from llava_lab.replay.score import read_scores
 from llava_lab.replay.targets import Wanted, resolve_targets
 from llava_lab.results import PatchGrid, Run
@@ -80,11 +80,11 @@ def patch(
     with undisturbed(lab.model):
         pixels, corruption = _corrupted(lab, clean, corrupt, seed)
         start = clean.segments["image"][0]
-        reading = Tail(lab, clean, targets, start)
+        reading = Prefix(lab, clean, targets, start)
         with keeping(lab, components) as states_of:
             clean_logits = reading.logits()
         # from here on the sequence is read with the corrupted picture
-        reading = Tail(lab, clean, targets, start, image_tokens(lab, clean, pixels))
+        reading = Prefix(lab, clean, targets, start, tokens=image_tokens(lab, clean, pixels))
         corrupt_logits = reading.logits()
 
         def score(logits: Tensor) -> np.ndarray:

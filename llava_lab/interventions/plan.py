@@ -30,7 +30,7 @@ from llava_lab.checks import Sweep
 from llava_lab.errors import LabError, OptionError
 from llava_lab.models.generation import generate
 from llava_lab.models.text import decode
-from llava_lab.replay.prefix import AGREE, Tail
+from llava_lab.replay.prefix import AGREE, Prefix
 from llava_lab.replay.targets import Targets
 from llava_lab.results import Effect, Run
 
@@ -142,7 +142,7 @@ def carry_out(lab: Lab, run: Run, targets: Targets, plan: Plan, *, seed: int, an
     side: dict[str, Any] = {}
     new_answer, interrupted, answered = "", False, False
     with undisturbed(lab.model):
-        tail = Tail(lab, run, targets, plan.start)
+        tail = Prefix(lab, run, targets, plan.start)
         before = tail.score().cpu().numpy()
         with plan.prove(proof):
             after = tail.score().cpu().numpy()

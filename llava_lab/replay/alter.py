@@ -44,7 +44,7 @@ from llava_lab.checks import one_of
 from llava_lab.errors import LabError, OptionError
 from llava_lab.models.layout import connector_of, read_connector, require_patch_tokens
 from llava_lab.replay.fills import EVERY_FILL, fill_picture, fill_pixels, inpaint, mean_fill, noise_fill
-from llava_lab.replay.prefix import ROWS, Branches, agree, embedded
+from llava_lab.replay.prefix import ROWS, Prefix, agree, embedded
 from llava_lab.replay.score import read_scores, target_score
 from llava_lab.replay.targets import Targets, predicting_rows
 from llava_lab.results import Run
@@ -287,19 +287,19 @@ class Tokens(InModel):
         plain = self.whole
         with undisturbed(self.lab.model):
             own = self.tokens(self.values)
-            branches = Branches(self.lab, self.run, self.targets, own, room=room)
+            prefix = Prefix(self.lab, self.run, self.targets, tokens=own, room=room)
         for i, group in enumerate(groups):
             start = starts[group[-1]]
             with undisturbed(self.lab.model):
                 tokens = self.tokens(self.altered(self._enlarged(~masks[group])))
                 _same_beginning(tokens, own, start - image)
-                tails = branches.sequence[:, start:].repeat(len(group) + (i == 0), 1, 1)
-                tails[: len(group), : max(end - start, 0)] = tokens[:, start - image :].to(tails.dtype)
-                scores = branches.score(tails, start).cpu()
+                rests = prefix.sequence[:, start:].repeat(len(group) + (i == 0), 1, 1)
+                rests[: len(group), : max(end - start, 0)] = tokens[:, start - image :].to(rests.dtype)
+                scores = prefix.branch(rests, start).cpu()
             if i == 0:
-                agree(scores[-1], plain, branches.sequence.dtype)
+                agree(scores[-1], plain, prefix.sequence.dtype)
             self.passes += len(group)
-            self.positions = branches.rows
+            self.positions = prefix.positions
             yield group, scores[: len(group)]
 
 

@@ -1,21 +1,21 @@
-"""Score many variants of a picture's tokens without computing anything twice that cannot have changed.
+"""One prefix computed once, and whatever comes after it as often as wanted.
 
-In a causal model a changed token changes nothing before itself. So the whole sequence is computed once,
-its keys and values are kept, and a variant only computes what comes after its first changed token. Taken
-from the last patch to the first, each variant may write over what it does not need any more: one cache is
-all the memory there is. Variants that begin late are short; several are packed into one pass, each seeing
-the shared beginning and itself. In the last layer only the positions that predict go through the
-feed-forward part, because nobody reads the others.
+In a causal model a change at one position changes nothing before it. So the beginning of a run's finished sequence is
+computed once and its keys and values are kept (`Prefix`). What follows is computed behind them in two ways:
 
-The numbers are those of full forwards (tested to 1e-5). It is checked in each sweep, not trusted: the whole
-picture is packed among the variants and must score what a plain forward gives it.
+- `Prefix.score` gives the run's own rest, as the model now is: interventions change the model from some position on.
+- `Prefix.branch` gives several other rests in one pass, each of which sees the kept beginning and itself: occlusion
+  behind the vision tower changes tokens, token knockout changes who may look where. The whole sequence is kept then.
+  Taken from the last first change to the first, each pass may write over what none after it needs: one cache is all the
+  memory there is. In the last layer only the positions that predict go through the feed-forward part, because nobody
+  reads the others.
+
+The numbers are those of full forwards. Who uses `branch` checks it in each run (`agree`) and does not trust it.
+
+    prefix = Prefix(lab, run, targets, start=100)
+    before = prefix.score()
 
 Source of the idea: prefix caching as in serving systems; its use for occlusion is ours.
-
-Score one sequence again and again without computing what no intervention can change.
-
-Positions before the first one touched stay what they were in a causal model. They are computed once and their keys
-and values kept; each variant computes the rest behind them and is taken off again.
 """
 
 from __future__ import annotations
@@ -44,102 +44,136 @@ AGREE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}  # packed
 
 
 class _Layer(DynamicLayer):
-    """Keys and values of one layer in one buffer; a pass writes behind the shared beginning, over what was there."""
+    """Keys and values of one layer in one buffer; a pass writes behind what is kept, over what was there."""
 
-    def __init__(self, cache: Branches) -> None:
+    def __init__(self, prefix: Prefix) -> None:
         super().__init__()
         self.keys: Any = None
         self.values: Any = None
-        self._of = cache
+        self._prefix = prefix
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self.keys is None:
             self.keys, self.values = (
-                one.new_empty(*one.shape[:2], self._of.room, one.shape[3]) for one in (key_states, value_states)
+                states.new_empty(*states.shape[:2], self._prefix.room, states.shape[3]) for states in (key_states, value_states)
             )
             self.is_initialized = True
-        start, stop = self._of.shared, self._of.shared + key_states.shape[2]
+        start, stop = self._prefix.kept, self._prefix.kept + key_states.shape[2]
         self.keys[:, :, start:stop] = key_states
         self.values[:, :, start:stop] = value_states
         return self.keys[:, :, :stop], self.values[:, :, :stop]
 
     def get_seq_length(self) -> int:
-        return self._of.shared
+        return self._prefix.kept
 
 
-class Branches:
-    """One sequence computed once, and variants of its end scored behind it.
+class Prefix:
+    """A run's sequence up to its last predicting position, with the beginning kept. Make it inside `capture.undisturbed`.
 
-    `room` is the longest pass in positions, the shared beginning included. Variants must come with beginnings
-    that never grow, since each pass writes over the rest.
+    With `start` what comes before it is kept, and `score` computes the rest. Without, all of it is kept, `whole` is its
+    score, and `branch` computes other rests. `room` is the longest pass in positions, what is kept included.
     """
 
-    def __init__(self, lab: Lab, run: Run, targets: Targets, tokens: Float[Tensor, "1 P D"], *, room: int) -> None:
-        self._model = lab.model
+    whole: Float[Tensor, " N"]
+
+    def __init__(
+        self,
+        lab: Lab,
+        run: Run,
+        targets: Targets,
+        start: int | None = None,
+        *,
+        tokens: Float[Tensor, "1 P D"] | None = None,
+        room: int = 0,
+    ) -> None:
+        self._model: Any = lab.model
         self._targets = targets
         self.at = predicting_rows(targets)
         self.stop = self.at[-1] + 1  # nothing after the last predicting position matters
-        self.sequence = embedded(lab, run, tokens)[:, : self.stop]
+        picture = image_tokens(lab, run) if tokens is None else tokens
+        self.sequence = embedded(lab, run, picture)[:, : self.stop]
         self.room = max(room, self.stop)
-        self.shared = 0  # positions every variant of the current pass begins with
-        self.rows = 0  # positions computed so far, of all passes
+        self.kept = 0  # positions whose keys and values stand in the cache and are seen by the next pass
+        self.positions = 0  # computed so far by `branch`
+        self.passes = 0  # of `score` and `logits`
         layers = language_layers(lab.model)
         self._layers = [_Layer(self) for _ in layers]
         self._cache = Cache(layers=list(self._layers))
         self._last = getattr(layers[-1], "mlp", None)
-        self.whole = self.score(self.sequence, 0)[0]
-        self.shared = self.stop
+        if start is None:
+            self.start = self.stop
+            self.whole = self.branch(self.sequence, 0)[0]
+        else:
+            self.start = min(start, self.at[0])
+            if (getattr(lab.model.config.text_config, "sliding_window", None) or self.stop) < self.stop:
+                self.start = 0  # a sliding cache forgets its beginning
+            if self.start:
+                inputs = {"inputs_embeds": self.sequence[:, : self.start], "logits_to_keep": 1}
+                self._model(**inputs, past_key_values=self._cache, use_cache=True)
+        self.kept = self.start
 
-    def score(
-        self, tails: Float[Tensor, "K n D"], start: int, blocked: Bool[Tensor, "K start"] | None = None
+    def logits(self) -> Float[Tensor, "R V"]:
+        """Logits at the predicting positions, of the run's own sequence as the model now is."""
+        keep = torch.tensor(self.at, device=self.sequence.device) - self.start
+        positions = torch.arange(self.start, self.stop, device=self.sequence.device)[None]
+        inputs = {"inputs_embeds": self.sequence[:, self.start :], "position_ids": positions, "logits_to_keep": keep}
+        self.passes += 1
+        cache: dict[str, Any] = {"past_key_values": self._cache, "use_cache": True} if self.start else {"use_cache": False}
+        return self._model(**inputs, **cache).logits[0]
+
+    def score(self) -> Float[Tensor, " N"]:
+        """Each target's score, float32, as the model now is."""
+        return read_scores(self.logits()[None], self.at, self._targets)[0]
+
+    def branch(
+        self, rests: Float[Tensor, "K n D"], start: int, blocked: Bool[Tensor, "K start"] | None = None
     ) -> Float[Tensor, "K N"]:
-        """Each target's score when the sequence goes on with `tails` from position `start`, up to the last that predicts.
+        """Each target's score when the sequence goes on with `rests` from position `start`, up to the last that predicts.
 
-        `blocked` names positions before `start` that the rows of a variant may not look at.
+        `blocked` names positions before `start` that the rows of a rest may not look at. Beginnings must never grow from
+        one call to the next, since each pass writes over what comes after.
         """
-        count, length = tails.shape[:2]
-        assert length == self.stop - start, f"a variant of another length than {self.stop - start}: {length}"
-        assert start <= self.shared or not self.rows, f"what came before {start} has been written over from {self.shared} on"
-        self.shared = start
-        keep = torch.tensor([position - start for position in self.at], device=tails.device)
-        assert int(keep[0]) >= 0, "a variant must begin at or before the first position that predicts"
-        keep = (torch.arange(count, device=tails.device)[:, None] * length + keep).flatten()
-        positions = torch.arange(start, self.stop, device=tails.device).repeat(count)[None]
+        count, length = rests.shape[:2]
+        assert length == self.stop - start, f"a rest of another length than {self.stop - start}: {length}"
+        assert start <= self.kept or not self.positions, f"what came before {start} has been written over from {self.kept} on"
+        self.kept = start
+        keep = torch.tensor([position - start for position in self.at], device=rests.device)
+        assert int(keep[0]) >= 0, "a rest must begin at or before the first position that predicts"
+        keep = (torch.arange(count, device=rests.device)[:, None] * length + keep).flatten()
         with _rows_only(self._last, keep):
             logits = self._model(
-                inputs_embeds=tails.reshape(1, count * length, -1),
-                attention_mask=self._mask(count, length, start, blocked, tails),
-                position_ids=positions,
+                inputs_embeds=rests.reshape(1, count * length, -1),
+                attention_mask=self._mask(count, length, start, blocked, rests),
+                position_ids=torch.arange(start, self.stop, device=rests.device).repeat(count)[None],
                 past_key_values=self._cache,
                 use_cache=True,
                 logits_to_keep=keep,
             ).logits
-        self.rows += count * length
+        self.positions += count * length
         rows = logits.reshape(count, len(self.at), -1)
-        return torch.cat(
-            [read_scores(part, self.at, self._targets) for part in rows.split(8)]
-        )  # a large vocabulary, a few at a time
+        # a large vocabulary, a few at a time
+        return torch.cat([read_scores(part, self.at, self._targets) for part in rows.split(8)])
 
     @contextmanager
     def poisoned(self, position: int) -> Iterator[None]:
-        """Absurd keys and values at one position of the shared beginning, put right afterwards."""
-        kept = [(layer.keys[:, :, position].clone(), layer.values[:, :, position].clone()) for layer in self._layers]
+        """Absurd keys and values at one kept position, put right afterwards."""
+        saved = [(layer.keys[:, :, position].clone(), layer.values[:, :, position].clone()) for layer in self._layers]
         try:
             for layer in self._layers:
                 layer.keys[:, :, position].mul_(-3).add_(1)
                 layer.values[:, :, position].mul_(-30).add_(10)
             yield
         finally:
-            for layer, (keys, values) in zip(self._layers, kept, strict=True):
+            for layer, (keys, values) in zip(self._layers, saved, strict=True):
                 layer.keys[:, :, position] = keys
                 layer.values[:, :, position] = values
 
     def _mask(self, count: int, length: int, start: int, blocked: Tensor | None, like: Tensor) -> Float[Tensor, "1 1 Q K"]:
-        """Zero where a row may look: the shared beginning but for what is blocked, and its own variant up to itself."""
+        """Zero where a row may look: what is kept but for what is blocked, and its own rest up to itself."""
         hidden = torch.ones(count, length, count, length, dtype=torch.bool, device=like.device)
         future = torch.ones(length, length, dtype=torch.bool, device=like.device).triu(1)
-        for one in range(count):
-            hidden[one, :, one] = future
+        for rest in range(count):
+            hidden[rest, :, rest] = future
         before = torch.zeros(count, length, start, dtype=torch.bool, device=like.device)
         if blocked is not None:
             before |= blocked[:, None]
@@ -177,44 +211,6 @@ def _rows_only(part: nn.Module | None, rows: Tensor) -> Iterator[None]:
 
     with hooked(part, before=before, after=after):
         yield
-
-
-class Tail:
-    """The finished sequence from `start` to its last predicting position, behind a kept beginning.
-
-    Make it outside the intervention and inside `capture.undisturbed`; then call `score` inside the intervention.
-    """
-
-    def __init__(self, lab: Lab, run: Run, targets: Targets, start: int, tokens: Float[Tensor, "1 P D"] | None = None) -> None:
-        self._model: Any = lab.model
-        self._targets = targets
-        self.at = predicting_rows(targets)
-        self.start, self.stop = min(start, self.at[0]), self.at[-1] + 1
-        if (getattr(lab.model.config.text_config, "sliding_window", None) or self.stop) < self.stop:
-            self.start = 0  # a sliding cache forgets its beginning and cannot be taken back
-        picture = image_tokens(lab, run) if tokens is None else tokens
-        self.sequence = embedded(lab, run, picture)[:, : self.stop]
-        self.passes = 0
-        self._cache: Any = None
-        if self.start:
-            out = self._model(inputs_embeds=self.sequence[:, : self.start], use_cache=True, logits_to_keep=1)
-            self._cache = out.past_key_values
-
-    def logits(self) -> Float[Tensor, "R V"]:
-        """Logits at the predicting positions, of the sequence as the model now is."""
-        keep = torch.tensor(self.at, device=self.sequence.device) - self.start
-        positions = torch.arange(self.start, self.stop, device=self.sequence.device)[None]
-        inputs = {"inputs_embeds": self.sequence[:, self.start :], "position_ids": positions, "logits_to_keep": keep}
-        self.passes += 1
-        if self._cache is None:
-            return self._model(**inputs, use_cache=False).logits[0]
-        logits = self._model(**inputs, past_key_values=self._cache, use_cache=True).logits[0]
-        self._cache.crop(self.start - self.stop)
-        return logits
-
-    def score(self) -> Float[Tensor, " N"]:
-        """Each target's score, float32."""
-        return read_scores(self.logits()[None], self.at, self._targets)[0]
 
 
 def embedded(lab: Lab, run: Run, tokens: Float[Tensor, "B P D"]) -> Float[Tensor, "B S D"]:

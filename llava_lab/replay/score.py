@@ -2,6 +2,10 @@
 
 The finished sequence is given again with each picture, and the targets' log-probabilities are read at
 their predicting positions. Every method that changes the input is scored here, by the same number.
+
+    pixels, score = target_score(lab, run, (run.target(),))
+    with undisturbed(lab.model):
+        score(pixels)
 """
 
 from __future__ import annotations
@@ -41,13 +45,19 @@ def target_score(lab: Lab, run: Run, targets: Targets) -> tuple[Float[Tensor, "1
     return pixels, score
 
 
-def read_scores(logits: Float[Tensor, "B R V"], at: Sequence[int], targets: Targets) -> Float[Tensor, "B N"]:
-    """Each target's score from the logits at the positions `at`, one row of `logits` each, in float32."""
+def read_scores(
+    logits: Float[Tensor, "B R V"], at: Sequence[int], targets: Targets, *, raw: bool = False
+) -> Float[Tensor, "B N"]:
+    """Each target's score from the logits at the positions `at`, one row of `logits` each, in float32.
+
+    Log-probabilities are summed over the target's tokens, `raw` logits where a softmax would mix in every other word; for
+    a contrast, those of the word not said are taken off.
+    """
     where = {position: i for i, position in enumerate(at)}
-    logprobs = logits.float().log_softmax(-1)
+    values = logits.float() if raw else logits.float().log_softmax(-1)
     columns = []
     for target in targets:
         rows = [where[position] for position in target.positions]
-        said = logprobs[:, rows, list(target.token_ids)].sum(1)
-        columns.append(said - logprobs[:, rows, list(target.against_ids)].sum(1) if target.against_ids else said)
+        said = values[:, rows, list(target.token_ids)].sum(1)
+        columns.append(said - values[:, rows, list(target.against_ids)].sum(1) if target.against_ids else said)
     return torch.stack(columns, 1)

@@ -1,12 +1,14 @@
-"""From states to words: the final norm and the output head, for chosen tokens and without a table of all of them.
+"""From states to words: the final norm and the output head, for chosen tokens or for the whole vocabulary.
+
+`read_words` gives top words, entropy and the rank of chosen words without ever holding all logits: the vocabulary is
+gone through `COLUMNS` rows of the output head at a time, keeping running sums. So beside the states themselves, at 7B
+shape, 8 MB of weights and 1.2 MB of logits exist at once. Entropy comes from sum(exp(x - m) (x - m)) with a running
+maximum m, so that large logits do not cancel.
+
+    normed = final_norm(lab)(states)
+    read_words(lab, normed, top=5, ids=()).top_ids
 
 Source: transformers ``LlamaModel.norm`` and ``LlavaForConditionalGeneration.lm_head``; the logit lens of nostalgebraist (2020).
-
-Reading states as words: top words, entropy, and the rank of chosen words, without ever holding all logits.
-
-The vocabulary is gone through `COLUMNS` rows of the output head at a time, keeping running sums; so beside
-the states themselves, at 7B shape, 8 MB of weights and 1.2 MB of logits exist at once. Entropy comes from
-sum(exp(x - m) (x - m)) with a running maximum m, so that large logits do not cancel.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 ROWS = 64  # states at a time through the whole vocabulary: 8 MB of float32 at 32,000 words
 EXACT = {torch.float32: 1e-4, torch.float64: 1e-6}  # agreement asked of a norm re-stated by hand; 16-bit types get ROUGH
 ROUGH = 3e-2
+COLUMNS = 512  # words at a time
+BEFORE = "a"  # a word stands after something, so that its first token carries the space it has in a sentence
 
 
 def final_norm(lab: Lab) -> nn.Module:
@@ -94,10 +98,6 @@ def norm_scale(norm: nn.Module, states: Float[Tensor, "S W"]) -> Float[Tensor, "
 
 def _eps(norm: nn.Module) -> float:
     return float(getattr(norm, "variance_epsilon", getattr(norm, "eps", None)) or 0.0)
-
-
-COLUMNS = 512  # words at a time
-BEFORE = "a"  # a word stands after something, so that its first token carries the space it has in a sentence
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from llava_lab.models.layout import language_layers
 from llava_lab.replay import fill_pixels
 from llava_lab.replay.alter import Pixels, open_altered
 from llava_lab.replay.fills import inpaint
-from llava_lab.replay.prefix import Branches
+from llava_lab.replay.prefix import Prefix
 from llava_lab.results import Run
 from tests.support.games import Formula
 from tests.support.planted import RED, planted_lab, red_picture, scripted_run
@@ -477,13 +477,13 @@ def test_blocked_entries_are_zero_and_rows_still_sum_to_one(tiny_random: Lab, ru
     image = run.segments["image"][0]
     with undisturbed(model):
         altered: Any = open_altered(tiny_random, run, (run.target(),), at="projector", fill="mean")
-        branches = Branches(tiny_random, run, (run.target(),), altered.values.flatten(2).mT, room=start + 3 * 20)
-        tails = branches.sequence[:, start:].expand(2, -1, -1)
+        prefix = Prefix(tiny_random, run, (run.target(),), tokens=altered.values.flatten(2).mT, room=start + 3 * 20)
+        tails = prefix.sequence[:, start:].expand(2, -1, -1)
         blocked = torch.zeros(2, start, dtype=torch.bool)
         blocked[0, image + 3] = blocked[1, image + 8] = True
         layers = language_layers(model)
         with watch_attention(layers, Full()) as full:
-            branches.score(tails, start, blocked)
+            prefix.branch(tails, start, blocked)
     length = tails.shape[1]
     for layer in range(len(layers)):
         attention = full.attention[layer][0]  # H, both variants' rows, the shared beginning and both variants
@@ -504,9 +504,9 @@ def test_the_proof_is_reported(tiny_random: Lab, run: Run) -> None:
 
 def test_a_mask_that_is_not_followed_is_refused(tiny_random: Lab, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fault to fear: nothing is blocked, every drop is about zero, and it reads as "no patch matters"."""
-    honest = Branches._mask
+    honest = Prefix._mask
     monkeypatch.setattr(
-        Branches, "_mask", lambda self, count, length, start, blocked, like: honest(self, count, length, start, None, like)
+        Prefix, "_mask", lambda self, count, length, start, blocked, like: honest(self, count, length, start, None, like)
     )
     with pytest.raises(LabError, match="expected a blocked token to have no say, got a change of .*sdpa or eager"):
         attribute(tiny_random, run, method="token_knockout")
@@ -516,15 +516,15 @@ def test_the_poison_is_put_right_again(tiny_random: Lab, run: Run) -> None:
     start = run.segments["answer"][0] - 1
     with undisturbed(tiny_random.model):
         altered: Any = open_altered(tiny_random, run, (run.target(),), at="projector", fill="mean")
-        branches = Branches(tiny_random, run, (run.target(),), altered.values.flatten(2).mT, room=start + 60)
-        tail = branches.sequence[:, start:]
-        before = branches.score(tail, start)
-        with branches.poisoned(run.segments["image"][0]):
-            assert not torch.allclose(branches.score(tail, start), before)
-        torch.testing.assert_close(branches.score(tail, start), before, rtol=0, atol=0)
-        with pytest.raises(AssertionError, match="a variant of another length"), branches.poisoned(run.segments["image"][0]):
-            branches.score(tail[:, 1:], start)
-        torch.testing.assert_close(branches.score(tail, start), before, rtol=0, atol=0)
+        prefix = Prefix(tiny_random, run, (run.target(),), tokens=altered.values.flatten(2).mT, room=start + 60)
+        tail = prefix.sequence[:, start:]
+        before = prefix.branch(tail, start)
+        with prefix.poisoned(run.segments["image"][0]):
+            assert not torch.allclose(prefix.branch(tail, start), before)
+        torch.testing.assert_close(prefix.branch(tail, start), before, rtol=0, atol=0)
+        with pytest.raises(AssertionError, match="a rest of another length"), prefix.poisoned(run.segments["image"][0]):
+            prefix.branch(tail[:, 1:], start)
+        torch.testing.assert_close(prefix.branch(tail, start), before, rtol=0, atol=0)
 
 
 def test_all_patches_cost_a_few_passes(tiny_random: Lab, run: Run) -> None:
