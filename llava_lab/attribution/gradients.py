@@ -35,10 +35,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llava_lab.attribution.method import Count, FillOf, Maps, PlainFill, Seed, method
+from llava_lab.attribution.method import At, Count, FillOf, Maps, PlainFill, Seed, captum_for, method
 from llava_lab.capture import undisturbed
 from llava_lab.checks import Sweep
-from llava_lab.errors import LabError, OptionError
+from llava_lab.errors import OptionError
 from llava_lab.replay.alter import PLACES, InModel, Tokens, open_altered
 from llava_lab.replay.fills import FILLS
 from llava_lab.replay.prefix import embedded
@@ -48,8 +48,6 @@ from llava_lab.results import Run
 
 if TYPE_CHECKING:
     from llava_lab.models import Lab
-
-At = Literal["projector", "vision", "pixels"]
 
 
 @method(
@@ -97,7 +95,7 @@ def integrated_gradients(
     batch: Count = 1,
     rule: Literal["gausslegendre", "riemann_middle", "riemann_trapezoid"] = "gausslegendre",
 ) -> Maps:
-    captum = _captum("integrated_gradients")
+    captum = captum_for("integrated_gradients")
     with undisturbed(lab.model):
         here = open_point(lab, run, targets, at=at, fill=fill)
         ends = torch.cat([here.scores(here.value), here.scores(here.fill)])  # picture, fill; targets
@@ -150,7 +148,7 @@ def smoothgrad(
     batch: Count = 1,
     seed: Seed = 0,
 ) -> Maps:
-    captum = _captum("smoothgrad")
+    captum = captum_for("smoothgrad")
     total: float | Tensor = 0.0  # of the gradients so far
     with undisturbed(lab.model):
         torch.manual_seed(seed)  # captum draws from the global generator; `undisturbed` puts its state back
@@ -297,12 +295,3 @@ class CountedGradients:
                     raise
                 self.interrupted = True
         return (points.new_zeros(len(points), self.targets, *points.shape[2:]),)
-
-
-def _captum(method: str) -> Any:
-    """captum's attribution methods; imported here because it takes two seconds."""
-    try:
-        import captum.attr
-    except ImportError:
-        raise LabError(f"method {method!r} needs captum, which is not installed; `pip install captum` brings it") from None
-    return captum.attr

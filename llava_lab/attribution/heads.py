@@ -255,7 +255,8 @@ def find_localization_heads(
 
     Each run is judged at the position that predicts its answer's first word. Ties go to the lower entropy.
 
-    >>> len(ll.find_localization_heads(lab, [run], top=2, threshold=0.0))
+    >>> from llava_lab.attribution import find_localization_heads
+    >>> len(find_localization_heads(lab, [run], top=2, threshold=0.0))
     2
     """
     if not runs:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 import numpy as np
 
 from llava_lab.checks import number, one_of, whole_number
-from llava_lab.errors import OptionError, TargetError
+from llava_lab.errors import LabError, OptionError, TargetError
 from llava_lab.models import layout
 from llava_lab.replay.fills import EVERY_FILL, FILLS, SQUARES
 from llava_lab.replay.targets import Targets
@@ -66,6 +66,7 @@ SquareFill = Annotated[str, FillOf(SQUARES)]  # one square, whatever is hidden
 PlainFill = Annotated[str, FillOf(FILLS)]
 Window = Sequence[int] | None  # layers (start, stop); checked against the model by `layer_window`
 Heads = int | Sequence[Any] | None  # checked against the model by `choose_heads`
+At = Literal["pixels", "vision", "projector"]  # where something is hidden
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,15 @@ def refuse_contrast(name: str, targets: Targets) -> None:
                 f"method {name!r} cannot tell {target.text!r}: attention is the same for every word predicted at a "
                 "position; use method='occlusion' for a contrast, or explain the word alone"
             )
+
+
+def captum_for(name: str) -> Any:
+    """captum's attribution methods; imported where they are used, because it takes two seconds."""
+    try:
+        import captum.attr
+    except ImportError:
+        raise LabError(f"method {name!r} needs captum, which is not installed; `pip install captum` brings it") from None
+    return captum.attr
 
 
 def _options_of(function: Callable[..., Maps]) -> tuple[dict[str, Any], dict[str, Check]]:

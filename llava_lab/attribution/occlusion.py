@@ -41,7 +41,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
-from llava_lab.attribution.method import Count, Fill, Maps, Seed, SquareFill, at_least, method
+from llava_lab.attribution.method import At, Count, Fill, Maps, Seed, SquareFill, at_least, method
 from llava_lab.capture import undisturbed
 from llava_lab.checks import Sweep
 from llava_lab.errors import LabError, OptionError
@@ -54,7 +54,6 @@ from llava_lab.results import Run
 if TYPE_CHECKING:
     from llava_lab.models import Lab
 
-At = Literal["pixels", "vision", "projector"]  # where something is hidden
 Block = tuple[slice, slice]  # rows and columns of the patch grid
 
 FLOOR = 1e-6  # of a patch's total weight, for one that no mask ever showed

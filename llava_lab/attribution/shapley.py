@@ -39,9 +39,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from llava_lab.attribution.method import Count, Fill, Maps, Seed, at_least, method
+from llava_lab.attribution.method import At, Count, Fill, Maps, Seed, at_least, captum_for, method
 from llava_lab.checks import Sweep, one_of
-from llava_lab.errors import LabError, OptionError
+from llava_lab.errors import OptionError
 from llava_lab.replay.alter import Altered, open_altered
 from llava_lab.replay.targets import Targets
 from llava_lab.results import Run, Target
@@ -49,7 +49,6 @@ from llava_lab.results import Run, Target
 if TYPE_CHECKING:
     from llava_lab.models import Lab
 
-At = Literal["pixels", "vision", "projector"]  # where something is hidden
 SHAPES = ("color", "grid")
 PLACE = 0.5  # weight of a whole side of the grid beside a colour channel of the range 0 to 1
 
@@ -146,7 +145,7 @@ def walks(game: Game, orders: int, batch: int) -> Float[Tensor, "K N n"]:
 
     One call of captum per order, so that an interrupt keeps what is finished; the draws are those of a single call.
     """
-    attribution = _captum().ShapleyValueSampling(lambda shown: game.worth(shown > 0.5))
+    attribution = captum_for("shapley").ShapleyValueSampling(lambda shown: game.worth(shown > 0.5))
     everyone = torch.ones(1, game.players)
     gains: list[Tensor] = []
     with Sweep("shapley", total=orders, unit="order") as done:
@@ -158,7 +157,7 @@ def walks(game: Game, orders: int, batch: int) -> Float[Tensor, "K N n"]:
 
 def fit(game: Game, samples: int, batch: int, *, seed: int) -> tuple[Float[Tensor, "N n"], int]:
     """KernelSHAP's weights for each target, and the coalitions they were fitted to."""
-    captum = _captum()
+    captum = captum_for("kernel_shap")
     if game.players < 2:  # nothing to fit: the one region has it all
         return (game.everyone() - game.nobody())[:, None], 2
 
@@ -201,15 +200,6 @@ class LeastSquares:
     def representation(self) -> Float[Tensor, "1 n"]:
         assert self._weights is not None, "fit first"
         return self._weights
-
-
-def _captum() -> Any:
-    """Captum's attribution module, imported only where it is used: it takes seconds."""
-    try:
-        import captum.attr
-    except ImportError:
-        raise LabError("shapley and kernel_shap need captum, which is not installed; `pip install captum` brings it") from None
-    return captum.attr
 
 
 # -- greedy search ---------------------------------------------------------------------

@@ -133,6 +133,35 @@ def leaves_nothing_behind_when_stopped(bench: Bench, name: str) -> None:
         assert stopped, "before anything is finished an interrupt is raised"
 
 
+def keeps_what_is_done_when_interrupted(bench: Bench, name: str) -> None:
+    """Ctrl-C at the model's last forward: what came before is given back and says so, or there was nothing to give."""
+    model, calls, last = bench.lab.model, 0, 0
+    forward = model.forward
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == last:
+            raise KeyboardInterrupt
+        return forward(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "forward", counted)
+        whole = bench.attribute(name, target="blue")
+        last, calls = calls, 0
+        if last < 2:
+            return
+        try:
+            part = bench.attribute(name, target="blue")
+        except KeyboardInterrupt:
+            return
+    assert not whole.interrupted
+    assert part.interrupted
+    assert any(note.startswith("Interrupted after") for note in part.notes)
+    assert part.passes["forward"] < whole.passes["forward"]
+    assert np.isfinite(part.values).all()
+
+
 def refuses_what_is_not_among_its_options(bench: Bench, name: str) -> None:
     entry = METHODS[name]
     listed = ", ".join(f"{option}={default!r}" for option, default in entry.options.items()) or "none"
@@ -187,6 +216,7 @@ CHECKS: tuple[Callable[..., None], ...] = (
     shares_its_passes_among_targets,
     repeats_itself_and_leaves_nothing_behind,
     leaves_nothing_behind_when_stopped,
+    keeps_what_is_done_when_interrupted,
     refuses_what_is_not_among_its_options,
     refuses_a_run_by_other_weights,
     refuses_a_contrast_it_cannot_tell,

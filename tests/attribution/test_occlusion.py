@@ -268,30 +268,6 @@ def test_coarse_padding_is_not_tried(planted: Lab) -> None:
     assert rel.extras["rounds"][0] < 16
 
 
-@pytest.mark.parametrize("at", ["pixels", "projector"])
-def test_ctrl_c_gives_the_map_as_fine_as_it_got(tiny_random: Lab, run: Run, at: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, forward = 0, tiny_random.model.forward
-    last = {"pixels": 4, "projector": 5}[at]  # in the second round: whole, kept, blocks of two, (kept again,) patches of four
-
-    def interrupted(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == last:
-            raise KeyboardInterrupt
-        return forward(*args, **kwargs)
-
-    coarse = attribute(tiny_random, run, method="occlusion", block=2, at=at).values / 4
-    monkeypatch.setattr(tiny_random.model, "forward", interrupted)
-    part = attribute(tiny_random, run, method="occlusion_coarse", first=2, keep=4, at=at, batch=4)
-    done = part.extras["blocks"]
-    assert 4 <= done < 20
-    assert f"Interrupted after {done} blocks; the map is as fine as it got." in part.notes
-    assert np.isclose(part.values, coarse, atol=3e-5).sum() >= 16 - (done - 4)
-    monkeypatch.setattr(tiny_random.model, "forward", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        attribute(tiny_random, run, method="occlusion_coarse", at=at)
-
-
 @pytest.mark.parametrize(("grid", "side"), [((24, 24), 8), ((12, 12), 4), ((27, 27), 8), ((4, 4), 2), ((1, 1), 1), ((2, 2), 2)])
 def test_the_first_blocks_are_about_a_quarter_of_the_grid(grid: tuple[int, int], side: int) -> None:
     assert first_side(grid) == side
@@ -386,29 +362,6 @@ def test_rise_finds_a_planted_cause(at: str) -> None:
         near = functional.max_pool2d(torch.from_numpy(red)[None, None].float(), 5, 1, 2)[0, 0].numpy() > 0  # cells are wide
         assert near.ravel()[values.argmax()]
         assert values[red].mean() > values[~near].mean() + 2 * values[~near].std()
-
-
-def test_ctrl_c_gives_the_mean_over_what_was_seen(tiny_random: Lab, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    want = attribute(tiny_random, run, method="rise", masks=8, batch=4, cells=2)
-    assert want.extras["masks"] == 8
-    calls, forward = 0, tiny_random.model.forward
-
-    def interrupted(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 3:
-            raise KeyboardInterrupt
-        return forward(*args, **kwargs)
-
-    monkeypatch.setattr(tiny_random.model, "forward", interrupted)
-    part = attribute(tiny_random, run, method="rise", masks=30, batch=4, cells=2)
-    assert part.extras["masks"] == 8
-    assert part.passes["forward"] == 8
-    assert "Interrupted after 8 of 30 masks; the means are over these." in part.notes
-    assert np.isfinite(part.values).all()
-    calls = 2
-    with pytest.raises(KeyboardInterrupt):
-        attribute(tiny_random, run, method="rise", masks=30, batch=4)
 
 
 # -- token knockout ------------------------------------------------------------------------

@@ -85,7 +85,7 @@ def test_sampled_orders_come_near_the_definition_and_are_exact_for_a_plain_sum()
     assert game.forwards <= 16  # there are only so many coalitions
 
 
-def test_thefit_comes_near_the_definition_and_is_exact_for_a_plain_sum() -> None:
+def test_the_fit_comes_near_the_definition_and_is_exact_for_a_plain_sum() -> None:
     game = formula_game(LABELS, _formula)
     with torch.random.fork_rng(devices=[]):
         values, samples = fit(game, 400, batch=8, seed=0)
@@ -103,7 +103,7 @@ def test_one_region_has_it_all() -> None:
         assert walks(game, 2, batch=4).tolist() == [[[3]], [[3]]]
 
 
-def test_least_squares_is_the_weightedfit_of_the_normal_equations() -> None:
+def test_least_squares_is_the_weighted_fit_of_the_normal_equations() -> None:
     random = torch.Generator().manual_seed(0)
     shown = (torch.rand(30, 5, generator=random) < 0.5).float()
     scores, weights = torch.rand(30, generator=random), torch.rand(30, generator=random)
@@ -152,64 +152,10 @@ def test_shapley_values_find_a_planted_cause(method: str, fit: str) -> None:
         assert rel.values[0][covered == 1].min() > rel.values[0][covered == 0].max()
 
 
-def test_ctrl_c_gives_the_orders_that_were_finished(tiny_random: Lab, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    options: dict[str, Any] = {"regions": 6, "batch": 2, "seed": 1}
-    two = attribute(tiny_random, run, method="shapley", orders=2, **options)
-    calls, forward = 0, tiny_random.model.forward
-    # the filled picture, three pairs in the first order, then at most three in the second; the third stops
-    passes = len(_passes(tiny_random, run, monkeypatch, {"orders": 2, **options}))
-
-    def interrupted(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls > passes:
-            raise KeyboardInterrupt
-        return forward(*args, **kwargs)
-
-    monkeypatch.setattr(tiny_random.model, "forward", interrupted)
-    part = attribute(tiny_random, run, method="shapley", orders=9, **options)
-    np.testing.assert_allclose(part.values, two.values, atol=1e-5)
-    assert part.extras["orders"] == 2
-    assert "Interrupted after 2 of 9 orders; the values are the mean over these." in part.notes
-    calls = passes
-    with pytest.raises(KeyboardInterrupt):
-        attribute(tiny_random, run, method="shapley", orders=9, **options)
-
-
-def _passes(lab: Lab, run: Run, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> list[None]:
-    seen: list[None] = []
-    forward = lab.model.forward
-    with monkeypatch.context() as patch:
-        patch.setattr(lab.model, "forward", lambda *args, **kwargs: seen.append(None) or forward(*args, **kwargs))
-        attribute(lab, run, method="shapley", **options)
-    return seen
-
-
-def test_ctrl_cfits_to_the_coalitions_that_were_seen(tiny_random: Lab, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    options: dict[str, Any] = {"regions": 8, "batch": 5, "target": TARGETS}
-    ten = attribute(tiny_random, run, method="kernel_shap", samples=10, **options)
-    calls, forward = 0, tiny_random.model.forward
-
-    def interrupted(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 4:  # the whole picture, then two batches of five
-            raise KeyboardInterrupt
-        return forward(*args, **kwargs)
-
-    monkeypatch.setattr(tiny_random.model, "forward", interrupted)
-    part = attribute(tiny_random, run, method="kernel_shap", samples=60, **options)
-    np.testing.assert_allclose(part.values, ten.values, atol=1e-4)
-    assert "Interrupted after 10 of 60 coalitions; the fit is to these." in part.notes
-    calls = 2
-    with pytest.raises(KeyboardInterrupt):
-        attribute(tiny_random, run, method="kernel_shap", samples=60, **options)
-
-
 @pytest.mark.parametrize("method", SMALL)
 def test_without_captum_it_says_what_to_install(tiny_random: Lab, run: Run, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "captum.attr", None)
-    with pytest.raises(LabError, match="need captum, which is not installed; `pip install captum`"):
+    with pytest.raises(LabError, match="needs captum, which is not installed; `pip install captum`"):
         attribute(tiny_random, run, method=method)
 
 
@@ -225,7 +171,7 @@ def _probability(shown: Tensor) -> Tensor:
     return torch.log(0.1 + 0.4 * torch.maximum(zero, one) + 0.35 * two - 0.05 * three)[:, None]
 
 
-def test_the_order_and_the_two_parts_are_those_of_asearch_by_hand() -> None:
+def test_the_order_and_the_two_parts_are_those_of_a_search_by_hand() -> None:
     path = Path(slice(0, 1), contrast=False)
     search(formula_game(LABELS, _probability), [path], 4)
     # alone, 0 gives 0.5 and 2 only 0.45; but without 0 there is 1, and without 2 only 0.45 is left of 0.8
@@ -278,7 +224,7 @@ def test_equals_one_look_at_a_time(tiny_random: Lab, run: Run) -> None:
     assert means == sorted(means, reverse=True)
 
 
-def test_several_targets_share_looks_and_get_their_ownsearch(tiny_random: Lab, run: Run) -> None:
+def test_several_targets_share_looks_and_get_their_own_search(tiny_random: Lab, run: Run) -> None:
     wanted: list[Any] = ["blue", ("blue", "green"), "answer"]
     together = attribute(tiny_random, run, **GREEDY, target=wanted)
     alone = [attribute(tiny_random, run, **GREEDY, target=one) for one in wanted]
