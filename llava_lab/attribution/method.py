@@ -18,7 +18,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import numpy as np
 
@@ -28,9 +28,6 @@ from llava_lab.models import layout
 from llava_lab.replay.fills import EVERY_FILL, FILLS, SQUARES
 from llava_lab.replay.targets import Targets
 from llava_lab.results import Run
-
-if TYPE_CHECKING:
-    pass
 
 Check = Callable[[str, Any], Any]  # (name of the option, value) -> the value; raises OptionError
 Needs = Literal["gradients", "plain weights"]

@@ -44,7 +44,7 @@ UNPLACED = (
 
 # The order in which they are listed: the default first, controls last.
 PLACE = {family.__name__: place for place, family in enumerate(FAMILIES)}
-for entry in sorted(REGISTERED.values(), key=lambda entry: (entry.control, PLACE[entry.function.__module__])):
+for entry in sorted(REGISTERED.values(), key=lambda entry: (entry.control, PLACE.get(entry.function.__module__, len(PLACE)))):
     REGISTERED[entry.name] = REGISTERED.pop(entry.name)
 METHODS: Mapping[str, Method] = MappingProxyType(REGISTERED)
 
