@@ -166,7 +166,7 @@ def test_flows_and_patching_show_their_numbers_and_their_holes() -> None:
 def test_losses_are_drawn_at_their_steps_and_odd_ones_left_out() -> None:
     figure = stills.losses({"align": [(0, 2.0), (5, np.nan), (10, 0.5)], "next": []}, log=True)
     ax: Any = figure.axes[1]
-    np.testing.assert_allclose(ax.lines[0].get_xydata(), [[0, 2], [10, 0.5]])
+    np.testing.assert_allclose(ax.lines[0].get_xydata(), [[0.0, 2.0], [10.0, 0.5]])
     assert ax.get_yscale() == "log"
     legend: Any = ax.get_legend()
     assert [text.get_text() for text in legend.get_texts()] == ["align 0.500", "next"]
