@@ -27,6 +27,11 @@ def fuse_heads(
     """One matrix from the (chosen) heads. ``max`` and ``min`` rows are re-normalised to sum to 1.
 
     A ``min`` row where no key is wanted by every head is left zero.
+
+    >>> import torch
+    >>> from llava_lab.capture import fuse_heads
+    >>> fuse_heads(torch.tensor([[[[0.5, 0.5]], [[1.0, 0.0]]]])).tolist()
+    [[[0.75, 0.25]]]
     """
     if heads is not None:
         attention = attention[:, list(heads)]

@@ -143,6 +143,13 @@ def watch_attention(
     who may not know how many tokens an answer will have.
 
     Raises LabError when a layer has no attention to watch, is already watched, or did not report.
+
+    >>> from llava_lab.capture import PickedRows, undisturbed, watch_attention
+    >>> from llava_lab.models.layout import language_layers
+    >>> with undisturbed(lab.model), watch_attention(language_layers(lab.model), PickedRows([-1 + len(run.token_ids)])) as rows:
+    ...     _ = lab.model(**lab.inputs(run))
+    >>> rows.layers[0].shape[:2]
+    torch.Size([1, 1])
     """
     if not layers:
         raise LabError("expected at least one layer to watch, got none")
@@ -300,7 +307,13 @@ def _attend(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, every module's own mode again afterwards."""
+    """Evaluation mode inside, every module's own mode again afterwards.
+
+    >>> from llava_lab.capture import evaluating
+    >>> with evaluating(lab.model):
+    ...     lab.model.training
+    False
+    """
     training = [module for module in model.modules() if module.training]
     if training:
         model.eval()
@@ -316,6 +329,11 @@ def undisturbed(model: nn.Module) -> Iterator[nn.Module]:
     """Evaluation mode without gradients; each module's training flag and the random state come back on leaving.
 
     `requires_grad` is never touched: `torch.no_grad` makes that unnecessary.
+
+    >>> from llava_lab.capture import undisturbed
+    >>> with undisturbed(lab.model) as model:
+    ...     model(**lab.inputs(run)).logits.requires_grad
+    False
     """
     state = torch.get_rng_state()
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
@@ -341,8 +359,12 @@ def hooked(
     The signatures are torch's own: ``before(module, args)`` may give new arguments back, ``after(module, args, output)``
     a new output; with `with_kwargs` the keyword arguments come after `args`. This is the only place that registers hooks.
 
-        with hooked(connector, after=lambda module, args, output: kept.append(output)):
-            lab.model(**inputs)
+    >>> from llava_lab.capture import hooked
+    >>> shapes = []
+    >>> with hooked(lab.connector, after=lambda module, args, output: shapes.append(output.shape[:2])):
+    ...     _ = lab.model(**lab.inputs(run))
+    >>> shapes
+    [torch.Size([1, 144])]
     """
     handles = []
     try:

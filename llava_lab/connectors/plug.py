@@ -53,7 +53,12 @@ def connector(lab: Lab, what: nn.Module | Linearized | Lab | str | os.PathLike) 
 
 
 def as_connector(lab: Lab, what: Any) -> nn.Module:
-    """The module behind what a user may plug into `lab`; a file is read and a fit becomes a ``linear`` connector."""
+    """The module behind what a user may put into `lab`; a file is read and a fit becomes a ``linear`` connector.
+
+    >>> from llava_lab.connectors import as_connector
+    >>> as_connector(lab, lab) is lab.connector
+    True
+    """
     if isinstance(what, Lab):
         return what.connector
     if isinstance(what, Linearized):
@@ -88,6 +93,11 @@ def shuffled_tokens(lab: Lab, *, seed: int = 0) -> Iterator[Lab]:
     """Inside the block the connector's tokens come in another order, the same for every picture: a control.
 
     What the tokens say is kept, where they say it is lost.
+
+    >>> from llava_lab.connectors import shuffled_tokens
+    >>> with shuffled_tokens(lab, seed=1):
+    ...     len(lab.ask(picture, "What is it?", max_new_tokens=1).logprobs)
+    1
     """
     count = lab.grid[0] * lab.grid[1]
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
@@ -123,6 +133,12 @@ def initialize(module: nn.Module, *, init: str = "llava", seed: int = 0, std: fl
     """Draw a connector's weights anew, in place. Queries and position embeddings keep theirs.
 
     "llava" is torch's default of every layer; "transformers" is N(0, `std`) with biases 0 and plain norms.
+
+    >>> from llava_lab.connectors import initialize
+    >>> linear = ll.new_connector(lab, "linear")
+    >>> initialize(linear, init="transformers")
+    >>> bool(linear.linear_1.bias.any())
+    False
     """
     _check(init)
     with torch.random.fork_rng(devices=[]), torch.no_grad():

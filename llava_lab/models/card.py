@@ -35,7 +35,11 @@ _NON_COMMERCIAL = re.compile(r"(^|[-_ ])nc($|[-_ \d])|non-?commercial|research-o
 
 @dataclass(frozen=True)
 class Card:
-    """One model's facts. `why` is the reason for device and dtype, decided once at loading."""
+    """One model's facts. `why` is the reason for device and dtype, decided once at loading.
+
+    >>> lab.card.image_tokens
+    144
+    """
 
     name: str
     source: str  # folder, or hub id with its revision

@@ -63,7 +63,12 @@ class Sizes:
 
 
 class Connector(nn.Module):
-    """One of our connectors; `kind` and `options` rebuild it, `trained_with` says beside which models it learnt."""
+    """One of our connectors; `kind` and `options` rebuild it, `trained_with` says beside which models it learnt.
+
+    >>> from llava_lab.models import Connector
+    >>> isinstance(ll.new_connector(lab, "linear"), Connector)
+    True
+    """
 
     kind: str
     options: Mapping[str, Any] = MappingProxyType({})
@@ -262,7 +267,11 @@ def _over_channels(norm: nn.Module, plane: Float[Tensor, "B F Y X"]) -> Float[Te
 
 @dataclass(frozen=True)
 class Architecture:
-    """One entry of the registry; ``make(sizes, **options)`` gives the module."""
+    """One entry of the registry; ``make(sizes, **options)`` gives the module.
+
+    >>> dict(ll.CONNECTORS["avgpool"].options)
+    {'side': 2, 'layers': 2}
+    """
 
     name: str
     truth: str  # what it is, in a line

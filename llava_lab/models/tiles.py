@@ -172,12 +172,6 @@ def _side(size: Any) -> int:
     return int(edge)
 
 
-WORKS = (
-    "attention, rollout, value_attention (a map for each view), and what alters the picture itself: occlusion, coarse occlusion, "
-    "rise, shapley, kernel_shap, faithfulness, compare with these"
-)
-
-
 class TiledLab(Lab):
     """A LLaVA-NeXT or LLaVA-OneVision with its processor. See `Lab`."""
 
@@ -236,7 +230,7 @@ class TiledLab(Lab):
     def _refusal(self) -> str:
         return (
             f"{self.name!r} looks at a picture whole and in tiles, and this was made for one square of image tokens; "
-            f"with tiles work {WORKS}"
+            "with tiles work methods whose METHODS[name].reach is 'tokens' or 'pixels', and faithfulness and compare with these"
         )
 
 
