@@ -88,8 +88,8 @@ def positions_of(run: Run, what: Any, *, option: str) -> Positions:
     wrong = [item for item in items if not 0 <= item < length]
     if wrong:
         raise OptionError(f"{option}: positions run from 0 to {length - 1}, got {wrong[0]}")
-    inside = tuple(sorted(set(items)))
-    return Positions(f"{len(inside)} position{'s' * (len(inside) > 1)}", inside, length)
+    unique = tuple(sorted(set(items)))
+    return Positions(f"{len(unique)} position{'s' * (len(unique) > 1)}", unique, length)
 
 
 def positions_of_patches(run: Run, patches: Any, *, option: str = "patches") -> Positions:

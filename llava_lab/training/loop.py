@@ -61,7 +61,8 @@ def train(
     the last one: the step is not taken, and nothing is saved after it.
     """
     optimisers = optimizers(modules, stage, rates)
-    start, losses, used = 0, [], 0.0
+    start, used = 0, 0.0
+    losses: list[float] = []
     if folder is not None:
         start, losses, used = _go_on(folder / f"{stage.name}.pt", modules, optimisers)
         if start >= stage.steps:

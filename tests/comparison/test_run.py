@@ -265,8 +265,9 @@ def test_a_result_is_one_file_and_reads_from_both_sides(made: tuple[Path, Ablati
 def test_a_comparison_that_would_say_nothing_is_refused_in_one_line(
     start: Path, tmp_path: Path, change: dict[str, Any], said: str
 ) -> None:
+    options: dict[str, Any] = {"connectors": SAME, "start": start, "out": tmp_path} | OPTIONS | change
     with pytest.raises(LabError, match=said) as caught:
-        ll.compare_connectors(**({"connectors": SAME, "start": start, "out": tmp_path} | OPTIONS | change))
+        ll.compare_connectors(**options)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.glob("runs/*"))
 

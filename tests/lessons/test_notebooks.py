@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests import execute, lesson_pictures
+from tests import execute
+from tests.support import lesson_pictures
 from tests.support.lessons import PROBES
 
 LESSONS = sorted(execute.LESSONS.glob("*.ipynb"))

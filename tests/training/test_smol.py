@@ -121,6 +121,8 @@ def test_grey_pictures_carry_nothing(language: Path) -> None:
     form = training.Chat(processor.tokenizer, layout.image_token_count(model))
     seen, blind = (SmolData(form, stage="align", batch=2, side=96, seed=0, blind=grey)[0] for grey in (False, True))
     assert torch.equal(seen.ids, blind.ids)
+    assert seen.pictures is not None
+    assert blind.pictures is not None
     assert torch.equal(blind.pictures[0], blind.pictures[1])
     assert not torch.equal(seen.pictures[0], seen.pictures[1])
 

@@ -102,8 +102,8 @@ def _side_by_side(
     most = max(len(sample) for sample in turns)
     there = torch.tensor([[n < len(sample) for n in range(most)] for sample in turns])[..., None]
     shape = (len(turns), most, ids.shape[1])
-    placed = [torch.full(shape, fill).masked_scatter(there, part) for fill, part in ((pad, ids), (IGNORE, labels))]
-    return Apart(prefix, *placed, types)
+    ids, labels = (torch.full(shape, fill).masked_scatter(there, part) for fill, part in ((pad, ids), (IGNORE, labels)))
+    return Apart(prefix, ids, labels, types)
 
 
 def apart_loss(model: nn.Module, batch: Apart, pictures: Tensor, image_id: int) -> tuple[Tensor, Tensor]:
