@@ -1,15 +1,4 @@
-"""From one record per picture to the leaderboard: means, intervals over pictures, differences from random.
-
-Intervals are percentile bootstraps that resample pictures, the same resamples for every method, so that
-methods are compared on equal terms. The difference from random is paired: taken picture by picture, from
-what random maps score on that very picture. Faithfulness and ground truth stay in columns of their own.
-
-A function of a Lab over many numbered pieces of work, in this process or in several.
-
-A small model's passes are too short to share between threads, so the pieces are shared between processes. Each
-has a model of its own; results come back in any order, and an interrupt loses only pieces under way.
-
-Every method on many pictures of the picture book: is it faithful, does it find the thing, what does it cost?
+"""Every method on many pictures of the picture book: is it faithful, does it find the thing, what does it cost?
 
 One question is asked about each picture, its type in turn, and one the model answers right: the map of a wrong
 answer has no right place to be. What is explained is the word that answers ("red", "Yes", "top left"), since
@@ -17,13 +6,18 @@ function words need no picture; a question that the model answers without the pi
 hardly lowers the probability) is passed over, for there is nothing to explain.
 
 Each finished picture is one JSON line in `out`; asking again with the same settings goes on where the file
-ends. The table is made by `llava_lab.judging.leaderboard`.
+ends. Pictures can be shared between processes (`spread`), since a small model's passes are too short to share between
+threads; each process has a model of its own, and an interrupt loses only pictures under way.
 
-What ships already computed: the leaderboard beside a model, and the comparison of connectors; opened in a moment.
+The table (`tabulate`) has means and percentile bootstraps that resample pictures, the same resamples for every method,
+so that methods are compared on equal terms. The difference from random is paired: taken picture by picture, from what
+random maps score on that very picture. Faithfulness and ground truth stay in columns of their own.
 
-A leaderboard is one file in the model's own folder under `llava_lab/assets`, and it speaks about the weights it was
-computed on and no others. The comparison of connectors stands beside the two models it ships with. Nothing here
-measures anything.
+What ships already computed opens in a moment: the leaderboard beside a model, for its own weights and no others, and
+the comparison of connectors.
+
+    board = leaderboard(load("tiny"), n=20, methods=["rollout", "random"], out="board.jsonl")
+    board.at("rollout", "gain")
 """
 
 from __future__ import annotations
@@ -63,178 +57,16 @@ MEASURES = (*FAITHFUL, *TRUE, *COST)
 SHARES = ("better", "object", "pointing")  # yes or no on each picture
 ASKED = ("asked", "wrong", "blind")  # questions: all, answered wrong, answered right without the picture
 
-Record = Mapping[str, Any]
-
-
-def method_values(result: Comparison) -> dict[str, dict[str, float | None]]:
-    """Every measure of every method on one example's first target."""
-    found = {}
-    for name in result.methods:
-        score, rel = result.faithfulness[name], result.maps[name]
-        values = {"gain": score.gain[0], "deletion": score.deletion_area[0], "insertion": score.insertion_area[0]}
-        judged = not np.isnan(score.interval[0]).any()
-        values |= {"better": float(score.beats_random[0]) if judged else np.nan, "object": score.hits[0]}
-        if name in result.truth:
-            values |= {measure: result.truth[name].value(measure) for measure in TRUE}
-        values |= {"forward": rel.passes["forward"], "backward": rel.passes["backward"], "seconds": rel.seconds}
-        found[name] = {measure: _plain(value) for measure, value in values.items()}
-    return found
-
-
-def control_values(result: Comparison) -> dict[str, float | None]:
-    """What random maps score on average on the same example."""
-    score: Faithfulness = next(iter(result.faithfulness.values()))
-    level = area(score.fractions, score.random[:, :, 0])  # (2, seeds, fills); reversed maps swap the two areas
-    middle = float(mean_of_known(level.mean((0, 1))))
-    values = {"gain": middle * 0, "deletion": middle, "insertion": middle, "object": score.random_hits[0]}
-    if result.truth:
-        truth = next(iter(result.truth.values()))
-        values |= dict(zip(truth.measures, truth.expected, strict=True))
-    return {measure: _plain(value) for measure, value in values.items()}
-
-
-def tabulate(records: Sequence[Record], methods: tuple[str, ...], about: Mapping[str, Any]) -> Leaderboard:
-    """The table of what is in `records`; pictures without a right answer only count among the asked."""
-    told = [record for record in records if "methods" in record]
-    values = np.array([[_values(record["methods"].get(name, {})) for name in methods] for record in told])
-    control = np.array([_values(record["control"]) for record in told])
-    types = np.array([record["type"] for record in told])
-    names = ("all", *(name for name in picturebook.TYPES if name in types))
-    cells = [_cells(values[rows], control[rows]) for rows in (types == name if name != "all" else types != "" for name in names)]
-    mean, interval, against, against_interval, counts = (np.stack(part, 1) for part in zip(*cells, strict=True))
-    refused = {name: reason for record in told for name, reason in record["refused"].items()}
-    numbers = {"pictures": len(records), "explained": len(told)}
-    numbers |= {name: sum(record[name] for record in records) for name in ASKED}
-    return Leaderboard(
-        methods=methods,
-        types=names,
-        measures=MEASURES,
-        mean=mean,
-        interval=interval,
-        against=against,
-        against_interval=against_interval,
-        counts=counts,
-        spearman=_agreement(told, methods),
-        refused=refused,
-        about={**about, **numbers},
-    )
-
-
-def _cells(values: np.ndarray, control: np.ndarray) -> tuple[np.ndarray, ...]:
-    """values (pictures, methods, measures), control (pictures, measures) -> means and intervals (methods, measures, ...)."""
-    share = np.array([measure in SHARES for measure in MEASURES])
-    mean, interval = _bootstrap(values, share)
-    against, against_interval = _bootstrap(values - control[:, None], np.zeros_like(share))
-    constant = share & ~np.isnan(against) & ((mean == 0) | (mean == 1))  # all or none: as sure as the share itself, no more
-    against_interval[constant] = interval[constant] - (mean - against)[constant][:, None]
-    return mean, interval, against, against_interval, (~np.isnan(values)).sum(0)
-
-
-def _bootstrap(values: np.ndarray, share: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Means over pictures of what is known, and their intervals (..., 2); one picture alone has no interval."""
-    pictures, *shape = values.shape
-    flat = values.reshape(pictures, -1)
-    known = ~np.isnan(flat)
-    filled = np.where(known, flat, 0.0)
-    mean = mean_of_known(flat.T)
-
-    def means(weights: np.ndarray) -> np.ndarray:
-        counts = weights @ known
-        # a resample without any says nothing new
-        return np.where(counts > 0, weights @ filled / np.maximum(counts, 1), np.nan_to_num(mean))
-
-    interval = percentiles(cluster_bootstrap(means, pictures, seed=pictures))
-    interval[known.sum(0) < 2] = np.nan
-    for column in np.flatnonzero(np.tile(share, shape[0]) & (known.sum(0) > 1) & ((mean == 0) | (mean == 1))):
-        n = int(known[:, column].sum())  # all or none: the bootstrap has no spread
-        interval[column] = wilson(n if mean[column] == 1 else 0, n)
-    return mean.reshape(shape), interval.reshape(*shape, 2)
-
-
-def _agreement(told: Sequence[Record], methods: tuple[str, ...]) -> np.ndarray:
-    """Mean rank correlation over pictures, (methods, methods); a method that refused a picture is missing there."""
-    every = np.full((len(told), len(methods), len(methods)), np.nan)
-    for number, record in enumerate(told):
-        at = [methods.index(name) for name in record["methods"]]
-        every[number][np.ix_(at, at)] = np.array(record["spearman"], float)
-    return mean_of_known(every.transpose(1, 2, 0))
-
-
-def _values(given: Mapping[str, Any]) -> list[float]:
-    return [np.nan if given.get(measure) is None else float(given[measure]) for measure in MEASURES]
-
-
-def _plain(value: Any) -> float | None:
-    number = float(value)
-    return None if np.isnan(number) else round(number, DIGITS)
-
-
-Piece = Callable[["Lab", int], Any]
-
-_here: dict[str, Any] = {}  # of a worker: what it works with
-
-
-def spread(lab: Lab, piece: Piece, indices: Sequence[int], *, workers: int = 1) -> Iterator[tuple[int, Any]]:
-    """(index, ``piece(lab, index)``) for each index, in any order; `piece` must be picklable when `workers` is above 1.
-
-    Raises OptionError for no workers, or for several on a GPU, which one process fills.
-    """
-    if whole_number("workers", workers, least=1) > 1 and lab.device.type != "cpu":
-        raise OptionError(f"workers above 1 are for a model on the processor; this one is on {lab.device}, so leave workers at 1")
-    if workers == 1 or len(indices) < 2:
-        yield from ((index, piece(lab, index)) for index in indices)
-        return
-    threads = max(1, torch.get_num_threads() // workers)
-    level = logging.getLogger("llava_lab").level
-    context = torch.multiprocessing.get_context("spawn")
-    with context.Pool(min(workers, len(indices)), initializer=_settle, initargs=(_packed(lab), piece, threads, level)) as pool:
-        yield from pool.imap_unordered(_work, indices)
-        pool.close()
-        pool.join()
-
-
-def _packed(lab: Lab) -> dict[str, Any]:
-    """What a Lab is made of; the model itself cannot be pickled once transformers has hung its hooks on it."""
-    model: Any = lab.model
-    return {
-        "config": model.config,
-        "attention": model.config._attn_implementation,
-        "dtype": model.dtype,
-        "weights": model.state_dict(),
-        "processor": lab.processor,
-        "name": lab.name,
-        "card": lab.card,
-    }
-
-
-def _unpacked(parts: dict[str, Any]) -> Lab:
-    from transformers import LlavaForConditionalGeneration
-
-    from llava_lab.models import Lab
-
-    model = LlavaForConditionalGeneration._from_config(
-        parts["config"], dtype=parts["dtype"], attn_implementation=parts["attention"]
-    )
-    model.load_state_dict(parts["weights"])
-    return Lab(model.eval(), parts["processor"], name=parts["name"], card=parts["card"])
-
-
-def _settle(parts: dict[str, Any], piece: Piece, threads: int, level: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    torch.set_num_threads(threads)
-    logging.getLogger("llava_lab").setLevel(level)
-    _here.update(lab=_unpacked(parts), piece=piece)
-
-
-def _work(index: int) -> tuple[int, Any]:
-    return index, _here["piece"](_here["lab"], index)
-
-
 STEPS = 5  # of a curve
 SEEDS = 4  # random rankings per picture, each also read backwards; the intervals come from the pictures
 ATTEMPTS = 6  # questions tried on one picture until one is answered right, from the picture
 LONGEST = 48  # tokens an answer may take
 FORMAT = 1  # of the lines
+FILE = "leaderboard.npz"
+COMPARISON = ABLATION / "ablation.npz"
+COMMAND = "llava-lab compare --model {name} --data picturebook --n 200 --methods all --save leaderboard.npz"
+
+Record = Mapping[str, Any]
 
 
 def leaderboard(
@@ -438,9 +270,168 @@ def _versions() -> dict[str, str]:
     return {"llava_lab": ours, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
-FILE = "leaderboard.npz"
-COMPARISON = ABLATION / "ablation.npz"
-COMMAND = "llava-lab compare --model {name} --data picturebook --n 200 --methods all --save leaderboard.npz"
+Piece = Callable[["Lab", int], Any]
+
+_here: dict[str, Any] = {}  # of a worker: what it works with
+
+
+def spread(lab: Lab, piece: Piece, indices: Sequence[int], *, workers: int = 1) -> Iterator[tuple[int, Any]]:
+    """(index, ``piece(lab, index)``) for each index, in any order; `piece` must be picklable when `workers` is above 1.
+
+    Raises OptionError for no workers, or for several on a GPU, which one process fills.
+    """
+    if whole_number("workers", workers, least=1) > 1 and lab.device.type != "cpu":
+        raise OptionError(f"workers above 1 are for a model on the processor; this one is on {lab.device}, so leave workers at 1")
+    if workers == 1 or len(indices) < 2:
+        yield from ((index, piece(lab, index)) for index in indices)
+        return
+    threads = max(1, torch.get_num_threads() // workers)
+    level = logging.getLogger("llava_lab").level
+    context = torch.multiprocessing.get_context("spawn")
+    with context.Pool(min(workers, len(indices)), initializer=_settle, initargs=(_packed(lab), piece, threads, level)) as pool:
+        yield from pool.imap_unordered(_work, indices)
+        pool.close()
+        pool.join()
+
+
+def _packed(lab: Lab) -> dict[str, Any]:
+    """What a Lab is made of; the model itself cannot be pickled once transformers has hung its hooks on it."""
+    model: Any = lab.model
+    return {
+        "config": model.config,
+        "attention": model.config._attn_implementation,
+        "dtype": model.dtype,
+        "weights": model.state_dict(),
+        "processor": lab.processor,
+        "name": lab.name,
+        "card": lab.card,
+    }
+
+
+def _unpacked(parts: dict[str, Any]) -> Lab:
+    from transformers import LlavaForConditionalGeneration
+
+    from llava_lab.models import Lab
+
+    model = LlavaForConditionalGeneration._from_config(
+        parts["config"], dtype=parts["dtype"], attn_implementation=parts["attention"]
+    )
+    model.load_state_dict(parts["weights"])
+    return Lab(model.eval(), parts["processor"], name=parts["name"], card=parts["card"])
+
+
+def _settle(parts: dict[str, Any], piece: Piece, threads: int, level: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    torch.set_num_threads(threads)
+    logging.getLogger("llava_lab").setLevel(level)
+    _here.update(lab=_unpacked(parts), piece=piece)
+
+
+def _work(index: int) -> tuple[int, Any]:
+    return index, _here["piece"](_here["lab"], index)
+
+
+def method_values(result: Comparison) -> dict[str, dict[str, float | None]]:
+    """Every measure of every method on one example's first target."""
+    found = {}
+    for name in result.methods:
+        score, rel = result.faithfulness[name], result.maps[name]
+        values = {"gain": score.gain[0], "deletion": score.deletion_area[0], "insertion": score.insertion_area[0]}
+        judged = not np.isnan(score.interval[0]).any()
+        values |= {"better": float(score.beats_random[0]) if judged else np.nan, "object": score.hits[0]}
+        if name in result.truth:
+            values |= {measure: result.truth[name].value(measure) for measure in TRUE}
+        values |= {"forward": rel.passes["forward"], "backward": rel.passes["backward"], "seconds": rel.seconds}
+        found[name] = {measure: _plain(value) for measure, value in values.items()}
+    return found
+
+
+def control_values(result: Comparison) -> dict[str, float | None]:
+    """What random maps score on average on the same example."""
+    score: Faithfulness = next(iter(result.faithfulness.values()))
+    level = area(score.fractions, score.random[:, :, 0])  # (2, seeds, fills); reversed maps swap the two areas
+    middle = float(mean_of_known(level.mean((0, 1))))
+    values = {"gain": middle * 0, "deletion": middle, "insertion": middle, "object": score.random_hits[0]}
+    if result.truth:
+        truth = next(iter(result.truth.values()))
+        values |= dict(zip(truth.measures, truth.expected, strict=True))
+    return {measure: _plain(value) for measure, value in values.items()}
+
+
+def tabulate(records: Sequence[Record], methods: tuple[str, ...], about: Mapping[str, Any]) -> Leaderboard:
+    """The table of what is in `records`; pictures without a right answer only count among the asked."""
+    told = [record for record in records if "methods" in record]
+    values = np.array([[_values(record["methods"].get(name, {})) for name in methods] for record in told])
+    control = np.array([_values(record["control"]) for record in told])
+    types = np.array([record["type"] for record in told])
+    names = ("all", *(name for name in picturebook.TYPES if name in types))
+    cells = [_cells(values[rows], control[rows]) for rows in (types == name if name != "all" else types != "" for name in names)]
+    mean, interval, against, against_interval, counts = (np.stack(part, 1) for part in zip(*cells, strict=True))
+    refused = {name: reason for record in told for name, reason in record["refused"].items()}
+    numbers = {"pictures": len(records), "explained": len(told)}
+    numbers |= {name: sum(record[name] for record in records) for name in ASKED}
+    return Leaderboard(
+        methods=methods,
+        types=names,
+        measures=MEASURES,
+        mean=mean,
+        interval=interval,
+        against=against,
+        against_interval=against_interval,
+        counts=counts,
+        spearman=_agreement(told, methods),
+        refused=refused,
+        about={**about, **numbers},
+    )
+
+
+def _cells(values: np.ndarray, control: np.ndarray) -> tuple[np.ndarray, ...]:
+    """values (pictures, methods, measures), control (pictures, measures) -> means and intervals (methods, measures, ...)."""
+    share = np.array([measure in SHARES for measure in MEASURES])
+    mean, interval = _bootstrap(values, share)
+    against, against_interval = _bootstrap(values - control[:, None], np.zeros_like(share))
+    constant = share & ~np.isnan(against) & ((mean == 0) | (mean == 1))  # all or none: as sure as the share itself, no more
+    against_interval[constant] = interval[constant] - (mean - against)[constant][:, None]
+    return mean, interval, against, against_interval, (~np.isnan(values)).sum(0)
+
+
+def _bootstrap(values: np.ndarray, share: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Means over pictures of what is known, and their intervals (..., 2); one picture alone has no interval."""
+    pictures, *shape = values.shape
+    flat = values.reshape(pictures, -1)
+    known = ~np.isnan(flat)
+    filled = np.where(known, flat, 0.0)
+    mean = mean_of_known(flat.T)
+
+    def means(weights: np.ndarray) -> np.ndarray:
+        counts = weights @ known
+        # a resample without any says nothing new
+        return np.where(counts > 0, weights @ filled / np.maximum(counts, 1), np.nan_to_num(mean))
+
+    interval = percentiles(cluster_bootstrap(means, pictures, seed=pictures))
+    interval[known.sum(0) < 2] = np.nan
+    for column in np.flatnonzero(np.tile(share, shape[0]) & (known.sum(0) > 1) & ((mean == 0) | (mean == 1))):
+        n = int(known[:, column].sum())  # all or none: the bootstrap has no spread
+        interval[column] = wilson(n if mean[column] == 1 else 0, n)
+    return mean.reshape(shape), interval.reshape(*shape, 2)
+
+
+def _agreement(told: Sequence[Record], methods: tuple[str, ...]) -> np.ndarray:
+    """Mean rank correlation over pictures, (methods, methods); a method that refused a picture is missing there."""
+    every = np.full((len(told), len(methods), len(methods)), np.nan)
+    for number, record in enumerate(told):
+        at = [methods.index(name) for name in record["methods"]]
+        every[number][np.ix_(at, at)] = np.array(record["spearman"], float)
+    return mean_of_known(every.transpose(1, 2, 0))
+
+
+def _values(given: Mapping[str, Any]) -> list[float]:
+    return [np.nan if given.get(measure) is None else float(given[measure]) for measure in MEASURES]
+
+
+def _plain(value: Any) -> float | None:
+    number = float(value)
+    return None if np.isnan(number) else round(number, DIGITS)
 
 
 def shipped_leaderboard(lab: Lab) -> Leaderboard:

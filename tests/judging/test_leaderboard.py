@@ -1,23 +1,26 @@
-"""Leaderboard: the table by hand, interruption and resume give the same table, files of other settings are refused."""
+"""Leaderboard: the table by hand, resume and several processes give the same table, other settings are refused."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import llava_lab as ll
 from llava_lab.cli import main as cli
 from llava_lab.errors import DataError, OptionError
 from llava_lab.judging import leaderboard
-from llava_lab.judging.leaderboard import answer_target, economical
+from llava_lab.judging.leaderboard import MEASURES, answer_target, economical, spread, tabulate
 from llava_lab.models import Lab
 from llava_lab.results import Leaderboard
 from llava_lab.results.scores import COST, FAITHFUL, TRUE
+from llava_lab.stats import wilson
 from llava_lab.worlds import picturebook
 from tests.support.additive import HOME as JUDGING
 from tests.support.additive import everything_tells
@@ -250,3 +253,117 @@ def test_the_command_scores_the_shipped_model(tmp_path: Path, capsys: pytest.Cap
     assert figure.stat().st_size > 1000
     assert cli.main([*command, "--out", str(out)]) == 0  # all there already
     assert "1 of 1 pictures explained" in capsys.readouterr().out
+
+
+def _record(kind: str, gain: float, pointing: float | None, chance: float = 0.1, **more: Any) -> dict[str, Any]:
+    method = {"gain": gain, "deletion": 0.2, "insertion": 0.2 + gain, "better": 1.0, "pointing": pointing, "seconds": 0.5}
+    control = {"gain": 0.0, "deletion": 0.5, "insertion": 0.5, "pointing": chance}
+    methods = {"good": method, "poor": {"gain": -gain}}
+    known = {
+        "asked": 2,
+        "wrong": 1,
+        "blind": 0,
+        "type": kind,
+        "control": control,
+        "methods": methods,
+        "refused": {},
+        "spearman": [[1, -0.5], [-0.5, 1]],
+    }
+    return {**known, **more}
+
+
+def test_means_and_paired_differences_by_hand() -> None:
+    records = [
+        _record("color", 0.2, 1.0, 0.1),
+        _record("color", 0.6, 0.0, 0.3),
+        _record("count", 1.0, None),
+        {"asked": 4, "wrong": 3, "blind": 1},
+    ]
+    board = tabulate(records, ("good", "poor"), {"model": "m"})
+    assert board.types == ("all", "color", "count")
+    assert board.measures == MEASURES
+    cell = board.at("good", "gain")
+    assert cell["mean"] == pytest.approx(0.6)
+    assert cell["n"] == 3
+    assert cell["interval"][0] < 0.6 < cell["interval"][1]
+    assert board.at("poor", "gain")["mean"] == pytest.approx(-0.6)
+    assert board.at("good", "pointing")["mean"] == 0.5
+    assert board.at("good", "pointing")["against"] == pytest.approx((0.9 - 0.3) / 2)
+    assert board.at("good", "pointing", "count")["n"] == 0
+    assert np.isnan(board.at("good", "pointing", "count")["mean"])
+    assert board.at("good", "deletion", "color")["against"] == pytest.approx(-0.3)
+    assert np.isnan(board.at("good", "gain", "count")["interval"]).all()  # one picture has no interval
+    assert board.at("good", "gain", "count")["mean"] == 1
+    assert np.isnan(board.at("good", "seconds")["against"])
+    np.testing.assert_allclose(board.spearman, [[1, -0.5], [-0.5, 1]])
+    assert board.about == {"model": "m", "pictures": 4, "explained": 3, "asked": 10, "wrong": 6, "blind": 1}
+    assert board.order("gain") == ("good", "poor")
+
+
+def test_intervals_shrink_with_pictures_and_all_right_is_not_a_point() -> None:
+    rng = np.random.default_rng(0)
+    few, many = ([_record("color", value, 1.0) for value in rng.normal(0.3, 0.2, n)] for n in (20, 500))
+    boards = [tabulate(records, ("good", "poor"), {}) for records in (few, many)]
+    widths = [np.diff(board.at("good", "gain")["interval"])[0] for board in boards]
+    assert 3 < widths[0] / widths[1] < 8  # the square root of 25 is 5
+    assert widths[1] == pytest.approx(2 * 1.96 * 0.2 / np.sqrt(500), rel=0.15)
+    np.testing.assert_allclose(boards[0].at("good", "pointing")["interval"], wilson(20, 20))
+    np.testing.assert_allclose(boards[0].at("good", "better")["interval"], wilson(20, 20))
+    np.testing.assert_allclose(boards[0].at("good", "pointing")["against_interval"], np.array(wilson(20, 20)) - 0.1)
+
+
+def test_missing_eight_times_is_not_being_worse_than_random() -> None:
+    board = tabulate([_record("color", 0.1, 0.0, chance=0.05) for _ in range(8)], ("good", "poor"), {})
+    low, high = board.at("good", "pointing")["against_interval"]
+    assert low < 0 < high
+
+
+def test_a_method_refused_on_some_pictures_is_counted_where_it_was_not() -> None:
+    second = _record("color", 0.4, 1.0, methods={"good": {"gain": 0.4}}, refused={"poor": "why"}, spearman=[[1.0]])
+    board = tabulate([_record("color", 0.2, 1.0), second], ("good", "poor"), {})
+    assert board.at("poor", "gain")["n"] == 1
+    assert board.refused == {"poor": "why"}
+    np.testing.assert_allclose(board.spearman, [[1, -0.5], [-0.5, 1]])
+
+
+def _piece(lab: Lab, index: int) -> tuple[int, str]:
+    return os.getpid(), f"{lab.fingerprint} {index} {lab.tokenizer.decode([5 + index])}"
+
+
+def _failing(lab: Lab, index: int) -> None:
+    raise OptionError(f"piece {index} cannot be done")
+
+
+@pytest.mark.long
+def test_several_processes_find_what_one_finds(tiny_random: Lab) -> None:
+    alone = dict(spread(tiny_random, _piece, range(4)))
+    shared = dict(spread(tiny_random, _piece, range(4), workers=2))
+    assert {pid for pid, _ in alone.values()} == {os.getpid()}
+    assert os.getpid() not in {pid for pid, _ in shared.values()}
+    assert {i: text for i, (_, text) in shared.items()} == {i: text for i, (_, text) in alone.items()}
+
+
+@pytest.mark.long
+def test_an_error_of_a_piece_is_the_callers(tiny_random: Lab) -> None:
+    with pytest.raises(OptionError, match="piece 1 cannot be done|piece 0 cannot be done"):
+        list(spread(tiny_random, _failing, range(2), workers=2))
+
+
+def test_no_workers_and_workers_on_a_gpu_are_refused(tiny_random: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OptionError, match="workers"):
+        list(spread(tiny_random, _piece, range(2), workers=0))
+    monkeypatch.setattr(Lab, "device", torch.device("meta"))
+    with pytest.raises(OptionError, match="on meta, so leave workers at 1"):
+        list(spread(tiny_random, _piece, range(2), workers=2))
+
+
+@pytest.mark.long
+def test_a_leaderboard_shared_by_two_is_the_same_table(tmp_path: Path) -> None:
+    lab = ll.load("tiny")
+    settings: dict[str, Any] = {"methods": ["attention", "random"], "n": 2, "steps": 2, "seeds": 2, "progress": False}
+    alone = ll.leaderboard(lab, **settings)
+    shared = ll.leaderboard(lab, workers=2, out=tmp_path / "board.jsonl", **settings)
+    for method in ("attention", "random"):
+        one, two = (board.at(method, "deletion") for board in (alone, shared))
+        assert one["mean"] == pytest.approx(two["mean"], abs=1e-5)
+    assert len((tmp_path / "board.jsonl").read_text("utf-8").splitlines()) == 3
