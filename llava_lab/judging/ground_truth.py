@@ -34,6 +34,10 @@ def ground_truth(run: Run, rel: Relevance, deciding: np.ndarray, *, seeds: int =
     In the picture book: ``scene.masks()[list(question.deciding)]``. Runs no model.
 
     Raises OptionError when nothing decides (an absence has no place), or the model saw none of it.
+
+    >>> relevance = ll.attribute(lab, run, method="center")
+    >>> ll.ground_truth(run, relevance, run.picture[..., 0] >= 0).measures
+    ('pointing', 'mass', 'auc', 'iou')
     """
     seeds, seed = whole_number("seeds", seeds, least=1), whole_number("seed", seed)
     if rel.map != run.map or rel.fingerprint != run.fingerprint:

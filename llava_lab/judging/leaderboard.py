@@ -93,6 +93,10 @@ def leaderboard(
     differ from one to the next. `workers` processes share the pictures; the scores are the same.
     Raises DataError (unknown data or split, a file of other settings),
     OptionError (unknown method or option).
+
+    >>> board = ll.leaderboard(lab, n=1, methods=["center", "random"], steps=2, seeds=2, progress=False)
+    >>> board.methods
+    ('center', 'random')
     """
     if data != "picturebook":
         raise DataError(f"a leaderboard needs to know what decides each question, so data must be picturebook, got {data!r}")
@@ -439,6 +443,9 @@ def shipped_leaderboard(lab: Lab) -> Leaderboard:
 
     Raises DataError when none ships with it, or when it was computed on other weights than the loaded ones;
     the message holds the command that computes one.
+
+    >>> ll.shipped_leaderboard(lab).about["model"]
+    'tiny'
     """
     path = NAMES[lab.name] / FILE if lab.name in NAMES else None
     again = f"compute one with: {COMMAND.format(name=lab.name)}"
