@@ -88,13 +88,13 @@ def choose_heads(lab: Lab, layers: Window, heads: Heads) -> Chosen:
     count = int(config.num_attention_heads)
 
     def is_head(value: Any) -> bool:
-        return isinstance(value, Integral) and not isinstance(value, bool) and 0 <= value < count
+        return isinstance(value, Integral) and not isinstance(value, bool) and 0 <= int(value) < count
 
     def is_pair(value: Any) -> bool:
         whole = isinstance(value, Sequence) and all(isinstance(end, Integral) and not isinstance(end, bool) for end in value)
         return whole and len(value) == 2
 
-    several = heads if isinstance(heads, Sequence) and not isinstance(heads, str) else (heads,)
+    several: Sequence[Any] = heads if isinstance(heads, Sequence) and not isinstance(heads, str) else (heads,)
     if several and all(map(is_pair, several)):
         if layers is not None:
             raise OptionError(f"(layer, head) pairs name their layers already; leave layers=None, got {layers!r}")

@@ -155,7 +155,7 @@ class WatchedRollout:
         self._stream.step(attention, self._tower.weight(norms))
 
 
-WATCHING = {"attention": WatchedAttention, "rollout": WatchedRollout}
+WATCHING: Mapping[str, Any] = {"attention": WatchedAttention, "rollout": WatchedRollout}
 
 
 class StreamedRollout:

@@ -147,7 +147,8 @@ def tokens_of(
     groups = [chosen[start : start + batch] for start in range(0, len(chosen), batch)]
     with Sweep(label, total=len(groups), unit="batch", least=len(groups)) as done:
         for group in groups:
-            drawn = (pictures[i]() if callable(pictures[i]) else pictures[i] for i in group)
+            chosen_pictures: list[Any] = [pictures[i] for i in group]
+            drawn = (picture() if callable(picture) else picture for picture in chosen_pictures)
             pixels = torch.cat([lab.pixels(read_picture(picture)) for picture in drawn])
             with undisturbed(lab.model):
                 pair = read_connector(lab.model, pixels)

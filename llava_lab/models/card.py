@@ -28,7 +28,7 @@ from llava_lab.models.connectors import Connector, spec
 
 NOT_STATED = "not stated"
 SAMPLES = 32  # values per parameter in a fingerprint; the first and the last are always among them
-STOCK_SPEC = ("mlp2x_gelu", {})  # what the stock connector is called where it is named
+STOCK_SPEC: tuple[str, dict[str, Any]] = ("mlp2x_gelu", {})  # what the stock connector is called where it is named
 
 _NON_COMMERCIAL = re.compile(r"(^|[-_ ])nc($|[-_ \d])|non-?commercial|research-only", re.IGNORECASE)
 

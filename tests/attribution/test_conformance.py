@@ -77,7 +77,8 @@ def says_what_it_is(bench: Bench, name: str) -> None:
 
 def gives_a_map_for_each_target(bench: Bench, name: str) -> None:
     rel = bench.first(name)
-    assert (rel.values.shape, rel.values.dtype) == ((3, 4, 4), np.float32)
+    assert rel.values.shape == (3, 4, 4)
+    assert rel.values.dtype == np.float32
     assert np.isfinite(rel.values).all()
     assert np.ptp(rel.values, (1, 2)).min() > 0, "a map that is the same everywhere says nothing"
     assert rel.method == name

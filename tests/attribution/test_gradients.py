@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from llava_lab.attribution import Maps
 from llava_lab.attribution.gradients import open_point
-from llava_lab.attribution.method import Method
 from llava_lab.capture import undisturbed
 from llava_lab.errors import LabError
 from llava_lab.models import Lab
@@ -278,9 +277,7 @@ def test_ctrl_c_keeps_the_copies_that_are_done(tiny_random: Lab, run: Run, monke
 
 
 @pytest.mark.parametrize("method", ["integrated_gradients", "smoothgrad"])
-def test_without_captum_it_says_how_to_get_it(
-    tiny_random: Lab, run: Run, monkeypatch: pytest.MonkeyPatch, method: Method
-) -> None:
+def test_without_captum_it_says_how_to_get_it(tiny_random: Lab, run: Run, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     monkeypatch.setitem(sys.modules, "captum", None)
     monkeypatch.setitem(sys.modules, "captum.attr", None)
     with pytest.raises(LabError, match=f"method '{method}' needs captum, which is not installed; `pip install captum`"):

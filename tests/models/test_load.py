@@ -246,7 +246,7 @@ def test_two_spellings_in_one_folder_are_refused(copy: Path) -> None:
 def test_names_as_in_memory_and_sharded_pytorch_weights_load(copy: Path, tiny_random: Lab) -> None:
     (copy / "model.safetensors").unlink()
     state = tiny_random.model.state_dict()
-    where = {}
+    where: dict[str, str] = {}
     for number in range(2):
         file = f"pytorch_model-{number + 1:05}-of-00002.bin"
         part = {name: state[name] for name in sorted(state)[number::2]}

@@ -84,7 +84,7 @@ def test_other_projectors_are_read_by_their_own_names(tmp_path: Path, kind: str)
 
 def test_v1_s_family_name_and_last_layer_are_read(tmp_path: Path) -> None:
     parts = made.make_parts("linear", layer=-1)
-    changes = {"model_type": "llava", "mm_vision_select_layer": -1, "image_aspect_ratio": "square"}
+    changes: dict[str, Any] = {"model_type": "llava", "mm_vision_select_layer": -1, "image_aspect_ratio": "square"}
     folder = made.write_whole(tmp_path / "llava", parts, shards=1, **changes)
     lab = load(folder, vision=made.write_tower(tmp_path / "clip", parts))
     agrees(lab, parts)
@@ -180,7 +180,7 @@ def test_a_patch_token_comes_before_the_image_token(tmp_path: Path, parts: Parts
 def test_reading_leaves_the_folder_as_it_was(tmp_path: Path, parts: Parts, write: Callable[..., Path]) -> None:
     folder, language = write(tmp_path / "llava", parts), made.write_language(tmp_path / "vicuna", parts)
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    base = {"base": language} if write is made.write_projector_only else {}
+    base: dict[str, Any] = {"base": language} if write is made.write_projector_only else {}
     load(folder, vision=made.write_tower(tmp_path / "clip", parts), **base)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 

@@ -95,14 +95,21 @@ def probe() -> tuple[Tensor, Tensor]:
 def write_tower(folder: Path, parts: Parts) -> Path:
     """A CLIP folder as openai's: both halves in one file, an old image processor."""
     folder.mkdir(parents=True)
-    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+    vision: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
     vision |= {"image_size": 32, "patch_size": 8, "hidden_act": "quick_gelu", "projection_dim": 32}
     write_json(folder / "config.json", {"model_type": "clip", "vision_config": vision, "text_config": {}, "projection_dim": 32})
     tensors = {f"vision_model.{name}": value for name, value in parts.vision.items()}
     tensors |= {"text_model.final_layer_norm.weight": torch.ones(8), "visual_projection.weight": torch.ones(32, 32)}
     tensors |= {"logit_scale": torch.ones(()), "vision_model.embeddings.position_ids": torch.arange(17)[None]}
     torch.save(tensors, folder / "pytorch_model.bin")
-    images = {"crop_size": 32, "size": 32, "do_center_crop": True, "do_normalize": True, "do_resize": True, "resample": 3}
+    images: dict[str, Any] = {
+        "crop_size": 32,
+        "size": 32,
+        "do_center_crop": True,
+        "do_normalize": True,
+        "do_resize": True,
+        "resample": 3,
+    }
     images |= {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
     write_json(folder / "preprocessor_config.json", images | {"feature_extractor_type": "CLIPFeatureExtractor"})
     return folder
@@ -188,7 +195,8 @@ def write_lora(folder: Path, parts: Parts, *, rank: int = 4, alpha: int = 8, **c
     """A LoRA run whose merged weights are `parts`; returns the base language model that it must be put on."""
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(9)
-    adapters, base = {}, dict(parts.language)
+    adapters: dict[str, Tensor] = {}
+    base = dict(parts.language)
     for name, value in parts.language.items():
         if "_proj.weight" in name:
             down = torch.randn(rank, value.shape[1], generator=generator) * 0.1
@@ -240,7 +248,7 @@ def _write_shards(folder: Path, tensors: dict[str, Tensor], shards: int, safeten
     if shards == 1:
         save(tensors, folder / f"{stem}.{ending}")
         return
-    where = {}
+    where: dict[str, str] = {}
     for number in range(shards):
         file = f"{stem}-{number + 1:05}-of-{shards:05}.{ending}"
         part = {name: tensors[name] for name in sorted(tensors)[number::shards]}
