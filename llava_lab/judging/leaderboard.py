@@ -463,6 +463,9 @@ def shipped_ablation() -> Ablation:
 
     The models of its first seed are ``load("tiny-linear")`` and ``load("tiny-mlp")``. Raises DataError with the command
     that makes one when none ships.
+
+    >>> sorted(set(ll.shipped_ablation().connectors))
+    ['bottleneck', 'linear', 'linear2x', 'mlp2x_gelu']
     """
     if not COMPARISON.is_file():
         raise DataError(f"no comparison of connectors ships at {COMPARISON}; make one with: {ABLATE}; then {SHIP}")
