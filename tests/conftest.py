@@ -17,9 +17,8 @@ import pytest
 import tests.support.shapes  # noqa: F401  the import hook below looks it up by name
 
 os.environ.update({"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "MPLBACKEND": "Agg"})
-# Threads share the cores with the other processes of `pytest -n`; more threads than cores wait for each other.
-WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(2, (os.cpu_count() or 1) // WORKERS))))
+# One thread a process: the models are small, and with `pytest -n` more threads than cores would wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # From here on, importing llava_lab checks the tensor shapes in its signatures at every call.
 jaxtyping.install_import_hook("llava_lab", "tests.support.shapes.check")

@@ -34,10 +34,12 @@ from llava_lab.replay.alter import Pixels, open_altered
 from llava_lab.replay.fills import inpaint
 from llava_lab.replay.prefix import Prefix
 from llava_lab.results import Run
+from tests.support.closeness import tolerance
 from tests.support.games import Formula
 from tests.support.planted import RED, planted_lab, red_picture, scripted_run
 
 PATCH = 8
+WIDTH = 64  # of the small model
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +89,9 @@ def test_equals_covering_one_block_after_the_other(
     rel = attribute(tiny_random, run, method="occlusion", target=target, block=block, stride=stride, fill=fill, batch=batch)
     pixels = fill_pixels(tiny_random, tiny_random.inputs(run)["pixel_values"], fill, run.map)
     want = _naive(tiny_random, run, block, stride or block, pixels)
-    np.testing.assert_allclose(rel.values, want, atol=1e-5)
+    # a drop is the difference of two sums of log-probabilities, each rounded at its own size
+    allowed = 2 * tolerance(rel.extras["score"], terms=WIDTH)
+    np.testing.assert_allclose(rel.values, want, rtol=0, atol=allowed)
     assert rel.passes["forward"] == len(blocks_of(4, 4, block, stride or block)) + 1
 
 
