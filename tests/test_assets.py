@@ -63,6 +63,7 @@ def test_stored_scores_are_of_these_weights_and_complete(tiny: Lab, scores: dict
         assert set(part["controls"]) == {"blind", "shuffled", "majority"}
 
 
+@pytest.mark.long
 def test_a_fresh_sample_scores_as_written_and_far_above_every_control(tiny: Lab, scores: dict) -> None:
     fresh = evaluate(tiny, n=SAMPLE, progress=False)
     low, high = fresh["interval"]

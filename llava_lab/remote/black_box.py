@@ -258,7 +258,12 @@ class BlackBox:
         buffer = io.BytesIO()
         Image.fromarray(look.picture).save(buffer, "PNG")
         address = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-        reply = read_reply(self.endpoint.post(self._body(look, address), stop))
+        try:
+            reply = read_reply(self.endpoint.post(self._body(look, address), stop))
+        except EndpointError:
+            # told here, not by who waits: this thread would take the next request before the other hears of it
+            stop.set()
+            raise
         read, written = reply.used or (0, 0)
         with self._lock:
             self.used = self.used[0] + read, self.used[1] + written

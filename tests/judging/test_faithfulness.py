@@ -16,6 +16,7 @@ from llava_lab.models import Lab
 from llava_lab.replay import fill_pixels
 from llava_lab.results import Faithfulness, Run, area, trapezoid
 from tests.support.additive import QUICK, Install, additive_model, everything_tells, judge_of, map_by_hand
+from tests.support.closeness import tolerance
 from tests.support.planted import RED, planted_lab, red_picture, scripted_run
 from tests.support.score_examples import example_score
 
@@ -186,8 +187,8 @@ def test_a_thing_outside_the_crop_has_no_effect(tiny_random: Lab, run: Run, monk
     things[0, 10:20, 2:8] = True  # left of what the crop of a 60x40 picture shows
     things[1, 10:20, 20:40] = True
     judge = judge_of(tiny_random, run, scale="logprob", things=things)
-    assert np.abs(judge.effects[..., 0]).max() == 0
-    assert np.abs(judge.effects[..., 1]).min() > 0
+    rounding = 2 * tolerance(run.logprobs.sum(), terms=64)  # the same picture in batches of two shapes
+    assert np.abs(judge.effects[..., 0]).max() <= rounding < np.abs(judge.effects[..., 1]).min()
 
 
 def test_no_things_no_columns(tiny_random: Lab, run: Run) -> None:
