@@ -26,7 +26,7 @@ jaxtyping.install_import_hook("llava_lab", "tests.support.shapes.check")
 pytest_plugins = ["tests.support.fixtures"]
 
 
-@pytest.hookimpl(trylast=True)
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups; tests/lessons/conftest.py comes earlier still
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With several processes a file's tests stay together, since they share fixtures, unless a group is named."""
     for item in items:
