@@ -254,7 +254,7 @@ def _selection(arguments: list[str]) -> list[str]:
         return typed  # whoever names a file wants all of it, in one process
     marks = [] if everything or any(argument.startswith("-m") for argument in typed) else ["-m", "not long"]
     alone = any(argument in ("-s", "--pdb") or argument.startswith("-n") for argument in typed)
-    workers = [] if alone else ["-n", str(WORKERS), "--dist", "loadgroup"]  # tests/conftest.py groups what shares fixtures
+    workers = [] if alone else ["-n", str(WORKERS), "--dist", "loadfile"]  # a file's tests share their fixtures
     return [*workers, *marks, *typed]
 
 

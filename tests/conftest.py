@@ -26,14 +26,6 @@ jaxtyping.install_import_hook("llava_lab", "tests.support.shapes.check")
 pytest_plugins = ["tests.support.fixtures"]
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups; tests/lessons/conftest.py comes earlier still
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several processes a file's tests stay together, since they share fixtures, unless a group is named."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.location[0]))
-
-
 LOCAL_NAMES = ("localhost", "ip6-localhost", "::1", "0.0.0.0", "")
 
 

@@ -181,7 +181,7 @@ def test_pytest_gets_its_arguments_as_typed(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_suite_leaves_long_tests_out_unless_all_are_wanted() -> None:
-    workers = ["-n", str(run.WORKERS), "--dist", "loadgroup"]
+    workers = ["-n", str(run.WORKERS), "--dist", "loadfile"]
     assert run._selection([]) == [*workers, "-m", "not long"]
     assert run._selection(["--all", "-q"]) == [*workers, "-q"]
     assert run._selection(["-m", "long", "-x"]) == [*workers, "-m", "long", "-x"]
