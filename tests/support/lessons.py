@@ -156,7 +156,7 @@ def _stays(layer):
         return says_the_same(run)
 
 _least = next(layer for layer in range(len(layers)) if _stays(layer))
-_mean, _low, _high = plots_flow.mean_sweep(sweeps)
+_mean, _low, _high = plots.mean_sweep(sweeps)
 print(_json.dumps({
     "answer": run.answer,
     "said": said,
