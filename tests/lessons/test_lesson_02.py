@@ -7,15 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
 import llava_lab as ll
-from tests import execute
+from tests.support.lessons import Lesson
 
 
-@pytest.fixture(scope="module")
-def found(run_once: Any) -> dict[str, Any]:
-    return run_once(execute.LESSONS / "02_patch_influence.ipynb").found
+def test_it_runs_and_what_is_stored_is_what_it_shows(lesson: Lesson) -> None:
+    lesson.check()
 
 
 def test_only_without_the_cup_is_its_colour_lost(found: dict[str, Any]) -> None:

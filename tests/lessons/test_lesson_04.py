@@ -7,14 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
-from tests import execute
+from tests.support.lessons import Lesson
 
 
-@pytest.fixture(scope="module")
-def found(run_once: Any) -> dict[str, Any]:
-    return run_once(execute.LESSONS / "04_projector_tokens.ipynb").found
+def test_it_runs_and_what_is_stored_is_what_it_shows(lesson: Lesson) -> None:
+    lesson.check()
 
 
 def test_the_cars_token_is_nearest_to_red_large_and_car(found: dict[str, Any]) -> None:

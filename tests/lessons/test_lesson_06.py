@@ -7,14 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
-from tests import execute
+from tests.support.lessons import Lesson
 
 
-@pytest.fixture(scope="module")
-def found(run_once: Any) -> dict[str, Any]:
-    return run_once(execute.LESSONS / "06_connector_ablation.ipynb").found
+def test_it_runs_and_what_is_stored_is_what_it_shows(lesson: Lesson) -> None:
+    lesson.check()
 
 
 def test_a_line_of_rank_32_keeps_every_answer_and_the_controls_do_not(found: dict[str, Any]) -> None:

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
 from tests import execute
+from tests.support.lessons import Lesson
 
 KINDS = ("kind", "color", "size")  # what a caption says
 
 
-@pytest.fixture(scope="module")
-def found(run_once: Any) -> dict[str, Any]:
-    return run_once(execute.LESSONS / "07_train_two_stages.ipynb").found
+def test_it_runs_and_what_is_stored_is_what_it_shows(lesson: Lesson) -> None:
+    lesson.check()
 
 
 def test_what_the_recipe_freezes_keeps_its_bits_and_the_rest_moves(found: dict[str, Any]) -> None:

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
-from tests import execute
+from tests.support.lessons import Lesson
 
 
-@pytest.fixture(scope="module")
-def found(run_once: Any) -> dict[str, Any]:
-    return run_once(execute.LESSONS / "08_real_models.ipynb").found
+def test_it_runs_and_what_is_stored_is_what_it_shows(lesson: Lesson) -> None:
+    lesson.check()
 
 
 def test_it_answers_what_training_asked_and_its_score_is_far_above_the_blind_models(found: dict[str, Any]) -> None:

@@ -1,7 +1,4 @@
-"""The lessons: each runs in a fresh kernel, shows what is stored, says what is true, and stays short.
-
-Each lesson is executed once here; what a reader would type into its exercises is tried at its end.
-"""
+"""The lessons as they are stored: lean, short, with pictures, and each with a test file that runs it."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ import json
 import re
 import statistics
 from pathlib import Path
-from typing import Any
 
 import nbformat
 import numpy as np
@@ -21,7 +17,6 @@ from tests.support import lesson_pictures
 from tests.support.lessons import PROBES
 
 LESSONS = sorted(execute.LESSONS.glob("*.ipynb"))
-SECONDS = 480  # the promise is 60 to 90 on two free cores; here a lesson has one thread, and the other core is busy
 URL = re.compile(r"https?://|www\.", re.IGNORECASE)
 INSTALL = re.compile(r"^\s*[!%]|pip install|conda install", re.MULTILINE)
 
@@ -32,72 +27,11 @@ def _sources(path: Path, kind: str) -> list[str]:
     return [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == kind]
 
 
-def test_every_lesson_is_probed() -> None:
+def test_every_lesson_is_probed_and_run_by_its_own_file() -> None:
     assert {path.stem for path in LESSONS} == set(PROBES)
-
-
-@every_lesson
-def test_a_lesson_runs_and_what_is_stored_is_what_it_shows(path: Path, run_once: Any) -> None:
-    lesson = run_once(path)
-    assert execute.differences(lesson.stored, lesson.fresh) == []
-    assert execute.problems(lesson.fresh) == []
-    print(f"{path.stem}: {lesson.seconds:.0f} s with the kernel's start")
-    assert lesson.seconds < SECONDS
-
-
-def test_the_first_lesson_is_right_about_the_car_and_its_explorer_asks_again(run_once: Any) -> None:
-    found = run_once(execute.LESSONS / "00_start_here.ipynb").found
-    assert found["answer"] == "The car is red."
-    assert found["relevance"] == ["rollout", "red", [12, 12]]
-    assert found["widths"] == [192, 256]
-    assert found["asked again"] != "The car is red."
-
-
-def test_what_the_first_lesson_says_it_sees_is_there(run_once: Any) -> None:
-    """Other weights may answer otherwise; then the prose under these figures must change, not this test alone."""
-    found = run_once(execute.LESSONS / "00_start_here.ipynb").found
-    stayed = {name for name, answer in found["without the strongest"].items() if answer == "The car is red."}
-    assert stayed == {"random"}  # section 6: what the others chose was needed
-    assert found["wide"] == ["Yes, there is a red car.", "No, there is no red car."]  # section 7
-
-
-def test_what_the_second_lesson_says_it_counts_is_there(run_once: Any) -> None:
-    """As above: what section 6 counts, and section 3's that six layers do not spoil the plain map."""
-    found = run_once(execute.LESSONS / "01_attention_rollout.ipynb").found
-    assert found["answer"] == "The car is red."
-    assert found["questions"] == 12
-    assert abs(found["agree"]) < 0.5
-    mean = found["mean"]
-    share = {name: deciding / (deciding + others) for name, (deciding, others) in mean.items()}
-    for name in ("plain rollout", "default rollout", "through vision", "attention"):
-        assert sum(mean[name]) > 2.2 * sum(mean["their area"])
-        assert share[name] > 2 * share["their area"]
-    assert share["plain rollout"] < share["default rollout"] < share["through vision"]
-    assert share["through vision"] > 0.8
-    assert mean["occlusion"][0] > 4 * mean["occlusion"][1]
-
-
-def test_the_first_lessons_exercises_accept_what_is_right_and_name_the_mistake(run_once: Any) -> None:
-    found = run_once(execute.LESSONS / "00_start_here.ipynb").found
-    right, swapped = found["middle"]
-    assert not str(right).startswith("refused")
-    assert "(column, row)" in swapped
-    right, too_few, too_many = found["cover"]
-    assert not str(right).startswith("refused")
-    assert "still 'The car is red.'" in too_few
-    assert "cover more than the car" in too_many
-
-
-def test_the_second_lessons_exercises_accept_what_is_right_and_name_the_mistake(run_once: Any) -> None:
-    found = run_once(execute.LESSONS / "01_attention_rollout.ipynb").found
-    right, reversed_, swapped = found["rollout"]
-    assert right == "Yes, that is rollout."
-    assert "first layer stands on the right" in reversed_
-    assert "weight of the identity" in swapped
-    right, too_few, too_many = found["depth"]
-    assert right.startswith("Yes.")
-    assert "not yet half" in too_few
-    assert "with one layer less" in too_many
+    tests = {path.stem: path.read_text("utf-8") for path in Path(__file__).parent.glob("test_lesson_*.py")}
+    assert set(tests) == {f"test_lesson_{path.stem[:2]}" for path in LESSONS}
+    assert [name for name, text in tests.items() if "lesson.check()" not in text] == []
 
 
 @every_lesson

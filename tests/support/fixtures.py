@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-
-from tests.support.lessons import Lesson, runner
 
 if TYPE_CHECKING:
     from llava_lab.models import Lab
@@ -60,9 +57,3 @@ def picture() -> np.ndarray:
     pixels = np.random.default_rng(0).integers(90, 160, (40, 60, 3), dtype=np.uint8)
     pixels[24:36, 6:18] = (220, 30, 30)
     return pixels
-
-
-@pytest.fixture(scope="session")
-def run_once() -> Callable[[Path], Lesson]:
-    """Each lesson's stored notebook, a fresh run of it, and what its probe printed; run once for the whole suite."""
-    return runner()
