@@ -1,6 +1,7 @@
 """Checks that every entry shares, and the progress of long work.
 
-A check gives the value back or raises one line that says what was expected and what came. `Sweep` is the
+A check gives the value back or raises one line that says what was expected and what came. `entry` stands above every
+public function: it keeps the caller's torch settings out and other libraries' exceptions in. `Sweep` is the
 progress bar of anything that may take seconds: it shows itself after two of them, and Ctrl-C ends the work
 early but keeps what is done.
 
@@ -15,19 +16,28 @@ early but keeps what is done.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+import inspect
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from numbers import Integral, Real
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
 
 from tqdm.auto import tqdm
 
-from llava_lab.errors import CheckpointError, OptionError
+from llava_lab.errors import CheckpointError, LabError, OptionError, foreign_line
 
 if TYPE_CHECKING:
     from llava_lab.results import Run
 
 PATIENCE = 2.0  # seconds before a progress bar appears
+AUTOCAST = ("cpu", "cuda", "mps")  # kinds of device a caller may have set to another precision
+
+Given = ParamSpec("Given")
+Answer = TypeVar("Answer")
 
 
 def one_of(name: str, value: Any, choices: Sequence[Any]) -> Any:
@@ -78,6 +88,88 @@ def same_model(lab: Any, run: Run) -> str:
     if run.fingerprint != weights:
         raise CheckpointError(f"expected a run made by {lab.name!r}, got one by {run.model!r} with other weights; ask again")
     return weights
+
+
+# -- what stands above every public function ------------------------------------------------
+
+
+def entry(function: Callable[Given, Answer]) -> Callable[Given, Answer]:
+    """Guard a public function; it keeps its name, signature and docstring.
+
+    Inside, torch is as it is when nothing was set: a caller's ``inference_mode``, ``no_grad``, autocast, default type or
+    default device changes no number. An exception of another library or of the system comes out as one line of ours, with
+    the original behind it; our own bugs, Ctrl-C and errors in the caller's own code pass as they are (`foreign_line`).
+    Below ``@contextmanager`` only what stands before the ``yield`` is guarded: the block is the caller's.
+    """
+    if inspect.isgeneratorfunction(function):
+        opening = contextmanager(function)
+
+        @functools.wraps(function)
+        def opened(*args: Given.args, **options: Given.kwargs) -> Any:
+            with ExitStack() as block:
+                with _guard(function.__name__):
+                    value = block.enter_context(opening(*args, **options))
+                yield value
+
+        return opened
+
+    @functools.wraps(function)
+    def guarded(*args: Given.args, **options: Given.kwargs) -> Answer:
+        with _guard(function.__name__):
+            return function(*args, **options)
+
+    return guarded
+
+
+class _Inside(threading.local):
+    """How many entries this thread is in: only the outermost sets torch."""
+
+    depth = 0
+
+
+_inside = _Inside()
+
+
+@contextmanager
+def _guard(name: str) -> Iterator[None]:
+    _inside.depth += 1
+    try:
+        if _inside.depth == 1 and "torch" in sys.modules:
+            with _plain_torch():
+                yield
+        else:
+            yield
+    except Exception as error:
+        line = foreign_line(error)
+        if line is None:
+            raise
+        raise LabError(f"{name}: {line}") from error
+    finally:
+        _inside.depth -= 1
+
+
+@contextmanager
+def _plain_torch() -> Iterator[None]:
+    """Inside the block torch is as it is before anybody sets anything; the caller's settings come back."""
+    import torch
+
+    with ExitStack() as undo:
+        if torch.is_inference_mode_enabled():
+            undo.enter_context(torch.inference_mode(False))
+        if not torch.is_grad_enabled():
+            undo.enter_context(torch.enable_grad())
+        for device in AUTOCAST:
+            if torch.is_autocast_enabled(device):
+                undo.enter_context(torch.autocast(device, enabled=False))
+        if (dtype := torch.get_default_dtype()) != torch.float32:
+            undo.callback(torch.set_default_dtype, dtype)
+            torch.set_default_dtype(torch.float32)
+        if torch.get_default_device().type != "cpu":
+            undo.enter_context(torch.device("cpu"))
+        yield
+
+
+# -- progress -------------------------------------------------------------------------------
 
 
 class Sweep:

@@ -1,8 +1,24 @@
 """Errors a user can cause and mend. Each message is one line: expected, got, what to do.
 
 All derive from ``ValueError`` through `LabError`, so `except ValueError` works and the
-command line can turn any of them into exit code 2. Our own bugs stay `AssertionError`.
+command line can turn any of them into exit code 2. Our own bugs stay `AssertionError`. What other libraries
+raise is told from both by `foreign_line`.
 """
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+OURS = "llava_lab"
+# What may raise for us: a picture that breaks off, a text no tokenizer reads, memory that a graphics card does not have.
+LIBRARIES = frozenset(
+    {
+        *("PIL", "accelerate", "captum", "gguf", "huggingface_hub", "jinja2", "matplotlib", "numpy", "peft", "safetensors"),
+        *("scipy", "sentencepiece", "tokenizers", "torch", "tqdm", "transformers"),
+        *("beartype", "jaxtyping"),  # stand between ours and ours while tests run
+    }
+)
 
 
 class LabError(ValueError):
@@ -40,3 +56,39 @@ class BudgetError(LabError):
 def one_line(error: BaseException) -> str:
     """Another library's error as one short line, for the message of ours."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def foreign_line(error: Exception) -> str | None:
+    """One line for an exception of another library or of the system; None for ours, for the caller's and for plain bugs.
+
+    Told by who raised it. What a caller's own function raised (a callback, a connector of theirs) is the caller's. Of the
+    rest, every class that a library made itself is foreign, and so are those of Python that say something of the input:
+    a file, an encoding, a value, the machine. TypeError, AttributeError, KeyError and the like stay: they are our bugs.
+    """
+    homes = list(_homes(error))
+    if isinstance(error, (LabError, MemoryError, BrokenPipeError)) or "" in homes:
+        return None
+    if isinstance(error, OSError) and error.strerror:
+        where = f" {error.filename}" if error.filename is not None else ""
+        return f"cannot read or write{where} ({error.strerror})"
+    raiser, maker = homes[-1] if homes else OURS, type(error).__module__.partition(".")[0]
+    said_of_input = isinstance(error, (OSError, EOFError, ValueError, RuntimeError)) or type(error) is Exception
+    if raiser != OURS:
+        said_of_input |= isinstance(error, (ImportError, SyntaxError))
+    if maker in LIBRARIES or (maker != "builtins" and maker in sys.stdlib_module_names) or said_of_input:
+        return f"{'this input cannot be used' if raiser == OURS else f'{raiser} cannot go on'} ({one_line(error)})"
+    return None
+
+
+def _homes(error: BaseException) -> Iterator[str]:
+    """For every frame an exception passed, the outermost first: our package, a library's or Python's; "" for the caller's."""
+    trace = error.__traceback__
+    while trace is not None:
+        module = str(trace.tb_frame.f_globals.get("__name__", "<generated>"))
+        package = module.partition(".")[0]
+        known = package == OURS or package in LIBRARIES or package in sys.stdlib_module_names or module.startswith("<")
+        if package != "__main__" and known:
+            yield package
+        else:
+            yield ""
+        trace = trace.tb_next

@@ -37,7 +37,7 @@ from torch import Tensor
 from llava_lab.attribution.method import Count, Heads, Maps, Window, at_least, method, refuse_contrast
 from llava_lab.capture import HeadRows, PickedRows, fuse_heads, undisturbed, watch_attention
 from llava_lab.capture.watch import attention_module
-from llava_lab.checks import Sweep, layer_window, same_model, whole_number
+from llava_lab.checks import Sweep, entry, layer_window, same_model, whole_number
 from llava_lab.errors import OptionError
 from llava_lab.models.layout import language_layers
 from llava_lab.replay.targets import Targets, Wanted, predicting_rows, resolve_targets
@@ -140,6 +140,7 @@ def read_rows(lab: Lab, inputs: dict[str, Tensor], at: Sequence[int], chosen: Ch
 # -- every head's map -----------------------------------------------------------------------
 
 
+@entry
 def head_maps(lab: Lab, run: Run, *, target: Wanted = "words") -> HeadMaps:
     """The attention of every language-model head to every patch, a map per target, layer and head.
 

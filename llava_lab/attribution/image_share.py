@@ -38,7 +38,7 @@ from torch import Tensor
 from llava_lab.attribution.registry import METHODS, attribute
 from llava_lab.attribution.shapley import Game
 from llava_lab.capture import undisturbed
-from llava_lab.checks import Sweep, one_of, same_model, whole_number
+from llava_lab.checks import Sweep, entry, one_of, same_model, whole_number
 from llava_lab.errors import LabError, OptionError, TargetError
 from llava_lab.replay.fills import FILLS, fill_pixels
 from llava_lab.replay.score import read_scores
@@ -86,6 +86,7 @@ class ImageShare:
         return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in plain.items()}
 
 
+@entry
 def image_share(
     lab: Lab,
     run: Run,
@@ -193,11 +194,11 @@ def _masses(lab: Lab, run: Run, target: Target) -> tuple[dict[str, float], dict[
     """Share of each method's mass on the image tokens, the passes it took, and what could not be had."""
     mass: dict[str, float] = {}
     spent, notes = {"forward": 0, "backward": 0}, []
-    for name, entry in METHODS.items():
-        if entry.mass is None:
+    for name, card in METHODS.items():
+        if card.mass is None:
             continue
         try:
-            relevance = attribute(lab, run, method=name, target=target, **entry.mass)
+            relevance = attribute(lab, run, method=name, target=target, **card.mass)
         except LabError as error:  # a contrast has no attention, a quantised model no gradients
             notes.append(f"No {name} mass: {error}")
             continue

@@ -31,7 +31,7 @@ from llava_lab.attribution import (
     tam,
 )
 from llava_lab.attribution.method import REGISTERED, Maps, Method
-from llava_lab.checks import known, same_model
+from llava_lab.checks import entry, known, same_model
 from llava_lab.models import connectors
 from llava_lab.replay.targets import Targets, Wanted, resolve_targets
 from llava_lab.results import Relevance, Run
@@ -44,11 +44,12 @@ UNPLACED = (
 
 # The order in which they are listed: the default first, controls last.
 PLACE = {family.__name__: place for place, family in enumerate(FAMILIES)}
-for entry in sorted(REGISTERED.values(), key=lambda entry: (entry.control, PLACE.get(entry.function.__module__, len(PLACE)))):
-    REGISTERED[entry.name] = REGISTERED.pop(entry.name)
+for card in sorted(REGISTERED.values(), key=lambda card: (card.control, PLACE.get(card.function.__module__, len(PLACE)))):
+    REGISTERED[card.name] = REGISTERED.pop(card.name)
 METHODS: Mapping[str, Method] = MappingProxyType(REGISTERED)
 
 
+@entry
 def attribute(lab: Any, run: Run, *, method: str = "rollout", target: Wanted = None, **options: Any) -> Relevance:
     """Which patches of the picture the answer came from, as `method` understands it.
 
@@ -64,17 +65,17 @@ def attribute(lab: Any, run: Run, *, method: str = "rollout", target: Wanted = N
     >>> relevance.values.shape == (len(run.words), 12, 12)
     True
     """
-    entry = METHODS[known("method", method, METHODS)]
-    refuse_unable(lab, entry)
-    chosen = entry.with_defaults(options)
+    card = METHODS[known("method", method, METHODS)]
+    refuse_unable(lab, card)
+    chosen = card.with_defaults(options)
     weights = same_model(lab, run)
     targets = resolve_targets(lab, run, target)
     start = time.perf_counter()
-    maps = compute_maps(lab, run, targets, entry, chosen)
+    maps = compute_maps(lab, run, targets, card, chosen)
     notes = (*maps.notes, in_views(run, bool(maps.views))) if run.views else maps.notes
     return result_of(
         replace(maps, notes=notes),
-        entry,
+        card,
         chosen,
         run,
         targets,
@@ -132,7 +133,7 @@ def result_of(
 def works_at(reach: str) -> tuple[str, ...]:
     """Names of the methods that work on closed models (``"pixels"``) or on pictures seen in tiles (``"tokens"``)."""
     enough = ("pixels",) if reach == "pixels" else ("pixels", "tokens")
-    return tuple(name for name, entry in METHODS.items() if entry.reach in enough)
+    return tuple(name for name, card in METHODS.items() if card.reach in enough)
 
 
 def in_views(run: Run, apart: bool) -> str:

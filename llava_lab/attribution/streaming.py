@@ -32,7 +32,7 @@ from llava_lab.attribution.method import Maps
 from llava_lab.attribution.registry import METHODS, result_of
 from llava_lab.attribution.rollout import BLOCK, FLOOR, TowerRollout, Weight, as_column, measured_residual, rollout_notes
 from llava_lab.capture import AnswerRows, Norms, watch_attention
-from llava_lab.checks import known, layer_window
+from llava_lab.checks import entry, known, layer_window
 from llava_lab.errors import LabError, OptionError
 from llava_lab.models.layout import language_layers
 from llava_lab.replay.targets import Targets, Wanted, image_values, resolve_targets, segment_mass, target_rows
@@ -47,6 +47,7 @@ SCALE = 2.0**15  # shares are at most 1, half precision ends at 65,504 and loses
 LATER = "made by ll.attribute(lab, run, ...) after the answer"
 
 
+@entry
 def ask_and_attribute(
     lab: Lab,
     picture: PictureLike,
@@ -68,12 +69,12 @@ def ask_and_attribute(
     >>> relevance.values.shape
     (1, 12, 12)
     """
-    entry = METHODS[known("method", method, METHODS)]
-    if entry.streams is None:
+    card = METHODS[known("method", method, METHODS)]
+    if card.streams is None:
         streaming = ", ".join(sorted(name for name, other in METHODS.items() if other.streams is not None))
         raise OptionError(f"while answering, method must be one of {streaming}, got {method!r}; its map is {LATER}")
-    chosen = entry.with_defaults(options or {})
-    for name, value in entry.streams.items():
+    chosen = card.with_defaults(options or {})
+    for name, value in card.streams.items():
         if chosen[name] != value:
             raise OptionError(f"while answering, {name} must be {value!r}, got {chosen[name]!r}; that map is {LATER}")
     forms = {name: asking[name] for name in ("prompt", "history") if name in asking}
@@ -88,11 +89,11 @@ def ask_and_attribute(
     if watching.reducer.count(len(watching.layers)) < count:
         raise LabError(f"expected every layer to attend {count} times, got fewer; its map is {LATER}")
     targets = resolve_targets(lab, run, target)
-    entry.refuse(lab, targets)
+    card.refuse(lab, targets)
     maps = watching.maps(run, targets, count)
     maps = replace(maps, notes=(*maps.notes, "Taken while the answer was made; the seconds are those after it."))
     seconds = time.perf_counter() - start
-    return run, result_of(maps, entry, chosen, run, targets, model=lab.name, weights=run.fingerprint, seconds=seconds)
+    return run, result_of(maps, card, chosen, run, targets, model=lab.name, weights=run.fingerprint, seconds=seconds)
 
 
 class WatchedAttention:

@@ -26,6 +26,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from llava_lab import stats
+from llava_lab.checks import entry
 from llava_lab.comparison import plan
 from llava_lab.comparison.plan import ABLATION, BUDGETS, CONNECTORS, RATES, VALIDATION, Arm
 from llava_lab.comparison.run import Finished, Job, Material, feature_pool, fresh, make_exam, read, refuse_foreign, train_run
@@ -40,6 +41,7 @@ log = logging.getLogger(__name__)
 ENOUGH = 5  # seeds below which a result says so
 
 
+@entry
 def compare_connectors(
     connectors: Sequence[str] = CONNECTORS,
     data: str = "picturebook",

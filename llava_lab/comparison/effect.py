@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from llava_lab.capture import undisturbed
-from llava_lab.checks import PATIENCE
+from llava_lab.checks import PATIENCE, entry
 from llava_lab.connectors.linearize import CONTROLS, FIT, random_map
 from llava_lab.connectors.plug import connector, linear_connector, new_connector, shuffled_tokens
 from llava_lab.errors import DataError, OptionError
@@ -33,6 +33,7 @@ ALL = "all"
 BEFORE = "a"  # an answer stands after something, so that its first token carries the space it has there
 
 
+@entry
 def linear_effect(
     lab: Lab,
     fit: Linearized,

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from llava_lab.checks import entry
 from llava_lab.errors import CheckpointError, OptionError
 from llava_lab.models import connectors
 from llava_lab.models.connectors import Connector
@@ -47,6 +48,7 @@ _IN_LIST = re.compile(r"(\d+)\.(weight|bias)")
 _IN_LAYER = re.compile(r"linear_(\d+)\.(weight|bias)")
 
 
+@entry
 def write_projector(lab: Lab, path: str | os.PathLike) -> Path:
     """Write `lab`'s connector as LLaVA does; a path named ``non_lora_trainables.bin`` gets the LoRA run's key prefix.
 
@@ -69,6 +71,7 @@ def write_projector(lab: Lab, path: str | os.PathLike) -> Path:
     return path
 
 
+@entry
 def read_projector(lab: Lab, path: str | os.PathLike, *, kind: str | None = None, **options: Any) -> Connector:
     """The connector in a projector file, for `lab`'s widths; the lab is left as it is.
 
@@ -184,6 +187,7 @@ def _stock_kind(lab: Lab) -> str:
 EXPORTED = ("linear", "mlp1x_gelu", "mlp2x_gelu", "linear2x", "identity")
 
 
+@entry
 def save(lab: Lab, folder: str | os.PathLike) -> Path:
     """Write model, tokenizer and image processor; ``llava_lab.load(folder)`` gives them back bit for bit.
 
@@ -196,6 +200,7 @@ def save(lab: Lab, folder: str | os.PathLike) -> Path:
     return folder
 
 
+@entry
 def export(lab: Lab, folder: str | os.PathLike) -> Path:
     """Write a folder that stock ``LlavaForConditionalGeneration.from_pretrained`` loads, giving the same numbers.
 

@@ -27,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llava_lab.capture import undisturbed
-from llava_lab.checks import Sweep
+from llava_lab.checks import Sweep, entry
 from llava_lab.errors import DataError, OptionError
 from llava_lab.models.layout import read_connector
 from llava_lab.models.pictures import PictureLike, read_picture
@@ -46,6 +46,7 @@ SMALL = 1e-12  # of the largest eigenvalue; what is below is rounding
 TINY = 1e-12  # instead of a length or a spread of 0
 
 
+@entry
 def linearize(
     lab: Lab,
     pictures: Sequence[Drawn],

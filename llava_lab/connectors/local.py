@@ -24,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from llava_lab.capture import hooked, undisturbed
+from llava_lab.checks import entry
 from llava_lab.connectors.linearize import Drawn, random_map, split_pictures, tokens_of
 from llava_lab.errors import OptionError
 from llava_lab.models import connectors
@@ -37,6 +38,7 @@ ROWS = 256  # outputs whose gradients are taken together
 STRAIGHT = 0.99  # R^2 from which a unit counts as a line
 
 
+@entry
 def local_linearity(
     lab: Lab,
     fit: Linearized,

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_lab.capture import hooked
+from llava_lab.checks import entry
 from llava_lab.connectors.files import read_projector
 from llava_lab.errors import OptionError
 from llava_lab.models import connectors
@@ -36,6 +37,7 @@ STD = 0.02  # transformers' initializer_range for LLaVA
 
 
 @contextmanager
+@entry
 def connector(lab: Lab, what: nn.Module | Linearized | Lab | str | os.PathLike) -> Iterator[Lab]:
     """Inside the block, `lab` works with another connector; afterwards everything is as it was, also after an exception.
 
@@ -109,6 +111,7 @@ def shuffled_tokens(lab: Lab, *, seed: int = 0) -> Iterator[Lab]:
         yield lab
 
 
+@entry
 def new_connector(lab: Lab, kind: str, *, init: str = "llava", seed: int = 0, **options: Any) -> Connector:
     """An untrained connector between `lab`'s vision tower and language model; the lab is left as it is.
 

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from transformers import Cache
 
 from llava_lab.capture import evaluating
-from llava_lab.checks import PATIENCE
+from llava_lab.checks import PATIENCE, entry
 from llava_lab.errors import DataError
 from llava_lab.evaluation.items import WORLDS, Item, load_items
 from llava_lab.models import Lab
@@ -41,6 +41,7 @@ GREY = (122, 116, 104)  # CLIP's mean colour: the emptiest picture there is
 MAJORITY_PICTURES = 2000  # of the training split, to find the commonest answers
 
 
+@entry
 def evaluate(
     lab: Lab,
     *,

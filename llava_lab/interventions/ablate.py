@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llava_lab.capture import undisturbed
-from llava_lab.checks import one_of, whole_number
+from llava_lab.checks import entry, one_of, whole_number
 from llava_lab.errors import LabError, OptionError
 from llava_lab.interventions.knockout import Cut, cutting, proving
 from llava_lab.interventions.plan import DRAWS, Plan, Positions, carry_out, positions_of_patches
@@ -46,6 +46,7 @@ Tokens = Float[Tensor, "P D"]
 
 
 @contextmanager
+@entry
 def ablated(
     lab: Lab,
     run: Run,
@@ -69,6 +70,7 @@ def ablated(
         yield lab
 
 
+@entry
 def ablate_tokens(
     lab: Lab,
     run: Run,

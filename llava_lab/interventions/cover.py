@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageFilter
 
-from llava_lab.checks import one_of, same_model
+from llava_lab.checks import entry, one_of, same_model
 from llava_lab.errors import OptionError
 from llava_lab.replay.fills import BLUR, FILLS
 from llava_lab.results import Run
@@ -31,6 +31,7 @@ ASKED = ("max_new_tokens", "temperature", "prompt", "fit")  # a run's options th
 Patches = Iterable[tuple[int, int]]
 
 
+@entry
 def ask_without(lab: Lab | BlackBox, run: Run, patches: Patches, *, fill: str = FILLS[0], history: Any = ()) -> Run:
     """The same question, asked the same way, about the run's picture with `patches` (row, col) covered.
 

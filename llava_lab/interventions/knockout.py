@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from llava_lab.capture import Reducer, hooked, undisturbed, watch_attention
 from llava_lab.capture.watch import NAME, attention_module
-from llava_lab.checks import Sweep, layer_window, whole_number
+from llava_lab.checks import Sweep, entry, layer_window, whole_number
 from llava_lab.errors import LabError, OptionError
 from llava_lab.interventions.plan import DRAWS, Plan, Positions, carry_out, positions_of
 from llava_lab.models.layout import language_layers
@@ -190,6 +190,7 @@ def windows_around(count: int, width: int, centres: Sequence[int]) -> list[tuple
 
 
 @contextmanager
+@entry
 def knocked_out(
     lab: Lab, run: Run, *, source: Any, target: Any, layers: Sequence[int] | None = None, keep_self: bool = True
 ) -> Iterator[Lab]:
@@ -207,6 +208,7 @@ def knocked_out(
         yield lab
 
 
+@entry
 def knockout(
     lab: Lab,
     run: Run,
@@ -287,6 +289,7 @@ def _others(run: Run, cut: Cut, draws: int, seed: int) -> tuple[list[Positions],
     return [Positions(name, positions, cut.source.length) for positions in drawn], name
 
 
+@entry
 def knockout_sweep(
     lab: Lab,
     run: Run,

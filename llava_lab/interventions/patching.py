@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from llava_lab.capture import hooked, undisturbed
-from llava_lab.checks import Sweep, one_of, whole_number
+from llava_lab.checks import Sweep, entry, one_of, whole_number
 from llava_lab.errors import LabError, OptionError
 from llava_lab.interventions.knockout import windows_around
 from llava_lab.interventions.plan import Positions, positions_of
@@ -41,6 +41,7 @@ CORRUPTIONS = ("grey", "blur", "noise")
 SITES = ("image", "question", "cue", "last")
 
 
+@entry
 def patch(
     lab: Lab,
     clean: Run,

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from llava_lab.capture import undisturbed
-from llava_lab.checks import Sweep, one_of, whole_number
+from llava_lab.checks import Sweep, entry, one_of, whole_number
 from llava_lab.errors import OptionError
 from llava_lab.interventions.ablate import FILLS, Remove, remover, token_layer
 from llava_lab.interventions.plan import answer_under, positions_of_patches
@@ -47,6 +47,7 @@ class Asked:
     deciding: np.ndarray  # bool (height, width)
 
 
+@entry
 def positive_control(
     lab: Lab,
     *,

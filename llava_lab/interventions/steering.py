@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llava_lab.capture import undisturbed
-from llava_lab.checks import layer_window, number, whole_number
+from llava_lab.checks import entry, layer_window, number, whole_number
 from llava_lab.errors import LabError, OptionError
 from llava_lab.interventions.plan import DRAWS, Enter, Plan, Positions, answer_under, carry_out, positions_of
 from llava_lab.interventions.states import Changes, changing, parts, states_before
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 OTHERS = ("What is in the picture?", "How many things are there?", "Is there a car?")  # asked beside, when none are given
 
 
+@entry
 def steer(
     lab: Lab,
     run: Run,
@@ -72,6 +73,7 @@ def steer(
     return _measure(lab, run, "steer", direction, size, layers, where, metric, others, draws, seed, answer)
 
 
+@entry
 def erase(
     lab: Lab,
     run: Run,
@@ -99,6 +101,7 @@ def erase(
 
 
 @contextmanager
+@entry
 def steered(
     lab: Lab, run: Run, *, direction: Any, layers: Sequence[int] | None = None, alpha: float = 1.0, where: Any = "last"
 ) -> Iterator[Lab]:
@@ -115,6 +118,7 @@ def steered(
 
 
 @contextmanager
+@entry
 def erased(
     lab: Lab, run: Run, *, direction: Any, layers: Sequence[int] | None = None, where: Any = "image", strength: float = 1.0
 ) -> Iterator[Lab]:
@@ -154,6 +158,7 @@ def find_direction(lab: Lab, direction: Any) -> tuple[Float[Tensor, " D"], str]:
     return row / length, name
 
 
+@entry
 def mean_difference(lab: Lab, runs: Sequence[Run], others: Sequence[Run], *, layer: int, where: Any = "last") -> np.ndarray:
     """Mean state of `runs` minus that of `others` after `layer` layers at `where`, float32 (width,).
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llava_lab.attribution.registry import METHODS, attribute
-from llava_lab.checks import Sweep, known, whole_number
+from llava_lab.checks import Sweep, entry, known, whole_number
 from llava_lab.errors import LabError, OptionError
 from llava_lab.judging.faithfulness import BATCH, FEWEST_FILLS, SCALES, SEEDS, STEPS, Judge, allowed_fills
 from llava_lab.judging.ground_truth import deciding_share, ground_truth
@@ -35,6 +35,7 @@ TOP_SHARE = 0.1  # of the patches, for the overlap of two maps
 Options = Mapping[str, Mapping[str, Any]]
 
 
+@entry
 def compare(
     lab: Lab,
     run: Run,

@@ -42,7 +42,7 @@ import torch
 
 from llava_lab.attribution.controls import center_bump
 from llava_lab.attribution.registry import METHODS
-from llava_lab.checks import one_of, whole_number
+from llava_lab.checks import entry, one_of, whole_number
 from llava_lab.errors import OptionError
 from llava_lab.replay.alter import open_altered, within_budget
 from llava_lab.replay.fills import EVERY_FILL, SQUARES
@@ -58,6 +58,7 @@ MATTERS = {"probability": 0.02, "logprob": 0.1}  # filling everything must lower
 CLAIMING = 200  # random maps that say how often marking the right thing is chance; they need no model
 
 
+@entry
 def faithfulness(
     lab: Any,
     run: Run,

@@ -17,7 +17,7 @@ from __future__ import annotations
 import numpy as np
 
 from llava_lab.attribution.controls import center_bump
-from llava_lab.checks import whole_number
+from llava_lab.checks import entry, whole_number
 from llava_lab.errors import OptionError
 from llava_lab.judging.faithfulness import check_masks
 from llava_lab.results import GroundTruth, Relevance, Run
@@ -28,6 +28,7 @@ SEEN = 0.01  # of some patch, or the things lie outside the crop
 MEASURES = ("pointing", "mass", "auc", "iou")
 
 
+@entry
 def ground_truth(run: Run, rel: Relevance, deciding: np.ndarray, *, seeds: int = 100, seed: int = 0) -> GroundTruth:
     """Compare `rel` with the masks of the deciding things, bool (things, height, width) or one (height, width).
 

@@ -40,7 +40,7 @@ import transformers
 from tqdm.auto import tqdm
 
 from llava_lab.attribution.registry import METHODS
-from llava_lab.checks import whole_number
+from llava_lab.checks import entry, whole_number
 from llava_lab.errors import DataError, OptionError
 from llava_lab.judging.compare import Options, chosen_methods, compare
 from llava_lab.judging.faithfulness import BATCH, FEWEST_FILLS, SCALES, Judge, allowed_fills
@@ -69,6 +69,7 @@ COMMAND = "llava-lab compare --model {name} --data picturebook --n 200 --methods
 Record = Mapping[str, Any]
 
 
+@entry
 def leaderboard(
     lab: Lab,
     *,
@@ -438,6 +439,7 @@ def _plain(value: Any) -> float | None:
     return None if np.isnan(number) else round(number, DIGITS)
 
 
+@entry
 def shipped_leaderboard(lab: Lab) -> Leaderboard:
     """The leaderboard of the loaded model, as it ships with this project.
 
@@ -458,6 +460,7 @@ def shipped_leaderboard(lab: Lab) -> Leaderboard:
     return board
 
 
+@entry
 def shipped_ablation() -> Ablation:
     """The comparison of connectors as it ships: linear, MLP and their controls, every answer of every seed.
 

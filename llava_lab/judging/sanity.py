@@ -32,7 +32,7 @@ import numpy as np
 from torch import nn
 
 from llava_lab.attribution.registry import attribute
-from llava_lab.checks import Sweep, whole_number
+from llava_lab.checks import Sweep, entry, whole_number
 from llava_lab.errors import OptionError
 from llava_lab.models.layout import connector_of, language_layers, vision_tower
 from llava_lab.models.text import encode, pieces, refuse_special_text
@@ -52,6 +52,7 @@ WINDOW = 7  # side of the SSIM window, less on smaller grids
 STEADY = (0.01**2, 0.03**2)  # SSIM's constants for values from 0 to 1
 
 
+@entry
 def sanity(
     lab: Lab,
     run: Run,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from llava_lab.checks import whole_number
+from llava_lab.checks import entry, whole_number
 from llava_lab.errors import CheckpointError, OptionError, PictureError
 from llava_lab.geometry import View
 from llava_lab.models import layout, text
@@ -74,6 +74,7 @@ class Lab:
             connector.trained_with = trained_beside(self.model)
         return connector
 
+    @entry
     def swap(self, connector: nn.Module) -> nn.Module:
         """Put another connector in and return the one that was there; config, grid, prompts and card follow.
 
@@ -114,6 +115,7 @@ class Lab:
             f"Lab({self.name!r}, {self.card.parameters / 1e6:.1f}M parameters, {rows}x{cols} patches, {dtype} on {self.device})"
         )
 
+    @entry
     def ask(
         self,
         picture: PictureLike,
@@ -164,6 +166,7 @@ class Lab:
         options |= {"fit": self.preprocessing.mode(fit), "stopped": generated.stopped}
         return self._run(pixels, question.strip(), sequence, generated, seed, options)
 
+    @entry
     def sequence(
         self, question: str, *, prompt: str | None = None, history: History = (), picture: PictureLike | None = None
     ) -> Prompt:
@@ -189,6 +192,7 @@ class Lab:
             history=bool(history),
         )
 
+    @entry
     def inputs(self, run: Run, *, picture: np.ndarray | None = None, tiles: bool = False) -> dict[str, Tensor]:
         """The finished sequence as model input (teacher forcing): input_ids, attention_mask (1, T), pixel_values.
 

@@ -29,6 +29,7 @@ from transformers import GenerationConfig, LlavaConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
+from llava_lab.checks import entry
 from llava_lab.errors import CheckpointError, OptionError, one_line
 from llava_lab.models import connectors, folders, layout
 from llava_lab.models.card import make_card
@@ -65,6 +66,7 @@ def load(
 def load(name: str, *, base_url: str, **options: Any) -> BlackBox: ...
 
 
+@entry
 def load(
     name: str | os.PathLike = "tiny",
     *,

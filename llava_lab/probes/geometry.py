@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llava_lab.checks import Sweep, whole_number
+from llava_lab.checks import Sweep, entry, whole_number
 from llava_lab.errors import OptionError
 from llava_lab.models.layout import connector_of, language_layers, vision_tower
 from llava_lab.models.weights import weights_put_back
@@ -43,6 +43,7 @@ NOTES = (
 Tables = dict[str, np.ndarray]
 
 
+@entry
 def token_geometry(
     lab: Lab,
     pictures: Sequence[Any],

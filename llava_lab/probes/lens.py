@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 
 from llava_lab.capture import undisturbed
 from llava_lab.capture.residual import watch_stream
-from llava_lab.checks import PATIENCE, Sweep, number, whole_number
+from llava_lab.checks import PATIENCE, Sweep, entry, number, whole_number
 from llava_lab.errors import CheckpointError, OptionError
 from llava_lab.models.layout import language_layers
 from llava_lab.probes.linear import QUESTION, patch_labels, read_stages, subset
@@ -76,6 +76,7 @@ class TunedLens(Saved):
         return (state + state @ weight + bias).to(states.dtype)
 
 
+@entry
 def logit_lens(
     lab: Lab,
     run: Run,
@@ -127,6 +128,7 @@ def logit_lens(
     )
 
 
+@entry
 def activation_map(
     lab: Lab, run: Run, word: str | Sequence[str], *, layers: Any = None, tuned: TunedLens | None = None
 ) -> WordActivation:
@@ -156,6 +158,7 @@ def activation_map(
     )
 
 
+@entry
 def hallucination_check(
     lab: Lab,
     runs: Sequence[Run],
@@ -247,6 +250,7 @@ def _note(states: tuple[int, ...], tuned: TunedLens | None) -> str:
 # -- training a lens --------------------------------------------------------------------------
 
 
+@entry
 def train_lens(
     lab: Lab,
     pictures: Sequence[Any],
@@ -326,6 +330,7 @@ def _log_probs(lab: Lab, states: Tensor) -> Tensor:
 # -- how often tokens name what they show --------------------------------------------------------
 
 
+@entry
 def naming_share(
     lab: Lab, *, n: int = 60, split: str = "test", top: int = 5, question: str = ASKED, seed: int = 0, progress: bool = True
 ) -> NamingShare:

@@ -38,7 +38,7 @@ from tqdm.auto import tqdm
 
 from llava_lab.capture import hooked, undisturbed
 from llava_lab.capture.residual import watch_stream
-from llava_lab.checks import PATIENCE, Sweep, number, one_of, whole_number
+from llava_lab.checks import PATIENCE, Sweep, entry, number, one_of, whole_number
 from llava_lab.errors import CheckpointError, OptionError
 from llava_lab.models.layout import connector_of, language_layers, require_patch_tokens
 from llava_lab.models.pictures import read_picture
@@ -64,6 +64,7 @@ PATCH_LABELS: dict[str, tuple[str, ...]] = {  # what a patch may be asked, and w
 Stage = str | int
 
 
+@entry
 def linear_probe(
     lab: Lab,
     pictures: Sequence[Any],
@@ -222,6 +223,7 @@ def _notes(per: str, folds: int, matched: int) -> tuple[str, ...]:
 # -- labels of patches ------------------------------------------------------------------------
 
 
+@entry
 def patch_labels(lab: Lab, scenes: Sequence[Scene], what: str = "object", *, most: float = 0.5) -> np.ndarray:
     """Labels of every patch, int32 (scenes, rows, cols): positions in ``PATCH_LABELS[what]``, or -1 for left out.
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from llava_lab.capture import undisturbed
 from llava_lab.capture.residual import watch_stream
-from llava_lab.checks import one_of, whole_number
+from llava_lab.checks import entry, one_of, whole_number
 from llava_lab.errors import LabError, OptionError
 from llava_lab.models.layout import language_layers
 from llava_lab.models.text import pieces
@@ -40,6 +40,7 @@ ROUNDING = 1e-5  # of a token's length; what is left of it after centring is no 
 WORD_START = ("▁", "Ġ", " ")
 
 
+@entry
 def nearest_words(
     lab: Lab, run: Run, *, space: str = "input", centered: bool = True, top: int = 5, draws: int = 20, seed: int = 0
 ) -> NearestWords:

@@ -42,7 +42,7 @@ from torch import Tensor
 
 from llava_lab.attribution.method import Maps, Method
 from llava_lab.attribution.registry import METHODS, compute_maps, refuse_unable
-from llava_lab.checks import known
+from llava_lab.checks import entry, known
 from llava_lab.errors import BudgetError, EndpointError, OptionError, TargetError
 from llava_lab.models.text import Spelt, cut
 from llava_lab.remote.black_box import BlackBox, Estimate, Look, works
@@ -61,6 +61,7 @@ REPEATED = 1.0  # temperature of repeated answers; at 0 they would all be one
 # -- what works on a closed model, and what it costs ------------------------------------------
 
 
+@entry
 def estimate(lab: BlackBox, run: Run, *, method: str = "occlusion", target: Any = None, **options: Any) -> Estimate:
     """What ``attribute(lab, run, method=..., target=..., **options)`` would ask of a closed model; nothing is sent.
 
@@ -73,11 +74,11 @@ def estimate(lab: BlackBox, run: Run, *, method: str = "occlusion", target: Any 
     """
     if not isinstance(lab, BlackBox):
         raise OptionError("an estimate is for closed models; a model of your own costs nothing but time")
-    entry = METHODS[known("method", method, METHODS)]
-    refuse_unable(lab, entry)
-    chosen = entry.with_defaults(options)
+    card = METHODS[known("method", method, METHODS)]
+    refuse_unable(lab, card)
+    chosen = card.with_defaults(options)
     targets = resolve_targets(lab, run, target)
-    return _counted(lab, run, lambda session: entry.compute(session, run, targets, chosen))
+    return _counted(lab, run, lambda session: card.compute(session, run, targets, chosen))
 
 
 @refuse_unable.register(BlackBox)

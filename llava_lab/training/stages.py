@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from llava_lab.checks import entry
 from llava_lab.errors import CheckpointError, DataError, OptionError
 from llava_lab.models import layout
 from llava_lab.models.card import fingerprint
@@ -104,6 +105,7 @@ class Trained:
     skipped: tuple[str, ...]  # file, row and reason
 
 
+@entry
 def train_stage(
     lab: Lab,
     data: str | os.PathLike | Source | Sequence[Source],

@@ -1,0 +1,154 @@
+"""What stands above every public function: the caller's torch settings stay out, other libraries' exceptions stay in."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import jinja2
+import numpy as np
+import pytest
+import tokenizers
+import torch
+from PIL import Image
+
+import llava_lab as ll
+from llava_lab.checks import entry
+from llava_lab.errors import LabError
+
+THERE = {"torch": torch, "np": np, "Image": Image, "io": io, "json": json, "zlib": zlib, "jinja2": jinja2, "Path": Path}
+THERE |= {"tokenizers": tokenizers}
+
+
+def inside(expression: str) -> Callable[..., Any]:
+    """A function that stands in llava_lab and does `expression`."""
+    look = eval(f"lambda given=None: {expression}", {**THERE, "__name__": "llava_lab.look"})
+    look.__name__ = "look"
+    return entry(look)
+
+
+@contextmanager
+def another_default_type() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+SETTINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "inference_mode": torch.inference_mode,
+    "no_grad": torch.no_grad,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "default type": another_default_type,
+    "default device": lambda: torch.device("meta"),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("method", ["relevancy", "gradient_input", "gradcam", "rollout", "occlusion"])
+def test_a_caller_s_torch_settings_change_no_bit(tiny_random: Any, picture: np.ndarray, method: str, setting: str) -> None:
+    plain = tiny_random.ask(picture, "What is it?", max_new_tokens=3)
+    with SETTINGS[setting]():
+        before = torch.get_default_dtype(), torch.is_grad_enabled(), torch.zeros(1).device
+        run = tiny_random.ask(picture, "What is it?", max_new_tokens=3)
+        values = ll.attribute(tiny_random, run, method=method).values
+        assert (torch.get_default_dtype(), torch.is_grad_enabled(), torch.zeros(1).device) == before
+    assert run.logprobs.tobytes() == plain.logprobs.tobytes()
+    assert values.tobytes() == ll.attribute(tiny_random, plain, method=method).values.tobytes()
+
+
+FOREIGN = {
+    "a picture that is none": "Image.open(io.BytesIO(b'GIF89a'))",
+    "no such file": "open('/not/here')",
+    "a folder read as a file": "Path('/').read_text()",
+    "a null byte in a path": "Path('a\\0b').stat()",
+    "broken JSON": "json.loads('{')",
+    "half a surrogate": "'\\ud800'.encode()",
+    "a broken template": "jinja2.Template('{% if %}')",
+    "a template that asks for what is not there": "jinja2.Template('{{ a.b.c }}').render()",
+    "a tokenizer that is none": "tokenizers.Tokenizer.from_str('{')",
+    "shapes that do not fit": "torch.zeros(2, 3) @ torch.zeros(2, 3)",
+    "an array of rows of two lengths": "np.array([[1], [2, 3]])",
+    "no number": "int('three')",
+    "damaged bytes": "zlib.decompress(b'abc')",
+    "an array that ends early": "np.load(io.BytesIO(b'\\x93NUMPY'))",
+}
+OURS = {
+    "an assertion": ("given.missing", AttributeError),
+    "a wrong type": ("len(given)", TypeError),
+    "a name": ("missing", NameError),
+    "a key": ("{}[given]", KeyError),
+    "a type inside a library": ("torch.zeros('a')", TypeError),
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_another_library_s_exception_is_one_line_with_its_cause(what: str) -> None:
+    with pytest.raises(LabError, match=r"^look: ") as error:
+        inside(FOREIGN[what])()
+    assert "\n" not in str(error.value)
+    assert error.value.__cause__ is not None
+
+
+@pytest.mark.parametrize("what", OURS)
+def test_a_bug_of_ours_stays_what_it_is(what: str) -> None:
+    expression, kind = OURS[what]
+    with pytest.raises(kind):
+        inside(expression)()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError(), BrokenPipeError(), LabError("said"), ValueError("mine")])
+def test_what_is_the_caller_s_passes(error: BaseException) -> None:
+    def callback() -> None:
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        inside("given()")(callback)
+    assert raised.value is error
+
+
+def test_a_block_is_the_caller_s_and_what_opens_it_is_guarded() -> None:
+    steps: list[str] = []
+
+    def block(path: str) -> Iterator[bool]:
+        with open(path, "rb"):
+            yield torch.is_grad_enabled()
+        steps.append("closed")
+
+    ours = FunctionType(block.__code__, {**THERE, "__name__": "llava_lab.look"}, "block", closure=block.__closure__)
+    opened = contextmanager(entry(ours))
+    with pytest.raises(LabError, match=r"^block: cannot read or write /not/here"), opened("/not/here"):
+        steps.append("never")
+    with torch.no_grad(), opened(__file__) as grad:
+        assert grad
+        assert not torch.is_grad_enabled()
+    assert steps == ["closed"]
+    with pytest.raises(RuntimeError, match="mine"), opened(__file__):
+        raise RuntimeError("mine")
+
+
+ENTRIES = [name for name in ll.__all__ if inspect.isfunction(getattr(ll, name))]
+
+
+def test_every_public_function_is_an_entry() -> None:
+    code = {guarded.__code__ for guarded in (entry(lambda: None), entry(_nothing))}
+    bare = [name for name in ENTRIES if _until_entry(getattr(ll, name), code) is None]
+    assert bare == [], "put @entry above them (below @contextmanager)"
+
+
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def _until_entry(function: Any, code: set[Any]) -> Any:
+    while function is not None and function.__code__ not in code:
+        function = getattr(function, "__wrapped__", None)
+    return function
