@@ -3,15 +3,21 @@ transformers' own processing to the pixel, and the map says truly where it went.
 
 from __future__ import annotations
 
+import base64
 import io
+import os
 import struct
+import subprocess
 import warnings
 import zlib
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageFile
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
@@ -19,7 +25,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from llava_lab.errors import CheckpointError, OptionError, PictureError
 from llava_lab.geometry import PictureMap
-from llava_lab.models import Lab
+from llava_lab.models import Lab, pictures
 from llava_lab.models.pictures import MAX_PIXELS, WIDE_GREY, Preprocessing, pad_to_square, read_picture
 
 RED, GREY = (220, 30, 30), (128, 128, 128)
@@ -50,13 +56,58 @@ def assert_one_line(error: pytest.ExceptionInfo[PictureError], *words: str) -> N
         assert word in text
 
 
-def test_path_pil_bytes_and_array_give_the_same_pixels(tmp_path: Path, picture: np.ndarray) -> None:
-    path = saved(Image.fromarray(picture), tmp_path / "a.png")
-    for source in (path, str(path), path.read_bytes(), Image.open(path), Image.fromarray(picture), picture):
-        got = read_picture(source)
-        assert got.dtype == np.uint8
-        assert got.flags.c_contiguous
-        assert np.array_equal(got, picture)
+def encoded(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode()
+
+
+def at_its_end(path: Path) -> io.BytesIO:
+    buffer = io.BytesIO(path.read_bytes())
+    buffer.seek(0, io.SEEK_END)
+    return buffer
+
+
+def channels_first(path: Path) -> torch.Tensor:
+    return torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
+
+
+SOURCES: dict[str, Callable[[Path], Any]] = {
+    "path": lambda path: path,
+    "text": str,
+    "file address": Path.as_uri,
+    "file address of this machine": lambda path: path.as_uri().replace("file://", "FILE://localhost"),
+    "data address": lambda path: f"data:image/png;base64,{encoded(path)}",
+    "data address, quoted": lambda path: f"DATA:;name=a.png;Base64,{encoded(path).replace('+', '%2B').replace('=', '%3D')}",
+    "base64": encoded,
+    "base64 in lines": lambda path: base64.encodebytes(path.read_bytes()).decode(),
+    "base64 for addresses, not padded": lambda path: base64.urlsafe_b64encode(path.read_bytes()).decode().rstrip("="),
+    "base64 bytes": lambda path: encoded(path).encode(),
+    "bytes": Path.read_bytes,
+    "bytearray": lambda path: bytearray(path.read_bytes()),
+    "memoryview": lambda path: memoryview(path.read_bytes()),
+    "BytesIO": at_its_end,
+    "PIL, not decoded": Image.open,
+    "PIL": lambda path: Image.open(path).copy(),
+    "array": lambda path: np.array(Image.open(path)),
+    "tensor, channels first": channels_first,
+    "tensor, channels last": lambda path: channels_first(path).permute(1, 2, 0),
+    "tensor, 0..1": lambda path: (channels_first(path) / 255).requires_grad_(),
+    "tensor, a hair over 1": lambda path: channels_first(path).double() / 255 * (1 + 1e-7),
+}
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_every_way_to_give_a_picture_gives_the_same_pixels(tmp_path: Path, picture: np.ndarray, kind: str) -> None:
+    path = saved(Image.fromarray(picture), tmp_path / "a b%20ü.png")
+    got = read_picture(SOURCES[kind](path))
+    assert got.dtype == np.uint8
+    assert got.flags.c_contiguous
+    assert np.array_equal(got, picture)
+
+
+def test_an_open_file_is_read_from_its_beginning(tmp_path: Path, picture: np.ndarray) -> None:
+    with saved(Image.fromarray(picture), tmp_path / "a.png").open("rb") as file:
+        assert np.array_equal(read_picture(file), picture)
+        assert np.array_equal(read_picture(file), picture)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "LA", "PA", "RGBa", "RGBX", "F"])
@@ -94,6 +145,25 @@ def test_16_bit_grey_is_scaled_not_clipped(mode: str) -> None:
     for x, value in enumerate((0, 257 * 100, 65535)):
         image.putpixel((x, 0), value)
     assert read_picture(image)[0, :, 0].tolist() == [0, 100, 255]
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.int16, np.int64, "I", "I;16 TIFF", "int32 TIFF"])
+def test_wide_grey_within_8_bits_looks_the_same_however_it_is_given(tmp_path: Path, kind: Any) -> None:
+    """As 16 bits, where 0..255 would be next to black, it is refused."""
+    grey = np.array([[30, 200], [0, 255]])
+    path = tmp_path / "a.tiff"
+    if isinstance(kind, type):
+        source: Any = grey.astype(kind)
+    elif kind == "I;16 TIFF":
+        source = saved(Image.fromarray(grey.astype(np.uint16)), path)
+    else:
+        image = Image.fromarray(grey.astype(np.int32))
+        source = image if kind == "I" else saved(image, path)
+    if kind == "I;16 TIFF":
+        with pytest.raises(PictureError, match="next to black"):
+            read_picture(source)
+    else:
+        assert np.array_equal(read_picture(source), np.repeat(grey[..., None], 3, 2))
 
 
 def test_16_bit_png_file_is_scaled(tmp_path: Path) -> None:
@@ -153,31 +223,96 @@ def test_the_given_array_and_image_are_left_alone(picture: np.ndarray) -> None:
         (np.full((2, 2, 3), np.nan), ("finite",)),
         (np.full((2, 2, 3), -1), ("0..255", "-1")),
         (np.full((2, 2, 3), 300), ("0..255", "300")),
+        (np.full((2, 2), 255, np.uint16), ("next to black", "0..65535")),
+        (np.full((2, 2, 3), 1.01), ("0..1", "255")),
+        (np.full((2, 2, 3), -2.1), ("0..1", "normalisation")),
+        (torch.zeros(2, 3, 9, 9), ("2x3x9x9",)),
+        (torch.zeros(1, 3, 9, 9), ("batch of one", "picture[0]")),
+        (torch.zeros(3, 9, 3), ("first or last",)),
+        (torch.empty(3, 9, 9, device="meta"), ("no plain values",)),
+        (torch.zeros(3, 9, 9).to_sparse(), ("no plain values",)),
         (np.full((2, 2, 3), "x"), ("uint8",)),
         (np.full((2, 2, 3), 1j), ("uint8",)),
     ],
 )
-def test_unsound_arrays_are_refused(array: np.ndarray, words: tuple[str, ...]) -> None:
+def test_unsound_arrays_are_refused(array: Any, words: tuple[str, ...]) -> None:
     with pytest.raises(PictureError) as error:
         read_picture(array)
     assert_one_line(error, *words)
 
 
-def test_missing_empty_folder_text_and_address_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "empty.png").touch()
-    (tmp_path / "text.png").write_text("no picture at all")
-    for source, words in (
-        (tmp_path / "none.png", ("no such picture",)),
-        (tmp_path / "empty.png", ("empty", "0 bytes")),
-        (tmp_path, ("folder",)),
-        (tmp_path / "text.png", ("not a picture",)),
-        ("https://example.org/a.png", ("download",)),
-        (b"", ("empty",)),
-        (3, ("int",)),
-    ):
+def closed(source: Any) -> Any:
+    source.close()
+    return source
+
+
+def pipe(folder: Path) -> Path:
+    os.mkfifo(folder / "pipe")
+    return folder / "pipe"
+
+
+def holding(folder: Path, text: str) -> Path:
+    (folder / "a.png").write_text(text)
+    return folder / "a.png"
+
+
+UNSOUND: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "missing": (lambda folder: folder / "none.png", "no such picture"),
+    "empty file": (lambda folder: holding(folder, ""), "0 bytes"),
+    "folder": (lambda folder: folder, "folder"),
+    "text": (lambda folder: holding(folder, "no picture at all"), "not a picture"),
+    "pipe": (pipe, "pipe"),
+    "no name": (lambda folder: " ", "path is empty"),
+    "NUL": (lambda folder: "a\0b.png", "no such picture"),
+    "half a surrogate": (lambda folder: "\ud800.png", "no such picture"),
+    "lines in a name": (lambda folder: "a\nb\x1b[31m.png", "no such picture"),
+    "long name": (lambda folder: "a" * 100_000, "cannot be read"),
+    "nobody's home": (lambda folder: "~nobody-of-this-name/a.png", "cannot be read"),
+    "web address": (lambda folder: "https://example.org/a.png", "download"),
+    "store address": (lambda folder: "s3://bucket/a.png", "download"),
+    "file address of another machine": (lambda folder: "file://other/a.png", "another machine"),
+    "malformed address": (lambda folder: "file://[a/b.png", "malformed"),
+    "data address without data": (lambda folder: "data:image/png;base64", "cannot be decoded"),
+    "data address, not base64": (lambda folder: "data:image/png;base64,!!!", "cannot be decoded"),
+    "data address of a drawing": (lambda folder: "data:image/svg+xml;utf8,<svg/>", "not a picture"),
+    "base64 of no picture": (lambda folder: "abcdefgh" * 20, "no such picture"),
+    "base64 cut short": (lambda folder: base64.b64encode(png_claiming(9, 9)).decode()[:80], "damaged or cut short"),
+    "no bytes": (lambda folder: b"", "empty"),
+    "empty file object": (lambda folder: io.BytesIO(), "empty"),
+    "closed file object": (lambda folder: closed(io.BytesIO(b"x")), "closed"),
+    "text file object": (lambda folder: io.StringIO("x"), "binary"),
+    "closed PIL": (lambda folder: closed(Image.new("RGB", (3, 3))), "closed"),
+    "number": (lambda folder: 3, "int"),
+    "nothing": (lambda folder: None, "NoneType"),
+    "dict": (lambda folder: {"bytes": b""}, "dict"),
+}
+
+
+@pytest.mark.parametrize("kind", UNSOUND)
+def test_what_is_no_picture_is_refused_in_one_line(tmp_path: Path, kind: str) -> None:
+    make, words = UNSOUND[kind]
+    with pytest.raises(PictureError) as error:
+        read_picture(make(tmp_path))
+    assert_one_line(error, words)
+
+
+def test_no_other_program_is_started_to_decode_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(Image.new("RGB", (9, 9)), tmp_path / "a.eps")
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **options: pytest.fail("a program was started"))
+    for source in (path, path.read_bytes(), Image.open(io.BytesIO(path.read_bytes())), path.rename(tmp_path / "b.png")):
         with pytest.raises(PictureError) as error:
-            read_picture(source)  # type: ignore[arg-type]
-        assert_one_line(error, *words)
+            read_picture(source)
+        assert_one_line(error)
+
+
+@pytest.mark.parametrize("name", ["a.avif", "a.webp", "a.png", "a.jpg", "a.tiff", "a.jp2", "a.ico"])
+def test_a_damaged_file_gives_a_picture_or_our_error(tmp_path: Path, picture: np.ndarray, name: str) -> None:
+    whole = saved(Image.fromarray(picture).resize((64, 48)), tmp_path / name).read_bytes()
+    for place in np.random.default_rng(0).integers(0, len(whole), 40):
+        broken = bytearray(whole)
+        broken[place] ^= 0xFF
+        with suppress(PictureError):
+            assert read_picture(broken).ndim == 3
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.gif", "a.webp", "a.bmp", "a.tiff"])
@@ -206,6 +341,31 @@ def test_decompression_bombs_are_refused_before_decoding(tmp_path: Path, width: 
     with pytest.raises(PictureError) as error:
         read_picture(path)
     assert_one_line(error, f"{MAX_PIXELS:,}")
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "PIL", "array"])
+def test_what_is_above_the_limit_is_read_smaller_where_it_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    for name, most in (("MAX_PIXELS", 4000), ("IN_MEMORY", 8000)):
+        monkeypatch.setattr(pictures, name, most)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
+    wide = Image.new("RGB", (120, 60), RED)
+    if kind == "jpeg":
+        got = read_picture(saved(wide, tmp_path / "a.jpg"))
+    else:
+        got = read_picture(wide if kind == "PIL" else np.asarray(wide))
+    assert got.shape == (30, 60, 3)
+    assert np.abs(got.astype(int) - RED).max() <= 2
+    assert "read as 60x30" in caplog.text
+    for refused in (
+        saved(wide, tmp_path / "a.png"),
+        Image.new("RGB", (90, 90)),
+        np.zeros((60, 120, 3)),
+        Image.new("I", (120, 60)),
+    ):
+        with pytest.raises(PictureError, match="limit"):
+            read_picture(refused)
 
 
 def test_the_limit_holds_when_pillow_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,10 +498,22 @@ def test_a_processor_of_another_size_is_refused() -> None:
         Preprocessing.of(odd, image_size=32, patch=8, grid=(4, 4))
 
 
-@pytest.mark.parametrize(("fit", "shape"), [("pad", (1, 20_000, 3)), ("crop", (200_000, 1, 3))])
-def test_a_ribbon_that_would_grow_beyond_memory_is_refused(fit: str, shape: tuple[int, ...]) -> None:
+def test_a_ribbon_that_would_grow_beyond_memory_is_refused() -> None:
     with pytest.raises(PictureError, match="grows to"):
-        preprocessing().pixels(np.zeros(shape, np.uint8), fit)
+        preprocessing().pixels(np.zeros((200_000, 1, 3), np.uint8), "crop")
+
+
+def test_a_panorama_is_made_smaller_before_its_square_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pixels and its place on the map are those of the whole picture, to a fraction of a model pixel."""
+    panorama = np.full((100, 400, 3), MEAN, np.uint8)
+    panorama[60:90, 310:390] = (255, 0, 0)
+    whole = preprocessing().pixels(panorama, "pad")
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 150 * 150)
+    small = preprocessing().pixels(panorama, "pad")
+    assert small.shape == whole.shape
+    assert float((small - whole).abs().max()) < 0.15 * float(whole.max() - whole.min())
+    redness = (small[0, 0] - small[0, 2]).numpy().reshape(4, 8, 4, 8).mean((1, 3))
+    assert np.unravel_index(redness.argmax(), (4, 4)) == preprocessing().map(400, 100, "pad").patch_at(350, 75)
 
 
 def test_a_lab_records_the_fit_and_the_two_differ(tiny_random: Lab, picture: np.ndarray) -> None:
