@@ -7,6 +7,7 @@ raise is told from both by `foreign_line`.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 
@@ -19,6 +20,10 @@ LIBRARIES = frozenset(
         *("beartype", "jaxtyping"),  # stand between ours and ours while tests run
     }
 )
+
+# What moves a terminal's cursor, colours or turns its text: control characters but tab and line end, marks that turn the
+# direction of writing, and halves of characters that cannot be written at all.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class LabError(ValueError):
@@ -56,6 +61,11 @@ class BudgetError(LabError):
 def one_line(error: BaseException) -> str:
     """Another library's error as one short line, for the message of ours."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def printable(text: str) -> str:
+    """`text` for a terminal: what would steer it is written out as JSON writes it, an escape as backslash and ``u001b``."""
+    return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def foreign_line(error: Exception) -> str | None:

@@ -34,18 +34,20 @@ import numpy as np
 from PIL import Image
 
 from llava_lab.attribution.registry import works_at
-from llava_lab.checks import one_of, whole_number
+from llava_lab.checks import number, one_of, whole_number
 from llava_lab.errors import BudgetError, CheckpointError, EndpointError, OptionError
 from llava_lab.geometry import PictureMap
 from llava_lab.models import text as prompts
 from llava_lab.models.pictures import PictureLike, read_picture
-from llava_lab.remote.client import Endpoint, Reply, ReplyCache, read_reply, token_id
+from llava_lab.remote.client import Endpoint
+from llava_lab.remote.replies import Reply, ReplyCache, token_id
 from llava_lab.results import Run
 
 PREFIX = "openai:"
 SCORINGS = ("auto", "top", "prefill", "agreement")
 MOST_LISTED = 20  # tokens OpenAI and vLLM list at each place
 LARGEST_GRID = 64  # cells a side
+LONGEST_WAIT = 86_400  # seconds for one reply
 INSIDE = frozenset(  # what a Lab has and a closed model has not
     {"model", "processor", "tokenizer", "connector", "preprocessing", "swap", "inputs", "sequence", "pixels", "measure"}
     | {"image_id", "eos_ids", "card", "dtype", "context"}
@@ -125,16 +127,20 @@ class BlackBox:
         key, ``OPENAI_API_KEY`` if it is not named. `timeout`: seconds for a whole reply. `longest`: pixels of the longer
         side as sent. `system`: a system text. `detail`: OpenAI's "low", "high" or "auto".
         """
-        if not model.strip():
+        if not isinstance(model, str) or not model.strip():
             raise OptionError(f"expected {PREFIX}MODEL with the name the server knows, got {PREFIX + model!r}")
         self.model_name, self.name = model, f"{PREFIX}{model}"
-        self.grid, self.scoring, self.floor = _grid(grid), one_of("scoring", scoring, SCORINGS), float(floor)
+        self.grid, self.scoring, self.floor = (
+            _grid(grid),
+            one_of("scoring", scoring, SCORINGS),
+            number("floor", floor, least=-1000),
+        )
         self.repeats, self.parallel = whole_number("repeats", repeats, least=1), whole_number("parallel", parallel, least=1)
         self.longest, self.price = whole_number("longest", longest, least=1), _price(price)
-        if not -1000 <= floor < 0:
+        if not -1000 <= self.floor < 0:
             raise OptionError(f"floor is the log-probability of what is not listed, below 0; got {floor!r}")
-        if not 0 < timeout < float("inf"):
-            raise OptionError(f"timeout must be seconds above 0, got {timeout!r}")
+        if not 0 < number("timeout", timeout) <= LONGEST_WAIT:
+            raise OptionError(f"timeout must be seconds above 0 and at most {LONGEST_WAIT:,}, got {timeout!r}")
         self.system, self.detail = system, detail
         self.endpoint = Endpoint(
             base_url,
@@ -199,9 +205,8 @@ class BlackBox:
         turns = tuple(prompts.turns(question, history))
         reply = self.replies([Look(self.shrunk(pixels), turns, max_new_tokens, float(temperature), seed)])[0]
         if not reply.text:
-            raise EndpointError(
-                f"{self.name!r} gave no text (it stopped with {reply.stopped!r}); ask otherwise, or for more tokens"
-            )
+            why = reply.silence or f"it stopped with {reply.stopped!r}; ask otherwise, or for more tokens"
+            raise EndpointError(f"{self.name!r} gave no text: {why}")
         if on_token:
             on_token(reply.text)
         options = {"max_new_tokens": max_new_tokens, "temperature": float(temperature), "stopped": reply.stopped}
@@ -259,7 +264,7 @@ class BlackBox:
         Image.fromarray(look.picture).save(buffer, "PNG")
         address = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
         try:
-            reply = read_reply(self.endpoint.post(self._body(look, address), stop))
+            reply = self.endpoint.ask(self._body(look, address), stop)
         except EndpointError:
             # told here, not by who waits: this thread would take the next request before the other hears of it
             stop.set()

@@ -1,64 +1,78 @@
-"""One address of an OpenAI-compatible server: requests with a budget, retries, a key that stays unseen, and the replies.
+"""One address of an OpenAI-compatible server: requests with a budget, retries, a deadline, and a key that stays unseen.
 
-- **Key.** Read from the environment for every request, never kept on an object, and cut out of whatever a server
-  sends back. Plain http to another machine carries it only if its variable was named. Redirects are never followed.
+- **Key.** Read from the environment for every request and known only to the thread that sends it. That thread gives
+  back a `Reply` or a `Failure` and never an exception, whose frames would hold the key; every text in either has had
+  the key cut out (`hiding`) after it was put together and before it was shortened. Plain http to another machine
+  carries it only if its variable was named. Redirects are never followed.
+- **Time.** `timeout` is for the whole request, from the search for the address to the last byte. Who asks waits that
+  long and then shuts the connection, whatever is dripped into it; that works where a time limit on each read does not.
 - **Budget.** Every request that leaves counts, retries too, for a retry may be charged as well.
 - **Retries.** 408, 429, 5xx, time-outs, broken connections and damaged JSON, with doubling pauses or the server's
   own ``Retry-After``. Everything else is the user's to mend and is said at once.
-- **Replies.** Read once, here: text, tokens with their log-probabilities where the server gives them, and what was
-  used. Tokens are compared by their bytes, since a server gives no numbers for them; `token_id` turns bytes into the
-  number that a `Run` holds. `ReplyCache` remembers replies by what was asked, without pictures, questions or key.
+- **Options.** What a server refuses is left out or made smaller from then on (`OPTIONS`). Which option that is, is read
+  from the field that its error names, and else from its words.
 
     endpoint = Endpoint("http://127.0.0.1:8000/v1", max_requests=10)
-    reply = read_reply(endpoint.post({"model": "name", "messages": [{"role": "user", "content": "Hello"}]}))
+    reply = endpoint.ask({"model": "name", "messages": [{"role": "user", "content": "Hello"}]})
 
 Why the standard library and not the official ``openai`` package (tried with 3.57): what it would save is one method
-here, `Endpoint._send`. Its time-out starts anew with every byte, so a server that drips is never left; its errors carry
+here, `Endpoint._talk`. Its time-out starts anew with every byte, so a server that drips is never left; its errors carry
 the request with the key in it; under it httpx writes a reply's headers, and a key echoed in them, to the debug log; and
 importing it takes seconds. Counting, pauses, messages and the cutting out of the key would stay as they are.
-
-Source: OpenAI's chat completions (``choices[].message.content``, ``choices[].logprobs.content[].top_logprobs``),
-which vLLM, llama.cpp's server and Ollama follow.
 """
 
 from __future__ import annotations
 
+import base64
 import email.utils
-import hashlib
 import http.client
 import ipaddress
 import json
 import logging
-import math
 import os
+import queue
 import random
 import re
+import socket
 import ssl
 import threading
 import time
-import urllib.error
-import urllib.request
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
 from email.message import Message
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
-from llava_lab.errors import BudgetError, EndpointError, OptionError
-from llava_lab.results.save import whole_file
+from llava_lab.errors import BudgetError, EndpointError, OptionError, printable
+from llava_lab.remote.replies import LARGEST, Hide, Reply, read_reply, short
 
 logger = logging.getLogger(__name__)
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 TRANSIENT = (408, 409, 429, 500, 502, 503, 504, 529)
-LARGEST = 32 * 2**20  # bytes of a reply; an answer has a few thousand
+NOT_TAKEN = (400, 403, 405, 415, 422, 501)  # may be about an option
+NO_CREDIT = ("insufficient_quota", "billing_hard_limit_reached", "insufficient_credits")
 FIRST_PAUSE = 0.5  # seconds, doubled each time
 LONGEST_PAUSE = 60.0  # seconds; a server that asks for more is not waited for
 SHORTEST_SECRET = 8  # characters; what is shorter ("EMPTY", "x") is no secret and may be part of any text
 EXAMPLE = "http://127.0.0.1:8000/v1"
+AT_V1 = "base_url usually ends in /v1"
 
-# What newer or smaller servers refuse, and what is sent instead of it: nothing, or another name.
-INSTEAD = {"max_tokens": "max_completion_tokens", "top_logprobs": None, "logprobs": None, "seed": None, "temperature": None}
+# What newer or smaller servers refuse, how their errors write it, and what is sent instead: nothing, or another name.
+OPTIONS = {
+    "top_logprobs": (r"top[\s_-]?log[\s_-]?prob", None),
+    "logprobs": (r"(?<!top.)(?<!top)log[\s_-]?prob", None),
+    "max_tokens": (r"\bmax[\s_-]?tokens\b", "max_completion_tokens"),
+    "temperature": (r"\btemperature\b", None),
+    "seed": (r"\bseed\b", None),
+    "stream": (r"\bstream\b", None),
+}
+LISTED = ("top_logprobs", "logprobs")
+FEWER = (5, 0)  # likeliest tokens at each place that a server may still list where it refuses more
+FIELDS = ("param", "loc", "field", "parameter")  # of an error: where it is
+ECHOES = ("input", "body", "request", "ctx")  # of an error: what was sent, which names everything
 
 
 @dataclass(frozen=True)
@@ -68,14 +82,29 @@ class Failure:
     message: str
     passing: bool = False  # trying again may help
     wait: float | None = None  # seconds until then, as the server asks
-    refusal: str = ""  # what a 400 says, which may name one of `INSTEAD`
+    refused: tuple[str, ...] = ()  # of `OPTIONS`
+    fewer: bool = False  # and the number of likeliest tokens may be what is wrong
 
 
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirect is an answer like any other: nothing is sent to where it points."""
+class _Line:
+    """A connection's socket, which another thread may shut: at once, or as soon as there is one."""
 
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        return None
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._socket: socket.socket | None = None
+        self._shut = False
+
+    def opened(self, connected: socket.socket) -> None:
+        with self._lock:
+            if self._shut:
+                raise TimeoutError
+            self._socket = connected
+
+    def shut(self) -> None:
+        with self._lock, suppress(OSError):
+            self._shut = True
+            if self._socket:
+                self._socket.shutdown(socket.SHUT_RDWR)
 
 
 class Endpoint:
@@ -90,10 +119,9 @@ class Endpoint:
         self.timeout, self.retries = timeout, retries
         self.max_requests = max_requests
         self.requests = 0  # sent so far
-        self.left_out: tuple[str, ...] = ()  # of `INSTEAD`, what this server refused
+        self.left_out: tuple[str, ...] = ()  # of `OPTIONS`, what this server refused
+        self.most_listed: int | None = None  # likeliest tokens at each place, where it refused more
         self._lock = threading.Lock()
-        proxies = [urllib.request.ProxyHandler({})] if _is_local(self.base_url) else []
-        self._opener = urllib.request.build_opener(_NoRedirects, *proxies)
 
     @property
     def left(self) -> int:
@@ -102,33 +130,39 @@ class Endpoint:
 
     def key(self) -> str:
         """The key to send now, or nothing. Raises EndpointError where the named variable holds none, or no possible one."""
+        # what is raised has frames, and no frame here holds the key
+        if fault := self._fault_of_key():
+            raise EndpointError(f"the variable {self.key_variable} {fault}")
+        safe = self.base_url.startswith("https://") or _is_local(self.base_url) or self.key_is_named
+        return os.environ.get(self.key_variable, "").strip() if safe else ""
+
+    def _fault_of_key(self) -> str:
         key = os.environ.get(self.key_variable, "").strip()
         if self.key_is_named and not key:
-            raise EndpointError(f"the variable {self.key_variable} holds no key; set it before asking")
-        if not key.isascii() or not key.isprintable():
-            raise EndpointError(f"the variable {self.key_variable} holds characters that no key has; set it again")
-        safe = self.base_url.startswith("https://") or _is_local(self.base_url) or self.key_is_named
-        return key if safe else ""
+            return "holds no key; set it before asking"
+        return "" if key.isascii() and key.isprintable() else "holds characters that no key has; set it again"
 
-    def post(self, body: dict[str, Any], stop: threading.Event | None = None) -> dict[str, Any]:
-        """The server's JSON for `body`. `stop`, when set, ends the waiting between retries.
+    def ask(self, body: dict[str, Any], stop: threading.Event | None = None) -> Reply:
+        """The server's answer to `body`. `stop`, when set, ends the waiting between retries.
 
         Raises EndpointError (unreachable, refused, not an answer), BudgetError (no request left).
         """
         stop = stop or threading.Event()
         tries = 0
         while not stop.is_set():
+            self.key()
             self._count()
-            outcome = self._send(json.dumps(self._as_taken(body)).encode())
-            if isinstance(outcome, dict):
+            sent = self._as_taken(body)
+            outcome = self._send(json.dumps(sent).encode())
+            if isinstance(outcome, Reply):
                 return outcome
-            if self._leave_out(body, outcome.refusal):
+            if self._leave_out(sent, outcome):
                 tries = 0
                 continue
             if not outcome.passing:
                 raise EndpointError(outcome.message)
             if outcome.wait is not None and outcome.wait > LONGEST_PAUSE:
-                asked = f"it asks to wait {outcome.wait:.0f} s, more than {LONGEST_PAUSE:g}; try later"
+                asked = f"it asks to wait {outcome.wait:.6g} s, more than {LONGEST_PAUSE:g}; try later"
                 raise EndpointError(f"{outcome.message}; {asked}")
             tries += 1
             if tries > self.retries:
@@ -147,105 +181,148 @@ class Endpoint:
                 )
             self.requests += 1
 
-    def _send(self, data: bytes) -> dict[str, Any] | Failure:
-        """One request. No exception of the HTTP client leaves here: it could carry the headers."""
-        key = self.key()
+    def _send(self, data: bytes) -> Reply | Failure:
+        """One request on a thread of its own, left when its time is up."""
+        line = _Line()
+        outcomes: queue.SimpleQueue[Reply | Failure] = queue.SimpleQueue()
+        threading.Thread(target=lambda: outcomes.put(self._exchange(data, line)), name="request", daemon=True).start()
+        try:
+            return outcomes.get(timeout=self.timeout)
+        except queue.Empty:
+            line.shut()
+            return self._unreached(TimeoutError())
+
+    def _exchange(self, data: bytes, line: _Line) -> Reply | Failure:
+        """Ask, and read what comes. No exception leaves here, for its frames hold the key."""
+        hide: Hide = str
+        try:
+            key = self.key()
+            hide = hiding(key)
+            outcome = self._judge(*self._talk(key, data, line), key, hide)
+        except Exception as error:  # of the client, the connection, or a reply that nobody thought of
+            outcome = self._unreached(error)
+        return replace(outcome, message=printable(hide(outcome.message))) if isinstance(outcome, Failure) else outcome
+
+    def _talk(self, key: str, data: bytes, line: _Line) -> tuple[int, Message, str]:
+        """Status, headers and body, whatever they are."""
         headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "llava-lab"}
         if key:
             headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(f"{self.base_url}/chat/completions", data, headers, method="POST")
-        deadline = time.monotonic() + self.timeout
-        try:
-            try:
-                reply: Any = self._opener.open(request, timeout=self.timeout)
-            except urllib.error.HTTPError as error:
-                reply = error  # an answer too: it has a status, headers and a body
-            with reply:
-                status, about, text = reply.status, reply.headers, _read(reply, deadline)
-        except (OSError, http.client.HTTPException, EndpointError) as error:
-            return self._unreached(error)
-        return self._judge(status, about, without(key, text), key)
+        url = urlsplit(f"{self.base_url}/chat/completions")
+        connection, place, further = _connection(url, self.timeout)
+        with closing(connection):
+            connection.connect()
+            line.opened(connection.sock)
+            connection.request("POST", place, data, headers | further)
+            reply = connection.getresponse()
+            body = bytearray()
+            while part := reply.read1(65536):
+                body += part
+                if len(body) > LARGEST:
+                    raise EndpointError(f"a reply of more than {LARGEST:,} bytes is no answer")
+            return reply.status, reply.headers, body.decode("utf-8", "replace")
 
-    def _judge(self, status: int, headers: Message, text: str, key: str) -> dict[str, Any] | Failure:
-        if status == 200:
-            return self._read_json(headers, text, key)
-        reason = without(key, _reason(text))
-        where = f"{self.base_url} answered {status}" + (f" ({reason})" if reason else "")
-        if 300 <= status < 400:
-            to = urlsplit(headers.get("Location") or "")
-            host = to.netloc.rpartition("@")[2]
-            place = f"{to.scheme}://{host}{to.path}".removesuffix("/chat/completions") if host else "elsewhere"
-            sends = f"sends on to {without(key, place)}, which is not followed"
-            return Failure(f"{where} and {sends}; if that is right, give it as base_url")
-        if status in (401, 403):
-            wrong = "does not accept the key in" if key else "wants a key, and none was sent; set the variable"
-            return Failure(f"{where}: it {wrong} {self.key_variable}")
-        if status == 404:
-            return Failure(f"{where}: no such model or address; base_url usually ends in /v1")
-        if status == 429 and "insufficient_quota" in text:
-            return Failure(f"{where}: the account has no credit left")
-        if status in TRANSIENT:
-            return Failure(where, passing=True, wait=retry_after(headers))
-        return Failure(where, refusal=text if status in (400, 422) else "")
-
-    def _read_json(self, headers: Message, text: str, key: str) -> dict[str, Any] | Failure:
-        answered = f"{self.base_url} answered with"
-        kind = headers.get_content_type()
-        if headers.get("Content-Type") and "json" not in kind:
-            return Failure(f"{answered} {kind}, expected application/json; base_url usually ends in /v1")
+    def _judge(self, status: int, headers: Message, text: str, key: str, hide: Hide) -> Reply | Failure:
         try:
             data = json.loads(text)
-        except ValueError:
-            return Failure(f"{answered} damaged JSON of {len(text)} characters", passing=True)
-        if not isinstance(data, dict):
-            return Failure(f"{answered} a JSON {type(data).__name__}, expected an object")
-        if data.get("error") and not data.get("choices"):
-            return Failure(f"{answered} an error ({without(key, _reason(text))})")
-        return without(key, data)
+        except (ValueError, RecursionError):
+            data = None
+        answered = f"{self.base_url} answered"
+        if 200 <= status < 300:
+            if text.lstrip().startswith("data:") or headers.get_content_type() == "text/event-stream":
+                return Failure(f"{answered} in pieces although stream: false was sent; it streams in any case, tell it not to")
+            if headers.get("Content-Type") and "json" not in headers.get_content_type():
+                return Failure(f"{answered} with {headers.get_content_type()}, expected application/json; {AT_V1}")
+            if data is None:
+                return Failure(f"{answered} with damaged JSON of {len(text)} characters", passing=True)
+            if not isinstance(data, dict):
+                return Failure(f"{answered} with a JSON {type(data).__name__}, expected an object")
+            error = _error_of(data)
+            if not error:
+                return read_reply(data, hide)
+            code = error.get("code") if isinstance(error, dict) else None
+            # sent after the work had begun, when the status had gone out
+            status = code if isinstance(code, int) and 400 <= code < 600 else 200
+        reason = short(_reason(text if data is None else data), hide)
+        where = f"{answered} {status}" + (f" ({reason})" if reason else "")
+        if status == 200:
+            return Failure(f"{answered} with an error ({reason})")
+        if 300 <= status < 400:
+            sends = f"sends on to {_place(headers)}, which is not followed"
+            return Failure(f"{where} and {sends}; if that is right, give it as base_url")
+        told = list(_told(data)) if status in NOT_TAKEN else []
+        if refused := _named(told):
+            # "at most 5" is about the number, "not supported" about the thing
+            numbered = any(re.search(r"(?<![\w.-])\d+(?![\w.-])", words) for name, words in told if name not in FIELDS)
+            return Failure(where, refused=refused, fewer="top_logprobs" in refused or numbered)
+        if status == 401 or (status == 403 and not key):
+            wrong = "does not accept the key in" if key else "wants a key, and none was sent; set the variable"
+            return Failure(f"{where}: it {wrong} {self.key_variable}")
+        if status == 403:
+            return Failure(f"{where}: it does not allow this to the key in {self.key_variable}")
+        if status == 402 or (status == 429 and any(word in NO_CREDIT for _, word in _told(data))):
+            return Failure(f"{where}: the account has no credit left")
+        if status == 404:
+            return Failure(f"{where}: no such model or address; {AT_V1}")
+        passing = status in TRANSIENT
+        return Failure(where, passing, retry_after(headers) if passing else None)
 
     def _unreached(self, error: Exception) -> Failure:
-        cause = getattr(error, "reason", error)
-        if isinstance(cause, ConnectionRefusedError):
+        if isinstance(error, ConnectionRefusedError):
             return Failure(f"nothing listens at {self.base_url}; is the server started, and is the port right?")
-        if isinstance(cause, (ssl.SSLError, ssl.CertificateError)):
-            return Failure(f"{self.base_url} has no certificate this machine trusts ({type(cause).__name__})")
-        if isinstance(cause, TimeoutError):
+        if isinstance(error, (ssl.SSLError, ssl.CertificateError)):
+            return Failure(f"{self.base_url} has no certificate this machine trusts ({type(error).__name__})")
+        if isinstance(error, TimeoutError):
             return Failure(f"{self.base_url} gave no answer within {self.timeout:g} s", passing=True)
-        if isinstance(cause, (ConnectionError, http.client.HTTPException)):
-            return Failure(f"the connection to {self.base_url} broke ({type(cause).__name__})", passing=True)
-        if isinstance(cause, EndpointError):
-            return Failure(str(cause))
-        return Failure(f"{self.base_url} cannot be reached ({type(cause).__name__})")
+        if isinstance(error, (ConnectionError, http.client.HTTPException)):
+            return Failure(f"the connection to {self.base_url} broke ({type(error).__name__})", passing=True)
+        if isinstance(error, EndpointError):
+            return Failure(str(error))
+        if isinstance(error, OSError):
+            return Failure(f"{self.base_url} cannot be reached ({type(error).__name__})")
+        return Failure(f"{self.base_url} answered with what cannot be read ({type(error).__name__})")
 
     def _as_taken(self, body: dict[str, Any]) -> dict[str, Any]:
-        """`body` without what this server refused, or with it under another name."""
-        names = {name: INSTEAD[name] if name in self.left_out else name for name in body}
+        """`body` without what this server refused, or with less of it, or with it under another name."""
+        body = {"stream": False, **body}
+        if self.most_listed is not None and "top_logprobs" in body:
+            body["top_logprobs"] = min(body["top_logprobs"], self.most_listed)
+            if body["top_logprobs"] == 0:
+                del body["top_logprobs"]
+        names = {name: OPTIONS[name][1] if name in self.left_out else name for name in body}
         return {name: body[old] for old, name in names.items() if name}
 
-    def _leave_out(self, body: dict[str, Any], refusal: str) -> bool:
-        """Whether `refusal` names something that can be left out; from now on it is."""
-        for name in INSTEAD:
-            if name in body and name not in self.left_out and re.search(rf"\b{name}\b", refusal):
-                both = ("top_logprobs", "logprobs") if "logprobs" in name else (name,)  # neither goes without the other
-                with self._lock:
+    def _leave_out(self, sent: dict[str, Any], failure: Failure) -> bool:
+        """Whether of what was sent something can be left out or made smaller; from now on it is."""
+        names = [name for name in failure.refused if name in sent]
+        with self._lock:
+            for name in names:
+                listed = sent.get("top_logprobs", 0) if name in LISTED else 0
+                if listed and failure.fewer:
+                    fewer = next(number for number in FEWER if number < listed)
+                    # another thread may have learnt more meanwhile
+                    self.most_listed = fewer if self.most_listed is None else min(self.most_listed, fewer)
+                    logger.info("%s lists no %d likeliest tokens; asking for %d", self.base_url, listed, self.most_listed)
+                else:
+                    both = LISTED if name in LISTED else (name,)  # neither goes without the other
                     self.left_out = tuple(dict.fromkeys((*self.left_out, *both)))
-                logger.info("%s takes no %s; asking without", self.base_url, " and ".join(both))
+                    logger.info("%s takes no %s; asking without", self.base_url, " and ".join(both))
                 return True
         return False
 
 
-def without(key: str, value: Any) -> Any:
-    """Text or JSON without the key, also where it is spelt in bytes, as tokens are."""
+def hiding(key: str) -> Hide:
+    """A function that cuts `key` out of a text, in whatever spelling a header, an address, HTML or JSON may hold it.
+
+    Upper or lower case; with JSON's, percent and HTML escapes; with blanks or what is not shown between its letters.
+    """
     if len(key) < SHORTEST_SECRET:
-        return value
-    if isinstance(value, str):
-        return value.replace(key, "[key]")
-    if isinstance(value, dict):
-        return {without(key, name): without(key, item) for name, item in value.items()}
-    if isinstance(value, list):
-        spells_it = all(isinstance(item, int) and 0 <= item < 256 for item in value) and key.encode() in bytes(value)
-        return None if spells_it else [without(key, item) for item in value]
-    return value
+        return str
+    blank = "[^!-~]*"  # is never part of a letter, so that the search takes one pass
+    codes = [(re.escape(letter), ord(letter)) for letter in key]
+    letters = [rf"\\*(?:{own}|u00{n:02x}|x{n:02x}|%(?:25)*{n:02x}|&#(?:0*{n}|x0*{n:x});)" for own, n in codes]
+    pattern = re.compile(blank.join(letters), re.IGNORECASE | re.ASCII)
+    return lambda text: pattern.sub("[key]", text)
 
 
 def retry_after(headers: Message) -> float | None:
@@ -255,23 +332,26 @@ def retry_after(headers: Message) -> float | None:
         if text.replace(".", "", 1).isdigit():
             return float(text)
         return max(email.utils.parsedate_to_datetime(text).timestamp() - time.time(), 0.0)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         return None
 
 
 def _checked(base_url: str) -> str:
     if not isinstance(base_url, str) or not base_url.strip():
         raise OptionError(f"a model behind a server needs base_url, the address that pictures are sent to, such as {EXAMPLE!r}")
+    base_url = base_url.strip()
     try:
-        parts = urlsplit(base_url.strip())
-        fine, _ = parts.scheme in ("http", "https") and bool(parts.hostname), parts.port
+        parts = urlsplit(base_url)
+        host = (parts.hostname or "").encode("idna")  # what cannot be looked up has no such form
+        fine = parts.scheme in ("http", "https") and bool(host) and parts.port != 0
+        fine = fine and parts.path.isascii() and not re.search(r"[^!-~]", host.decode())
     except ValueError:
         fine, parts = False, urlsplit("")
-    if parts.username or parts.password or parts.query or parts.fragment:  # not repeated: it may hold a secret
+    if "@" in base_url or parts.query or parts.fragment:  # not repeated: it may hold a secret
         raise OptionError("base_url must hold no user, password, query or fragment; a key is read from the environment")
-    if not fine:
-        raise OptionError(f"base_url must be an address such as {EXAMPLE!r}, got {base_url!r}")
-    return base_url.strip().rstrip("/").removesuffix("/chat/completions")
+    if not fine or re.search(r"[\s\x00-\x1f\x7f]", base_url):
+        raise OptionError(f"base_url must be an address such as {EXAMPLE!r}, got {base_url[:100]!r}")
+    return base_url.rstrip("/").removesuffix("/chat/completions")
 
 
 def _is_local(base_url: str) -> bool:
@@ -282,154 +362,72 @@ def _is_local(base_url: str) -> bool:
         return False
 
 
-def _read(reply: Any, deadline: float) -> str:
-    """The body, within the time allowed in all: a server that drips must not hold us for ever."""
-    body = b""
-    while part := reply.read1(65536):
-        body += part
-        if len(body) > LARGEST:
-            raise EndpointError(f"a reply of more than {LARGEST:,} bytes is no answer")
-        if time.monotonic() > deadline:
-            raise TimeoutError
-    return body.decode("utf-8", "replace")
+def _connection(url: SplitResult, timeout: float) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
+    """A connection to `url`, or to the environment's proxy for it; what to ask it for, and further headers."""
+    kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
+    port = url.port or kind.default_port
+    direct = _is_local(url.geturl()) or proxy_bypass(url.netloc)
+    proxy = "" if direct else getproxies().get(url.scheme, "")
+    if not proxy:
+        return kind(url.hostname or "", port, timeout=timeout), url.path, {}
+    through = urlsplit(proxy if "://" in proxy else f"//{proxy}")
+    connection = kind(through.hostname or "", through.port or kind.default_port, timeout=timeout)
+    login = f"{unquote(through.username or '')}:{unquote(through.password or '')}".encode()
+    further = {"Proxy-Authorization": f"Basic {base64.b64encode(login).decode()}"} if through.username else {}
+    if url.scheme == "http":
+        return connection, url.geturl(), further
+    connection.set_tunnel(url.hostname or "", port, further)
+    return connection, url.path, {}
 
 
-def _reason(text: str) -> str:
-    """The server's own words in one short line."""
+# -- what an error says ---------------------------------------------------------------------
+
+
+def _error_of(data: dict[str, Any]) -> Any:
+    """The error in a reply of status 200, or in its only choice."""
+    choices = data.get("choices")
+    if not choices:
+        return data.get("error")
+    return choices[0].get("error") if isinstance(choices, list) and isinstance(choices[0], dict) else None
+
+
+def _reason(said: Any) -> Any:
+    """The server's own words, from its JSON or its page."""
+    if isinstance(said, str):
+        return re.sub(r"<[^<>]*>", " ", said)
+    said = (isinstance(said, dict) and _error_of(said)) or said
+    for name in ("error", "message", "detail"):
+        said = said.get(name, said) if isinstance(said, dict) else said
+    return said or ""
+
+
+def _told(said: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in an error, with the name it stands under; not what the error repeats of the request."""
+    if isinstance(said, dict):
+        for inner, value in said.items():
+            if inner not in ECHOES:
+                yield from _told(value, inner)
+    elif isinstance(said, list):
+        for value in said:
+            yield from _told(value, name)
+    elif isinstance(said, str):
+        yield name, re.split("['\"]input['\"]", said)[0]  # errors that are written into a text
+
+
+def _named(told: list[tuple[str, str]]) -> tuple[str, ...]:
+    """The options an error is about: what its fields name, or else its words."""
+    for texts in ([text for name, text in told if name in FIELDS], [text for _, text in told]):
+        named = [name for name, (pattern, _) in OPTIONS.items() if any(re.search(pattern, text, re.I) for text in texts)]
+        if named:
+            return tuple(named)
+    return ()
+
+
+def _place(headers: Message) -> str:
+    """Where a redirect points, as a base_url, without user or query."""
     try:
-        reason = json.loads(text)
-        for name in ("error", "message", "detail"):
-            reason = reason.get(name, reason) if isinstance(reason, dict) else reason
+        to = urlsplit(headers.get("Location") or "")
     except ValueError:
-        reason = re.sub(r"<[^>]*>", " ", text)
-    return " ".join(str(reason or "").split())[:200]
-
-
-# -- what comes back ------------------------------------------------------------------------
-
-FORMAT = 1  # of the files in the folder
-UNLIKELY = -9999.0  # OpenAI's own mark for a token outside its list
-
-
-@dataclass(frozen=True)
-class Token:
-    """One token of an answer: its bytes, its natural log-probability, and the likeliest tokens at its place."""
-
-    piece: bytes
-    logprob: float
-    top: tuple[tuple[bytes, float], ...] = ()
-
-
-@dataclass(frozen=True)
-class Reply:
-    """One answer. `tokens` is None where the server gave no log-probabilities that spell the text."""
-
-    text: str
-    tokens: tuple[Token, ...] | None
-    stopped: str  # "eos" | "length" | the server's own word
-    used: tuple[int, int] | None  # tokens read and written, as the server counts them
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for a JSON file, bytes as hexadecimal text."""
-        tokens = self.tokens and [
-            [token.piece.hex(), token.logprob, [[piece.hex(), logprob] for piece, logprob in token.top]] for token in self.tokens
-        ]
-        return {"format": FORMAT, "text": self.text, "tokens": tokens, "stopped": self.stopped, "used": self.used}
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Reply:
-        """Raises KeyError, TypeError or ValueError on anything that `to_dict` did not write."""
-        if data["format"] != FORMAT:
-            raise ValueError(data["format"])
-        tokens = data["tokens"] and tuple(
-            Token(bytes.fromhex(piece), float(logprob), tuple((bytes.fromhex(other), float(value)) for other, value in top))
-            for piece, logprob, top in data["tokens"]
-        )
-        used = data["used"] and (int(data["used"][0]), int(data["used"][1]))
-        return cls(str(data["text"]), tokens, str(data["stopped"]), used)
-
-
-def token_id(piece: bytes) -> int:
-    """A number for a token's bytes, the same everywhere; it is not the server's own."""
-    return int.from_bytes(hashlib.sha256(piece).digest()[:8], "big") >> 1
-
-
-def read_reply(data: Any) -> Reply:
-    """A server's JSON as a `Reply`. Raises EndpointError on anything that is not a chat completion."""
-    try:
-        choice = data["choices"][0]
-        message = choice["message"]
-        content = message["content"] if message.get("content") is not None else ""
-        if isinstance(content, list):  # parts, as some servers answer
-            content = "".join(str(part.get("text", "")) for part in content)
-        if not isinstance(content, str):
-            raise TypeError(type(content).__name__)
-        finish = str(choice.get("finish_reason") or "stop")
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise EndpointError(
-            "expected a chat completion with choices[0].message.content, got JSON without it "
-            f"({type(error).__name__}: {error}); is the address one of an OpenAI-compatible server?"
-        ) from None
-    try:
-        used = int(data["usage"]["prompt_tokens"]), int(data["usage"]["completion_tokens"])
-    except (KeyError, TypeError, ValueError):
-        used = None
-    return Reply(content.strip(), _read_tokens(choice, content), {"stop": "eos"}.get(finish, finish), used)
-
-
-def _read_tokens(choice: Any, content: str) -> tuple[Token, ...] | None:
-    """The answer's tokens if they spell it; end marks that some servers list are dropped, leading space is kept."""
-    try:
-        listed = (choice.get("logprobs") or {}).get("content") or ()
-        tokens = [Token(*_piece(entry), tuple(map(_piece, entry.get("top_logprobs") or ()))) for entry in listed]
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return None
-    while tokens and b"".join(token.piece for token in tokens).decode("utf-8", "replace").strip() != content.strip():
-        tokens.pop()
-    return tuple(tokens) or None
-
-
-def _piece(token: Any) -> tuple[bytes, float]:
-    """A token's bytes and its log-probability."""
-    piece = bytes(token["bytes"]) if token.get("bytes") else str(token["token"]).encode()
-    logprob = float(token["logprob"])
-    return piece, logprob if math.isfinite(logprob) else UNLIKELY
-
-
-class ReplyCache:
-    """Replies by key, in memory and, where a folder is given, on disk."""
-
-    def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
-        self._replies: dict[str, Reply] = {}
-
-    def __contains__(self, key: str) -> bool:
-        return self.get(key) is not None
-
-    def get(self, key: str) -> Reply | None:
-        """The reply kept under `key`, or None; a damaged file counts as none."""
-        if key not in self._replies and self.folder is not None:
-            try:
-                self._replies[key] = Reply.from_dict(json.loads(self._path(key).read_text("utf-8")))
-            except (OSError, ValueError, KeyError, TypeError, IndexError):
-                return None
-        return self._replies.get(key)
-
-    def put(self, key: str, reply: Reply) -> None:
-        """Keep a reply. Raises EndpointError where the folder cannot be written."""
-        self._replies[key] = reply
-        if self.folder is None:
-            return
-        path = self._path(key)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with whole_file(path) as temporary:
-                temporary.write_text(json.dumps(reply.to_dict(), ensure_ascii=False), "utf-8")
-        except OSError as error:
-            raise EndpointError(
-                f"the reply cannot be kept in {self.folder} ({error.strerror or error}); give cache=FOLDER, or cache=False"
-            ) from None
-
-    def _path(self, key: str) -> Path:
-        assert self.folder is not None
-        return self.folder / key[:2] / f"{key}.json"
+        return "elsewhere"
+    host = to.netloc.rpartition("@")[2]
+    return f"{to.scheme}://{host}{to.path}".removesuffix("/chat/completions") if host else "elsewhere"

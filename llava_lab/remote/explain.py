@@ -46,7 +46,7 @@ from llava_lab.checks import entry, known
 from llava_lab.errors import BudgetError, EndpointError, OptionError, TargetError
 from llava_lab.models.text import Spelt, cut
 from llava_lab.remote.black_box import BlackBox, Estimate, Look, works
-from llava_lab.remote.client import Reply, token_id
+from llava_lab.remote.replies import Reply, token_id
 from llava_lab.replay.alter import Done, InPicture, open_altered, within_budget
 from llava_lab.replay.targets import Targets, contrast, resolve_targets
 from llava_lab.results import Run, Target
