@@ -106,7 +106,7 @@ def explain(args: argparse.Namespace) -> Reply:
     targets = [common.read_target(text) for text in args.target or ["words"]]
     target = targets[0] if len(targets) == 1 else targets
     if common.is_closed(args):
-        print(f"llava-lab: {ll.estimate(lab, run, method=args.method, target=target, **options)}", file=sys.stderr)
+        common.say(f"llava-lab: {ll.estimate(lab, run, method=args.method, target=target, **options)}", file=sys.stderr)
     relevance = ll.attribute(lab, run, method=args.method, target=target, **options)
     common.save(relevance, args.save)
     if args.out:

@@ -15,9 +15,9 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
-from llava_lab.errors import LabError, OptionError
+from llava_lab.errors import LabError, OptionError, printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,6 +38,11 @@ class Reply:
     data: dict[str, Any] | None
     text: str = ""
     code: int = 0
+
+
+def say(text: str, *, end: str = "\n", file: TextIO | None = None) -> None:
+    """The one place that prints: answers, servers and files may hold what would steer a terminal."""
+    print(printable(text), end=end, file=file, flush=True)
 
 
 # -- options --------------------------------------------------------------------------------
@@ -163,8 +168,8 @@ def ask(args: argparse.Namespace, lab: Any, picture: np.ndarray, *, show: bool) 
     names = ["max_new_tokens", "temperature", "seed"] + ([] if is_closed(args) else ["prompt", "fit"])
     options: dict[str, Any] = {name: getattr(args, name) for name in names if hasattr(args, name)}
     if show and not args.json:
-        run: Run = lab.ask(picture, args.question, **options, on_token=lambda piece: print(piece, end="", flush=True))
-        print()
+        run: Run = lab.ask(picture, args.question, **options, on_token=lambda piece: say(piece, end=""))
+        say("")
     else:
         run = lab.ask(picture, args.question, **options, on_token=None)
     if run.options.get("stopped") == "interrupted":  # ask gives what it has; a command that was stopped says so

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from llava_lab.cli import ask, judge, train
-from llava_lab.cli.common import Add, Reply, positive
-from llava_lab.errors import LabError, OptionError
+from llava_lab.cli.common import Add, Reply, positive, say
+from llava_lab.errors import LabError, OptionError, printable
 
 DEFAULT_MODEL = "tiny"
 RUN_PY = Path(__file__).resolve().parents[2] / "run.py"  # there in a checkout, not in an installed package
@@ -36,8 +36,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code (argparse leaves by SystemExit, with 0 for help and 2 for a mistake)."""
     try:
         args = build_parser().parse_args(argv)
-        level = logging.INFO if args.verbose else logging.WARNING
-        logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(_Printable("%(message)s"))
+        logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, handlers=[handler])
         if args.json:
             with contextlib.redirect_stdout(sys.stderr):
                 reply = args.run(args)
@@ -46,12 +47,12 @@ def main(argv: list[str] | None = None) -> int:
         if args.json and reply.data is not None:
             from llava_lab.results.table import plain
 
-            print(json.dumps(plain(reply.data), ensure_ascii=False, allow_nan=False))
+            say(json.dumps(plain(reply.data), ensure_ascii=False, allow_nan=False))
         elif not args.json and reply.text:
-            print(reply.text)
+            say(reply.text)
         sys.stdout.flush()
     except LabError as error:
-        print(f"llava-lab: {' '.join(str(error).split())}", file=sys.stderr)
+        say(f"llava-lab: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -61,11 +62,18 @@ def main(argv: list[str] | None = None) -> int:
     return int(reply.code)
 
 
+class _Printable(logging.Formatter):
+    """What is logged goes to the terminal too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, like all of ours."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"llava-lab: {message}; see `{self.prog} --help`\n")
+        self.exit(2, printable(f"llava-lab: {message}; see `{self.prog} --help`\n"))
 
 
 def build_parser() -> argparse.ArgumentParser:

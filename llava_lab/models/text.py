@@ -21,6 +21,7 @@ Source: haotian-liu/LLaVA @ c121f04 ``llava/conversation.py`` (``conv_vicuna_v1`
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -189,10 +190,13 @@ def group_words(tokenizer: Decoder, token_ids: Sequence[int], start: int = 0) ->
     ends = token_ends(tokenizer, token_ids)
     spans = [match.span() for match in _WORD.finditer(text)]
     begins = [0, *ends][:-1]  # where the character a token writes, or begins to write, stands
-    owners = [next((number for number, (_, stop) in enumerate(spans) if stop > at), None) for at in begins]
+    stops = [stop for _, stop in spans]
+    owned: dict[int, list[int]] = {}
+    for i, at in enumerate(begins):
+        owned.setdefault(bisect_right(stops, at), []).append(i)  # the first word that ends behind it
     words: list[Word] = []
     for number, (lo, hi) in enumerate(spans):
-        tokens = [i for i, owner in enumerate(owners) if owner == number]
+        tokens = owned.get(number, [])
         if tokens:
             words.append(Word(text[lo:hi], start + tokens[0], start + tokens[-1] + 1))
         elif words:
@@ -224,9 +228,15 @@ class Spelt:
 
 
 def _shared(a: str, b: str) -> int:
-    """Length of the common beginning of two strings."""
-    n = min(len(a), len(b))
-    return next((i for i in range(n) if a[i] != b[i]), n)
+    """Length of the common beginning of two strings, found by halves: letter by letter takes the square of a long answer."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def refuse_special_text(tokenizer: Any, *texts: str) -> None:

@@ -34,7 +34,7 @@ import numpy as np
 from PIL import Image
 
 from llava_lab.attribution.registry import works_at
-from llava_lab.checks import number, one_of, whole_number
+from llava_lab.checks import entry, number, one_of, whole_number
 from llava_lab.errors import BudgetError, CheckpointError, EndpointError, OptionError
 from llava_lab.geometry import PictureMap
 from llava_lab.models import text as prompts
@@ -182,6 +182,7 @@ class BlackBox:
         """What the requests sent so far cost at `price`, by the server's own count of tokens."""
         return self._cost(self.used)
 
+    @entry
     def ask(
         self,
         picture: PictureLike,
@@ -199,17 +200,16 @@ class BlackBox:
         prompt is the question alone, since the server's own form is unknown; `on_token` gets the answer whole.
         Raises EndpointError, BudgetError, OptionError, PictureError.
         """
-        if max_new_tokens < 1 or not 0 <= temperature < float("inf"):
-            raise OptionError(f"expected max_new_tokens >= 1 and temperature >= 0, got {max_new_tokens} and {temperature}")
+        limit, warm = whole_number("max_new_tokens", max_new_tokens, least=1), number("temperature", temperature)
         pixels = read_picture(picture)
         turns = tuple(prompts.turns(question, history))
-        reply = self.replies([Look(self.shrunk(pixels), turns, max_new_tokens, float(temperature), seed)])[0]
+        reply = self.replies([Look(self.shrunk(pixels), turns, limit, warm, seed)])[0]
         if not reply.text:
             why = reply.silence or f"it stopped with {reply.stopped!r}; ask otherwise, or for more tokens"
             raise EndpointError(f"{self.name!r} gave no text: {why}")
         if on_token:
             on_token(reply.text)
-        options = {"max_new_tokens": max_new_tokens, "temperature": float(temperature), "stopped": reply.stopped}
+        options = {"max_new_tokens": limit, "temperature": warm, "stopped": reply.stopped}
         return self._run(pixels, turns, reply, seed, options)
 
     def check(self, run: Run) -> None:
@@ -277,8 +277,8 @@ class BlackBox:
     def _body(self, look: Look, address: str) -> dict[str, Any]:
         messages: list[dict[str, Any]] = [{"role": "system", "content": self.system}] if self.system else []
         place = {"url": address} | ({"detail": self.detail} if self.detail else {})
-        for number, (question, answer) in enumerate(look.turns):
-            shown = [{"type": "image_url", "image_url": place}] if number == 0 else []
+        for turn, (question, answer) in enumerate(look.turns):
+            shown = [{"type": "image_url", "image_url": place}] if turn == 0 else []
             messages.append({"role": "user", "content": [*shown, {"type": "text", "text": question}]})
             if answer is not None:
                 messages.append({"role": "assistant", "content": answer})
