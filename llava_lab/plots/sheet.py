@@ -10,6 +10,7 @@ does. Text is in the font that comes with matplotlib, so the bytes are the same 
 
 from __future__ import annotations
 
+import bisect
 import functools
 import io
 import math
@@ -105,13 +106,21 @@ class Sheet:
         font = FontProperties(family=FONT, size=size * 0.72)
         return self._renderer.get_text_width_height_descent(text, font, False)[0] if text else 0.0
 
+    def fits(self, text: str, size: float, room: float) -> bool:
+        """Whether a text `size` units high needs at most `room`; of a page of text only the beginning is measured."""
+        ends = [1 << bits for bits in range(7, len(text).bit_length())] + [len(text)]
+        return all(self.measure(text[:end], size) <= room for end in ends)
+
     def write(
         self, x: float, y: float, text: str, size: float = 13, color: str = INK, *, room: float | None = None, ha: str = "left"
     ) -> None:
         """One line of text, its top at `y`, shortened to `room` units."""
         shown = in_font(" ".join(text.split()))
-        while room is not None and len(shown) > 1 and self.measure(shown, size) > room:
-            shown = shown[:-2].rstrip() + "…"
+        if room is not None and len(shown) > 1 and not self.fits(shown, size, room):
+            too_long = bisect.bisect_left(
+                range(len(shown) - 1), True, key=lambda end: not self.fits(_cut(shown, end), size, room)
+            )
+            shown = _cut(shown, max(0, too_long - 1))
         self.ax.text(x, y, shown, fontsize=size * 0.72, color=color, ha=ha, va="top", parse_math=False)
 
     def box(self, x: float, y: float, width: float, height: float, **how: Any) -> None:
@@ -165,12 +174,16 @@ class Sheet:
         self.image(np.asarray(pixels), MARGIN, self.top, *size)
         self.write(left, self.top, run.question, 18, SOFT, room=room)
         answer = in_font(" ".join(run.answer.split()))
-        height = 30 if self.measure(answer, 30) <= room else 20
-        lines = [""]
-        for word in answer.split():
-            # the last of three lines takes the rest, and is shortened
-            fits = self.measure(f"{lines[-1]} {word}", height) <= room
-            lines = [*lines[:-1], f"{lines[-1]} {word}".strip()] if fits or len(lines) == 3 else [*lines, word]
+        height = 30 if self.fits(answer, 30, room) else 20
+        lines, words = [""], answer.split()
+        for place, word in enumerate(words):
+            if self.fits(f"{lines[-1]} {word}", height, room):
+                lines[-1] = f"{lines[-1]} {word}".strip()
+            elif len(lines) < 3:
+                lines.append(word)
+            else:
+                lines[-1] = " ".join([lines[-1], *words[place:]])  # the last of three lines is shortened
+                break
         for line in lines:
             self.write(left, bottom, line, height, room=room)
             bottom += round(1.3 * height)
@@ -231,6 +244,10 @@ def in_font(text: str) -> str:
     """Signs that the font does not have as "?"; the page shows them all."""
     font = get_font(findfont(FONT))
     return "".join(sign if font.get_char_index(ord(sign)) else "?" for sign in text)
+
+
+def _cut(text: str, end: int) -> str:
+    return text[:end].rstrip() + "…"
 
 
 def _figures(value: float, scale: Scale) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Callable
 from typing import Any
@@ -127,6 +128,19 @@ def test_the_heads_that_look_most_are_beside_their_matrix() -> None:
     assert said[said.index("Shown here: 2 of 4 words.") :][0]
     shown: list[Any] = [ax.images[0].get_array() for ax in figure.axes[1:]]
     np.testing.assert_allclose(shown[0], share[1])
+
+
+@pytest.mark.parametrize("text", ["x" * 200_000, "a word " * 30_000, "漢" * 50_000], ids=["no space", "words", "not in the font"])
+def test_a_question_or_answer_of_many_pages_is_shortened_at_once(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[int] = []
+    measure = sheet.Sheet.measure
+    monkeypatch.setattr(sheet.Sheet, "measure", lambda self, text, size: measured.append(len(text)) or measure(self, text, size))
+    page = sheet.Sheet(dataclasses.replace(RUN, question=text, answer=text))
+    question, *answer, _ = texts(page.done())
+    assert sum(measured) < 20_000
+    for line, size in ((question, 18), (answer[-1], 20)):
+        assert line.endswith("…")
+        assert 0.9 < page.measure(line, size) / (sheet.WIDTH - sheet.MARGIN - page.ax.texts[0].get_position()[0]) <= 1
 
 
 def test_a_lens_without_the_word_shows_entropy_and_says_so() -> None:
