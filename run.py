@@ -22,6 +22,7 @@ if sys.version_info < (3, 11):
 import argparse
 import contextlib
 import hashlib
+import html
 import json
 import os
 import secrets
@@ -31,6 +32,7 @@ import socket
 import subprocess
 import time
 import tomllib
+import urllib.parse
 import urllib.request
 import webbrowser
 from collections.abc import Iterator
@@ -138,13 +140,29 @@ def lab(args: argparse.Namespace) -> int:
     with _server(args.port) as (process, url):
         if args.check:
             return _check()
-        with contextlib.suppress(KeyboardInterrupt):  # the usual way to stop, from the moment the address is known
+        # Ctrl-C is the usual way to stop, from the moment the address is known
+        with contextlib.suppress(KeyboardInterrupt), _redirect(url) as page:
             print(json.dumps({"url": url}) if args.json else f"JupyterLab is ready: {url}\nCtrl-C stops it.", flush=True)
             if not args.no_browser:
-                webbrowser.open(url)
+                webbrowser.open(page.as_uri())
             if process.wait() != 0:
                 raise Failure(f"JupyterLab stopped by itself (exit {process.returncode}); its log is in {JUPYTER}")
     return 0
+
+
+@contextlib.contextmanager
+def _redirect(url: str) -> Iterator[Path]:
+    """A page that leads to the address, for this user's eyes only: everyone may read a browser's command line."""
+    page = JUPYTER / f"open-{os.getpid()}.html"
+    page.unlink(missing_ok=True)  # a file that is there keeps its mode
+    there = html.escape(url)
+    try:
+        with open(page, "x", encoding="utf-8", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+            file.write(f'<!DOCTYPE html><meta charset="utf-8"><meta http-equiv="refresh" content="0; url={there}">')
+            file.write(f'<title>llava-lab</title><a href="{there}">JupyterLab</a>')
+        yield page
+    finally:
+        page.unlink(missing_ok=True)
 
 
 def _check() -> int:
@@ -160,7 +178,7 @@ def _check() -> int:
 @contextlib.contextmanager
 def _server(port: int | None) -> Iterator[tuple[subprocess.Popen, str]]:
     """JupyterLab on this machine only, from the moment it answers until the block ends."""
-    token = os.environ.get("JUPYTER_TOKEN") or secrets.token_urlsafe(24)
+    token = os.environ.get("JUPYTER_TOKEN", "").strip() or secrets.token_urlsafe(24)  # the server strips what it is asked with
     port = _free_port(port)
     command = [PYTHON, "-m", "jupyterlab", *SERVER_FLAGS, f"--ServerApp.port={port}", f"--ServerApp.root_dir={ROOT}"]
     log = JUPYTER / f"server-{port}.log"
@@ -176,7 +194,7 @@ def _server(port: int | None) -> Iterator[tuple[subprocess.Popen, str]]:
     ends = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # a closed terminal is an end too
     previous = [signal.signal(end, signal.default_int_handler) for end in ends]
     try:
-        url = f"http://127.0.0.1:{port}/lab/tree/{FIRST}?token={token}"
+        url = f"http://127.0.0.1:{port}/lab/tree/{FIRST}?token={urllib.parse.quote(token, safe='')}"
         _wait_until_it_answers(process, url, log)
         yield process, url
     finally:

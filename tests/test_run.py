@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import json
 import os
+import re
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -267,12 +271,15 @@ def _status(url: str) -> int:
         return error.code
 
 
-def test_the_server_answers_with_its_token_only_and_is_gone_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("given", ["", " clé & a+b/c#d?e=f%20 "], ids=["none", "every sign"])
+def test_the_server_answers_with_its_token_only_and_is_gone_afterwards(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "PYTHON", sys.executable)
-    monkeypatch.setenv("JUPYTER_TOKEN", "")  # must not switch the lock off
+    monkeypatch.setenv("JUPYTER_TOKEN", given)  # an empty one must not switch the lock off
     with run._server(None) as (process, url):
         address, token = url.split("/lab/")[0], url.split("token=")[1]
         assert len(token) > 20
+        assert re.fullmatch(r"[\w.~%-]+", token, re.ASCII)
+        assert not given or urllib.parse.unquote(token) == given.strip()
         assert _status(url) == 200
         assert _status(f"{address}/api/contents?token={token}") == 200
         assert _status(f"{address}/api/contents") == 403
@@ -280,6 +287,31 @@ def test_the_server_answers_with_its_token_only_and_is_gone_afterwards(monkeypat
     assert process.poll() is not None
     with pytest.raises(OSError, match="refused"):
         urllib.request.urlopen(url, timeout=5)
+
+
+def test_the_browser_gets_a_page_that_only_its_user_can_read_and_no_token(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, given = "http://127.0.0.1:8888/lab?token=secret&a=1", []
+    page = checkout / f".venv/jupyter/open-{os.getpid()}.html"
+    page.parent.mkdir(parents=True)
+    page.write_text("left by another", "utf-8")  # readable by all
+
+    class Server:
+        def wait(self) -> int:
+            given.append((stat.S_IMODE(page.stat().st_mode), page.read_text("utf-8")))
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "FIRST", "pyproject.toml")
+    monkeypatch.setattr(run, "install", lambda *extras: None)
+    monkeypatch.setattr(run, "_server", lambda port: contextlib.nullcontext((Server(), address)))
+    monkeypatch.setattr(run.webbrowser, "open", given.append)
+    assert run.main(["lab"]) == 0
+    asked, (mode, text) = given
+    assert asked == page.as_uri()
+    assert mode == 0o600
+    assert 'content="0; url=http://127.0.0.1:8888/lab?token=secret&amp;a=1"' in text
+    assert not page.exists()
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
