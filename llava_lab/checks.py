@@ -90,6 +90,27 @@ def same_model(lab: Any, run: Run) -> str:
     return weights
 
 
+# -- cleaning up -------------------------------------------------------------------------
+
+
+@contextmanager
+def undoing(undo: Callable[[], Any]) -> Iterator[None]:
+    """However the block is left, `undo` has run to its end: where an interrupt cuts it short, it runs once more.
+
+    Enter it before the first change, with an `undo` that may begin anew after any of its lines.
+    """
+    done = False
+    try:
+        try:
+            yield
+        finally:
+            undo()
+            done = True
+    finally:
+        if not done:
+            undo()
+
+
 # -- what stands above every public function ------------------------------------------------
 
 

@@ -18,11 +18,13 @@ Sources: transformers 5.x ``AttentionInterface``, ``AttentionMaskInterface``, ``
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -30,6 +32,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from llava_lab.checks import undoing
 from llava_lab.errors import LabError
 
 NAME = "llava_lab"  # in transformers' registries; plain sdpa for every module without a handler
@@ -254,25 +257,23 @@ def routed(attentions: Sequence[nn.Module]) -> Iterator[None]:
     before = [config._attn_implementation for config in configs]
     AttentionInterface.register(NAME, _attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    try:
-        for config in configs:
+
+    def name_them(names: Sequence[str]) -> None:
+        for config, name in zip(configs, names, strict=True):
             # the public setter would also reach into sub-configs
-            config._attn_implementation_internal = NAME
-        yield
-    finally:
-        for config, name in zip(configs, before, strict=True):
             config._attn_implementation_internal = name
+
+    with undoing(lambda: name_them(before)):
+        name_them([NAME] * len(configs))
+        yield
 
 
 @contextmanager
 def handled(handlers: Mapping[nn.Module, Handler]) -> Iterator[None]:
     """Inside the block these routed attention modules ask their handler for their output."""
-    _HANDLERS.update(handlers)
-    try:
+    with undoing(lambda: [_HANDLERS.pop(module, None) for module in handlers]):
+        _HANDLERS.update(handlers)
         yield
-    finally:
-        for module in handlers:
-            _HANDLERS.pop(module, None)
 
 
 def _attend(
@@ -315,13 +316,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     False
     """
     training = [module for module in model.modules() if module.training]
-    if training:
-        model.eval()
-    try:
-        yield
-    finally:
+
+    def undo() -> None:
         for module in training:
             module.training = True
+
+    with undoing(undo):
+        if training:
+            model.eval()
+        yield
 
 
 @contextmanager
@@ -335,15 +338,25 @@ def undisturbed(model: nn.Module) -> Iterator[nn.Module]:
     ...     model(**lab.inputs(run)).logits.requires_grad
     False
     """
-    state = torch.get_rng_state()
+    with random_states_kept(), evaluating(model), torch.no_grad():
+        yield model
+
+
+@contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Python's, numpy's and torch's own random states come back on leaving, whatever was drawn or seeded inside."""
+    plain, numbers, state = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002  the global one
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    try:
-        with evaluating(model), torch.no_grad():
-            yield model
-    finally:
+
+    def undo() -> None:
+        random.setstate(plain)
+        np.random.set_state(numbers)  # noqa: NPY002
         torch.set_rng_state(state)
         if cuda_states:
             torch.cuda.set_rng_state_all(cuda_states)
+
+    with undoing(undo):
+        yield
 
 
 @contextmanager
@@ -366,13 +379,10 @@ def hooked(
     >>> shapes
     [torch.Size([1, 144])]
     """
-    handles = []
-    try:
+    handles: list[Any] = []
+    with undoing(lambda: [handle.remove() for handle in handles]):
         if before is not None:
             handles.append(module.register_forward_pre_hook(before, with_kwargs=with_kwargs))
         if after is not None:
             handles.append(module.register_forward_hook(after, with_kwargs=with_kwargs))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -26,13 +26,14 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from llava_lab import stats
+from llava_lab.capture import random_states_kept
 from llava_lab.checks import entry
 from llava_lab.comparison import plan
 from llava_lab.comparison.plan import ABLATION, BUDGETS, CONNECTORS, RATES, VALIDATION, Arm
 from llava_lab.comparison.run import Finished, Job, Material, feature_pool, fresh, make_exam, read, refuse_foreign, train_run
 from llava_lab.comparison.start import Given, Start, load_start
 from llava_lab.errors import DataError, OptionError
-from llava_lab.results import ALL, Ablation
+from llava_lab.results import ALL, Ablation, only_writer
 from llava_lab.training.recipe import Recipe
 from llava_lab.training.tiny import streams
 
@@ -90,24 +91,25 @@ def compare_connectors(
     begun, folder = load_start(start, language), Path(out)
     for name in connectors:
         fresh(begun, name, seed)  # what does not fit is said before anything is drawn
-    scaled = _scaled(recipe, steps_scale, seed)
-    counts = {"train": scaled.pictures, VALIDATION: validation, **dict.fromkeys(splits, test)}
-    material = prepare(begun, folder, scaled, counts, bf16=bf16, fused=fused, progress=progress)
-    refuse_foreign(folder / "runs", material.setup)
-    counting = tqdm(connectors, desc="counting operations", unit="connector", disable=not progress, leave=False)
-    flops = {name: plan.step_flops(material, name, folder / "flops") for name in counting}
-    arms = plan.make_arms(connectors, flops, scaled, budgets=budgets, stage1=stage1)
-    measured = tuple(range(seed, seed + seeds))
-    with streams.fused(fused), _Runs(material, folder, progress) as runs:
-        swept = [arm.sweep(sorted(set(rates)), seed) for arm in arms]
-        runs.expect([job for jobs in swept for job in jobs], arms, len(measured))
-        runs.finish([job for jobs in swept for job in jobs])
-        chosen = [plan.choose(jobs, runs.done) for jobs in swept]
-        final = [arm.runs(rate, measured, tuple(splits)) for arm, rate in zip(arms, chosen, strict=True)]
-        by_seed = [job for of_seed in zip(*final, strict=True) for job in of_seed]  # a stop leaves whole seeds
-        runs.finish(by_seed, keep=folder / "models" if keep else None, keep_seed=seed)
-    check_same_batches(runs.done)
-    return _result(material, arms, swept, final, runs.done)
+    with only_writer(folder), random_states_kept():
+        scaled = _scaled(recipe, steps_scale, seed)
+        counts = {"train": scaled.pictures, VALIDATION: validation, **dict.fromkeys(splits, test)}
+        material = prepare(begun, folder, scaled, counts, bf16=bf16, fused=fused, progress=progress)
+        refuse_foreign(folder / "runs", material.setup)
+        counting = tqdm(connectors, desc="counting operations", unit="connector", disable=not progress, leave=False)
+        flops = {name: plan.step_flops(material, name, folder / "flops") for name in counting}
+        arms = plan.make_arms(connectors, flops, scaled, budgets=budgets, stage1=stage1)
+        measured = tuple(range(seed, seed + seeds))
+        with streams.fused(fused), _Runs(material, folder, progress) as runs:
+            swept = [arm.sweep(sorted(set(rates)), seed) for arm in arms]
+            runs.expect([job for jobs in swept for job in jobs], arms, len(measured))
+            runs.finish([job for jobs in swept for job in jobs])
+            chosen = [plan.choose(jobs, runs.done) for jobs in swept]
+            final = [arm.runs(rate, measured, tuple(splits)) for arm, rate in zip(arms, chosen, strict=True)]
+            by_seed = [job for of_seed in zip(*final, strict=True) for job in of_seed]  # a stop leaves whole seeds
+            runs.finish(by_seed, keep=folder / "models" if keep else None, keep_seed=seed)
+        check_same_batches(runs.done)
+        return _result(material, arms, swept, final, runs.done)
 
 
 def _scaled(recipe: Recipe, scale: float, seed: int) -> Recipe:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import os
-import pickle
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedT
 from llava_lab.errors import CheckpointError, OptionError
 from llava_lab.models import Lab, connectors, layout, load
 from llava_lab.models.card import fingerprint
+from llava_lab.training.loop import read_state
 from llava_lab.training.recipe import TINY
 from llava_lab.training.tiny.model import build_config, build_model, build_processor
 from llava_lab.training.tiny.tower import CLIP_MEAN, CLIP_STD
@@ -143,12 +143,7 @@ def _same_words(lab: Lab, tokenizer: Any, name: str) -> None:
 
 def _state(path: Path, part: str) -> dict[str, Tensor]:
     """One module's weights from a training state ``{"modules": {name: state_dict}}``."""
-    try:
-        modules = torch.load(path, map_location="cpu", weights_only=True)["modules"]
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; expected a training state of our recipe") from None
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path} is not a training state of our recipe ({type(error).__name__})") from None
+    modules = read_state(path)["modules"]
     if part not in modules:
         raise CheckpointError(f"{path} holds {', '.join(modules)}; expected {part!r} among them")
     return modules[part]

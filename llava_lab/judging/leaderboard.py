@@ -29,6 +29,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -45,7 +46,7 @@ from llava_lab.errors import DataError, OptionError
 from llava_lab.judging.compare import Options, chosen_methods, compare
 from llava_lab.judging.faithfulness import BATCH, FEWEST_FILLS, SCALES, Judge, allowed_fills
 from llava_lab.models.folders import ABLATE, ABLATION, NAMES, SHIP
-from llava_lab.results import Ablation, Comparison, Faithfulness, Leaderboard, Run, Target, area, mean_of_known
+from llava_lab.results import Ablation, Comparison, Faithfulness, Leaderboard, Run, Target, area, mean_of_known, only_writer
 from llava_lab.results.scores import COST, DIGITS, FAITHFUL, TRUE
 from llava_lab.stats import cluster_bootstrap, exact_match, percentiles, wilson
 from llava_lab.worlds import picturebook
@@ -109,7 +110,8 @@ def leaderboard(
     settings |= {"model": lab.name, "fingerprint": lab.fingerprint, "methods": json.loads(json.dumps(chosen))}
     measured = {"steps": steps, "seeds": seeds, "scale": scale, "batch": batch, "options": given}
     start, interrupted = time.perf_counter(), False
-    with _Lines(out, settings) as lines, tqdm(total=n, desc="leaderboard", unit="picture", disable=not progress) as bar:
+    alone = nullcontext() if out is None else only_writer(out, folder=False)
+    with alone, _Lines(out, settings) as lines, tqdm(total=n, desc="leaderboard", unit="picture", disable=not progress) as bar:
         bar.update(sum(index < n for index in lines.records))
         missing = [index for index in range(n) if index not in lines.records]
         piece = partial(_picture, split=split, seed=seed, chosen=chosen, measured=measured)

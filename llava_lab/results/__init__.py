@@ -12,7 +12,7 @@ from llava_lab.results.probes import (
     WordActivation,
 )
 from llava_lab.results.run import HeadMaps, Relevance, Run, Span, Target, Word
-from llava_lab.results.save import FORMAT, Result, Saved, join, load_npz, save_npz, split, whole_file
+from llava_lab.results.save import FORMAT, Result, Saved, file_hash, join, load_npz, only_writer, save_npz, split, whole_file
 from llava_lab.results.scores import (
     SAME,
     VERDICTS,
@@ -66,9 +66,11 @@ __all__ = [
     "aligned",
     "area",
     "in_words",
+    "file_hash",
     "join",
     "load_npz",
     "mean_of_known",
+    "only_writer",
     "plain",
     "save_npz",
     "split",

@@ -15,11 +15,14 @@ pickle, as everywhere.
 
 from __future__ import annotations
 
+import hashlib
 import html
 import io
 import json
 import os
 import secrets
+import sys
+import time
 import types
 import typing
 import zipfile
@@ -30,12 +33,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
+from filelock import FileLock, Timeout
 
-from llava_lab.errors import DataError
+from llava_lab.errors import DataError, OptionError
 from llava_lab.results.table import Table, plain
 
 Result = TypeVar("Result")
 FORMAT = 1  # raised when a saved file's meaning changes
+ORPHANS = 10.0  # seconds that workers of a killed process may live on and hold its lock
 SHORT = 100  # signs of a result's one line
 UNTOLD = ("map", "fingerprint", "notes", "seconds", "options", "passes", "proof", "extras")  # not in that line
 
@@ -61,6 +66,74 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def file_hash(path: str | os.PathLike) -> str:
+    """The hash of a file's bytes, 32 hexadecimal digits; what a state file is held against before it is used."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+@contextmanager
+def only_writer(place: str | os.PathLike, *, folder: bool = True) -> Iterator[None]:
+    """Inside the block nobody else works in the folder `place`, which is made then, or on the file with ``folder=False``.
+
+    Raises OptionError that says who does: process, command and since when. The lock ends with the process, also when it
+    is killed; its empty ``.lock`` file stays.
+
+        with only_writer("runs/mine"):
+            ...
+    """
+    place = Path(place)
+    home, stem = (place, "") if folder else (place.parent, f".{place.name}")
+    note = home / f"{stem}.writer"
+    lock = FileLock(home / f"{stem}.lock", thread_local=False)
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if _alive(note):
+                raise
+            lock.acquire(timeout=ORPHANS)
+    except Timeout:
+        raise OptionError(f"{place} is being written by {_writer(note)}; wait for it to end, or choose another place") from None
+    except OSError as error:
+        raise OptionError(f"cannot write in {home} ({error.strerror or error}); choose another place") from None
+    try:
+        now = {"pid": os.getpid(), "command": " ".join(sys.argv)[:200], "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        with whole_file(note) as temporary:
+            temporary.write_text(json.dumps(now), encoding="utf-8")
+        yield
+    finally:
+        note.unlink(missing_ok=True)
+        lock.release()
+
+
+def _read_writer(note: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(note.read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}  # it has just begun, or just ended
+
+
+def _writer(note: Path) -> str:
+    known = _read_writer(note)
+    return f"process {known['pid']} ({known['command']}), since {known['since']}" if known else "another process"
+
+
+def _alive(note: Path) -> bool:
+    """Whether the process that wrote `note` runs still; children that outlive it by seconds hold its lock as long."""
+    pid = _read_writer(note).get("pid")
+    if os.name != "posix" or not isinstance(pid, int):
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 class Saved:

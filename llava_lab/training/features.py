@@ -2,8 +2,8 @@
 
 A folder is named by what decides the features: the tower's weights, which layers are read, the picture's
 transform, the precision. Inside, a picture is known by its file's content, so the same file under two names
-is computed once. Shards are written whole, first the features and then their keys; a shard without keys does not
-exist. Nothing is ever changed in place, so runs may share a folder.
+is computed once. Shards are written whole, first the features, then a checksum of each, then their keys; a shard without keys
+does not exist. Nothing is ever changed in place, so runs may share a folder.
 
     cache = FeatureCache(lab)
     cache.prepare(rows, problems=Problems())
@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
+import zlib
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,14 +30,16 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from llava_lab.errors import DataError, OptionError, PictureError
+from llava_lab.errors import DataError, OptionError, PictureError, one_line
 from llava_lab.models import layout
 from llava_lab.models.pictures import read_picture
-from llava_lab.results.save import whole_file
+from llava_lab.results import whole_file
 
 if TYPE_CHECKING:
     from llava_lab.models import Lab
     from llava_lab.training.rows import LlavaData, Problems
+
+log = logging.getLogger(__name__)
 
 SHARD = 512  # pictures in a file
 BATCH = 16  # pictures through the tower at a time
@@ -103,14 +107,26 @@ class FeatureCache:
         return digest.hexdigest()
 
     def _open(self) -> None:
-        self.shards = sorted(path for path in self.folder.glob("*.keys.npy")) if self.folder.is_dir() else []
-        keys = [np.load(path) for path in self.shards]
+        self._shards: list[tuple[Path, np.ndarray, np.ndarray | None]] = []  # place, values mapped, checksums of its rows
+        keys: list[np.ndarray] = []
+        for path in sorted(self.folder.glob("*.keys.npy")) if self.folder.is_dir() else []:
+            stem = str(path).removesuffix(".keys.npy")
+            sums = Path(f"{stem}.sums.npy")  # older shards have none
+            try:
+                names, values = np.load(path), np.load(f"{stem}.npy", mmap_mode="r")
+                known = np.load(sums) if sums.is_file() else None
+                if names.dtype != np.uint64 or len(values) != len(names) or (known is not None and len(known) != len(names)):
+                    raise ValueError(f"{len(values)} features of {len(names)} pictures")
+            except (OSError, ValueError, EOFError, TypeError) as error:
+                log.warning("%s is damaged and is left out (%s)", path, one_line(error))
+                continue
+            self._shards.append((path, values, known))
+            keys.append(names)
         where = [np.stack([np.full(len(k), i), np.arange(len(k))], 1) for i, k in enumerate(keys)]
         joined = np.concatenate(keys) if keys else np.zeros(0, np.uint64)
         order = np.argsort(joined, kind="stable")
         self.keys = joined[order]
         self.where = np.concatenate(where)[order] if where else np.zeros((0, 2), np.int64)
-        self._maps: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -124,9 +140,13 @@ class FeatureCache:
         if key not in self:
             raise DataError(f"no features of picture {path or key} in {self.folder}; it changed after it was prepared")
         shard, row = self.where[int(np.searchsorted(self.keys, np.uint64(key)))].tolist()
-        if shard not in self._maps:
-            self._maps[shard] = np.load(str(self.shards[shard]).replace(".keys.npy", ".npy"), mmap_mode="r")
-        features = torch.from_numpy(np.array(self._maps[shard][row]))
+        place, values, sums = self._shards[shard]
+        found = np.array(values[row])
+        if sums is not None and zlib.crc32(found) != sums[row]:
+            raise DataError(
+                f"the features of picture {path or key} in {place} are damaged; remove that file to have them made anew"
+            )
+        features = torch.from_numpy(found)
         return features.view(torch.bfloat16) if self.dtype == torch.bfloat16 else features
 
     def prepare(self, data: LlavaData, *, problems: Problems, progress: bool = True) -> set[int]:
@@ -176,8 +196,9 @@ class FeatureCache:
         numbers = np.array(keys, np.uint64)
         name = hashlib.blake2b(numbers.tobytes(), digest_size=8).hexdigest()
         values = np.concatenate(features).astype(WORDS[self.dtype], copy=False)
-        for path, array in ((self.folder / f"{name}.npy", values), (self.folder / f"{name}.keys.npy", numbers)):
-            with whole_file(path) as temporary, temporary.open("wb") as file:
+        sums = np.array([zlib.crc32(row) for row in values], np.uint32)
+        for end, array in ((".npy", values), (".sums.npy", sums), (".keys.npy", numbers)):
+            with whole_file(self.folder / f"{name}{end}") as temporary, temporary.open("wb") as file:
                 np.save(file, array)
         keys.clear()
         features.clear()

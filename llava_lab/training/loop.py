@@ -16,9 +16,14 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+import pickle
+import shutil
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +31,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from llava_lab.results.save import whole_file
+from llava_lab.checks import undoing
+from llava_lab.errors import CheckpointError, OptionError, one_line
+from llava_lab.results import whole_file
 from llava_lab.training.recipe import Stage
 
 log = logging.getLogger(__name__)
@@ -126,14 +133,16 @@ def restored(*modules: nn.Module) -> Iterator[None]:
     """On leaving, parameters ask for gradients as before and hold none, and every module is in the mode it was in."""
     flags = [(parameter, parameter.requires_grad) for module in modules for parameter in module.parameters()]
     modes = [(part, part.training) for module in modules for part in module.modules()]
-    try:
-        yield
-    finally:
+
+    def undo() -> None:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
             parameter.grad = None
         for part, mode in modes:
             part.training = mode
+
+    with undoing(undo):
+        yield
 
 
 def optimizers(
@@ -169,6 +178,30 @@ def rate_at(stage: Stage, step: int, steps: int) -> float:
     return stage.final + (1 - stage.final) * 0.5 * (1 + math.cos(math.pi * done))
 
 
+def remember_stage(folder: Path, stage: Stage, **also: Any) -> None:
+    """Keep a stage's settings in ``STAGE.recipe.json``. Raises OptionError where its state is of a stage with others."""
+    resume = (folder / f"{stage.name}.pt").exists()
+    same_settings(folder / f"{stage.name}.recipe.json", asdict(stage) | also, resume=resume)
+
+
+def same_settings(note: Path, now: Mapping[str, Any], *, resume: bool) -> None:
+    """Keep what decides a run's weights in `note`, or hold a resumed run against it.
+
+    Raises OptionError for another run's, CheckpointError for a note that cannot be read.
+    """
+    now = json.loads(json.dumps(now))
+    if resume and note.exists():
+        try:
+            then = dict(json.loads(note.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{note} is damaged ({one_line(error)}); remove it to resume without this check") from None
+        # what an older version did not note is not known to differ
+        if name := next((name for name in now if name in then and now[name] != then[name]), None):
+            raise OptionError(f"{note.parent} was begun with another {name}: {then[name]}, now {now[name]}; resume with the same")
+    with whole_file(note) as temporary:
+        temporary.write_text(json.dumps(now, indent=1))
+
+
 def _save(
     path: Path, modules: Mapping[str, nn.Module], optimisers: list[torch.optim.Optimizer], step: int, losses: list, used: float
 ) -> None:
@@ -179,8 +212,34 @@ def _save(
         "losses": losses,
         "seconds": used,
     }
+    if path.exists():
+        with whole_file(_before(path)) as temporary:
+            shutil.copyfile(path, temporary)
     with whole_file(path) as temporary:
         torch.save(state, temporary)
+
+
+def _before(path: Path) -> Path:
+    """The state before the one in `path`."""
+    return path.with_name(f"{path.stem}.before.pt")
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What a stage's file holds: ``modules``, ``losses``, ... Raises CheckpointError where it is missing or damaged.
+
+    torch keeps a checksum of each part in the file and does not look at it again; here it is looked at.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            wrong = file.testzip()
+        state = dict(torch.load(path, map_location="cpu", weights_only=True))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; expected a training state of our recipe") from None
+    except (OSError, RuntimeError, EOFError, ValueError, TypeError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path} is damaged, or no training state of our recipe ({one_line(error)})") from None
+    if wrong or "modules" not in state:
+        raise CheckpointError(f"{path} is damaged, or no training state of our recipe ({wrong or 'it holds no modules'})")
+    return state
 
 
 def _go_on(
@@ -189,7 +248,14 @@ def _go_on(
     """(next step, losses so far, seconds used) of the run that `path` keeps, put into modules and optimisers."""
     if not path.exists():
         return 0, [], 0.0
-    state = torch.load(path, weights_only=True)
+    try:
+        state = read_state(path)
+    except CheckpointError as error:
+        if not _before(path).exists():
+            raise CheckpointError(f"{error}; remove it to train the stage from its beginning") from None
+        log.warning("%s; going on from the state before it", error)
+        state = read_state(_before(path))
+        os.replace(_before(path), path)
     for name, module in modules.items():
         module.load_state_dict(state["modules"][name])
     for optimiser, saved in zip(optimisers, state["optimizers"], strict=True):

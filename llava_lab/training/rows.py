@@ -39,10 +39,10 @@ import numpy as np
 from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
 
-from llava_lab.errors import DataError, OptionError, PictureError
+from llava_lab.errors import DataError, OptionError, PictureError, one_line
 from llava_lab.models.pictures import read_picture
-from llava_lab.results.save import whole_file
-from llava_lab.training.text import FORMATS, STAGES, count_words, read_turns, tokenise, tokens_at_most
+from llava_lab.results import file_hash, whole_file
+from llava_lab.training.text import FORMATS, STAGES, count_words, read_turns, shown, tokenise, tokens_at_most
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,10 @@ log = logging.getLogger(__name__)
 
 CHUNK = 1 << 20  # bytes read at a time
 
-_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|["{}\[\]]', re.DOTALL)  # a whole string, or one mark
+MOST_BYTES = 1 << 26  # of a row; LLaVA's longest has some 100,000
+
+# a whole string, or one mark; possessive, so that a string of megabytes costs no memory beside itself
+_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["{}\[\]]', re.DOTALL)
 _SPACE = b" \t\r\n"
 
 
@@ -64,8 +67,11 @@ def row_spans(path: Path) -> Iterator[tuple[int, int]]:
     except OSError as error:
         raise DataError(f"cannot read the data file {path} ({error.strerror or error})") from None
     with file:
-        head = file.read(CHUNK).lstrip(b"\xef\xbb\xbf" + _SPACE)[:1]
+        head = file.read(CHUNK)
         file.seek(0)
+        if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head[:4]:
+            raise DataError(f"{path} is UTF-16 or UTF-32 text; expected UTF-8, save it anew as that")
+        head = head.lstrip(b"\xef\xbb\xbf" + _SPACE)[:1]
         if head == b"[":
             yield from _listed(file, path)
         elif head == b"{" or path.suffix == ".jsonl":
@@ -86,8 +92,10 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, int]]:
 def _listed(file: BinaryIO, path: Path) -> Iterator[tuple[int, int]]:
     buffer, base, at = b"", 0, 0  # `base` is the byte of the file at which `buffer` begins
     depth, start, row = 0, 0, 0
-    while chunk := file.read(CHUNK):
+    while chunk := file.read(max(CHUNK, len(buffer) - at)):  # what is long is not read again for every chunk
         buffer, base, at = buffer[at:] + chunk, base + at, 0
+        if len(buffer) > 2 * MOST_BYTES:
+            raise DataError(f"{path} row {row} has a string of more than {MOST_BYTES:,} bytes; shorten it")
         for token in _TOKEN.finditer(buffer):
             mark = token.group()
             if mark == b'"':  # a string that goes on in the next chunk
@@ -230,12 +238,15 @@ def build_index(
     An index that `out` already holds for the same file and settings is used again.
     Raises DataError for a file that cannot be read as rows; rows that are wrong go to `problems`.
     """
-    if not source.path.is_file():
-        raise DataError(f"no such data file: {source.path}")
+    if not _is_file(source.path):
+        raise DataError(f"no such data file: {shown(source.path)}")
     sign = json.loads(json.dumps(_signature(source, text, key is not None)))
     note = out.with_suffix(".json")
-    if out.is_file() and note.is_file() and json.loads(note.read_text()) == sign:
-        return open_index(out)
+    try:
+        if json.loads(note.read_text()) == {**sign, "index": file_hash(out)}:
+            return open_index(out)
+    except (OSError, ValueError):
+        pass  # there is none, or what is there is damaged
     before = problems.count
     key_of = lru_cache(4096)(lambda name: _picture_key(source.folder / name, key))
     bar = tqdm(
@@ -247,6 +258,8 @@ def build_index(
             bar.update(stop - bar.n)
             rows.seek(start)
             try:
+                if stop - start > MOST_BYTES:
+                    raise DataError(f"it has {stop - start:,} bytes, at most {MOST_BYTES:,} are read; shorten it")
                 row = _parse(rows.read(stop - start))
                 words, picture = text.check(row, source.suffix, tokens=number < TOKENISED_FIRST)
                 code = key_of(picture) if picture is not None else 0
@@ -260,7 +273,8 @@ def build_index(
         np.array(records, RECORD).tofile(file)
         note.unlink(missing_ok=True)  # of what stood here before
     if problems.count == before:  # an index with gaps is built again, so that what it skips is listed again
-        note.write_text(json.dumps(sign))
+        with whole_file(note) as temporary:
+            temporary.write_text(json.dumps({**sign, "index": file_hash(out)}))
     return open_index(out)
 
 
@@ -342,24 +356,45 @@ def read_pixels(preprocessing: Any, fit: str | None) -> Callable[[int, Path], np
     return lambda key, path: preprocessing.pixels(read_picture(path), fit)[0].numpy()
 
 
+def unreadable(rows: LlavaData, problems: Problems, *, progress: bool = True) -> set[int]:
+    """Read every picture once; gives the keys of those that cannot be, which also go to `problems` with file and row."""
+    bad: set[int] = set()
+    for key, path, source, row in tqdm(list(rows.pictures()), desc="reading pictures", unit="picture", disable=not progress):
+        try:
+            if rows.see is not None and key not in bad:
+                rows.see(key, path)
+        except (DataError, PictureError) as error:
+            problems.add(source.path, row, str(error))
+            bad.add(key)
+    return bad
+
+
 def _parse(raw: bytes) -> Any:
     try:
-        return json.loads(raw)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"broken JSON ({' '.join(str(error).split())})") from None
+        return json.loads(raw.decode("utf-8-sig"))
+    except ValueError as error:
+        raise DataError(f"broken JSON ({one_line(error)})") from None
+    except RecursionError:
+        raise DataError("broken JSON (brackets within brackets without end)") from None
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long for any file
+        return False
 
 
 def _picture_key(path: Path, key: PictureKey | None) -> int:
-    if not path.is_file():
-        raise DataError(f"missing picture {path}")
+    if not _is_file(path):
+        raise DataError(f"missing picture {shown(path)}")
     return key(path) if key else 1
 
 
 def _signature(source: Source, text: Text, keyed: bool) -> dict[str, Any]:
-    stat = source.path.stat()
     words = hashlib.blake2b(text.tokenizer.backend_tokenizer.to_str().encode(), digest_size=8).hexdigest()
     return {
-        "file": [str(source.path.resolve()), stat.st_size, stat.st_mtime_ns, str(source.folder.resolve()), source.suffix],
+        "file": [str(source.path.resolve()), file_hash(source.path), str(source.folder.resolve()), source.suffix],
         "text": [words, text.image_id, text.image_tokens, text.context, text.stage, text.system, text.cut_long, keyed],
         "record": str(RECORD.descr),
     }

@@ -20,25 +20,26 @@ import json
 import logging
 import math
 import os
-import shutil
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from llava_lab.checks import entry
+from llava_lab.capture import random_states_kept
+from llava_lab.checks import entry, undoing
 from llava_lab.errors import CheckpointError, DataError, OptionError
 from llava_lab.models import layout
 from llava_lab.models.card import fingerprint
-from llava_lab.results.save import whole_file
+from llava_lab.models.folders import whole_folder
+from llava_lab.results import file_hash, only_writer, whole_file
 from llava_lab.training.features import FeatureCache, content_key
-from llava_lab.training.loop import freeze_all_but, restored
+from llava_lab.training.loop import freeze_all_but, restored, same_settings
 from llava_lab.training.recipe import LLAVA_15_7B, LlavaStage, Lora
 from llava_lab.training.rows import (
     LlavaData,
@@ -51,6 +52,7 @@ from llava_lab.training.rows import (
     open_index,
     read_pixels,
     samples_per_epoch,
+    unreadable,
 )
 from llava_lab.training.text import STAGES
 from llava_lab.training.trainer import (
@@ -150,20 +152,20 @@ def train_stage(
     problems = Problems(skip=skip_bad)
     text = Text(lab.tokenizer, lab.image_id, layout.image_token_count(lab.model), lab.context, stage, cut_long=cut_long)
     sources, first, show = as_sources(data), args.process_index == 0, running.progress
-    with args.main_process_first(local=False):
-        if first:
-            if not resume and (folder / "run.json").exists():
+    with only_writer(folder) if first else nullcontext(), random_states_kept():
+        with args.main_process_first(local=False):
+            if first and not resume and (folder / "run.json").exists():
                 raise OptionError(f"{folder} holds a run already; add --resume to go on with it, or choose another folder")
-            folder.mkdir(parents=True, exist_ok=True)
-        rows, features = open_rows(lab, sources, text, folder, problems, cache=cache, fit=recipe.fit, first=first, show=show)
-        per = args.per_device_train_batch_size
-        order = order_of(rows, recipe, steps, batch=per, chunks=recipe.batch // per, seed=running.seed)
-        if first:
-            _remember(folder, lab, rows, recipe, running, order, resume=resume)
-    args.max_steps = order.total // recipe.batch
-    progress = Progress(stage, folder / "log.jsonl", Stop(), show=show, told=told)
-    trainer = _train(lab, rows, order, args, recipe, folder=folder, features=features, progress=progress)
-    _save(lab, trainer, folder)
+            options: dict[str, Any] = {"cache": cache, "fit": recipe.fit, "first": first, "show": show}
+            rows, features = open_rows(lab, sources, text, folder, problems, **options)
+            per = args.per_device_train_batch_size
+            order = order_of(rows, recipe, steps, batch=per, chunks=recipe.batch // per, seed=running.seed)
+            if first:
+                _remember(folder, lab, rows, recipe, running, order, resume=resume)
+        args.max_steps = order.total // recipe.batch
+        progress = Progress(stage, folder / "log.jsonl", Stop(), show=show, told=told)
+        trainer = _train(lab, rows, order, args, recipe, folder=folder, features=features, progress=progress)
+        _save(lab, trainer, folder)
     if problems.count:
         log.warning("skipped %d rows", problems.count)
     history = [row for row in trainer.state.log_history if "loss" in row]
@@ -248,11 +250,12 @@ def open_rows(
 ) -> tuple[LlavaData, FeatureCache | None]:
     """The checked rows of all sources and their features' cache, None without one. The first process does the work.
 
-    Raises DataError for bad rows and pictures, unless `problems` skips them.
+    Raises DataError for bad rows and pictures, unless `problems` skips them. Without a cache pictures are read as they are
+    needed, or all of them before, to know which to skip.
     """
     places = [folder / f"rows-{number}.index" for number in range(len(sources))]
     if first:
-        key = content_key if cache else None
+        key = content_key if cache or problems.skip else None
         indexes = [
             build_index(s, text, p, problems=problems, key=key, progress=show) for s, p in zip(sources, places, strict=True)
         ]
@@ -262,14 +265,21 @@ def open_rows(
     problems.refuse()
     if not len(rows):
         raise DataError(f"no usable row in {', '.join(str(source.path) for source in sources)}")
-    if not cache:
+    if not cache and not problems.skip:
         return rows, None
-    features = FeatureCache(lab, None if cache is True else cache, fit=fit)
+    features = FeatureCache(lab, None if cache is True else cache, fit=fit) if cache else None
     left_out = folder / "unreadable.json"
     if first:
-        left_out.write_text(json.dumps(sorted(features.prepare(rows, problems=problems, progress=show))))
+        bad = (
+            unreadable(rows, problems, progress=show)
+            if features is None
+            else features.prepare(rows, problems=problems, progress=show)
+        )
+        with whole_file(left_out) as temporary:
+            temporary.write_text(json.dumps(sorted(bad)))
         problems.refuse()
-    rows.see = features.read
+    if features is not None:
+        rows.see = features.read
     return rows.without(json.loads(left_out.read_text())), features
 
 
@@ -287,7 +297,6 @@ def _remember(
     folder: Path, lab: Lab, rows: LlavaData, recipe: LlavaStage, running: Running, order: Order, *, resume: bool
 ) -> None:
     """Write what decides the weights, or hold a resumed run against it."""
-    settings = {name: value for name, value in asdict(running).items() if name not in NOT_DECIDING}
     data = [
         [str(source.path.resolve()), size, source.weight, source.suffix]
         for source, size in zip(rows.sources, rows.sizes, strict=True)
@@ -295,19 +304,12 @@ def _remember(
     now = {
         "model": _frozen(lab, recipe),
         "recipe": asdict(replace(recipe, sources=())),
-        "running": settings,
+        "running": {name: value for name, value in asdict(running).items() if name not in NOT_DECIDING},
         "data": data,
         "samples": order.total,
+        "hash of the data files": [file_hash(source.path) for source in rows.sources],
     }
-    now = json.loads(json.dumps(now))
-    note = folder / "run.json"
-    if note.exists() and resume:
-        then = json.loads(note.read_text())
-        if different := [name for name in now if now[name] != then.get(name)]:
-            name = different[0]
-            raise OptionError(f"{folder} was begun with another {name}: {then.get(name)}, now {now[name]}; resume with the same")
-    with whole_file(note) as temporary:
-        temporary.write_text(json.dumps(now, indent=1))
+    same_settings(folder / "run.json", now, resume=resume)
 
 
 def _frozen(lab: Lab, recipe: LlavaStage) -> str:
@@ -344,7 +346,7 @@ def _train(
     with ExitStack() as stack:
         stack.enter_context(parts_training(lab.model, recipe.trains))
         stack.enter_context(reading_features(lab.model, cached=features is not None))
-        model = stack.enter_context(adapters(lab.model, recipe.lora))
+        model = stack.enter_context(adapters(lab.model, recipe.lora, seed=args.seed))
         stack.enter_context(stopping(progress.stop))
         options: dict[str, Any] = {"data": rows, "order": order, "collate": collate, "connector_rate": recipe.connector_rate}
         trainer = LlavaTrainer(model, args, **options, callbacks=[progress])
@@ -366,25 +368,31 @@ def _train(
 def parts_training(model: Any, names: Sequence[str]) -> Iterator[list[str]]:
     """Within it only parameters under the named parts train; flags, modes and config are put back afterwards."""
     caches = [(part, part.__dict__.get("use_cache", _ABSENT)) for part in (model.config, model.config.text_config)]
-    try:
-        with restored(model):
-            trained = freeze_all_but(model, names)
-            if not trained:
-                raise OptionError(f"nothing to train: no parameter under {', '.join(names)}")
-            yield trained
-    finally:
+    own = set(vars(model))
+
+    def undo() -> None:
         for part, value in caches:
             if value is not _ABSENT:
                 part.use_cache = value
-            elif "use_cache" in part.__dict__:  # the Trainer sets it on configurations that never had it
-                del part.use_cache
+            else:  # the Trainer sets it on configurations that never had it
+                part.__dict__.pop("use_cache", None)
+        for name in set(vars(model)) - own:  # what peft and accelerate note on it, a forward under autocast among them
+            delattr(model, name)
         if model.is_activation_checkpointing:
             model.activation_checkpointing_disable()
 
+    with undoing(undo), restored(model):
+        trained = freeze_all_but(model, names)
+        if not trained:
+            raise OptionError(f"nothing to train: no parameter under {', '.join(names)}")
+        yield trained
+
 
 @contextmanager
-def adapters(model: Any, lora: Lora | None) -> Iterator[Any]:
-    """The model with adapters, or as it is without `lora`. They are merged on leaving, or removed after an exception."""
+def adapters(model: Any, lora: Lora | None, *, seed: int = 0) -> Iterator[Any]:
+    """The model with adapters drawn from `seed`, or as it is without `lora`. They are merged on leaving, or removed after an
+    exception; an interrupt meanwhile waits until that is done.
+    """
     if lora is None:
         yield model
         return
@@ -394,18 +402,33 @@ def adapters(model: Any, lora: Lora | None) -> Iterator[Any]:
         raise OptionError("LoRA needs peft; `pip install 'llava-lab[train]'` brings it") from None
     inside = layout.language_model(model)
     prefix = next(name for name, module in model.named_modules() if module is inside)
-    names = [f"{prefix}.{name}" for name, module in inside.named_modules() if isinstance(module, nn.Linear)]
+    linears = {name: module for name, module in inside.named_modules() if isinstance(module, nn.Linear)}
+    ended = False
+    merged: dict[str, Tensor] = {}
+
+    def unwrap() -> None:
+        """Every linear layer in its place again, with its merged weight where the block has ended."""
+        for name, linear in linears.items():
+            parent, _, last = name.rpartition(".")
+            wrapped = getattr(inside.get_submodule(parent), last)
+            if ended and wrapped is not linear:
+                if name not in merged:
+                    with torch.no_grad():
+                        delta = wrapped.get_delta_weight("default")
+                    merged[name] = (linear.weight.data + delta).to(linear.weight.dtype)
+                linear.weight.data = merged[name]
+            setattr(inside.get_submodule(parent), last, linear)
+
+    names = [f"{prefix}.{name}" for name in linears]
     options: dict[str, Any] = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "bias": "none"}
-    with warnings.catch_warnings():  # peft asks transformers by a name that is on its way out
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        wrapped = get_peft_model(model, LoraConfig(target_modules=names, **options))
-    layout.connector_of(model).requires_grad_(True)
-    try:
-        yield wrapped
-    except BaseException:
-        wrapped.unload()
-        raise
-    wrapped.merge_and_unload()
+    with undoing(unwrap):
+        with random_states_kept(), warnings.catch_warnings():  # peft asks transformers by a name that is on its way out
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            torch.manual_seed(seed)
+            with_adapters = get_peft_model(model, LoraConfig(target_modules=names, **options))
+        layout.connector_of(model).requires_grad_(True)
+        yield with_adapters
+        ended = True
 
 
 def _picture_shape(lab: Lab, features: FeatureCache | None) -> tuple[tuple[int, ...], torch.dtype]:
@@ -423,15 +446,12 @@ def _save(lab: Lab, trainer: LlavaTrainer, folder: Path) -> None:
     """Write the model as an ordinary transformers folder, whole or not at all."""
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
     if trainer.is_world_process_zero():
-        part, target = folder / "model.part", folder / "model"
+        target = folder / "model"
         try:
-            shutil.rmtree(part, ignore_errors=True)
-            lab.model.save_pretrained(part, state_dict=state)
-            lab.processor.save_pretrained(part)
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(part, target)
+            with whole_folder(target) as part:
+                lab.model.save_pretrained(part, state_dict=state)
+                lab.processor.save_pretrained(part)
         except OSError as error:
-            shutil.rmtree(part, ignore_errors=True)
             raise CheckpointError(f"cannot write {target} ({error}); its checkpoints stay, make room and --resume") from error
     trainer.accelerator.wait_for_everyone()
 
@@ -444,9 +464,10 @@ def _forget_later(log_file: Path, resume: Path | None) -> None:
     lines = []
     for line in log_file.read_text().splitlines():
         try:
-            row = json.loads(line)
-        except ValueError:
+            early = json.loads(line)["step"] <= step
+        except (ValueError, TypeError, KeyError):
             continue  # cut short by the end of the process that wrote it
-        if row["step"] <= step:
+        if early:
             lines.append(line + "\n")
-    log_file.write_text("".join(lines))
+    with whole_file(log_file) as temporary:
+        temporary.write_text("".join(lines))

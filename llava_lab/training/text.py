@@ -18,8 +18,10 @@ preprocess_v1); the response formats are LLaVA-1.5's, arXiv 2310.03744, Table 7.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -35,6 +37,8 @@ from llava_lab.worlds.questions import SHORT
 IGNORE = -100  # LLaVA's own value, and torch's default ignore_index
 EOS = "</s>"
 STAGES = ("align", "instruct")
+MOST_TEXT = 1 << 20  # characters of a row's turns, some fifty times the longest context
+HALF = re.compile("[\ud800-\udfff]")  # surrogates, which JSON can hold and no text is
 HUMAN, MODEL = ("human", "user"), ("gpt", "assistant")
 
 # What LLaVA-1.5 appends to a conversation's first question, by kind of answer.
@@ -109,7 +113,7 @@ def encode(
         straddles = ((begin < start) & (end > start)) | ((begin < stop) & (end > stop))
         if straddles.any() or not inside.any():
             piece = tokenizer.convert_ids_to_tokens(int(ids[np.argmax(straddles)]))
-            raise DataError(f"cannot mask the answer {text[start:stop]!r}: token {piece!r} straddles its edge")
+            raise DataError(f"cannot mask the answer {shown(text[start:stop])}: token {piece!r} straddles its edge")
         labels[inside] = ids[inside]
     # a turn's first token may begin with the space before it, so compare token ends
     turn = np.searchsorted(np.array(starts), end - 1, side="right")
@@ -151,13 +155,20 @@ def read_turns(row: Any, *, stage: str, suffix: str = "none") -> tuple[Turns, st
     for number, turn in enumerate(messages):
         expected = (HUMAN, MODEL)[number % 2]
         if turn.get("from") not in expected:
-            raise DataError(f"turn {number} is from {turn.get('from')!r}, expected {expected[0]!r}: human and gpt must alternate")
+            raise DataError(
+                f"turn {number} is from {shown(turn.get('from'))}, expected {expected[0]!r}: human and gpt must alternate"
+            )
         if not isinstance(turn.get("value"), str):
             raise DataError(f"turn {number} has no text in 'value'")
     if not messages or len(messages) % 2:
         raise DataError(
             f"the conversation has {len(messages)} turns; expected question and answer in turn, ending with an answer"
         )
+    length = sum(len(turn["value"]) for turn in messages)
+    if length > MOST_TEXT:
+        raise DataError(f"its text has {length:,} characters, at most {MOST_TEXT:,} are read; shorten it")
+    if half := next(filter(None, (HALF.search(turn["value"]) for turn in messages)), None):
+        raise DataError(f"the text holds U+{ord(half.group()):04X}, half a character; take it out")
     picture = _picture(row, [turn["value"] for turn in messages], stage)
     values = [turn["value"].replace(IMAGE, "").strip() for turn in messages]
     if any(END_OF_TURN in value for value in values):
@@ -171,6 +182,12 @@ def read_turns(row: Any, *, stage: str, suffix: str = "none") -> tuple[Turns, st
     return turns, picture
 
 
+def shown(value: Any) -> str:
+    """Any value in at most some 100 signs, for a message of one line."""
+    text = str(value) if isinstance(value, Path) else repr(value)
+    return text if len(text) <= 160 else f"{text[:80]} ... {text[-20:]}"
+
+
 def _picture(row: dict[str, Any], values: list[str], stage: str) -> str | None:
     picture, marked = row.get("image"), [IMAGE in value for value in values]
     if picture is None:
@@ -180,7 +197,7 @@ def _picture(row: dict[str, Any], values: list[str], stage: str) -> str | None:
             raise DataError("stage align trains on pictures with captions; this row has no 'image'")
         return None
     if not isinstance(picture, str) or not picture:
-        raise DataError(f"'image' must be the path of one picture, got {picture!r}")
+        raise DataError(f"'image' must be the path of one picture, got {shown(picture)}")
     if any(marked[1::2]) or not any(marked):
         raise DataError(f"a row with a picture has {IMAGE} in a question (and in no answer)")
     return picture

@@ -41,6 +41,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import get_cosine_schedule_with_warmup
 from transformers.models.llama.modeling_llama import rotate_half
 
+from llava_lab.capture import random_states_kept
 from llava_lab.checks import Sweep
 from llava_lab.errors import OptionError
 from llava_lab.models import connectors as architectures
@@ -116,7 +117,7 @@ def train_connectors(
     longest = max(_tokens(lab, connector) for connector in connectors.values())
     text = Text(lab.tokenizer, lab.image_id, 1, lab.context - longest + 1, "align")
     losses: dict[str, list[float]] = {name: [] for name in connectors}
-    with tempfile.TemporaryDirectory() as folder, training(lab.model, connectors.values()):
+    with tempfile.TemporaryDirectory() as folder, random_states_kept(), training(lab.model, connectors.values()):
         options: dict[str, Any] = {"cache": cache, "fit": recipe.fit, "first": True, "show": progress}
         rows, features = open_rows(lab, as_sources(data), text, Path(folder), problems, **options)
         order = order_of(rows, recipe, steps, batch=recipe.batch, chunks=1, seed=seed)

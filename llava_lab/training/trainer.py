@@ -1,8 +1,8 @@
 """transformers' Trainer as LLaVA's two stages need it: its order of data, its batches, its checkpoints, its progress.
 
 *Trainer.* Rows come in the order of a sampler, the connector may have a rate of its own. A checkpoint holds the
-parameters that train, not the frozen ones, with the optimiser, the schedule, the random states and the step; it counts
-when its ``trainer_state.json`` reads, which transformers writes last. Under FSDP the sharded files are transformers' own.
+parameters that train, not the frozen ones, with the optimiser, the schedule, the random states and the step, and last the
+hash of each of its files; it counts while every file has its hash. Under FSDP the sharded files are transformers' own.
 
 *Batches.* Logits are computed only at positions some row learns from (`logits_to_keep`), with the labels already moved
 one place. `reading_features` lets a stock LLaVA take cached features in place of pixels and keeps the tower out of every
@@ -46,8 +46,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.trainer import TRAINER_STATE_NAME
 
 from llava_lab.capture import hooked
-from llava_lab.errors import CheckpointError
+from llava_lab.checks import undoing
+from llava_lab.errors import CheckpointError, one_line
 from llava_lab.models import layout
+from llava_lab.results import file_hash, whole_file
 from llava_lab.training.features import tower_features
 from llava_lab.training.rows import LlavaData
 from llava_lab.training.text import IGNORE, stacked
@@ -56,6 +58,8 @@ log = logging.getLogger(__name__)
 
 CONNECTOR = "multi_modal_projector"
 TRAINED = "trained.safetensors"
+HASHES = "hashes.json"  # of a checkpoint's files, by name; written last
+STATES = (TRAINED, "optimizer.pt", "scheduler.pt", "rng_state*.pth")  # without them a run goes on to other bits
 KEEP = 2  # checkpoints that stay
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -108,12 +112,20 @@ class LlavaTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run = Path(self.args.output_dir)
         folder = run / f"checkpoint-{self.state.global_step}"
-        already = complete(folder)  # when the run stops at a step that was saved anyway
+        already = damage(folder) is None  # when the run stops at a step that was saved anyway
         self.accelerator.wait_for_everyone()
         if already:
             return
         try:
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                hashes = {path.relative_to(folder).as_posix(): file_hash(path) for path in folder.rglob("*") if path.is_file()}
+                with whole_file(folder / HASHES) as temporary:
+                    temporary.write_text(json.dumps(hashes, indent=1))
         except (OSError, SafetensorError, RuntimeError) as error:  # torch.save on a full disk raises RuntimeError
             shutil.rmtree(folder, ignore_errors=True)
             good = last_checkpoint(run)
@@ -156,24 +168,34 @@ def load_trained(model: nn.Module, checkpoint: Path) -> None:
             parameter.copy_(saved[name])
 
 
-def complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint's last file is there and whole."""
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, None when it is whole: one is missing, or is not what was written."""
     try:
+        hashes = dict(json.loads((checkpoint / HASHES).read_text()))
+        wrong = next((name for name, known in hashes.items() if file_hash(checkpoint / name) != known), None)
+        return f"{wrong} is damaged" if wrong else None
+    except FileNotFoundError as error:
+        if Path(error.filename).name != HASHES:
+            return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, TypeError) as error:
+        return f"its files cannot be read ({one_line(error)})"
+    try:  # of a version that kept no hashes; transformers writes this file last
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
     except (OSError, ValueError):
-        return False
-    return True
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    numbered = [(int(match.group(1)), path) for path in run.glob("checkpoint-*") if (match := CHECKPOINT.fullmatch(path.name))]
-    return [path for _, path in sorted(numbered) if complete(path)]
+        return "it was never finished"
+    sharded = any(path.is_dir() for path in checkpoint.iterdir())
+    missing = next((name for name in STATES if not any(checkpoint.glob(name))), None)
+    return f"{missing} is missing" if missing and not sharded else None
 
 
 def last_checkpoint(run: Path) -> Path | None:
-    """The newest complete checkpoint, None before the first."""
-    return next(reversed(checkpoints(run)), None)
+    """The newest whole checkpoint, None before the first; one that is damaged is passed over, and the log says so."""
+    numbered = [(int(match.group(1)), path) for path in run.glob("checkpoint-*") if (match := CHECKPOINT.fullmatch(path.name))]
+    for _, path in sorted(numbered, reverse=True):
+        if (why := damage(path)) is None:
+            return path
+        log.warning("%s is passed over: %s", path, why)
+    return None
 
 
 # -- batches -------------------------------------------------------------------------------
@@ -226,12 +248,9 @@ def reading_features(model: Any, *, cached: bool) -> Iterator[None]:
         ids = options["input_ids"] if "input_ids" in options else args[0]
         expected["tokens"] = bool((ids == image_id).any())
 
-    with hooked(inner, before=look, with_kwargs=True):
+    with undoing(lambda: vars(inner).pop("get_image_features", None)), hooked(inner, before=look, with_kwargs=True):
         inner.get_image_features = image_features
-        try:
-            yield
-        finally:
-            del inner.get_image_features
+        yield
 
 
 # -- progress ------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import numpy as np
 from tqdm.std import tqdm
 
 from llava_lab.errors import DataError
-from llava_lab.results.save import whole_file
+from llava_lab.results.save import only_writer, whole_file
 from llava_lab.worlds.questions import SHORT, TYPES, Question, article, ask_about, at, place_of
 from llava_lab.worlds.scenes import HELD_OUT, SIZE, SPLITS, Scene, Thing, scene
 
@@ -72,27 +72,29 @@ def write_dataset(
 
     `out` receives ``{split}.json`` (LLaVA's own format), ``{split}.truth.jsonl`` (things with
     boxes, questions with types and deciding things) and ``images/``. Same arguments, same bytes.
-    Raises DataError when n is below 1 or the folder already holds another data set.
+    Raises DataError when n is below 1 or the folder already holds another data set, OptionError while another process writes it.
     """
     if n < 1:
         raise DataError(f"n must be 1 or more, got {n}")
     folder = Path(out)
     target = folder / f"{split}.json"
-    if target.exists():
-        raise DataError(f"{target} exists; give an empty folder or remove it first")
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    rows, truth = [], []
-    for index in tqdm(range(n), desc=f"picturebook {split}", unit="picture", disable=not progress):
-        drawn = scene(split, index, seed=seed)
-        image = f"images/{drawn.name}.png"
-        drawn.picture().save(folder / image)
-        questions = ask_about(drawn, np.random.default_rng((SPLITS[split], seed, index, 5)), turns)
-        rows.append(_row(drawn, image, [(q.text, q.answer) for q in questions]))
-        truth.append(_truth(drawn, image, questions))
-    (folder / f"{split}.truth.jsonl").write_text("".join(json.dumps(row) + "\n" for row in truth), encoding="utf-8")
-    with whole_file(target) as temporary:
-        temporary.write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    return target
+    with only_writer(folder):
+        if target.exists():
+            raise DataError(f"{target} exists; give an empty folder or remove it first")
+        (folder / "images").mkdir(parents=True, exist_ok=True)
+        rows, truth = [], []
+        for index in tqdm(range(n), desc=f"picturebook {split}", unit="picture", disable=not progress):
+            drawn = scene(split, index, seed=seed)
+            image = f"images/{drawn.name}.png"
+            drawn.picture().save(folder / image)
+            questions = ask_about(drawn, np.random.default_rng((SPLITS[split], seed, index, 5)), turns)
+            rows.append(_row(drawn, image, [(q.text, q.answer) for q in questions]))
+            truth.append(_truth(drawn, image, questions))
+        with whole_file(folder / f"{split}.truth.jsonl") as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in truth), encoding="utf-8")
+        with whole_file(target) as temporary:
+            temporary.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        return target
 
 
 def _row(drawn: Scene, image: str, pairs: list[tuple[str, str]]) -> dict[str, Any]:

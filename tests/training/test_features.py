@@ -93,6 +93,23 @@ def test_a_shard_without_keys_is_not_there(tmp_path: Path, tiny_random: Lab) -> 
     assert len(prepared(tiny_random, tmp_path)) == 6
 
 
+def test_damaged_shards_are_left_out_or_named(tmp_path: Path, tiny_random: Lab, caplog: pytest.LogCaptureFixture) -> None:
+    write_rows(tmp_path)
+    whole, key = prepared(tiny_random, tmp_path), content_key(tmp_path / "images/0.png")
+    features = whole.read(key)
+    for end in (".npy", ".keys.npy", ".sums.npy"):
+        path = next(path for path in whole.folder.glob(f"*{end}") if path.name.count(".") == end.count("."))
+        path.write_bytes(path.read_bytes()[:-5])
+        assert torch.equal(prepared(tiny_random, tmp_path).read(key), features)
+    assert caplog.text.count("is damaged and is left out") == 3
+    values = next(path for path in whole.folder.glob("*.npy") if path.name.count(".") == 1)
+    raw = bytearray(values.read_bytes())
+    raw[-1 - 4 * features.numel() * int(len(whole) - 1 - whole.where[whole.keys == key][0, 1])] ^= 1
+    values.write_bytes(raw)
+    with pytest.raises(DataError, match=r"features of picture .* are damaged; remove that file"):
+        prepared(tiny_random, tmp_path).read(key)
+
+
 def test_damaged_pictures_are_named_with_file_and_row(tmp_path: Path, tiny_random: Lab) -> None:
     write_rows(tmp_path)
     (tmp_path / "images/2.png").write_bytes(b"no picture")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from llava_lab.errors import CheckpointError, OptionError
 from llava_lab.training import TINY, Stage, loop
 
 STAGE = Stage("toy", ("a",), steps=8, batch=4, rate=1e-2, matrix_rate=0.02)
@@ -59,7 +62,49 @@ def test_a_run_stopped_half_way_goes_on_to_the_same_bits(tmp_path: Path, monkeyp
     rows = [json.loads(line) for line in (tmp_path / "toy.jsonl").read_text().splitlines()]
     assert rows[0]["rows"] == 4
     assert rows[-1]["step"] == 7
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["toy.jsonl", "toy.pt"]  # no temporary names
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["toy.before.pt", "toy.jsonl", "toy.pt"]  # no temporary names
+
+
+def _cut(raw: bytes) -> bytes:
+    return raw[: len(raw) // 2]
+
+
+def _flipped(raw: bytes) -> bytes:
+    at = raw.index(b"PK", len(raw) // 3) - 70  # within the numbers of one part, where torch itself does not look
+    return raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :]
+
+
+@pytest.mark.parametrize("spoil", [_cut, _flipped, lambda raw: b"", lambda raw: b"no state", lambda raw: raw[:-9]])
+def test_a_damaged_state_gives_way_to_the_one_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, spoil: Callable[[bytes], bytes]
+) -> None:
+    losses = run(made())
+    monkeypatch.setattr(loop, "SAVE_EVERY", 0.0)
+    run(made(), folder=tmp_path)
+    path = tmp_path / "toy.pt"
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(CheckpointError, match="toy.pt is damaged"):
+        loop.read_state(path)
+    assert run(made(), folder=tmp_path) == losses
+    assert "toy.pt is damaged" in caplog.text
+    assert "going on from the state before it" in caplog.text
+    path.write_bytes(spoil(path.read_bytes()))
+    (tmp_path / "toy.before.pt").unlink()
+    with pytest.raises(CheckpointError, match="remove it to train the stage from its beginning"):
+        run(made(), folder=tmp_path)
+
+
+def test_a_stage_half_done_is_not_gone_on_with_under_other_settings(tmp_path: Path) -> None:
+    loop.remember_stage(tmp_path, STAGE, seed=0)
+    loop.remember_stage(tmp_path, STAGE, seed=1)  # nothing is trained yet
+    (tmp_path / "toy.pt").write_bytes(b"")
+    with pytest.raises(OptionError, match="was begun with another seed: 1, now 2"):
+        loop.remember_stage(tmp_path, STAGE, seed=2)
+    with pytest.raises(OptionError, match="another batch: 4, now 5"):
+        loop.remember_stage(tmp_path, replace(STAGE, batch=5), seed=1)
+    (tmp_path / "toy.recipe.json").write_text("[1")
+    with pytest.raises(CheckpointError, match="toy.recipe.json is damaged"):
+        loop.remember_stage(tmp_path, STAGE, seed=1)
 
 
 def test_a_loss_that_is_not_finite_ends_the_stage_before_the_step(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -56,7 +57,7 @@ def test_rows_of_a_file_that_ends_early_are_named(tmp_path: Path) -> None:
         list(json_rows.row_spans(path))
 
 
-BAD: list[tuple[Any, str]] = [
+BAD: list[tuple[Any, str | None]] = [  # None: it is fine
     (
         {"conversations": [{"from": "human", "value": "a"}, {"from": "human", "value": "b"}]},
         "turn 1 is from 'human'.*must alternate",
@@ -69,18 +70,71 @@ BAD: list[tuple[Any, str]] = [
     ({"conversations": turn("a", " ")}, "an answer is empty"),
     ({"conversations": turn("a", "word " * 400)}, r"tokens with its picture, the model's context is 512; shorten its answer"),
     (["a"], "expected an object"),
+    ({"conversations": turn("a", "b \ud83d c")}, r"the text holds U\+D83D, half a character"),
+    ({"conversations": turn("a", "b" * (1 << 21))}, "its text has 2,097,153 characters, at most 1,048,576 are read"),
+    ({"image": "a" * 5000, "conversations": turn("<image>\na", "b")}, r"missing picture .{80,120} \.\.\. a{20}"),
+    ({"image": "nu\0l", "conversations": turn("<image>\na", "b")}, "missing picture"),
+    ({"image": ["x" * 5000], "conversations": turn("<image>\na", "b")}, r"path of one picture, got .{80} \.\.\. x+'\]"),
+    ({"conversations": [{"from": "z" * 5000, "value": "a"}, *turn("a", "b")[::-1]]}, "turn 0 is from 'gpt', expected 'human'"),
+    ({"conversations": turn("a", "b"), "z": int("9" * 4300)}, None),
+]
+RAW: list[tuple[bytes, str]] = [  # what no writer of JSON gives
+    (b'{"a": ' + b"[" * 90_000 + b"]" * 90_000 + b"}", "broken JSON .brackets within brackets"),
+    (b'{"a": ' + b"9" * 5000 + b"}", "broken JSON"),
+    (b'{"a": "\xff\xfe"}', "broken JSON .*utf-8"),
+    (b'{"a": "' + b"\\n" * 40_000_000 + b'"}', "row 1.* (a string of more than|has 80,000,009 bytes, at most)"),
+    (b"{'a': 1}", "broken JSON"),
 ]
 
 
 @pytest.mark.parametrize(("row", "why"), BAD)
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
-def test_a_bad_row_is_named_and_refused_or_skipped(tmp_path: Path, tiny_random: Lab, row: Any, why: str, suffix: str) -> None:
+def test_a_bad_row_is_named_and_refused_or_skipped(
+    tmp_path: Path, tiny_random: Lab, row: Any, why: str | None, suffix: str
+) -> None:
     write_rows(tmp_path, count=2, text_every=0)
     good = {"image": "images/0.png", "conversations": turn("<image>\na", "b")}
     source = Source(write_json(tmp_path / f"bad{suffix}", [good, row, good]))
+    if why is None:
+        assert len(open_data(tiny_random, source, tmp_path)) == 3
+        return
     with pytest.raises(DataError, match=rf"bad{suffix} row 1: .*{why}.*--skip-bad"):
         open_data(tiny_random, source, tmp_path)
     assert len(open_data(tiny_random, source, tmp_path, skip=True)) == 2
+
+
+@pytest.mark.parametrize(("raw", "why"), RAW)
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_bytes_that_are_no_row_are_one_line(tmp_path: Path, tiny_random: Lab, raw: bytes, why: str, suffix: str) -> None:
+    good = json.dumps({"conversations": turn("a", "b")}).encode()
+    joined = b"[" + b",".join([good, raw, good]) + b"]" if suffix == ".json" else b"\n".join([good, raw, good])
+    (tmp_path / f"bad{suffix}").write_bytes(joined)
+    with pytest.raises(DataError, match=why) as caught:
+        open_data(tiny_random, Source(tmp_path / f"bad{suffix}"), tmp_path)
+    assert len(str(caught.value)) < 800
+
+
+@pytest.mark.parametrize("coding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_another_coding_than_utf_8_is_named(tmp_path: Path, tiny_random: Lab, coding: str, suffix: str) -> None:
+    text = json.dumps({"conversations": turn("a", "b")})
+    (tmp_path / f"a{suffix}").write_text(f"[{text}]" if suffix == ".json" else text, encoding=coding)
+    with pytest.raises(DataError, match=r"is UTF-16 or UTF-32 text; expected UTF-8"):
+        open_data(tiny_random, Source(tmp_path / f"a{suffix}"), tmp_path)
+    with pytest.raises(DataError, match="no such data file: .{80,120} ... "):
+        open_data(tiny_random, Source(tmp_path / ("a" * 5000)), tmp_path)
+
+
+def test_a_damaged_index_and_another_text_of_the_same_size_are_read_anew(tmp_path: Path, tiny_random: Lab) -> None:
+    path = write_json(tmp_path / "a.json", [{"conversations": turn("a", word)} for word in ("one", "two")])
+    stat, whole = path.stat(), open_data(tiny_random, Source(path), tmp_path)[1]["ids"]
+    for name in ("rows.index", "rows.json"):
+        for raw in (b"", b"[1", (tmp_path / name).read_bytes()[:-3], bytes(len((tmp_path / name).read_bytes()))):
+            (tmp_path / name).write_bytes(raw)
+            assert np.array_equal(open_data(tiny_random, Source(path), tmp_path)[1]["ids"], whole)
+    path.write_text(path.read_text().replace('"one"', '"1" ').replace('"two"', '"six"'))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert not np.array_equal(open_data(tiny_random, Source(path), tmp_path)[1]["ids"], whole)
 
 
 def test_broken_json_in_one_row_leaves_its_neighbours(tmp_path: Path, tiny_random: Lab, caplog: pytest.LogCaptureFixture) -> None:

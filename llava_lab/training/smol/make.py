@@ -19,7 +19,7 @@ import logging
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,11 @@ from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from llava_lab.capture import random_states_kept
 from llava_lab.errors import OptionError
 from llava_lab.models import layout
 from llava_lab.models.formats import smol
-from llava_lab.results.save import whole_file
+from llava_lab.results import only_writer, whole_file
 from llava_lab.training import loop
 from llava_lab.training.features import tower_features
 from llava_lab.training.recipe import Stage
@@ -228,50 +229,50 @@ def train_smol(
         raise OptionError(f"stages are {', '.join(names)}; got {', '.join(sorted(unknown))}")
     if steps_scale <= 0:
         raise OptionError(f"steps_scale must be above 0, got {steps_scale}")
-    if not resume and any((folder / f"{name}.pt").exists() for name in names):
-        raise OptionError(f"{folder} holds a run already; add --resume to go on with it, or choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    model, processor = smol.assemble(**(parts or {}))
-    model.requires_grad_(False)
-    in_bfloat16(layout.language_model(model))
-    side = model.config.vision_config.image_size
-    form = Chat(processor.tokenizer, layout.image_token_count(model))
-    connector = layout.connector_of(model)
-    fit_start(model, tower_features(model, normalise(torch.from_numpy(draw([scene("train", i) for i in range(32)], side)))))
-    few = texts
-    if texts is None and {"instruct", "practice"} & set(stages or names):
-        few = own_texts(model, processor.tokenizer, folder / "texts.json")
-    check = Check(model, form, side)
-    connector.requires_grad_(True)
-    modules: dict[str, nn.Module] = {"connector": connector}
-    for number, stage in enumerate(recipe.stages):
-        if stages is not None and stage.name not in stages:
-            continue
-        if "lora" in stage.trains and "lora" not in modules:
-            modules["lora"] = adapt(layout.language_model(model), recipe.rank, recipe.scale, recipe.seed)
-        if number:
-            # what the stage before left; adapters it did not train start at nothing
-            before = folder / f"{names[number - 1]}.pt"
-            if not before.exists():
-                raise OptionError(f"{before} is missing; train stage {names[number - 1]} first")
-            for name, state in torch.load(before, weights_only=True)["modules"].items():
-                modules[name].load_state_dict(state)
-        if fused:
-            compiled(layout.language_model(model))
-        scaled = replace(stage, steps=max(1, round(stage.steps * steps_scale)))
-        data = SmolData(form, stage=stage.name, batch=stage.batch, side=side, seed=recipe.seed, texts=few, blind=blind)
-        (folder / f"{stage.name}.recipe.json").write_text(json.dumps(asdict(scaled), indent=1))
-        stage_loss = partial(loss_of, model, image_id=form.image_id)
-        if stage.name == "recall":
-            # the model as it was before any training
-            teacher, _ = smol.assemble(**(parts or {}))
-            in_bfloat16(layout.language_model(teacher.requires_grad_(False)))
-            data.texts = many_texts(teacher, processor.tokenizer, folder / "many.json") if texts is None else texts
-            stage_loss = partial(distance, model, teacher, image_id=form.image_id)
-        loop.train(scaled, modules, data, stage_loss, folder=folder, workers=1, check=check, check_every=CHECK_EVERY)
-    lora = modules.get("lora")
-    assert lora is None or isinstance(lora, nn.ModuleDict)
-    return write_weights(folder, connector, lora, recipe)
+    with only_writer(folder), random_states_kept():
+        if not resume and any((folder / f"{name}.pt").exists() for name in names):
+            raise OptionError(f"{folder} holds a run already; add --resume to go on with it, or choose another folder")
+        model, processor = smol.assemble(**(parts or {}))
+        model.requires_grad_(False)
+        in_bfloat16(layout.language_model(model))
+        side = model.config.vision_config.image_size
+        form = Chat(processor.tokenizer, layout.image_token_count(model))
+        connector = layout.connector_of(model)
+        fit_start(model, tower_features(model, normalise(torch.from_numpy(draw([scene("train", i) for i in range(32)], side)))))
+        few = texts
+        if texts is None and {"instruct", "practice"} & set(stages or names):
+            few = own_texts(model, processor.tokenizer, folder / "texts.json")
+        check = Check(model, form, side)
+        connector.requires_grad_(True)
+        modules: dict[str, nn.Module] = {"connector": connector}
+        for number, stage in enumerate(recipe.stages):
+            if stages is not None and stage.name not in stages:
+                continue
+            if "lora" in stage.trains and "lora" not in modules:
+                modules["lora"] = adapt(layout.language_model(model), recipe.rank, recipe.scale, recipe.seed)
+            if number:
+                # what the stage before left; adapters it did not train start at nothing
+                before = folder / f"{names[number - 1]}.pt"
+                if not before.exists():
+                    raise OptionError(f"{before} is missing; train stage {names[number - 1]} first")
+                for name, state in loop.read_state(before)["modules"].items():
+                    modules[name].load_state_dict(state)
+            if fused:
+                compiled(layout.language_model(model))
+            scaled = replace(stage, steps=max(1, round(stage.steps * steps_scale)))
+            data = SmolData(form, stage=stage.name, batch=stage.batch, side=side, seed=recipe.seed, texts=few, blind=blind)
+            loop.remember_stage(folder, scaled, seed=recipe.seed, blind=blind)
+            stage_loss = partial(loss_of, model, image_id=form.image_id)
+            if stage.name == "recall":
+                # the model as it was before any training
+                teacher, _ = smol.assemble(**(parts or {}))
+                in_bfloat16(layout.language_model(teacher.requires_grad_(False)))
+                data.texts = many_texts(teacher, processor.tokenizer, folder / "many.json") if texts is None else texts
+                stage_loss = partial(distance, model, teacher, image_id=form.image_id)
+            loop.train(scaled, modules, data, stage_loss, folder=folder, workers=1, check=check, check_every=CHECK_EVERY)
+        lora = modules.get("lora")
+        assert lora is None or isinstance(lora, nn.ModuleDict)
+        return write_weights(folder, connector, lora, recipe)
 
 
 def write_weights(folder: Path, connector: nn.Module, lora: nn.ModuleDict | None, recipe: SmolRecipe) -> Path:
@@ -283,5 +284,6 @@ def write_weights(folder: Path, connector: nn.Module, lora: nn.ModuleDict | None
         tensors[f"lora.{name.replace('/', '.').removesuffix('.weight')}"] = value
     with whole_file(target / smol.WEIGHTS) as temporary:
         save_file({name: value.to(torch.bfloat16).contiguous() for name, value in tensors.items()}, temporary)
-    (target / "smol.json").write_text(json.dumps({"rank": recipe.rank, "scale": recipe.scale, "seed": recipe.seed}) + "\n")
+    with whole_file(target / "smol.json") as temporary:
+        temporary.write_text(json.dumps({"rank": recipe.rank, "scale": recipe.scale, "seed": recipe.seed}) + "\n")
     return target

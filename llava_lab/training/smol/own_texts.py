@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from llava_lab.errors import one_line
 from llava_lab.results.save import whole_file
 
 log = logging.getLogger(__name__)
@@ -63,8 +64,12 @@ def _sampled(
     model: Any, tokenizer: Any, file: Path, groups: Sequence[tuple[int, list[str]]], *, length: int, heat: float
 ) -> list[list[int]]:
     """Continuations of each group's prompts with its seed, from `file` where they are there."""
-    if file.exists():
+    try:
         return json.loads(file.read_text())
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        log.warning("%s is damaged and is written anew (%s)", file, one_line(error))
     log.info("the language model writes %d texts of its own", sum(len(prompts) for _, prompts in groups))
     texts: list[list[int]] = []
     for seed, prompts in groups:

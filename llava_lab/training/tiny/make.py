@@ -9,10 +9,9 @@ half done goes on where it stopped. The order to read this folder in: `pictures`
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,10 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
+from llava_lab.capture import random_states_kept
 from llava_lab.errors import OptionError
+from llava_lab.models.folders import whole_folder
+from llava_lab.results import only_writer
 from llava_lab.training import loop
 from llava_lab.training.recipe import TINY, Recipe, Stage
 from llava_lab.training.tiny import streams
@@ -66,24 +68,23 @@ def train(
     if steps_scale <= 0:
         raise OptionError(f"steps_scale must be above 0, got {steps_scale}")
     folder = Path(out)
-    if not resume and any((folder / f"{stage}.pt").exists() for stage in STAGES):
-        raise OptionError(f"{folder} holds a run already; add --resume to go on with it, or choose another folder")
     if seed is not None:
         recipe = replace(recipe, seed=seed)
-    work = _Work(recipe, folder, steps_scale)
-    with streams.fused(fused):
+    with only_writer(folder), random_states_kept(), streams.fused(fused):
+        if not resume and any((folder / f"{stage}.pt").exists() for stage in STAGES):
+            raise OptionError(f"{folder} holds a run already; add --resume to go on with it, or choose another folder")
+        work = _Work(recipe, folder, steps_scale)
         for stage in recipe.stages:
             if stages is None or stage.name in stages:
                 work.load(STAGES[: STAGES.index(stage.name)])
                 work.run(stage)
-    return work.finish()
+        return work.finish()
 
 
 class _Work:
     """The model under way, the pool, and how each stage uses them."""
 
     def __init__(self, recipe: Recipe, folder: Path, scale: float) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.recipe, self.folder, self.scale = recipe, folder, scale
         arch, side = recipe.architecture, recipe.architecture.image
         self.tokenizer = _tokenizer(folder / "tokenizer", arch.vocabulary)
@@ -105,7 +106,7 @@ class _Work:
         loop.freeze_all_but(self.model, stage.trains)
         modules, data, loss = self._parts(stage)
         check = make_check(self.model, self.unseen, self.tokenizer) if stage.name == "instruct" else None
-        (self.folder / f"{stage.name}.recipe.json").write_text(json.dumps(asdict(stage), indent=1))
+        loop.remember_stage(self.folder, stage, seed=self.recipe.seed)
         # one process reads ahead: drawing and tokenising a batch takes about as long as a step
         return loop.train(stage, modules, data, loss, folder=self.folder, workers=1, check=check)
 
@@ -140,7 +141,7 @@ class _Work:
             path = self.folder / f"{stage}.pt"
             if not path.exists():
                 raise OptionError(f"{path} is missing; train stage {stage} first")
-            saved = torch.load(path, weights_only=True)["modules"]
+            saved = loop.read_state(path)["modules"]
             for name, module in places.items():
                 if name in saved:
                     module.load_state_dict(saved[name])
@@ -153,8 +154,10 @@ class _Work:
         self.load(STAGES)
         target = self.folder / "model"
         self.model.set_attn_implementation("sdpa")
-        self.model.requires_grad_(True).to(torch.bfloat16).save_pretrained(target)
-        build_processor(self.config, self.tokenizer).save_pretrained(target)
+        self.model.requires_grad_(True).to(torch.bfloat16)
+        with whole_folder(target) as part:
+            self.model.save_pretrained(part)
+            build_processor(self.config, self.tokenizer).save_pretrained(part)
         log.info("saved %s", target)
         return target
 
@@ -162,5 +165,6 @@ class _Work:
 def _tokenizer(folder: Path, vocabulary: int) -> PreTrainedTokenizerFast:
     """Built once for a run: a resumed run must not read its words by other numbers."""
     if not folder.exists():
-        build_tokenizer(vocabulary).save_pretrained(folder)
+        with whole_folder(folder) as part:
+            build_tokenizer(vocabulary).save_pretrained(part)
     return PreTrainedTokenizerFast.from_pretrained(folder)

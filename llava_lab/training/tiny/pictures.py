@@ -13,10 +13,12 @@ which thing in the picture book; it has to look each one up, and so it also read
 
 from __future__ import annotations
 
+import json
 import logging
 import multiprocessing
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +26,8 @@ import numpy as np
 from PIL import Image
 from tqdm.std import tqdm
 
+from llava_lab.errors import one_line
+from llava_lab.results import file_hash, whole_file
 from llava_lab.worlds.scenes import COLOR_NAMES, HELD_OUT, KIND_NAMES, MAX_THINGS, Scene, scene
 
 log = logging.getLogger(__name__)
@@ -62,24 +66,40 @@ def make_pool(folder: Path, *, n: int, side: int, grid: int, split: str = "train
     stem = folder / f"{split}-{seed}-{n}x{side}x{grid}"
     done = stem.with_suffix(".done")
     paths = [stem.with_suffix(f".{name}.npy") for name in ("pictures", "owners", "things")]
-    if not done.exists():
+    if not _whole(done, paths):
         log.info("drawing %d pictures of split %s", n, split)
         shapes = ((n, side, side, 3), (n, grid * grid), (n, MAX_THINGS, 6))
         types = (np.uint8, np.uint8, np.float32)
-        arrays = [
-            np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
-            for path, dtype, shape in zip(paths, types, shapes, strict=True)
-        ]
-        jobs = [(split, seed, start, min(start + CHUNK, n), side, grid) for start in range(0, n, CHUNK)]
-        chunks = tqdm(_drawn(jobs, workers), total=len(jobs), desc="pictures", unit="chunk", disable=len(jobs) < 9)
-        for start, stop, chunk in chunks:
-            for array, part in zip(arrays, chunk, strict=True):
-                array[start:stop] = part
-        for array in arrays:
-            array.flush()
-        done.touch()
+        with ExitStack() as files:
+            arrays = [
+                np.lib.format.open_memmap(files.enter_context(whole_file(path)), mode="w+", dtype=dtype, shape=shape)
+                for path, dtype, shape in zip(paths, types, shapes, strict=True)
+            ]
+            jobs = [(split, seed, start, min(start + CHUNK, n), side, grid) for start in range(0, n, CHUNK)]
+            chunks = tqdm(_drawn(jobs, workers), total=len(jobs), desc="pictures", unit="chunk", disable=len(jobs) < 9)
+            for start, stop, chunk in chunks:
+                for array, part in zip(arrays, chunk, strict=True):
+                    array[start:stop] = part
+            for array in arrays:
+                array.flush()
+        with whole_file(done) as temporary:
+            temporary.write_text(json.dumps([file_hash(path) for path in paths]))
     pictures, owners, things = (np.load(path, mmap_mode="r") for path in paths)
     return Pool(pictures, owners, things, split, seed)
+
+
+def _whole(done: Path, paths: list[Path]) -> bool:
+    """Whether a pool is there as it was drawn; older ones kept no hashes."""
+    try:
+        hashes = json.loads(done.read_text() or "null")
+        if all(path.is_file() for path in paths) and hashes in (None, [file_hash(path) for path in paths]):
+            return True
+        log.warning("the pictures of %s are damaged and are drawn anew", done)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        log.warning("%s is damaged, its pictures are drawn anew (%s)", done, one_line(error))
+    return False
 
 
 def _drawn(jobs: list[Job], workers: int) -> Iterator[tuple[int, int, tuple[np.ndarray, ...]]]:
