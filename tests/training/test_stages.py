@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +29,9 @@ from llava_lab.models.pictures import read_picture
 from llava_lab.training import trainer as trainer_module
 from llava_lab.training.features import tower_features
 from llava_lab.training.recipe import LLAVA_15_7B, LLAVA_RECIPES, Lora
-from llava_lab.training.stages import Running, Trained, shares, train_stage
+from llava_lab.training.stages import Running, Trained, adapters, shares, train_stage
 from llava_lab.training.trainer import Collate, last_checkpoint, reading_features
+from tests.support.interrupts import interrupting
 from tests.support.training_rows import write_rows
 
 QUICK = Running(save_every=50, progress=False)
@@ -366,6 +370,106 @@ def test_stopping_keeps_what_is_trained_and_resumes_to_the_same_bits(tmp_path: P
     assert (again.stopped, again.steps, again.losses) == ("finished", 6, whole.losses)
     a, b = (load_file(Path(one.folder) / "model.safetensors") for one in (whole, again))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def _spoil(checkpoint: Path, name: str, how: str) -> None:
+    file = checkpoint / name
+    raw = file.read_bytes()
+    if how == "gone":
+        file.unlink()
+    else:
+        file.write_bytes({"cut": raw[:-1], "empty": b"", "flipped": bytes([*raw[:-1], raw[-1] ^ 1])}[how])
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(
+    tmp_path: Path, tiny_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_rows(tmp_path)
+    whole = _train(tiny_folder, tmp_path / "whole", tmp_path)
+    run, newest = tmp_path / "whole/instruct", "checkpoint-6"
+    assert last_checkpoint(run) == run / newest
+    names = ("trained.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "training_args.bin")
+    for name in names:
+        for how in ("gone", "cut", "empty", "flipped"):
+            caplog.clear()
+            shutil.copytree(run, tmp_path / "copy", dirs_exist_ok=True)
+            if name in (tmp_path / "copy" / newest / "hashes.json").read_text():
+                _spoil(tmp_path / "copy" / newest, name, how)
+                assert last_checkpoint(tmp_path / "copy") == tmp_path / "copy/checkpoint-5"
+                assert f"{newest} is passed over: {name} is {'missing' if how == 'gone' else 'damaged'}" in caplog.text
+            shutil.copytree(run, tmp_path / "copy", dirs_exist_ok=True)
+            (tmp_path / "copy" / newest / "hashes.json").unlink()  # as an older version left it
+            assert last_checkpoint(tmp_path / "copy") == tmp_path / "copy" / newest
+            if how == "gone" and name != "training_args.bin":
+                _spoil(tmp_path / "copy" / newest, name, how)
+                assert last_checkpoint(tmp_path / "copy") == tmp_path / "copy/checkpoint-5"
+    made = load_file(run / "model/model.safetensors")
+    _spoil(run / newest, "optimizer.pt", "gone")
+    again = _train(tiny_folder, tmp_path / "whole", tmp_path, resume=True)
+    assert again.losses == whole.losses
+    assert all(torch.equal(made[name], value) for name, value in load_file(run / "model/model.safetensors").items())
+
+
+def test_a_resumed_run_reads_the_data_it_was_begun_with(tmp_path: Path, tiny_folder: Path) -> None:
+    data = write_rows(tmp_path)
+    _train(tiny_folder, tmp_path / "out", tmp_path, steps=2)
+    data.write_text(data.read_text().replace('"red"', '"tan"'))
+    with pytest.raises(OptionError, match="was begun with another hash of the data files"):
+        _train(tiny_folder, tmp_path / "out", tmp_path, steps=2, resume=True)
+    write_rows(tmp_path)
+    note = tmp_path / "out/instruct/run.json"
+    note.write_text(json.dumps({k: v for k, v in json.loads(note.read_text()).items() if "hash" not in k}))  # an older one
+    assert _train(tiny_folder, tmp_path / "out", tmp_path, steps=2, resume=True).stopped == "finished"
+    note.write_text("{")
+    with pytest.raises(CheckpointError, match="run.json is damaged"):
+        _train(tiny_folder, tmp_path / "out", tmp_path, steps=2, resume=True)
+
+
+def test_lora_starts_from_the_seed_and_the_caller_s_random_states_stay(tmp_path: Path, tiny_folder: Path) -> None:
+    write_rows(tmp_path)
+    recipe, found = replace(RECIPE, lora=Lora(rank=2, alpha=4, dropout=0.1)), {}
+    for name, before, seed in (("a", 1, 0), ("b", 2, 0), ("c", 1, 3)):
+        torch.manual_seed(before)
+        states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
+        options: dict[str, Any] = {"recipe": recipe, "steps": 3, "running": replace(QUICK, seed=seed, bf16=True)}
+        lab = ll.load(str(tiny_folder))
+        own = set(vars(lab.model))
+        assert len(train_stage(lab, tmp_path / "mix.json", "instruct", tmp_path / name, cache=tmp_path, **options).losses) == 3
+        assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states  # noqa: NPY002
+        assert set(vars(lab.model)) == own
+        found[name] = lab.fingerprint
+    assert found["a"] == found["b"] != found["c"]
+
+
+def test_merging_adapters_is_peft_s_and_an_interrupt_in_the_middle_of_it_waits(tiny_folder: Path) -> None:
+    merged = []
+    for stop in (False, True):
+        lab = ll.load(str(tiny_folder))
+        plain = dict(lab.model.named_modules())
+        with pytest.raises(KeyboardInterrupt) if stop else nullcontext(), adapters(lab.model, Lora(rank=2), seed=1) as wrapped:
+            with torch.no_grad():
+                for number, (_, part) in enumerate(wrapped.named_parameters()):
+                    part.add_(0.01 * number if part.requires_grad else 0)
+            layers = [part for part in wrapped.modules() if hasattr(part, "get_delta_weight")]
+            expected = [part.get_base_layer().weight + part.get_delta_weight("default") for part in layers]
+            bases = [part.get_base_layer() for part in layers]
+            if stop:
+                layers[3].get_delta_weight = interrupting(layers[3].get_delta_weight, at=1, times=1)
+        assert all(torch.equal(base.weight, weight) for base, weight in zip(bases, expected, strict=True))
+        assert dict(lab.model.named_modules()) == plain
+        merged.append(lab.fingerprint)
+    assert merged[0] == merged[1]
+
+
+def test_without_a_cache_bad_pictures_are_skipped_as_with_one(train: Train, tmp_path: Path) -> None:
+    write_rows(tmp_path, text_every=0)
+    (tmp_path / "images/1.png").write_bytes(b"no picture")
+    (tmp_path / "images/2.png").write_bytes((tmp_path / "images/2.png").read_bytes()[:100])
+    _, cached = train(skip_bad=True)
+    _, plain = train(name="b", skip_bad=True, cache=False)
+    assert plain.skipped == cached.skipped
+    assert len(plain.skipped) == 2
+    np.testing.assert_allclose(plain.losses, cached.losses, atol=2e-4)
 
 
 def test_a_folder_with_a_run_wants_resume_and_the_same_settings(tmp_path: Path, tiny_folder: Path) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,21 +16,25 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+import llava_lab as ll
 from llava_lab.errors import OptionError
-from llava_lab.training import train
+from llava_lab.models import Lab
+from llava_lab.results import only_writer
+from llava_lab.training import Running, train
+from llava_lab.training.smol.make import train_smol
 from llava_lab.training.text import IGNORE, encode
 from llava_lab.training.tiny.batches import apart, apart_loss, joined, joined_loss
 from llava_lab.training.tiny.language import statements
-from llava_lab.training.tiny.make import _Work
-from llava_lab.training.tiny.model import build_config, build_model, build_processor
+from llava_lab.training.tiny.make import _tokenizer, _Work
+from llava_lab.training.tiny.model import build_config, build_model, build_processor, build_tokenizer
 from llava_lab.training.tiny.pictures import NOTHING, OTHER_COLORS, OTHER_KINDS, make_pool, retold, truth_of
 from llava_lab.training.tiny.sight import FORMS, InstructData
 from llava_lab.training.tiny.streams import shared_prefix
 from llava_lab.training.tiny.tower import normalise, swapped
-from llava_lab.worlds.picturebook import SHORT, scene
+from llava_lab.worlds.picturebook import SHORT, scene, write_dataset
 from llava_lab.worlds.questions import NUMBERS, place_of
 from llava_lab.worlds.scenes import KIND_NAMES, Scene, Thing
-from tests.support.training_rows import QUICK, SMALL
+from tests.support.training_rows import QUICK, SMALL, write_rows
 
 PARTS = {"tower": "vision_tower", "language": "language_model|lm_head", "align": "multi_modal_projector"}
 PARTS["instruct"] = "multi_modal_projector|language_model|lm_head"
@@ -240,3 +248,52 @@ def test_a_scene_retold_keeps_what_is_alike_and_never_makes_a_held_out_pair() ->
         assert not any(t.held_out for t in other.things)
         assert [(t.x, t.y, t.size) for t in other.things] == [(t.x, t.y, t.size) for t in drawn.things]
     assert set(OTHER_KINDS) | set(OTHER_COLORS) <= new
+
+
+def test_a_damaged_pool_is_drawn_anew_and_an_older_one_is_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    draw = partial(make_pool, tmp_path, n=3, side=48, grid=6)
+    first = np.array(draw().pictures)
+    done = next(tmp_path.glob("*.done"))
+    for path in sorted(tmp_path.glob("*")):
+        path.write_bytes(path.read_bytes()[:-3])
+        assert np.array_equal(draw().pictures, first)
+        assert "drawn anew" in caplog.text
+        caplog.clear()
+    done.write_bytes(b"")
+    next(tmp_path.glob("*.owners.npy")).touch()
+    draw()
+    assert "drawn anew" not in caplog.text
+    assert done.read_bytes() == b""
+
+
+def test_a_tokenizer_half_written_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(self: PreTrainedTokenizerFast, folder: Path) -> None:
+        (Path(folder) / "tokenizer_config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llava_lab.training.tiny.make.build_tokenizer", partial(build_tokenizer, samples=100))
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedTokenizerFast, "save_pretrained", killed)
+        with pytest.raises(KeyboardInterrupt):
+            _tokenizer(tmp_path / "tokenizer", 300)
+    assert list(tmp_path.iterdir()) == []
+    assert len(_tokenizer(tmp_path / "tokenizer", 300)) > 256
+
+
+@pytest.mark.parametrize("entry", ["train", "train_smol", "train_stage", "compare_connectors", "leaderboard", "write_dataset"])
+def test_every_entry_that_fills_a_folder_is_its_only_writer(tmp_path: Path, tiny_random: Lab, entry: str) -> None:
+    rows, out = write_rows(tmp_path), tmp_path / "out"
+    calls: dict[str, Callable[[], Any]] = {
+        "train": lambda: train("quick", out, recipe=QUICK),
+        "train_smol": lambda: train_smol(out),
+        "train_stage": lambda: ll.train_stage(tiny_random, rows, "instruct", tmp_path, running=Running(progress=False)),
+        "compare_connectors": lambda: ll.compare_connectors(start="tiny", out=out, progress=False),
+        "leaderboard": lambda: ll.leaderboard(tiny_random, out=out / "lines.jsonl", n=1, progress=False),
+        "write_dataset": lambda: write_dataset(out, n=2, progress=False),
+    }
+    place = {"train_stage": tmp_path / "instruct", "leaderboard": out / "lines.jsonl"}.get(entry, out)
+    with only_writer(place, folder=entry != "leaderboard"):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(OptionError, match=rf"{place} is being written by process {os.getpid()} \("):
+            calls[entry]()
+        assert sorted(tmp_path.rglob("*")) == before
