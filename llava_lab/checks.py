@@ -18,17 +18,20 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
+import stat
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from numbers import Integral, Real
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
 
 from tqdm.auto import tqdm
 
-from llava_lab.errors import CheckpointError, LabError, OptionError, foreign_line
+from llava_lab.errors import CheckpointError, DataError, LabError, OptionError, foreign_line
 
 if TYPE_CHECKING:
     from llava_lab.results import Run
@@ -77,6 +80,21 @@ def layer_window(layers: Any, count: int) -> tuple[int, int]:
     if not fine or not 0 <= layers[0] < layers[1] <= count:
         raise OptionError(f"layers must be (start, stop) with 0 <= start < stop <= {count}, or None for all; got {layers!r}")
     return int(layers[0]), int(layers[1])
+
+
+def regular_file(path: str | os.PathLike, error: type[LabError] = DataError) -> Path:
+    """`path` if it is a regular file, or a link to one: a pipe would wait for ever and a device has no end.
+
+    Raises `error` for anything else that is there, FileNotFoundError where nothing is.
+    """
+    path = Path(path)
+    try:
+        mode = path.stat().st_mode
+    except ValueError:
+        raise error(f"{str(path)!r} is no name a file can have") from None
+    if not stat.S_ISREG(mode):
+        raise error(f"{path} is {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}; expected a file")
+    return path
 
 
 def same_model(lab: Any, run: Run) -> str:

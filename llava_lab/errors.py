@@ -54,8 +54,25 @@ class EndpointError(LabError):
     """A server that cannot be reached, refuses, or answers with something that is not an answer."""
 
 
+class WriteError(LabError, OSError):
+    """A file that cannot be written: a full disk, a folder that is read-only, a name that is taken. Nothing was changed."""
+
+    @classmethod
+    def of(cls, path: object, error: Exception) -> WriteError:
+        """The one line for what the system said of `path`; `errno` is kept."""
+        told = cls(f"cannot write {path}: {getattr(error, 'strerror', None) or error}")
+        told.errno = getattr(error, "errno", None)
+        return told
+
+
 class BudgetError(LabError):
     """More requests to a server than were allowed; nothing that was paid for is lost."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether main memory or a device's has run out: Python's own error, or one of torch's RuntimeErrors."""
+    said = ("out of memory", "allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(part in str(error) for part in said))
 
 
 def one_line(error: BaseException) -> str:

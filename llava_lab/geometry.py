@@ -21,10 +21,12 @@ from typing import Literal
 
 import numpy as np
 
-from llava_lab.errors import OptionError
+from llava_lab.errors import DataError, OptionError
 
 Mode = Literal["pad", "crop", "whole"]
 MODES: tuple[Mode, ...] = ("pad", "crop")  # what an image processor can do; "whole" is for models we cannot look into
+
+LARGEST = 100_000_000  # pixels of a picture, and cells times pixels, that a map is for
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
@@ -78,6 +80,20 @@ class PictureMap:
         step = math.lcm(rows, cols)
         size = -(-max(width, height) // step) * step
         return cls(width, height, size, rows, cols, "whole", size / width, size / height, 0.0, 0.0)
+
+    def check(self) -> None:
+        """Refuse numbers that no picture and no grid can have. Raises DataError; asked of what was read from a file."""
+        counts = (self.width, self.height, self.size, self.rows, self.cols)
+        # what `coverage` and `mask_to_patches` make of them must fit into memory
+        areas = (self.width * self.height, self.rows * self.height, self.cols * self.width)
+        if min(counts) < 1 or max(areas) > LARGEST or max(counts) > LARGEST:
+            raise DataError(f"a map cannot be of {self.width}x{self.height} pixels in {self.rows}x{self.cols} patches")
+        scales, offsets = (self.scale_x, self.scale_y), (self.offset_x, self.offset_y)
+        if not (1 / LARGEST < min(scales) <= max(scales) < LARGEST and max(map(abs, offsets)) < LARGEST):
+            raise DataError(f"a map cannot have the scales {scales} and offsets {offsets}")
+        left, top, right, bottom = self.seen_box
+        if not (left < right and top < bottom):
+            raise DataError("a map must see some of its picture")
 
     # -- points and boxes -------------------------------------------------------------------
 
@@ -180,6 +196,15 @@ class View:
     across: int = 1  # tiles side by side in the enlarged picture
     tile_rows: tuple[int, ...] = ()  # for each row of cells, the row of tiles it was seen in; none: one square
     tile_cols: tuple[int, ...] = ()
+
+    def check(self) -> None:
+        """Refuse tiles that do not fit the grid. Raises DataError; asked of what was read from a file."""
+        sizes = len(self.tile_rows), len(self.tile_cols)
+        if (
+            sizes not in ((0, 0), (self.map.rows, self.map.cols))
+            or min((self.start, self.across - 1, *self.tile_rows, *self.tile_cols)) < 0
+        ):
+            raise DataError(f"the view {self.name!r} must have a tile for every row and column of its grid, counted from 0")
 
     @property
     def stop(self) -> int:

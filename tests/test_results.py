@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import tracemalloc
 import zipfile
 from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
@@ -15,6 +17,7 @@ from llava_lab import results
 from llava_lab.errors import DataError, TargetError
 from llava_lab.geometry import PictureMap
 from llava_lab.results import Relevance, Run, Saved, Table, Target, Word, load_npz, save_npz
+from tests.support import damaged
 from tests.support.result_examples import NASTY, examples
 
 EXAMPLES = examples()
@@ -178,6 +181,60 @@ def test_foreign_files_are_refused_in_one_line(run: Run, relevance: Relevance, t
     (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:40])
     with pytest.raises(DataError, match="not a saved run"):
         Run.load(tmp_path / "cut.npz")
+
+
+def told(kind: type[Saved], path: Path) -> str:
+    """Why a file is refused; "" where it is not, and all that its result shows of itself works."""
+    try:
+        result = kind.load(path)
+    except DataError as error:
+        return str(error)
+    repr(result)
+    result._repr_html_()
+    json.dumps(result.to_dict(), allow_nan=False, ensure_ascii=False).encode()
+    return ""
+
+
+@each_kind
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_files_are_refused_in_one_line_and_what_loads_works(kind: type[Saved], tmp_path: Path) -> None:
+    good, bad = EXAMPLES[kind].save(tmp_path / "good.npz"), tmp_path / "bad.npz"
+    lines = []
+    for what, raw in damaged.changes(good, 24, seed=KINDS.index(kind)):
+        bad.write_bytes(raw)
+        lines.append(told(kind, bad))
+        assert "\n" not in lines[-1], what
+        assert len(lines[-1]) < 600, what
+    assert any(lines)
+
+
+def test_hostile_files_are_refused_before_they_take_memory(run: Run, relevance: Relevance, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.npz"
+    for what, raw in damaged.hostile(relevance.save(tmp_path / "good.npz")):
+        bad.write_bytes(raw)
+        tracemalloc.start()
+        line = told(Relevance, bad)
+        assert tracemalloc.get_traced_memory()[1] < 100_000_000, what
+        tracemalloc.stop()
+        assert line.startswith(f"{bad} "), what
+        assert "\n" not in line, what
+        assert len(line) < 600, what
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+@pytest.mark.parametrize("where", ["pipe", "folder", "/dev/zero", "no\0name"])
+def test_only_regular_files_are_read(where: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match="no regular file|a folder|no name a file can have"):
+        Run.load(where if where.startswith("/") else f"{tmp_path}/{where}")
+
+
+def test_numbers_that_are_not_finite_are_not_saved(relevance: Relevance, tmp_path: Path) -> None:
+    spoilt = replace(relevance, values=np.full_like(relevance.values, np.nan))
+    with pytest.raises(DataError, match="values must be finite numbers, got 4 of 4"):
+        spoilt.save(tmp_path / "map.npz")
+    assert not list(tmp_path.iterdir())
 
 
 # -- tables ---------------------------------------------------------------------------------

@@ -216,7 +216,10 @@ class RunWidget(LabWidget):
         """One interactive HTML file that needs nothing else; written to `path` when given."""
         text = page(title or self.run.question, [self.script], self._css, [self.view()], width=self.width)
         if path is not None:
-            Path(path).write_text(text, "utf-8")
+            from llava_lab.results import whole_file
+
+            with whole_file(path) as temporary:
+                temporary.write_text(text, "utf-8")
         return text
 
 

@@ -67,14 +67,15 @@ def write(
     `versions` is listed beside those of the libraries here. Raises ValueError when something belongs to another
     run, or when the file would be larger than 5 MB.
     """
+    from llava_lab.results import whole_file
+
     if comparison is not None and not is_comparison(comparison):
         raise TypeError(f"comparison must be what llava_lab.compare gives, got {type(comparison).__name__}")
     shown = views(run, maps, comparison)
     text = _fitting(run, shown, heads, comparison, title or run.question, {**(versions or {}), **library_versions()})
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, "utf-8")
-    return path
+    with whole_file(path) as temporary:
+        temporary.write_text(text, "utf-8")
+    return Path(path)
 
 
 def views(run: Run, maps: Mapping[str, Relevance] | None, comparison: Any) -> dict[str, PictureWidget]:

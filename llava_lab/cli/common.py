@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
-from llava_lab.errors import LabError, OptionError, printable
+from llava_lab.errors import OptionError, WriteError, printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -184,8 +184,10 @@ def write(action: Callable[[str], Written], path: str) -> Written:
     """Do `action(path)`, and say in one line when the disk does not allow it."""
     try:
         return action(path)
+    except WriteError:
+        raise
     except OSError as error:
-        raise LabError(f"cannot write {path}: {error.strerror or error}") from None
+        raise WriteError.of(path, error) from None
 
 
 def save(result: Any, path: str | None) -> None:
@@ -195,6 +197,8 @@ def save(result: Any, path: str | None) -> None:
 
 
 def save_figure(figure: Any, path: str, **options: Any) -> None:
-    """Write a figure; folders on the way are made."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write(lambda out: figure.savefig(out, dpi=150, **options), path)
+    """Write a figure, whole or not at all; folders on the way are made."""
+    from llava_lab.results import whole_file
+
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format=Path(path).suffix.lstrip(".").lower(), dpi=150, **options)

@@ -137,7 +137,8 @@ def segment_bars(run: Run, rel: Relevance, *, ax: Axes | None = None) -> Axes:
     >>> ax.get_xlabel()
     'share of the row'
     """
-    if "mass" not in rel.extras:
+    shares = [*rel.extras.get("mass", [None]), *(rel.extras.get("null_mass") or ())[:1]]
+    if not all(isinstance(part, dict) and all(isinstance(share, (int, float)) for share in part.values()) for part in shares):
         raise OptionError(f"expected a map with mass per segment (rollout, attention), got one by {rel.method!r}")
     bars = [(_quoted(rel, i), mass) for i, mass in enumerate(rel.extras["mass"])]
     if rel.extras.get("null_mass"):

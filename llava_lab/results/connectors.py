@@ -16,9 +16,11 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
+from jaxtyping import Bool, Float32, Float64, Int64
 
 from llava_lab.errors import DataError, OptionError
 from llava_lab.results.save import Saved
+from llava_lab.results.schema import filled, within
 from llava_lab.results.table import Table, figure, percent, plain
 
 ALL = "all"
@@ -35,23 +37,24 @@ class Linearized(Saved):
     """
 
     KIND: ClassVar[str] = "linearized connector"
+    GAPS: ClassVar[tuple[str, ...]] = ("rank_r2", "token_r2", "variant_r2", "cosine", "norm_error")
 
-    weight: np.ndarray  # float32 (D, F), of rank `rank`; out = weight @ feature + bias
-    bias: np.ndarray  # float32 (D,)
-    full: np.ndarray  # float32 (D, F), the fit before it was cut to a rank
-    directions: np.ndarray  # float32 (D, K), orthonormal; the outputs the fit varies along, most first
-    feature_mean: np.ndarray  # float64 (F,), over the training tokens
-    output_mean: np.ndarray  # float64 (D,)
+    weight: Float32[np.ndarray, "width features"]  # of rank `rank`; out = weight @ feature + bias
+    bias: Float32[np.ndarray, " width"]
+    full: Float32[np.ndarray, "width features"]  # the fit before it was cut to a rank
+    directions: Float32[np.ndarray, "width limit"]  # orthonormal; the outputs the fit varies along, most first
+    feature_mean: Float64[np.ndarray, " features"]  # over the training tokens
+    output_mean: Float64[np.ndarray, " width"]
     rank: int  # 1 .. K
     ranks: tuple[int, ...]  # where the curve was measured, rising; the last is K
-    rank_r2: np.ndarray  # float64 (ranks,), R^2 of each rank
+    rank_r2: Float64[np.ndarray, " ranks"]  # R^2 of each rank
     r2: float  # of the full fit
     r2_interval: tuple[float, float]  # 95%, resampling held-out pictures
-    token_r2: np.ndarray  # float32 (rows, cols), R^2 of the full fit at each place of the grid
+    token_r2: Float32[np.ndarray, "rows cols"]  # R^2 of the full fit at each place of the grid
     variants: tuple[str, ...]  # "linear" and the controls
-    variant_r2: np.ndarray  # float64 (variants,)
-    cosine: np.ndarray  # float64 (variants,), mean over tokens, -1 to 1
-    norm_error: np.ndarray  # float64 (variants,), mean of | |fit| - |output| | / |output|
+    variant_r2: Float64[np.ndarray, " variants"]
+    cosine: Float64[np.ndarray, " variants"]  # mean over tokens, -1 to 1
+    norm_error: Float64[np.ndarray, " variants"]  # mean of | |fit| - |output| | / |output|
     train_r2: float  # on the pictures it was fitted to
     ridge: float  # penalty, times the mean feature variance
     pictures: tuple[int, int]  # training, held out
@@ -67,6 +70,10 @@ class Linearized(Saved):
     def __post_init__(self) -> None:
         if self.weight.shape != self.full.shape or self.bias.shape != self.weight.shape[:1]:
             raise DataError(f"expected weight (D, F) and bias (D,), got {self.weight.shape} and {self.bias.shape}")
+
+    def check(self) -> None:
+        within("rank", self.rank, 1, self.limit + 1)
+        filled(variants=self.variants, ranks=self.ranks)
 
     @property
     def beside(self) -> dict[str, str]:
@@ -112,15 +119,15 @@ class LocalLinearity(Saved):
 
     KIND: ClassVar[str] = "local linearity"
 
-    cosine: np.ndarray  # float64 (tokens,), between the Jacobian and the fit as flat vectors, -1 to 1
-    distance: np.ndarray  # float64 (tokens,), |Jacobian - fit| / |fit|, Frobenius
-    random_cosine: np.ndarray  # float64 (tokens,), the same against a random map of the fit's size: the control
+    cosine: Float64[np.ndarray, " samples"]  # between the Jacobian and the fit as flat vectors, -1 to 1
+    distance: Float64[np.ndarray, " samples"]  # |Jacobian - fit| / |fit|, Frobenius
+    random_cosine: Float64[np.ndarray, " samples"]  # the same against a random map of the fit's size: the control
     units: int  # GELU units, 0 where there are none
     open_share: float  # of all units and tokens: slope within `tolerance` of 1
     shut_share: float  # slope within `tolerance` of 0
     bent_share: float  # neither: where the unit is not a line
     straight_units: float  # share of units whose output is a line of their input over all tokens, R^2 of 0.99 and more
-    unit_r2: np.ndarray  # float32 (units,), that R^2; a unit that never moves counts as 1
+    unit_r2: Float32[np.ndarray, " units"]  # that R^2; a unit that never moves counts as 1
     tolerance: float
     tokens: int  # tokens the GELU shares were counted on
     model: str
@@ -151,17 +158,26 @@ class LinearEffect(Saved):
     """
 
     KIND: ClassVar[str] = "effect of a linear connector"
+    GAPS: ClassVar[tuple[str, ...]] = (
+        "kl",
+        "kl_interval",
+        "flipped",
+        "flipped_interval",
+        "accuracy_change",
+        "accuracy_interval",
+        "original_accuracy",
+    )
 
     variants: tuple[str, ...]  # V: "linear", "rank k", then controls
     types: tuple[str, ...]  # T, the first is "all"
-    kl: np.ndarray  # float64 (V, T), nats, mean KL(original || variant) over the answer's tokens, 0 and up
-    kl_interval: np.ndarray  # float64 (V, T, 2)
-    flipped: np.ndarray  # float64 (V, T), share 0 to 1
-    flipped_interval: np.ndarray  # float64 (V, T, 2)
-    accuracy_change: np.ndarray  # float64 (V, T), -1 to 1, paired by question
-    accuracy_interval: np.ndarray  # float64 (V, T, 2)
-    original_accuracy: np.ndarray  # float64 (T,)
-    questions: np.ndarray  # int64 (T,)
+    kl: Float64[np.ndarray, "variants types"]  # nats, mean KL(original || variant) over the answer's tokens, 0 and up
+    kl_interval: Float64[np.ndarray, "variants types 2"]
+    flipped: Float64[np.ndarray, "variants types"]  # share 0 to 1
+    flipped_interval: Float64[np.ndarray, "variants types 2"]
+    accuracy_change: Float64[np.ndarray, "variants types"]  # -1 to 1, paired by question
+    accuracy_interval: Float64[np.ndarray, "variants types 2"]
+    original_accuracy: Float64[np.ndarray, " types"]
+    questions: Int64[np.ndarray, " types"]
     pictures: int
     data: str
     split: str
@@ -170,6 +186,10 @@ class LinearEffect(Saved):
     fingerprint: str
     seconds: float
     notes: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        if ALL not in self.types:
+            raise DataError(f"types must have {ALL!r} among them, got {', '.join(self.types)}")
 
     def row(self, variant: str, type: str = "all") -> dict[str, float | tuple[float, float]]:  # noqa: A002
         """One cell with its intervals. Raises OptionError for a variant or a type that was not measured."""
@@ -209,47 +229,65 @@ class Ablation(Saved):
     """
 
     KIND: ClassVar[str] = "connector ablation"
+    GAPS: ClassVar[tuple[str, ...]] = (
+        "sweep_loss",
+        "sweep_accuracy",
+        "losses",
+        "accuracy",
+        "accuracy_sd",
+        "accuracy_interval",
+        "effect",
+        "picture_interval",
+        "seed_sd",
+        "seed_interval",
+        "p",
+        "p_adjusted",
+        "mcnemar_p",
+        "seeds_needed",
+        "pictures_needed",
+        "detectable",
+    )
 
     # arms
     connectors: tuple[str, ...]  # (A,)
     budgets: tuple[str, ...]  # (A,), "samples" or "flops"
-    stage1: np.ndarray  # bool (A,), whether the connector was aligned first
-    steps: np.ndarray  # int64 (A, 2), of alignment and of instruction tuning
-    rate: np.ndarray  # float64 (A,), the connector's peak, chosen on validation
-    parameters: np.ndarray  # int64 (A,), the connector's
-    flops: np.ndarray  # float64 (A,), of one run, forward and backward, without the optimiser
+    stage1: Bool[np.ndarray, " connectors"]  # whether the connector was aligned first
+    steps: Int64[np.ndarray, "connectors 2"]  # of alignment and of instruction tuning
+    rate: Float64[np.ndarray, " connectors"]  # the connector's peak, chosen on validation
+    parameters: Int64[np.ndarray, " connectors"]  # the connector's
+    flops: Float64[np.ndarray, " connectors"]  # of one run, forward and backward, without the optimiser
     # the sweep that chose the rates; it never read a test question
-    sweep_rates: np.ndarray  # float64 (R,)
-    sweep_loss: np.ndarray  # float64 (A, R), validation, nats per labelled token
-    sweep_accuracy: np.ndarray  # float64 (A, R), validation
+    sweep_rates: Float64[np.ndarray, " rates"]
+    sweep_loss: Float64[np.ndarray, "connectors rates"]  # validation, nats per labelled token
+    sweep_accuracy: Float64[np.ndarray, "connectors rates"]  # validation
     # answers
     seeds: tuple[int, ...]  # (S,)
     splits: tuple[str, ...]  # (X,)
     types: tuple[str, ...]  # (T,)
-    right: np.ndarray  # bool (A, S, Q)
-    question_split: np.ndarray  # int64 (Q,), number of its split
-    question_type: np.ndarray  # int64 (Q,), number of its type, from 1
-    question_picture: np.ndarray  # int64 (Q,), number of its picture within the split
-    losses: np.ndarray  # float32 (A, S, steps), of training; NaN after an arm's last step
-    accuracy: np.ndarray  # float64 (A, X, T), mean over seeds
-    accuracy_sd: np.ndarray  # float64 (A, X, T), over seeds
-    accuracy_interval: np.ndarray  # float64 (A, X, T, 2), 95%, resampling pictures
-    questions: np.ndarray  # int64 (X, T)
+    right: Bool[np.ndarray, "connectors seeds asked"]
+    question_split: Int64[np.ndarray, " asked"]  # number of its split
+    question_type: Int64[np.ndarray, " asked"]  # number of its type, from 1
+    question_picture: Int64[np.ndarray, " asked"]  # number of its picture within the split
+    losses: Float32[np.ndarray, "connectors seeds trained"]  # of training; NaN after an arm's last step
+    accuracy: Float64[np.ndarray, "connectors splits types"]  # mean over seeds
+    accuracy_sd: Float64[np.ndarray, "connectors splits types"]  # over seeds
+    accuracy_interval: Float64[np.ndarray, "connectors splits types 2"]  # 95%, resampling pictures
+    questions: Int64[np.ndarray, "splits types"]
     # pairs
-    pairs: np.ndarray  # int64 (N, 2), numbers of arms
-    effect: np.ndarray  # float64 (N, X, T)
-    picture_interval: np.ndarray  # float64 (N, X, T, 2), 95%, resampling pictures; of these models
-    seed_sd: np.ndarray  # float64 (N, X, T), of the differences seed by seed
-    seed_interval: np.ndarray  # float64 (N, X, T, 2), 95%, Student's t over seeds; of a repetition
-    p: np.ndarray  # float64 (N, X, T), two-sided, of that t test
-    p_adjusted: np.ndarray  # float64 (N, X, T), Holm over what is judged together
-    gained: np.ndarray  # int64 (N, X, T), answers that only the second has right, all seeds
-    lost: np.ndarray  # int64 (N, X, T), only the first
-    mcnemar_p: np.ndarray  # float64 (N, X, T), exact, on those; of these models
-    seeds_needed: np.ndarray  # float64 (N, X, T), for this effect at 80% power; infinite for an effect of 0
-    pictures_needed: np.ndarray  # float64 (N, X, T), the same for pictures' noise
-    detectable: np.ndarray  # float64 (N, X, T), smallest true difference that these seeds find at 80% power
-    verdict: np.ndarray  # int64 (N, X, T), 1 better, -1 worse, 0 not distinguishable
+    pairs: Int64[np.ndarray, "compared 2"]  # numbers of arms
+    effect: Float64[np.ndarray, "compared splits types"]
+    picture_interval: Float64[np.ndarray, "compared splits types 2"]  # 95%, resampling pictures; of these models
+    seed_sd: Float64[np.ndarray, "compared splits types"]  # of the differences seed by seed
+    seed_interval: Float64[np.ndarray, "compared splits types 2"]  # 95%, Student's t over seeds; of a repetition
+    p: Float64[np.ndarray, "compared splits types"]  # two-sided, of that t test
+    p_adjusted: Float64[np.ndarray, "compared splits types"]  # Holm over what is judged together
+    gained: Int64[np.ndarray, "compared splits types"]  # answers that only the second has right, all seeds
+    lost: Int64[np.ndarray, "compared splits types"]  # only the first
+    mcnemar_p: Float64[np.ndarray, "compared splits types"]  # exact, on those; of these models
+    seeds_needed: Float64[np.ndarray, "compared splits types"]  # for this effect at 80% power; infinite for an effect of 0
+    pictures_needed: Float64[np.ndarray, "compared splits types"]  # the same for pictures' noise
+    detectable: Float64[np.ndarray, "compared splits types"]  # smallest true difference that these seeds find at 80% power
+    verdict: Int64[np.ndarray, "compared splits types"]  # 1 better, -1 worse, 0 not distinguishable
     # about
     data: str
     pictures: tuple[int, ...]  # training, validation, then each split's
@@ -264,6 +302,15 @@ class Ablation(Saved):
         expected = (len(self.connectors), len(self.seeds), len(self.question_split))
         if self.right.shape != expected:
             raise DataError(f"expected answers (arms, seeds, questions) of {expected}, got {self.right.shape}")
+
+    def check(self) -> None:
+        filled(seeds=self.seeds, splits=self.splits)
+        if self.types[:1] != (ALL,) or len(self.budgets) != len(self.connectors):
+            raise DataError(f"expected the types to begin with {ALL!r}, and a budget for each of {len(self.connectors)} arms")
+        within("pairs", self.pairs, 0, len(self.connectors))
+        within("verdict", self.verdict, min(WORDS), max(WORDS) + 1)
+        within("question_split", self.question_split, 0, len(self.splits))
+        within("question_type", self.question_type, 0, len(self.types))
 
     def arm(self, connector: str, *, budget: str | None = None, stage1: bool | None = None) -> int:
         """The number of an arm; what is not said is the first there is. Raises OptionError when there is none."""

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+from jaxtyping import Bool, Float32, Int64, Shaped
 
 from llava_lab.errors import OptionError
 from llava_lab.geometry import PictureMap
 from llava_lab.results.run import Target
 from llava_lab.results.save import Saved
+from llava_lab.results.schema import filled
 from llava_lab.results.table import Table, figure, pairs, plain
 
 
@@ -32,9 +34,9 @@ class Effect(Saved):
     what: str  # what was done, one sentence
     options: dict[str, Any]
     targets: tuple[Target, ...]
-    before: np.ndarray  # float32 (targets,)
-    after: np.ndarray  # float32 (targets,)
-    control: np.ndarray  # float32 (draws, targets), the change made by each random control; no rows when there is none
+    before: Float32[np.ndarray, " targets"]
+    after: Float32[np.ndarray, " targets"]
+    control: Float32[np.ndarray, "draws targets"]  # the change made by each random control; no rows when there is none
     control_name: str  # what was drawn at random, or why nothing was
     answer_before: str
     answer_after: str  # "" when `answered` is false
@@ -49,6 +51,9 @@ class Effect(Saved):
     seconds: float
     interrupted: bool = False
     notes: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        filled(targets=self.targets)
 
     @property
     def change(self) -> np.ndarray:
@@ -106,13 +111,14 @@ class FlowSweep(Saved):
     """What cutting each flow in each window of layers does to each target. NaN where Ctrl-C came first."""
 
     KIND: ClassVar[str] = "flow sweep"
+    GAPS: ClassVar[tuple[str, ...]] = ("before", "after")
 
     flows: tuple[str, ...]  # "image -> question": what is read, and who may not read it
-    windows: np.ndarray  # int64 (windows, 2), layers [start, stop)
-    centres: np.ndarray  # int64 (windows,), the layer in the middle
+    windows: Int64[np.ndarray, "windows 2"]  # layers [start, stop)
+    centres: Int64[np.ndarray, " windows"]  # the layer in the middle
     targets: tuple[Target, ...]
-    before: np.ndarray  # float32 (targets,), as in `Effect`
-    after: np.ndarray  # float32 (flows, windows, targets)
+    before: Float32[np.ndarray, " targets"]  # as in `Effect`
+    after: Float32[np.ndarray, "flows windows targets"]
     proof: dict[str, float]
     model: str
     fingerprint: str
@@ -120,6 +126,9 @@ class FlowSweep(Saved):
     seconds: float
     interrupted: bool = False
     notes: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        filled(targets=self.targets, flows=self.flows)
 
     @property
     def change(self) -> np.ndarray:
@@ -159,16 +168,17 @@ class PatchGrid(Saved):
     """Activation patching: what each place in the clean run, put into the corrupted one, brings back."""
 
     KIND: ClassVar[str] = "patch grid"
+    GAPS: ClassVar[tuple[str, ...]] = ("scores",)
 
     components: tuple[str, ...]  # "residual" | "attention" | "mlp"
     sites: tuple[str, ...]
-    windows: np.ndarray  # int64 (windows, 2), layers [start, stop) patched together
+    windows: Int64[np.ndarray, "windows 2"]  # layers [start, stop) patched together
     targets: tuple[Target, ...]
     corruption: str
-    clean: np.ndarray  # float32 (targets,)
-    corrupt: np.ndarray  # float32 (targets,)
-    scores: np.ndarray  # float32 (components, sites, windows, targets); NaN where Ctrl-C came first
-    answers: np.ndarray  # str (components, sites, windows): the likeliest token at the first target's place, or the answer
+    clean: Float32[np.ndarray, " targets"]
+    corrupt: Float32[np.ndarray, " targets"]
+    scores: Float32[np.ndarray, "components sites windows targets"]  # NaN where Ctrl-C came first
+    answers: Shaped[np.ndarray, "components sites windows"]  # the likeliest token at the first target's place, or the answer
     clean_answer: str
     corrupt_answer: str
     proof: dict[str, float]
@@ -178,6 +188,9 @@ class PatchGrid(Saved):
     seconds: float
     interrupted: bool = False
     notes: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        filled(targets=self.targets)
 
     @property
     def values(self) -> np.ndarray:
@@ -210,8 +223,8 @@ class ControlRates(Saved):
     random: float
     deciding_interval: tuple[float, float]  # 95%, Wilson
     random_interval: tuple[float, float]
-    changed: np.ndarray  # bool (n, 2): without the deciding patches, without the random ones
-    patches: np.ndarray  # int64 (n,), patches taken away
+    changed: Bool[np.ndarray, "n 2"]  # without the deciding patches, without the random ones
+    patches: Int64[np.ndarray, " n"]  # patches taken away
     model: str
     fingerprint: str
     seed: int

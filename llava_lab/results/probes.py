@@ -6,14 +6,17 @@ A state l is the residual stream after l language layers; state 0 is what the pr
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
+from jaxtyping import Bool, Float32, Int32
 
 from llava_lab.errors import DataError, OptionError
 from llava_lab.geometry import PictureMap
 from llava_lab.results.save import Saved
+from llava_lab.results.schema import filled, within
 from llava_lab.results.table import Table, figure, plain
 from llava_lab.stats import cluster_bootstrap, percentiles
 
@@ -25,14 +28,14 @@ class LogitLens(Saved):
     KIND: ClassVar[str] = "logit lens"
 
     states: tuple[int, ...]  # S of 0 .. layers
-    top_ids: np.ndarray  # int32 (S, P, top), likeliest first
-    top_probs: np.ndarray  # float32 (S, P, top), 0 to 1
-    entropy: np.ndarray  # float32 (S, P), nats, 0 to log(vocabulary)
+    top_ids: Int32[np.ndarray, "states patches top"]  # likeliest first
+    top_probs: Float32[np.ndarray, "states patches top"]  # 0 to 1
+    entropy: Float32[np.ndarray, "states patches"]  # nats, 0 to log(vocabulary)
     words: tuple[str, ...]  # the N chosen words
     word_ids: tuple[int, ...]  # the token each is read as
-    ranks: np.ndarray  # int32 (S, P, N), 1 is the likeliest of the vocabulary
-    probs: np.ndarray  # float32 (S, P, N), 0 to 1
-    piece_ids: np.ndarray  # int32, every token that occurs in `top_ids`, sorted
+    ranks: Int32[np.ndarray, "states patches words"]  # 1 is the likeliest of the vocabulary
+    probs: Float32[np.ndarray, "states patches words"]  # 0 to 1
+    piece_ids: Int32[np.ndarray, " pieces"]  # every token that occurs in `top_ids`, sorted
     pieces: tuple[str, ...]  # its text
     vocabulary: int
     map: PictureMap
@@ -41,6 +44,11 @@ class LogitLens(Saved):
     seconds: float
     tuned: bool = False  # each state went through its own trained affine first
     notes: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        filled(states=self.states, top=self.top_ids.ravel())
+        _check_pieces(self.top_ids, self.piece_ids)
+        _same_length("words", self.words, self.word_ids)
 
     def at(self, state: int, row: int, col: int) -> list[tuple[str, float]]:
         """The top words of one patch at one state, as (text, probability), likeliest first."""
@@ -127,7 +135,7 @@ class WordActivation(Saved):
 
     KIND: ClassVar[str] = "word activation"
 
-    values: np.ndarray  # float32 (words, states, rows, cols), probability 0 to 1
+    values: Float32[np.ndarray, "words states rows cols"]  # probability 0 to 1
     words: tuple[str, ...]
     word_ids: tuple[int, ...]
     states: tuple[int, ...]
@@ -136,6 +144,10 @@ class WordActivation(Saved):
     fingerprint: str
     seconds: float
     notes: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        filled(states=self.states)
+        _same_length("words", self.words, self.word_ids)
 
     @property
     def confidence(self) -> np.ndarray:
@@ -163,9 +175,9 @@ class HallucinationCheck(Saved):
     KIND: ClassVar[str] = "hallucination check"
 
     words: tuple[str, ...]  # every word asked, picture by picture
-    picture: np.ndarray  # int32 (words,), which picture it was asked of
-    present: np.ndarray  # bool (words,), whether it is there
-    confidence: np.ndarray  # float32 (words,), highest probability over patches and states
+    picture: Int32[np.ndarray, " words"]  # which picture it was asked of
+    present: Bool[np.ndarray, " words"]  # whether it is there
+    confidence: Float32[np.ndarray, " words"]  # highest probability over patches and states
     auc: float  # chance that a present word of any picture beats an absent one; 0.5 says nothing
     low: float  # interval by resampling pictures
     high: float
@@ -187,12 +199,13 @@ class NamingShare(Saved):
     """How often image tokens name what they show, by state, beside two controls."""
 
     KIND: ClassVar[str] = "naming share"
+    GAPS: ClassVar[tuple[str, ...]] = ("share", "interval")
     GROUPS: ClassVar[tuple[str, ...]] = ("object", "background", "shuffled")
     WHAT: ClassVar[tuple[str, ...]] = ("kind", "color", "either")
 
     states: tuple[int, ...]  # S
-    share: np.ndarray  # float32 (groups, what, S), 0 to 1, pooled over patches
-    interval: np.ndarray  # float32 (groups, what, S, 2), resampling pictures
+    share: Float32[np.ndarray, "3 3 states"]  # 0 to 1, pooled over patches
+    interval: Float32[np.ndarray, "3 3 states 2"]  # resampling pictures
     patches: tuple[int, ...]  # of each group
     top: int  # words looked at
     split: str
@@ -201,6 +214,9 @@ class NamingShare(Saved):
     fingerprint: str
     seconds: float
     notes: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        _same_length("groups", self.GROUPS, self.patches)
 
     def of(self, group: str, what: str = "either") -> np.ndarray:
         """Shares by state, float32 (S,). Raises OptionError for an unknown group or `what`."""
@@ -243,14 +259,14 @@ class NearestWords(Saved):
 
     KIND: ClassVar[str] = "nearest words"
 
-    top_ids: np.ndarray  # int32 (P, top), nearest first
-    cosines: np.ndarray  # float32 (P, top), -1 to 1
-    piece_ids: np.ndarray  # int32, every token of `top_ids`, sorted
+    top_ids: Int32[np.ndarray, "patches top"]  # nearest first
+    cosines: Float32[np.ndarray, "patches top"]  # -1 to 1
+    piece_ids: Int32[np.ndarray, " pieces"]  # every token of `top_ids`, sorted
     pieces: tuple[str, ...]
-    norms: np.ndarray  # float32 (P,), of the token as the projector gives it
-    readable: np.ndarray  # bool (P,), whether the nearest token is a whole word
-    random_shares: np.ndarray  # float32 (draws,), the same share for random vectors of the same entries
-    random_cosines: np.ndarray  # float32 (draws,), their mean nearest cosine
+    norms: Float32[np.ndarray, " patches"]  # of the token as the projector gives it
+    readable: Bool[np.ndarray, " patches"]  # whether the nearest token is a whole word
+    random_shares: Float32[np.ndarray, " draws"]  # the same share for random vectors of the same entries
+    random_cosines: Float32[np.ndarray, " draws"]  # their mean nearest cosine
     vocabulary_share: float  # of all the tokens compared with, how many are whole words
     common_direction: float  # squared length of the mean unit vector of the vocabulary as given; 1: all point one way
     space: str  # "input" | "output"
@@ -260,6 +276,10 @@ class NearestWords(Saved):
     fingerprint: str
     seconds: float
     notes: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        filled(top=self.top_ids.ravel(), draws=self.random_shares)
+        _check_pieces(self.top_ids, self.piece_ids)
 
     @property
     def readable_share(self) -> float:
@@ -298,14 +318,15 @@ class ProbeScores(Saved):
     """How well a linear probe reads a label at each stage, at the stage's own width and at a width common to all."""
 
     KIND: ClassVar[str] = "probe scores"
+    GAPS: ClassVar[tuple[str, ...]] = ("right", "shuffled")
     WIDTHS: ClassVar[tuple[str, ...]] = ("own", "matched")
 
     stages: tuple[str, ...]  # S of "before", "after", "layer l"
-    right: np.ndarray  # float32 (S, 2, pictures), share of each test picture's labels read right; last but one: own, matched
-    counts: np.ndarray  # int32 (pictures,), labels of each picture
-    shuffled: np.ndarray  # float32 (S, 2, draws), accuracy when labels were shuffled before anything was fitted
+    right: Float32[np.ndarray, "stages 2 pictures"]  # share of each test picture's labels read right; last but one: own, matched
+    counts: Int32[np.ndarray, " pictures"]  # labels of each picture
+    shuffled: Float32[np.ndarray, "stages 2 draws"]  # accuracy when labels were shuffled before anything was fitted
     majority: float  # accuracy of always saying the training pictures' commonest label
-    widths: np.ndarray  # int32 (S, 2), dimensions used
+    widths: Int32[np.ndarray, "stages 2"]  # dimensions used
     classes: tuple[str, ...]
     per: str  # "patch" | "picture": what one label is about
     folds: int
@@ -314,6 +335,11 @@ class ProbeScores(Saved):
     fingerprint: str
     interrupted: bool = False
     notes: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        filled(counts=self.counts, draws=self.shuffled[0, 0] if len(self.stages) else ())
+        within("counts", self.counts, 0, 2**31)
+        within("seed", self.seed, 0, 2**63)
 
     @property
     def accuracy(self) -> np.ndarray:
@@ -380,18 +406,19 @@ class TokenGeometry(Saved):
     """The shape of the cloud of image tokens at each stage; each number beside that of the same model with shuffled weights."""
 
     KIND: ClassVar[str] = "token geometry"
+    GAPS: ClassVar[tuple[str, ...]] = ("values", "control", "cka", "control_cka", "overlap", "control_overlap")
     MEASURES: ClassVar[tuple[str, ...]] = ("norm", "effective rank", "anisotropy", "modality gap", "position")
 
     stages: tuple[str, ...]
     # float32 (S, measures); not a number where a measure has no meaning
-    values: np.ndarray = field(metadata={"stored": "table"})
-    control: np.ndarray  # the same with every weight of tower, connector and layers shuffled
-    cka: np.ndarray  # float32 (S, S), linear CKA between stages, 0 to 1
-    control_cka: np.ndarray
-    overlap: np.ndarray  # float32 (S, S), share of nearest neighbours in common, 0 to 1
-    control_overlap: np.ndarray
-    norms: np.ndarray  # float32 (S, pictures, P)
-    sinks: np.ndarray  # bool (S, pictures, P), tokens whose norm is an outlier among their own picture's
+    values: Float32[np.ndarray, "stages 5"] = field(metadata={"stored": "table"})
+    control: Float32[np.ndarray, "stages 5"]  # the same with every weight of tower, connector and layers shuffled
+    cka: Float32[np.ndarray, "stages stages"]  # linear CKA between stages, 0 to 1
+    control_cka: Float32[np.ndarray, "stages stages"]
+    overlap: Float32[np.ndarray, "stages stages"]  # share of nearest neighbours in common, 0 to 1
+    control_overlap: Float32[np.ndarray, "stages stages"]
+    norms: Float32[np.ndarray, "stages pictures patches"]
+    sinks: Bool[np.ndarray, "stages pictures patches"]  # tokens whose norm is an outlier among their own picture's
     neighbours: int
     chance_overlap: float  # of random neighbours
     chance_position: float  # accuracy of guessing a patch's place
@@ -425,6 +452,17 @@ class TokenGeometry(Saved):
             for stage, values, controls in zip(self.stages, self.values.tolist(), self.control.tolist(), strict=True)
         )
         return Table(("stage", *self.MEASURES), rows, title="in brackets: the same model with shuffled weights", notes=self.notes)
+
+
+def _check_pieces(top_ids: np.ndarray, piece_ids: np.ndarray) -> None:
+    """Refuse words without a text."""
+    if (np.diff(piece_ids) <= 0).any() or not np.isin(top_ids, piece_ids).all():
+        raise DataError("piece_ids must be every token of top_ids, sorted")
+
+
+def _same_length(name: str, one: Sequence[Any], other: Sequence[Any]) -> None:
+    if len(one) != len(other):
+        raise DataError(f"{name} must have one entry each, got {len(other)} for {len(one)}")
 
 
 def _state(states: tuple[int, ...], state: int) -> int:

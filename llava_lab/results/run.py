@@ -14,10 +14,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
+from jaxtyping import Float16, Float32, Int64, UInt8
 
 from llava_lab.errors import DataError, OptionError, TargetError
 from llava_lab.geometry import PictureMap, View
 from llava_lab.results.save import Saved
+from llava_lab.results.schema import filled, within
 from llava_lab.results.table import Table, figure, pairs, plain
 
 Span = tuple[int, int]  # [start, stop) positions in the sequence
@@ -31,6 +33,10 @@ class Word:
     text: str
     start: int  # absolute position of its first token in the sequence
     stop: int  # one past its last
+
+    def check(self) -> None:
+        if not 0 <= self.start < self.stop:
+            raise DataError(f"the word {self.text!r} must have tokens, got [{self.start}, {self.stop})")
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,11 @@ class Target:
     token_ids: tuple[int, ...]
     against_ids: tuple[int, ...] = ()
 
+    def check(self) -> None:
+        ids = len(self.token_ids), len(self.against_ids)
+        if ids not in ((len(self.positions), 0), (len(self.positions),) * 2) or min(self.positions, default=0) < 0:
+            raise DataError(f"the target {self.text!r} must have a token for each position, got {ids} for {len(self.positions)}")
+
     @property
     def scored(self) -> str:
         """What an intervention scores for it, as an axis names it."""
@@ -60,22 +71,38 @@ class Run(Saved):
     """One picture, one question, one answer, with every position found rather than assumed."""
 
     KIND: ClassVar[str] = "run"
+    GAPS: ClassVar[tuple[str, ...]] = ("logprobs",)
 
-    picture: np.ndarray  # uint8 (height, width, 3), upright RGB, as the user gave it
+    picture: UInt8[np.ndarray, "height width 3"]  # upright RGB, as the user gave it
     question: str
     answer: str
     prompt: str  # the exact text given to the tokenizer, one <image> in it
-    token_ids: np.ndarray  # int64 (T,), prompt with expanded image tokens, then the answer
+    token_ids: Int64[np.ndarray, " tokens"]  # prompt with expanded image tokens, then the answer
     tokens: tuple[str, ...]  # T readable pieces
     segments: dict[str, Span]  # system, image, question, cue ("ASSISTANT:"), answer
     words: tuple[Word, ...]  # of the answer
-    logprobs: np.ndarray  # float32 (answer tokens,), natural log, of each token the model gave
+    logprobs: Float32[np.ndarray, " said"]  # natural log, of each token the model gave
     map: PictureMap
     model: str  # the name it was loaded by
     fingerprint: str  # of the weights; an explanation by another checkpoint is refused
     seed: int = 0
     options: dict[str, Any] = field(default_factory=dict)  # max_new_tokens, temperature, prompt form, stopped
     views: tuple[View, ...] = ()  # where a picture is looked at several times; `map` is then the first view's
+
+    def check(self) -> None:
+        height, width = self.picture.shape[:2]
+        if (height, width) != (self.map.height, self.map.width):
+            raise DataError(f"its picture has {width}x{height} pixels, its map {self.map.width}x{self.map.height}")
+        if missing := {"image", "answer"} - self.segments.keys():
+            raise DataError(f"its segments lack {', '.join(map(repr, sorted(missing)))}")
+        for name, (start, stop) in self.segments.items():
+            if not 0 <= start <= stop <= len(self.tokens):
+                raise DataError(f"the segment {name!r} must lie within {len(self.tokens)} tokens, got [{start}, {stop})")
+        start, stop = self.segments["answer"]
+        if len(self.logprobs) != stop - start:
+            raise DataError(f"its answer has {stop - start} tokens and {len(self.logprobs)} log-probabilities")
+        within("words", [(word.start, word.stop - 1) for word in self.words], start, stop)
+        within("views", [view.start for view in self.views], 0, len(self.tokens))
 
     @property
     def image_positions(self) -> np.ndarray:
@@ -146,7 +173,7 @@ class Relevance(Saved):
 
     KIND: ClassVar[str] = "relevance"
 
-    values: np.ndarray  # float32 (targets, rows, cols); scale and sign as `method` defines
+    values: Float32[np.ndarray, "targets rows cols"]  # scale and sign as `method` defines
     targets: tuple[Target, ...]
     method: str
     options: dict[str, Any]
@@ -159,7 +186,7 @@ class Relevance(Saved):
     extras: dict[str, Any] = field(default_factory=dict)  # JSON-able numbers: mass per segment, lost CLS mass, ...
     views: tuple[View, ...] = ()  # of a run with several, where the method tells their tokens apart
     # float32 (targets, rows, cols) of each view; the first is `values`
-    view_values: tuple[np.ndarray, ...] = field(default=(), metadata={"stored": "view"})
+    view_values: tuple[Float32[np.ndarray, "targets _ _"], ...] = field(default=(), metadata={"stored": "view"})
     control: bool = False  # made to compare with, not to explain
     interrupted: bool = False  # Ctrl-C ended the work early: what is here is what was done until then
 
@@ -171,6 +198,9 @@ class Relevance(Saved):
             want = (len(self.targets), where.rows, where.cols)
             if values.shape != want:
                 raise DataError(f"relevance must be {want} (targets, rows, cols), got {values.shape}")
+
+    def check(self) -> None:
+        filled(targets=self.targets)
 
     @classmethod
     def upgraded(cls, header: dict[str, Any]) -> dict[str, Any]:
@@ -228,7 +258,7 @@ class HeadMaps(Saved):
 
     KIND: ClassVar[str] = "head maps"
 
-    values: np.ndarray  # float16 (targets, layers, heads, rows, cols), share of a head's whole attention, 0 to 1
+    values: Float16[np.ndarray, "targets layers heads rows cols"]  # share of a head's whole attention, 0 to 1
     targets: tuple[Target, ...]
     map: PictureMap
     model: str
@@ -240,6 +270,9 @@ class HeadMaps(Saved):
         shape, want = self.values.shape, (len(self.targets), self.map.rows, self.map.cols)
         if len(shape) != 5 or (shape[0], *shape[3:]) != want:
             raise DataError(f"head maps must be (targets, layers, heads, rows, cols) with {want} outside, got {shape}")
+
+    def check(self) -> None:
+        filled(values=self.values.ravel())
 
     @property
     def image_share(self) -> np.ndarray:

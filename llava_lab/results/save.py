@@ -1,13 +1,16 @@
 """Results as files: a frozen dataclass is one ``.npz``, its arrays as arrays and everything else as JSON beside them.
 
 `Saved` gives every result its ``save`` and ``load``, and how it shows itself: one short line, a table, and a dict for
-JSON. What a field holds is read from its annotation, so a result is written as a plain dataclass and nothing more. No
-pickle, as everywhere.
+JSON. What a field holds is read from its annotation (`llava_lab.results.schema`), so a result is written as a plain
+dataclass and nothing more. No pickle, as everywhere.
+
+A file is a stranger's until it was checked: its sizes against the file's own before anything is allocated, then every
+field against its annotation. `whole_file` is how every file of this project is written.
 
     @dataclass(frozen=True)
     class Widths(Saved):
         KIND = "widths"
-        values: np.ndarray
+        values: Float64[np.ndarray, " widths"]
         model: str
 
     Widths(np.zeros(3), "tiny").save("widths.npz")
@@ -19,11 +22,11 @@ import hashlib
 import html
 import io
 import json
+import math
 import os
 import secrets
 import sys
 import time
-import types
 import typing
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -35,11 +38,16 @@ from typing import Any, ClassVar, Self, TypeVar
 import numpy as np
 from filelock import FileLock, Timeout
 
-from llava_lab.errors import DataError, OptionError
+from llava_lab.checks import regular_file
+from llava_lab.errors import DataError, OptionError, WriteError, one_line
+from llava_lab.results.schema import check_arrays, check_finite, from_json, hints_of, is_array, is_arrays
 from llava_lab.results.table import Table, plain
 
 Result = TypeVar("Result")
 FORMAT = 1  # raised when a saved file's meaning changes
+# What a file may unpack to: a plain picture of the largest size that is read packs a thousandfold, and takes 268 MB.
+UNPACKED, TIMES = 300_000_000, 64
+HEADER = 16_000_000  # bytes of JSON; its lists take twenty times that in memory
 ORPHANS = 10.0  # seconds that workers of a killed process may live on and hold its lock
 SHORT = 100  # signs of a result's one line
 UNTOLD = ("map", "fingerprint", "notes", "seconds", "options", "passes", "proof", "extras")  # not in that line
@@ -51,21 +59,38 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
 
     So `path` holds the old file or the whole new one, never half of it. Folders on the way are made. The
     temporary file is new and its name is chosen at random, so two writers never meet and no link is followed.
+    Raises WriteError (one line; an OSError too) where the disk is full or does not allow it, or where `path` is
+    a device, a pipe or a folder.
 
         with whole_file("scores.json") as temporary:
             temporary.write_text("{}")
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
-    # not by tempfile, which gives 0600: a file is as readable as any other the user makes, and reading the umask is not
-    # safe while other threads write
-    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    temporary = _new_beside(path)
     try:
         yield temporary
         os.replace(temporary, path)
+    except WriteError:
+        raise
+    except OSError as error:
+        raise WriteError.of(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _new_beside(path: Path) -> Path:
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is there and is no regular file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # a long name stays within what a folder allows
+        temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(6)}.part")
+        # not by tempfile, which gives 0600: a file is as readable as any other the user makes, and reading the umask is not
+        # safe while other threads write
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    except (OSError, ValueError) as error:  # a ValueError is a name that no file can have
+        raise WriteError.of(path, error) from error
+    return temporary
 
 
 def file_hash(path: str | os.PathLike) -> str:
@@ -140,6 +165,7 @@ class Saved:
     """A result that is one file, and shows itself as a line, a table or JSON."""
 
     KIND: ClassVar[str]
+    GAPS: ClassVar[tuple[str, ...]] = ()  # fields whose floats may be missing (NaN) or infinite
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -147,7 +173,11 @@ class Saved:
         cls.__repr__ = Saved.__repr__  # type: ignore[method-assign]
 
     def save(self, path: str | os.PathLike) -> Path:
-        """Write to one ``.npz`` file, whole or not at all; `load` gives it back exactly, without the model."""
+        """Write to one ``.npz`` file, whole or not at all; `load` gives it back exactly, without the model.
+
+        Raises DataError for numbers that are not finite where they must be, WriteError where the disk does not allow it.
+        """
+        check_finite(self)
         return save_npz(path, self.KIND, *split(self))
 
     @classmethod
@@ -156,8 +186,11 @@ class Saved:
         header, arrays = load_npz(path, cls.KIND)
         try:
             return join(cls, header, arrays)
-        except KeyError as error:
-            raise DataError(f"{path} is not a saved {cls.KIND}: it lacks {error}") from None
+        except DataError as error:
+            raise DataError(f"{path} is not a saved {cls.KIND}: {error}") from None
+
+    def check(self) -> None:
+        """What the annotations cannot say, asked after `load`. Raises DataError where numbers do not fit together."""
 
     @classmethod
     def upgraded(cls, header: dict[str, Any]) -> dict[str, Any]:
@@ -202,17 +235,46 @@ def save_npz(path: str | os.PathLike, kind: str, header: Mapping[str, Any], arra
 def load_npz(path: str | os.PathLike, kind: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Read what `save_npz` wrote. Raises DataError with one line on anything else."""
     try:
-        with Path(path).open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        header = json.loads(arrays.pop("header").tobytes().decode())
+        with regular_file(path).open("rb") as raw, zipfile.ZipFile(raw) as archive:
+            arrays = _read_arrays(archive, size=os.fstat(raw.fileno()).st_size)
+        text = arrays.pop("header")
+        if text.nbytes > HEADER:
+            raise DataError(f"its header has {text.nbytes:,} bytes, more than {HEADER:,}")
+        header = json.loads(text.tobytes().decode())
+        if not isinstance(header, dict):
+            raise DataError(f"its header is a {type(header).__name__}")
+    except DataError as error:
+        raise DataError(f"{path} is not a saved {kind}: {error}") from None
     except FileNotFoundError:
         raise DataError(f"no such file: {path}") from None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} is not a saved {kind} ({type(error).__name__}: {error})") from None
+    except Exception as error:  # whatever a damaged archive makes zipfile, zlib, numpy and json raise
+        raise DataError(f"{path} is not a saved {kind} ({one_line(error)})") from None
     if header.get("kind") != kind or header.get("llava_lab") != FORMAT:
-        held = f"{header.get('kind')} of format {header.get('llava_lab')}"
+        held = f"{header.get('kind')} of format {header.get('llava_lab')}"[:80]
         raise DataError(f"{path} holds a {held}; expected a {kind} of format {FORMAT}")
     return header, arrays
+
+
+def _read_arrays(archive: zipfile.ZipFile, size: int) -> dict[str, np.ndarray]:
+    """The arrays of an archive of `size` bytes, once what they say of themselves fits what is there."""
+    members = archive.infolist()
+    limit = max(UNPACKED, TIMES * size)
+    if (total := sum(member.file_size for member in members)) > limit:
+        raise DataError(f"its {size:,} bytes would unpack to {total:,}, more than {limit:,}")
+    arrays: dict[str, np.ndarray] = {}
+    for member in members:
+        name = member.filename.removesuffix(".npy")
+        if name in arrays or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise DataError(f"it holds {name!r} twice, or packed in a way that is not ours")
+        with archive.open(member) as file:
+            version = np.lib.format.read_magic(file)
+            read_head = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read_head(file)
+            if math.prod(shape) * dtype.itemsize != member.file_size - file.tell():
+                raise DataError(f"{name} says it is {dtype} {shape}, and its size is another")
+        with archive.open(member) as file:
+            arrays[name] = np.lib.format.read_array(file, allow_pickle=False)
+    return arrays
 
 
 def split(result: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -227,7 +289,7 @@ def split(result: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         value, name = getattr(result, field.name), _stored(field)
         if isinstance(value, np.ndarray):
             arrays[name] = value
-        elif _of_arrays(_hints(type(result))[field.name]):
+        elif is_arrays(hints_of(type(result))[field.name]):
             arrays |= {f"{name}_{number}": array for number, array in enumerate(value)}
         elif isinstance(value, dict) and any(isinstance(item, Saved) for item in value.values()):
             header[name] = {}
@@ -240,21 +302,40 @@ def split(result: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def join(cls: type[Result], header: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> Result:
-    """The result that `split` took apart. Raises KeyError for a field that is missing and has no default."""
-    hints = _hints(cls)
+    """The result that `split` took apart, checked. Raises DataError for a field that is missing or holds something else."""
+    hints = hints_of(cls)
     header = cls.upgraded(header) if issubclass(cls, Saved) else header
     values: dict[str, Any] = {}
     for field in fields(cls):  # type: ignore[arg-type]
         hint, name = hints[field.name], _stored(field)
-        if name in arrays:
-            values[field.name] = arrays[name]
-        elif _of_arrays(hint):
+        if is_arrays(hint):
             values[field.name] = tuple(arrays[f"{name}_{n}"] for n in range(len(arrays)) if f"{name}_{n}" in arrays)
-        elif name in header:
-            values[field.name] = _from_json(hint, header[name], name, arrays)
+        elif is_array(hint) and name in arrays:
+            values[field.name] = arrays[name]
+        elif not is_array(hint) and name in header:
+            values[field.name] = _join_inner(hint, header[name], name, arrays)
         elif field.default is MISSING and field.default_factory is MISSING:
-            raise KeyError(name)
-    return cls(**values)
+            raise DataError(f"it lacks {name!r}")
+    result = cls(**values)
+    check_arrays(result)
+    if isinstance(result, Saved):
+        result.check()
+    return result
+
+
+def _join_inner(hint: Any, value: Any, name: str, arrays: Mapping[str, np.ndarray]) -> Any:
+    """A field of JSON; the results in a mapping have their arrays beside them."""
+    parts = typing.get_args(hint)
+    if not (typing.get_origin(hint) is dict and isinstance(parts[1], type) and issubclass(parts[1], Saved)):
+        return from_json(hint, value, name)
+    results = {}
+    for number, (key, inner) in enumerate(from_json(dict[str, Any], value, name).items()):
+        if not isinstance(inner, dict):
+            raise DataError(f"{name}[{key!r}] must be a dict, got a {type(inner).__name__}")
+        mark = f"{name}.{number}."
+        own = {part.removeprefix(mark): array for part, array in arrays.items() if part.startswith(mark)}
+        results[key] = join(parts[1], inner, own)
+    return results
 
 
 def _stored(field: Field) -> str:
@@ -262,39 +343,10 @@ def _stored(field: Field) -> str:
     return field.metadata.get("stored", field.name)
 
 
-def _hints(cls: Any) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
-
-
-def _of_arrays(hint: Any) -> bool:
-    return typing.get_origin(hint) is tuple and np.ndarray in typing.get_args(hint)
-
-
 def _as_json(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
     return [_as_json(item) for item in value] if isinstance(value, tuple) else value
-
-
-def _from_json(hint: Any, value: Any, name: str = "", arrays: Mapping[str, np.ndarray] = types.MappingProxyType({})) -> Any:
-    """A value of JSON as its annotation says: lists that were tuples are tuples again, dicts that were dataclasses too."""
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if origin is tuple and value is not None:
-        kinds = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
-        return tuple(_from_json(kind, item) for kind, item in zip(kinds, value, strict=True))
-    if origin is dict and isinstance(parts[1], type) and issubclass(parts[1], Saved):
-        kind, results = parts[1], {}
-        for number, (key, inner) in enumerate(value.items()):
-            mark = f"{name}.{number}."
-            own = {part.removeprefix(mark): array for part, array in arrays.items() if part.startswith(mark)}
-            results[key] = join(kind, inner, own)
-        return results
-    if origin is dict:
-        return {key: _from_json(parts[1], item) for key, item in value.items()}
-    if is_dataclass(hint) and isinstance(value, dict):
-        hints = _hints(typing.cast(type, hint))
-        return typing.cast(type, hint)(**{key: _from_json(hints[key], item) for key, item in value.items()})
-    return value
 
 
 def _short(value: Any) -> str:

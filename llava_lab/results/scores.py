@@ -15,11 +15,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
+from jaxtyping import Bool, Float32, Float64, Int64
 
-from llava_lab.errors import OptionError
+from llava_lab.errors import DataError, OptionError
 from llava_lab.geometry import PictureMap
 from llava_lab.results.run import Relevance, Target
 from llava_lab.results.save import Saved
+from llava_lab.results.schema import filled
 from llava_lab.results.table import Table, figure, plain
 
 # What is measured of a map: faithful to the model, true to the picture, and the cost. `better` is the share of pictures
@@ -27,6 +29,7 @@ from llava_lab.results.table import Table, figure, plain
 FAITHFUL = ("gain", "deletion", "insertion", "better", "object")
 TRUE = ("pointing", "mass", "auc", "iou")
 COST = ("forward", "backward", "seconds")
+TITLE = ("model", "data", "split", "explained", "pictures", "asked", "wrong", "blind")  # said of every leaderboard
 DIGITS = 5  # of a leaderboard's numbers in JSON
 
 SAME = 0.9  # rank correlation from which two maps tell a reader the same story
@@ -42,28 +45,32 @@ class Faithfulness(Saved):
     """
 
     KIND: ClassVar[str] = "faithfulness"
+    GAPS: ClassVar[tuple[str, ...]] = ("deletion", "insertion", "random", "center", "interval", "effects")
 
     method: str
     options: dict[str, Any]  # of the map that is scored
     targets: tuple[Target, ...]
     fills: tuple[str, ...]  # none of them was used by the method
-    fractions: np.ndarray  # float64 (steps,), share of the patches taken away or given back, 0 to 1, the same backwards
-    deletion: np.ndarray  # float32 (targets, fills, steps), best patches taken away first
-    insertion: np.ndarray  # float32 (targets, fills, steps), best patches given back first
-    random: np.ndarray  # float32 (2, seeds, targets, fills, steps), deletion and insertion of random maps
-    center: np.ndarray  # float32 (2, targets, fills, steps), of a bump at the picture's centre
-    whole: np.ndarray  # float64 (targets,), score of the whole picture, on `scale`
-    filled: np.ndarray  # float64 (targets, fills), score with every patch filled
-    interval: np.ndarray  # float64 (targets, 2), of the gain minus that of one random map (see `faithfulness`)
-    beats_random: np.ndarray  # bool (targets,)
-    effects: np.ndarray  # float32 (targets, fills, things), normalised drop when one thing is covered; no things, no columns
-    claims: np.ndarray  # float32 (targets, things), how much more than its average the map puts on each thing
-    random_claims: np.ndarray  # float32 (maps, things)
+    fractions: Float64[np.ndarray, " steps"]  # share of the patches taken away or given back, 0 to 1, the same backwards
+    deletion: Float32[np.ndarray, "targets fills steps"]  # best patches taken away first
+    insertion: Float32[np.ndarray, "targets fills steps"]  # best patches given back first
+    random: Float32[np.ndarray, "2 seeds targets fills steps"]  # deletion and insertion of random maps
+    center: Float32[np.ndarray, "2 targets fills steps"]  # of a bump at the picture's centre
+    whole: Float64[np.ndarray, " targets"]  # score of the whole picture, on `scale`
+    filled: Float64[np.ndarray, "targets fills"]  # score with every patch filled
+    interval: Float64[np.ndarray, "targets 2"]  # of the gain minus that of one random map (see `faithfulness`)
+    beats_random: Bool[np.ndarray, " targets"]
+    effects: Float32[np.ndarray, "targets fills things"]  # normalised drop when one thing is covered; no things, no columns
+    claims: Float32[np.ndarray, "targets things"]  # how much more than its average the map puts on each thing
+    random_claims: Float32[np.ndarray, "maps things"]
     scale: str  # "probability" or "logprob"
     fingerprint: str
     passes: dict[str, int]
     seconds: float
     notes: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        filled(targets=self.targets, fractions=self.fractions)
 
     @property
     def deletion_area(self) -> np.ndarray:
@@ -129,17 +136,21 @@ class GroundTruth(Saved):
     """How well a map agrees with what decides the question. About the world, not about the model."""
 
     KIND: ClassVar[str] = "ground truth"
+    GAPS: ClassVar[tuple[str, ...]] = ("values", "random", "center")
 
     method: str
     options: dict[str, Any]
     targets: tuple[Target, ...]
     measures: tuple[str, ...]  # pointing, mass, auc, iou
-    values: np.ndarray  # float64 (targets, measures), all 0 to 1, higher is better; NaN where undefined
-    random: np.ndarray  # float64 (seeds, measures), of random maps
-    center: np.ndarray  # float64 (measures,), of a bump at the picture's centre
-    deciding: np.ndarray  # float32 (rows, cols), share of each patch that the deciding things cover
+    values: Float64[np.ndarray, "targets measures"]  # all 0 to 1, higher is better; NaN where undefined
+    random: Float64[np.ndarray, "draws measures"]  # of random maps
+    center: Float64[np.ndarray, " measures"]  # of a bump at the picture's centre
+    deciding: Float32[np.ndarray, "rows cols"]  # share of each patch that the deciding things cover
     fingerprint: str
     notes: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        filled(targets=self.targets, draws=self.random)
 
     def value(self, measure: str, target: int = 0) -> float:
         return float(self.values[target, _index("measure", measure, self.measures)])
@@ -162,12 +173,13 @@ class Comparison(Saved):
     """Several methods on one example: their maps, how far they agree, what they score and cost."""
 
     KIND: ClassVar[str] = "comparison"
+    GAPS: ClassVar[tuple[str, ...]] = ("spearman",)
 
     maps: dict[str, Relevance]  # all of the same targets, in the order asked for
     faithfulness: dict[str, Faithfulness]
     truth: dict[str, GroundTruth]  # empty when what decides is not known
-    spearman: np.ndarray  # float64 (methods, methods), rank correlation of the maps, mean over targets
-    overlap: np.ndarray  # float64 (methods, methods), share of the `top` patches in common, mean over targets
+    spearman: Float64[np.ndarray, "maps maps"]  # rank correlation of the maps, mean over targets
+    overlap: Float64[np.ndarray, "maps maps"]  # share of the `top` patches in common, mean over targets
     top: int
     chance: float  # overlap of two random maps
     refused: dict[str, str]  # method -> why it cannot explain these targets
@@ -175,6 +187,14 @@ class Comparison(Saved):
     seconds: float
     interrupted: bool = False
     notes: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        filled(maps=self.maps)
+        others = [*self.faithfulness.items(), *self.truth.items()]
+        if self.faithfulness.keys() != self.maps.keys() or any(name not in self.maps for name in self.truth):
+            raise DataError(f"expected a score for each of the maps {', '.join(self.maps)}, got {', '.join(self.faithfulness)}")
+        if any(part.targets != self.targets for part in (*self.maps.values(), *(score for _, score in others))):
+            raise DataError("its maps and scores must all be of the same targets")
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -233,18 +253,25 @@ class Leaderboard(Saved):
     """Every method on many pictures: means with intervals over pictures, paired against random, by type of question."""
 
     KIND: ClassVar[str] = "leaderboard"
+    GAPS: ClassVar[tuple[str, ...]] = ("mean", "interval", "against", "against_interval", "spearman")
 
     methods: tuple[str, ...]
     types: tuple[str, ...]  # "all" first
     measures: tuple[str, ...]
-    mean: np.ndarray  # float64 (methods, types, measures); NaN where nothing was measured
-    interval: np.ndarray  # float64 (methods, types, measures, 2)
-    against: np.ndarray  # float64 (methods, types, measures), mean difference from random on the same pictures
-    against_interval: np.ndarray  # float64 (methods, types, measures, 2)
-    counts: np.ndarray  # int64 (methods, types, measures), pictures behind each mean
-    spearman: np.ndarray  # float64 (methods, methods), mean over pictures
+    mean: Float64[np.ndarray, "methods types measures"]  # NaN where nothing was measured
+    interval: Float64[np.ndarray, "methods types measures 2"]
+    against: Float64[np.ndarray, "methods types measures"]  # mean difference from random on the same pictures
+    against_interval: Float64[np.ndarray, "methods types measures 2"]
+    counts: Int64[np.ndarray, "methods types measures"]  # pictures behind each mean
+    spearman: Float64[np.ndarray, "methods methods"]  # mean over pictures
     refused: dict[str, str]
     about: dict[str, Any] = field(default_factory=dict)  # model, data, settings, numbers of pictures, seconds
+
+    def check(self) -> None:
+        if "all" not in self.types or "gain" not in self.measures:
+            raise DataError("a leaderboard has the type 'all' and the measure 'gain'")
+        if missing := [name for name in TITLE if name not in self.about]:
+            raise DataError(f"its `about` lacks {', '.join(missing)}")
 
     def at(self, method: str, measure: str, kind: str = "all") -> dict[str, Any]:
         """One cell with its interval, its paired difference from random, and the number of pictures behind it."""
@@ -352,23 +379,24 @@ class Sanity(Saved):
     """
 
     KIND: ClassVar[str] = "sanity"
+    GAPS: ClassVar[tuple[str, ...]] = ("ssim", "question_ssim")
 
     method: str
     options: dict[str, Any]
     targets: tuple[Target, ...]
     steps: tuple[str, ...]  # what had been randomised by then, added to all the steps before
     questions: tuple[str, ...]  # what was asked instead
-    original: np.ndarray  # float32 (targets, rows, cols)
-    maps: np.ndarray  # float32 (steps, targets, rows, cols)
-    question_maps: np.ndarray  # float32 (questions, targets, rows, cols)
-    spearman: np.ndarray  # float32 (steps, targets), rank correlation
-    overlap: np.ndarray  # float32 (steps, targets), share of the strongest patches in common
-    ssim: np.ndarray  # float32 (steps, targets), structural similarity; (0, 0) when it was not asked for
-    question_spearman: np.ndarray  # float32 (questions, targets)
-    question_overlap: np.ndarray  # float32 (questions, targets)
-    question_ssim: np.ndarray  # float32 (questions, targets), or (0, 0)
-    random_spearman: np.ndarray  # float32 (draws, targets), of random maps
-    moved_spearman: np.ndarray  # float32 (draws, targets), of the map itself moved, mirrored and turned at random
+    original: Float32[np.ndarray, "targets rows cols"]
+    maps: Float32[np.ndarray, "steps targets rows cols"]
+    question_maps: Float32[np.ndarray, "questions targets rows cols"]
+    spearman: Float32[np.ndarray, "steps targets"]  # rank correlation
+    overlap: Float32[np.ndarray, "steps targets"]  # share of the strongest patches in common
+    ssim: Float32[np.ndarray, "_ _"]  # structural similarity; (0, 0) when it was not asked for
+    question_spearman: Float32[np.ndarray, "questions targets"]
+    question_overlap: Float32[np.ndarray, "questions targets"]
+    question_ssim: Float32[np.ndarray, "_ _"]  # or (0, 0)
+    random_spearman: Float32[np.ndarray, "draws targets"]  # of random maps
+    moved_spearman: Float32[np.ndarray, "moves targets"]  # of the map itself moved, mirrored and turned at random
     top: int  # patches compared by the overlaps
     chance: float  # overlap that two independent maps have on average
     map: PictureMap
@@ -379,6 +407,12 @@ class Sanity(Saved):
     seconds: float
     interrupted: bool = False  # Ctrl-C: what is here is what was done until then
     notes: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        filled(targets=self.targets, draws=self.random_spearman, moves=self.moved_spearman)
+        for rows, shape in ((self.ssim, self.spearman.shape), (self.question_ssim, self.question_spearman.shape)):
+            if rows.shape not in (shape, (0, 0)):
+                raise DataError(f"ssim must be {shape} or left out, got {rows.shape}")
 
     @property
     def limit(self) -> np.ndarray:

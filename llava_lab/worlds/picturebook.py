@@ -81,12 +81,12 @@ def write_dataset(
     with only_writer(folder):
         if target.exists():
             raise DataError(f"{target} exists; give an empty folder or remove it first")
-        (folder / "images").mkdir(parents=True, exist_ok=True)
         rows, truth = [], []
         for index in tqdm(range(n), desc=f"picturebook {split}", unit="picture", disable=not progress):
             drawn = scene(split, index, seed=seed)
             image = f"images/{drawn.name}.png"
-            drawn.picture().save(folder / image)
+            with whole_file(folder / image) as temporary:
+                drawn.picture().save(temporary, "PNG")
             questions = ask_about(drawn, np.random.default_rng((SPLITS[split], seed, index, 5)), turns)
             rows.append(_row(drawn, image, [(q.text, q.answer) for q in questions]))
             truth.append(_truth(drawn, image, questions))
