@@ -112,7 +112,7 @@ def explain(args: argparse.Namespace) -> Reply:
     if args.out:
         _draw(run, relevance, args.out)
     data = {"answer": run.answer, "words": [word.text for word in run.words], **relevance.to_dict()}
-    return Reply(data, str(relevance.table()))
+    return Reply(data, str(relevance.table()), code=130 if relevance.interrupted else 0)
 
 
 def _draw(run: Run, relevance: Relevance, path: str) -> None:

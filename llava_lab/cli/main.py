@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 
 from llava_lab.cli import ask, judge, train
 from llava_lab.cli.common import Add, Reply, positive, say
-from llava_lab.errors import LabError, OptionError, printable
+from llava_lab.errors import LabError, OptionError, is_out_of_memory, one_line, printable
 
 DEFAULT_MODEL = "tiny"
 RUN_PY = Path(__file__).resolve().parents[2] / "run.py"  # there in a checkout, not in an installed package
@@ -57,8 +57,18 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _leave_output()
         return 0
+    except OSError as error:  # a full disk behind our output, a file system that went away
+        say(f"llava-lab: {one_line(error)}", file=sys.stderr)
+        _leave_output()
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        remedy = "try a smaller model, picture or batch, or --dtype bfloat16"
+        say(f"llava-lab: the memory is not enough ({one_line(error)}); {remedy}", file=sys.stderr)
+        return 2
     return int(reply.code)
 
 
@@ -67,6 +77,12 @@ class _Printable(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
+
+
+def _leave_output() -> None:
+    """Nothing more can be written to standard output; what is left in its buffer goes nowhere instead of failing at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _Parser(argparse.ArgumentParser):

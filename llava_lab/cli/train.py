@@ -161,7 +161,8 @@ def _train_stage(args: argparse.Namespace) -> Reply:
     data = {name: getattr(done, name) for name in ("folder", "steps", "of", "stopped", "seconds", "skipped")}
     data["loss"] = done.losses[-1] if done.losses else None
     text = f"{done.stopped} at step {done.steps} of {done.of}; the model is in {done.folder}"
-    return Reply(data, "\n".join([text, *(f"skipped {line}" for line in done.skipped)]))
+    text = "\n".join([text, *(f"skipped {line}" for line in done.skipped)])
+    return Reply(data, text, code=130 if done.stopped == "interrupted" else 0)
 
 
 def read_source(text: str) -> Any:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from llava_lab.checks import entry
 from llava_lab.errors import CheckpointError, OptionError
-from llava_lab.models import connectors
+from llava_lab.models import connectors, folders
 from llava_lab.models.connectors import Connector
 from llava_lab.models.swap import swapped, trained_beside
 from llava_lab.results import whole_file
@@ -191,12 +191,15 @@ EXPORTED = ("linear", "mlp1x_gelu", "mlp2x_gelu", "linear2x", "identity")
 def save(lab: Lab, folder: str | os.PathLike) -> Path:
     """Write model, tokenizer and image processor; ``llava_lab.load(folder)`` gives them back bit for bit.
 
+    Other files in `folder` stay; its own are replaced when all are written. Raises WriteError where they cannot be.
+
     >>> ll.load(ll.save(lab, tmp / "mine")).fingerprint == lab.fingerprint
     True
     """
     folder = Path(folder)
-    lab.model.save_pretrained(folder)
-    lab.processor.save_pretrained(folder)
+    with folders.whole_folder(folder, keep=True) as part:
+        lab.model.save_pretrained(part)
+        lab.processor.save_pretrained(part)
     return folder
 
 

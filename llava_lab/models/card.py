@@ -26,6 +26,7 @@ from llava_lab.errors import CheckpointError
 from llava_lab.models import layout
 from llava_lab.models.connectors import Connector, spec
 
+HEAD = 65_536  # characters of a README in which its head must end
 NOT_STATED = "not stated"
 SAMPLES = 32  # values per parameter in a fingerprint; the first and the last are always among them
 STOCK_SPEC: tuple[str, dict[str, Any]] = ("mlp2x_gelu", {})  # what the stock connector is called where it is named
@@ -116,10 +117,12 @@ def readme_head(folder: Path) -> dict[str, str]:
     readme = folder / "README.md"
     if not readme.is_file():
         return {}
-    match = re.match(r"---\s*\n(.*?)\n---", readme.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    with readme.open(encoding="utf-8", errors="replace") as file:
+        first, *lines = file.read(HEAD).splitlines() or [""]
+    stop = next((number for number, line in enumerate(lines) if line.startswith("---")), 0)
     entries: dict[str, str] = {}
     key = ""
-    for line in match.group(1).splitlines() if match else []:
+    for line in lines[:stop] if first.rstrip() == "---" else []:
         if item := re.match(r"\s*-\s+(.+)", line):
             entries[key] = entries.get(key) or item.group(1).strip(" '\"")
         elif pair := re.match(r"(\w+):\s*(.*)", line):

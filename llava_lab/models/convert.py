@@ -51,9 +51,8 @@ def convert(name: str | os.PathLike, out: str | os.PathLike, *, vision: Place = 
     parts = original.assemble(folder, vision=vision, base=base)
     text: Any = parts.config.text_config
     with quiet(), folders.whole_folder(out) as part:
-        model = build(
-            folder, parts.config, Placement(torch.device("cpu"), parts.dtype, "as stored"), "sdpa", weights=parts.weights
-        )
+        stored = Placement(torch.device("cpu"), parts.dtype, "as stored")
+        model = build(folder, parts.config, stored, "sdpa", weights=parts.weights, held=parts.parameters)
         model.generation_config = GenerationConfig(
             bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id
         )

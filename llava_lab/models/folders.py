@@ -33,8 +33,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from llava_lab.errors import CheckpointError, one_line
+from llava_lab.checks import regular_file
+from llava_lab.errors import CheckpointError, WriteError, one_line
 from llava_lab.models import layout
+from llava_lab.models.formats import foreign
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 ABLATION = ASSETS / "ablation"  # the shipped comparison of connectors and its models
@@ -73,6 +75,7 @@ def find(name: str | os.PathLike) -> Folder:
         return _shipped(text)
     path = Path(text).expanduser()
     if path.is_dir():
+        foreign.check_files(path)
         return Folder(path, text, f"folder {path}")
     if path.is_file():
         raise CheckpointError(f"{path} is a file; give the folder that holds config.json and the weights")
@@ -82,14 +85,21 @@ def find(name: str | os.PathLike) -> Folder:
     raise CheckpointError(f"no model {text!r}: it is neither {known}, nor a folder here, nor a hub id such as {EXAMPLE!r}")
 
 
+def is_shipped(path: Path) -> bool:
+    """Whether a folder came with this package; any other is a stranger's (`llava_lab.models.formats.foreign`)."""
+    return path.resolve().is_relative_to(ASSETS)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or CheckpointError."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(regular_file(path, CheckpointError).read_text(encoding="utf-8"))
+    except CheckpointError:
+        raise
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} has no {path.name}; expected a transformers LLaVA folder") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not readable JSON ({error})") from None
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
+        raise CheckpointError(f"{path} is not readable JSON ({one_line(error)})") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} holds a {type(data).__name__}; expected a JSON object")
     return data
@@ -98,7 +108,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def weight_files(folder: Path) -> list[Path]:
     """The checkpoint's weight files: safetensors when there are any, else PyTorch ``.bin``."""
     for whole, pattern in (("model.safetensors", "model-*.safetensors"), ("pytorch_model.bin", "pytorch_model-*.bin")):
-        files = [folder / whole] if (folder / whole).is_file() else sorted(folder.glob(pattern))
+        shards = (file for file in folder.glob(pattern) if file.is_file())
+        files = [folder / whole] if (folder / whole).is_file() else sorted(shards)
         if files:
             _check_shards(folder, whole, files)
             return files
@@ -118,7 +129,7 @@ def weight_names(files: list[Path]) -> set[str]:
     if files[0].suffix == ".safetensors":
         return {name for file in files for name in tensor_shapes(file)}
     index = files[0].parent / "pytorch_model.bin.index.json"
-    return set(read_json(index).get("weight_map", {})) if index.is_file() else set()
+    return _weight_map(index).keys() if index.is_file() else set()
 
 
 def _shipped(name: str) -> Folder:
@@ -155,32 +166,57 @@ def _check_shards(folder: Path, whole: str, files: list[Path]) -> None:
     index = folder / f"{whole}.index.json"
     if files == [folder / whole] or not index.is_file():
         return
-    wanted = set(read_json(index).get("weight_map", {}).values())
+    wanted = set(_weight_map(index).values())
     missing = sorted(wanted - {file.name for file in files})
     if missing:
         raise CheckpointError(f"{folder} lacks {len(missing)} of {len(wanted)} weight files: {', '.join(missing[:5])}")
 
 
+def _weight_map(index: Path) -> dict[str, str]:
+    entries = read_json(index).get("weight_map", {})
+    if not isinstance(entries, dict) or not all(isinstance(file, str) for file in entries.values()):
+        raise CheckpointError(f"{index} has no weight_map from names to files")
+    return entries
+
+
 def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes in a safetensors file. Raises CheckpointError for one that is cut short or no such file."""
+    return {name: shape for name, (_, shape) in tensor_heads(file).items()}
+
+
+def tensor_heads(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Names, dtypes and shapes in a weight file, ``.safetensors`` or ``.bin``; no weights are read. Raises CheckpointError."""
+    if file.suffix != ".safetensors":
+        stored = foreign.read_bin(file, heads_only=True)
+        return {name: (foreign.kind_of(value), tuple(value.shape)) for name, value in stored.items()}
     try:
         with safe_open(file, framework="pt") as opened:
-            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118  not a dict
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  not a dict
+            return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is not a whole safetensors file ({one_line(error)}); fetch it again") from None
 
 
 @contextmanager
-def whole_folder(out: Path, *, replace: bool = True) -> Iterator[Path]:
+def whole_folder(out: Path, *, replace: bool = True, keep: bool = False) -> Iterator[Path]:
     """A new folder to fill that takes the name `out` when the block ends well, and is removed when it does not.
 
-    An `out` that is there gives way only then; with ``replace=False`` it stays, because another process was first.
+    An `out` that is there gives way only then; with ``replace=False`` it stays, because another process was first. With
+    ``keep=True`` it keeps what it holds, and the new files take their places one by one. Raises WriteError where the
+    disk does not allow it.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    except (OSError, ValueError) as error:
+        raise WriteError.of(out, error) from error
     old = part.with_name(f"{part.name}.old")
     try:
         yield part
+        if keep and out.is_dir():
+            for file in sorted(part.iterdir()):
+                os.replace(file, out / file.name)
+            return
         part.chmod(0o755)
         if replace and out.exists():
             os.replace(out, old)
@@ -189,9 +225,12 @@ def whole_folder(out: Path, *, replace: bool = True) -> Iterator[Path]:
         except OSError:
             if replace or not out.is_dir():
                 raise
-    except BaseException:
+    except BaseException as error:
         if old.exists() and not out.exists():
             os.replace(old, out)
+        # safetensors has its own name for a full disk
+        if isinstance(error, (OSError, SafetensorError)) and not isinstance(error, WriteError):
+            raise WriteError.of(out, error) from error
         raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -326,4 +365,4 @@ def chat_template(folder: Path) -> str | None:
         if (folder / name).is_file() and (template := read_json(folder / name).get("chat_template")):
             return template
     jinja = folder / "chat_template.jinja"
-    return jinja.read_text(encoding="utf-8") if jinja.is_file() else None
+    return jinja.read_text(encoding="utf-8", errors="replace") if jinja.is_file() else None

@@ -23,6 +23,7 @@ from llava_lab.errors import CheckpointError, OptionError, PictureError
 from llava_lab.geometry import View
 from llava_lab.models import layout, text
 from llava_lab.models.card import Card, fingerprint, make_card
+from llava_lab.models.formats import foreign
 from llava_lab.models.generation import Generated, generate
 from llava_lab.models.pictures import PictureLike, Preprocessing, read_picture
 from llava_lab.models.swap import Swap, trained_beside
@@ -48,6 +49,7 @@ class Lab:
         self.image_id = _image_id(model, processor)
         self.eos_ids = _eos_ids(model, processor)
         self.prompt = "llava-1.5"  # the form that stands when none is given
+        self.foreign = False  # a stranger's: its chat template runs in a process of its own
         self.card = card or make_card(
             model,
             name=name,
@@ -232,6 +234,9 @@ class Lab:
         if not self.processor.chat_template:
             raise OptionError(f"prompt='chat' needs a chat template and {self.name!r} has none; use 'llava-1.5' or 'hf'")
         messages = text.chat_messages(question, history)
+        if self.foreign:
+            marks = self.tokenizer.special_tokens_map
+            return foreign.render(self.processor.chat_template, messages=messages, add_generation_prompt=True, **marks)
         return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
     def _run(

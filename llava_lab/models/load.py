@@ -12,6 +12,7 @@ importing. Nothing that comes with a checkpoint is executed: there is no ``trust
 from __future__ import annotations
 
 import logging
+import math
 import os
 import pickle
 from collections.abc import Iterator
@@ -22,7 +23,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import GenerationConfig, LlavaConfig, PreTrainedModel
@@ -33,7 +33,7 @@ from llava_lab.checks import entry
 from llava_lab.errors import CheckpointError, OptionError, one_line
 from llava_lab.models import connectors, folders, layout
 from llava_lab.models.card import make_card
-from llava_lab.models.formats import compact, original
+from llava_lab.models.formats import compact, foreign, original
 from llava_lab.models.lab import Lab
 from llava_lab.models.placement import Placement, choose_device
 
@@ -112,6 +112,7 @@ def load(
         with quiet():
             opened = _open(folder, wanted, vision=vision, base=base)
     lab = _lab_class(opened.model, folder.path)(opened.model, opened.processor, name=folder.name)
+    lab.foreign = not folders.is_shipped(folder.path)
     lab.prompt = opened.prompt or lab.prompt
     lab.card = make_card(
         opened.model,
@@ -164,10 +165,12 @@ class _Opened:
 def _open(folder: folders.Folder, wanted: _Wanted, *, vision: original.Place, base: original.Place) -> _Opened:
     """The model in a folder of any of three formats: the original LLaVA's, transformers', or ours stored as bytes."""
     path = folder.path
-    if original.is_original(folders.read_json(path / "config.json")):
+    given = folders.read_json(path / "config.json")
+    if original.is_original(given):
         parts = original.assemble(path, vision=vision, base=base)
         placement = wanted.placement(parts.parameters)
-        model = build(path, parts.config, placement, wanted.attention, weights=parts.weights, **wanted.to_transformers())
+        options: dict[str, Any] = {"weights": parts.weights, "held": parts.parameters, **wanted.to_transformers()}
+        model = build(path, parts.config, placement, wanted.attention, **options)
         return _Opened(model, parts.processor, parts.source, placement.why)
     family = folders.family_of(path)
     if vision is not None or base is not None:
@@ -184,6 +187,9 @@ def _open(folder: folders.Folder, wanted: _Wanted, *, vision: original.Place, ba
     else:
         files = folders.weight_files(path)
         _check_spelling(path, files)
+        if not folders.is_shipped(path):
+            options["held"] = _check_heads(path, given, files)
+            foreign.check_tokenizer(path)
         placement = wanted.placement(folders.count_parameters(files))
         options["use_safetensors"] = files[0].suffix == ".safetensors"
         model = build(path, _config(path, family), placement, wanted.attention, **options)
@@ -218,10 +224,12 @@ def build(
     attention: str,
     *,
     weights: dict[str, Tensor] | None = None,
+    held: int | None = None,
     **options: Any,
 ) -> PreTrainedModel:
     """The model of a configuration, with the weights in `folder` or the `weights` given; frozen, in evaluation mode.
 
+    `held` is how many parameters a stranger's weights are: no model of another size is begun.
     `options` go to transformers' ``from_pretrained``. Raises CheckpointError for a missing, unexpected or misshapen weight.
     """
     _, model_class, _ = folders.family(config.model_type, folder).classes()
@@ -229,6 +237,8 @@ def build(
         options["state_dict"] = weights
     try:
         with connectors.patched() if connectors.spec(config) else nullcontext():
+            if held is not None:
+                foreign.check_sizes(config, model_class, held, folder)
             model, info = model_class.from_pretrained(
                 folder if weights is None else None,
                 config=config,
@@ -241,6 +251,8 @@ def build(
                 output_loading_info=True,
                 **options,
             )
+    except CheckpointError:
+        raise
     except (SafetensorError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"the weights in {folder} are damaged or hold more than weights ({one_line(error)})") from None
     except ImportError as error:
@@ -255,10 +267,21 @@ def build(
     return model.eval().requires_grad_(False)
 
 
+def _check_heads(folder: Path, config: dict[str, Any], files: list[Path]) -> int:
+    """Refuse weights that are no numbers to learn, and a config.json of another size; how many parameters they are."""
+    heads = {name: head for file in files for name, head in folders.tensor_heads(file).items()}
+    foreign.check_config(config, len(heads), folder / "config.json")
+    held = sum(math.prod(shape) for _, shape in heads.values())
+    if config.get("quantization_config"):
+        return 8 * held  # several parameters may be packed in one number
+    foreign.check_learnt({name: kind for name, (kind, _) in heads.items()}, folder)
+    return held
+
+
 def _config(folder: Path, family: folders.Family) -> LlavaConfig:
     try:
         config = family.classes()[0].from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+    except Exception as error:  # a configuration may hold anything, and its classes ask little
         raise CheckpointError(f"{folder / 'config.json'} does not describe a LLaVA ({one_line(error)})") from None
     try:
         if named := connectors.spec(config):

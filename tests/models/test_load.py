@@ -223,7 +223,7 @@ class Trap:
 def test_code_in_a_weight_file_is_refused_and_not_run(copy: Path, save: Callable[[Any, Any], Any]) -> None:
     (copy / "model.safetensors").unlink()
     save({"lm_head.weight": Trap()}, copy / "pytorch_model.bin")
-    assert "hold more than weights" in refused(copy)
+    assert "more than weights" in refused(copy)
     assert "LLAVA_LAB_TRAP" not in os.environ
 
 

@@ -35,6 +35,7 @@ from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 from llava_lab.errors import CheckpointError, OptionError, one_line
 from llava_lab.models import connectors, folders, text
+from llava_lab.models.formats import foreign
 from llava_lab.models.formats import original_weights as files
 from llava_lab.models.text import CUE, END_OF_TURN, IMAGE, SYSTEM
 
@@ -136,6 +137,7 @@ def read(folder: Path) -> Original:
     """The settings of an original folder. Raises CheckpointError (one line) for what LLaVA-1.5 and v1 do not have."""
     given = folders.read_json(folder / "config.json")
     path = folder / "config.json"
+    foreign.check_config(given, 0, path)
     family = given.get("model_type")
     if family not in FAMILIES:
         raise CheckpointError(f"{path} is an original LLaVA of family {family!r}; readable are {' and '.join(FAMILIES)} (Llama)")
@@ -202,6 +204,7 @@ def assemble(folder: Path, *, vision: Place = None, base: Place = None) -> Assem
     if len(tokenizer) - new_words > len(embedding):
         also = f", {' and '.join(original.marks)} among them," if original.marks else ""
         raise CheckpointError(f"the tokenizer of {folder} has more words{also} than the {len(embedding)} rows of its embedding")
+    foreign.check_config(original.given, len(weights), folder / "config.json")
     dtype = embedding.dtype
     rows = files.grow_vocabulary(weights, len(tokenizer), tied=bool(original.given.get("tie_word_embeddings", False)))
     config = llava_config(
@@ -293,7 +296,12 @@ def vision_config(original: Original, tower: Path | None) -> CLIPVisionConfig:
         inner = stated.get("vision_config") or stated.get("vision_config_dict") or {}
         stated = inner if family == "clip" else stated
         settings = {name: stated[name] for name in _VISION_KEYS if name in stated}
-    config = CLIPVisionConfig(**settings)
+        foreign.check_config(settings, 0, tower / "config.json")
+    try:
+        config = CLIPVisionConfig(**settings)
+        _ = config.image_size // config.patch_size
+    except (ValueError, TypeError, ArithmeticError, StrictDataclassError) as error:
+        raise CheckpointError(f"{tower or original.folder} does not describe a CLIP tower ({one_line(error)})") from None
     width = original.given.get("mm_hidden_size")
     if width is not None and width != config.hidden_size:
         raise CheckpointError(
@@ -336,6 +344,7 @@ def read_tokenizer(folder: Path, *, patch_token: bool, marks: tuple[str, ...] = 
             f"{folder} has its words in tokenizer.model only, which needs two packages to be read; "
             "`pip install sentencepiece protobuf`, or put the tokenizer.json of the same Vicuna beside it"
         )
+    foreign.check_tokenizer(folder)
     try:
         if (folder / "tokenizer.json").is_file():
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)

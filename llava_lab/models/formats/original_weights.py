@@ -11,7 +11,6 @@ Sources: haotian-liu/LLaVA @ c121f04 ``llava/model/builder.py``, ``llava_arch.py
 from __future__ import annotations
 
 import math
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from llava_lab.checks import regular_file
 from llava_lab.errors import CheckpointError
 from llava_lab.models import folders
+from llava_lab.models.formats import foreign
 
 ADAPTER_CONFIG, NON_LORA, PROJECTOR = "adapter_config.json", "non_lora_trainables.bin", "mm_projector.bin"
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -50,24 +51,17 @@ _LORA = re.compile(r"^base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight
 
 def read_file(file: Path) -> Weights:
     """The tensors of one weight file, read as they are needed where the file allows it. Raises CheckpointError."""
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
+    if file.suffix != ".safetensors":
+        tensors = foreign.read_bin(file)
+    else:
         try:
-            data = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
-            data = torch.load(file, map_location="cpu", weights_only=True)  # the format before 2020 cannot be mapped
-    except FileNotFoundError:
-        raise CheckpointError(f"{file.parent} has no {file.name}") from None
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{file} is cut off, damaged, or holds more than weights ({type(error).__name__}); fetch it again"
-        ) from None
-    if not isinstance(data, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in data.items()):
-        raise CheckpointError(f"{file} does not hold a dict of named tensors")
-    return data
+            tensors = load_file(regular_file(file, CheckpointError))
+        except FileNotFoundError:
+            raise CheckpointError(f"{file.parent} has no {file.name}") from None
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} is cut off or damaged ({type(error).__name__}); fetch it again") from None
+    foreign.check_learnt({name: foreign.kind_of(value) for name, value in tensors.items()}, file)
+    return tensors
 
 
 def read_folder(folder: Path) -> Weights:
@@ -115,6 +109,8 @@ def merge_lora(weights: Weights, folder: Path) -> Weights:
             raise CheckpointError(
                 f"{file} has {' and '.join(sorted(pair))} for {name}, which the base {'lacks' if old is None else 'has'}"
             )
+        if pair["A"].ndim != 2 or pair["B"].ndim != 2:
+            raise CheckpointError(f"{file} has adapters for {name} that are no matrices")
         if (pair["B"].shape[0], pair["A"].shape[1]) != tuple(old.shape) or pair["A"].shape[0] != pair["B"].shape[1]:
             raise CheckpointError(f"{file} is for another base: {name} is {tuple(old.shape)} there, not "
                                   f"{(pair['B'].shape[0], pair['A'].shape[1])}")  # fmt: skip
