@@ -21,7 +21,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import pickle
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -30,10 +29,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from llava_lab.checks import entry
+from llava_lab.checks import entry, regular_file
 from llava_lab.errors import CheckpointError, OptionError
 from llava_lab.models import connectors, folders
 from llava_lab.models.connectors import Connector
+from llava_lab.models.formats import foreign
 from llava_lab.models.swap import swapped, trained_beside
 from llava_lab.results import whole_file
 
@@ -117,16 +117,21 @@ def _check_fit(made: Connector, tensors: dict[str, Tensor], path: Path, kind: st
 
 def _tensors(path: Path) -> dict[str, Tensor]:
     try:
+        foreign.check_archive(regular_file(path, CheckpointError))
         data = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"no such projector file: {path}") from None
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever a damaged pickle makes torch raise
         raise CheckpointError(f"{path} is not a file of tensors ({type(error).__name__}); expected an mm_projector.bin") from None
     tensors = {
         name.split(MARK, 1)[1]: value
         for name, value in (data.items() if isinstance(data, dict) else ())
         if isinstance(name, str) and MARK in name and isinstance(value, Tensor)
     }
+    foreign.check_stored(tensors, path)
+    foreign.check_learnt({name: foreign.kind_of(value) for name, value in tensors.items()}, path)
     if not tensors and data != {}:
         keys = ", ".join(map(str, list(data)[:3])) if isinstance(data, dict) else type(data).__name__
         raise CheckpointError(f"{path} holds no projector: expected keys with {MARK!r} in them, got {keys}")

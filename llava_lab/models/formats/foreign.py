@@ -32,7 +32,8 @@ from llava_lab.checks import regular_file
 from llava_lab.errors import CheckpointError, one_line
 
 CHILD = Path(__file__).with_name("in_child.py")
-PATIENCE = 120.0  # seconds for the other process; it gives itself fewer of computing, and a busy machine is slow
+SECONDS = 20  # of computing in the other process; a tokenizer of 250,000 words loads in two
+PATIENCE = 120.0  # seconds for it as a whole; a busy machine is slow
 JSON_BYTES = 200_000_000  # of one JSON file; the largest tokenizers have 40 MB
 WHOLE = 2**31  # a size or an id in config.json is below it
 # words no tokenizer of ours stops at: what is asked, long runs, other scripts, half a character, marks
@@ -101,7 +102,7 @@ def check_learnt(kinds: Mapping[str, str], where: Path) -> None:
         )
 
 
-def _check_archive(file: Path) -> None:
+def check_archive(file: Path) -> None:
     """Refuse a ``.bin`` that unpacks to more than it is. One of before 2020 is no archive, and is read as it comes."""
     size = file.stat().st_size
     if not zipfile.is_zipfile(file):
@@ -119,7 +120,7 @@ def read_bin(file: Path, *, heads_only: bool = False) -> dict[str, Tensor]:
     """
     options: dict[str, Any] = {"map_location": "meta" if heads_only else "cpu", "weights_only": True}
     try:
-        _check_archive(regular_file(file, CheckpointError))
+        check_archive(regular_file(file, CheckpointError))
         try:
             data = torch.load(file, mmap=not heads_only, **options)
         except RuntimeError as error:
@@ -136,10 +137,15 @@ def read_bin(file: Path, *, heads_only: bool = False) -> dict[str, Tensor]:
         ) from None
     if not isinstance(data, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in data.items()):
         raise CheckpointError(f"{file} does not hold a dict of named tensors")
-    for name, value in data.items():
+    check_stored(data, file)
+    return data
+
+
+def check_stored(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Refuse a tensor that says it is larger than what is stored of it."""
+    for name, value in tensors.items():
         if value.layout != torch.strided or value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise CheckpointError(f"{file} holds {name} {tuple(value.shape)}, which is more than is stored of it; fetch it again")
-    return data
 
 
 def kind_of(value: Tensor) -> str:
@@ -179,7 +185,7 @@ def render(template: Any, **variables: Any) -> str:
     """What a chat template writes, in another process under limits. Raises CheckpointError (one line)."""
     if not isinstance(template, str):
         raise CheckpointError(f"the chat template must be text, got a {type(template).__name__}")
-    answer = _rendered(json.dumps({"render": {"template": template, "variables": variables}}))
+    answer = _rendered(json.dumps({"seconds": SECONDS, "render": {"template": template, "variables": variables}}))
     if "error" in answer:
         raise CheckpointError(f"the checkpoint's chat template cannot be used ({answer['error']})")
     return str(answer["value"])
@@ -187,7 +193,7 @@ def render(template: Any, **variables: Any) -> str:
 
 @lru_cache(maxsize=64)
 def _tried(folder: str, stamps: tuple[Any, ...]) -> str | None:
-    error: str | None = _apart(json.dumps({"encode": {"folder": folder, "texts": TEXTS}})).get("error")
+    error: str | None = _apart(json.dumps({"seconds": SECONDS, "encode": {"folder": folder, "texts": TEXTS}})).get("error")
     return error
 
 
@@ -213,7 +219,7 @@ def _apart(job: str) -> dict[str, Any]:
     try:
         answer: dict[str, Any] = json.loads(done.stdout)
     except ValueError:
-        said = done.stderr.decode("utf-8", "replace").strip().splitlines()
+        said = [line for line in done.stderr.decode("utf-8", "replace").splitlines() if line.strip() and "BACKTRACE" not in line]
         return {"error": f"it ended its process, code {done.returncode}; {said[-1][:200] if said else 'nothing was said'}"}
     return answer
 
@@ -234,11 +240,8 @@ def check_gguf(file: Path) -> None:
         with file.open("rb") as data:
             magic, version, tensors, entries = struct.unpack("<4sIQQ", data.read(24))
             if magic != b"GGUF" or version not in (2, 3):
-                raise CheckpointError(f"{file} is no GGUF of version 2 or 3")
-            if max(tensors, entries) * 12 > size:
-                raise CheckpointError(
-                    f"{file} counts {tensors:,} tensors and {entries:,} entries, more than its {size:,} bytes hold"
-                )
+                raise ValueError("it is no GGUF of version 2 or 3")
+            _bounded(max(tensors, entries), size // 12)
             for _ in range(entries):
                 _skip_text(data, size)
                 _skip_value(data, _read(data, "<I"), size, 0)
@@ -246,12 +249,9 @@ def check_gguf(file: Path) -> None:
                 _skip_text(data, size)
                 axes = [_read(data, "<Q") for _ in range(_bounded(_read(data, "<I"), 8))]
                 _, offset = _read(data, "<I"), _read(data, "<Q")
-                if offset > size or math.prod(axes) > 8 * size:
-                    raise CheckpointError(f"{file} has a tensor of {axes} that its {size:,} bytes cannot hold")
+                _bounded(max(offset, math.prod(axes) // 8), size)  # no quantisation has more than 8 values in a byte
     except (struct.error, ValueError, OSError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{file} is not a whole GGUF file ({one_line(error)}); fetch it again") from None
+        raise CheckpointError(f"{file} cannot be read as a Llama in GGUF form ({one_line(error)})") from None
 
 
 def _read(data: BinaryIO, form: str) -> int:

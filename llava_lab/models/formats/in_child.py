@@ -15,19 +15,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-SECONDS = 20  # of computing; a tokenizer of 250,000 words loads in two
 MEMORY = 4 << 30  # bytes of address space
 LONGEST = 4_000_000  # characters a template may write
 
 
 def main() -> None:
+    job = json.load(sys.stdin)
     with suppress(ImportError, ValueError, OSError):  # Windows has no such limits; the parent's patience is one everywhere
         import resource
 
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+        resource.setrlimit(resource.RLIMIT_CPU, (job["seconds"], job["seconds"] + 1))
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    job = json.load(sys.stdin)
     try:
         answer = {"value": render(**job["render"]) if "render" in job else encode(**job["encode"])}
     except Exception as error:  # whatever a stranger's file makes its library raise

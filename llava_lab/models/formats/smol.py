@@ -31,8 +31,10 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProces
 from transformers.models.clip.modeling_clip import CLIPVisionModel
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
+from llava_lab.checks import regular_file
 from llava_lab.errors import CheckpointError, one_line
 from llava_lab.models import folders, layout
+from llava_lab.models.formats import foreign
 from llava_lab.models.text import IMAGE
 
 NAME = "smol"
@@ -55,10 +57,13 @@ def language_folder(file: str | os.PathLike | None = None, *, cache: str | os.Pa
     if not (target / "config.json").is_file():
         if importlib.util.find_spec("gguf") is None:
             raise CheckpointError(f"reading {source.name} needs the package gguf, it is not here; {INSTALL}")
+        foreign.check_gguf(source)
         with folders.whole_folder(target, replace=False) as part:
             model, tokenizer = _read(source)
             model.to(torch.bfloat16).save_pretrained(part)
             tokenizer.save_pretrained(part)
+            if file is not None:
+                foreign.check_tokenizer(part)
     return target
 
 
@@ -79,7 +84,7 @@ def default_folder() -> Path:
 
 def _digest(file: Path) -> str:
     try:
-        with file.open("rb") as data:
+        with regular_file(file, CheckpointError).open("rb") as data:
             return hashlib.file_digest(data, "sha256").hexdigest()[:16]
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error.strerror or error})") from None
