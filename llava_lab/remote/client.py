@@ -57,6 +57,7 @@ NO_CREDIT = ("insufficient_quota", "billing_hard_limit_reached", "insufficient_c
 FIRST_PAUSE = 0.5  # seconds, doubled each time
 LONGEST_PAUSE = 60.0  # seconds; a server that asks for more is not waited for
 SHORTEST_SECRET = 8  # characters; what is shorter ("EMPTY", "x") is no secret and may be part of any text
+THREAD = "llava-lab request"
 EXAMPLE = "http://127.0.0.1:8000/v1"
 AT_V1 = "base_url usually ends in /v1"
 
@@ -185,7 +186,7 @@ class Endpoint:
         """One request on a thread of its own, left when its time is up."""
         line = _Line()
         outcomes: queue.SimpleQueue[Reply | Failure] = queue.SimpleQueue()
-        threading.Thread(target=lambda: outcomes.put(self._exchange(data, line)), name="request", daemon=True).start()
+        threading.Thread(target=lambda: outcomes.put(self._exchange(data, line)), name=THREAD, daemon=True).start()
         try:
             return outcomes.get(timeout=self.timeout)
         except queue.Empty:

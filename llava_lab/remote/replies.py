@@ -165,8 +165,13 @@ def _silence(message: Any, thoughts: bool, stopped: str, hide: Hide) -> str:
 def _read_tokens(choice: Any, text: str, hide: Hide) -> tuple[Token, ...] | None:
     """The answer's tokens if they spell it; end marks that some servers list are dropped, leading space is kept."""
     try:
-        listed = ((choice.get("logprobs") or {}).get("content") or ())[: MOST_TOKENS + MOST_END_MARKS]
-        tokens = [Token(*_piece(one, hide), tuple(_piece(top, hide) for top in _top(one))) for one in listed]
+        listed = (choice.get("logprobs") or {}).get("content") or []
+        if len(listed) > MOST_TOKENS:
+            return None
+        tops = [(token.get("top_logprobs") or ())[:MOST_TOP] for token in listed]
+        tokens = [
+            Token(*_piece(one, hide), tuple(_piece(other, hide) for other in top)) for one, top in zip(listed, tops, strict=True)
+        ]
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         return None
     for _ in range(MOST_END_MARKS + 1):
@@ -178,10 +183,6 @@ def _read_tokens(choice: Any, text: str, hide: Hide) -> tuple[Token, ...] | None
 
 def _spell(tokens: Sequence[Token], text: str) -> bool:
     return b"".join(token.piece for token in tokens).decode("utf-8", "replace").strip() == text.strip()
-
-
-def _top(token: Any) -> Any:
-    return (token.get("top_logprobs") or ())[:MOST_TOP]
 
 
 def _piece(token: Any, hide: Hide) -> tuple[bytes, float]:

@@ -13,7 +13,7 @@ import pytest
 from llava_lab.cli import main as cli
 from llava_lab.cli.ask import read_layers, read_place
 from llava_lab.results import Effect, FlowSweep, LogitLens, Relevance, Run
-from tests.support.endpoint_server import a_red_car, serving
+from tests.support.endpoint_server import Answered, a_red_car, says, serving
 from tests.support.stand_in import StandIn
 
 Printed = Callable[..., dict[str, Any]]
@@ -119,6 +119,26 @@ def test_a_closed_model_is_asked_and_explained_within_its_budget(key: str, capsy
     assert (data["answer"], data["grid"], data["picture"]["mode"]) == ("a red car", [12, 12], "whole")
     assert "5 requests to send, 0 known already, 5 left" in out.err
     assert key not in out.out + out.err
+
+
+STEERING = "\x1b[2J\x1b]0;title\x07\x9b31m\x7f\x08\r\u202ered\u2066"
+
+
+@pytest.mark.parametrize("argv", [["ask"], ["ask", "--json"], ["explain", "--method", "center"], ["ask", "-v"]])
+@pytest.mark.parametrize("reply", [
+    says(f"a {STEERING} car", own=-0.5), Answered({"error": {"message": STEERING}}, 400), says("", finish=STEERING),
+    Answered({}, headers={"Content-Type": "a/\x9b"}), Answered({"error": STEERING}, 429, {"Retry-After": "0"}),
+])  # fmt: skip
+def test_nothing_a_server_says_steers_the_terminal(
+    key: str, capsys: pytest.CaptureFixture[str], argv: list[str], reply: Answered
+) -> None:
+    with serving(lambda asked: reply) as server:
+        code = cli.main([argv[0], "car.png", QUESTION, "--model", "openai:m", "--base-url", server.base_url, *argv[1:]])
+    out = capsys.readouterr()
+    assert code == (0 if reply.status == 200 and '"a ' in json.dumps(reply.data) else 2)
+    assert [letter for letter in out.out + out.err if letter in STEERING and not letter.isalnum() and letter not in "[]; "] == []
+    if code == 0 and "--json" in argv:
+        assert STEERING in json.loads(out.out)["answer"]
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import email.utils
+import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from email.message import Message
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,19 @@ import llava_lab as ll
 from llava_lab.errors import EndpointError
 from llava_lab.remote import client
 from llava_lab.remote.client import retry_after
-from tests.support.endpoint_server import PLAIN, QUESTION, Answered, Answerer, Asked, a_red_car, closed, open_box, says, serving
+from tests.support.endpoint_server import (
+    PLAIN,
+    QUESTION,
+    Answered,
+    Answerer,
+    Asked,
+    a_red_car,
+    closed,
+    dripping,
+    open_box,
+    says,
+    serving,
+)
 
 FINE = says("a red car", own=-0.5)
 
@@ -163,14 +176,90 @@ def test_a_server_that_refuses_log_probabilities_is_asked_without(tmp_path: Path
     assert "top_logprobs" not in server.asked[1].body
 
 
-def test_a_server_that_drips_is_left_after_the_time_allowed(tmp_path: Path) -> None:
+OK = b"HTTP/1.1 200 OK\r\n"
+CHUNKED = OK + b"Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(("first", "again", "pause"), [
+    (b"", b"H", 0.02), (b"HTTP/1.1 200 ", b"O", 0.02), (b"HTTP/1.1 200 OK\r\nX-Slow: ", b"x", 0.02), (OK, b"X: y\r\n", 0.02),
+    (OK + b"\r\n", b" ", 0.02), (OK + b"Content-Length: 9999\r\n\r\n", b" ", 0.02), (CHUNKED, b"1\r\n \r\n", 0.02),
+    (CHUNKED, b"0", 0.02), (CHUNKED + b"FFFF\r\n", b" ", 0.02), (CHUNKED + b"2\r\n{}\r\n0\r\n", b"X: y\r\n", 0.0),
+    (b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.0), (b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.02),
+    (b"HTTP/1.1 100 Continue\r\n", b"X: y\r\n", 0.0), (b"HTTP/1.1 500 Oh\r\n\r\n", b"x", 0.02),
+])  # fmt: skip
+def test_a_server_that_drips_is_left_after_the_time_allowed(tmp_path: Path, first: bytes, again: bytes, pause: float) -> None:
     """A time-out that starts anew with every byte would wait for ever."""
-    drip = Answered(raw=b" " * 40, pause=0.05)
-    with closed(lambda asked: drip, tmp_path, timeout=0.3, retries=0) as (_, box):
+    with dripping(first, again, pause) as address:
+        box = ll.load("openai:drip", base_url=address, cache=tmp_path, timeout=0.4, retries=0)
         start = time.monotonic()
-        with pytest.raises(EndpointError, match="no answer within 0.3 s"):
+        with pytest.raises(EndpointError, match=r"no answer within 0.4 s|broke"):
             box.ask(PLAIN, QUESTION)
-        assert time.monotonic() - start < 1.5
+        assert time.monotonic() - start < 4
+        while any(thread.name == client.THREAD for thread in threading.enumerate()):
+            assert time.monotonic() - start < 8, "the request goes on behind our back"
+            time.sleep(0.01)
+
+
+def completed(content: Any, *, tokens: Any = None, **more: Any) -> Answered:
+    """A chat completion of strange parts, as the text of its JSON."""
+    choice = {"message": {"role": "assistant", "content": content}, "finish_reason": "stop", "logprobs": {"content": tokens}}
+    return Answered(raw=json.dumps({"choices": [choice], **more}).encode(), headers={"Content-Type": "application/json"})
+
+
+def token(text: Any, logprob: Any = -0.5, **more: Any) -> dict[str, Any]:
+    return {"token": text, "logprob": logprob, **more}
+
+
+DEEP = b"[" * 100_000
+
+
+@pytest.mark.parametrize("reply", [
+    Answered(raw=DEEP), Answered(raw=b'{"choices": ' + DEEP), Answered(raw=DEEP, status=400), Answered(raw=b"9" * 5000),
+    Answered(raw=b'{"error": ' + b'{"error":' * 900 + b"1" + b"}" * 901, status=400), Answered(raw=b"\xff\xfe{\x00}\x00"),
+    Answered(status=302, headers={"Location": "http://[half"}), Answered(status=307, headers={"Location": "//:99999999/\u00ff"}),
+    Answered({}, 429, {"Retry-After": "9" * 400}), Answered({}, 503, {"Retry-After": "Wed, 21 Oct 99999 07:28:00 GMT"}),
+    Answered({}, 999), Answered({}, headers={"Content-Length": "-5"}), Answered({}, headers={"Content-Type": "\u00ff/;;=json"}),
+    Answered({}, headers={"Transfer-Encoding": "chunked", "Content-Length": ""}), Answered({"choices": {"0": 1}}),
+    Answered({"choices": [[]]}), Answered({"choices": ["a"]}), Answered({"choices": [{"message": "a"}]}),
+    Answered({"choices": 5}), completed(["a", {"text": 5}]), completed([["a"]]), completed({"text": "a"}), completed(True),
+    completed([{"text": "a"}, 7]),
+    Answered({"error": {"code": 10**30, "message": {"a": [None]}}}), Answered({"error": [[]], "choices": []}), completed("  "),
+    completed("a" * 5_000_000), completed("a " * 20_000), Answered(raw=b" " * (17 * 2**20)), completed([{"text": "ab "}] * 9000),
+])  # fmt: skip
+def test_a_strange_reply_is_one_line(tmp_path: Path, reply: Answered) -> None:
+    with serving(lambda asked: reply) as server, pytest.raises(EndpointError) as raised:
+        open_box(server, tmp_path, retries=0).ask(PLAIN, QUESTION)
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 600
+    assert "cannot be read" not in str(raised.value), "met by the last guard, not by its rule"
+
+
+INFINITE, HALF = 1e999, "\ud83d"
+
+
+@pytest.mark.parametrize(("reply", "answer", "listed"), [
+    (completed("a red", usage={"prompt_tokens": INFINITE, "completion_tokens": 2}), "a red", False),
+    (completed("a red", usage={"prompt_tokens": -1, "completion_tokens": {}}), "a red", False),
+    (completed("a red", usage=[]), "a red", False), (completed("a red", usage={"prompt_tokens": 10**400}), "a red", False),
+    (completed(HALF + " red"), "\ufffd red", False), (completed([HALF, "\ude00"]), "\U0001f600", False),
+    (completed("a", tokens=[token("a", bytes=[300])]), "a", False), (completed("a", tokens=[token("a", bytes=[-1])]), "a", False),
+    (completed("a", tokens=[token("a", bytes=10**10)]), "a", False), (completed("a", tokens=[token("a", bytes="a")]), "a", False),
+    (completed("a", tokens=[token("a", 10**400)]), "a", False), (completed("a", tokens=[token("a", None)]), "a", False),
+    (completed("a", tokens=[token("a", INFINITE)]), "a", True), (completed("a", tokens=[token("a", -INFINITE)]), "a", True),
+    (completed("a", tokens=[token(HALF), token("a")]), "a", False), (completed("a", tokens=[token(["a"])]), "a", False),
+    (completed("a", tokens={"a": 1}), "a", False), (completed("a", tokens=[token("a", top_logprobs={"a": 1})]), "a", False),
+    (completed("a", tokens=[token("a", top_logprobs=[token("b")] * 10_000)]), "a", True),
+    (completed("a", tokens=[token("b")] * 20_000), "a", False),
+    (completed("a", tokens=[token("a"), *[token("")] * 20_000]), "a", False),
+    (completed("a", tokens=[token("a"), token("</s>"), token("")]), "a", True),
+])  # fmt: skip
+def test_strange_numbers_beside_an_answer_do_not_spoil_it(tmp_path: Path, reply: Answered, answer: str, listed: bool) -> None:
+    with serving(lambda asked: reply) as server:
+        run = open_box(server, tmp_path, retries=0).ask(PLAIN, QUESTION)
+        assert ll.Run.load(run.save(tmp_path / "run.npz")).answer == run.answer == answer
+        assert open_box(server, tmp_path).ask(PLAIN, QUESTION).answer == answer
+    assert len(server.asked) == 1
+    assert (run.options["scoring"] == "top", bool(np.isfinite(run.logprobs).all())) == (listed, listed)
 
 
 def test_replies_are_kept_for_the_next_process_but_not_for_another_question(tmp_path: Path) -> None:
@@ -189,12 +278,23 @@ def test_replies_are_kept_for_the_next_process_but_not_for_another_question(tmp_
     assert len(server.asked) == sent + 3
 
 
-def test_damaged_files_are_asked_for_again_and_no_half_file_is_left(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", [
+    lambda text: text[:20], lambda text: "", lambda text: "[]", lambda text: "null", lambda text: "5", lambda text: "[" * 100_000,
+    lambda text: text.replace("-0.5", "1e999"), lambda text: text.replace("-0.5", "NaN"),
+    lambda text: text.replace("-0.5", '"a"'),
+    lambda text: text.replace("[100, 3]", "[1e999, 3]"), lambda text: text.replace("[100, 3]", "[1]"),
+    lambda text: text.replace('"a red car"', '"\\ud800"'), lambda text: text.replace('"a red car"', "{}"),
+    lambda text: text.replace('"a red car"', '"a blue car"'), lambda text: text.replace('"eos"', "[]"),
+    lambda text: text.replace('"tokens": [', '"tokens": [1, '), lambda text: text + " " * 17 * 2**20,
+    lambda text: text.replace('"format": 1', '"format": 2'), lambda text: text.replace("61", "6x"),
+])  # fmt: skip
+def test_damaged_files_are_asked_for_again_and_no_half_file_is_left(tmp_path: Path, damage: Callable[[str], str]) -> None:
     with serving(a_red_car) as server:
         open_box(server, tmp_path).ask(PLAIN, QUESTION)
         (file,) = (tmp_path / "replies").rglob("*.*")
         whole = file.read_text("utf-8")
-        file.write_text(whole[:20], "utf-8")
+        assert damage(whole) != whole
+        file.write_text(damage(whole), "utf-8")
         assert open_box(server, tmp_path).ask(PLAIN, QUESTION).answer == "a red car"
     assert len(server.asked) == 2
     assert [one.read_text("utf-8") for one in (tmp_path / "replies").rglob("*.*")] == [whole]

@@ -1,6 +1,7 @@
 """A server on 127.0.0.1 that speaks the chat completions protocol and answers as a test says.
 
-`serving` starts it for the length of a block and remembers every request; `closed` gives a `BlackBox` at it as well.
+`serving` starts it for the length of a block and remembers every request; `closed` gives a `BlackBox` at it as well;
+`dripping` never comes to an end.
 `says` is an answer with words for tokens, `weighing` a model whose every number is known; `from_lab` answers with a
 model of ours and its real log-probabilities.
 """
@@ -9,10 +10,11 @@ from __future__ import annotations
 
 import base64
 import json
+import socketserver
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
@@ -120,6 +122,29 @@ def serving(answer: Answerer) -> Iterator[Serving]:
         server.shutdown()
         server.server_close()
         thread.join(5)
+
+
+@contextmanager
+def dripping(first: bytes, again: bytes, pause: float) -> Iterator[str]:
+    """The address of a server that says `first` and then `again` for ever, whatever HTTP allows."""
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with suppress(OSError):  # the other side has left, at last
+                self.request.recv(65536)
+                self.request.sendall(first)
+                while True:
+                    self.request.sendall(again)
+                    time.sleep(pause)
+
+    server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def says(
