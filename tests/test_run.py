@@ -79,6 +79,14 @@ def test_a_fresh_clone_gets_a_venv_and_pinned_libraries_and_the_second_time_noth
     assert calls == []
 
 
+def test_locked_installs_by_hash_first_and_the_rest_as_ever(checkout: Path, calls: Calls) -> None:
+    assert run.main(["install", "--locked"]) == 0
+    first, then = _pip(calls)
+    assert first[-4:] == ["--require-hashes", "--no-deps", "-r", "requirements.lock"]
+    assert "constraints.txt" not in first
+    assert then[-4:] == ["-c", "constraints.txt", "-e", ".[lab]"]
+
+
 @pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt"])
 def test_a_changed_requirement_means_pip_again_but_no_new_venv(checkout: Path, calls: Calls, name: str) -> None:
     run.install("lab")
