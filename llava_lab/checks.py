@@ -24,6 +24,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from math import isfinite
 from numbers import Integral, Real
 from pathlib import Path
 from types import TracebackType
@@ -95,6 +96,20 @@ def regular_file(path: str | os.PathLike, error: type[LabError] = DataError) -> 
     if not stat.S_ISREG(mode):
         raise error(f"{path} is {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}; expected a file")
     return path
+
+
+def not_finite(values: Any) -> int:
+    """How many of a tensor's `values` are NaN or infinite: one sum where none is, a count where the sum is not finite.
+
+    >>> import torch
+    >>> from llava_lab.checks import not_finite
+    >>> not_finite(torch.tensor([1.0, float("nan"), float("inf")]))
+    2
+    """
+    values = values.detach()
+    if isfinite(values.sum().item()):
+        return 0
+    return int(((values - values) != 0).sum())  # a number less itself is 0, NaN and infinity less themselves are NaN
 
 
 def same_model(lab: Any, run: Run) -> str:

@@ -32,6 +32,7 @@ from llava_lab.attribution import (
 )
 from llava_lab.attribution.method import REGISTERED, Maps, Method
 from llava_lab.checks import entry, known, same_model
+from llava_lab.errors import LabError
 from llava_lab.models import connectors
 from llava_lab.replay.targets import Targets, Wanted, resolve_targets
 from llava_lab.results import Relevance, Run
@@ -110,7 +111,11 @@ def result_of(
     seconds: float,
 ) -> Relevance:
     """What a method gave, as the result that is kept."""
-    assert np.isfinite(maps.values).all(), f"{method.name} gave values that are not finite"
+    if count := int((~np.isfinite(maps.values)).sum()):
+        raise LabError(
+            f"expected finite values of method {method.name!r}, got NaN or infinity in {count} of {maps.values.size}: gradients "
+            f"or states of {model!r} overflow or hold such numbers; load it with dtype='float32', or use method='occlusion'"
+        )
     return Relevance(
         values=maps.values.astype(np.float32),
         targets=targets,

@@ -32,7 +32,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from llava_lab.checks import undoing
+from llava_lab.checks import not_finite, undoing
 from llava_lab.errors import LabError
 
 NAME = "llava_lab"  # in transformers' registries; plain sdpa for every module without a handler
@@ -308,7 +308,7 @@ def _attend(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, every module's own mode again afterwards.
+    """Evaluation mode inside, every module's own mode again afterwards; a forward of `model` gives finite logits or LabError.
 
     >>> from llava_lab.capture import evaluating
     >>> with evaluating(lab.model):
@@ -324,7 +324,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     with undoing(undo):
         if training:
             model.eval()
-        yield
+        with hooked(model, after=_refuse_not_finite):
+            yield
+
+
+def _refuse_not_finite(module: nn.Module, args: tuple, output: Any) -> None:
+    """The one guard over everything that is read from a model: NaN or infinite logits end the forward that gave them."""
+    logits = getattr(output, "logits", None)
+    if logits is not None and (count := not_finite(logits)):
+        dtype = str(logits.dtype).removeprefix("torch.")
+        raise LabError(
+            f"expected finite logits, got NaN or infinity in {count:,} of {logits.numel():,}: the weights, or what was put in "
+            f"their place, hold such numbers or overflow {dtype}; load another checkpoint, or this one with dtype='float32'"
+        )
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from typing import Any
 
 from llava_lab.cli import common
 from llava_lab.cli.common import Add, Reply, positive
-from llava_lab.errors import OptionError
+from llava_lab.errors import LabError, OptionError
 
 RECIPES = ("llava-1.5-7b", "llava-1-7b")
 STAGES = {"with": (True,), "without": (False,), "both": (True, False)}
@@ -159,6 +159,11 @@ def _train_stage(args: argparse.Namespace) -> Reply:
 
         PartialState().destroy_process_group()
     data = {name: getattr(done, name) for name in ("folder", "steps", "of", "stopped", "seconds", "skipped")}
+    if done.stopped == "diverged":
+        kept = f"{done.folder} is the last good checkpoint" if done.folder else "there is no checkpoint before it"
+        raise LabError(
+            f"training diverged after step {done.steps} of {done.of}, {kept}; train with a lower rate in another folder"
+        )
     data["loss"] = done.losses[-1] if done.losses else None
     text = f"{done.stopped} at step {done.steps} of {done.of}; the model is in {done.folder}"
     text = "\n".join([text, *(f"skipped {line}" for line in done.skipped)])

@@ -257,7 +257,11 @@ def train_run(material: Material, job: Job, *, advance: Advance | None = None, k
                     loop.freeze_all_but(model, stage.trains)
                     data, rates = batches(material, stage, job.seed), {"connector": job.rate}
                     stage = replace(stage, steps=steps)
-                    losses += loop.train(stage, parts, data, stamped_loss, rates=rates, bf16=material.bf16, on_step=advance)
+                    try:
+                        losses += loop.train(stage, parts, data, stamped_loss, rates=rates, bf16=material.bf16, on_step=advance)
+                    except loop.Diverged as error:  # counted as such, beside the others
+                        log.warning("%s, seed %d: %s", job.connector, job.seed, error)
+                        losses += error.losses if not math.isfinite(error.losses[-1]) else [*error.losses, math.nan]
             model.requires_grad_(False)
             graded = [sit(model, module, material.exams[name], material.image_id) for name in job.exams]
             if keep is not None:

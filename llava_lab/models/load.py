@@ -36,6 +36,7 @@ from llava_lab.models.card import make_card
 from llava_lab.models.formats import compact, foreign, original
 from llava_lab.models.lab import Lab
 from llava_lab.models.placement import Placement, choose_device
+from llava_lab.models.weights import require_finite
 
 if TYPE_CHECKING:
     from llava_lab.remote import BlackBox
@@ -111,6 +112,7 @@ def load(
         folder = folders.find(name)
         with quiet(), _told_as_one_line(folder):
             opened = _open(folder, wanted, vision=vision, base=base)
+    require_finite(opened.model.state_dict().items(), str(folder.path))
     with _told_as_one_line(folder):
         lab = _lab_class(opened.model, folder.path)(opened.model, opened.processor, name=folder.name)
     lab.foreign = not folders.is_shipped(folder.path)

@@ -21,9 +21,10 @@ import pickle
 import shutil
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from llava_lab.checks import undoing
-from llava_lab.errors import CheckpointError, OptionError, one_line
+from llava_lab.checks import not_finite, undoing
+from llava_lab.errors import CheckpointError, LabError, OptionError, one_line
 from llava_lab.results import whole_file
 from llava_lab.training.recipe import Stage
 
@@ -43,6 +44,34 @@ LOG_EVERY = 20  # steps
 NOT_MUON = ("embed", "head", "position")  # parts of names of two-dimensional parameters that are no hidden matrices
 
 LossOf = Callable[[Any], tuple[Tensor, dict[str, Any]]]  # a batch's loss, and what its log line says beside it
+
+
+class Diverged(LabError):
+    """Training whose numbers are no longer finite; `losses` are those of every step so far, `step` the one not taken."""
+
+    def __init__(self, message: str, step: int, losses: Sequence[float]) -> None:
+        super().__init__(message)
+        self.step, self.losses = step, list(losses)
+
+
+def refuse_diverged(
+    what: str, step: int, losses: Sequence[float], *, rate: float, norm: float = 0.0, weights: Iterable[Tensor] = ()
+) -> None:
+    """Raise Diverged when the last loss, the gradient's norm or one of the `weights` is not finite: the rule of all training."""
+    if losses and not math.isfinite(losses[-1]):
+        found = f"its loss is {losses[-1]:g}"
+    elif not math.isfinite(norm):
+        found = f"the norm of its loss's gradient is {norm:g}"
+    elif any(map(not_finite, weights)):
+        found = "it leaves weights that are not finite"
+    else:
+        return
+    raise Diverged(
+        f"{what} ended at step {step}, at a rate of {rate:.3g}: {found}; nothing after the last good checkpoint is kept, "
+        "train with a lower rate",
+        step,
+        losses,
+    )
 
 
 def train(
@@ -64,8 +93,10 @@ def train(
     `data[step]` is the whole batch of that step. Parameters of `modules` that ask for gradients train; `rates` gives some
     modules a peak of their own. With `folder` the run keeps ``STAGE.pt`` (modules under their names, optimisers, losses)
     and ``STAGE.jsonl`` (one line every `LOG_EVERY` steps, with what `check` says every `check_every`), and goes on from
-    there. `workers` processes read batches ahead. `on_step` is called with 1 after every step. A loss that is not finite is
-    the last one: the step is not taken, and nothing is saved after it.
+    there. `workers` processes read batches ahead. `on_step` is called with 1 after every step.
+
+    Raises Diverged where a loss, a gradient or a weight to be saved is not finite: the step is not taken, and nothing is
+    saved after the last good checkpoint.
     """
     optimisers = optimizers(modules, stage, rates)
     start, used = 0, 0.0
@@ -84,11 +115,10 @@ def train(
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 loss, facts = loss_of(batch)
             losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
-                log.warning("stage %s ends at step %d: its loss is %s", stage.name, step, losses[-1])
-                return losses
+            sound = partial(refuse_diverged, f"stage {stage.name!r}", step, losses, rate=stage.rate * share)
+            sound()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, stage.clip)
+            sound(norm=float(torch.nn.utils.clip_grad_norm_(trained, stage.clip)))
             for optimiser in optimisers:
                 optimiser.step()
                 optimiser.zero_grad(set_to_none=True)
@@ -102,6 +132,7 @@ def train(
                 lines.write(json.dumps(row) + "\n")
                 lines.flush()
             if folder is not None and (done or time.monotonic() - last_save > SAVE_EVERY):
+                sound(weights=trained)
                 _save(folder / f"{stage.name}.pt", modules, optimisers, step + 1, losses, spent)
                 last_save = time.monotonic()
     return losses

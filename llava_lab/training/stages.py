@@ -39,7 +39,7 @@ from llava_lab.models.card import fingerprint
 from llava_lab.models.folders import whole_folder
 from llava_lab.results import file_hash, only_writer, whole_file
 from llava_lab.training.features import FeatureCache, content_key
-from llava_lab.training.loop import freeze_all_but, restored, same_settings
+from llava_lab.training.loop import Diverged, freeze_all_but, restored, same_settings
 from llava_lab.training.recipe import LLAVA_15_7B, LlavaStage, Lora
 from llava_lab.training.rows import (
     LlavaData,
@@ -64,8 +64,10 @@ from llava_lab.training.trainer import (
     Stop,
     last_checkpoint,
     load_trained,
+    put_trained,
     reading_features,
     stopping,
+    trained_state,
 )
 
 if TYPE_CHECKING:
@@ -97,10 +99,10 @@ class Running:
 class Trained:
     """What a run did. `losses` are per logged step, of the whole run, also of what ran before a resume."""
 
-    folder: str  # the saved model
+    folder: str  # the saved model; of a run that diverged its last good checkpoint, "" where there is none
     steps: int
     of: int  # steps the schedule has
-    stopped: str  # finished, or interrupted
+    stopped: str  # finished, interrupted, or diverged: a loss, gradient or weight was no longer finite
     losses: tuple[float, ...]
     logged: tuple[int, ...]  # the steps of `losses`
     seconds: float  # of this call
@@ -130,7 +132,8 @@ def train_stage(
     one also has ``"ended"``, and where `told` raises KeyboardInterrupt the run ends as at an interrupt.
     Raises DataError naming file and row for bad data, before the first step; OptionError for a folder that
     holds a run; CheckpointError when a checkpoint cannot be written, which leaves the last good one.
-    Interrupting keeps what is trained: `Trained.stopped` says so and ``resume`` goes on.
+    Interrupting keeps what is trained: `Trained.stopped` says so and ``resume`` goes on. Where numbers are no longer finite
+    the run ends before that step, nothing is saved after the last good checkpoint, and `lab` gets its weights back.
 
     >>> from dataclasses import replace
     >>> from llava_lab.training import LLAVA_15_7B, Running
@@ -165,15 +168,17 @@ def train_stage(
         args.max_steps = order.total // recipe.batch
         progress = Progress(stage, folder / "log.jsonl", Stop(), show=show, told=told)
         trainer = _train(lab, rows, order, args, recipe, folder=folder, features=features, progress=progress)
-        _save(lab, trainer, folder)
+        if trainer.diverged is None:
+            _save(lab, trainer, folder)
     if problems.count:
         log.warning("skipped %d rows", problems.count)
     history = [row for row in trainer.state.log_history if "loss" in row]
+    stopped = "finished" if trainer.state.global_step >= args.max_steps else "interrupted"
     return Trained(
-        folder=str(folder / "model"),
+        folder=str(folder / "model") if trainer.diverged is None else str(last_checkpoint(folder) or ""),
         steps=trainer.state.global_step,
         of=args.max_steps,
-        stopped="finished" if trainer.state.global_step >= args.max_steps else "interrupted",
+        stopped=stopped if trainer.diverged is None else "diverged",
         losses=tuple(float(row["loss"]) for row in history),
         logged=tuple(int(row["step"]) for row in history),
         seconds=time.monotonic() - begin,
@@ -325,6 +330,7 @@ def _frozen(lab: Lab, recipe: LlavaStage) -> str:
 # -- the run -------------------------------------------------------------------------------
 
 _ABSENT = object()
+KEPT = 2**31  # bytes of trained weights, up to which a run remembers what it began with
 
 
 def _train(
@@ -338,7 +344,10 @@ def _train(
     features: FeatureCache | None,
     progress: Progress,
 ) -> LlavaTrainer:
-    """Train until the end or an interrupt; weights caught half-way through a step go back to the last checkpoint."""
+    """Train until the end or an interrupt; weights caught half-way through a step go back to the last checkpoint.
+
+    So do weights whose training diverged, or to those it began with, where they are few enough to be kept for it.
+    """
     resume = last_checkpoint(folder)
     if args.process_index == 0:
         _forget_later(folder / "log.jsonl", resume)
@@ -352,6 +361,9 @@ def _train(
         trainer = LlavaTrainer(model, args, **options, callbacks=[progress])
         if recipe.lora and trainer.is_fsdp_enabled:
             raise OptionError("LoRA adapters are merged in one piece, FSDP has them in parts; launch without --use_fsdp")
+        begun: dict[str, Tensor] | None = None
+        if resume is None and sum(p.nbytes for p in model.parameters() if p.requires_grad) <= KEPT:
+            begun = {name: value.to("cpu", copy=True) for name, value in trained_state(model).items()}
         try:
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         except KeyboardInterrupt:
@@ -359,6 +371,19 @@ def _train(
             if progress.stepping and good is not None and not trainer.is_fsdp_enabled:
                 load_trained(trainer.model, good)
             log.warning("stopped at step %d", trainer.state.global_step)
+        except Diverged as error:
+            trainer.diverged = error
+            good = last_checkpoint(folder)
+            if good is not None and not trainer.is_fsdp_enabled:
+                load_trained(trainer.model, good)
+                now = f"the model has the weights of {good}"
+            elif begun is not None:
+                put_trained(trainer.model, begun, folder)
+                now = "there is none: the model has the weights it began with"
+            else:
+                now = "there is none: the model has the weights of its last step, load it again"
+            log.warning("%s; %s", error, now)
+            progress.on_diverged()
         finally:
             progress.close()
     return trainer

@@ -23,6 +23,7 @@ compared with. Source of the layers: transformers 5.23 ``modeling_llama.py``.
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import os
 import tempfile
@@ -47,7 +48,7 @@ from llava_lab.errors import OptionError
 from llava_lab.models import connectors as architectures
 from llava_lab.models import layout
 from llava_lab.training.features import tower_features
-from llava_lab.training.loop import restored
+from llava_lab.training.loop import Diverged, refuse_diverged, restored
 from llava_lab.training.recipe import LLAVA_15_7B, LlavaStage
 from llava_lab.training.rows import Problems, Source, Text, as_sources
 from llava_lab.training.stages import open_rows, order_of
@@ -55,6 +56,8 @@ from llava_lab.training.text import IGNORE
 
 if TYPE_CHECKING:
     from llava_lab.models import Lab
+
+log = logging.getLogger(__name__)
 
 LIKE_LLAMA = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
 
@@ -71,9 +74,10 @@ class SharedTrained:
     name: str
     rate: float  # AdamW's peak
     losses: tuple[float, ...]  # of every step, before its update; nats per labelled token
-    steps: int  # done; fewer than asked for after an interrupt
+    steps: int  # done; fewer than asked for after an interrupt, or where it diverged
     seconds: float  # of the whole call, for all connectors together
     skipped: tuple[str, ...] = ()  # file, row and reason
+    stopped: str = "finished"  # or interrupted, or diverged: a loss or gradient was not finite, and that step was not taken
 
 
 def train_connectors(
@@ -98,7 +102,8 @@ def train_connectors(
     than the recipe's (default: LLaVA-1.5's). `bf16` runs a copy of the language model in bfloat16; connectors, their
     gradients and optimisers keep their own precision. `device_batch`: rows at a time; the batch is the recipe's still.
     `cache`, `steps` and `skip_bad` are `train_stage`'s. `told` is called after each step. Interrupting keeps what is
-    trained. Raises OptionError for what does not fit, DataError for bad data, before the first step.
+    trained; a connector that diverges ends before that step, and the others go on.
+    Raises OptionError for what does not fit, DataError for bad data, before the first step.
 
     >>> from dataclasses import replace
     >>> from llava_lab.training import LLAVA_15_7B, train_connectors
@@ -132,19 +137,32 @@ def train_connectors(
                 count = sum(words.count for words, _ in parts)
                 if not count:
                     raise OptionError(f"step {number} has no labelled token; use a larger batch than {recipe.batch}")
-                for name, connector in connectors.items():
-                    losses[name].append(_backward(step_of, connector, parts, count))
-                    torch.nn.utils.clip_grad_norm_(connector.parameters(), recipe.clip)
-                    optimiser, schedule = updates[name]
+                for name in list(updates):
+                    connector, (optimiser, schedule) = connectors[name], updates[name]
+                    loss = _backward(step_of, connector, parts, count)
+                    norm = float(torch.nn.utils.clip_grad_norm_(connector.parameters(), recipe.clip))
+                    try:
+                        refuse_diverged(f"connector {name!r}", number, (loss,), rate=schedule.get_last_lr()[0], norm=norm)
+                    except Diverged as error:  # the others go on
+                        log.warning("%s", error)
+                        del updates[name]
+                        continue
+                    losses[name].append(loss)
                     optimiser.step()
                     optimiser.zero_grad(set_to_none=True)
                     schedule.step()
+                if not updates:
+                    break
                 done.step()
                 if told is not None:
-                    told(number, {name: values[-1] for name, values in losses.items()})
+                    told(number, {name: losses[name][-1] for name in updates})
     seconds, skipped = time.monotonic() - begin, tuple(problems.named)
+    ended = "interrupted" if done.interrupted else "finished"
     return {
-        name: SharedTrained(name, peaks[name], tuple(losses[name]), len(losses[name]), seconds, skipped) for name in connectors
+        name: SharedTrained(
+            name, peaks[name], tuple(losses[name]), len(losses[name]), seconds, skipped, ended if name in updates else "diverged"
+        )
+        for name in connectors
     }
 
 

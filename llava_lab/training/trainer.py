@@ -28,7 +28,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +51,7 @@ from llava_lab.errors import CheckpointError, one_line
 from llava_lab.models import layout
 from llava_lab.results import file_hash, whole_file
 from llava_lab.training.features import tower_features
+from llava_lab.training.loop import Diverged, refuse_diverged
 from llava_lab.training.rows import LlavaData
 from llava_lab.training.text import IGNORE, stacked
 
@@ -83,6 +84,7 @@ class LlavaTrainer(Trainer):
             self.remove_callback(callback)
         self.optimizer: torch.optim.Optimizer | None
         self._order, self._connector_rate = order, connector_rate
+        self.diverged: Diverged | None = None  # how the run ended, where its numbers were no longer finite
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return self._order
@@ -107,6 +109,13 @@ class LlavaTrainer(Trainer):
             self.optimizer = kind(groups, **options)
         return self.optimizer
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm, before the step it belongs to; every process has the same, so all of them end together."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if norm is not None:
+            refuse_diverged("training", self.state.global_step + 1, (), rate=self._get_learning_rate(), norm=float(norm))
+        return norm
+
     # -- checkpoints ------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -116,6 +125,9 @@ class LlavaTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if already:
             return
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            weights = trained_state(self.model).values()
+            refuse_diverged("training", self.state.global_step, (), rate=self._get_learning_rate(), weights=weights)
         try:
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -158,7 +170,11 @@ def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def load_trained(model: nn.Module, checkpoint: Path) -> None:
     """Put a checkpoint's parameters into a model. Raises CheckpointError when it trained other parameters."""
-    saved = load_file(checkpoint / TRAINED)
+    put_trained(model, load_file(checkpoint / TRAINED), checkpoint)
+
+
+def put_trained(model: nn.Module, saved: Mapping[str, Tensor], checkpoint: Path) -> None:
+    """The same with the parameters of `checkpoint`, or of a run's start, in memory already."""
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if saved.keys() != own.keys() or any(saved[name].shape != p.shape for name, p in own.items()):
         odd = sorted(saved.keys() ^ own.keys())[:3] or [n for n, p in own.items() if saved[n].shape != p.shape][:3]
@@ -273,6 +289,7 @@ class Progress(TrainerCallback):
         self.bar: Any = None
         self.stepping = False  # within the optimiser's step weights are half new
         self.begin = 0.0
+        self.last: dict[str, Any] = {}  # row that was logged
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.begin = time.monotonic()
@@ -298,6 +315,7 @@ class Progress(TrainerCallback):
         self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
         with self.log_file.open("a") as file:
             file.write(json.dumps(row) + "\n")
+        self.last = row
         if state.global_step >= state.max_steps or self.stop.asked:
             row["ended"] = "finished" if state.global_step >= state.max_steps else "interrupted"
         try:
@@ -307,6 +325,11 @@ class Progress(TrainerCallback):
             if self.stop.asked:
                 raise
             self.stop.asked = control.should_training_stop = control.should_save = True
+
+    def on_diverged(self) -> None:
+        """Say again what was logged last, and that the run ended there."""
+        if self.told is not None and self.last:
+            self.told({**self.last, "ended": "diverged"})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.close()

@@ -19,7 +19,7 @@ import torch
 from llava_lab.attribution import METHODS, Maps, Method, attribute
 from llava_lab.attribution.method import REGISTERED
 from llava_lab.attribution.registry import FAMILIES
-from llava_lab.errors import CheckpointError, OptionError, TargetError
+from llava_lab.errors import CheckpointError, LabError, OptionError, TargetError
 from llava_lab.models import Lab, load
 from llava_lab.models.layout import language_layers, used_vision_layers
 from llava_lab.results import Relevance, Run
@@ -203,6 +203,25 @@ def refuses_weights_it_cannot_use(bench: Bench, name: str) -> None:
             bench.attribute(name)
 
 
+def refuses_numbers_that_are_not_finite(bench: Bench, name: str) -> None:
+    if not bench.first(name).passes["forward"]:
+        return  # it never looks at the model
+    places = bench.lab.model.model.vision_tower, language_layers(bench.lab.model)[1]
+    for part in places[: 1 if name == "vision" else 2]:
+        weight = next(part.parameters())
+        kept = weight.detach().clone()
+        try:
+            with torch.no_grad():
+                weight.view(-1)[0] = torch.nan
+            run = scripted_run(bench.lab, bench.run.picture, ANSWER)
+            with pytest.raises(LabError, match=r"^expected finite \S.*, got NaN or infinity in ") as error:
+                attribute(bench.lab, run, method=name, target="blue", **METHODS[name].economy)
+            assert "\n" not in str(error.value)
+        finally:
+            with torch.no_grad():
+                weight.copy_(kept)
+
+
 def comes_back_from_its_file(bench: Bench, name: str, folder: Path) -> None:
     rel = bench.first(name)
     back = Relevance.load(rel.save(folder / f"{name}.npz"))
@@ -222,6 +241,7 @@ CHECKS: tuple[Callable[..., None], ...] = (
     refuses_a_run_by_other_weights,
     refuses_a_contrast_it_cannot_tell,
     refuses_weights_it_cannot_use,
+    refuses_numbers_that_are_not_finite,
 )
 
 
@@ -275,7 +295,7 @@ def test_a_method_that_does_not_conform_is_found_out(bench: Bench) -> None:
         with pytest.raises(AssertionError):
             repeats_itself_and_leaves_nothing_behind(bench, "leaky")
         REGISTERED["empty"] = replace(entry, name="empty", function=empty)
-        with pytest.raises(AssertionError, match="not finite"):
+        with pytest.raises(LabError, match="expected finite values of method 'empty'"):
             gives_a_map_for_each_target(bench, "empty")
     finally:
         REGISTERED.pop("leaky"), REGISTERED.pop("empty", None)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from llava_lab.errors import CheckpointError, OptionError, PictureError
-from llava_lab.models import Lab
+from llava_lab.errors import CheckpointError, LabError, OptionError, PictureError
+from llava_lab.models import Lab, layout, load
 from llava_lab.models import lab as lab_module
 from llava_lab.models.text import decode
 from llava_lab.results import Run
@@ -268,3 +268,17 @@ def test_a_lab_can_be_made_of_a_model_in_memory(tiny_random: Lab, run: Run) -> N
     assert (again.card.source, again.card.parameters) == ("in memory", tiny_random.card.parameters)
     assert again.ask(run.picture, QUESTION, max_new_tokens=12).answer == run.answer
     assert "4x4 patches" in repr(again)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_logits_that_are_not_finite_are_no_answer(
+    tiny_folder: Path, picture: np.ndarray, value: float, temperature: float
+) -> None:
+    lab = load(str(tiny_folder))
+    with torch.no_grad():
+        layout.language_layers(lab.model)[1].mlp.down_proj.weight[0, 0] = value
+    before = state_of(lab)
+    with pytest.raises(LabError, match="expected finite logits, got NaN or infinity in .*dtype='float32'"):
+        lab.ask(picture, "What?", max_new_tokens=3, temperature=temperature)
+    assert state_of(lab) == before

@@ -177,6 +177,30 @@ def test_weights_that_do_not_fit_are_named(copy: Path, change: Callable[[dict[st
     assert said in refused(copy)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
+@pytest.mark.parametrize(
+    "part",
+    [
+        LINEAR_1,
+        "embed_tokens",
+        "lm_head",
+        "class_embedding",
+        "patch_embedding",
+        "layers.2.mlp.down_proj",
+        "layers.0.input_layernorm",
+    ],
+)
+def test_a_weight_that_is_not_finite_is_named(copy: Path, part: str, value: float) -> None:
+    def spoil(weights: dict[str, torch.Tensor]) -> None:
+        next(tensor for name, tensor in sorted(weights.items()) if part in name).view(-1)[-1] = value
+
+    edit_weights(copy, spoil)
+    found = refused(copy)
+    assert found.startswith(f"expected finite weights in {copy}, got NaN or infinity in model.")
+    assert part.removeprefix("multi_modal_projector.") in found or part == "lm_head"  # its matrix may be the embedding's
+    assert "(1 of " in found
+
+
 def test_constants_of_old_checkpoints_are_no_surprise(copy: Path, tiny_random: Lab) -> None:
     computed = {
         "language_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8),

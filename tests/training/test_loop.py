@@ -107,12 +107,35 @@ def test_a_stage_half_done_is_not_gone_on_with_under_other_settings(tmp_path: Pa
         loop.remember_stage(tmp_path, STAGE, seed=1)
 
 
-def test_a_loss_that_is_not_finite_ends_the_stage_before_the_step(tmp_path: Path) -> None:
-    module = made()
-    with torch.no_grad():
-        next(module.parameters()).fill_(float("nan"))
-    assert len(run(module, folder=tmp_path)) == 1
-    assert not (tmp_path / "toy.pt").exists()
+@pytest.mark.parametrize("what", ["its loss is nan", "the norm of its loss's gradient is", "it leaves weights that are not"])
+def test_numbers_that_are_not_finite_end_the_stage_before_they_are_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Three good steps and their checkpoint, then one number that is lost; none of it reaches the file."""
+    module, asked = made(), 0
+    monkeypatch.setattr(loop, "SAVE_EVERY", 0.0)
+
+    def loss_of(batch: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        nonlocal asked
+        asked += 1
+        loss = module(batch).square().mean()
+        if asked == 4 and "loss is" in what:
+            loss = loss * torch.nan
+        if asked == 4 and "norm" in what:
+            loss.register_hook(lambda gradient: gradient * torch.inf)
+        return loss, {}
+
+    def spoil(count: int) -> None:
+        if asked == 4 and "weights" in what:
+            with torch.no_grad():
+                module[0].bias[0] = torch.inf
+
+    with pytest.raises(loop.Diverged, match=f"stage 'toy' ended at step 3, at a rate of 0.00\\d+: {what}.*lower rate") as error:
+        loop.train(STAGE, {"toy": module}, Data(), loss_of, bf16=False, folder=tmp_path, on_step=spoil)
+    assert (error.value.step, len(error.value.losses)) == (3, 4)
+    saved = torch.load(tmp_path / "toy.pt", weights_only=True)
+    assert saved["step"] == 3
+    assert all(torch.isfinite(value).all() for value in saved["modules"]["toy"].values())
 
 
 def test_one_module_may_have_a_rate_of_its_own_and_muon_s_follows() -> None:

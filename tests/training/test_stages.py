@@ -95,6 +95,33 @@ def test_bfloat16_stays_near_float32(train: Train) -> None:
     np.testing.assert_allclose(half.losses, plain.losses, rtol=3e-2)
 
 
+@pytest.mark.parametrize(
+    ("stage", "save_every", "options"),
+    [("align", 50, {}), ("instruct", 50, {}), ("instruct", 1, {}), ("instruct", 50, {"lora": Lora(rank=4, alpha=8)})],
+    ids=["align", "instruct", "with a checkpoint", "lora"],
+)
+def test_a_run_that_diverges_says_so_and_gives_good_weights_back(
+    train: Train, tiny_folder: Path, caplog: pytest.LogCaptureFixture, stage: str, save_every: int, options: dict[str, Any]
+) -> None:
+    told: list[dict[str, Any]] = []
+    recipe = replace(LLAVA_15_7B.stage(stage), batch=4, rate=1e30, connector_rate=None, warmup=0.5, **options)
+    lab, done = train(stage, recipe=recipe, steps=6, running=replace(QUICK, save_every=save_every), told=told.append)
+    assert (done.stopped, done.of) == ("diverged", 6)
+    assert done.steps < 6
+    assert np.isfinite(done.losses).all()
+    assert told[-1]["ended"] == "diverged"
+    assert f"training ended at step {done.steps + 1}, at a rate of" in caplog.text
+    run = Path(done.folder or tiny_folder)
+    if save_every == 1:
+        good = load_file(run / "trained.safetensors")
+        assert all(torch.isfinite(value).all() for value in good.values())
+        assert all(torch.equal(dict(lab.model.named_parameters())[name], value) for name, value in good.items())
+    else:
+        assert not done.folder
+        assert not changed(lab, tiny_folder)
+    assert not list(run.parent.glob("model*")) or run == tiny_folder
+
+
 def test_lora_is_merged_and_leaves_no_adapter(train: Train, tiny_folder: Path) -> None:
     assert LLAVA_15_7B.instruct_lora is not None
     recipe = replace(LLAVA_15_7B.instruct_lora, batch=4, rate=1e-2, connector_rate=1e-3, lora=Lora(rank=4, alpha=8))

@@ -147,6 +147,20 @@ def test_together_is_as_alone_and_leaves_the_lab_as_it_was(tiny_random: Lab, cap
     assert not any(p.requires_grad or p.grad is not None for one in together.values() for p in one.parameters())
 
 
+def test_a_connector_that_diverges_ends_alone(tiny_random: Lab, captions: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"recipe": RECIPE, "steps": 4, "cache": tmp_path / "cache", "progress": False}
+    together, alone = made(tiny_random), made(tiny_random)
+    lost = "mlp2x_gelu"
+    rest = [kind for kind in KINDS if kind != lost]
+    found = train_connectors(tiny_random, together, captions, rates={lost: 1e30}, **options)
+    assert (found[lost].stopped, found[lost].steps < 4) == ("diverged", True)
+    assert np.isfinite(found[lost].losses).all()
+    assert all(torch.isfinite(p).all() for p in together[lost].parameters())
+    for kind in rest:
+        assert (found[kind].stopped, found[kind].steps) == ("finished", 4)
+        assert train_connectors(tiny_random, {kind: alone[kind]}, captions, **options)[kind].losses == found[kind].losses
+
+
 def test_no_cache_smaller_parts_and_bf16_learn_the_same(tiny_random: Lab, captions: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"recipe": RECIPE, "steps": 4, "progress": False}
     plain = train_connectors(tiny_random, made(tiny_random), captions, cache=tmp_path / "cache", **options)
