@@ -41,7 +41,7 @@ from llava_lab.capture import undisturbed
 from llava_lab.checks import Sweep, entry, one_of, same_model, whole_number
 from llava_lab.errors import LabError, OptionError, TargetError
 from llava_lab.replay.fills import FILLS, fill_pixels
-from llava_lab.replay.score import read_scores
+from llava_lab.replay.score import divergence, read_scores
 from llava_lab.replay.targets import Targets, Wanted, predicting_rows, resolve_targets
 from llava_lab.results import Run, Target
 
@@ -179,12 +179,6 @@ def _without_picture(lab: Lab, run: Run, targets: Targets, fill: str) -> tuple[n
     kl = torch.stack([divergence(whole, other)[rows] for other in others])
     scores = [float(read_scores(each[None], at, targets)[0, 0]) for each in (whole, *others)]
     return kl.cpu().numpy(), np.array([scores[0] - score for score in scores[1:]], np.float32)
-
-
-def divergence(one: Float[Tensor, "R V"], other: Float[Tensor, "R V"]) -> Float[Tensor, " R"]:
-    """Kullback-Leibler divergence of `one` from `other`, both logits, in nats; never below 0."""
-    first, second = one.double().log_softmax(-1), other.double().log_softmax(-1)
-    return (first.exp() * (first - second)).sum(-1).clamp_min(0).float()
 
 
 # -- mass -----------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ from llava_lab.capture import undisturbed, watch_attention
 from llava_lab.capture.residual import HeadSources, joined_by, seen_by_heads, watch_outputs, watch_stream
 from llava_lab.checks import layer_window
 from llava_lab.errors import LabError, OptionError
+from llava_lab.models.generation import precise
 from llava_lab.models.layout import language_layers
 from llava_lab.replay.targets import Targets
 from llava_lab.replay.words import final_norm, log_total, norm_gain, norm_scale, output_head, token_logits, word_rows
@@ -143,7 +144,7 @@ def logit_lens_map(
         if start <= number < stop:
             normed = final_norm(lab)(state[0, image])
             logits = token_logits(lab, normed, ids)
-            read.append((logits if value == "logit" else (logits - log_total(lab, normed)[:, None]).exp()).cpu())
+            read.append((logits if value == "logit" else (precise(logits) - log_total(lab, normed)[:, None]).exp().float()).cpu())
 
     with undisturbed(lab.model), watch_stream(decoder, fold):
         lab.model(**lab.inputs(run), use_cache=False, logits_to_keep=1)

@@ -26,6 +26,7 @@ from llava_lab.errors import DataError, OptionError
 from llava_lab.evaluation.items import Item, load_items
 from llava_lab.evaluation.scoring import answer_all
 from llava_lab.models import Lab
+from llava_lab.replay.score import divergence
 from llava_lab.results import LinearEffect, Linearized
 from llava_lab.stats import exact_match, resampled_means
 
@@ -72,7 +73,7 @@ def linear_effect(
         with plugged(lab, fit, name, seed=seed):
             changed = _read(lab, items, finished, name, progress)
             answers = answer_all(lab, items, prompt=prompt, label=name, progress=progress)
-        kl = np.array([float((a.exp() * (a - b)).sum(-1).clamp_min(0).mean()) for a, b in zip(own, changed, strict=True)])
+        kl = np.array([float(divergence(a, b).mean()) for a, b in zip(own, changed, strict=True)])
         flipped = np.array([a != b for a, b in zip(answers, own_answers, strict=True)], float)
         rows.append((kl, flipped, _right(items, answers) - right))
     types = (ALL, *sorted({item.type for item in items} - {ALL}))
@@ -136,7 +137,7 @@ def _finished(lab: Lab, item: Item, answer: str, prompt: str | None) -> tuple[np
 def _read(
     lab: Lab, items: list[Item], finished: list[tuple[np.ndarray, int]], label: str, progress: bool
 ) -> list[Float[Tensor, "A V"]]:
-    """Log-probabilities, float32, at the positions that predict each answer."""
+    """Logits, float32, at the positions that predict each answer."""
     rows = []
     with undisturbed(lab.model):
         drawn: tuple[Any, Tensor] | None = None
@@ -146,7 +147,7 @@ def _read(
                 drawn = item.draw, lab.pixels(item.draw())
             ids = torch.from_numpy(tokens)[None].to(lab.device)
             out = lab.model(input_ids=ids, pixel_values=drawn[1], use_cache=False, logits_to_keep=count)
-            rows.append(torch.log_softmax(out.logits[0].float(), -1).cpu())
+            rows.append(out.logits[0].float().cpu())
     return rows
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from llava_lab.capture import undisturbed
 from llava_lab.checks import Sweep
 from llava_lab.errors import LabError, OptionError
-from llava_lab.models.generation import generate
+from llava_lab.models.generation import generate, log_probs
 from llava_lab.models.text import decode
 from llava_lab.replay.prefix import AGREE, Prefix
 from llava_lab.replay.targets import Targets
@@ -210,7 +210,7 @@ def answer_under(lab: Lab, run: Run, enter: Enter, proof: dict[str, float] | Non
             keep = torch.arange(prompt.shape[1] - 1, ids.shape[1], device=prompt.device)
             model: Any = lab.model
             logits = model(input_ids=ids, pixel_values=pixels, use_cache=False, logits_to_keep=keep).logits[0]
-            whole = logits.float().log_softmax(-1).gather(1, new[0][:, None])[:, 0].cpu().numpy()
+            whole = log_probs(logits).gather(1, new[0][:, None].to(logits.device))[:, 0].cpu().numpy()
             error = float((np.abs(whole - answer.logprobs) / np.maximum(np.abs(answer.logprobs), 1)).max())
             if not error <= AGREE.get(lab.dtype, 1e-3):
                 raise LabError(

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from llava_lab.models.generation import log_probs, precise
 from llava_lab.replay.targets import Targets, predicting_rows
 from llava_lab.results import Run
 
@@ -48,16 +49,22 @@ def target_score(lab: Lab, run: Run, targets: Targets) -> tuple[Float[Tensor, "1
 def read_scores(
     logits: Float[Tensor, "B R V"], at: Sequence[int], targets: Targets, *, raw: bool = False
 ) -> Float[Tensor, "B N"]:
-    """Each target's score from the logits at the positions `at`, one row of `logits` each, in float32.
+    """Each target's score from the logits at the positions `at`, one row of `logits` each; read in float64, given as float32.
 
     Log-probabilities are summed over the target's tokens, `raw` logits where a softmax would mix in every other word; for
     a contrast, those of the word not said are taken off.
     """
     where = {position: i for i, position in enumerate(at)}
-    values = logits.float() if raw else logits.float().log_softmax(-1)
+    values = precise(logits) if raw else log_probs(logits)
     columns = []
     for target in targets:
         rows = [where[position] for position in target.positions]
         said = values[:, rows, list(target.token_ids)].sum(1)
         columns.append(said - values[:, rows, list(target.against_ids)].sum(1) if target.against_ids else said)
-    return torch.stack(columns, 1)
+    return torch.stack(columns, 1).float().to(logits.device)
+
+
+def divergence(one: Float[Tensor, "R V"], other: Float[Tensor, "R V"]) -> Float[Tensor, " R"]:
+    """Kullback-Leibler divergence of `one` from `other`, both logits, in nats; never below 0."""
+    first, second = log_probs(one), log_probs(other)
+    return (first.exp() * (first - second)).sum(-1).clamp_min(0).float()

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from llava_lab.checks import layer_window
 from llava_lab.errors import LabError, OptionError
+from llava_lab.models.generation import precise
 from llava_lab.models.layout import language_model
 from llava_lab.models.text import pieces
 
@@ -69,10 +70,10 @@ def token_logits(lab: Lab, states: Float[Tensor, "S W"], ids: Sequence[int]) -> 
 
 
 def log_total(lab: Lab, states: Float[Tensor, "S W"]) -> Float[Tensor, " S"]:
-    """Log of the sum of exp(logit) over the whole vocabulary at normed states: ``logit - log_total`` is a log-probability."""
+    """Log of the sum of exp(logit) over the vocabulary at normed states, float64: ``logit - log_total`` is a log-probability."""
     head = output_head(lab)
     device, dtype = head.weight.device, head.weight.dtype
-    return torch.cat([head(part.to(device, dtype)).float().logsumexp(-1) for part in states.split(ROWS)])
+    return torch.cat([precise(head(part.to(device, dtype))).logsumexp(-1) for part in states.split(ROWS)])
 
 
 def norm_gain(norm: nn.Module, width: int) -> Float[Tensor, " W"]:
@@ -120,7 +121,8 @@ def read_words(lab: Lab, normed: Float[Tensor, "P W"], *, top: int, ids: Sequenc
     above = torch.zeros_like(own, dtype=torch.int32)
     best, best_ids = states.new_full((count, 0), 0), torch.zeros((count, 0), dtype=torch.long, device=states.device)
     peak = states.new_full((count, 1), torch.finfo(torch.float32).min)
-    total, moment = torch.zeros_like(peak), torch.zeros_like(peak)
+    wide = torch.float32 if peak.device.type == "mps" else torch.float64  # where a word is all but certain, 1 + 1e-9 is not 1
+    total, moment = torch.zeros_like(peak, dtype=wide), torch.zeros_like(peak, dtype=wide)
     for first in range(0, vocabulary, COLUMNS):
         logits = states @ head.weight.detach()[first : first + COLUMNS].float().T
         if head.bias is not None:
@@ -137,16 +139,16 @@ def read_words(lab: Lab, normed: Float[Tensor, "P W"], *, top: int, ids: Sequenc
         logits -= highest
         weights = logits.exp()
         fade = (peak - highest).exp()
-        moment = fade * (moment + (peak - highest) * total) + logits.mul_(weights).sum(1, keepdim=True)
-        total = fade * total + weights.sum(1, keepdim=True)
+        moment = fade * (moment + (peak - highest) * total) + logits.mul_(weights).sum(1, keepdim=True, dtype=wide)
+        total = fade * total + weights.sum(1, keepdim=True, dtype=wide)
         peak = highest
     log_total = total.log() + peak
     return Reading(
         best_ids.int().cpu().numpy(),
-        (best - log_total).exp().cpu().numpy(),
-        (total.log() - moment / total)[:, 0].clamp_min(0).cpu().numpy(),
+        (best - log_total).exp().float().cpu().numpy(),
+        (total.log() - moment / total)[:, 0].clamp_min(0).float().cpu().numpy(),
         (above + 1).cpu().numpy(),
-        (own - log_total).exp().cpu().numpy(),
+        (own - log_total).exp().float().cpu().numpy(),
     )
 
 
