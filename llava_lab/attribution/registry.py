@@ -31,6 +31,7 @@ from llava_lab.attribution import (
     tam,
 )
 from llava_lab.attribution.method import REGISTERED, Maps, Method
+from llava_lab.capture.watch import MEND
 from llava_lab.checks import entry, known, same_model
 from llava_lab.errors import LabError
 from llava_lab.models import connectors
@@ -113,8 +114,7 @@ def result_of(
     """What a method gave, as the result that is kept."""
     if count := int((~np.isfinite(maps.values)).sum()):
         raise LabError(
-            f"expected finite values of method {method.name!r}, got NaN or infinity in {count} of {maps.values.size}: gradients "
-            f"or states of {model!r} overflow or hold such numbers; load it with dtype='float32', or use method='occlusion'"
+            f"expected finite values of method {method.name!r}, got NaN or infinity in {count} of {maps.values.size}; {MEND}"
         )
     return Relevance(
         values=maps.values.astype(np.float32),

@@ -37,6 +37,10 @@ from llava_lab.errors import LabError
 
 NAME = "llava_lab"  # in transformers' registries; plain sdpa for every module without a handler
 CHUNK = 64  # query rows at a time: small enough to stay in cache, large enough for the matmul
+MEND = (
+    "the model's weights, or what was put in their place, hold such numbers or overflow: take another checkpoint, or load this "
+    "one with dtype='float32'"
+)
 CHANGES_SCORES = ("softcap", "position_bias", "s_aux")  # options that change the weights in ways not repeated here
 
 
@@ -333,10 +337,7 @@ def _refuse_not_finite(module: nn.Module, args: tuple, output: Any) -> None:
     logits = getattr(output, "logits", None)
     if logits is not None and (count := not_finite(logits)):
         dtype = str(logits.dtype).removeprefix("torch.")
-        raise LabError(
-            f"expected finite logits, got NaN or infinity in {count:,} of {logits.numel():,}: the weights, or what was put in "
-            f"their place, hold such numbers or overflow {dtype}; load another checkpoint, or this one with dtype='float32'"
-        )
+        raise LabError(f"expected finite logits, got NaN or infinity in {count:,} of {logits.numel():,} (in {dtype}); {MEND}")
 
 
 @contextmanager

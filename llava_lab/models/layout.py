@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from transformers import LlavaConfig
 
 from llava_lab.capture import hooked
+from llava_lab.capture.watch import MEND
+from llava_lab.checks import not_finite
 from llava_lab.errors import CheckpointError, OptionError
 from llava_lab.models import connectors
 
@@ -53,6 +55,10 @@ def read_connector(model: Any, pixel_values: Float[Tensor, "B 3 S S"]) -> tuple[
         )
     if len(passes) != 1:
         raise CheckpointError(f"expected the connector to run once for a batch of pictures, it ran {len(passes)} times")
+    if count := not_finite(passes[0][1]):
+        raise CheckpointError(
+            f"expected finite image tokens, got NaN or infinity in {count:,} of {passes[0][1].numel():,}; {MEND}"
+        )
     return passes[0]
 
 

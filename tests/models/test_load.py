@@ -177,27 +177,19 @@ def test_weights_that_do_not_fit_are_named(copy: Path, change: Callable[[dict[st
     assert said in refused(copy)
 
 
+PARTS = (LINEAR_1, "embed_tokens", "lm_head", "class_embedding", "patch_embedding", "down_proj", "layers.0.input_layernorm")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
-@pytest.mark.parametrize(
-    "part",
-    [
-        LINEAR_1,
-        "embed_tokens",
-        "lm_head",
-        "class_embedding",
-        "patch_embedding",
-        "layers.2.mlp.down_proj",
-        "layers.0.input_layernorm",
-    ],
-)
+@pytest.mark.parametrize("part", PARTS)
 def test_a_weight_that_is_not_finite_is_named(copy: Path, part: str, value: float) -> None:
     def spoil(weights: dict[str, torch.Tensor]) -> None:
         next(tensor for name, tensor in sorted(weights.items()) if part in name).view(-1)[-1] = value
 
     edit_weights(copy, spoil)
     found = refused(copy)
-    assert found.startswith(f"expected finite weights in {copy}, got NaN or infinity in model.")
-    assert part.removeprefix("multi_modal_projector.") in found or part == "lm_head"  # its matrix may be the embedding's
+    assert found.startswith(f"expected finite weights in {copy}, got NaN or infinity in ")
+    assert part in found
     assert "(1 of " in found
 
 
