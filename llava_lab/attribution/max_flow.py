@@ -105,7 +105,8 @@ def edges(layers: int, size: int) -> int:
 
 def capacities(attention: np.ndarray) -> np.ndarray:
     """Weights in whole units, int32, each off by at most half of one."""
-    return np.rint(attention.astype(np.float64) / UNIT).astype(np.int32)
+    with np.errstate(invalid="ignore"):  # the forward under way refuses NaN at its end
+        return np.rint(attention.astype(np.float64) / UNIT).astype(np.int32)
 
 
 def max_flow(units: np.ndarray, source: int, sink: int) -> float:
