@@ -19,20 +19,22 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import re
 import stat
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from math import isfinite
 from numbers import Integral, Real
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
 
+import numpy as np
 from tqdm.auto import tqdm
 
-from llava_lab.errors import CheckpointError, DataError, LabError, OptionError, foreign_line
+from llava_lab.errors import CheckpointError, DataError, LabError, OptionError, foreign_line, readable
 
 if TYPE_CHECKING:
     from llava_lab.results import Run
@@ -153,15 +155,18 @@ def entry(function: Callable[Given, Answer]) -> Callable[Given, Answer]:
     Inside, torch is as it is when nothing was set: a caller's ``inference_mode``, ``no_grad``, autocast, default type or
     default device changes no number. An exception of another library or of the system comes out as one line of ours, with
     the original behind it; our own bugs, Ctrl-C and errors in the caller's own code pass as they are (`foreign_line`).
+    Arguments are checked by their annotations, as far as `EXPECTED` knows them, and an option given as None has its default.
     Below ``@contextmanager`` only what stands before the ``yield`` is guarded: the block is the caller's.
     """
+    checked, name = _arguments_of(function), function.__qualname__.rpartition("<locals>.")[2].removesuffix(".__init__")
     if inspect.isgeneratorfunction(function):
         opening = contextmanager(function)
 
         @functools.wraps(function)
         def opened(*args: Given.args, **options: Given.kwargs) -> Any:
             with ExitStack() as block:
-                with _guard(function.__name__):
+                with _guard(name):
+                    args, options = checked(args, options)
                     value = block.enter_context(opening(*args, **options))
                 yield value
 
@@ -169,7 +174,8 @@ def entry(function: Callable[Given, Answer]) -> Callable[Given, Answer]:
 
     @functools.wraps(function)
     def guarded(*args: Given.args, **options: Given.kwargs) -> Answer:
-        with _guard(function.__name__):
+        with _guard(name):
+            args, options = checked(args, options)
             return function(*args, **options)
 
     return guarded
@@ -193,11 +199,14 @@ def _guard(name: str) -> Iterator[None]:
                 yield
         else:
             yield
+    except LabError as error:
+        error.args = (readable(str(error)), *error.args[1:])
+        raise
     except Exception as error:
         line = foreign_line(error)
         if line is None:
             raise
-        raise LabError(f"{name}: {line}") from error
+        raise LabError(readable(f"{name}: {line}")) from error
     finally:
         _inside.depth -= 1
 
@@ -221,6 +230,113 @@ def _plain_torch() -> Iterator[None]:
         if torch.get_default_device().type != "cpu":
             undo.enter_context(torch.device("cpu"))
         yield
+
+
+# What an annotation says of a value, in words and as a test; a name counts before an annotation.
+Kind = tuple[str, Callable[[Any], bool]]
+EXPECTED: Mapping[str, Kind] = MappingProxyType(
+    {
+        "lab": ("a loaded model (ll.load gives one)", lambda value: hasattr(value, "ask")),
+        "Run": ("a run (lab.ask gives one)", lambda value: hasattr(value, "token_ids") and hasattr(value, "segments")),
+        "Relevance": ("a map (ll.attribute gives one)", lambda value: hasattr(value, "values") and hasattr(value, "targets")),
+        "Linearized": (
+            "a linear fit (ll.linearize gives one)",
+            lambda value: hasattr(value, "weight") and hasattr(value, "full"),
+        ),
+        "TunedLens": ("a tuned lens (ll.train_lens gives one)", lambda value: hasattr(value, "biases")),
+        "Scene": ("a scene of the picture book", lambda value: hasattr(value, "things")),
+        "np.ndarray": ("an array", lambda value: is_list(value)),
+        "bool": ("True or False", lambda value: isinstance(value, (Integral, np.bool_)) and value in (0, 1)),
+        "int": ("a whole number", lambda value: isinstance(value, Integral) and not isinstance(value, bool)),
+        "float": ("a number", lambda value: isinstance(value, Real) and not isinstance(value, bool)),
+        "str": ("text", lambda value: isinstance(value, str) and is_text(value)),
+        "os.PathLike": ("a path", lambda value: isinstance(value, os.PathLike) and is_text(str(value))),
+        "Mapping": ("a dictionary", lambda value: isinstance(value, Mapping)),
+        "Options": ("a dictionary", lambda value: isinstance(value, Mapping)),
+        "dict": ("a dictionary", lambda value: isinstance(value, dict)),
+        "torch.device": ("a torch.device", lambda value: type(value).__name__ == "device"),
+        "torch.dtype": ("a torch.dtype", lambda value: type(value).__name__ == "dtype"),
+        "Quantization": (
+            "a configuration such as BitsAndBytesConfig(load_in_4bit=True), a dictionary",
+            lambda value: hasattr(value, "quant_method") or isinstance(value, dict),
+        ),
+        "Callable": ("a function", callable),
+        "None": ("None", lambda value: value is None),
+    }
+)
+AT_LEAST = MappingProxyType({"seed": 0, "batch": 1, "per_picture": 1})  # whole numbers that mean the same everywhere
+_INNER = re.compile(r"(Sequence|Mapping|Callable|dict)\[(.+)\]")
+
+
+def is_text(value: str) -> bool:
+    """Whether a tokenizer and a file can hold it: half a surrogate pair, as a cut-off answer leaves one, cannot be encoded."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _arguments_of(function: Callable[..., Any]) -> Callable[[Any, Any], Any]:
+    """What checks a call's arguments and gives them back; None where a default stands becomes the default."""
+    parameters = inspect.signature(function).parameters
+    kinds = {name: kind for name, parameter in parameters.items() if (kind := _kind(name, str(parameter.annotation)))}
+    defaults = {name: parameter.default for name, parameter in parameters.items() if parameter.default is not parameter.empty}
+    order = [name for name, parameter in parameters.items() if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+
+    def checked(name: str, value: Any) -> Any:
+        if name not in kinds or kinds[name][1](value):
+            return value
+        if value is None and name in defaults:
+            return defaults[name]
+        raise OptionError(f"{name} must be {kinds[name][0]}, got {shown(value)}")
+
+    def check(args: Any, options: Any) -> Any:
+        return (
+            (*map(checked, order, args), *args[len(order) :]),
+            {name: checked(name, value) for name, value in options.items()},
+        )
+
+    return check
+
+
+def _kind(name: str, annotation: str) -> Kind | None:
+    """What a parameter takes; None where its annotation has a part that is not known here."""
+    if name in EXPECTED:
+        return EXPECTED[name]
+    kinds = [_one_kind(part, name) for part in re.split(r" \| (?![^\[]*\])", annotation)]
+    if not all(kinds):
+        return None
+    words, tests = zip(*(kind for kind in kinds if kind), strict=True)
+    return " or ".join(dict.fromkeys(words)), lambda value: any(test(value) for test in tests)
+
+
+def _one_kind(part: str, name: str) -> Kind | None:
+    if part == "int" and name in AT_LEAST:
+        words, test = EXPECTED["int"]
+        return f"{words} of at least {AT_LEAST[name]}", lambda value: test(value) and value >= AT_LEAST[name]
+    if part in EXPECTED:
+        return EXPECTED[part]
+    holder, inner = match.groups() if (match := _INNER.fullmatch(part)) else ("", "")
+    if holder != "Sequence":
+        return EXPECTED.get(holder)
+    words, test = _kind("", inner) or ("", None)
+    if name == "pictures":
+        return "a list of pictures", is_list
+    return (f"a list, each {words}", lambda value: is_list(value) and all(map(test, value))) if test else None
+
+
+def is_list(value: Any) -> bool:
+    """Whether it is a list, a tuple, an array or the like, and neither text nor a dictionary."""
+    holds = hasattr(value, "__len__") and hasattr(value, "__getitem__") and getattr(value, "ndim", 1) > 0
+    return holds and not isinstance(value, (str, bytes, Mapping))
+
+
+def shown(value: Any) -> str:
+    """A value in a message, on at most some 100 signs: what is short to write as it is written, else its type."""
+    plain = isinstance(value, (str, bytes, Real, tuple, list, dict, type(None), type(Ellipsis)))
+    text = str(value) if isinstance(value, os.PathLike) else repr(value) if plain else type(value).__name__
+    return text if len(text) <= 160 else f"{text[:80]} ... {text[-20:]}"
 
 
 # -- progress -------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ LIBRARIES = frozenset(
 # What moves a terminal's cursor, colours or turns its text: control characters but tab and line end, marks that turn the
 # direction of writing, and halves of characters that cannot be written at all.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_ENDLESS = re.compile(r"\S{200,}")  # no word, but a file or a picture taken for a name
 
 
 class LabError(ValueError):
@@ -85,6 +86,12 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
+def readable(message: str) -> str:
+    """A message as one printable line, a name of thousands of letters cut short."""
+    words = _ENDLESS.sub(lambda word: f"{word[0][:60]}...{word[0][-20:]}", " ".join(message.split()))
+    return printable(words)
+
+
 def foreign_line(error: Exception) -> str | None:
     """One line for an exception of another library or of the system; None for ours, for the caller's and for plain bugs.
 
@@ -95,11 +102,15 @@ def foreign_line(error: Exception) -> str | None:
     homes = list(_homes(error))
     if isinstance(error, (LabError, MemoryError, BrokenPipeError)) or "" in homes:
         return None
+    if is_out_of_memory(error):
+        return f"the memory is not enough ({one_line(error)}); try a smaller model, picture or batch, or dtype='bfloat16'"
     if isinstance(error, OSError) and error.strerror:
         where = f" {error.filename}" if error.filename is not None else ""
         return f"cannot read or write{where} ({error.strerror})"
     raiser, maker = homes[-1] if homes else OURS, type(error).__module__.partition(".")[0]
-    said_of_input = isinstance(error, (OSError, EOFError, ValueError, RuntimeError)) or type(error) is Exception
+    kinds = (OSError, EOFError, ValueError, RuntimeError, OverflowError, FloatingPointError)
+    said_of_input = isinstance(error, kinds) or type(error) is Exception
+    said_of_input |= "TextInputSequence" in str(error)  # a tokenizer's TypeError for text that cannot be encoded
     if raiser != OURS:
         said_of_input |= isinstance(error, (ImportError, SyntaxError))
     if maker in LIBRARIES or (maker != "builtins" and maker in sys.stdlib_module_names) or said_of_input:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import itertools
 import json
 import zlib
 from collections.abc import Callable, Iterator
@@ -20,8 +21,10 @@ import torch
 from PIL import Image
 
 import llava_lab as ll
-from llava_lab.checks import entry
+from llava_lab.checks import entry, is_text
 from llava_lab.errors import LabError
+from tests.support.leftovers import state_of
+from tests.support.public_calls import LONG, WRONG, public_calls
 
 THERE = {"torch": torch, "np": np, "Image": Image, "io": io, "json": json, "zlib": zlib, "jinja2": jinja2, "Path": Path}
 THERE |= {"tokenizers": tokenizers}
@@ -30,7 +33,7 @@ THERE |= {"tokenizers": tokenizers}
 def inside(expression: str) -> Callable[..., Any]:
     """A function that stands in llava_lab and does `expression`."""
     look = eval(f"lambda given=None: {expression}", {**THERE, "__name__": "llava_lab.look"})
-    look.__name__ = "look"
+    look.__name__ = look.__qualname__ = "look"
     return entry(look)
 
 
@@ -152,3 +155,41 @@ def _until_entry(function: Any, code: set[Any]) -> Any:
     while function is not None and function.__code__ not in code:
         function = getattr(function, "__wrapped__", None)
     return function
+
+
+@pytest.fixture(scope="module")
+def calls(tiny_random: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    return public_calls(tiny_random, tmp_path_factory.mktemp("calls"))
+
+
+@pytest.mark.parametrize("name", [*ENTRIES, "Lab.ask", "Lab.sequence", "Lab.inputs", "Lab.swap"])
+def test_every_wrong_argument_is_refused_in_one_line_or_taken(
+    tiny_random: Any, calls: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Twenty wrong values for every argument of every entry: one line, or an answer where the value is none of the wrong."""
+    monkeypatch.chdir(tmp_path)
+    function = getattr(tiny_random, name[4:]) if name.startswith("Lab.") else getattr(ll, name)
+    before, faults = state_of(tiny_random), []
+    for option, (what, wrong) in itertools.product(calls[name], WRONG.items()):
+        if option in LONG and what in ("a large number", "None"):
+            continue
+        try:
+            opened = function(**{**calls[name], option: wrong})
+            if isinstance(opened, AbstractContextManager):
+                with opened:
+                    pass
+        except LabError as error:
+            if "\n" in str(error) or len(str(error)) > 1000 or not is_text(str(error)):
+                faults.append(f"{option}={what}: {str(error)[:200]!r}")
+        except Exception as error:
+            faults.append(f"{option}={what}: {type(error).__name__}: {error}"[:200])
+    assert faults == [], "\n".join(faults)
+    assert state_of(tiny_random) == before
+
+
+def test_every_entry_has_a_call_that_works_to_be_spoilt(calls: dict[str, Any]) -> None:
+    assert [name for name in ENTRIES if name not in calls] == []
+    for name in ENTRIES:
+        parameters = inspect.signature(getattr(ll, name)).parameters
+        named = [parameter.name for parameter in parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
+        assert [option for option in named if option not in calls[name] and option != "recipe"] == [], name

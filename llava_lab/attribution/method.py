@@ -104,12 +104,12 @@ class Method:
         return tuple(name for name, check in self.checks.items() if isinstance(check, FillOf))
 
     def with_defaults(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """`given`, checked, and filled up with the defaults. Raises OptionError on a name or value the method does not have."""
+        """`given`, checked, and filled up with the defaults; None is the default too. Raises OptionError on what is not known."""
         unknown = [name for name in given if name not in self.options]
         if unknown:
             known = ", ".join(f"{name}={default!r}" for name, default in self.options.items()) or "none"
             raise OptionError(f"method {self.name!r} has no option {unknown[0]!r}; its options are {known}")
-        every = {**self.options, **given}
+        every = {**self.options, **{name: value for name, value in given.items() if value is not None}}
         return {name: self.checks[name](name, value) if name in self.checks else value for name, value in every.items()}
 
     def refuse(self, lab: Any, targets: Targets) -> None:

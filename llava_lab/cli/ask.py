@@ -165,10 +165,10 @@ def naming(args: argparse.Namespace) -> Reply:
 def _read_states(text: str | None) -> Any:
     if text is None:
         return None
-    match = re.fullmatch(r"(\d+)(?::(\d+))?", text)
-    if not match:
+    layers = common.read_value(text)
+    if not _is_window(layers) and type(layers) is not int:
         raise OptionError(f"--layers wants a state such as 3, or a window such as 2:5, got {text!r}")
-    return int(match[1]) if match[2] is None else (int(match[1]), int(match[2]))
+    return tuple(layers) if _is_window(layers) else layers
 
 
 def _read_patch(text: str | None) -> tuple[int, int] | None:
@@ -214,7 +214,11 @@ def read_place(text: str) -> Any:
 def read_layers(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
-    start, colon, stop = text.partition(":")
-    if not colon or not start.isdecimal() or not stop.isdecimal():
+    layers = common.read_value(text)
+    if not _is_window(layers):
         raise OptionError(f"--layers wants START:STOP, such as 0:8, got {text!r}")
-    return int(start), int(stop)
+    return layers[0], layers[1]
+
+
+def _is_window(layers: Any) -> bool:
+    return isinstance(layers, (list, tuple)) and [type(end) for end in layers] == [int, int]

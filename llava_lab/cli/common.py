@@ -11,7 +11,9 @@ Each command is a function from its arguments to a `Reply`. Heavy imports stand 
 from __future__ import annotations
 
 import argparse
+import ast
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,17 +89,26 @@ def read_method(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_options(pairs: list[str]) -> dict[str, Any]:
-    """``name=value`` pairs; a value is JSON where it parses as such, otherwise text."""
+    """``name=value`` pairs; see `read_value`."""
     options: dict[str, Any] = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals or not name.isidentifier() or name in ("lab", "run", "method", "target"):
             raise OptionError(f"--option wants NAME=VALUE with an option of the method, got {pair!r}")
-        try:
-            options[name] = json.loads(text)
-        except ValueError:
-            options[name] = text
+        options[name] = read_value(text)
     return options
+
+
+def read_value(text: str) -> Any:
+    """A value as people write it in a shell: JSON, Python's own spelling (``(2,4)``, ``None``), a span ``2:4``, else text."""
+    if span := re.fullmatch(r"(\d+):(\d+)", text):
+        return [int(span[1]), int(span[2])]
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return text
 
 
 def read_target(text: str | None) -> Any:

@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 
 from llava_lab.cli import ask, judge, train
 from llava_lab.cli.common import Add, Reply, positive, say
-from llava_lab.errors import LabError, OptionError, is_out_of_memory, one_line, printable
+from llava_lab.errors import LabError, OptionError, foreign_line, is_out_of_memory, one_line, printable
 
 DEFAULT_MODEL = "tiny"
 RUN_PY = Path(__file__).resolve().parents[2] / "run.py"  # there in a checkout, not in an installed package
@@ -63,11 +63,15 @@ def main(argv: list[str] | None = None) -> int:
         say(f"llava-lab: {one_line(error)}", file=sys.stderr)
         _leave_output()
         return 2
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+    except Exception as error:
+        if is_out_of_memory(error):
+            remedy = "try a smaller model, picture or batch, or --dtype bfloat16"
+            say(f"llava-lab: the memory is not enough ({one_line(error)}); {remedy}", file=sys.stderr)
+            return 2
+        line = foreign_line(error)
+        if line is None:
             raise
-        remedy = "try a smaller model, picture or batch, or --dtype bfloat16"
-        say(f"llava-lab: the memory is not enough ({one_line(error)}); {remedy}", file=sys.stderr)
+        say(f"llava-lab: {line}", file=sys.stderr)
         return 2
     return int(reply.code)
 

@@ -10,11 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from llava_lab.errors import DataError
+from llava_lab.errors import DataError, one_line
 from llava_lab.models.pictures import read_picture
+from llava_lab.models.text import read_row
 from llava_lab.worlds import easy_vqa, picturebook
 from llava_lab.worlds.questions import SHORT
 
@@ -23,10 +25,10 @@ PER_PICTURE = 4  # questions asked about each drawn picture
 
 @dataclass(frozen=True)
 class Item:
-    """One question about one picture."""
+    """One question about one picture, or about none."""
 
     picture: str  # its name; items with equal names share it
-    draw: Callable[[], np.ndarray]  # uint8 (H, W, 3)
+    draw: Callable[[], np.ndarray] | None  # uint8 (H, W, 3); None: the question is text alone
     question: str
     answer: str
     short: str
@@ -34,7 +36,7 @@ class Item:
 
 
 def load_items(data: str, *, split: str = "test", n: int = 2000, seed: int = 0) -> list[Item]:
-    """Items of `n` pictures: ``picturebook``, ``easy-vqa``, or a JSON file in LLaVA's format (each turn asked on its own).
+    """Items of `n` pictures: ``picturebook``, ``easy-vqa``, or rows of a file in LLaVA's format (each turn asked on its own).
 
     Raises DataError for an unknown name, an unknown split, or a file that is not in the format.
 
@@ -46,9 +48,9 @@ def load_items(data: str, *, split: str = "test", n: int = 2000, seed: int = 0) 
         raise DataError(f"n must be 1 or more, got {n}")
     if data in WORLDS:
         return WORLDS[data](split, n, seed)
-    if Path(data).suffix == ".json":
-        return _llava_json(Path(data), n)
-    raise DataError(f"data must be {', '.join(WORLDS)} or a .json file in LLaVA's format, got {data!r}")
+    if Path(data).suffix in (".json", ".jsonl"):
+        return _llava_file(Path(data), n)
+    raise DataError(f"data must be {', '.join(WORLDS)} or a .json file in LLaVA's format (or .jsonl), got {data!r}")
 
 
 def _picturebook(split: str, n: int, seed: int) -> list[Item]:
@@ -82,21 +84,30 @@ def _draw(scene: picturebook.Scene) -> np.ndarray:
     return np.asarray(scene.picture())
 
 
-def _llava_json(path: Path, n: int) -> list[Item]:
+def _llava_file(path: Path, n: int) -> list[Item]:
+    """The turns of the first `n` rows, read as training reads them (`models.text.read_row`); a row may have no picture."""
+    items = []
+    for number, row in enumerate(_rows(path)[:n]):
+        try:
+            messages, picture = read_row(row)
+            if not all(message.text for message in messages):
+                raise DataError("a question or an answer is empty")
+        except DataError as error:
+            raise DataError(f"{path} row {number}: {error}") from None
+        draw = None if picture is None else partial(read_picture, path.parent / picture)
+        for asked, answered in zip(messages[::2], messages[1::2], strict=True):
+            items.append(Item(picture or f"row {number}", draw, asked.text, answered.text, answered.text, "all"))
+    return items
+
+
+def _rows(path: Path) -> list[Any]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))[:n]
+        text = path.read_text(encoding="utf-8-sig")
+        rows = [json.loads(line) for line in text.split("\n") if line.strip()] if path.suffix == ".jsonl" else json.loads(text)
     except FileNotFoundError:
         raise DataError(f"no such data file: {path}") from None
-    except (json.JSONDecodeError, TypeError, KeyError) as error:
-        raise DataError(f"{path} is not a JSON list of conversations ({error})") from None
-    items = []
-    for number, row in enumerate(rows):
-        try:
-            turns, image = row["conversations"], path.parent / row["image"]
-            pairs = [(a["value"], b["value"]) for a, b in zip(turns[::2], turns[1::2], strict=True)]
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path} row {number}: expected image and alternating conversations ({error!r})") from None
-        for asked, answered in pairs:
-            question = asked.replace("<image>", "").strip()
-            items.append(Item(str(row["image"]), partial(read_picture, image), question, answered, answered, "all"))
-    return items
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not a JSON list of conversations ({one_line(error)})") from None
+    if not isinstance(rows, list):
+        raise DataError(f"{path} is not a JSON list of conversations, it holds a {type(rows).__name__}")
+    return rows

@@ -101,8 +101,10 @@ def answer_all(
     with tqdm(total=len(items), desc=label, unit="question", delay=PATIENCE, disable=not progress) as bar:
         for start in range(0, len(items), batch):
             chosen = items[start : start + batch]
+            if bare := next((item for item in chosen if item.draw is None), None):
+                raise DataError(f"{bare.question!r} is asked without a picture, which is not scored yet; leave its row out")
             sequences = [lab.sequence(item.question, prompt=prompt).token_ids for item in chosen]
-            draws = list(dict.fromkeys(item.draw for item in chosen))
+            draws = [draw for draw in dict.fromkeys(item.draw for item in chosen) if draw is not None]
             pixels = torch.cat([lab.pixels(draw(), None) for draw in draws])
             answers += _answer(lab, sequences, pixels, [draws.index(item.draw) for item in chosen], max_new_tokens)
             bar.update(len(chosen))
@@ -180,18 +182,19 @@ def _score(right: np.ndarray, cluster: np.ndarray) -> dict[str, Any]:
 
 def _blind(items: list[Item]) -> list[Item]:
     """The same questions before a grey picture of the first one's size."""
-    grey = np.broadcast_to(np.array(GREY, np.uint8), items[0].draw().shape)
+    shapes = (item.draw().shape for item in items if item.draw is not None)
+    grey = np.broadcast_to(np.array(GREY, np.uint8), next(shapes, (1, 1, 3)))
     draw = partial(np.copy, grey)
-    return [replace(item, draw=draw) for item in items]
+    return [item if item.draw is None else replace(item, draw=draw) for item in items]
 
 
 def _shuffled(items: list[Item], seed: int) -> list[Item]:
     """Each question before another one's picture: pictures in a random circle, each moved on by one."""
-    draw = {item.picture: item.draw for item in items}
+    draw = {item.picture: item.draw for item in items if item.draw is not None}
     names = list(draw)
     order = [names[i] for i in np.random.default_rng(seed).permutation(len(names))]
     follower = dict(zip(order, order[1:] + order[:1], strict=True))
-    return [replace(item, draw=draw[follower[item.picture]]) for item in items]
+    return [item if item.draw is None else replace(item, draw=draw[follower[item.picture]]) for item in items]
 
 
 def _majority(items: list[Item], data: str, seed: int) -> np.ndarray:

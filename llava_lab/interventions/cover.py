@@ -18,6 +18,7 @@ from PIL import Image, ImageFilter
 
 from llava_lab.checks import entry, one_of, same_model
 from llava_lab.errors import OptionError
+from llava_lab.interventions.plan import read_patches
 from llava_lab.replay.fills import BLUR, FILLS
 from llava_lab.results import Run
 
@@ -55,12 +56,8 @@ def cover(run: Run, patches: Patches, *, fill: str = FILLS[0]) -> np.ndarray:
     one_of("fill", fill, FILLS)
     rows, cols = run.map.rows, run.map.cols
     grid = np.zeros((rows, cols), np.float32)
-    for row, col in patches:
-        if not (0 <= row < rows and 0 <= col < cols):
-            raise OptionError(f"patches lie in a {rows}x{cols} grid, counted from 0; got row {row}, column {col}")
-        grid[row, col] = 1
-    if not grid.any():
-        raise OptionError("expected at least one (row, column) patch to cover, got none")
+    for cell in read_patches(run, patches):
+        grid[cell] = 1
     covered = run.map.project(grid) == 1  # not a number, so never equal, where the model does not look
     if fill == "blur":
         radius = BLUR * max(run.picture.shape[:2])

@@ -14,7 +14,7 @@ decoding step by step is treated like the whole sequence.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -26,7 +26,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from llava_lab.capture import undisturbed
-from llava_lab.checks import Sweep
+from llava_lab.checks import Sweep, shown
 from llava_lab.errors import LabError, OptionError
 from llava_lab.models.generation import generate, log_probs
 from llava_lab.models.text import decode
@@ -96,17 +96,24 @@ def positions_of_patches(run: Run, patches: Any, *, option: str = "patches") -> 
     """Patches [(row, col), ...] or a bool grid, as the positions of their image tokens."""
     if isinstance(patches, np.ndarray) and patches.dtype == bool:
         return positions_of(run, patches, option=option)
-    rows, cols, inside = run.map.rows, run.map.cols, set()
-    for cell in patches if _is_list(patches) else ():
+    start, cols = run.segments["image"][0], run.map.cols
+    inside = {start + row * cols + col for row, col in read_patches(run, patches, option=option)}
+    return Positions(f"{len(inside)} patch{'es' * (len(inside) > 1)}", tuple(sorted(inside)), len(run.token_ids))
+
+
+def read_patches(run: Run, patches: Any, *, option: str = "patches") -> list[tuple[int, int]]:
+    """Patches [(row, col), ...] within the run's grid, at least one. Raises OptionError."""
+    rows, cols, cells = run.map.rows, run.map.cols, []
+    for cell in patches if _is_list(patches) or isinstance(patches, Iterator) else ():
         is_pair = isinstance(cell, Sequence | np.ndarray) and len(cell) == 2 and all(isinstance(v, Integral) for v in cell)
         if not is_pair or not (0 <= cell[0] < rows and 0 <= cell[1] < cols):
             raise OptionError(
-                f"{option}: a patch is (row, col) with rows 0 to {rows - 1} and columns 0 to {cols - 1}, got {cell!r}"
+                f"{option}: a patch is (row, col) with rows 0 to {rows - 1} and columns 0 to {cols - 1}, got {shown(cell)}"
             )
-        inside.add(run.segments["image"][0] + int(cell[0]) * cols + int(cell[1]))
-    if not inside:
-        raise OptionError(f"{option}: expected at least one patch (row, col), got {patches!r}")
-    return Positions(f"{len(inside)} patch{'es' * (len(inside) > 1)}", tuple(sorted(inside)), len(run.token_ids))
+        cells.append((int(cell[0]), int(cell[1])))
+    if not cells:
+        raise OptionError(f"{option}: expected at least one patch (row, col), got {shown(patches)}")
+    return cells
 
 
 def _is_list(what: Any) -> bool:

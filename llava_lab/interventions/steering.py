@@ -67,7 +67,7 @@ def steer(
     True
     """
     is_number = not isinstance(alpha, bool) and isinstance(alpha, int | float | np.floating)
-    if not is_number or not np.isfinite(alpha) or not alpha:
+    if not is_number or not np.isfinite(float(alpha)) or not alpha:
         raise OptionError(f"alpha must be a finite number other than 0, got {alpha!r}")
     size = {"alpha": float(alpha)}
     return _measure(lab, run, "steer", direction, size, layers, where, metric, others, draws, seed, answer)

@@ -34,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from llava_lab.checks import regular_file
-from llava_lab.errors import CheckpointError, WriteError, one_line
+from llava_lab.errors import CheckpointError, OptionError, WriteError, one_line
 from llava_lab.models import layout
 from llava_lab.models.formats import foreign
 
@@ -68,9 +68,16 @@ class Folder:
     source: str  # for the card
 
 
-def find(name: str | os.PathLike) -> Folder:
-    """The folder behind a name. Raises CheckpointError with one line when there is none."""
+def find(name: str | os.PathLike, revision: str | None = None) -> Folder:
+    """The folder behind a name. A hub id may be pinned to a commit, tag or branch, as `revision` or behind an ``@``.
+
+    Raises CheckpointError with one line when there is none, OptionError for a revision of anything else.
+    """
     text = os.fspath(name)
+    repo, _, pinned = text.partition("@")
+    local = text in NAMES or Path(text).expanduser().exists()
+    if revision is not None and (local or not _HUB_ID.fullmatch(repo) or pinned not in ("", revision)):
+        raise OptionError(no_revision(text))
     if text in NAMES:
         return _shipped(text)
     path = Path(text).expanduser()
@@ -79,8 +86,8 @@ def find(name: str | os.PathLike) -> Folder:
         return Folder(path, text, f"folder {path}")
     if path.is_file():
         raise CheckpointError(f"{path} is a file; give the folder that holds config.json and the weights")
-    if _HUB_ID.fullmatch(text):
-        return _from_hub(text)
+    if _HUB_ID.fullmatch(repo):
+        return _from_hub(repo, revision or pinned or None)
     known = ", ".join(repr(known) for known in NAMES)
     raise CheckpointError(f"no model {text!r}: it is neither {known}, nor a folder here, nor a hub id such as {EXAMPLE!r}")
 
@@ -88,6 +95,11 @@ def find(name: str | os.PathLike) -> Folder:
 def is_shipped(path: Path) -> bool:
     """Whether a folder came with this package; any other is a stranger's (`llava_lab.models.formats.foreign`)."""
     return path.resolve().is_relative_to(ASSETS)
+
+
+def no_revision(name: str) -> str:
+    """What is said to a revision of what is not at the hub."""
+    return f"{name!r} has no revision beside it: only a hub id such as {EXAMPLE!r} takes one; leave revision= out"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -140,26 +152,35 @@ def _shipped(name: str) -> Folder:
     return Folder(path, name, f"shipped with llava-lab ({name})")
 
 
-def _from_hub(repo: str) -> Folder:
+def _from_hub(repo: str, revision: str | None) -> Folder:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
+    pinned = f"{repo}@{revision}" if revision else repo
     try:
-        path = Path(snapshot_download(repo, allow_patterns=[*_SMALL_FILES, "*.safetensors"]))
+        path = Path(snapshot_download(repo, revision=revision, allow_patterns=[*_SMALL_FILES, "*.safetensors"]))
         if not any(path.glob("*.safetensors")):
-            path = Path(snapshot_download(repo, allow_patterns=[*_SMALL_FILES, "pytorch_model*.bin"]))
+            path = Path(snapshot_download(repo, revision=revision, allow_patterns=[*_SMALL_FILES, "pytorch_model*.bin"]))
     except GatedRepoError:
         raise CheckpointError(f"{repo} asks for its terms to be accepted first, on its page at the hub, and a login") from None
     except RepositoryNotFoundError:
         raise CheckpointError(f"the hub has no model {repo!r} (or it is private); for example {EXAMPLE!r} is there") from None
+    except RevisionNotFoundError:
+        raise CheckpointError(f"the hub has no {pinned}; a revision is a commit, tag or branch of its page") from None
     except LocalEntryNotFoundError:
         raise CheckpointError(
-            f"{repo} is not in the hub cache of this machine and the hub cannot be reached; "
+            f"{pinned} is not in the hub cache of this machine and the hub cannot be reached; "
             "connect once, or give the folder of a copy"
         ) from None
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise CheckpointError(f"{repo} cannot be fetched from the hub ({one_line(error)})") from None
-    return Folder(path, repo, f"hub {repo} at {path.name[:12]}")
+        raise CheckpointError(f"{pinned} cannot be fetched from the hub ({one_line(error)})") from None
+    return Folder(path, pinned, f"hub {repo} at {path.name[:12]}")
 
 
 def _check_shards(folder: Path, whole: str, files: list[Path]) -> None:
@@ -359,10 +380,23 @@ def image_processor(folder: Path) -> Any:
     return Processor.from_dict(settings)
 
 
+def _default_template(template: Any, where: Path) -> str:
+    """The one to chat with, where a file holds several by name, as a list or as an object. Raises CheckpointError."""
+    if isinstance(template, list) and all(isinstance(entry, dict) for entry in template):
+        template = {entry.get("name"): entry.get("template") for entry in template}
+    if isinstance(template, dict):
+        template = template.get("default", next(iter(template.values())) if len(template) == 1 else None)
+    if not isinstance(template, str):
+        raise CheckpointError(
+            f"{where} holds a chat_template that is no text; expected one, or several with 'default' among them"
+        )
+    return template
+
+
 def chat_template(folder: Path) -> str | None:
     """The text of a folder's chat template, from whichever of the files transformers has kept it in."""
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
         if (folder / name).is_file() and (template := read_json(folder / name).get("chat_template")):
-            return template
+            return _default_template(template, folder / name)
     jinja = folder / "chat_template.jinja"
     return jinja.read_text(encoding="utf-8", errors="replace") if jinja.is_file() else None

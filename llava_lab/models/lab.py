@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from llava_lab.checks import entry, whole_number
-from llava_lab.errors import CheckpointError, OptionError, PictureError
+from llava_lab.checks import entry, shown, whole_number
+from llava_lab.errors import CheckpointError, OptionError, PictureError, one_line
 from llava_lab.geometry import View
 from llava_lab.models import layout, text
 from llava_lab.models.card import Card, fingerprint, make_card
@@ -38,17 +38,23 @@ class Lab:
     (144,)
     """
 
+    @entry
     def __init__(
         self, model: LlavaForConditionalGeneration, processor: LlavaProcessor, *, name: str = "model", card: Card | None = None
     ) -> None:
         """Wrap a model already in memory; `llava_lab.load` is the way from a name."""
+        if not isinstance(model, nn.Module) or not hasattr(processor, "tokenizer"):
+            raise OptionError(f"a Lab is made of a LLaVA model and its processor, got {shown(model)}; from a name use ll.load")
         self.name = name
         self.model = model
         self.processor = processor
         self.measure()
         self.image_id = _image_id(model, processor)
         self.eos_ids = _eos_ids(model, processor)
-        self.prompt = "llava-1.5"  # the form that stands when none is given
+        layout.last_feature_state(model.config, model.config.vision_config.num_hidden_layers)  # none is outside the tower
+        template = processor.chat_template
+        # the form that stands when none is given: Vicuna's, or the model's own where its turns are others
+        self.prompt = "chat" if isinstance(template, str) and text.CUE not in template else "llava-1.5"
         self.foreign = False  # a stranger's: its chat template runs in a process of its own
         self.card = card or make_card(
             model,
@@ -135,7 +141,8 @@ class Lab:
 
         `prompt`: None is the model's own form (`self.prompt`), else one of `text.PROMPTS`.
         `fit`: None is the checkpoint's own way, else "pad" or "crop". `history`: earlier (question, answer)
-        pairs about the same picture. `on_token` receives the answer's text as it grows, whole characters only.
+        pairs, or messages as chat formats hold them, about the same picture. `on_token` receives the answer's text as it
+        grows, whole characters only. An option given as None has its default.
         Interrupting (KeyboardInterrupt) gives the answer so far, with ``options["stopped"] == "interrupted"``.
         """
         whole_number("max_new_tokens", max_new_tokens, least=1)
@@ -178,8 +185,8 @@ class Lab:
         """
         prompt = prompt or self.prompt
         text.check_form(prompt)
-        parts = [part for turn in text.turns(question, history) for part in turn if part is not None]
-        text.refuse_special_text(self.tokenizer, *parts)
+        turns = text.turns(question, history)
+        text.refuse_special_text(self.tokenizer, *(part for turn in turns for part in turn if part is not None))
         if prompt == "chat":
             whole = self._chat(question, history)
         else:
@@ -191,7 +198,7 @@ class Lab:
             question.strip(),
             image_id=self.image_id,
             image_tokens=self.image_tokens(picture),
-            history=bool(history),
+            history=len(turns) > 1,
         )
 
     @entry
@@ -208,8 +215,8 @@ class Lab:
                 f"{self.name!r} now has {mine}; ask again with this lab"
             )
         layout.image_span(run.token_ids, self.image_id, self.image_tokens(run.picture))
-        if picture is not None and picture.shape != run.picture.shape:
-            raise PictureError(f"the other picture must be {run.picture.shape} like the run's, got {picture.shape}")
+        if picture is not None and np.shape(picture) != run.picture.shape:
+            raise PictureError(f"the other picture must be {run.picture.shape} like the run's, got {np.shape(picture)}")
         ids = torch.from_numpy(run.token_ids)[None].to(self.device)
         shown = self.shown(run.picture if picture is None else picture, run.map.mode)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **shown}
@@ -237,7 +244,10 @@ class Lab:
         if self.foreign:
             marks = self.tokenizer.special_tokens_map
             return foreign.render(self.processor.chat_template, messages=messages, add_generation_prompt=True, **marks)
-        return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        try:
+            return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # a template is a program: it may raise anything
+            raise CheckpointError(f"the chat template of {self.name!r} cannot write this question ({one_line(error)})") from None
 
     def _run(
         self, picture: np.ndarray, question: str, sequence: Prompt, generated: Generated, seed: int, options: dict[str, Any]

@@ -100,14 +100,14 @@ def used_vision_layers(model: nn.Module) -> list[nn.Module]:
 def feature_layers(config: LlavaConfig) -> list[int]:
     """The configured feature layers as a list, as they are written (negative ones count from the end)."""
     chosen = config.vision_feature_layer
-    return [chosen] if isinstance(chosen, int) else list(chosen)
+    return list(chosen) if isinstance(chosen, (list, tuple)) else [chosen]
 
 
 def last_feature_state(config: LlavaConfig, layers: int) -> int:
     """Index of the deepest hidden state the connector reads; state 0 is the embedding, state n follows layer n."""
     states = layers + 1
     chosen = feature_layers(config)
-    if not chosen or not all(-states <= layer < states for layer in chosen):
+    if not chosen or not all(type(layer) is int and -states <= layer < states for layer in chosen):
         raise CheckpointError(f"vision_feature_layer {chosen} must lie within the {states} hidden states of the vision tower")
     return max(layer % states for layer in chosen)
 

@@ -20,6 +20,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -29,7 +30,7 @@ from transformers import GenerationConfig, LlavaConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
-from llava_lab.checks import entry
+from llava_lab.checks import entry, shown
 from llava_lab.errors import CheckpointError, LabError, OptionError, one_line
 from llava_lab.models import connectors, folders, layout
 from llava_lab.models.card import make_card
@@ -43,8 +44,35 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Quantization = Any  # what transformers takes as quantization_config: an object, or its settings
+
 # Names with a prefix belong to another room; it is imported when one is given, and its `open_black_box` opens the name.
 ELSEWHERE = {"openai:": "llava_lab.remote"}
+# What transformers and LLaVA call an option of ours.
+RENAMED = MappingProxyType(
+    {"torch_dtype": "dtype", "attn_implementation": "attention", "model_base": "base", "vision_tower": "vision"}
+)
+BITS = MappingProxyType({"load_in_4bit": 4, "load_4bit": 4, "load_in_8bit": 8, "load_8bit": 8})
+# What they have and we have not, and what to do instead; a value of None or False asks for nothing and is left out.
+INSTEAD = MappingProxyType(
+    {
+        "trust_remote_code": "nothing that comes with a checkpoint is run",
+        "use_flash_attention_2": "use attention='flash_attention_2'",
+        "cache_dir": "set the environment variable HF_HUB_CACHE",
+        "local_files_only": "set the environment variable HF_HUB_OFFLINE=1",
+        "token": "set the environment variable HF_TOKEN, or log in with `hf auth login`",
+        "use_auth_token": "set the environment variable HF_TOKEN, or log in with `hf auth login`",
+        "output_attentions": "attention is read while it is needed: ll.head_maps, ll.attribute(method='attention')",
+        "output_hidden_states": "hidden states are read while they are needed: ll.logit_lens, llava_lab.capture",
+        "low_cpu_mem_usage": "weights are never held twice",
+        "use_safetensors": "safetensors are read where there are any",
+        "use_fast": "tokenizers are the fast ones, pictures are prepared as LLaVA did",
+        "max_memory": "give device_map as a dictionary",
+        "offload_folder": "give a smaller dtype, or device_map",
+        "subfolder": "give the folder itself",
+        "conv_mode": "use prompt= when you ask",
+    }
+)
 SMOL = "smol"  # a shipped model in parts, see `llava_lab.models.formats.smol`
 _LISTED = 5  # names shown of a long list
 
@@ -53,13 +81,15 @@ _LISTED = 5  # names shown of a long list
 def load(
     name: str | os.PathLike = "tiny",
     *,
-    device: str | torch.device | None = None,
+    device: str | int | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     attention: str = "sdpa",
     vision: original.Place = None,
     base: original.Place = None,
-    device_map: str | dict[str, Any] | None = None,
-    quantization_config: Any = None,
+    device_map: str | int | torch.device | dict[str, Any] | None = None,
+    quantization_config: Quantization | None = None,
+    revision: str | None = None,
+    **named_as_elsewhere: Any,
 ) -> Lab: ...
 
 
@@ -71,13 +101,14 @@ def load(name: str, *, base_url: str, **options: Any) -> BlackBox: ...
 def load(
     name: str | os.PathLike = "tiny",
     *,
-    device: str | torch.device | None = None,
+    device: str | int | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     attention: str = "sdpa",
     vision: original.Place = None,
     base: original.Place = None,
-    device_map: str | dict[str, Any] | None = None,
-    quantization_config: Any = None,
+    device_map: str | int | torch.device | dict[str, Any] | None = None,
+    quantization_config: Quantization | None = None,
+    revision: str | None = None,
     base_url: str | None = None,
     **options: Any,
 ) -> Lab | BlackBox:
@@ -89,7 +120,9 @@ def load(
     LLaVA (``llava_llama``, LoRA, projector only) are read directly; `vision` is then the folder or hub id of the CLIP
     tower and `base` that of the language model, None: as their config names them. `device_map` ("auto") and
     `quantization_config` (8 or 4 bits, with bitsandbytes) go to transformers as they are; methods that need gradients
-    or plain weights say so before they start.
+    or plain weights say so before they start. `revision` pins a hub id to a commit, tag or branch, as
+    "llava-hf/llava-1.5-7b-hf@a272c74" does wherever a name is taken. The names that transformers
+    and LLaVA have for these are taken too (`RENAMED`, `BITS`): ``torch_dtype``, ``attn_implementation``, ``load_in_4bit``, ...
     "openai:MODEL" with `base_url` is a closed model behind a server; its options are those of `open_black_box`.
     Raises CheckpointError (one line) for anything that cannot be loaded exactly as it was saved, OptionError.
 
@@ -102,14 +135,24 @@ def load(
                 raise OptionError(f"device and dtype are the server's own for {name!r}; leave them out")
             box: BlackBox = import_module(room).open_black_box(str(name).removeprefix(prefix), base_url, **options)
             return box
+    ours: dict[str, Any] = {"device": device, "dtype": dtype, "attention": attention, "vision": vision, "base": base}
+    ours |= {"device_map": device_map, "quantization_config": quantization_config, "revision": revision}
+    if elsewhere := [option for option in options if option in {*RENAMED, *BITS, *INSTEAD}]:
+        rest = {option: value for option, value in options.items() if option not in elsewhere}
+        return load(name, **_by_our_names(ours, {option: options[option] for option in elsewhere}), **rest)
     if base_url is not None or options:
         given = ", ".join(["base_url"] * (base_url is not None) + list(options))
-        raise OptionError(f"{given} belong to a model behind a server, {' or '.join(ELSEWHERE)}MODEL; got {str(name)!r}")
+        raise OptionError(
+            f"{given} belong to a model behind a server, {' or '.join(ELSEWHERE)}MODEL; got {str(name)!r}, "
+            f"whose options are {', '.join(ours)}"
+        )
     wanted = _Wanted(device, dtype, _known_attention(attention), device_map, quantization_config)
     if name == SMOL:
+        if revision is not None:
+            raise OptionError(folders.no_revision(SMOL))
         folder, opened = _open_smol(wanted)
     else:
-        folder = folders.find(name)
+        folder = folders.find(name, revision)
         with quiet(), _told_as_one_line(folder):
             opened = _open(folder, wanted, vision=vision, base=base)
     require_finite(opened.model.state_dict().items(), str(folder.path))
@@ -129,6 +172,28 @@ def load(
     if lab.card.non_commercial:
         logger.warning("%s has a non-commercial licence: %s", folder.name, lab.card.licence)
     return lab
+
+
+def _by_our_names(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    """`ours` with what was given under others' names. Raises OptionError for what is not ours, or given twice."""
+    given = dict(ours)
+    for name, value in theirs.items():
+        if value is None or value is False:
+            continue
+        if name in INSTEAD:
+            raise OptionError(f"load has no {name}: {INSTEAD[name]}; leave it out")
+        option = RENAMED.get(name, "quantization_config")
+        if given[option] not in (None, "sdpa"):
+            raise OptionError(f"{name} and {option} say the same; use {option}=... alone")
+        given[option] = _packed(name) if name in BITS else value
+    return given
+
+
+def _packed(name: str) -> Any:
+    """What bitsandbytes is told for weights of 8 or 4 bits."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(**{f"load_in_{BITS[name]}bit": True})
 
 
 @dataclass(frozen=True)
@@ -168,6 +233,7 @@ class _Opened:
 def _open(folder: folders.Folder, wanted: _Wanted, *, vision: original.Place, base: original.Place) -> _Opened:
     """The model in a folder of any of three formats: the original LLaVA's, transformers', or ours stored as bytes."""
     path = folder.path
+    original.check_adapter(path)
     given = folders.read_json(path / "config.json")
     if original.is_original(given):
         parts = original.assemble(path, vision=vision, base=base)
@@ -271,7 +337,8 @@ def build(
         raise CheckpointError(f"the weights in {folder} are damaged or hold more than weights ({one_line(error)})") from None
     except ImportError as error:
         if asked := sorted({"device_map", "quantization_config"} & set(options)):
-            raise OptionError(f"{' and '.join(asked)} cannot be used here ({one_line(error)})") from None
+            given = " and ".join(f"{name}={shown(options[name])}" for name in asked)
+            raise OptionError(f"{given} cannot be used here ({one_line(error)})") from None
         raise OptionError(f"attention={attention!r} cannot be used here ({one_line(error)})") from None
     except (OSError, ValueError, RuntimeError, KeyError, EOFError) as error:
         raise CheckpointError(f"{folder} cannot be loaded ({one_line(error)})") from None

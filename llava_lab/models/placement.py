@@ -14,6 +14,7 @@ from llava_lab.errors import OptionError
 
 LARGE = 1_000_000_000  # parameters; above it float32 no longer fits ordinary machines
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHORT = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}  # what others write
 
 
 class Placement(NamedTuple):
@@ -25,7 +26,7 @@ class Placement(NamedTuple):
 
 
 def choose_device(
-    device: str | torch.device | None = None, dtype: str | torch.dtype | None = None, *, parameters: int | None = None
+    device: str | int | torch.device | None = None, dtype: str | torch.dtype | None = None, *, parameters: int | None = None
 ) -> Placement:
     """Decide for a model of so many parameters (None: a small one); what the user gives is taken, after a check.
 
@@ -34,11 +35,12 @@ def choose_device(
     'cpu: as asked'
     """
     place, why_device = _device(device)
+    dtype = None if isinstance(dtype, str) and dtype == "auto" else dtype
     number, why_dtype = _given(dtype) if dtype is not None else _dtype(place, parameters)
     return Placement(place, number, f"{why_device}; {why_dtype}")
 
 
-def _device(device: str | torch.device | None) -> tuple[torch.device, str]:
+def _device(device: str | int | torch.device | None) -> tuple[torch.device, str]:
     if device is None:
         if torch.cuda.is_available():
             return torch.device("cuda"), "cuda: a GPU is here"
@@ -57,8 +59,9 @@ def _device(device: str | torch.device | None) -> tuple[torch.device, str]:
 
 
 def _given(dtype: str | torch.dtype) -> tuple[torch.dtype, str]:
-    number = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if number is None or number not in DTYPES.values():
+    plain = dtype.removeprefix("torch.") if isinstance(dtype, str) else ""
+    number = DTYPES.get(SHORT.get(plain, plain)) if isinstance(dtype, str) else dtype
+    if not isinstance(number, torch.dtype) or number not in DTYPES.values():
         raise OptionError(f"dtype must be None or one of {', '.join(DTYPES)}, got {dtype!r}")
     return number, f"{_name(number)}: as asked"
 

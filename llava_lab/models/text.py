@@ -30,7 +30,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from llava_lab.errors import CheckpointError, OptionError
+from llava_lab.checks import is_list, is_text, shown
+from llava_lab.errors import CheckpointError, DataError, OptionError
 from llava_lab.models import layout
 from llava_lab.results import Span, Word
 
@@ -55,11 +56,13 @@ MARKED = "image_marks"  # config.json's entry for words that stand before and af
 
 UNFINISHED = "\ufffd"  # what decoding shows for bytes that are not a whole character yet
 
+HALF = re.compile("[\ud800-\udfff]")  # surrogates, which JSON can hold and no text is
+
 _SPACELESS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # kana and Han
 _LETTER = rf"[^\W{_SPACELESS}]"
 _WORD = re.compile(rf"[{_SPACELESS}]|{_LETTER}+(?:['’.,:-]{_LETTER}+)*|[^\w\s]+")
 
-History = Sequence[tuple[str, str]]
+History = Sequence[tuple[str, str]] | Sequence[Mapping[str, Any]] | Mapping[str, Any]  # see `read_history`
 
 
 class Decoder(Protocol):
@@ -80,7 +83,7 @@ class Prompt:
 def build_prompt(question: str, form: str = "llava-1.5", history: History = ()) -> str:
     """The text given to the tokenizer: system, picture, earlier turns, question, and the cue to answer.
 
-    `history` holds earlier (question, answer) pairs about the same picture, oldest first.
+    `history` holds earlier (question, answer) pairs or messages about the same picture, oldest first (`read_history`).
     Raises OptionError for an unknown form, an empty question, or text that holds ``<image>`` itself.
 
     >>> from llava_lab.models import build_prompt
@@ -113,12 +116,156 @@ def chat_messages(question: str, history: History = ()) -> list[dict]:
     return messages
 
 
-def turns(question: str, history: History = ()) -> list[tuple[str, str | None]]:
-    """Checked (question, answer) pairs, oldest first; the last has no answer yet."""
-    if isinstance(history, str) or any(isinstance(turn, str) or len(turn) != 2 for turn in history):
-        raise OptionError("history must be a sequence of (question, answer) pairs, oldest first")
-    earlier = [(_checked(text, "an earlier question"), _checked(answer, "an earlier answer")) for text, answer in history]
+def turns(question: str, history: Any = ()) -> list[tuple[str, str | None]]:
+    """Checked (question, answer) pairs, oldest first; the last has no answer yet. `history` as `read_history` takes it."""
+    pairs = read_history(history)
+    earlier = [(_checked(text, "an earlier question"), _checked(answer, "an earlier answer")) for text, answer in pairs]
     return [*earlier, (_checked(question, "the question"), None)]
+
+
+# -- conversations as people hold them ------------------------------------------------------
+
+HUMAN, MODEL = ("human", "user"), ("gpt", "assistant", "model")  # LLaVA's names first, then those of chat formats
+WRITERS, CONTENTS = ("from", "role"), ("value", "content")
+LISTS = ("conversations", "messages")  # what holds the messages of a row
+TEXT_PARTS, PICTURE_PARTS = ("text", "input_text", "output_text"), ("image", "image_url", "input_image")
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message of a conversation, whatever form it came in."""
+
+    human: bool
+    text: str  # without what stood for a picture
+    picture: bool  # whether it shows a picture: an <image> in its text, or a part that is one
+
+
+def read_messages(messages: Any) -> list[Message]:
+    """Messages in turn, the human's first: ``from`` and ``value`` as LLaVA has them, or ``role`` and ``content``.
+
+    The content is text or a list of parts, as chat formats have it. What is meant is read from the names, never from how
+    many there are. Raises OptionError that says which message is none.
+    """
+    if not is_list(messages) or not all(isinstance(message, Mapping) for message in messages):
+        raise OptionError("a conversation must be a list of {'from': ..., 'value': ...} or {'role': ..., 'content': ...}")
+    found: list[Message] = []
+    for number, message in enumerate(messages):
+        writer = _writer(message)
+        expected = (HUMAN, MODEL)[number % 2]
+        if writer not in expected:
+            raise OptionError(
+                f"turn {number} is from {shown(writer)}, expected {expected[0]!r}: human and gpt (user and assistant) must "
+                "alternate, and what a system says is the prompt's own"
+            )
+        name = next((name for name in CONTENTS if name in message), CONTENTS[0])
+        text, pictures = _content(message.get(name), f"turn {number}", name)
+        if half := HALF.search(text):
+            raise OptionError(f"turn {number} holds half a character (U+{ord(half[0]):04X}); take it out")
+        found.append(Message(writer in HUMAN, text, pictures > 0))
+    return found
+
+
+def _content(content: Any, where: str, name: str) -> tuple[str, int]:
+    """The text of a message without the marks of pictures, and how many pictures it shows."""
+    parts = content if is_list(content) else [content]
+    texts, pictures = [], 0
+    for part in parts:
+        kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
+        text = part.get("text") if isinstance(part, Mapping) else part
+        if kind in PICTURE_PARTS:
+            pictures += 1
+        elif kind in TEXT_PARTS and isinstance(text, str):
+            pictures += text.count(IMAGE)
+            texts.append(text.replace(IMAGE, "").strip())
+        elif kind in TEXT_PARTS:
+            raise OptionError(f"{where} has no text in {name!r}")
+        else:
+            raise OptionError(f"{where} holds a part of type {shown(kind)}; expected text or image")
+    return "\n".join(filter(None, texts)), pictures
+
+
+def read_row(row: Any) -> tuple[list[Message], str | None]:
+    """A row of data as LLaVA and others hold it: its messages in turn, and its picture's name, None for text alone.
+
+    Messages stand under ``conversations`` or ``messages``, the picture under ``image`` or ``images``, alone or in a list of
+    one; an empty name or list is none. Raises DataError that says what of the row is not so; the caller adds its place.
+
+    >>> from llava_lab.models.text import read_row
+    >>> said = [{"from": "human", "value": "<image>\\nWhat is it?"}, {"from": "gpt", "value": "A car."}]
+    >>> messages, picture = read_row({"image": ["a.jpg"], "conversations": said})
+    >>> messages[0].text, picture
+    ('What is it?', 'a.jpg')
+    """
+    if not isinstance(row, Mapping):
+        raise DataError(f"expected an object with 'conversations', got {type(row).__name__}")
+    said = row.get(next((name for name in LISTS if name in row), LISTS[0]))
+    if is_list(said) and len(said) and isinstance(said[0], Mapping) and _writer(said[0]) not in HUMAN:
+        said = said[1:]  # LLaVA skips a first turn that is not the human's
+    try:
+        messages = read_messages(said)
+    except OptionError as error:
+        raise DataError(str(error)) from None
+    if not messages or messages[-1].human:
+        raise DataError(
+            f"the conversation has {len(messages)} turns; expected question and answer in turn, ending with an answer"
+        )
+    return messages, _picture_of(row, messages)
+
+
+def _picture_of(row: Mapping[str, Any], messages: list[Message]) -> str | None:
+    named = row.get("image") or row.get("images")
+    names = list(named) if is_list(named) else [named]
+    names = [name for name in names if name not in (None, "")]
+    asked, answered = (sum(message.picture for message in messages if message.human == human) for human in (True, False))
+    if len(names) > 1:
+        raise DataError(f"the row names {len(names)} pictures; a row has one picture, or none")
+    if not names:
+        if asked or answered:
+            raise DataError(f"the text has {IMAGE} but the row names no 'image'")
+        return None
+    if not isinstance(names[0], str):
+        raise DataError(f"'image' must be the path of one picture, got {shown(names[0])}")
+    if answered or not asked:
+        raise DataError(f"a row with a picture has {IMAGE} in a question (and in no answer)")
+    if asked > 1:
+        raise DataError(f"{asked} questions hold {IMAGE} and the row names one picture; leave it in the question that shows it")
+    return names[0]
+
+
+def _writer(message: Mapping[str, Any]) -> Any:
+    return next((message[name] for name in WRITERS if name in message), None)
+
+
+def read_history(history: Any) -> list[tuple[Any, Any]]:
+    """Earlier (question, answer) pairs, oldest first, from pairs or from messages as `read_messages` takes them.
+
+    A picture that the earlier turns show is the one that is asked about: it stands before the first question, once.
+
+    >>> from llava_lab.models.text import read_history
+    >>> read_history([{"role": "user", "content": "Is it red?"}, {"role": "assistant", "content": "Yes."}])
+    [('Is it red?', 'Yes.')]
+    """
+    if isinstance(history, Mapping) and (name := next((name for name in LISTS if name in history), None)):
+        history = history[name]
+    if history is None or (is_list(history) and not len(history)):
+        return []
+    if not is_list(history) or not all(isinstance(turn, Mapping) or _is_pair(turn) for turn in history):
+        raise OptionError(
+            "history must be a list of (question, answer) pairs, oldest first, or of messages with 'role' and 'content' or "
+            f"'from' and 'value'; got {shown(history)}"
+        )
+    if not any(isinstance(turn, Mapping) for turn in history):
+        return [(question, answer) for question, answer in history]
+    messages = read_messages(history)
+    if messages[-1].human:
+        raise OptionError("history ends with a question that has no answer; leave it out there, and ask it as the question")
+    if sum(message.picture for message in messages) > 1:
+        raise OptionError("history shows more than one picture, and one picture is asked about; keep the mark of that one")
+    return [(asked.text, answered.text) for asked, answered in zip(messages[::2], messages[1::2], strict=True)]
+
+
+def _is_pair(turn: Any) -> bool:
+    return is_list(turn) and len(turn) == 2 and not any(isinstance(part, Mapping) for part in turn)
 
 
 def check_form(form: str) -> None:
@@ -127,8 +274,8 @@ def check_form(form: str) -> None:
 
 
 def _checked(text: str, what: str) -> str:
-    if not isinstance(text, str):
-        raise OptionError(f"{what} must be text, got {type(text).__name__}")
+    if not isinstance(text, str) or not is_text(text):
+        raise OptionError(f"{what} must be text, got {shown(text)}")
     if not text.strip():
         raise OptionError(f"{what} is empty; ask something, for example 'What is in the picture?'")
     for mark in (IMAGE, END_OF_TURN):
@@ -142,7 +289,8 @@ def encode(tokenizer: Any, text: str, question: str, *, image_id: int, image_tok
     if text.count(IMAGE) != 1:
         raise CheckpointError(f"the prompt must hold {IMAGE} once, its template wrote it {text.count(IMAGE)} times: {text!r}")
     first = text.rfind(question)
-    assert first >= 0, (question, text)
+    if first < 0:
+        raise CheckpointError(f"the chat template does not write the question as it is asked: {text!r}")
     has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
     coded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not has_bos)
     short = np.array(coded["input_ids"], np.int64)

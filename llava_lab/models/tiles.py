@@ -31,7 +31,6 @@ from transformers.models.llava_next.modeling_llava_next import unpad_image
 from llava_lab.errors import CheckpointError, OptionError, PictureError
 from llava_lab.geometry import PictureMap, View
 from llava_lab.models import layout
-from llava_lab.models.card import Card
 from llava_lab.models.lab import Lab
 from llava_lab.models.pictures import MAX_PIXELS, PictureLike, read_picture
 from llava_lab.results import Run
@@ -176,12 +175,6 @@ class TiledLab(Lab):
     """A LLaVA-NeXT or LLaVA-OneVision with its processor. See `Lab`."""
 
     preprocessing: Any  # a Tiling
-
-    def __init__(self, model: Any, processor: Any, *, name: str = "model", card: Card | None = None) -> None:
-        super().__init__(model, processor, name=name, card=card)
-        template = self.processor.chat_template
-        if template and "ASSISTANT:" not in template:  # 1.6 comes with Vicuna, Mistral, Yi, ... each with its own turns
-            self.prompt = "chat"
 
     def measure(self) -> None:
         self.grid = layout.patch_grid(self.model)

@@ -38,7 +38,7 @@ from tqdm.auto import tqdm
 
 from llava_lab.capture import hooked, undisturbed
 from llava_lab.capture.residual import watch_stream
-from llava_lab.checks import PATIENCE, Sweep, entry, number, one_of, whole_number
+from llava_lab.checks import PATIENCE, Sweep, entry, is_list, number, one_of, whole_number
 from llava_lab.errors import CheckpointError, OptionError
 from llava_lab.models.layout import connector_of, language_layers, require_patch_tokens
 from llava_lab.models.pictures import read_picture
@@ -261,10 +261,10 @@ def stages(lab: Lab, at: Any) -> tuple[Stage, ...]:
     count = len(language_layers(lab.model))
     if at is None:
         at = BEFORE, AFTER, *range(1, count + 1)
-    wanted = (at,) if isinstance(at, (str, Integral)) else tuple(at)
+    wanted = tuple(at) if is_list(at) else (at,)
     for stage in wanted:
         layer = isinstance(stage, Integral) and not isinstance(stage, bool) and 0 <= int(stage) <= count
-        if not layer and stage not in (BEFORE, AFTER):
+        if not layer and not (isinstance(stage, str) and stage in (BEFORE, AFTER)):
             raise OptionError(f"a stage is 'before', 'after' or a layer from 0 to {count}, got {stage!r}")
     if not wanted or len(set(wanted)) != len(wanted):
         raise OptionError(f"expected stages, each once, got {at!r}")

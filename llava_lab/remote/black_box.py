@@ -96,6 +96,7 @@ class BlackBox:
     10
     """
 
+    @entry
     def __init__(
         self,
         model: str,
@@ -182,6 +183,7 @@ class BlackBox:
         """What the requests sent so far cost at `price`, by the server's own count of tokens."""
         return self._cost(self.used)
 
+    @entry
     @entry
     def ask(
         self,

@@ -88,6 +88,8 @@ def _is_pair(target: Any) -> bool:
 def contrast(lab: Any, run: Run, said: str, instead: str) -> Target:
     """The first token where the answer with `said` and the answer with `instead` part ways; dispatched on the lab's class."""
     word = run.word(said)
+    if not instead.strip():
+        raise TargetError(f"a contrast needs another word beside {said!r}, got {instead!r}")
     if said.casefold() == instead.casefold():
         raise TargetError(f"a contrast needs two different words, got {said!r} twice")
     tokenizer = lab.tokenizer

@@ -116,7 +116,10 @@ class Run(Saved):
     def word(self, text: str, occurrence: int = 0) -> Word:
         """The answer's word `text` (case and final punctuation do not matter)."""
         want = _bare(text)
-        matches = [w for w in self.words if _bare(w.text) == want]
+        if want:
+            matches = [w for w in self.words if _bare(w.text) == want]
+        else:  # signs alone are meant as they stand, and nothing is no word
+            matches = [w for w in self.words if w.text.strip() == text.strip()]
         if len(matches) <= occurrence:
             words = ", ".join(repr(w.text) for w in self.words) or "no words"
             raise TargetError(f"the answer has no word {text!r} (occurrence {occurrence}); it has {words}")
@@ -131,7 +134,7 @@ class Run(Saved):
         start, stop = self.segments["answer"]
         if isinstance(what, Target):
             return what
-        if what is None or what == "answer":
+        if what is None or (isinstance(what, str) and what == "answer"):
             return self._target("answer", self.answer, start, stop)
         if isinstance(what, int):
             if not 0 <= what < stop - start:

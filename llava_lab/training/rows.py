@@ -39,10 +39,12 @@ import numpy as np
 from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
 
+from llava_lab.checks import shown
 from llava_lab.errors import DataError, OptionError, PictureError, one_line
 from llava_lab.models.pictures import read_picture
+from llava_lab.models.text import read_row
 from llava_lab.results import file_hash, whole_file
-from llava_lab.training.text import FORMATS, STAGES, count_words, read_turns, shown, tokenise, tokens_at_most
+from llava_lab.training.text import FORMATS, STAGES, count_words, read_turns, tokenise, tokens_at_most
 
 log = logging.getLogger(__name__)
 
@@ -334,8 +336,9 @@ class LlavaData(Dataset):
                 for key, at in zip(keys.tolist(), first.tolist(), strict=True):
                     if key:
                         file.seek(int(index["start"][at]))
-                        row = _parse(file.read(int(index["size"][at])))
-                        yield key, source.folder / row["image"], source, int(index["row"][at])
+                        picture = read_row(_parse(file.read(int(index["size"][at]))))[1]
+                        if picture is not None:
+                            yield key, source.folder / picture, source, int(index["row"][at])
 
     def without(self, keys: Iterable[int]) -> LlavaData:
         """The same data without the rows of these pictures."""

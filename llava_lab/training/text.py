@@ -18,10 +18,8 @@ preprocess_v1); the response formats are LLaVA-1.5's, arXiv 2310.03744, Table 7.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -30,16 +28,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from llava_lab.checks import shown
 from llava_lab.errors import DataError
-from llava_lab.models.text import END_OF_TURN, IMAGE, SYSTEM
+from llava_lab.models.text import END_OF_TURN, IMAGE, SYSTEM, read_row
 from llava_lab.worlds.questions import SHORT
 
 IGNORE = -100  # LLaVA's own value, and torch's default ignore_index
 EOS = "</s>"
 STAGES = ("align", "instruct")
 MOST_TEXT = 1 << 20  # characters of a row's turns, some fifty times the longest context
-HALF = re.compile("[\ud800-\udfff]")  # surrogates, which JSON can hold and no text is
-HUMAN, MODEL = ("human", "user"), ("gpt", "assistant")
 
 # What LLaVA-1.5 appends to a conversation's first question, by kind of answer.
 FORMATS: Mapping[str, str] = MappingProxyType(
@@ -145,32 +142,12 @@ def read_turns(row: Any, *, stage: str, suffix: str = "none") -> tuple[Turns, st
 
     Raises DataError that says what of the row is not LLaVA's format; the caller adds file and row number.
     """
-    if not isinstance(row, dict):
-        raise DataError(f"expected an object with 'conversations', got {type(row).__name__}")
-    messages = row.get("conversations")
-    if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
-        raise DataError("'conversations' must be a list of {'from': ..., 'value': ...}")
-    if messages and messages[0].get("from") not in HUMAN:
-        messages = messages[1:]  # LLaVA skips a first turn that is not the human's
-    for number, turn in enumerate(messages):
-        expected = (HUMAN, MODEL)[number % 2]
-        if turn.get("from") not in expected:
-            raise DataError(
-                f"turn {number} is from {shown(turn.get('from'))}, expected {expected[0]!r}: human and gpt must alternate"
-            )
-        if not isinstance(turn.get("value"), str):
-            raise DataError(f"turn {number} has no text in 'value'")
-    if not messages or len(messages) % 2:
-        raise DataError(
-            f"the conversation has {len(messages)} turns; expected question and answer in turn, ending with an answer"
-        )
-    length = sum(len(turn["value"]) for turn in messages)
-    if length > MOST_TEXT:
+    messages, picture = read_row(row)
+    if picture is None and stage == "align":
+        raise DataError("stage align trains on pictures with captions; this row has no 'image'")
+    values = [message.text for message in messages]
+    if (length := sum(map(len, values))) > MOST_TEXT:
         raise DataError(f"its text has {length:,} characters, at most {MOST_TEXT:,} are read; shorten it")
-    if half := next(filter(None, (HALF.search(turn["value"]) for turn in messages)), None):
-        raise DataError(f"the text holds U+{ord(half.group()):04X}, half a character; take it out")
-    picture = _picture(row, [turn["value"] for turn in messages], stage)
-    values = [turn["value"].replace(IMAGE, "").strip() for turn in messages]
     if any(END_OF_TURN in value for value in values):
         raise DataError(f"the text holds {END_OF_TURN!r}, which ends an answer; take it out")
     turns = list(zip(values[::2], values[1::2], strict=True))
@@ -180,27 +157,6 @@ def read_turns(row: Any, *, stage: str, suffix: str = "none") -> tuple[Turns, st
     if request and request not in turns[0][0]:
         turns[0] = (f"{turns[0][0]}\n{request}", turns[0][1])
     return turns, picture
-
-
-def shown(value: Any) -> str:
-    """Any value in at most some 100 signs, for a message of one line."""
-    text = str(value) if isinstance(value, Path) else repr(value)
-    return text if len(text) <= 160 else f"{text[:80]} ... {text[-20:]}"
-
-
-def _picture(row: dict[str, Any], values: list[str], stage: str) -> str | None:
-    picture, marked = row.get("image"), [IMAGE in value for value in values]
-    if picture is None:
-        if any(marked):
-            raise DataError(f"the text has {IMAGE} but the row names no 'image'")
-        if stage == "align":
-            raise DataError("stage align trains on pictures with captions; this row has no 'image'")
-        return None
-    if not isinstance(picture, str) or not picture:
-        raise DataError(f"'image' must be the path of one picture, got {shown(picture)}")
-    if any(marked[1::2]) or not any(marked):
-        raise DataError(f"a row with a picture has {IMAGE} in a question (and in no answer)")
-    return picture
 
 
 def count_words(turns: Turns) -> int:

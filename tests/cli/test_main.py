@@ -8,10 +8,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import pytest
 
+from llava_lab.cli import ask
 from llava_lab.cli import main as cli
 from llava_lab.results import Run
 from tests.support.stand_in import StandIn, finished_run
@@ -48,6 +50,27 @@ def test_interrupting_gives_130_also_when_the_lab_kept_what_it_had(lab: StandIn,
     assert cli.main(["ask", "car.png", "what?"]) == 130
     monkeypatch.setattr(lab, "ask", interrupted)
     assert cli.main(["ask", "car.png", "what?", "--json"]) == 130
+
+
+@pytest.mark.parametrize(
+    ("error", "line"), [(EOFError("ends early"), "this input cannot be used (EOFError: ends early)"), (None, None)]
+)
+def test_what_the_system_refuses_is_one_line_and_a_bug_is_not(
+    lab: StandIn, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Any, line: Any
+) -> None:
+    def run(args: Any) -> Any:
+        if error is not None:
+            raise error
+        return None.bug  # type: ignore[attr-defined]
+
+    ours = FunctionType(run.__code__, {"__name__": "llava_lab.cli.ask"}, closure=run.__closure__)
+    monkeypatch.setattr(ask, "ask", ours)
+    if not line:
+        with pytest.raises(AttributeError):
+            cli.main(["ask", "car.png", "what?"])
+    else:
+        assert cli.main(["ask", "car.png", "what?"]) == 2
+        assert capsys.readouterr().err == f"llava-lab: {line}\n"
 
 
 def test_help_answers_without_torch() -> None:

@@ -80,8 +80,8 @@ def test_earlier_turns_are_asked_for_and_used(tiny_random: Lab, picture: np.ndar
     ("patches", "options", "message"),
     [
         ([], {}, "expected at least one"),
-        ([(0, 4)], {}, "4x4 grid, counted from 0; got row 0, column 4"),
-        ([(-1, 0)], {}, "got row -1, column 0"),
+        ([(0, 4)], {}, "rows 0 to 3 and columns 0 to 3, got \\(0, 4\\)"),
+        ([(-1, 0)], {}, "got \\(-1, 0\\)"),
         ([(0, 0)], {"fill": "gray"}, "fill must be one of 'grey', 'mean', 'blur', got 'gray'"),
     ],
 )

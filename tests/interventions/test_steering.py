@@ -118,7 +118,7 @@ def test_the_difference_of_means_is_that_of_the_states(tiny_random: Lab, run: Ru
         ({"direction": "blue", "alpha": 0}, "alpha must be a finite number other than 0"),
         ({"direction": "blue", "layers": (2, 2)}, "layers must be"),
         ({"direction": "blue", "where": "tail"}, "where: no segment 'tail'"),
-        ({"direction": "blue", "others": "What?"}, "others must be a list of questions"),
+        ({"direction": "blue", "others": "What?"}, "others must be a list, each text"),
     ],
 )
 def test_bad_input_is_said_in_one_line(tiny_random: Lab, run: Run, options: dict[str, Any], message: str) -> None:

@@ -16,7 +16,7 @@ from transformers import LlavaConfig, LlavaProcessor, MistralConfig, Qwen2Config
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 import llava_lab as ll
-from llava_lab.errors import CheckpointError, LabError
+from llava_lab.errors import CheckpointError, LabError, OptionError
 from llava_lab.models import Lab, folders, layout, load
 from llava_lab.models.folders import FAMILIES
 from tests.support.answers import probabilities_check_out
@@ -73,6 +73,24 @@ def test_a_hub_id_loads_from_the_cache_without_a_network(hub_home: Path, tiny_fo
     lab = load("someone/llava-small")
     assert lab.fingerprint == tiny_random.fingerprint
     assert (lab.name, lab.card.source) == ("someone/llava-small", "hub someone/llava-small at cccccccccccc")
+
+
+@pytest.mark.parametrize("name", ["someone/llava-small@v1", "someone/llava-small"])
+def test_a_hub_id_can_be_pinned(hub_home: Path, tiny_folder: Path, tiny_random: Lab, name: str) -> None:
+    """The tag's weights, not those of main: there they have moved on."""
+    snapshot = hub_cache(hub_home, "someone/llava-small", tiny_folder)
+    tagged = Path(shutil.copytree(snapshot, snapshot.with_name("a" * 40)))
+    (snapshot / "config.json").unlink()
+    (snapshot.parents[1] / "refs" / "v1").write_text(tagged.name)
+    lab = load(name) if "@" in name else load(name, revision="v1")
+    assert lab.fingerprint == tiny_random.fingerprint
+    assert lab.card.source == "hub someone/llava-small at aaaaaaaaaaaa"
+    assert "someone/llava-small@v2 is not in the hub cache" in refused("someone/llava-small", revision="v2")
+
+
+@pytest.mark.parametrize("name", ["tiny", "smol", "tiny-mlp", "", ".", "someone/llava-small@v1"])
+def test_what_is_not_at_the_hub_has_no_revision(hub_home: Path, name: str) -> None:
+    assert "has no revision" in refused(name, OptionError, revision="main")
 
 
 def test_a_hub_id_that_is_not_cached_is_one_line_offline(hub_home: Path) -> None:

@@ -20,7 +20,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
 import llava_lab as ll
-from llava_lab.errors import OptionError
+from llava_lab.errors import CheckpointError, OptionError
 from llava_lab.models import Lab, layout, load
 from llava_lab.results import Run
 from tests.support.answers import probabilities_check_out
@@ -117,6 +117,102 @@ def test_unusable_options_list_what_there_is(tiny_folder: Path) -> None:
     assert "eager" in refused(tiny_folder, OptionError, attention="flash")
     assert "usable: cpu" in refused(tiny_folder, OptionError, device="cuda")
     assert "'cpu'" in refused(tiny_folder, OptionError, device="gpu")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("torch_dtype", torch.bfloat16, ("bfloat16", "sdpa")),
+        ("torch_dtype", "auto", ("float32", "sdpa")),
+        ("dtype", "torch.bfloat16", ("bfloat16", "sdpa")),
+        ("dtype", "bf16", ("bfloat16", "sdpa")),
+        ("dtype", "fp16", ("float16", "sdpa")),
+        ("attn_implementation", "eager", ("float32", "eager")),
+        ("load_in_4bit", False, ("float32", "sdpa")),
+        ("load_8bit", None, ("float32", "sdpa")),
+        ("trust_remote_code", False, ("float32", "sdpa")),
+        ("device_map", None, ("float32", "sdpa")),
+        ("attention", None, ("float32", "sdpa")),
+    ],
+)
+def test_options_are_taken_by_the_names_people_know(
+    tiny_folder: Path, option: str, value: Any, expected: tuple[str, str]
+) -> None:
+    lab = load(tiny_folder, **{option: value})
+    assert (str(lab.dtype), lab.model.config._attn_implementation) == (f"torch.{expected[0]}", expected[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"torch_dtype": "int8"}, "dtype must be None or one of"),
+        ({"torch_dtype": "float16", "dtype": "bfloat16"}, "torch_dtype and dtype say the same"),
+        ({"load_in_4bit": True}, "quantization_config=BitsAndBytesConfig cannot be used here"),
+        ({"load_8bit": True}, "quantization_config=BitsAndBytesConfig cannot be used here"),
+        ({"use_flash_attention_2": True}, "use attention='flash_attention_2'"),
+        ({"trust_remote_code": True}, "nothing that comes with a checkpoint is run"),
+        ({"cache_dir": "x"}, "HF_HUB_CACHE"),
+        ({"local_files_only": True}, "HF_HUB_OFFLINE"),
+        ({"token": "x"}, "HF_TOKEN"),
+        ({"output_attentions": True}, "ll.head_maps"),
+        ({"model_base": "x"}, "vision and base belong to a folder of the original LLaVA"),
+        ({"vision_tower": "x"}, "vision and base belong to a folder of the original LLaVA"),
+        (
+            {"tempertaure": 1},
+            "whose options are device, dtype, attention, vision, base, device_map, quantization_config, revision",
+        ),
+        ({"revision": "main"}, "has no revision"),
+    ],
+)
+def test_what_others_have_and_we_have_not_is_answered_with_ours(tiny_folder: Path, options: dict[str, Any], words: str) -> None:
+    assert words in refused(tiny_folder, OptionError, **options)
+
+
+@pytest.mark.parametrize("layer", [-6, 5, 99, [-2, 9], [], "last", 1.5, None, True])
+def test_a_feature_layer_outside_the_tower_is_refused_at_load(copy: Path, layer: Any) -> None:
+    edit_json(copy / "config.json", vision_feature_layer=layer)
+    refused(copy)
+
+
+def test_several_templates_are_one_by_its_name(copy: Path, picture: np.ndarray) -> None:
+    both = [
+        {"name": "tool_use", "template": "{{ 1 }}"},
+        {"name": "default", "template": "<image>{{ messages[0].content[1].text }}:"},
+    ]
+    for several in (both, {entry["name"]: entry["template"] for entry in both}):
+        edit_json(copy / "processor_config.json", chat_template=several)
+        lab = load(copy)
+        assert lab.prompt == "chat"  # its turns are not Vicuna's, so its own form stands
+        assert lab.ask(picture, "What?", max_new_tokens=1).prompt == "<image>What?:"
+    for wrong in ([{"name": "tool_use", "template": "a"}, {"name": "rag", "template": "b"}], 5, ["a"]):
+        edit_json(copy / "processor_config.json", chat_template=wrong)
+        assert "chat_template that is no text" in refused(copy)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% if %}",
+        "{{ raise_exception('no roles') }}",
+        "{{ 1 / 0 }}",
+        "{{ messages.nothing.at_all }}",
+        "{{ messages[9].content }}",
+        "{% include 'other' %}",
+        "<image>",
+        "{{ messages[0].content[1].text }}",
+        "<image><image>{{ messages[0].content[1].text }}",
+        "<image>{{ messages[0].content[1].text | upper }}",
+        "{{ messages | tojson(9) }}",
+        "{% for message in messages %}{{ message.content + 1 }}{% endfor %}",
+        "{{ messages[0].foo() }}",
+    ],
+)
+def test_a_template_that_cannot_be_used_is_one_line(tiny_random: Lab, monkeypatch: pytest.MonkeyPatch, template: str) -> None:
+    monkeypatch.setattr(tiny_random.processor, "chat_template", template)
+    monkeypatch.setattr(tiny_random, "foreign", False)  # a stranger's runs in a process of its own, which has its own tests
+    with pytest.raises(CheckpointError, match=r"template|prompt must hold") as error:
+        tiny_random.sequence("What is it?", prompt="chat")
+    assert "\n" not in str(error.value)
 
 
 def test_other_families_and_half_an_original_are_refused(copy: Path) -> None:

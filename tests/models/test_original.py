@@ -4,6 +4,7 @@ is refused in one line that names it; words that stand in tokenizer.model only a
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -303,6 +304,21 @@ def test_a_lora_without_its_base_or_its_projector_is_refused(tmp_path: Path, par
     change(adapter, use_dora=False)
     (tmp_path / "lora" / "non_lora_trainables.bin").unlink()
     assert "has no non_lora_trainables.bin" in refused(tmp_path / "lora", vision=tower, base=language)
+
+
+def test_a_step_of_a_lora_run_says_what_it_is_and_where_the_rest_lies(tmp_path: Path, parts: Parts, tower: Path) -> None:
+    made.write_lora(tmp_path / "lora", parts)
+    step = tmp_path / "lora" / "checkpoint-500"
+    step.mkdir()
+    for name in ("adapter_model.bin", "adapter_config.json"):
+        shutil.copy(tmp_path / "lora" / name, step)
+    text = refused(step)
+    assert "has no config.json and no non_lora_trainables.bin: it holds the LoRA adapter of a step (adapter_model.bin)" in text
+    assert f"it is in {tmp_path / 'lora'}: load that folder" in text
+    shutil.copy(tmp_path / "lora" / "config.json", step)
+    assert "without the trained projector" in refused(step, vision=tower)
+    (tmp_path / "lora" / "non_lora_trainables.bin").unlink()
+    assert "LLaVA writes it beside them when a run ends" in refused(step, vision=tower)
 
 
 def test_a_base_of_another_size_is_refused(tmp_path: Path, parts: Parts, tower: Path) -> None:

@@ -47,7 +47,7 @@ def test_quantization_without_its_library_is_one_line(tiny_folder: Path) -> None
     from transformers import BitsAndBytesConfig
 
     text = refused(tiny_folder, OptionError, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
-    assert "quantization_config cannot be used here" in text
+    assert "quantization_config=BitsAndBytesConfig cannot be used here" in text
 
 
 def test_integers_among_the_weights_count_as_packed(tiny_folder: Path) -> None:

@@ -56,7 +56,8 @@ def test_white_space_around_a_question_is_dropped() -> None:
         ("Why?", "vicuna", (), ("llava-1.5, hf, chat", "vicuna")),
         ("", "hf", (), ("empty",)),
         (" \n", "hf", (), ("empty",)),
-        (3, "hf", (), ("int",)),
+        (3, "hf", (), ("must be text, got 3",)),
+        ("\ud800", "hf", (), ("must be text",)),
         ("a <image> b", "hf", (), ("<image>",)),
         ("a</s>", "hf", (), ("</s>",)),
         ("Why?", "hf", [("a", "")], ("earlier answer",)),
@@ -132,6 +133,68 @@ def test_the_chat_form_takes_history(tiny_random: Lab) -> None:
     found = tiny_random.sequence("Why?", prompt="chat", history=TURN)
     assert list(found.segments) == ["system", "image", "history", "question", "cue"]
     assert found.text == "USER: <image>\nWhat color is the car? ASSISTANT: It is red.</s>USER: Why? ASSISTANT:"
+
+
+USER, ASSISTANT = {"role": "user", "content": "Is it red?"}, {"role": "assistant", "content": "Yes."}
+PART, MARK = {"type": "text", "text": "Is it red?"}, {"type": "image_url", "image_url": {"url": "a.jpg"}}
+HISTORIES = {
+    "pairs": [("Is it red?", "Yes.")],
+    "pairs as JSON has them": [["Is it red?", "Yes."]],
+    "pairs in a tuple": (("Is it red?", "Yes."),),
+    "an array of pairs": np.array([["Is it red?", "Yes."]]),
+    "role and content": [USER, ASSISTANT],
+    "role and content, with more beside": [{**USER, "metadata": None}, {**ASSISTANT, "id": 3}],
+    "from and value": [{"from": "human", "value": "Is it red?"}, {"from": "gpt", "value": "Yes."}],
+    "content first": [{"content": "Is it red?", "role": "user"}, {"content": "Yes.", "role": "assistant"}],
+    "parts": [{"role": "user", "content": [PART]}, {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]}],
+    "parts with the picture": [{"role": "user", "content": [MARK, PART]}, ASSISTANT],
+    "parts with the picture last": [{"role": "user", "content": [PART, {"type": "image"}]}, ASSISTANT],
+    "a mark in the text": [{"from": "human", "value": "<image>\nIs it red?"}, {"from": "gpt", "value": "Yes."}],
+    "under messages": {"messages": [USER, ASSISTANT]},
+    "a row": {"id": "1", "conversations": [{"from": "human", "value": "Is it red?"}, {"from": "gpt", "value": "Yes."}]},
+    "from and content": [{"from": "user", "content": "Is it red?"}, {"from": "assistant", "content": "Yes."}],
+}
+NO_HISTORIES = {
+    "a text": "Is it red?",
+    "one pair alone": ("Is it red?", "Yes."),
+    "two texts of two letters": ["ab", "cd"],
+    "a number": 5,
+    "numbers": [1, 2],
+    "three in a row": [("a", "b", "c")],
+    "a pair of numbers": [(1, 2)],
+    "a pair of messages": [(USER, ASSISTANT)],
+    "only a question": [USER],
+    "an answer first": [ASSISTANT, USER],
+    "two questions": [USER, USER],
+    "a system": [{"role": "system", "content": "Be brief."}, USER, ASSISTANT],
+    "a tool": [{"role": "tool", "content": "x"}, ASSISTANT],
+    "no role": [{"content": "a"}, {"content": "b"}],
+    "no content": [{"role": "user"}, {"role": "assistant"}],
+    "sound": [{"role": "user", "content": [{"type": "audio", "audio": "a.wav"}]}, ASSISTANT],
+    "two pictures": [{"role": "user", "content": [MARK, PART]}, ASSISTANT, {"role": "user", "content": [MARK, PART]}, ASSISTANT],
+    "messages and pairs": [USER, ("a", "b")],
+    "half a character": [("\ud800", "b")],
+    "an empty answer": [("a", " ")],
+    "an object": object(),
+    "an unknown object": {"a": 1},
+}
+
+
+@pytest.mark.parametrize("form", HISTORIES)
+def test_a_history_is_read_by_what_it_means(form: str) -> None:
+    assert build_prompt("Why?", "hf", HISTORIES[form]) == build_prompt("Why?", "hf", [("Is it red?", "Yes.")])
+
+
+@pytest.mark.parametrize("form", NO_HISTORIES)
+def test_what_is_no_history_is_refused_in_one_line(form: str) -> None:
+    with pytest.raises(OptionError) as error:
+        build_prompt("Why?", "hf", NO_HISTORIES[form])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("none", [(), [], None, {"messages": []}, np.zeros((0, 2))])
+def test_no_history_is_none_in_any_form(none: Any) -> None:
+    assert build_prompt("Why?", "hf", none) == build_prompt("Why?", "hf")
 
 
 def test_a_template_without_one_image_is_refused(tiny_random: Lab, monkeypatch: pytest.MonkeyPatch) -> None:

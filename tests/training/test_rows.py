@@ -70,13 +70,23 @@ BAD: list[tuple[Any, str | None]] = [  # None: it is fine
     ({"conversations": turn("a", " ")}, "an answer is empty"),
     ({"conversations": turn("a", "word " * 400)}, r"tokens with its picture, the model's context is 512; shorten its answer"),
     (["a"], "expected an object"),
-    ({"conversations": turn("a", "b \ud83d c")}, r"the text holds U\+D83D, half a character"),
+    ({"conversations": turn("a", "b \ud83d c")}, r"turn 1 holds half a character \(U\+D83D\)"),
     ({"conversations": turn("a", "b" * (1 << 21))}, "its text has 2,097,153 characters, at most 1,048,576 are read"),
     ({"image": "a" * 5000, "conversations": turn("<image>\na", "b")}, r"missing picture .{80,120} \.\.\. a{20}"),
     ({"image": "nu\0l", "conversations": turn("<image>\na", "b")}, "missing picture"),
-    ({"image": ["x" * 5000], "conversations": turn("<image>\na", "b")}, r"path of one picture, got .{80} \.\.\. x+'\]"),
+    ({"image": ["x" * 5000], "conversations": turn("<image>\na", "b")}, r"missing picture .{80,120} \.\.\. x{20}"),
     ({"conversations": [{"from": "z" * 5000, "value": "a"}, *turn("a", "b")[::-1]]}, "turn 0 is from 'gpt', expected 'human'"),
     ({"conversations": turn("a", "b"), "z": int("9" * 4300)}, None),
+    ({"image": ["images/0.png", "images/1.png"], "conversations": turn("<image>\na", "b")}, "names 2 pictures"),
+    ({"image": {"bytes": None}, "conversations": turn("<image>\na", "b")}, "'image' must be the path of one picture"),
+    ({"image": "", "conversations": turn("<image>\na", "b")}, "names no 'image'"),
+    (
+        {"image": "images/0.png", "conversations": turn("<image>\na", "b") + turn("<image>\nc", "d")},
+        "2 questions hold <image> and the row names one picture",
+    ),
+    ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "a part of type 'audio'"),
+    ({"messages": "a"}, "a conversation must be a list"),
+    ({"conversations": turn("a", "\ud800")}, "half a character"),
 ]
 RAW: list[tuple[bytes, str]] = [  # what no writer of JSON gives
     (b'{"a": ' + b"[" * 90_000 + b"]" * 90_000 + b"}", "broken JSON .brackets within brackets"),
@@ -85,6 +95,40 @@ RAW: list[tuple[bytes, str]] = [  # what no writer of JSON gives
     (b'{"a": "' + b"\\n" * 1_500_000 + b'"}', "row 1.* (a string of more than|has 3,000,0.. bytes, at most)"),
     (b"{'a': 1}", "broken JSON"),
 ]
+PARTS = [{"type": "image"}, {"type": "text", "text": "a"}]
+SHOWN: dict[str, dict[str, Any]] = {
+    "LLaVA's": {"image": "images/0.png", "conversations": turn("<image>\na", "b")},
+    "a list of one": {"image": ["images/0.png"], "conversations": turn("<image>\na", "b")},
+    "images": {"images": ["images/0.png"], "conversations": turn("<image>\na", "b")},
+    "the mark behind": {"image": "images/0.png", "conversations": turn("a\n<image>", "b")},
+    "the mark twice in one question": {"image": "images/0.png", "conversations": turn("<image>\n<image>\na", "b")},
+    "a system before": {
+        "image": "images/0.png",
+        "conversations": [{"from": "system", "value": "x"}, *turn("<image>\na", "b")],
+    },
+    "role and content": {
+        "image": "images/0.png",
+        "messages": [{"role": "user", "content": "<image>\na"}, {"role": "assistant", "content": "b"}],
+    },
+    "parts": {"images": "images/0.png", "messages": [{"role": "user", "content": PARTS}, {"role": "assistant", "content": "b"}]},
+}
+UNSHOWN: dict[str, dict[str, Any]] = {
+    "no image": {"conversations": turn("a", "b")},
+    "null": {"image": None, "conversations": turn("a", "b")},
+    "empty": {"image": "", "conversations": turn("a", "b")},
+    "an empty list": {"image": [], "conversations": turn("a", "b")},
+    "a list of nothing": {"image": [""], "images": None, "conversations": turn("a", "b")},
+}
+
+
+@pytest.mark.parametrize("form", [*SHOWN, *UNSHOWN])
+def test_rows_as_people_hold_them_are_one_row(tmp_path: Path, tiny_random: Lab, form: str) -> None:
+    write_rows(tmp_path, count=1)
+    rows = [(SHOWN | UNSHOWN)[form], SHOWN["LLaVA's"] if form in SHOWN else UNSHOWN["no image"]]
+    data = open_data(tiny_random, Source(write_json(tmp_path / "held.json", rows)), tmp_path)
+    assert data[0]["ids"].tolist() == data[1]["ids"].tolist()
+    assert data[0]["labels"].tolist() == data[1]["labels"].tolist()
+    assert len(list(data.pictures())) == (form in SHOWN)
 
 
 @pytest.mark.parametrize(("row", "why"), BAD)

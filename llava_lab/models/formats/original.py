@@ -119,6 +119,22 @@ def is_original(config: dict[str, Any]) -> bool:
     return config.get("model_type") == FAMILIES[0] or ("mm_vision_tower" in config and "vision_config" not in config)
 
 
+def check_adapter(folder: Path) -> None:
+    """Refuse the folder of a LoRA run's step (``checkpoint-500``), which holds adapters only, and say where the rest lies."""
+    adapter = next((name for name in files.ADAPTERS if (folder / name).is_file()), None)
+    lacks = [name for name in ("config.json", files.NON_LORA) if not (folder / name).is_file()]
+    if adapter is None or not lacks:
+        return
+    parts = {"config.json": "the model's sizes", files.NON_LORA: "the trained projector"}
+    run = folder.resolve().parent
+    there = all((run / name).is_file() for name in ("config.json", files.NON_LORA))
+    where = f"it is in {run}: load that folder" if there else "LLaVA writes it beside them when a run ends"
+    raise CheckpointError(
+        f"{folder} has no {' and no '.join(lacks)}: it holds the LoRA adapter of a step ({adapter}) without "
+        f"{' and '.join(parts[name] for name in lacks)}; {where}"
+    )
+
+
 def layout_of(folder: Path) -> str:
     """Which of the original's layouts a folder has. Raises CheckpointError when it holds no weights at all."""
     if (folder / files.ADAPTER_CONFIG).is_file() or any((folder / name).is_file() for name in files.ADAPTERS):
