@@ -320,10 +320,12 @@ def _one_kind(part: str, name: str) -> Kind | None:
     holder, inner = match.groups() if (match := _INNER.fullmatch(part)) else ("", "")
     if holder != "Sequence":
         return EXPECTED.get(holder)
-    words, test = _kind("", inner) or ("", None)
     if name == "pictures":
         return "a list of pictures", is_list
-    return (f"a list, each {words}", lambda value: is_list(value) and all(map(test, value))) if test else None
+    if (kind := _kind("", inner)) is None:
+        return None
+    each, fits = kind
+    return f"a list, each {each}", lambda value: is_list(value) and all(map(fits, value))
 
 
 def is_list(value: Any) -> bool:
