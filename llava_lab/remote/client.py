@@ -46,7 +46,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from llava_lab.errors import BudgetError, EndpointError, OptionError, printable
-from llava_lab.remote.replies import LARGEST, Hide, Reply, read_reply, short
+from llava_lab.remote.replies import LARGEST, MOST_CHARACTERS, Hide, Reply, read_reply, short
 
 logger = logging.getLogger(__name__)
 
@@ -221,7 +221,7 @@ class Endpoint:
                 body += part
                 if len(body) > LARGEST:
                     raise EndpointError(f"a reply of more than {LARGEST:,} bytes is no answer")
-            return reply.status, reply.headers, body.decode("utf-8", "replace")
+            return reply.status, reply.headers, body.decode("utf-8-sig", "replace")
 
     def _judge(self, status: int, headers: Message, text: str, key: str, hide: Hide) -> Reply | Failure:
         try:
@@ -244,15 +244,15 @@ class Endpoint:
             code = error.get("code") if isinstance(error, dict) else None
             # sent after the work had begun, when the status had gone out
             status = code if isinstance(code, int) and 400 <= code < 600 else 200
-        reason = short(_reason(text if data is None else data), hide)
+        said = text if data is None else data
+        reason, told = short(_reason(said), hide), list(_told(said))
         where = f"{answered} {status}" + (f" ({reason})" if reason else "")
         if status == 200:
             return Failure(f"{answered} with an error ({reason})")
         if 300 <= status < 400:
             sends = f"sends on to {_place(headers)}, which is not followed"
             return Failure(f"{where} and {sends}; if that is right, give it as base_url")
-        told = list(_told(data)) if status in NOT_TAKEN else []
-        if refused := _named(told):
+        if refused := _named(told) if status in NOT_TAKEN else ():
             # "at most 5" is about the number, "not supported" about the thing
             numbered = any(re.search(r"(?<![\w.-])\d+(?![\w.-])", words) for name, words in told if name not in FIELDS)
             return Failure(where, refused=refused, fewer="top_logprobs" in refused or numbered)
@@ -261,7 +261,7 @@ class Endpoint:
             return Failure(f"{where}: it {wrong} {self.key_variable}")
         if status == 403:
             return Failure(f"{where}: it does not allow this to the key in {self.key_variable}")
-        if status == 402 or (status == 429 and any(word in NO_CREDIT for _, word in _told(data))):
+        if status == 402 or (status == 429 and any(code in words for _, words in told for code in NO_CREDIT)):
             return Failure(f"{where}: the account has no credit left")
         if status == 404:
             return Failure(f"{where}: no such model or address; {AT_V1}")
@@ -315,14 +315,17 @@ class Endpoint:
 def hiding(key: str) -> Hide:
     """A function that cuts `key` out of a text, in whatever spelling a header, an address, HTML or JSON may hold it.
 
-    Upper or lower case; with JSON's, percent and HTML escapes; with blanks or what is not shown between its letters.
+    Upper or lower case; with JSON's, percent and HTML escapes; with blanks or what is not shown between its letters. Half
+    of it, as a server may leave where it cuts a text, is cut out too.
     """
     if len(key) < SHORTEST_SECRET:
         return str
-    blank = "[^!-~]*"  # is never part of a letter, so that the search takes one pass
     codes = [(re.escape(letter), ord(letter)) for letter in key]
     letters = [rf"\\*(?:{own}|u00{n:02x}|x{n:02x}|%(?:25)*{n:02x}|&#(?:0*{n}|x0*{n:x});)" for own, n in codes]
-    pattern = re.compile(blank.join(letters), re.IGNORECASE | re.ASCII)
+    half = (len(letters) + 1) // 2
+    parts = [letters] if half < SHORTEST_SECRET else [letters, [*letters[:half], r"[\w.~+/=%&#;\\-]*"], letters[-half:]]
+    blank = "[^!-~]*"  # is never part of a letter, so that the search takes one pass
+    pattern = re.compile("|".join(map(blank.join, parts)), re.IGNORECASE | re.ASCII)
     return lambda text: pattern.sub("[key]", text)
 
 
@@ -412,7 +415,7 @@ def _told(said: Any, name: str = "") -> Iterator[tuple[str, str]]:
         for value in said:
             yield from _told(value, name)
     elif isinstance(said, str):
-        yield name, re.split("['\"]input['\"]", said)[0]  # errors that are written into a text
+        yield name, re.split("['\"]input['\"]", said[:MOST_CHARACTERS])[0]  # errors that are written into a text
 
 
 def _named(told: list[tuple[str, str]]) -> tuple[str, ...]:

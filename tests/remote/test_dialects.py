@@ -45,6 +45,7 @@ OPENROUTER = {"provider": "DeepInfra", "choice": {"native_finish_reason": "stop"
     (chosen({**RED, "reasoning": "The car looks red."}), None), (chosen({**RED, "tool_calls": []}, **LM_STUDIO), None),
     (chosen({**RED, "reasoning_content": ""}, **LM_STUDIO), None),
     (chosen({**RED, "refusal": None, "reasoning": None}, **OPENROUTER), None),
+    (Answered(raw=b"\xef\xbb\xbf" + json.dumps(chosen(RED).data).encode()), None),  # a byte order mark
     (Answered(raw=b"\n\n   \n" + json.dumps(chosen(RED).data).encode()), None),  # OpenRouter, waiting for its provider
     (chosen({"content": [{"type": "text", "text": "a red"}, {"type": "text", "text": " car"}]}), None),
     (chosen({"content": [{"type": "thinking", "thinking": [{"text": "hm"}]}, {"type": "text", "text": "a red car"}]}), None),
@@ -126,6 +127,7 @@ VLLM_SAYS = (
     ("top_logprobs", refusal(400, "Invalid value", param="top_logprobs"), [20, 5]),
     ("top_logprobs", Answered({"detail": [{"loc": ["body", "top_logprobs"], "msg": "must be at most 5"}]}, 422), [20, 5]),
     ("top_logprobs", Answered({"error": {"message": "Provider error", "metadata": {"raw": "topLogprobs: max 8"}}}, 400), [20, 5]),
+    ("top_logprobs", Answered(raw=b"top_logprobs may be 5 at most", status=400), [20, 5]),
     ("logprobs", refusal(400, "Please remove 'logprobs'/'top_logprobs' from your request"), [20, 5, None, "none"]),
     ("logprobs", refusal(403, "You are not allowed to request logprobs from this model"), [20, "none"]),
     ("logprobs", refusal(400, "Logprobs is not enabled for models/gemini-2.5-pro", code=400), [20, "none"]),

@@ -99,7 +99,8 @@ def silent(**message: Any) -> Answered:
     Answered({"choices": [{"message": {"content": ""}, "finish_reason": "x" * 190 + KEY}]}), Answered({"choices": KEY}),
     Answered({"choices": [{"message": {"content": [KEY, {"text": 5}]}}]}), Answered(raw=KEY.encode() + b"[" * 100_000),
     Answered({"error": {"message": KEY}, "choices": [{"error": {"message": KEY, "code": 502}}]}),
-    Answered({}, 429, {"Retry-After": KEY}),
+    Answered({}, 429, {"Retry-After": KEY}), Answered(raw=f"oh {KEY[:16]}".encode(), status=500),
+    Answered({"error": KEY[8:]}, 400), Answered(raw=f'{{"error": "{ESCAPED[: 6 * 16 + 3]}'.encode(), status=400),
 ])  # fmt: skip
 def test_a_refused_key_is_in_no_message_no_traceback_and_no_frame(
     tmp_path: Path, reply: Answered, caplog: pytest.LogCaptureFixture
@@ -127,6 +128,19 @@ def test_a_key_in_pieces_is_in_no_answer_and_no_file(tmp_path: Path, content: An
     for file in (path for path in tmp_path.rglob("*.*") if path.is_file()):
         stored = np.load(file)["header"].tobytes() if file.suffix == ".npz" else file.read_bytes()
         assert [fragment for fragment in FRAGMENTS if fragment.encode() in stored] == []
+
+
+def test_a_proxy_is_used_where_the_environment_names_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(lambda asked: says("yes")) as server:
+        monkeypatch.setenv("http_proxy", server.base_url.replace("http://", "http://me:p%40ss@"))
+        box = ll.load("openai:m", base_url="http://model.example:81/v1", cache=tmp_path, retries=0, timeout=5.0)
+        assert box.ask(PLAIN, QUESTION).answer == "yes"
+        assert open_box(server, tmp_path).ask(PLAIN, QUESTION).answer == "yes"  # what is here is asked directly
+    through, direct = server.asked
+    assert (through.path, through.headers["Host"]) == ("http://model.example:81/v1/chat/completions", "model.example:81")
+    assert through.headers["Proxy-Authorization"] == "Basic bWU6cEBzcw=="  # me:p@ss
+    assert "Authorization" not in through.headers, "plain http to another machine"
+    assert (direct.path, "Proxy-Authorization" in direct.headers) == ("/v1/chat/completions", False)
 
 
 @pytest.mark.parametrize("base_url", [
