@@ -23,6 +23,7 @@ from llava_lab.errors import CheckpointError, LabError, OptionError, TargetError
 from llava_lab.models import Lab, load
 from llava_lab.models.layout import language_layers, used_vision_layers
 from llava_lab.results import Relevance, Run
+from tests.support.closeness import TERMS, close
 from tests.support.endpoint_server import open_box, serving, weighing
 from tests.support.leftovers import as_someone_who_trains_has_it, state_of
 from tests.support.logit_cases import speaking_lab
@@ -98,7 +99,7 @@ def shares_its_passes_among_targets(bench: Bench, name: str) -> None:
     else:
         assert alone.passes == together.passes
     if not METHODS[name].control or name == "vision":  # a control may draw a new map for each target
-        np.testing.assert_allclose(alone.values[0], together.values[1], rtol=1e-4, atol=3e-5)
+        close(alone.values[0], together.values[1], of=bench.run.logprobs.sum(), terms=TERMS)
 
 
 def repeats_itself_and_leaves_nothing_behind(bench: Bench, name: str) -> None:

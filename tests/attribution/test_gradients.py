@@ -23,6 +23,7 @@ from llava_lab.models.layout import connector_of, language_layers
 from llava_lab.replay import fill_pixels, resolve_targets
 from llava_lab.replay.alter import open_altered
 from llava_lab.results import Run, Target
+from tests.support.closeness import TERMS, close
 from tests.support.gradients import PLACES, compute, logit, noise_run, stands_at
 from tests.support.planted import RED, planted_lab, red_picture, scripted_run
 
@@ -61,8 +62,8 @@ def test_gradient_input_is_autograd_s(tiny_random: Lab, run: Run, at: str, targe
     product = torch.autograd.grad(score, value)[0] * value.detach()
     maps = compute(tiny_random, run, "gradient_input", target, at=at)
     expected = patch_sums(product) if at == "pixels" else product.sum(-1).reshape(4, 4)
-    np.testing.assert_allclose(maps.values[0], expected, atol=1e-5)
-    assert maps.extras["score"][0] == pytest.approx(float(score.detach()), abs=1e-4)
+    close(maps.values[0], expected, terms=TERMS)
+    close(maps.extras["score"][0], float(score.detach()), terms=TERMS)
 
 
 @pytest.mark.parametrize("at", PLACES)
@@ -137,7 +138,7 @@ def test_a_contrast_is_the_difference_of_its_two_words(tiny_random: Lab, run: Ru
     ]
     both, said, other = quick(tiny_random, run, method, [contrast, *words]).values
     assert np.abs(said - other).max() > 1e-3
-    np.testing.assert_allclose(both, said - other, atol=1e-4)
+    close(both, said - other, terms=TERMS)
 
 
 def test_gradcam_is_captum_s_on_the_layer_llava_reads(tiny_random: Lab, run: Run) -> None:
@@ -156,8 +157,8 @@ def test_gradcam_is_captum_s_on_the_layer_llava_reads(tiny_random: Lab, run: Run
 
     for number in range(2):
         expected = captum.attr.LayerGradCam(forward, tap).attribute(planes.requires_grad_(), target=number)[0, 0].detach()
-        np.testing.assert_allclose(signed.values[number], expected, atol=1e-5)
-        np.testing.assert_allclose(positive.values[number], expected.clamp_min(0), atol=1e-5)
+        close(signed.values[number], expected, terms=TERMS)
+        close(positive.values[number], expected.clamp_min(0), terms=TERMS)
         assert positive.extras["negative_share"][number] == pytest.approx(float((expected < 0).float().mean()))
     assert any("cut to 0" in note for note in positive.notes)
     assert not any("cut to 0" in note for note in signed.notes)
@@ -193,9 +194,9 @@ def test_the_path_sums_to_the_change_of_the_logit(tiny_random: Lab, run: Run, at
         ends = [[float(logit(tiny_random, run, one, at="pixels", value=each)) for one in targets] for each in (pixels, filled)]
     moved = np.subtract(ends[0], ends[1])
     np.testing.assert_allclose(maps.values.sum((1, 2)), moved, atol=0.02 * np.abs(moved).max())
-    np.testing.assert_allclose(maps.extras["completeness_gap"], maps.values.sum((1, 2)) - moved, atol=1e-4)
-    np.testing.assert_allclose(maps.extras["score"], ends[0], atol=1e-4)
-    np.testing.assert_allclose(maps.extras["score_at_fill"], ends[1], atol=1e-4)
+    close(maps.extras["completeness_gap"], maps.values.sum((1, 2)) - moved, of=ends, terms=TERMS)
+    close(maps.extras["score"], ends[0], terms=TERMS)
+    close(maps.extras["score_at_fill"], ends[1], terms=TERMS)
     assert any("completeness: the map sums to" in note and "gap of" in note for note in maps.notes)
     assert maps.passes == {"forward": 66 if at == "pixels" else 67, "backward": 64}
 
@@ -208,7 +209,7 @@ def test_it_is_captum_s_own_answer_for_each_target(tiny_random: Lab, run: Run) -
         method = captum.attr.IntegratedGradients(here.scores)
         for number in range(2):
             expected = method.attribute(here.value, here.fill, target=number, n_steps=6, method="riemann_trapezoid")
-            np.testing.assert_allclose(found[number], expected.sum(1)[0].detach(), atol=1e-5)
+            close(found[number], expected.sum(1)[0].detach(), terms=TERMS)
 
 
 def test_ctrl_c_on_the_path_keeps_its_first_part(tiny_random: Lab, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,7 +244,7 @@ def interrupted_after(lab: Lab, monkeypatch: pytest.MonkeyPatch, *, calls: int) 
 def test_without_noise_smoothgrad_is_gradient_input(tiny_random: Lab, run: Run, at: str) -> None:
     plain = compute(tiny_random, run, "gradient_input", ["blue", 0], at=at).values
     smooth = compute(tiny_random, run, "smoothgrad", ["blue", 0], at=at, noise=0.0, samples=3, batch=2)
-    np.testing.assert_allclose(smooth.values, plain, atol=1e-5)
+    close(smooth.values, plain, terms=TERMS)
     assert smooth.passes == {"forward": 4, "backward": 3}
     assert "mean over 3 noisy copies" in smooth.notes[0]
 
@@ -262,9 +263,9 @@ def test_the_noise_is_the_seed_s_and_its_size_the_range_s(tiny_random: Lab, run:
             gradients = [torch.autograd.grad(here.scores(copy.requires_grad_())[0, 0], copy)[0] for copy in noisy]
         expected = torch.stack([(grad * value).sum(1) for grad, value in zip(gradients, noisy, strict=True)]).mean(0)
         lengths = torch.stack(gradients).mean(0).norm(dim=1)
-    np.testing.assert_allclose(one[0], expected[0].detach(), atol=1e-4)
+    close(one[0], expected[0].detach(), terms=TERMS)
     saliency = compute(tiny_random, run, "smoothgrad", "blue", samples=4, seed=1, times_input=False)
-    np.testing.assert_allclose(saliency.values[0], lengths[0], atol=1e-4)
+    close(saliency.values[0], lengths[0], terms=TERMS)
     assert "no sign" in saliency.notes[0]
 
 
@@ -272,7 +273,7 @@ def test_ctrl_c_keeps_the_copies_that_are_done(tiny_random: Lab, run: Run, monke
     with interrupted_after(tiny_random, monkeypatch, calls=3):
         part = compute(tiny_random, run, "smoothgrad", "blue", samples=8)
     two = compute(tiny_random, run, "smoothgrad", "blue", samples=2)
-    np.testing.assert_allclose(part.values, two.values, atol=1e-6)
+    close(part.values, two.values, terms=TERMS)
     assert any("Interrupted after 2 of 8 copies" in note for note in part.notes)
 
 

@@ -16,6 +16,7 @@ from llava_lab.errors import LabError
 from llava_lab.models import Lab
 from llava_lab.models.layout import language_layers, language_model
 from llava_lab.results import Run, Target
+from tests.support.closeness import TERMS, close
 from tests.support.logit_cases import grouped_lab, states_and_logits
 from tests.support.planted import planted_lab, red_picture, scripted_run
 
@@ -50,13 +51,13 @@ def test_map_and_remainder_add_up_to_the_models_logit(
         want -= sum(float(logits[at, token]) for at, token in zip(target.positions, target.against_ids, strict=False))
         parts = dict(rel.extras["parts"][i])
         assert abs(parts.pop("rounding")) < 1e-4
-        assert parts.pop("image") == pytest.approx(float(rel.values[i].sum()), abs=1e-4)
-        assert float(rel.values[i].sum()) + sum(parts.values()) == pytest.approx(want, abs=1e-4)
-        assert rel.extras["logit"][i] == pytest.approx(want, abs=1e-4)
+        close(parts.pop("image"), float(rel.values[i].sum()), terms=TERMS)
+        close(float(rel.values[i].sum()) + sum(parts.values()), want, terms=TERMS)
+        close(rel.extras["logit"][i], want, terms=TERMS)
         assert set(parts) == {"image_left_out", "mlp", "embedding", "bias", "system", "question", "cue", "answer"}
         assert (abs(parts["bias"]) > 1e-3) == (which == "grouped")
         image = float(np.sum(rel.extras["image_by_layer"][i]))
-        assert image == pytest.approx(float(rel.values[i].sum()) + parts["image_left_out"], abs=1e-4)
+        close(image, float(rel.values[i].sum()) + parts["image_left_out"], terms=TERMS)
 
 
 @pytest.mark.parametrize("which", ["tiny_random", "grouped"])
@@ -92,7 +93,7 @@ def test_direct_logit_equals_moving_one_head_and_one_position_at_a_time(which: s
                     carried = float(full.attention[i][0, head, at, position]) * shared[position, group]
                     want[position - start] += float(direction @ (out[:, head * 16 : (head + 1) * 16] @ carried))
     rel = attribute(lab, run, method="direct_logit", target="blue")
-    np.testing.assert_allclose(rel.values[0].ravel(), want, atol=1e-5)
+    close(rel.values[0].ravel(), want, terms=TERMS)
     assert np.abs(want).max() > 0.01
 
 
@@ -101,22 +102,22 @@ def test_direct_logit_of_a_contrast_is_the_difference_of_the_two_words(tiny_rand
     position, said, other = (getattr(contrast.targets[0], name)[0] for name in ("positions", "token_ids", "against_ids"))
     singles = [Target("token", "x", (position,), (token,)) for token in (said, other)]
     one, two = attribute(tiny_random, run, method="direct_logit", target=singles).values
-    np.testing.assert_allclose(contrast.values[0], one - two, atol=1e-5)
+    close(contrast.values[0], one - two, terms=TERMS)
     centred = attribute(tiny_random, run, method="direct_logit", target=("blue", "red"), centre=True)
-    np.testing.assert_allclose(centred.values, contrast.values, atol=1e-6)
+    close(centred.values, contrast.values, terms=TERMS)
 
 
 def test_maps_of_separate_heads_add_up_to_the_whole_map(tiny_random: Lab, run: Run) -> None:
     whole = attribute(tiny_random, run, method="direct_logit", target="blue")
     heads = [attribute(tiny_random, run, method="direct_logit", target="blue", heads=head).values for head in range(4)]
-    np.testing.assert_allclose(sum(heads), whole.values, atol=1e-5)
+    close(sum(heads), whole.values, terms=TERMS)
     layers = [attribute(tiny_random, run, method="direct_logit", target="blue", layers=(i, i + 1)) for i in range(3)]
-    np.testing.assert_allclose(sum(one.values for one in layers), whole.values, atol=1e-5)
+    close(sum(one.values for one in layers), whole.values, terms=TERMS)
     by_layer = [float(one.values.sum()) for one in layers]
-    np.testing.assert_allclose(whole.extras["image_by_layer"][0], by_layer, atol=1e-5)
+    close(whole.extras["image_by_layer"][0], by_layer, terms=TERMS)
     best = whole.extras["top_heads"][0][0]
     alone = attribute(tiny_random, run, method="direct_logit", target="blue", heads=((best["layer"], best["head"]),))
-    assert float(alone.values.sum()) == pytest.approx(best["value"], abs=1e-5)
+    close(float(alone.values.sum()), best["value"], terms=TERMS)
     assert "L" + str(best["layer"]) in alone.notes[-1]
 
 
@@ -158,12 +159,12 @@ def test_lens_norms_every_state_once(tiny_random: Lab, run: Run, value: str) -> 
     image, token = slice(*run.segments["image"]), run.target("blue").token_ids[0]
     assert len(run.target("blue").token_ids) == 1
     tables = [tiny_random.model.lm_head(norm(state)) for state in states[:-1]] + [tiny_random.model.lm_head(states[-1])]
-    torch.testing.assert_close(tables[-1].float(), logits)
+    close(tables[-1].float(), logits, terms=TERMS)
     twice = tiny_random.model.lm_head(norm(states[-1]))
     for number, table in enumerate(tables):
         want = (table.softmax(-1) if value == "probability" else table)[image, token].detach().numpy()
         found = attribute(tiny_random, run, method="logit_lens_map", target="blue", layers=number, value=value).values[0].ravel()
-        np.testing.assert_allclose(found, want, atol=1e-5)
+        close(found, want, terms=TERMS)
     wrong = (twice.softmax(-1) if value == "probability" else twice)[image, token].detach().numpy()
     assert np.abs(found - wrong).max() > 0.05 * np.abs(found).max(), "this fixture cannot tell a norm applied twice"
 
@@ -172,14 +173,14 @@ def test_lens_reduces_each_word_over_its_states_and_tokens(tiny_random: Lab, run
     ask: dict[str, Any] = {"method": "logit_lens_map", "target": ["Yes,", ("blue", "red")]}
     one_by_one = np.stack([attribute(tiny_random, run, layers=i, **ask).values for i in range(4)])
     mean = attribute(tiny_random, run, reduce="mean", **ask)
-    np.testing.assert_allclose(mean.values, one_by_one.mean(0), atol=1e-6)
+    close(mean.values, one_by_one.mean(0), terms=TERMS)
     window = attribute(tiny_random, run, layers=(1, 3), reduce="mean", **ask)
-    np.testing.assert_allclose(window.values, one_by_one[1:3].mean(0), atol=1e-6)
+    close(window.values, one_by_one[1:3].mean(0), terms=TERMS)
     assert window.extras["states"] == [1, 2]
     strongest = attribute(tiny_random, run, **ask)
-    np.testing.assert_allclose(strongest.values[0], one_by_one[:, 0].max(0), atol=1e-6)
+    close(strongest.values[0], one_by_one[:, 0].max(0), terms=TERMS)
     curve = strongest.extras["strongest_patch_by_state"][0]
-    np.testing.assert_allclose(curve, one_by_one[:, 0].max((1, 2)), atol=1e-6)
+    close(curve, one_by_one[:, 0].max((1, 2)), terms=TERMS)
     assert strongest.extras["strongest_state"][0] == int(np.argmax(curve))
     said, other = (
         Target("token", "x", (0,), (ids[0],)) for ids in (strongest.targets[1].token_ids, strongest.targets[1].against_ids)
@@ -187,4 +188,4 @@ def test_lens_reduces_each_word_over_its_states_and_tokens(tiny_random: Lab, run
     at = run.segments["answer"][0]
     pair = [replace(one, positions=(at,)) for one in (said, other)]
     blue, red = attribute(tiny_random, run, method="logit_lens_map", target=pair).values
-    np.testing.assert_allclose(strongest.values[1], blue - red, atol=1e-6)
+    close(strongest.values[1], blue - red, terms=TERMS)

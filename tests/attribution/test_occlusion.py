@@ -34,12 +34,11 @@ from llava_lab.replay.alter import Pixels, open_altered
 from llava_lab.replay.fills import inpaint
 from llava_lab.replay.prefix import Prefix
 from llava_lab.results import Run
-from tests.support.closeness import tolerance
+from tests.support.closeness import TERMS, close, tolerance
 from tests.support.games import Formula
 from tests.support.planted import RED, planted_lab, red_picture, scripted_run
 
 PATCH = 8
-WIDTH = 64  # of the small model
 
 
 @pytest.fixture(scope="module")
@@ -89,16 +88,14 @@ def test_equals_covering_one_block_after_the_other(
     rel = attribute(tiny_random, run, method="occlusion", target=target, block=block, stride=stride, fill=fill, batch=batch)
     pixels = fill_pixels(tiny_random, tiny_random.inputs(run)["pixel_values"], fill, run.map)
     want = _naive(tiny_random, run, block, stride or block, pixels)
-    # a drop is the difference of two sums of log-probabilities, each rounded at its own size
-    allowed = 2 * tolerance(rel.extras["score"], terms=WIDTH)
-    np.testing.assert_allclose(rel.values, want, rtol=0, atol=allowed)
+    close(rel.values, want, of=rel.extras["score"], terms=TERMS)
     assert rel.passes["forward"] == len(blocks_of(4, 4, block, stride or block)) + 1
 
 
 def test_score_is_the_log_probability_the_run_recorded(tiny_random: Lab, picture: np.ndarray) -> None:
     run = tiny_random.ask(picture, "What color is the car?", max_new_tokens=6)
     rel = attribute(tiny_random, run, method="occlusion", block=4)
-    assert rel.extras["score"][0] == pytest.approx(float(run.logprobs.sum()), abs=1e-4)
+    close(rel.extras["score"][0], float(run.logprobs.sum()), terms=TERMS)
 
 
 class Redness(Pixels):
@@ -156,7 +153,7 @@ def test_ctrl_c_gives_the_finished_blocks(tiny_random: Lab, run: Run, monkeypatc
 
     monkeypatch.setattr(tiny_random.model, "forward", interrupted)
     part = attribute(tiny_random, run, method="occlusion", batch=4)
-    np.testing.assert_allclose(part.values[0, :2], whole.values[0, :2], atol=1e-6)
+    close(part.values[0, :2], whole.values[0, :2], of=whole.extras["score"], terms=TERMS)
     assert (part.values[0, 2:] == 0).all()
     assert "Interrupted after 8 of 16 blocks; patches not reached are 0." in part.notes
     calls = 2
@@ -219,8 +216,9 @@ def test_is_exact_where_it_is_fine_and_shared_out_where_it_is_not(tiny_random: L
     coarse = attribute(tiny_random, run, method="occlusion", block=2, **options).values / 4
     assert rough.extras["rounds"] == [4, 8]
     assert rough.passes["forward"] == 12 + 1 + (at == "projector")  # one more through the tower for the grey picture
-    exact = np.isclose(rough.values, fine, atol=3e-5).all(0)
-    shared = np.isclose(rough.values, coarse, atol=3e-5).all(0)
+    near = 2 * tolerance(rough.extras["score"], terms=TERMS)
+    exact = np.isclose(rough.values, fine, atol=near).all(0)
+    shared = np.isclose(rough.values, coarse, atol=near).all(0)
     assert exact.sum() == 8
     assert (exact | shared).all()
 
@@ -250,7 +248,9 @@ def test_sums_are_those_of_the_blocks(tiny_random: Lab, run: Run) -> None:
     alone = attribute(tiny_random, run, method="occlusion", block=2, target="blue").values[0]
     quarters = [rel.values[0, y : y + 2, x : x + 2].sum() for y in (0, 2) for x in (0, 2)]
     expected = [alone[y, x] for y in (0, 2) for x in (0, 2)]
-    assert sum(np.isclose(quarters, expected, atol=3e-5)) >= 3  # the fourth was cut further
+    assert (
+        sum(np.isclose(quarters, expected, atol=2 * tolerance(rel.extras["score"], terms=TERMS))) >= 3
+    )  # the fourth was cut further
     assert np.ptp(one) == 0
 
 
@@ -315,7 +315,7 @@ def test_equals_a_loop_over_its_masks(tiny_random: Lab, run: Run, fill: str) -> 
         shares.append(mask.reshape(4, 8, 4, 8).mean((1, 3)).numpy())
     table, weights = np.array(scores), np.array(shares)
     want = np.einsum("mn,myx->nyx", table - table.mean(0), weights) / weights.sum(0)
-    np.testing.assert_allclose(rel.values, want, atol=2e-5)
+    close(rel.values, want, of=table.max(0), terms=TERMS)
     assert rel.passes["forward"] == 7
 
 
@@ -413,8 +413,7 @@ def test_equals_whole_forwards_under_a_mask(tiny_random: Lab, run: Run, rows: st
     with _attention(tiny_random, "eager"):
         whole = _masked_score(tiny_random, run, _masked(run, [], first))
         drops = [whole - _masked_score(tiny_random, run, _masked(run, [column], first)) for column in range(*image)]
-    limit = np.maximum(1e-5, 5e-7 * np.abs(whole))[:, None]  # float32 holds a score of -50 to 4e-6
-    assert (np.abs(rel.values.reshape(3, 16) - np.stack(drops, 1)) <= limit).all()
+    close(rel.values.reshape(3, 16), np.stack(drops, 1), of=whole, terms=TERMS)
     assert np.abs(rel.values).max() > 0.01
 
 
@@ -425,7 +424,7 @@ def test_a_block_hides_all_of_its_tokens(tiny_random: Lab, run: Run) -> None:
     drop = _masked_score(tiny_random, run, _masked(run, [], first)) - _masked_score(
         tiny_random, run, _masked(run, columns, first)
     )
-    np.testing.assert_allclose(rel.values[:, 3, 1], drop, atol=3e-5)
+    close(rel.values[:, 3, 1], drop, of=run.logprobs.sum(), terms=TERMS)
     assert (rel.values[:, 2, 0] == rel.values[:, 3, 1]).all()
 
 
@@ -520,7 +519,7 @@ def test_ctrl_c_gives_the_finished_knockouts(tiny_random: Lab, run: Run, monkeyp
     monkeypatch.setattr(tiny_random.model, "forward", interrupted)
     part = attribute(tiny_random, run, method="token_knockout")
     assert 0 < done < 16
-    np.testing.assert_allclose(part.values[0].ravel()[:done], whole.values[0].ravel()[:done], atol=1e-5)
+    close(part.values[0].ravel()[:done], whole.values[0].ravel()[:done], of=run.logprobs.sum(), terms=TERMS)
     assert (part.values[0].ravel()[done:] == 0).all()
     assert f"Interrupted after {done} of 16 blocks; patches not reached are 0." in part.notes
     calls = 2

@@ -18,6 +18,7 @@ from llava_lab.models.layout import language_layers, used_vision_layers
 from llava_lab.replay import resolve_targets
 from llava_lab.results import Run
 from tests.support.checkpoints import SENTENCES, build_llama_model, build_llava, build_processor, byte_tokenizer, llava_config
+from tests.support.closeness import TERMS, close
 from tests.support.gradients import compute, noise_run
 from tests.support.leftovers import as_someone_who_trains_has_it, state_of
 from tests.support.planted import RED, planted_lab, red_picture, scripted_run
@@ -84,7 +85,7 @@ def naive(lab: Lab, run: Run, target: Any, *, vision: bool = False) -> np.ndarra
 def test_the_map_is_rules_5_and_6_on_kept_matrices(tiny_random: Lab, eager: Lab, run: Run, target: Any, vision: bool) -> None:
     expected = naive(eager, run, target, vision=vision)
     assert expected.max() > 1e-3
-    np.testing.assert_allclose(maps(tiny_random, run, target, vision=vision)[0], expected, rtol=1e-4, atol=1e-5)
+    close(maps(tiny_random, run, target, vision=vision)[0], expected, terms=TERMS)
 
 
 @pytest.mark.parametrize("vision", [False, True])
@@ -96,12 +97,12 @@ def test_several_targets_share_the_passes_and_equal_single_ones(tiny_random: Lab
     for number, target in enumerate(targets):
         alone = METHODS["relevancy"].compute(tiny_random, run, (target,), options)
         assert alone.passes == together.passes == {"forward": 2, "backward": 1}
-        np.testing.assert_allclose(alone.values[0], together.values[number], rtol=1e-4, atol=1e-6)
-        assert alone.extras["image_share"][0] == pytest.approx(together.extras["image_share"][number], abs=1e-5)
+        close(alone.values[0], together.values[number], terms=TERMS)
+        close(alone.extras["image_share"][0], together.extras["image_share"][number], terms=TERMS)
 
 
 def test_a_model_loaded_with_eager_attention_gives_the_same_map(tiny_random: Lab, eager: Lab, run: Run) -> None:
-    np.testing.assert_allclose(maps(eager, run, "blue", vision=True), maps(tiny_random, run, "blue", vision=True), atol=1e-5)
+    close(maps(eager, run, "blue", vision=True), maps(tiny_random, run, "blue", vision=True), terms=TERMS)
 
 
 def test_heads_that_share_keys_are_told_apart() -> None:
@@ -116,7 +117,7 @@ def test_heads_that_share_keys_are_told_apart() -> None:
     found = maps(lab, run, ["blue", "answer"])
     model.set_attn_implementation("eager")
     for number, target in enumerate(("blue", "answer")):
-        np.testing.assert_allclose(found[number], naive(lab, run, target), rtol=1e-4, atol=1e-5)
+        close(found[number], naive(lab, run, target), terms=TERMS)
 
 
 @pytest.mark.parametrize("feature_layer", [[-3, -2], -1, [0, -2]], ids=str)
@@ -124,7 +125,7 @@ def test_several_feature_layers_send_their_own_gradient(tmp_path: Path, feature_
     lab = load(str(build_llava(tmp_path / "model", feature_layer=feature_layer)), attention="eager")
     run = noise_run(lab)
     expected = naive(lab, run, "blue", vision=True)
-    np.testing.assert_allclose(maps(lab, run, "blue", vision=True)[0], expected, rtol=1e-4, atol=1e-5)
+    close(maps(lab, run, "blue", vision=True)[0], expected, terms=TERMS)
 
 
 def test_576_image_tokens_and_both_fits_take_the_same_path(llava15_folder: Path) -> None:
@@ -173,14 +174,14 @@ def test_the_variant_gives_lvlm_interpret_s_maps(tiny_random: Lab, eager: Lab, r
     expected = lvlm_interpret(eager, run)
     every = list(range(len(expected)))
     found = maps(tiny_random, run, every, variant="lvlm-interpret")
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    close(found, expected, terms=TERMS)
     last = maps(tiny_random, run, every[2], variant="lvlm-interpret")
-    np.testing.assert_allclose(last[0], expected[2], rtol=1e-4, atol=1e-5)
+    close(last[0], expected[2], terms=TERMS)
     exact = maps(tiny_random, run, every)
     assert np.abs(exact[0] / exact[0].sum() - found[0] / found[0].sum()).max() < 1e-4, "the first token has no earlier one"
     assert np.abs(exact[3] / exact[3].sum() - found[3] / found[3].sum()).max() > 1e-4, "later ones reuse its rows"
     whole = maps(tiny_random, run, "answer", variant="lvlm-interpret")
-    np.testing.assert_allclose(whole[0], expected.mean(0), rtol=1e-4, atol=1e-5)
+    close(whole[0], expected.mean(0), terms=TERMS)
 
 
 def test_the_variant_refuses_what_that_tool_cannot_do(tiny_random: Lab, run: Run) -> None:
@@ -197,17 +198,17 @@ def test_mass_and_class_token_share_are_what_the_chain_leaves(tiny_random: Lab, 
     assert plain.extras["mass"] == chained.extras["mass"]
     mass = plain.extras["mass"][0]
     assert mass["image"] == pytest.approx(plain.values.sum(), rel=1e-5)
-    assert plain.extras["image_share"][0] == pytest.approx(mass["image"] / sum(mass.values()), abs=1e-6)
+    close(plain.extras["image_share"][0], mass["image"] / sum(mass.values()), terms=TERMS)
     logits, language, tower = kept(eager, eager.inputs(run))
     (target,) = targets
     score = logits[list(target.positions), list(target.token_ids)].sum()
-    assert plain.extras["score"][0] == pytest.approx(float(score.detach()), abs=1e-4)
+    close(plain.extras["score"][0], float(score.detach()), terms=TERMS)
     gradients = torch.autograd.grad(score, [*language, *tower])
     whole = rules(language, gradients[: len(language)])
     row = (whole - torch.eye(len(whole)))[list(target.positions)].mean(0)  # its own word is no relevance
     image = row[slice(*run.segments["image"])]
     for name, (start, stop) in run.segments.items():
-        assert mass[name] == pytest.approx(float(row[start:stop].sum()), rel=1e-4, abs=1e-6), name
+        close(mass[name], float(row[start:stop].sum()), terms=TERMS)
     ended = image @ rules(tower, gradients[len(language) :])[1:]
     assert 0 < chained.extras["lost_to_cls"][0] == pytest.approx(float(ended[0] / ended.sum()), abs=1e-5)
     assert any("class token" in note for note in chained.notes)

@@ -28,6 +28,7 @@ from llava_lab.errors import LabError
 from llava_lab.models import Lab, load
 from llava_lab.models.layout import language_layers, used_vision_layers
 from llava_lab.results import Run
+from tests.support.closeness import TERMS, close
 from tests.support.matrices import naive_rollout, uniform_attention
 from tests.support.planted import planted_lab, scripted_run
 
@@ -65,7 +66,7 @@ def test_uniform_attention_collapses_as_tabled(
     for _ in range(layers):
         flow.step(attention, 1 - weight)
         null.step(1 - weight)
-    torch.testing.assert_close(null.total, flow.total, atol=1e-5, rtol=0)
+    close(null.total, flow.total, terms=TERMS)
     row = flow.total[-1]
     assert row[0] == pytest.approx(first, abs=6e-4)
     assert row[start:stop].sum() == pytest.approx(image, abs=6e-4)
@@ -85,7 +86,7 @@ def test_flow_equals_the_definition_and_keeps_rows_whole(causal: bool) -> None:
     flow = Flow(size, causal=causal)
     for attention, residual in zip(matrices, residuals, strict=True):
         flow.step(attention, residual)
-    torch.testing.assert_close(flow.total, naive_rollout(matrices, residuals).float(), atol=1e-6, rtol=0)
+    close(flow.total, naive_rollout(matrices, residuals).float(), terms=TERMS)
     torch.testing.assert_close(flow.total.sum(1), torch.ones(size), atol=1e-5, rtol=0)
     assert not causal or flow.total.triu(1).abs().max() == 0
 
@@ -100,7 +101,7 @@ def test_uniform_flow_is_flow_over_uniform_matrices(causal: bool, removed: tuple
     for _ in range(4):
         flow.step(attention, residual)
         uniform.step(residual)
-    torch.testing.assert_close(uniform.total, flow.total, atol=1e-6, rtol=0)
+    close(uniform.total, flow.total, terms=TERMS)
     torch.testing.assert_close(uniform.total.sum(1), torch.ones(size), atol=1e-6, rtol=0)
 
 
@@ -194,7 +195,7 @@ def test_every_option_equals_the_definition_on_kept_matrices(
     tiny_random: Lab, run: Run, towers: tuple[Full, Full], options: dict[str, Any]
 ) -> None:
     rel = attribute(tiny_random, run, **{**PLAIN, **options})
-    np.testing.assert_allclose(rel.values[0], _expected(towers, run, options), atol=1e-5)
+    close(rel.values[0], _expected(towers, run, options), terms=TERMS)
     assert rel.passes == {"forward": 1, "backward": 0}
 
 
@@ -274,10 +275,10 @@ def test_576_image_tokens_take_the_same_path(big: tuple[Lab, Run]) -> None:
         lab.model(**lab.inputs(run))
     total = naive_rollout([a[0].mean(0) for a in full.attention.values()], [torch.tensor(0.5)] * 2)
     whole = attribute(lab, run, **PLAIN)
-    np.testing.assert_allclose(whole.values[0], _image_rows(total, run), atol=1e-6)
+    close(whole.values[0], _image_rows(total, run), terms=TERMS)
     rows = attribute(lab, run, method="attention").values[0]
     mean = torch.stack([a[0].mean(0) for a in full.attention.values()]).mean(0)
-    np.testing.assert_allclose(rows, _image_rows(mean, run), atol=1e-6)
+    close(rows, _image_rows(mean, run), terms=TERMS)
     assert np.isfinite(attribute(lab, run, through_vision=True).values).all()
 
 
@@ -298,7 +299,7 @@ def test_vision_is_the_mean_patch_row_of_the_towers_rollout(tiny_random: Lab, ru
     matrices = [whole_rows(fuse_heads(one, fusion)[0]) for one in full.attention.values()]
     total = naive_rollout(matrices, [torch.tensor(0.5)] * len(matrices))
     rel = attribute(tiny_random, run, method="vision", fusion=fusion)
-    np.testing.assert_allclose(rel.values[0].ravel(), total[1:, 1:].mean(0).numpy(), atol=1e-6)
+    close(rel.values[0].ravel(), total[1:, 1:].mean(0).numpy(), terms=TERMS)
     assert rel.extras["lost_to_cls"] == pytest.approx(float(total[1:, 0].mean()), abs=1e-6)
     assert rel.values.sum() + rel.extras["lost_to_cls"] == pytest.approx(1, abs=1e-5)
 

@@ -30,6 +30,7 @@ from llava_lab.capture import undisturbed
 from llava_lab.errors import LabError, OptionError
 from llava_lab.models import Lab
 from llava_lab.results import Run
+from tests.support.closeness import TERMS, close
 from tests.support.games import formula_game
 from tests.support.planted import RED, planted_lab, red_picture, scripted_run
 
@@ -112,7 +113,7 @@ def test_least_squares_is_the_weighted_fit_of_the_normal_equations() -> None:
     design = torch.cat([shown, torch.ones(30, 1)], 1).double()
     scale = weights.double()[:, None]
     want = torch.linalg.solve(design.T @ (scale * design), design.T @ (scale[:, 0] * scores.double()))
-    torch.testing.assert_close(model.representation()[0].double(), want[:5], atol=1e-5, rtol=0)
+    close(model.representation()[0].double(), want[:5], terms=TERMS)
 
 
 def test_equals_one_call_of_captum_with_the_same_seed(tiny_random: Lab, run: Run) -> None:
@@ -123,7 +124,7 @@ def test_equals_one_call_of_captum_with_the_same_seed(tiny_random: Lab, run: Run
         torch.manual_seed(3)
         captum = ShapleyValueSampling(lambda shown: game.worth(shown > 0.5))
         want = captum.attribute(torch.ones(1, 5), n_samples=4)[0]
-    np.testing.assert_allclose(rel.values, game.shared_out(want.numpy()), atol=1e-5)
+    close(rel.values, game.shared_out(want.numpy()), of=rel.extras["full"], terms=TERMS)
 
 
 @pytest.mark.parametrize("method", SMALL)
@@ -216,9 +217,9 @@ def test_equals_one_look_at_a_time(tiny_random: Lab, run: Run) -> None:
         tried = {one: frozenset({*chosen, one}) for one in every - set(chosen)}
         chosen.append(max(sorted(tried), key=lambda one: probability(tried[one]) + 1 - probability(every - tried[one])))
     assert rel.extras["order"] == [chosen]
-    np.testing.assert_allclose(rel.extras["insight"][0], [probability(frozenset(chosen[: k + 1])) for k in range(4)], atol=1e-6)
+    close(rel.extras["insight"][0], [probability(frozenset(chosen[: k + 1])) for k in range(4)], terms=TERMS)
     without = [1 - probability(every - set(chosen[: k + 1])) for k in range(4)]
-    np.testing.assert_allclose(rel.extras["necessity"][0], without, atol=1e-6)
+    close(rel.extras["necessity"][0], without, terms=TERMS)
     assert rel.passes["forward"] == len(known)
     means = [rel.values[0][labels == region].mean() for region in chosen]
     assert means == sorted(means, reverse=True)
@@ -230,7 +231,7 @@ def test_several_targets_share_looks_and_get_their_own_search(tiny_random: Lab, 
     alone = [attribute(tiny_random, run, **GREEDY, target=one) for one in wanted]
     for i, one in enumerate(alone):
         assert together.extras["order"][i] == one.extras["order"][0]
-        np.testing.assert_allclose(together.values[i], one.values[0], atol=1e-5)
+        close(together.values[i], one.values[0], terms=TERMS)
     assert together.passes["forward"] <= 16 < sum(one.passes["forward"] for one in alone)
 
 

@@ -13,6 +13,7 @@ from llava_lab.capture import AnswerRows, watch, watch_attention
 from llava_lab.errors import LabError, OptionError, TargetError
 from llava_lab.models import Lab
 from llava_lab.models.layout import language_layers
+from tests.support.closeness import TERMS, close
 from tests.support.planted import RED, planted_lab
 
 PICTURE = np.random.default_rng(3).integers(0, 255, (40, 60, 3), dtype=np.uint8)
@@ -68,7 +69,7 @@ def test_every_token_s_map_equals_eager_with_everything_kept(lab: Lab, method: s
     )  # fmt: skip
     theirs = eager_maps(lab, method)
     assert theirs.max() > 1e-3
-    np.testing.assert_allclose(found.values.reshape(NEW, -1), theirs, atol=1e-5)
+    close(found.values.reshape(NEW, -1), theirs, terms=TERMS)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +88,7 @@ def test_answer_and_maps_are_those_of_ask_then_attribute(lab: Lab, method: str, 
     assert np.array_equal(run.token_ids, alone.token_ids)
     assert np.array_equal(run.logprobs, alone.logprobs)
     after = attribute(lab, alone, method=method, target=EVERY, **options)
-    np.testing.assert_allclose(found.values, after.values, atol=1e-5)
+    close(found.values, after.values, terms=TERMS)
     assert (found.method, found.options, found.targets) == (after.method, after.options, after.targets)
     for mine, theirs in zip(found.extras["mass"], after.extras["mass"], strict=True):
         assert mine == pytest.approx(theirs, abs=1e-5)
@@ -151,14 +152,14 @@ def test_interrupted_it_gives_the_answer_so_far_with_its_maps(lab: Lab) -> None:
     said = len(run.answer_positions)
     assert said == 2
     assert np.array_equal(run.token_ids, whole.token_ids[: len(run.token_ids)])
-    np.testing.assert_allclose(found.values, attribute(lab, run, **PLAIN).values, atol=1e-5)
+    close(found.values, attribute(lab, run, **PLAIN).values, terms=TERMS)
     assert not watch._HANDLERS
 
 
 def test_a_long_answer_is_kept_in_several_blocks(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llava_lab.capture.reducers.ROOM", 2)
     run, found = ask_and_attribute(lab, PICTURE, QUESTION, target=EVERY, max_new_tokens=NEW)
-    np.testing.assert_allclose(found.values, attribute(lab, run, target=EVERY).values, atol=1e-5)
+    close(found.values, attribute(lab, run, target=EVERY).values, terms=TERMS)
 
 
 def test_only_rows_that_every_layer_has_are_counted(lab: Lab) -> None:

@@ -11,6 +11,7 @@ from llava_lab.attribution import attribute
 from llava_lab.attribution.tam import rank_filter, without_context
 from llava_lab.models import Lab
 from llava_lab.results import Run
+from tests.support.closeness import TERMS, close
 from tests.support.logit_cases import states_and_logits
 from tests.support.planted import planted_lab, red_picture, scripted_run
 
@@ -93,7 +94,7 @@ def test_tam_equals_its_definition_in_loops(tiny_random: Lab, run: Run, options:
     mean = np.mean([_naive_tam(tiny_random, run, at, token, *how) for at, token in steps], 0)
     one = _naive_tam(tiny_random, run, blue.positions[0], blue.token_ids[0], *how)
     other = _naive_tam(tiny_random, run, contrast.positions[0], contrast.against_ids[0], *how)
-    np.testing.assert_allclose(rel.values, np.stack([mean, one, one - other]), atol=1e-4)
+    close(rel.values, np.stack([mean, one, one - other]), terms=TERMS)
     assert np.abs(rel.values).max((1, 2)).min() > 0.01
 
 

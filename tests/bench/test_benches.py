@@ -19,6 +19,7 @@ from llava_lab import bench
 from llava_lab.bench import capture, connectors, harness, occlusion, probes, relevancy, scale
 from llava_lab.models import Lab
 from llava_lab.models.layout import connector_of
+from tests.support.closeness import TERMS, close
 
 NEW = 4
 COMPARED = ("capture", "relevancy", "occlusion", "probes", "connectors")
@@ -80,7 +81,7 @@ def test_capture_gives_the_peers_maps(facts: Facts) -> None:
         ours = [way for way in values if way.startswith("ours") and word in way and way != capture.DEFAULTS]
         assert len(ours) == 2
         for way in ours:
-            np.testing.assert_allclose(values[way], values[peer], atol=1e-5)
+            close(values[way], values[peer], terms=TERMS)
     assert 0 < facts["capture"][capture.FLOOR]["peak_flops_fraction"] < 1
 
 
@@ -89,7 +90,7 @@ def test_relevancy_gives_the_peers_maps(facts: Facts) -> None:
     assert values[relevancy.PEER].shape == values[relevancy.EXACT].shape == (NEW, 16)
     assert values[relevancy.PEER].max() > 1e-3
     for way in ("ours: one map per token, its maps", "lvlm-interpret's way, weights frozen"):
-        np.testing.assert_allclose(values[way], values[relevancy.PEER], atol=1e-5)
+        close(values[way], values[relevancy.PEER], terms=TERMS)
     assert values[relevancy.WHOLE].shape == (1, 16)
     assert 0 < facts["relevancy"][relevancy.WHOLE]["peak_flops_fraction"] < 1
 
@@ -100,9 +101,9 @@ def test_occlusion_gives_captum_s_numbers(facts: Facts) -> None:
     assert tokens.shape == pixels.shape == (16,)
     assert np.abs(tokens - pixels).max() > 0.01, "two places, two maps"
     for way in ("captum FeatureAblation of the tokens, the tower run once", occlusion.EXACT):
-        np.testing.assert_allclose(values[way], tokens, atol=2e-5)  # scores near -30, 2e-6 apart in float32
+        close(values[way], tokens, of=30, terms=TERMS)  # scores near -30
     for way in ("captum FeatureAblation at the pixels, 16 at once", "ours: occlusion at the pixels"):
-        np.testing.assert_allclose(values[way], pixels, atol=2e-5)
+        close(values[way], pixels, of=30, terms=TERMS)
     assert 0 < facts["occlusion"][occlusion.EXACT]["peak_flops_fraction"] < 1
 
 
@@ -125,7 +126,7 @@ def test_stand_ins_are_ranked_by_the_exact_sweep(tiny_random: Lab, monkeypatch: 
 def test_the_lens_gives_the_obvious_way_s_numbers(facts: Facts) -> None:
     ours, peer = (np.array(facts["probes"][way]["values"]) for way in (probes.OURS, probes.PEER))
     assert ours.shape == (4, 16)
-    np.testing.assert_allclose(ours, peer, atol=1e-5)
+    close(ours, peer, terms=TERMS)
 
 
 def test_every_way_to_train_has_the_frozen_forward_s_gradients(facts: Facts) -> None:

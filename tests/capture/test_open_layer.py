@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
@@ -13,6 +12,7 @@ from llava_lab.errors import LabError
 from llava_lab.models import Lab
 from llava_lab.models.layout import language_layers, used_vision_layers
 from llava_lab.results import Run
+from tests.support.closeness import TERMS, close
 from tests.support.gradients import noise_run
 
 
@@ -41,7 +41,7 @@ def test_an_opened_layer_s_gradient_is_autograd_s(tiny_random: Lab, run: Run, to
                 out = layer(x, *call.args, **call.kwargs)
             for number in range(2):
                 (expected,) = torch.autograd.grad(out, x, gradient[number][None], retain_graph=True)
-                np.testing.assert_allclose(found[number], expected[0], atol=2e-5)
+                close(found[number], expected[0], terms=TERMS)
     assert not calls, "the layers' inputs must go when the block ends"
 
 
@@ -56,7 +56,7 @@ def test_gradients_that_never_meet_go_back_in_one_pass(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
     (found,) = position_wise(out, (x,), gradient)
     assert len(calls) == 1
-    torch.testing.assert_close(found, torch.stack(expected))
+    close(found, torch.stack(expected), terms=TERMS)
     gradient[0, 3] = 1.0
     position_wise(out, (x,), gradient)
     assert len(calls) == 3

@@ -19,13 +19,12 @@ from llava_lab.models import Lab
 from llava_lab.models.layout import language_layers, used_vision_layers, vision_layers
 from llava_lab.results import Run
 from tests.support.checkpoints import build_llama_model, byte_tokenizer, llava_config
-from tests.support.closeness import close
+from tests.support.closeness import TERMS, close
 from tests.support.leftovers import state_of
 from tests.support.planted import scripted_run
 from tests.support.rounding import in_dtype
 
 LENGTH = 150  # more than two chunks of query rows
-TERMS = 64 * 3  # width times layers: how rounding grows
 
 
 @pytest.fixture(scope="module", params=[4, 2], ids=["every head its own key", "keys shared by two heads"])
@@ -172,8 +171,8 @@ def test_norms_are_those_of_the_branch_and_of_the_stream_it_joins(model: LlavaFo
     with torch.no_grad():
         model(**inputs)
     handle.remove()
-    torch.testing.assert_close(text.layer_norms[1].stream, states[1].norm(dim=-1))
-    torch.testing.assert_close(text.layer_norms[1].branch, kept[0].norm(dim=-1))
+    close(text.layer_norms[1].stream, states[1].norm(dim=-1), terms=TERMS)
+    close(text.layer_norms[1].branch, kept[0].norm(dim=-1), terms=TERMS)
 
 
 def test_bfloat16_is_captured_in_float32(model: LlavaForConditionalGeneration) -> None:

@@ -15,10 +15,9 @@ from transformers import LlavaForConditionalGeneration
 import llava_lab as ll
 from llava_lab.errors import CheckpointError, OptionError
 from llava_lab.models import Lab, layout
-from tests.support.closeness import close
+from tests.support.closeness import TERMS, close
 
 QUESTION = "What color is the car?"
-TERMS = 64 * 3  # width times layers of the language model
 
 
 def logits(model: Any, lab: Lab, picture: np.ndarray) -> torch.Tensor:

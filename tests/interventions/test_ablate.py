@@ -17,6 +17,7 @@ from llava_lab.models import Lab
 from llava_lab.models.layout import connector_of
 from llava_lab.replay.prefix import embedded, image_tokens
 from llava_lab.results import Run
+from tests.support.closeness import TERMS, close
 from tests.support.gradients import noise_run
 from tests.support.interrupts import interrupting
 from tests.support.leftovers import state_of
@@ -46,7 +47,7 @@ def test_zero_at_the_connector_is_the_connector_with_zero_rows(tiny_random: Lab,
     with undisturbed(tiny_random.model), hooked(connector_of(tiny_random.model), after=zeroed):
         expected = _score(tiny_random, run, tiny_random.model(**tiny_random.inputs(run)).logits)
     effect = ablate_tokens(tiny_random, run, PATCHES, fill="zero", draws=0)
-    assert effect.after[0] == pytest.approx(expected, abs=1e-4)
+    close(effect.after[0], expected, terms=TERMS)
     assert effect.proof["states"] == 2
     assert effect.proof["largest_change"] > 0
 
@@ -59,7 +60,7 @@ def test_dropping_is_removing_with_the_others_places_kept(tiny_random: Lab, run:
         model: Any = tiny_random.model
         logits = model(inputs_embeds=sequence[:, keep], position_ids=torch.tensor([keep])).logits
     effect = ablate_tokens(tiny_random, run, PATCHES, fill="drop", draws=0)
-    assert effect.after[0] == pytest.approx(_score(tiny_random, run, logits, gone=2), abs=1e-4)
+    close(effect.after[0], _score(tiny_random, run, logits, gone=2), terms=TERMS)
     assert effect.proof["largest"] == 0
     deeper = ablate_tokens(tiny_random, run, PATCHES, fill="drop", at=2, draws=0)
     assert abs(deeper.change[0]) != abs(effect.change[0])

@@ -18,6 +18,7 @@ from llava_lab.models import Lab, load
 from llava_lab.models.layout import language_layers
 from llava_lab.results import Effect, FlowSweep, Run
 from tests.support.checkpoints import build_llava
+from tests.support.closeness import TERMS, close
 from tests.support.gradients import noise_run
 from tests.support.interrupts import interrupting
 from tests.support.leftovers import state_of
@@ -81,8 +82,8 @@ def test_scores_are_those_of_a_whole_forward_under_the_mask(
     rows = list(range(start - 1, stop)) if target == "last" else list(range(*run.segments[target]))
     first = run.segments["image"][0]
     columns = list(range(*run.segments[source])) if isinstance(source, str) else [first + 1, first + 14]
-    assert effect.before[0] == pytest.approx(_naive(lab, run, [], [], window), abs=1e-4)
-    assert effect.after[0] == pytest.approx(_naive(lab, run, rows, columns, window), abs=1e-4)
+    close(effect.before[0], _naive(lab, run, [], [], window), terms=TERMS)
+    close(effect.after[0], _naive(lab, run, rows, columns, window), terms=TERMS)
     assert abs(effect.change[0]) > 1e-3
     assert effect.proof["largest"] == 0
     assert effect.proof["row_error"] < 1e-5
@@ -104,7 +105,7 @@ def test_cutting_all_but_itself_changes_the_logits(lab: Lab, run: Run) -> None:
     with knocked_out(lab, run, source="all", target="all"):
         alone = _logits(lab, run)
     assert float((alone - plain)[0, 1:].abs().max()) > 0.1
-    torch.testing.assert_close(alone[0, 0], plain[0, 0], rtol=0, atol=1e-5)
+    close(alone[0, 0], plain[0, 0], terms=TERMS)
 
 
 def test_decoding_on_a_cache_gives_what_whole_forwards_give(lab: Lab, picture: np.ndarray) -> None:
@@ -218,7 +219,7 @@ def test_a_sweep_is_knockouts_one_by_one(lab: Lab, run: Run, tmp_path: Path) -> 
     for i, (source, target) in enumerate([("image", "question"), ("question", "last"), ("image", "last")]):
         options: dict[str, Any] = {"metric": ["blue", ("blue", "green")], "draws": 0, "answer": False}
         one = knockout(lab, run, source=source, target=target, layers=(1, 2), **options)
-        np.testing.assert_allclose(sweep.after[i, 1], one.after, atol=1e-4)
+        close(sweep.after[i, 1], one.after, terms=TERMS)
     assert np.isnan(sweep.relative[..., 1]).all()
     np.testing.assert_allclose(sweep.relative[..., 0], np.exp(sweep.after[..., 0] - sweep.before[0]) - 1, rtol=1e-4)
     np.testing.assert_array_equal(FlowSweep.load(sweep.save(tmp_path / "sweep.npz")).after, sweep.after)

@@ -15,6 +15,7 @@ from llava_lab.interventions import erase, erased, mean_difference, steer, steer
 from llava_lab.models import Lab
 from llava_lab.models.layout import language_layers
 from llava_lab.results import Run
+from tests.support.closeness import TERMS, close
 from tests.support.gradients import noise_run
 from tests.support.leftovers import state_of
 from tests.support.planted import planted_lab, red_picture, scripted_run
@@ -41,7 +42,7 @@ def test_steering_adds_alpha_of_each_state_s_length_of_the_direction(tiny_random
         moved = _stream(tiny_random, run)
     at = slice(*run.segments["question"])
     step = 0.5 * plain[2][at].norm(dim=-1, keepdim=True) * torch.from_numpy(direction / np.linalg.norm(direction))
-    torch.testing.assert_close(moved[2][at], plain[2][at] + step, rtol=0, atol=1e-4)
+    close(moved[2][at], plain[2][at] + step, terms=TERMS)
     first = run.segments["question"][0]
     assert torch.equal(moved[2][:first], plain[2][:first])
     assert state_of(tiny_random) == before
@@ -66,7 +67,7 @@ def test_nothing_of_an_erased_direction_is_left(tiny_random: Lab, run: Run) -> N
     for layer in (1, 2):
         assert float((plain[layer][at] @ unit).abs().max()) > 0.1
         assert float((gone[layer][at] @ unit).abs().max()) < 1e-4
-    torch.testing.assert_close(gone[1][at], plain[1][at] - (plain[1][at] @ unit)[:, None] * unit, rtol=0, atol=1e-5)
+    close(gone[1][at], plain[1][at] - (plain[1][at] @ unit)[:, None] * unit, terms=TERMS)
 
 
 def test_the_planted_verdict_can_be_added_and_erased() -> None:
@@ -106,7 +107,7 @@ def test_the_difference_of_means_is_that_of_the_states(tiny_random: Lab, run: Ru
     found = mean_difference(tiny_random, [run], [other], layer=1, where="question")
     at = slice(*run.segments["question"])
     means = [_stream(tiny_random, one)[1][at].mean(0) for one in (run, other)]
-    np.testing.assert_allclose(found, means[0] - means[1], atol=1e-5)
+    close(found, means[0] - means[1], terms=TERMS)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from llava_lab.models import Lab
 from llava_lab.replay import fill_pixels
 from llava_lab.results import Faithfulness, Run, area, trapezoid
 from tests.support.additive import QUICK, Install, additive_model, everything_tells, judge_of, map_by_hand
-from tests.support.closeness import tolerance
+from tests.support.closeness import TERMS, close, tolerance
 from tests.support.planted import RED, planted_lab, red_picture, scripted_run
 from tests.support.score_examples import example_score
 
@@ -120,8 +120,8 @@ def test_equals_filling_one_picture_after_the_other(
         low, high = filled(seen, fill), measured(pixels)
         deletion = [(filled(order[:k], fill) - low) / (high - low) for k in counts]
         insertion = [(filled(order[k:], fill) - low) / (high - low) for k in counts]
-        np.testing.assert_allclose(score.deletion[0, w], deletion, atol=1e-4 / abs(high - low))
-        np.testing.assert_allclose(score.insertion[0, w], insertion, atol=1e-4 / abs(high - low))
+        for found, want in ((score.deletion[0, w], deletion), (score.insertion[0, w], insertion)):
+            close(found * (high - low), np.array(want) * (high - low), of=(high, low), terms=TERMS)
 
 
 # -- a cause that was planted ---------------------------------------------------------------

@@ -19,6 +19,7 @@ from llava_lab.models import Lab, load
 from llava_lab.replay import target_score
 from llava_lab.results import Run
 from tests.support.additive import HOME, QUICK, everything_tells, judge_of, map_by_hand
+from tests.support.closeness import TERMS, close
 from tests.support.planted import scripted_run
 
 
@@ -174,7 +175,7 @@ def test_every_kind_of_target_can_be_scored(tiny_random: Lab, run: Run, target: 
     assert score.deletion.shape[0] == len(rel.targets) == len(score.beats_random)
     with undisturbed(tiny_random.model):
         pixels, raw = target_score(tiny_random, run, rel.targets)
-        np.testing.assert_allclose(score.whole, raw(pixels)[0].numpy(), atol=1e-5)
+        close(score.whole, raw(pixels)[0].numpy(), terms=TERMS)
 
 
 def test_bfloat16_and_576_tokens_go_the_same_way(llava15_folder: Path) -> None:

@@ -24,6 +24,7 @@ from llava_lab.stats import wilson
 from llava_lab.worlds import picturebook
 from tests.support.additive import HOME as JUDGING
 from tests.support.additive import everything_tells
+from tests.support.closeness import TERMS, close
 from tests.support.planted import scripted_run
 from tests.support.stand_in import finished_run
 
@@ -365,5 +366,5 @@ def test_a_leaderboard_shared_by_two_is_the_same_table(tmp_path: Path) -> None:
     shared = ll.leaderboard(lab, workers=2, out=tmp_path / "board.jsonl", **settings)
     for method in ("attention", "random"):
         one, two = (board.at(method, "deletion") for board in (alone, shared))
-        assert one["mean"] == pytest.approx(two["mean"], abs=1e-5)
+        close(one["mean"], two["mean"], terms=TERMS)
     assert len((tmp_path / "board.jsonl").read_text("utf-8").splitlines()) == 3

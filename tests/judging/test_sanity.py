@@ -24,6 +24,7 @@ from llava_lab.models import Lab
 from llava_lab.models.weights import weights_put_back
 from llava_lab.replay import resolve_targets
 from llava_lab.results import Relevance, Run, Sanity
+from tests.support.closeness import TERMS, close
 from tests.support.planted import planted_lab, red_picture, scripted_run
 
 MODULE = sys.modules["llava_lab.judging.sanity"]  # the package's name `sanity` is the function
@@ -171,7 +172,7 @@ def test_question_maps_are_those_of_the_same_answer_after_another_question(tiny_
     for i, question in enumerate(found.questions):
         other = with_question(tiny_random, run, question)
         rel = attribute(tiny_random, other, method="direct_logit", target=["blue", ("blue", "red")])
-        np.testing.assert_allclose(found.question_maps[i], rel.values, atol=1e-6)
+        close(found.question_maps[i], rel.values, terms=TERMS)
         target = rel.targets[0]
         assert [int(other.token_ids[at + 1]) for at in target.positions] == list(target.token_ids)
 

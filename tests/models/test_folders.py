@@ -21,7 +21,7 @@ from llava_lab.models import Lab, folders, layout, load
 from llava_lab.models.folders import FAMILIES
 from tests.support.answers import probabilities_check_out
 from tests.support.checkpoints import V1_TEMPLATE, build_llama_model, build_processor, byte_tokenizer, llava_config
-from tests.support.closeness import close
+from tests.support.closeness import TERMS, close
 from tests.support.refusals import refused
 
 QUESTION = "What color is the car?"
@@ -184,7 +184,7 @@ def test_a_cut_edge_carries_nothing(mistral: Lab, picture: np.ndarray) -> None:
     assert effect.proof["largest"] == 0
     assert effect.proof["edges"] > 0
     assert effect.proof["decode_error"] < 1e-3
-    assert effect.before[0] == pytest.approx(float(run.logprobs.sum()), abs=1e-4)
+    close(effect.before[0], float(run.logprobs.sum()), terms=TERMS)
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "video_llava", "idefics3", None])

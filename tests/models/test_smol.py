@@ -17,6 +17,7 @@ from llava_lab.worlds.paraphrases import retell
 from llava_lab.worlds.picturebook import TYPES, ask_about, scene
 from llava_lab.worlds.scenes import HELD_OUT
 from llava_lab.worlds.small_talk import chat
+from tests.support.closeness import TERMS, close
 from tests.support.little_language import llama, write_gguf
 
 
@@ -109,7 +110,7 @@ def test_merged_lora_says_what_the_adapter_said():
     expected = base(hidden)
     assert not torch.allclose(expected, alone(hidden))
     smol.merge(alone, pair["down"].weight.detach(), pair["up"].weight.detach(), 2.0)
-    assert torch.allclose(alone(hidden), expected, atol=1e-6)
+    close(alone(hidden), expected, terms=TERMS)
 
 
 def test_every_question_of_the_world_can_be_retold_and_keeps_its_names():

@@ -17,7 +17,7 @@ from llava_lab.errors import CheckpointError, OptionError, PictureError
 from llava_lab.models import layout
 from llava_lab.models.tiles import TiledLab
 from tests.support.answers import probabilities_check_out
-from tests.support.closeness import close
+from tests.support.closeness import TERMS, close
 from tests.support.next_folders import MISTRAL, PATCH, PINPOINTS, SIDE, build_next, build_onevision
 
 NEXT_SHAPES = {"wide": (90, 40), "tall": (33, 100), "square": (64, 64), "tiny": (7, 5), "long": (300, 31), "odd": (101, 67)}
@@ -147,7 +147,7 @@ def test_maps_of_both_views_hold_all_that_lies_on_the_picture(lab: TiledLab, met
         mass = rel.extras["mass"][0]["image"]
         rows = eager_rows(lab, run)
         on_picture = sum(values.sum() for values in rel.view_values)
-        assert on_picture + rows[run.views[1].newlines].sum() == pytest.approx(mass, abs=1e-5)
+        close(on_picture + rows[run.views[1].newlines].sum(), mass, terms=TERMS)
         for view, values in zip(run.views, rel.view_values, strict=True):
             close(values[0], rows[view.positions], terms=64 * 3)
     assert np.isfinite(rel.on_picture(view="tiles")).mean() > 0.9
@@ -172,7 +172,7 @@ def test_occlusion_alters_the_picture_and_scores_exactly(lab: TiledLab) -> None:
     assert rel.values.shape == (1, *lab.grid)
     assert not rel.views
     assert "in the picture itself" in rel.notes[-1]
-    assert rel.extras["score"][0] == pytest.approx(float(run.logprobs.sum()), abs=1e-4)
+    close(rel.extras["score"][0], float(run.logprobs.sum()), terms=TERMS)
     row, col = rel.top(1)[0][:2]
     covered = run.picture.copy()
     covered[run.map.project(np.eye(lab.grid[0] * lab.grid[1])[row * lab.grid[1] + col].reshape(lab.grid)) == 1] = (
@@ -182,7 +182,7 @@ def test_occlusion_alters_the_picture_and_scores_exactly(lab: TiledLab) -> None:
         logits = lab.model(**lab.inputs(run, picture=covered, tiles=True)).logits[0].log_softmax(-1)
     at = run.answer_positions
     dropped = float(run.logprobs.sum()) - float(logits[at - 1, run.token_ids[at]].sum())
-    assert rel.values[0, row, col] == pytest.approx(dropped, abs=1e-4)
+    close(rel.values[0, row, col], dropped, of=run.logprobs.sum(), terms=TERMS)
 
 
 def test_faithfulness_and_comparison_work_on_altered_pictures(lab: TiledLab) -> None:
@@ -326,4 +326,4 @@ def test_maps_and_a_causal_check_work_on_onevision(onevision: TiledLab) -> None:
     assert rel.view_values[1].shape[1:] == (run.views[1].map.rows, run.views[1].map.cols)
     assert np.isfinite(rel.on_picture(view="tiles")).mean() > 0.8
     covered = ll.attribute(onevision, run, method="occlusion")
-    assert covered.extras["score"][0] == pytest.approx(float(run.logprobs.sum()), abs=1e-4)
+    close(covered.extras["score"][0], float(run.logprobs.sum()), terms=TERMS)

@@ -55,7 +55,9 @@ def check_against_naive(lab: Lab, run: Run, near: float) -> None:
     own = truth[:, :, list(found.word_ids)]
     np.testing.assert_allclose(found.probs, own, rtol=near, atol=near / 10)
     if near < 1e-3:
-        np.testing.assert_array_equal(found.ranks, 1 + (truth[:, :, None] > own[..., None]).sum(-1))
+        # words as likely as this one but for rounding may stand on either side of it
+        above, below = (1 + (truth[:, :, None] > share * own[..., None]).sum(-1) for share in (1 + near, 1 - near))
+        assert ((above.numpy() <= found.ranks) & (found.ranks <= below.numpy())).all()
     assert found.top_ids.shape == (len(language_layers(lab.model)) + 1, run.map.rows * run.map.cols, 4)
 
 

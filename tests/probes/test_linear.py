@@ -17,6 +17,7 @@ from llava_lab.probes.linear import PATCH_LABELS, QUESTION, Ridge, Stage, held_o
 from llava_lab.results import ProbeScores
 from llava_lab.worlds import picturebook
 from llava_lab.worlds.scenes import Scene, Thing
+from tests.support.closeness import TERMS, close
 from tests.support.interrupts import interrupting
 from tests.support.logit_cases import states_and_logits
 from tests.support.planted import scripted_run
@@ -130,14 +131,14 @@ def test_stages_are_what_the_model_computes(tiny_random: Lab, picture: np.ndarra
     image = slice(*run.segments["image"])
     text: dict[Stage, np.ndarray] = {}
     found = read_stages(tiny_random, picture, ("before", "after", 1, 2), text=text)
-    np.testing.assert_allclose(found["after"], states[0][image], atol=1e-5)
-    np.testing.assert_allclose(found[2], states[2][image], atol=1e-4)
+    close(found["after"], states[0][image], terms=TERMS)
+    close(found[2], states[2][image], terms=TERMS)
     assert found["before"].shape == (16, 32)
     with torch.no_grad():
         given = torch.from_numpy(found["before"])
-        np.testing.assert_allclose(connector_of(tiny_random.model)(given), found["after"], atol=1e-4)
+        close(connector_of(tiny_random.model)(given), found["after"], terms=TERMS)
     assert set(text) == {"after", 1, 2}
-    np.testing.assert_allclose(text["after"][0], states[0][0], atol=1e-5)
+    close(text["after"][0], states[0][0], terms=TERMS)
 
 
 def test_left_out_patches_are_not_asked(tiny_random: Lab, red: tuple[list[np.ndarray], np.ndarray]) -> None:

@@ -15,6 +15,7 @@ from llava_lab.models.layout import connector_of
 from llava_lab.probes import nearest, nearest_words
 from llava_lab.replay.words import word_tokens
 from llava_lab.results import NearestWords, Run
+from tests.support.closeness import TERMS, close
 from tests.support.leftovers import state_of
 from tests.support.logit_cases import states_and_logits
 from tests.support.planted import scripted_run
@@ -47,7 +48,7 @@ def test_nearest_words_are_the_naive_ones(
     found = nearest_words(tiny_random, run, space=space, centered=centered, top=3, draws=2)
     cosines, words = table(tiny_random, run, space, centered=centered)
     order = np.argsort(-cosines, axis=1)[:, :3]
-    np.testing.assert_allclose(found.cosines, np.take_along_axis(cosines, order, 1), atol=1e-5)
+    close(found.cosines, np.take_along_axis(cosines, order, 1), terms=TERMS)
     np.testing.assert_array_equal(found.top_ids[:, 0], words[order[:, 0]])
     assert found.readable_share == found.readable.mean()
     assert (np.diff(found.cosines, axis=1) <= 0).all()

@@ -19,15 +19,13 @@ from llava_lab.replay import Altered, open_altered
 from llava_lab.replay.alter import within_budget
 from llava_lab.replay.fills import EVERY_FILL
 from llava_lab.results import Run
-from tests.support.closeness import close, tolerance
+from tests.support.closeness import TERMS, close, tolerance
 from tests.support.endpoint_server import open_box, serving, weighing
 from tests.support.next_folders import build_next
 
 QUESTION = "What color is the car?"
 ROUGH = np.random.default_rng(0).choice(np.array([20, 60, 240], np.uint8), (36, 36, 3))
 WEIGHTS = np.array([[0.0, 1.0, 0.25], [0.5, 3.0, 0.0], [0.0, 0.0, -0.5]])
-TERMS = 64  # the width of the tiny models
-
 Opened = Callable[..., Altered]
 
 

@@ -21,19 +21,10 @@ from llava_lab.models.layout import connector_of
 from llava_lab.replay.alter import grouped, open_altered
 from llava_lab.replay.prefix import Prefix
 from llava_lab.results import Run
-from tests.support.closeness import close, tolerance
+from tests.support.closeness import TERMS, close
 from tests.support.planted import RED, planted_lab, red_picture, scripted_run
 
 TARGETS = ["answer", "blue", ("blue", "green")]
-
-
-TERMS = 64  # the width of the tiny models
-
-
-def _close(got: np.ndarray, want: np.ndarray, scores: np.ndarray) -> None:
-    """Drops (targets, ...) are the same but for the rounding of the scores (targets,) they are differences of."""
-    for one, two, score in zip(got, want, scores, strict=True):
-        np.testing.assert_allclose(one, two, rtol=0, atol=tolerance(score, terms=TERMS))
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +98,9 @@ def test_equals_one_whole_forward_per_block(
             drop = whole - _naive(tiny_random, run, at, lambda states, gone=patches: states.__setitem__(gone, mean))  # type: ignore[misc]
             total[:, y : y + block, x : x + block] += drop[:, None, None]
             count[y : y + block, x : x + block] += 1
-    _close(rel.values, total / count, whole)
+    close(rel.values, total / count, of=whole, terms=TERMS)
     assert rel.passes["forward"] == 1 + {1: 16, 2: 9, 3: 4}[block]
-    _close(np.array(rel.extras["score"]), whole, whole)
+    close(rel.extras["score"], whole, terms=TERMS)
 
 
 def test_equals_captum_s_feature_ablation(tiny_random: Lab, run: Run) -> None:
@@ -119,7 +110,7 @@ def test_equals_captum_s_feature_ablation(tiny_random: Lab, run: Run) -> None:
         level: Any = open_altered(tiny_random, run, targets, at="projector", fill="grey")
         patches = torch.arange(16).view(1, 1, 4, 4)
         found = FeatureAblation(level.read).attribute(level.values, baselines=level.filling("grey"), feature_mask=patches)
-    _close(rel.values, found[:, 0].numpy(), np.array(rel.extras["score"]))
+    close(rel.values, found[:, 0].numpy(), of=rel.extras["score"], terms=TERMS)
 
 
 @pytest.mark.parametrize("at", ["vision", "projector"])
@@ -134,10 +125,10 @@ def test_every_fill_changes_only_the_hidden_patches(tiny_random: Lab, run: Run, 
     own = _seen_by(tiny_random, run, at)
     assert not torch.allclose(filled[9], own[9])
     kept = [i for i in range(16) if i != 9]
-    torch.testing.assert_close(filled[kept], own[kept])
+    close(filled[kept], own[kept], terms=TERMS)
     whole = _naive(tiny_random, run, at, None)
     gone = _naive(tiny_random, run, at, lambda states: states.__setitem__(9, filled[9]))
-    _close(rel.values[:, 2, 1], whole - gone, whole)
+    close(rel.values[:, 2, 1], whole - gone, of=whole, terms=TERMS)
 
 
 def test_grey_tokens_are_what_the_model_makes_of_a_grey_picture(tiny_random: Lab, run: Run) -> None:
@@ -150,7 +141,7 @@ def test_grey_tokens_are_what_the_model_makes_of_a_grey_picture(tiny_random: Lab
     with torch.no_grad():
         tiny_random.model(**inputs)
     handle.remove()
-    torch.testing.assert_close(level.filling("grey")[0].flatten(1).T, kept[0][0])
+    close(level.filling("grey")[0].flatten(1).T, kept[0][0], terms=TERMS)
 
 
 def test_most_positions_are_not_computed_again(tiny_random: Lab, run: Run) -> None:
@@ -171,7 +162,7 @@ def test_576_tokens_from_one_id_give_the_numbers_of_whole_forwards(llava15_folde
     whole = _naive(lab, run, "projector", None)
     block = [row * 24 + col for row in range(12, 24) for col in range(12)]
     gone = _naive(lab, run, "projector", lambda states: states.__setitem__(block, tokens[block]))
-    _close(rel.values[:, 18, 0], whole - gone, whole)
+    close(rel.values[:, 18, 0], whole - gone, of=whole, terms=TERMS)
 
 
 @pytest.mark.parametrize("at", ["vision", "projector"])
@@ -247,7 +238,7 @@ def test_the_attention_implementation_does_not_matter(tiny_random: Lab, run: Run
         got = attribute(tiny_random, run, method="occlusion", at="projector").values
     finally:
         tiny_random.model.set_attn_implementation("sdpa")
-    _close(got, want.values, np.array(want.extras["score"]))
+    close(got, want.values, of=want.extras["score"], terms=TERMS)
 
 
 def test_bfloat16_gives_nearly_the_same_numbers() -> None:

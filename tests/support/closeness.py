@@ -14,23 +14,27 @@ from typing import Any
 import numpy as np
 import torch
 
+TERMS = 64 * 3  # width times layers of the suite's small random models
 SLACK = 8.0  # a chain of layers passes rounding on, softmax and norms stretch it a little
 
 
 def tolerance(expected: Any, *, terms: int = 1, dtype: torch.dtype = torch.float32) -> float:
     """The largest difference that rounding explains, for numbers as large as `expected`.
 
-    `terms` is how many numbers were added up, width times layers for a whole model.
+    `terms` is how many numbers were added up, width times layers for a whole model (`TERMS`).
     """
     size = max(1.0, float(np.abs(_array(expected)).max(initial=0.0)))
     return SLACK * torch.finfo(dtype).eps * float(np.sqrt(terms)) * size
 
 
-def close(actual: Any, expected: Any, *, terms: int = 1, dtype: torch.dtype = torch.float32) -> None:
-    """Assert that two arrays or tensors are the same but for rounding; the message names the worst place."""
+def close(actual: Any, expected: Any, *, of: Any = 0.0, terms: int = 1, dtype: torch.dtype = torch.float32) -> None:
+    """Assert that two arrays or tensors are the same but for rounding; the message names the worst place.
+
+    `of`: where the values are differences, the numbers that were subtracted; each was rounded at its own size.
+    """
     one, two = _array(actual), _array(expected)
     assert one.shape == two.shape, f"shapes differ: {one.shape} and {two.shape}"
-    allowed = tolerance(two, terms=terms, dtype=dtype)
+    allowed = max(tolerance(two, terms=terms, dtype=dtype), tolerance(2 * _array(of), terms=terms, dtype=dtype))
     np.testing.assert_allclose(one, two, rtol=0, atol=allowed, equal_nan=True)
 
 

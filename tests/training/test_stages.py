@@ -31,6 +31,7 @@ from llava_lab.training.features import tower_features
 from llava_lab.training.recipe import LLAVA_15_7B, LLAVA_RECIPES, Lora
 from llava_lab.training.stages import Running, Trained, adapters, shares, train_stage
 from llava_lab.training.trainer import Collate, last_checkpoint, reading_features
+from tests.support.closeness import TERMS, close
 from tests.support.interrupts import interrupting
 from tests.support.training_rows import write_rows
 
@@ -184,11 +185,11 @@ def test_loss_and_gradients_are_the_stock_models(tiny_random: Lab, seen: int, al
         with reading_features(model, cached=cached):
             got = model(**batch).loss
             got.backward()
-        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+        close(got, wanted, terms=TERMS)
         for i, parameter in enumerate(projector.parameters()):
             assert parameter.grad is not None  # also for text alone: processes reduce the same parameters
             aim = expected[i] if expected is not None else torch.zeros_like(parameter)
-            torch.testing.assert_close(parameter.grad, aim, atol=1e-5, rtol=1e-4)
+            close(parameter.grad, aim, terms=TERMS)
     finally:
         projector.requires_grad_(False)
         projector.zero_grad(set_to_none=True)

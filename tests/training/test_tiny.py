@@ -34,6 +34,7 @@ from llava_lab.training.tiny.tower import normalise, swapped
 from llava_lab.worlds.picturebook import SHORT, scene, write_dataset
 from llava_lab.worlds.questions import NUMBERS, place_of
 from llava_lab.worlds.scenes import KIND_NAMES, Scene, Thing
+from tests.support.closeness import TERMS, close
 from tests.support.training_rows import QUICK, SMALL, write_rows
 
 PARTS = {"tower": "vision_tower", "language": "language_model|lm_head", "align": "multi_modal_projector"}
@@ -132,7 +133,7 @@ def test_questions_apart_equal_the_stock_forward_of_each_alone(tokenizer) -> Non
                 length = int((batch.ids[b, n] != tokenizer.pad_token_id).sum())
                 whole = torch.cat([batch.prefix, batch.ids[b, n, :length]])[None]
                 stock = model.model.language_model(input_ids=whole).last_hidden_state[0, len(batch.prefix) :]
-                torch.testing.assert_close(hidden[b, n, :length], stock, atol=2e-5, rtol=1e-4)
+                close(hidden[b, n, :length], stock, terms=TERMS)
 
 
 def test_losses_apart_and_joined_agree_on_a_single_turn(tokenizer) -> None:
@@ -144,7 +145,7 @@ def test_losses_apart_and_joined_agree_on_a_single_turn(tokenizer) -> None:
     with torch.no_grad():
         one, _ = apart_loss(model, apart(tokenizer, [turns], system=True), tokens, image_id)
         two = joined_loss(model, joined(tokenizer, [encode(tokenizer, turns, system=True)]), tokens, image_id)
-    torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
+    close(one, two, terms=TERMS)
 
 
 def test_training_pictures_are_what_the_processor_shows_the_model(tokenizer) -> None:
