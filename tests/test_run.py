@@ -246,6 +246,13 @@ def test_lint_runs_every_tool_and_fails_if_one_does(checkout: Path, monkeypatch:
     assert tools == [["ruff", "format", "--check", "."], ["ruff", "check", "."], ["mypy"]]
 
 
+def test_the_lock_is_written_by_uv_from_the_constraints_alone(checkout: Path, calls: Calls) -> None:
+    assert run.main(["lock"]) == 0
+    assert calls[-1][2:5] == ["uv", "pip", "compile"]
+    assert calls[-1][-3:] == ["constraints.txt", "-o", "requirements.lock"]
+    assert {"--no-deps", "--generate-hashes", "--universal"} < set(calls[-1])
+
+
 def test_a_taken_port_is_refused_when_asked_for_and_passed_over_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as busy:
         busy.bind(("127.0.0.1", 0))

@@ -38,10 +38,9 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 import torch
 import transformers
-from tqdm.auto import tqdm
 
 from llava_lab.attribution.registry import METHODS
-from llava_lab.checks import entry, whole_number
+from llava_lab.checks import Sweep, entry, whole_number
 from llava_lab.errors import DataError, OptionError
 from llava_lab.judging.compare import Options, chosen_methods, compare
 from llava_lab.judging.faithfulness import BATCH, FEWEST_FILLS, SCALES, Judge, allowed_fills
@@ -109,28 +108,26 @@ def leaderboard(
     settings = {"data": data, "split": split, "seed": seed, "steps": steps, "seeds": seeds, "scale": scale}
     settings |= {"model": lab.name, "fingerprint": lab.fingerprint, "methods": json.loads(json.dumps(chosen))}
     measured = {"steps": steps, "seeds": seeds, "scale": scale, "batch": batch, "options": given}
-    start, interrupted = time.perf_counter(), False
+    start = time.perf_counter()
     alone = nullcontext() if out is None else only_writer(out, folder=False)
-    with alone, _Lines(out, settings) as lines, tqdm(total=n, desc="leaderboard", unit="picture", disable=not progress) as bar:
-        bar.update(sum(index < n for index in lines.records))
+    sweep = Sweep("leaderboard", total=n, unit="picture", least=0, show=progress)
+    with alone, _Lines(out, settings) as lines, sweep as done:
         missing = [index for index in range(n) if index not in lines.records]
+        done.step(n - len(missing))
         piece = partial(_picture, split=split, seed=seed, chosen=chosen, measured=measured)
-        try:
-            for index, record in spread(lab, piece, missing, workers=workers):
-                lines.add(index, record)
-                bar.update()
-        except KeyboardInterrupt:
-            interrupted = True
+        for index, record in spread(lab, piece, missing, workers=workers):
+            lines.add(index, record)
+            done.step()
     records = [lines.records[index] for index in sorted(lines.records) if index < n]
     if not any("methods" in record for record in records):
-        if interrupted:
+        if done.interrupted:
             raise KeyboardInterrupt
         raise DataError(f"{lab.name!r} answered no question of {n} pictures right and from the picture: nothing to explain")
     about = {
         **settings,
         "n": n,
         "seconds": round(time.perf_counter() - start, 1),
-        "interrupted": interrupted,
+        "interrupted": done.interrupted,
         "versions": _versions(),
     }
     return tabulate(records, tuple(chosen), about)

@@ -241,7 +241,10 @@ def test_json_keeps_faithfulness_and_ground_truth_apart(tiny_random: Lab, credul
     assert again.about == json.loads(json.dumps(board.about))
 
 
-def test_the_command_scores_the_shipped_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_scores_the_shipped_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llava_lab.checks.PATIENCE", 0)
     out, figure = tmp_path / "board.jsonl", tmp_path / "board.png"
     command = ["compare", "--data", "picturebook", "--n", "1", "--methods", "attention,random", "--steps", "2", "--seeds", "2"]
     assert cli.main([*command, "--out", str(out), "--figure", str(figure), "--json"]) == 0
