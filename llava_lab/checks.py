@@ -115,14 +115,31 @@ def not_finite(values: Any) -> int:
 
 
 def same_model(lab: Any, run: Run) -> str:
-    """The fingerprint of the weights that made `run`, if `lab` holds them. Raises CheckpointError.
+    """The fingerprint of the weights that made `run`, if `lab` holds them. Raises CheckpointError, OptionError without a picture.
 
     `lab` is anything with a `name` and a `fingerprint`.
     """
+    has_picture(run)
     weights: str = lab.fingerprint
     if run.fingerprint != weights:
         raise CheckpointError(f"expected a run made by {lab.name!r}, got one by {run.model!r} with other weights; ask again")
     return weights
+
+
+def has_picture(run: Run) -> None:
+    """Raises OptionError for a question that was asked without a picture: nothing there has a place on one."""
+    if not run.picture.size:
+        raise OptionError("this question was asked without a picture, so there is no map to make of it; ask it with one")
+
+
+def one_picture(run: Run) -> None:
+    """Raises OptionError for a question without a picture, or about several: for what was made for one block of image tokens."""
+    has_picture(run)
+    if run.others:
+        raise OptionError(
+            f"this question is about {len(run.pictures)} pictures, and this was made for one picture; with several work methods "
+            "whose METHODS[name].reach is 'tokens' or 'pixels', and faithfulness and compare with these"
+        )
 
 
 # -- cleaning up -------------------------------------------------------------------------

@@ -81,8 +81,15 @@ class PictureMap:
         size = -(-max(width, height) // step) * step
         return cls(width, height, size, rows, cols, "whole", size / width, size / height, 0.0, 0.0)
 
+    @classmethod
+    def nowhere(cls) -> PictureMap:
+        """The map of a question without a picture: no pixels, no cells."""
+        return cls(0, 0, 0, 0, 0, "whole", 1.0, 1.0, 0.0, 0.0)
+
     def check(self) -> None:
         """Refuse numbers that no picture and no grid can have. Raises DataError; asked of what was read from a file."""
+        if self == PictureMap.nowhere():
+            return
         counts = (self.width, self.height, self.size, self.rows, self.cols)
         # what `coverage` and `mask_to_patches` make of them must fit into memory
         areas = (self.width * self.height, self.rows * self.height, self.cols * self.width)
@@ -183,13 +190,14 @@ class PictureMap:
 
 @dataclass(frozen=True)
 class View:
-    """One grid of image tokens in the sequence, where a model looks at a picture several times (LLaVA-NeXT, LLaVA-OneVision).
+    """One grid of image tokens in the sequence, where there are several: one for each of several pictures, or where a model
+    looks at a picture several times (LLaVA-NeXT, LLaVA-OneVision).
 
     The overview is the whole picture in one square. The tiles are the picture enlarged and cut into squares; their
     tokens stand in the sequence as one large grid, row by row, a newline token after each row, padding cut away.
     """
 
-    name: str  # "overview" | "tiles"
+    name: str  # "overview" | "tiles" | "picture 1", "picture 2", ...
     start: int  # position in the sequence of its first token
     newline: bool  # whether a token that is no patch ends every row
     map: PictureMap  # from picture pixels to this grid

@@ -91,7 +91,8 @@ class Method:
     options: Mapping[str, Any]  # name -> default
     checks: Mapping[str, Check]  # of those options whose values need no model to be checked
     needs: Needs | None = None  # what the weights must have
-    reach: Reach = "inside"  # "pixels" also works on closed models and tiles, "tokens" on tiles, "inside" on neither
+    # "pixels" also works on closed models, tiles and several pictures, "tokens" on the latter two, "inside" on none of these
+    reach: Reach = "inside"
     contrast: bool = True  # whether it can tell two words apart that are predicted at one position
     control: bool = False  # a map to compare with, not an explanation
     economy: Mapping[str, Any] = field(default_factory=dict)  # cheaper options, where a map is one of hundreds

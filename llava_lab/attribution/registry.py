@@ -33,7 +33,7 @@ from llava_lab.attribution import (
 from llava_lab.attribution.method import REGISTERED, Maps, Method
 from llava_lab.capture.watch import MEND
 from llava_lab.checks import entry, known, same_model
-from llava_lab.errors import LabError
+from llava_lab.errors import LabError, OptionError
 from llava_lab.models import connectors
 from llava_lab.replay.targets import Targets, Wanted, resolve_targets
 from llava_lab.results import Relevance, Run
@@ -60,8 +60,10 @@ def attribute(lab: Any, run: Run, *, method: str = "rollout", target: Wanted = N
     share the passes. The options of each method, with defaults, are in ``METHODS[method].options``. On a closed
     model (`BlackBox`) the methods that need only answers work, within its budget of requests.
 
-    Raises OptionError (unknown method or option), TargetError (not in the answer), CheckpointError
-    (the run was made by another checkpoint).
+    Of a question about several pictures it is the map of the first (see `Run.about`); `view_values` holds one for each.
+
+    Raises OptionError (unknown method or option, a question without a picture), TargetError (not in the answer),
+    CheckpointError (the run was made by another checkpoint).
 
     >>> relevance = ll.attribute(lab, run, method="attention", target="words")
     >>> relevance.values.shape == (len(run.words), 12, 12)
@@ -96,8 +98,28 @@ def refuse_unable(lab: Any, method: Method) -> None:
 @singledispatch
 def compute_maps(lab: Any, run: Run, targets: Targets, method: Method, options: Mapping[str, Any]) -> Maps:
     """The maps that `method` makes of `run`. Another kind of lab registers its own way."""
+    if run.others and method.reach == "inside":
+        able = ", ".join(works_at("tokens"))
+        raise OptionError(f"method {method.name!r} explains a question about one picture; with several work {able}")
     maps = method.compute(lab, run, targets, options)
+    if run.others and not maps.views:
+        maps = _each_picture(maps, lab, run, targets, method, options)
     return maps if connectors.placed(lab.model.config) else replace(maps, notes=(*maps.notes, UNPLACED))
+
+
+def _each_picture(maps: Maps, lab: Any, run: Run, targets: Targets, method: Method, options: Mapping[str, Any]) -> Maps:
+    """A method that alters one picture, made of each: `maps` is the first's. Where Ctrl-C ended it, what is left out is 0."""
+    every = [maps]
+    for number in range(1, len(run.views)):
+        if every[-1].interrupted:
+            where = run.views[number].map
+            every.append(replace(maps, values=np.zeros((len(targets), where.rows, where.cols)), passes={}, interrupted=True))
+        else:
+            picture = sum(view.start < run.views[number].start for view in run.views)
+            every.append(method.compute(lab, run.about(picture), targets, options))
+    passes = {kind: sum(one.passes.get(kind, 0) for one in every) for kind in maps.passes}
+    views = tuple(one.values for one in every)
+    return replace(maps, passes=passes, views=views, interrupted=any(one.interrupted for one in every))
 
 
 def result_of(
@@ -136,14 +158,16 @@ def result_of(
 
 
 def works_at(reach: str) -> tuple[str, ...]:
-    """Names of the methods that work on closed models (``"pixels"``) or on pictures seen in tiles (``"tokens"``)."""
+    """Names of the methods that work on closed models (``"pixels"``), or on tiles and several pictures (``"tokens"``)."""
     enough = ("pixels",) if reach == "pixels" else ("pixels", "tokens")
     return tuple(name for name, card in METHODS.items() if card.reach in enough)
 
 
 def in_views(run: Run, apart: bool) -> str:
-    """What to know of a map where the model looked at the picture several times."""
+    """What to know of a map where the model looked at the picture several times, or at several pictures."""
     names = " and ".join(view.name for view in run.views)
+    if run.others:
+        return f"The question is about {names}: this is the map of {run.views[0].name}, `views` and `view_values` hold each."
     if apart:
         return f"The picture was seen as {names}: this is the {run.views[0].name}'s map, `views` and `view_values` hold each."
     return f"The picture was seen as {names}: cells were altered in the picture itself, so in both at once."

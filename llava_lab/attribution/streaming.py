@@ -77,6 +77,9 @@ def ask_and_attribute(
     for name, value in card.streams.items():
         if chosen[name] != value:
             raise OptionError(f"while answering, {name} must be {value!r}, got {chosen[name]!r}; that map is {LATER}")
+    if picture is None or isinstance(picture, list | tuple):
+        held = "several pictures" if picture else "no picture"
+        raise OptionError(f"while answering, a question has one picture, got {held}; a map of several is {LATER}")
     forms = {name: asking[name] for name in ("prompt", "history") if name in asking}
     sequence = lab.sequence(question, **forms)
     watching = WATCHING[method](lab, chosen, len(sequence.token_ids), sequence.segments)

@@ -4,10 +4,8 @@ Three controls: *blind* (every picture grey), *shuffled* (every picture another 
 *majority* (the commonest short answer of each question type in the training split, scored on the
 short answers). A score means something only by its distance from these.
 
-Questions are answered in batches, greedily: the same tokens as `Lab.ask`, several at a time. What a prompt says up to and
-with its picture is the same for all questions about that picture, so it runs once per picture; the questions go on from
-its cache. Padding stands before each question and is masked, so it changes no answer (tested). Only the answers are
-kept; for probabilities and positions ask with `Lab.ask`.
+Questions are answered in batches, greedily: the same tokens as `Lab.ask`, several at a time (`models.generation.generate_many`).
+Only the answers are kept; for probabilities and positions ask with `Lab.ask_many`.
 
     evaluate(lab, data="picturebook", n=200)["accuracy"]
 """
@@ -23,16 +21,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import Cache
 
-from llava_lab.capture import evaluating
 from llava_lab.checks import PATIENCE, entry
 from llava_lab.errors import DataError
 from llava_lab.evaluation.items import WORLDS, Item, load_items
 from llava_lab.models import Lab
+from llava_lab.models.generation import generate_many
 from llava_lab.stats import cluster_interval, exact_match, same_answer
 
 BATCH = 128
@@ -106,55 +101,12 @@ def answer_all(
             sequences = [lab.sequence(item.question, prompt=prompt).token_ids for item in chosen]
             draws = [draw for draw in dict.fromkeys(item.draw for item in chosen) if draw is not None]
             pixels = torch.cat([lab.pixels(draw(), None) for draw in draws])
-            answers += _answer(lab, sequences, pixels, [draws.index(item.draw) for item in chosen], max_new_tokens)
+            owner = [draws.index(item.draw) for item in chosen]
+            limits, ends = [max_new_tokens] * len(chosen), lab.eos_ids
+            given = generate_many(lab.model, sequences, pixels, owner, limits=limits, eos=ends, image_id=lab.image_id)
+            new = [answer.token_ids.tolist() for answer in given]
+            answers += [text.strip() for text in lab.tokenizer.batch_decode(new, skip_special_tokens=True)]
             bar.update(len(chosen))
-    return answers
-
-
-@torch.inference_mode()
-def _answer(lab: Lab, sequences: list[np.ndarray], pixels: Float[Tensor, "N 3 S S"], owner: list[int], limit: int) -> list[str]:
-    """Greedy answers; sequence i is about picture ``owner[i]``."""
-    cut = int(np.flatnonzero(sequences[0] == lab.image_id)[-1]) + 1
-    assert all((ids[:cut] == sequences[0][:cut]).all() for ids in sequences), "prompts differ before their picture"
-    prefix = torch.from_numpy(sequences[0][:cut]).expand(len(pixels), -1).to(lab.device)
-    with evaluating(lab.model):
-        cache = lab.model(input_ids=prefix, pixel_values=pixels, use_cache=True, logits_to_keep=1).past_key_values
-        cache.reorder_cache(torch.tensor(owner, device=lab.device))
-        ids, mask = _padded([row[cut:] for row in sequences], cut)
-        new = _continue(lab, cache, ids.to(lab.device), mask.to(lab.device), limit)
-    return [text.strip() for text in lab.tokenizer.batch_decode(new, skip_special_tokens=True)]
-
-
-def _padded(rows: list[np.ndarray], prefix: int) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B K"]]:
-    """Questions pushed to the right, and the mask over the `prefix` positions before them and over themselves."""
-    longest = max(len(row) for row in rows)
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    mask = torch.ones(len(rows), prefix + longest, dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, longest - len(row) :] = torch.from_numpy(row)
-        mask[i, prefix : prefix + longest - len(row)] = 0
-    return ids, mask
-
-
-def _continue(lab: Lab, cache: Cache, ids: Int[Tensor, "B T"], mask: Int[Tensor, "B K"], limit: int) -> list[list[int]]:
-    """The likeliest tokens behind each row, up to its end or `limit` of them."""
-    answers: list[list[int]] = [[] for _ in ids]
-    done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-    ends = torch.tensor(sorted(lab.eos_ids), device=ids.device)
-    for _ in range(limit):
-        at = (mask.cumsum(1) - 1)[:, -ids.shape[1] :]
-        out = lab.model(
-            input_ids=ids, attention_mask=mask, position_ids=at, past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
-        logits = out.logits[:, -1].float()
-        logits[:, lab.image_id] = -torch.inf
-        ids = logits.argmax(-1, keepdim=True)
-        done |= torch.isin(ids[:, 0], ends)
-        if done.all():
-            break
-        for row, token in zip((~done).nonzero()[:, 0].tolist(), ids[~done, 0].tolist(), strict=True):
-            answers[row].append(token)
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
     return answers
 
 

@@ -48,7 +48,11 @@ def ask_without(lab: Lab | BlackBox, run: Run, patches: Patches, *, fill: str = 
     if "history" in run.segments and not history:
         raise OptionError("this run had earlier turns, which it keeps only as prompt text; give them again as history=")
     options = {name: run.options[name] for name in ASKED if name in run.options}
-    return lab.ask(cover(run, patches, fill=fill), run.question, seed=run.seed, history=history, **options)
+    covered = cover(run, patches, fill=fill)
+    if not run.others:
+        return lab.ask(covered, run.question, seed=run.seed, history=history, **options)
+    shown = [covered if own is run.picture else own for own in run.pictures]
+    return lab.ask(shown, run.question, seed=run.seed, history=history, **options).about(run.number)
 
 
 def cover(run: Run, patches: Patches, *, fill: str = FILLS[0]) -> np.ndarray:

@@ -32,7 +32,7 @@ import numpy as np
 from torch import nn
 
 from llava_lab.attribution.registry import attribute
-from llava_lab.checks import Sweep, entry, whole_number
+from llava_lab.checks import Sweep, entry, one_picture, whole_number
 from llava_lab.errors import OptionError
 from llava_lab.models.layout import connector_of, language_layers, vision_tower
 from llava_lab.models.text import encode, pieces, refuse_special_text
@@ -160,6 +160,7 @@ def with_question(lab: Lab, run: Run, question: str) -> Run:
     >>> with_question(lab, run, "What is it?").question
     'What is it?'
     """
+    one_picture(run)
     question = question.strip()
     if not question:
         raise OptionError("expected a question to ask instead, got empty text")

@@ -6,13 +6,16 @@ a sequence with a second picture in it could not be explained.
 
     generated = generate(lab.model, input_ids, pixel_values, limit=20, eos=lab.eos_ids, image_id=lab.image_id)
     generated.token_ids, generated.logprobs
+
+`generate_many` answers a batch of prompts.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +39,7 @@ class Generated:
 def generate(
     model: nn.Module,
     input_ids: Int[Tensor, "1 T"],
-    pixel_values: Float[Tensor, "1 *squares 3 S S"],
+    pixel_values: Float[Tensor, "N *squares 3 S S"] | None = None,
     *,
     image_sizes: Int[Tensor, "1 2"] | None = None,
     limit: int,
@@ -46,13 +49,14 @@ def generate(
     seed: int = 0,
     on_id: Callable[[int], None] | None = None,
 ) -> Generated:
-    """Answer greedily (``temperature=0``) or by seeded sampling, at most `limit` tokens."""
+    """Answer greedily (``temperature=0``) or by seeded sampling, at most `limit` tokens; N pictures stand in the sequence."""
     answer: list[tuple[int, float]] = []
     stopped = "length"
     random = torch.Generator(device=input_ids.device).manual_seed(seed)  # never the global generator
     try:
         with evaluating(model), torch.no_grad():
-            shown = {"pixel_values": pixel_values} | ({} if image_sizes is None else {"image_sizes": image_sizes})
+            given = {"pixel_values": pixel_values, "image_sizes": image_sizes}
+            shown = {name: value for name, value in given.items() if value is not None}
             out = model(input_ids=input_ids, **shown, use_cache=True, logits_to_keep=1)
             while True:
                 logits = out.logits[0, -1].float()
@@ -70,8 +74,87 @@ def generate(
     except KeyboardInterrupt:
         stopped = "interrupted"
         logger.warning("interrupted after %d tokens; the answer so far is kept", len(answer))
+    return _generated(answer, stopped)
+
+
+def generate_many(
+    model: nn.Module,
+    prompts: Sequence[np.ndarray],
+    pixel_values: Float[Tensor, "N 3 S S"] | None,
+    owner: Sequence[int],
+    *,
+    limits: Sequence[int],
+    eos: Collection[int],
+    image_id: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[Generated]:
+    """Answers to several prompts at a time, each as `generate` gives it but for rounding.
+
+    Prompt i is about picture ``owner[i]`` of N, or with ``pixel_values=None`` all are without a picture. What the prompts say
+    up to and with their picture must be the same; it runs once a picture, and the questions go on from its cache. Padding
+    stands before each question and is masked. Ctrl-C passes; nothing of the batch is kept then.
+    """
+    device = next(model.parameters()).device
+    cut = 0 if pixel_values is None else int(np.flatnonzero(prompts[0] == image_id)[-1]) + 1
+    assert all(np.array_equal(ids[:cut], prompts[0][:cut]) for ids in prompts), "prompts differ before their picture"
+    randoms = [torch.Generator(device=device).manual_seed(seed) for _ in prompts]
+    answers: list[list[tuple[int, float]]] = [[] for _ in prompts]
+    stopped = ["" for _ in prompts]
+    with evaluating(model), torch.no_grad():
+        cache: Any = None
+        if pixel_values is not None:
+            prefix = torch.from_numpy(prompts[0][:cut]).expand(len(pixel_values), -1).to(device)
+            cache = model(input_ids=prefix, pixel_values=pixel_values, use_cache=True, logits_to_keep=1).past_key_values
+            cache.reorder_cache(torch.tensor(owner, device=device))
+        ids, mask = (part.to(device) for part in _padded([row[cut:] for row in prompts], cut))
+        while True:
+            at = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+            given = {"input_ids": ids, "attention_mask": mask, "position_ids": at, "past_key_values": cache}
+            out = model(**given, use_cache=True, logits_to_keep=1)
+            cache, logits = out.past_key_values, out.logits[:, -1].float()
+            tokens = _choose_each(logits, image_id, temperature, randoms)
+            chances = log_probs(logits)[range(len(tokens)), tokens].tolist()
+            for row, (token, chance) in enumerate(zip(tokens, chances, strict=True)):
+                if stopped[row]:
+                    continue
+                if token in eos:
+                    stopped[row] = "eos"
+                    continue
+                answers[row].append((token, chance))
+                if len(answers[row]) >= limits[row]:
+                    stopped[row] = "length"
+            if all(stopped):
+                break
+            ids = torch.tensor(tokens, device=device)[:, None]
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+    return [_generated(answer, why) for answer, why in zip(answers, stopped, strict=True)]
+
+
+def _generated(answer: list[tuple[int, float]], stopped: str) -> Generated:
     ids = np.array([token for token, _ in answer], np.int64)
     return Generated(ids, np.array([logprob for _, logprob in answer], np.float32), stopped)
+
+
+def _padded(rows: list[np.ndarray], prefix: int) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B K"]]:
+    """Questions pushed to the right, and the mask over the `prefix` positions before them and over themselves."""
+    longest = max(len(row) for row in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.ones(len(rows), prefix + longest, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, longest - len(row) :] = torch.from_numpy(row)
+        mask[i, prefix : prefix + longest - len(row)] = 0
+    return ids, mask
+
+
+def _choose_each(
+    logits: Float[Tensor, "B V"], image_id: int, temperature: float, randoms: Sequence[torch.Generator]
+) -> list[int]:
+    if temperature == 0:  # all rows in one go
+        allowed = logits.clone()
+        allowed[:, image_id] = -torch.inf
+        return allowed.argmax(-1).tolist()
+    return [_choose(row, image_id, temperature, random) for row, random in zip(logits, randoms, strict=True)]
 
 
 def log_probs(logits: Float[Tensor, "*B V"]) -> Float[Tensor, "*B V"]:

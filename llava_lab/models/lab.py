@@ -4,13 +4,15 @@
     run = lab.ask("car.png", "What color is the car?")
     logits = lab.model(**lab.inputs(run)).logits
 
-It asks (`ask`) and gives back the finished sequence as model input (`inputs`). The same code serves the shipped model and the 7B:
-sizes are data.
+It asks (`ask`, and `ask_many` a batch) and gives back the finished sequence as model input (`inputs`). The same code serves the
+shipped model and the 7B: sizes are data.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,17 +20,32 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from llava_lab.checks import entry, shown, whole_number
-from llava_lab.errors import CheckpointError, OptionError, PictureError, one_line
-from llava_lab.geometry import View
+from llava_lab.checks import Sweep, entry, one_picture, shown, whole_number
+from llava_lab.errors import CheckpointError, LabError, OptionError, PictureError, one_line
+from llava_lab.geometry import PictureMap, View
 from llava_lab.models import layout, text
 from llava_lab.models.card import Card, fingerprint, make_card
 from llava_lab.models.formats import foreign
-from llava_lab.models.generation import Generated, generate
-from llava_lab.models.pictures import PictureLike, Preprocessing, read_picture
+from llava_lab.models.generation import Generated, generate, generate_many
+from llava_lab.models.pictures import PictureLike, Preprocessing, read_pictures
 from llava_lab.models.swap import Swap, trained_beside
 from llava_lab.models.text import History, Prompt, decode, finished, group_words
 from llava_lab.results import Run
+
+logger = logging.getLogger(__name__)
+
+Question = str  # one; `ask_many` takes several
+Shown = PictureLike | list[PictureLike] | tuple[PictureLike, ...] | None  # the picture of a question, or several, or none
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """One question ready to be answered."""
+
+    pictures: tuple[np.ndarray, ...]
+    question: str
+    sequence: Prompt
+    limit: int  # tokens the answer may take
 
 
 class Lab:
@@ -37,6 +54,8 @@ class Lab:
     >>> lab.ask(picture, "What is in the picture?", max_new_tokens=2).image_positions.shape
     (144,)
     """
+
+    one_square = True  # whether a picture is seen once, in one square
 
     @entry
     def __init__(
@@ -126,8 +145,8 @@ class Lab:
     @entry
     def ask(
         self,
-        picture: PictureLike,
-        question: str,
+        picture: Shown,
+        question: Question,
         *,
         max_new_tokens: int = 64,
         temperature: float = 0.0,
@@ -139,87 +158,123 @@ class Lab:
     ) -> Run:
         """Ask about a picture and get the answer with every position, probability and the picture's map.
 
+        `picture` is anything that `models.pictures` reads: a path, bytes, a PIL image, an array, a tensor, ... A list of
+        pictures shows them all, in order, before the question (see `Run.about`); None asks without one.
         `prompt`: None is the model's own form (`self.prompt`), else one of `text.PROMPTS`.
         `fit`: None is the checkpoint's own way, else "pad" or "crop". `history`: earlier (question, answer)
         pairs, or messages as chat formats hold them, about the same picture. `on_token` receives the answer's text as it
         grows, whole characters only. An option given as None has its default.
         Interrupting (KeyboardInterrupt) gives the answer so far, with ``options["stopped"] == "interrupted"``.
         """
-        whole_number("max_new_tokens", max_new_tokens, least=1)
-        if not 0 <= temperature < float("inf"):
-            raise OptionError(f"temperature must be 0 (greedy) or a positive number, got {temperature!r}")
+        _check_asking(max_new_tokens, temperature)
         prompt = prompt or self.prompt
-        pixels = read_picture(picture)
-        sequence = self.sequence(question, prompt=prompt, history=history, picture=pixels)
-        limit = min(max_new_tokens, self.context - len(sequence.token_ids))
-        if limit < 1:
-            raise OptionError(
-                f"the prompt has {len(sequence.token_ids)} tokens and the model's context is {self.context}; "
-                "ask a shorter question or give less history"
-            )
+        asked = self._asked(read_pictures(picture), question, prompt, history, max_new_tokens)
         stream = _Stream(self.tokenizer, on_token) if on_token else None
-        generated = generate(
-            self.model,
-            torch.from_numpy(sequence.token_ids)[None].to(self.device),
-            **self.shown(pixels, fit),
-            limit=limit,
-            eos=self.eos_ids,
-            image_id=self.image_id,
-            temperature=temperature,
-            seed=seed,
-            on_id=stream.add if stream else None,
-        )
+        generated = self._generate(asked, fit, temperature, seed, on_id=stream.add if stream else None)
         if stream:
             stream.close()
         options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "prompt": prompt}
-        options |= {"fit": self.preprocessing.mode(fit), "stopped": generated.stopped}
-        return self._run(pixels, question.strip(), sequence, generated, seed, options)
+        return self._run(asked, generated, seed, options | {"fit": self.preprocessing.mode(fit)})
+
+    @entry
+    def ask_many(
+        self,
+        pictures: Shown | Iterator[Shown],
+        questions: Question | Sequence[Question],
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        seed: int = 0,
+        prompt: str | None = None,
+        fit: str | None = None,
+        batch: int = 8,
+        progress: bool = True,
+    ) -> list[Run]:
+        """Ask several questions, `batch` at a time: the runs that `ask` gives one by one, but for rounding, and sooner.
+
+        `pictures`: a list with the picture of each question (None, or a list of several, where `ask` takes it), or one for
+        all. `questions`: a list with one for each picture, or one for all. Questions in a row about the same picture have it
+        seen once. All pictures and questions are read before the first is answered, so that a bad one costs nothing.
+        A model that looks at pictures in tiles, and a question about several pictures, is answered by itself.
+        Ctrl-C gives the runs finished until then, in order; before the first it is raised.
+
+        >>> [run.question for run in lab.ask_many(picture, ["Is it red?", "What is it?"], max_new_tokens=2, progress=False)]
+        ['Is it red?', 'What is it?']
+        """
+        _check_asking(max_new_tokens, temperature)
+        whole_number("batch", batch, least=1)
+        prompt = prompt or self.prompt
+        options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "prompt": prompt}
+        options |= {"fit": self.preprocessing.mode(fit)}
+        todo = self._read_all(*_paired(pictures, questions), prompt, max_new_tokens)
+        runs: list[Run] = []
+        with Sweep("asking", total=len(todo), unit="question", show=progress) as done:
+            for group in self._groups(todo, batch):
+                answers = self._generate_group(group, fit, temperature, seed)
+                runs += [self._run(one, answer, seed, options) for one, answer in zip(group, answers, strict=True)]
+                done.step(len(group))
+        if done.interrupted:
+            logger.warning("interrupted after %d of %d questions; their runs are kept", len(runs), len(todo))
+        return runs
 
     @entry
     def sequence(
-        self, question: str, *, prompt: str | None = None, history: History = (), picture: PictureLike | None = None
+        self,
+        question: Question,
+        *,
+        prompt: str | None = None,
+        history: History = (),
+        picture: PictureLike | None = None,
+        pictures: int = 1,
     ) -> Prompt:
         """The prompt for a question as the model reads it, with its segments, before any answer.
 
-        `picture` matters only where the number of image tokens depends on its shape.
+        `picture` matters only where the number of image tokens depends on its shape; `pictures` says how many there are.
         """
         prompt = prompt or self.prompt
         text.check_form(prompt)
         turns = text.turns(question, history)
         text.refuse_special_text(self.tokenizer, *(part for turn in turns for part in turn if part is not None))
-        if prompt == "chat":
-            whole = self._chat(question, history)
-        else:
-            marks = getattr(self.model.config, text.MARKED, None) or ()
-            whole = text.marked(text.build_prompt(question, prompt, history), marks)
         return text.encode(
             self.tokenizer,
-            whole,
+            self._text(question, prompt, history, pictures),
             question.strip(),
             image_id=self.image_id,
-            image_tokens=self.image_tokens(picture),
+            image_tokens=self.image_tokens(picture) if pictures else 0,
+            pictures=pictures,
+            beside="" if pictures else self._text(question, prompt, history, 1),
             history=len(turns) > 1,
         )
+
+    def _text(self, question: str, prompt: str, history: History, pictures: int) -> str:
+        if prompt == "chat":
+            return self._chat(question, history, pictures)
+        marks = getattr(self.model.config, text.MARKED, None) or ()
+        return text.marked(text.build_prompt(question, prompt, history, pictures), marks)
 
     @entry
     def inputs(self, run: Run, *, picture: np.ndarray | None = None, tiles: bool = False) -> dict[str, Tensor]:
         """The finished sequence as model input (teacher forcing): input_ids, attention_mask (1, T), pixel_values.
 
-        `tiles`: whether the caller can tell several views of a picture apart (see `TiledLab`).
-        `picture` stands in for the run's own, at the same size. Raises CheckpointError for another model's run.
+        `tiles`: whether the caller can tell several views of a picture (see `TiledLab`), or several pictures, apart.
+        `picture` stands in for the run's own (first), at the same size. Raises CheckpointError for another model's run,
+        OptionError for one with several pictures or none without `tiles`.
         """
+        if not tiles:
+            one_picture(run)
         mine = self.fingerprint
         if run.fingerprint != mine:
             raise CheckpointError(
                 f"this run was answered by {run.model!r} with weights {run.fingerprint}; "
                 f"{self.name!r} now has {mine}; ask again with this lab"
             )
-        layout.image_span(run.token_ids, self.image_id, self.image_tokens(run.picture))
+        count = self.image_tokens(run.picture) if run.pictures else 0
+        layout.image_spans(run.token_ids, self.image_id, count, len(run.pictures))
         if picture is not None and np.shape(picture) != run.picture.shape:
             raise PictureError(f"the other picture must be {run.picture.shape} like the run's, got {np.shape(picture)}")
         ids = torch.from_numpy(run.token_ids)[None].to(self.device)
-        shown = self.shown(run.picture if picture is None else picture, run.map.mode)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **shown}
+        pictures = [picture if picture is not None and own is run.picture else own for own in run.pictures]
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **self._all_shown(pictures, run.map.mode)}
 
     def pixels(self, picture: np.ndarray, fit: str | None = None) -> Tensor:
         """A picture as the vision tower takes it: (1, 3, size, size) in the model's dtype, on its device."""
@@ -237,10 +292,10 @@ class Lab:
         """How a picture is looked at, where that is more than once; `span` is where its tokens stand."""
         return ()
 
-    def _chat(self, question: str, history: History) -> str:
+    def _chat(self, question: str, history: History, pictures: int) -> str:
         if not self.processor.chat_template:
             raise OptionError(f"prompt='chat' needs a chat template and {self.name!r} has none; use 'llava-1.5' or 'hf'")
-        messages = text.chat_messages(question, history)
+        messages = text.chat_messages(question, history, pictures)
         if self.foreign:
             marks = self.tokenizer.special_tokens_map
             return foreign.render(self.processor.chat_template, messages=messages, add_generation_prompt=True, **marks)
@@ -249,15 +304,111 @@ class Lab:
         except Exception as error:  # a template is a program: it may raise anything
             raise CheckpointError(f"the chat template of {self.name!r} cannot write this question ({one_line(error)})") from None
 
-    def _run(
-        self, picture: np.ndarray, question: str, sequence: Prompt, generated: Generated, seed: int, options: dict[str, Any]
-    ) -> Run:
+    def _asked(
+        self, pictures: tuple[np.ndarray, ...], question: str, prompt: str, history: History, max_new_tokens: int
+    ) -> _Asked:
+        """A question with its pictures, checked. Raises OptionError where the context leaves no room for an answer."""
+        self.check_pictures(len(pictures))
+        first = pictures[0] if pictures else None
+        sequence = self.sequence(question, prompt=prompt, history=history, picture=first, pictures=len(pictures))
+        limit = min(max_new_tokens, self.context - len(sequence.token_ids))
+        if limit < 1:
+            raise OptionError(
+                f"the prompt has {len(sequence.token_ids)} tokens and the model's context is {self.context}; "
+                f"ask a shorter question, give less history{' or fewer pictures' if len(pictures) > 1 else ''}"
+            )
+        return _Asked(pictures, question.strip(), sequence, limit)
+
+    def check_pictures(self, count: int) -> None:
+        """Raises OptionError where a question to this model cannot be about so many pictures."""
+
+    def _read_all(self, pictures: list[Any], questions: list[Any], prompt: str, max_new_tokens: int) -> list[_Asked]:
+        """Every question, read and checked; a picture that comes again is read once."""
+        read: dict[Any, tuple[np.ndarray, ...]] = {}
+        todo = []
+        for number, (picture, question) in enumerate(zip(pictures, questions, strict=True), 1):
+            try:
+                key = picture if isinstance(picture, str) else id(picture)
+                if key not in read:
+                    read[key] = read_pictures(picture)
+                todo.append(self._asked(read[key], question, prompt, (), max_new_tokens))
+            except LabError as error:
+                raise type(error)(f"question {number} of {len(questions)}: {error}") from None
+        return todo
+
+    def _groups(self, todo: list[_Asked], batch: int) -> Iterator[list[_Asked]]:
+        """Questions in a row that can be answered together: all about one picture each, or all without."""
+        window = getattr(self.model.config.text_config, "sliding_window", None)
+        longest = max((len(one.sequence.token_ids) + one.limit for one in todo), default=0)
+        most = batch if self.one_square and (window is None or longest <= window) else 1  # padding would move the window
+        group: list[_Asked] = []
+        for one in todo:
+            if group and (len(group) == most or len(one.pictures) != len(group[0].pictures) or len(one.pictures) > 1):
+                yield group
+                group = []
+            group.append(one)
+        if group:
+            yield group
+
+    def _generate_group(self, group: list[_Asked], fit: str | None, temperature: float, seed: int) -> list[Generated]:
+        if len(group) == 1:
+            alone = self._generate(group[0], fit, temperature, seed)
+            if alone.stopped == "interrupted":
+                raise KeyboardInterrupt
+            return [alone]
+        seen = {id(picture): picture for one in group for picture in one.pictures}
+        return generate_many(
+            self.model,
+            [one.sequence.token_ids for one in group],
+            torch.cat([self.pixels(picture, fit) for picture in seen.values()]) if seen else None,
+            [list(seen).index(id(one.pictures[0])) for one in group if one.pictures],
+            limits=[one.limit for one in group],
+            eos=self.eos_ids,
+            image_id=self.image_id,
+            temperature=temperature,
+            seed=seed,
+        )
+
+    def _generate(
+        self, asked: _Asked, fit: str | None, temperature: float, seed: int, on_id: Callable[[int], None] | None = None
+    ) -> Generated:
+        return generate(
+            self.model,
+            torch.from_numpy(asked.sequence.token_ids)[None].to(self.device),
+            **self._all_shown(asked.pictures, fit),
+            limit=asked.limit,
+            eos=self.eos_ids,
+            image_id=self.image_id,
+            temperature=temperature,
+            seed=seed,
+            on_id=on_id,
+        )
+
+    def _all_shown(self, pictures: Sequence[np.ndarray], fit: str | None) -> dict[str, Tensor]:
+        """Pictures as the model's arguments, one after the other; nothing without any."""
+        parts = [self.shown(picture, fit) for picture in pictures]
+        return {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
+
+    def _maps(self, asked: _Asked, fit: str) -> tuple[PictureMap, tuple[View, ...]]:
+        """Where the (first) picture's patches are, and every view where there are several."""
+        maps = [self.preprocessing.map(picture.shape[1], picture.shape[0], fit) for picture in asked.pictures]
+        if not maps:
+            return PictureMap.nowhere(), ()
+        if len(maps) == 1:
+            return maps[0], self.views(maps[0].width, maps[0].height, asked.sequence.segments["image"])
+        ids = asked.sequence.token_ids
+        spans = layout.image_spans(ids, self.image_id, self.image_tokens(asked.pictures[0]), len(maps))
+        places = enumerate(zip(spans, maps, strict=True), 1)
+        return maps[0], tuple(View(f"picture {number}", start, False, where) for number, ((start, _), where) in places)
+
+    def _run(self, asked: _Asked, generated: Generated, seed: int, options: dict[str, Any]) -> Run:
+        sequence = asked.sequence
         start = len(sequence.token_ids)
         token_ids = np.concatenate([sequence.token_ids, generated.token_ids])
-        height, width = picture.shape[:2]
+        where, views = self._maps(asked, options["fit"])
         return Run(
-            picture=picture,
-            question=question,
+            picture=asked.pictures[0] if asked.pictures else np.zeros((0, 0, 3), np.uint8),
+            question=asked.question,
             answer=decode(self.tokenizer, generated.token_ids.tolist()).strip(),
             prompt=sequence.text,
             token_ids=token_ids,
@@ -265,13 +416,39 @@ class Lab:
             segments={**sequence.segments, "answer": (start, len(token_ids))},
             words=group_words(self.tokenizer, generated.token_ids.tolist(), start),
             logprobs=generated.logprobs,
-            map=self.preprocessing.map(width, height, options["fit"]),
+            map=where,
             model=self.name,
             fingerprint=self.fingerprint,
             seed=seed,
-            options=options,
-            views=self.views(width, height, sequence.segments["image"]),
+            options=options | {"stopped": generated.stopped},
+            views=views,
+            others=asked.pictures[1:],
         )
+
+
+def _check_asking(max_new_tokens: int, temperature: float) -> None:
+    whole_number("max_new_tokens", max_new_tokens, least=1)
+    if not 0 <= temperature < float("inf"):
+        raise OptionError(f"temperature must be 0 (greedy) or a positive number, got {temperature!r}")
+
+
+def _paired(pictures: Any, questions: Any) -> tuple[list[Any], list[Any]]:
+    """A picture and a question for each answer; one of either stands for all. Raises OptionError where the numbers differ."""
+    one = isinstance(pictures, str | bytes | bytearray | memoryview) or getattr(pictures, "ndim", 0) in (2, 3)
+    # an array of four axes is a batch of pictures, one of one axis a column of them
+    several = not one and (isinstance(pictures, Sequence | Iterator) or getattr(pictures, "ndim", 0) in (1, 4))
+    each = list(pictures) if several else None
+    try:
+        asked = [questions] if isinstance(questions, str) else list(questions)
+    except TypeError:
+        raise OptionError(f"questions must be a list of text, got {type(questions).__name__}") from None
+    if each is None:
+        return [pictures] * len(asked), asked
+    if isinstance(questions, str):
+        return each, asked * len(each)
+    if len(each) != len(asked):
+        raise OptionError(f"expected a picture for each question, got {len(each)} pictures and {len(asked)} questions")
+    return each, asked
 
 
 class _Stream:

@@ -206,24 +206,26 @@ def processor_patch(model: nn.Module) -> int:
     return config.vision_config.patch_size if connectors.token_grid(config) is None else cell_pixels(model)
 
 
-def image_span(token_ids: np.ndarray, image_id: int, count: int) -> tuple[int, int]:
-    """[start, stop) of the image tokens in an expanded sequence; they must be `count` in one block."""
+def image_spans(token_ids: np.ndarray, image_id: int, count: int, pictures: int = 1) -> list[tuple[int, int]]:
+    """[start, stop) of each picture's image tokens in an expanded sequence; they must be `count` in one block."""
     where = np.flatnonzero(token_ids == image_id)
-    if len(where) != count:
-        raise CheckpointError(f"expected {count} image tokens (id {image_id}) in the sequence, found {len(where)}")
-    start, stop = int(where[0]), int(where[-1]) + 1
-    if stop - start != count:
-        raise CheckpointError(f"the {count} image tokens must stand in one block, found them spread over {start}..{stop - 1}")
-    return start, stop
+    if len(where) != count * pictures:
+        raise CheckpointError(f"expected {count * pictures} image tokens (id {image_id}) in the sequence, found {len(where)}")
+    spans = [(int(block[0]), int(block[-1]) + 1) for block in where.reshape(pictures, count)]
+    for start, stop in spans:
+        if stop - start != count:
+            raise CheckpointError(f"the {count} image tokens must stand in one block, found them spread over {start}..{stop - 1}")
+    return spans
 
 
-def expand_image(token_ids: np.ndarray, image_id: int, count: int) -> np.ndarray:
-    """The sequence with `count` image tokens, given one with a single image token or one already expanded."""
+def expand_image(token_ids: np.ndarray, image_id: int, count: int, pictures: int = 1) -> np.ndarray:
+    """The sequence with `count` image tokens a picture, given one with a single token for each or one already expanded."""
     where = np.flatnonzero(token_ids == image_id)
-    if len(where) == 1 and count != 1:
-        at = int(where[0])
-        token_ids = np.concatenate([token_ids[:at], np.full(count, image_id, token_ids.dtype), token_ids[at + 1 :]])
-    image_span(token_ids, image_id, count)
+    if len(where) == pictures and count != 1:
+        times = np.ones(len(token_ids), int)
+        times[where] = count
+        token_ids = np.repeat(token_ids, times)
+    image_spans(token_ids, image_id, count, pictures)
     return token_ids
 
 

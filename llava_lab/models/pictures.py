@@ -119,6 +119,17 @@ def read_picture(source: PictureLike) -> np.ndarray:
     raise PictureError(f"a picture is {KINDS}; got {type(source).__name__}")
 
 
+def read_pictures(source: PictureLike | list[PictureLike] | tuple[PictureLike, ...] | None) -> tuple[np.ndarray, ...]:
+    """The pictures of one question: None is none, a list or tuple is several."""
+    if source is None:
+        return ()
+    if not isinstance(source, list | tuple):
+        return (read_picture(source),)
+    if not source:
+        raise PictureError("the list of pictures is empty; a question without a picture is asked with None")
+    return tuple(read_picture(one) for one in source)
+
+
 # -- where the bytes are ----------------------------------------------------------------
 
 

@@ -8,7 +8,9 @@ had. ``chat`` is for relatives with another language model, whose own template i
 
 Segments. The tokenizer's character offsets say where the question ends, and the image tokens are found by their id; nothing is
 computed from lengths. Segments cover the sequence in order: ``system`` (everything before the picture), ``image``, ``history``
-(earlier turns, only when given), ``question``, ``cue`` (what asks for the answer), and ``answer`` once there is one.
+(earlier turns, only when given), ``question``, ``cue`` (what asks for the answer), and ``answer`` once there is one. Several
+pictures stand in ``image`` one after the other, what the prompt writes between them included; without a picture it is empty
+and stands where the first would.
 
 Words. Byte-level BPE (``Ġred``) and SentencePiece (``▁red``) mark word starts differently, and both may spread one character over
 several tokens. So nothing is read off the pieces: every prefix of the answer is decoded, which tells the characters each token
@@ -75,15 +77,16 @@ class Decoder(Protocol):
 class Prompt:
     """A prompt as the model reads it."""
 
-    text: str  # the exact text given to the tokenizer, one <image>
+    text: str  # the exact text given to the tokenizer, one <image> a picture
     token_ids: np.ndarray  # int64 (T,), image tokens expanded
     segments: dict[str, Span]  # system, image, (history), question, cue
 
 
-def build_prompt(question: str, form: str = "llava-1.5", history: History = ()) -> str:
+def build_prompt(question: str, form: str = "llava-1.5", history: History = (), pictures: int = 1) -> str:
     """The text given to the tokenizer: system, picture, earlier turns, question, and the cue to answer.
 
-    `history` holds earlier (question, answer) pairs or messages about the same picture, oldest first (`read_history`).
+    `history` holds earlier (question, answer) pairs or messages about the same picture, oldest first (`read_history`);
+    `pictures` says how many there are.
     Raises OptionError for an unknown form, an empty question, or text that holds ``<image>`` itself.
 
     >>> from llava_lab.models import build_prompt
@@ -95,7 +98,8 @@ def build_prompt(question: str, form: str = "llava-1.5", history: History = ()) 
         raise OptionError("prompt='chat' is written by a checkpoint's own template; ask through a Lab")
     *earlier, (last, _) = turns(question, history)
     questions = [question for question, _ in earlier] + [last]
-    parts = [f"USER: {IMAGE}\n{questions[0]} {CUE}"]
+    shown = f"{IMAGE}\n" * pictures
+    parts = [f"USER: {shown}{questions[0]} {CUE}"]
     parts += [f" {answer}{END_OF_TURN}USER: {after} {CUE}" for (_, answer), after in zip(earlier, questions[1:], strict=True)]
     return (f"{SYSTEM} " if form == "llava-1.5" else "") + "".join(parts)
 
@@ -105,14 +109,14 @@ def marked(text: str, marks: Sequence[str]) -> str:
     return text.replace(IMAGE, f"{marks[0]}{IMAGE}{marks[1]}") if marks else text
 
 
-def chat_messages(question: str, history: History = ()) -> list[dict]:
-    """The same turns as transformers' chat messages, the picture in the first."""
+def chat_messages(question: str, history: History = (), pictures: int = 1) -> list[dict]:
+    """The same turns as transformers' chat messages, the pictures in the first."""
     messages: list[dict] = []
     for text, answer in turns(question, history):
         messages.append({"role": "user", "content": [{"type": "text", "text": text}]})
         if answer is not None:
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-    messages[0]["content"].insert(0, {"type": "image"})
+    messages[0]["content"][:0] = [{"type": "image"} for _ in range(pictures)]
     return messages
 
 
@@ -275,7 +279,8 @@ def check_form(form: str) -> None:
 
 def _checked(text: str, what: str) -> str:
     if not isinstance(text, str) or not is_text(text):
-        raise OptionError(f"{what} must be text, got {shown(text)}")
+        several = "; one question at a time here, lab.ask_many(pictures, questions) asks several" * isinstance(text, list | tuple)
+        raise OptionError(f"{what} must be text, got {shown(text)}{several}")
     if not text.strip():
         raise OptionError(f"{what} is empty; ask something, for example 'What is in the picture?'")
     for mark in (IMAGE, END_OF_TURN):
@@ -284,18 +289,38 @@ def _checked(text: str, what: str) -> str:
     return text.strip()
 
 
-def encode(tokenizer: Any, text: str, question: str, *, image_id: int, image_tokens: int, history: bool = False) -> Prompt:
-    """Tokenize `text`, expand its one image token, and find the segments; `question` is the last turn's."""
-    if text.count(IMAGE) != 1:
-        raise CheckpointError(f"the prompt must hold {IMAGE} once, its template wrote it {text.count(IMAGE)} times: {text!r}")
+def encode(
+    tokenizer: Any,
+    text: str,
+    question: str,
+    *,
+    image_id: int,
+    image_tokens: int,
+    pictures: int = 1,
+    beside: str = "",
+    history: bool = False,
+) -> Prompt:
+    """Tokenize `text`, expand its image token of each picture, and find the segments; `question` is the last turn's.
+
+    `beside`: without a picture, the same prompt with one; where they part the picture would stand.
+    """
+    if text.count(IMAGE) != pictures:
+        wanted = "once" if pictures == 1 else f"{pictures} times"
+        wrote = text.count(IMAGE)
+        raise CheckpointError(f"the prompt must hold {IMAGE} {wanted}, its template wrote it {wrote} times: {text!r}")
     first = text.rfind(question)
     if first < 0:
         raise CheckpointError(f"the chat template does not write the question as it is asked: {text!r}")
     has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
     coded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not has_bos)
     short = np.array(coded["input_ids"], np.int64)
-    ids = layout.expand_image(short, image_id, image_tokens)
-    start, stop = layout.image_span(ids, image_id, image_tokens)
+    ids = layout.expand_image(short, image_id, image_tokens, pictures)
+    spans = layout.image_spans(ids, image_id, image_tokens, pictures)
+    if spans:
+        start, stop = spans[0][0], spans[-1][1]
+    else:
+        begin = _shared(text, beside)
+        start = stop = next(i for i, (_, hi) in enumerate(coded["offset_mapping"]) if hi > begin)
     extra = len(ids) - len(short)  # how far expansion moved everything after the image
     ends = [(i + extra, lo, hi) for i, (lo, hi) in enumerate(coded["offset_mapping"]) if i + extra >= stop]
     # the first token that begins at or after the question's end, and the first that reaches beyond its beginning

@@ -175,6 +175,7 @@ class TiledLab(Lab):
     """A LLaVA-NeXT or LLaVA-OneVision with its processor. See `Lab`."""
 
     preprocessing: Any  # a Tiling
+    one_square = False
 
     def measure(self) -> None:
         self.grid = layout.patch_grid(self.model)
@@ -188,6 +189,13 @@ class TiledLab(Lab):
             pinpoints=config.image_grid_pinpoints,
             most=_most(config),
         )
+
+    def check_pictures(self, count: int) -> None:
+        if count > 1:
+            raise OptionError(
+                f"{self.name!r} looks at a picture whole and in tiles, and a question to it takes one picture here, got {count}; "
+                "ask about each, or set them side by side in one"
+            )
 
     def pixels(self, picture: np.ndarray, fit: str | None = None) -> Tensor:
         raise OptionError(self._refusal())

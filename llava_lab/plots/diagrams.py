@@ -46,6 +46,8 @@ def journey(run: Run, *, widths: tuple[int, int] | None = None, ax: Axes | None 
     >>> "12 × 12 patches" in texts
     True
     """
+    if not run.picture.size:
+        raise OptionError("this question was asked without a picture, so there is no way from one to draw")
     ax = ax or _canvas(SIZE)
     ax.set(xlim=(0, SIZE[0]), ylim=(0, SIZE[1]), aspect="equal")
     ax.axis("off")

@@ -40,7 +40,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from llava_lab.capture import undisturbed
-from llava_lab.checks import one_of
+from llava_lab.checks import has_picture, one_of
 from llava_lab.errors import LabError, OptionError
 from llava_lab.models.layout import connector_of, read_connector, require_patch_tokens
 from llava_lab.replay.fills import EVERY_FILL, fill_picture, fill_pixels, inpaint, mean_fill, noise_fill
@@ -145,7 +145,7 @@ def open_altered(
     fills: Sequence[str] = EVERY_FILL,
     batch: int = 8,
 ) -> Altered:
-    """The picture of `run`, ready to be altered ``at`` one of `LEVELS`; `fills` are those a method can use.
+    """The picture of `run` (its first), ready to be altered ``at`` one of `LEVELS`; `fills` are those a method can use.
 
     Further in than the pixels, ``grey`` and ``blur`` are what the model makes of a grey or blurred picture, and
     ``mean`` and ``noise`` take their statistics over the picture's own tokens.
@@ -154,7 +154,10 @@ def open_altered(
     made by another checkpoint).
     """
     options: dict[str, Any] = {"at": at, "fill": fill, "seed": seed, "fills": fills, "batch": batch}
-    if run.views:
+    has_picture(run)
+    if run.others and at != LEVELS[0]:
+        raise OptionError(f"at must be {LEVELS[0]!r}: the question is about {len(run.pictures)} pictures, got {at!r}")
+    if run.views and not run.others:
         return Tiles(lab, run, targets, **options)
     return (Pixels if at == LEVELS[0] else Tokens)(lab, run, targets, **options)
 

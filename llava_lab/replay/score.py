@@ -28,22 +28,27 @@ Score = Callable[[Float[Tensor, "B 3 Y X"]], Float[Tensor, "B N"]]  # pictures -
 
 
 def target_score(lab: Lab, run: Run, targets: Targets) -> tuple[Float[Tensor, "1 3 Y X"], Score]:
-    """The run's own pixels, and a function from a batch of pixels to each target's score in float32.
+    """The run's own pixels, of its first picture, and a function from a batch of pixels to each target's score in float32.
 
     The score is the natural log-probability of the target's tokens, summed; for a contrast, the logit of
     the token said minus that of the token not said. Call it inside `capture.undisturbed`.
     """
-    inputs = lab.inputs(run)
-    pixels = inputs.pop("pixel_values")
+    inputs = lab.inputs(run, tiles=True) if run.others else lab.inputs(run)
+    every = inputs.pop("pixel_values")
     at = predicting_rows(targets)
     keep = torch.tensor(at, device=inputs["input_ids"].device)
 
     def score(batch: Tensor) -> Tensor:
         repeated = {name: value.expand(len(batch), *value.shape[1:]) for name, value in inputs.items()}
-        logits = lab.model(**repeated, pixel_values=batch, logits_to_keep=keep, use_cache=False).logits
+        if len(every) > 1:  # each variant beside the run's other pictures, which are the same in all
+            shown = every.repeat(len(batch), 1, 1, 1)
+            shown[run.number :: len(every)] = batch
+        else:
+            shown = batch
+        logits = lab.model(**repeated, pixel_values=shown, logits_to_keep=keep, use_cache=False).logits
         return read_scores(logits, at, targets)
 
-    return pixels, score
+    return every[run.number : run.number + 1], score
 
 
 def read_scores(

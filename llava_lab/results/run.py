@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Float16, Float32, Int64, UInt8
 
+from llava_lab.checks import whole_number
 from llava_lab.errors import DataError, OptionError, TargetError
 from llava_lab.geometry import PictureMap, View
 from llava_lab.results.save import Saved
@@ -68,7 +69,12 @@ class Target:
 
 @dataclass(frozen=True)
 class Run(Saved):
-    """One picture, one question, one answer, with every position found rather than assumed."""
+    """One picture, one question, one answer, with every position found rather than assumed.
+
+    A question may also be about several pictures: `picture` and `map` are then those of the first, `others` holds the rest,
+    `views` says where the tokens of each stand, and `about` puts another one first. A question without a picture has an empty
+    one, (0, 0, 3).
+    """
 
     KIND: ClassVar[str] = "run"
     GAPS: ClassVar[tuple[str, ...]] = ("logprobs",)
@@ -76,7 +82,7 @@ class Run(Saved):
     picture: UInt8[np.ndarray, "height width 3"]  # upright RGB, as the user gave it
     question: str
     answer: str
-    prompt: str  # the exact text given to the tokenizer, one <image> in it
+    prompt: str  # the exact text given to the tokenizer, one <image> in it for each picture
     token_ids: Int64[np.ndarray, " tokens"]  # prompt with expanded image tokens, then the answer
     tokens: tuple[str, ...]  # T readable pieces
     segments: dict[str, Span]  # system, image, question, cue ("ASSISTANT:"), answer
@@ -87,7 +93,10 @@ class Run(Saved):
     fingerprint: str  # of the weights; an explanation by another checkpoint is refused
     seed: int = 0
     options: dict[str, Any] = field(default_factory=dict)  # max_new_tokens, temperature, prompt form, stopped
-    views: tuple[View, ...] = ()  # where a picture is looked at several times; `map` is then the first view's
+    # where a picture is looked at several times, or for each of several pictures; `map` is then the first view's
+    views: tuple[View, ...] = ()
+    # of several pictures those of the views after the first
+    others: tuple[UInt8[np.ndarray, "_ _ 3"], ...] = field(default=(), metadata={"stored": "other"})
 
     def check(self) -> None:
         height, width = self.picture.shape[:2]
@@ -103,6 +112,39 @@ class Run(Saved):
             raise DataError(f"its answer has {stop - start} tokens and {len(self.logprobs)} log-probabilities")
         within("words", [(word.start, word.stop - 1) for word in self.words], start, stop)
         within("views", [view.start for view in self.views], 0, len(self.tokens))
+        if self.others:
+            sizes = [(one.map.height, one.map.width) for one in self.views]
+            if sizes != [one.shape[:2] for one in (self.picture, *self.others)]:
+                raise DataError(f"it has {1 + len(self.others)} pictures, which its {len(sizes)} views do not fit")
+
+    @property
+    def pictures(self) -> tuple[np.ndarray, ...]:
+        """All pictures in the order in which the model sees them; none without one."""
+        if not self.others:
+            return (self.picture,) if self.picture.size else ()
+        held = zip(self.views, (self.picture, *self.others), strict=True)
+        return tuple(picture for _, picture in sorted(held, key=lambda pair: pair[0].start))
+
+    @property
+    def number(self) -> int:
+        """Which of `pictures` is `picture`, from 0."""
+        return sum(view.start < self.views[0].start for view in self.views) if self.others else 0
+
+    def about(self, picture: int) -> Run:
+        """The same run with another of its pictures first: what is made of it is a map of that one. The first has number 0.
+
+        Raises OptionError for a picture that is not there.
+        """
+        order = sorted(range(len(self.views)), key=lambda i: self.views[i].start) if self.others else [0]
+        if whole_number("picture", picture) >= len(order):
+            raise OptionError(f"picture must be from 0 to {len(order) - 1}, got {picture!r}")
+        first = order[picture]
+        if not first:
+            return self
+        rest = [i for i in order if i != first]
+        every = (self.picture, *self.others)
+        views, others = tuple(self.views[i] for i in (first, *rest)), tuple(every[i] for i in rest)
+        return replace(self, picture=every[first], map=views[0].map, views=views, others=others)
 
     @property
     def image_positions(self) -> np.ndarray:
@@ -187,7 +229,7 @@ class Relevance(Saved):
     passes: dict[str, int]  # {"forward": n, "backward": m}
     notes: tuple[str, ...] = ()  # what the reader must see, one sentence each
     extras: dict[str, Any] = field(default_factory=dict)  # JSON-able numbers: mass per segment, lost CLS mass, ...
-    views: tuple[View, ...] = ()  # of a run with several, where the method tells their tokens apart
+    views: tuple[View, ...] = ()  # of a run with several, where the method tells them apart
     # float32 (targets, rows, cols) of each view; the first is `values`
     view_values: tuple[Float32[np.ndarray, "targets _ _"], ...] = field(default=(), metadata={"stored": "view"})
     control: bool = False  # made to compare with, not to explain
@@ -203,7 +245,7 @@ class Relevance(Saved):
                 raise DataError(f"relevance must be {want} (targets, rows, cols), got {values.shape}")
 
     def check(self) -> None:
-        filled(targets=self.targets)
+        filled(targets=self.targets, values=self.values.ravel())
 
     @classmethod
     def upgraded(cls, header: dict[str, Any]) -> dict[str, Any]:
@@ -217,7 +259,8 @@ class Relevance(Saved):
     def on_picture(self, target: int = 0, *, smooth: bool = False, view: str | None = None) -> np.ndarray:
         """The map of one target painted on the original picture, float32 (height, width), NaN where unseen.
 
-        `view` names one of `views`, where the model looked several times. Raises OptionError for a view that is not there.
+        `view` names one of `views`, where the model looked several times, or at several pictures. Raises OptionError for one
+        that is not there.
         """
         if view is None:
             return self.map.project(self.values[target], smooth=smooth)

@@ -16,8 +16,12 @@ from llava_lab.attribution import METHODS, Maps, attribute
 from llava_lab.attribution.method import REGISTERED, AtLeast, Count, Fill, Fusion, Heads, Window, method
 from llava_lab.attribution.registry import works_at
 from llava_lab.errors import OptionError
+from llava_lab.interventions.cover import ask_without
+from llava_lab.judging import compare, faithfulness
 from llava_lab.models import Lab, load
+from llava_lab.replay import fill_pixels
 from llava_lab.results import Run
+from tests.support.closeness import close
 from tests.support.planted import scripted_run
 
 WINDOW: dict[str, Any] = {"layers": None}
@@ -255,3 +259,65 @@ def test_weights_that_wait_elsewhere_are_said(tiny_folder: Path, picture: np.nda
     lab.model.lm_head.to("meta")
     with pytest.raises(OptionError, match="wait off the device"):
         attribute(lab, run, method="relevancy")
+
+
+@pytest.fixture(scope="module")
+def two(tiny_random: Lab) -> Run:
+    """A question about two pictures of different shapes."""
+    draw = np.random.default_rng(5)
+    pictures = [draw.integers(0, 256, (*shape, 3), np.uint8) for shape in ((40, 60), (50, 30))]
+    return tiny_random.ask(pictures, "What differs?", max_new_tokens=4)
+
+
+@pytest.mark.parametrize("name", works_at("tokens"))
+def test_several_pictures_have_a_map_each_whichever_comes_first(tiny_random: Lab, two: Run, name: str) -> None:
+    options = dict(METHODS[name].economy)
+    rel = attribute(tiny_random, two, method=name, **options)
+    assert rel.views == two.views
+    assert [values.shape for values in rel.view_values] == [(1, 4, 4)] * 2
+    assert np.array_equal(rel.values, rel.view_values[0])
+    assert rel.on_picture(view="picture 2").shape == (50, 30)
+    second = attribute(tiny_random, two.about(1), method=name, **options)
+    assert second.map == two.views[1].map
+    for one, other in zip(second.view_values, reversed(rel.view_values), strict=True):
+        close(one, other, terms=64 * 3)
+
+
+def test_a_map_of_several_pictures_says_what_the_model_does(tiny_random: Lab, two: Run) -> None:
+    """Attention is the model's own at each picture's tokens; covering a patch of the second changes the score by its value."""
+    attended = attribute(tiny_random, two, method="attention")
+    covered = attribute(tiny_random, two, method="occlusion", fill="grey")
+    target, inputs = two.target(), tiny_random.inputs(two, tiles=True)
+    tiny_random.model.set_attn_implementation("eager")
+    try:
+        with torch.no_grad():
+            seen = tiny_random.model(**inputs, output_attentions=True).attentions
+    finally:
+        tiny_random.model.set_attn_implementation("sdpa")
+    rows = torch.stack(seen)[:, 0, :, list(target.positions)].mean((0, 1, 2)).numpy()
+    for view, values in zip(two.views, attended.view_values, strict=True):
+        close(values[0], rows[view.positions], terms=64 * 3)
+    values, where = covered.view_values[1][0], two.views[1].map
+    row, col = np.unravel_index(np.abs(values).argmax(), values.shape)
+    patch = np.s_[:, row * 8 : row * 8 + 8, col * 8 : col * 8 + 8]
+    pixels = inputs["pixel_values"].clone()
+    pixels[1][patch] = fill_pixels(tiny_random, pixels[1:], "grey", where)[0][patch]
+    at = two.answer_positions
+    with torch.no_grad():
+        logits = tiny_random.model(**{**inputs, "pixel_values": pixels}).logits[0].log_softmax(-1)
+    dropped = float(two.logprobs.sum()) - float(logits[at - 1, two.token_ids[at]].sum())
+    assert values[row, col] == pytest.approx(dropped, abs=1e-4)
+    assert abs(dropped) > 1e-3
+
+
+def test_faithfulness_of_several_pictures_is_of_the_first(tiny_random: Lab, two: Run) -> None:
+    second = two.about(1)
+    score = faithfulness(tiny_random, second, attribute(tiny_random, second, method="occlusion"), steps=4, seeds=2)
+    assert np.isfinite(score.deletion).all()
+    found = compare(tiny_random, two, ["rollout", "random", "tam"], steps=4, seeds=2)
+    assert set(found.maps) == {"rollout", "random"}
+    assert "one picture" in found.refused["tam"]
+    hidden = ask_without(tiny_random, second, [(0, 0), (1, 1)])
+    assert hidden.number == 1
+    assert np.array_equal(hidden.others[0], two.picture)
+    assert not np.array_equal(hidden.picture, second.picture)

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+import llava_lab as ll
+from llava_lab import plots
 from llava_lab.errors import CheckpointError, LabError, OptionError, PictureError
 from llava_lab.models import Lab, layout, load
 from llava_lab.models import lab as lab_module
@@ -244,6 +246,7 @@ def test_another_model_s_run_is_refused(tiny_random: Lab, run: Run) -> None:
         ({"prompt": "v1"}, "llava-1.5, hf"),
         ({"fit": "square"}, "pad, crop"),
         ({"question": "a <pad> b"}, "<pad>"),
+        ({"question": ["Why?", "Who?"]}, "one question"),
         ({"question": "word " * 600}, "context is 512"),
     ],
 )
@@ -261,6 +264,204 @@ def test_an_answer_stops_where_the_context_ends(tiny_random: Lab, picture: np.nd
     assert len(run.token_ids) == tiny_random.context == 512
     assert run.options["stopped"] == "length"
     probabilities_check_out(tiny_random, run)
+
+
+def drawn(width: int, height: int) -> np.ndarray:
+    return np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8)
+
+
+@pytest.mark.parametrize(("batch", "temperature"), [(8, 0.0), (3, 0.0), (8, 1.5)])
+def test_many_questions_get_the_runs_that_ask_gives_one_by_one(
+    tiny_random: Lab, picture: np.ndarray, batch: int, temperature: float, unchanged: None
+) -> None:
+    other = drawn(50, 70)
+    pictures = [picture, picture, other, other, picture, None, None, [picture, other], other]
+    questions = [
+        QUESTION,
+        "Is it a car or a tree over there, or what else?",
+        "Why?",
+        QUESTION,
+        "a " * 300,
+        "Hello.",
+        "Who?",
+        "?",
+        "Red?",
+    ]
+    asking: dict[str, Any] = {"max_new_tokens": 9, "temperature": temperature, "seed": 4}
+    many = tiny_random.ask_many(pictures, questions, batch=batch, progress=False, **asking)
+    text = tiny_random.model.config.text_config
+    for run, shown, question in zip(many, pictures, questions, strict=True):
+        alone = tiny_random.ask(shown, question, **asking)
+        close(run.logprobs, alone.logprobs, terms=text.hidden_size * text.num_hidden_layers)
+        for name in (field.name for field in fields(Run)):
+            if name != "logprobs":
+                np.testing.assert_equal(getattr(run, name), getattr(alone, name))
+
+
+def test_a_batch_takes_few_passes_and_sees_a_picture_once(tiny_random: Lab, picture: np.ndarray) -> None:
+    passes: list[int] = []
+    seen: list[int] = []
+    model: Any = tiny_random.model
+    count = model.model.language_model.register_forward_hook(lambda *_: passes.append(1))
+    look = model.model.vision_tower.register_forward_pre_hook(
+        lambda module, args, given: seen.append(len(given["pixel_values"] if "pixel_values" in given else args[0])),
+        with_kwargs=True,
+    )
+    try:
+        tiny_random.ask_many([picture] * 4 + [drawn(50, 70)] * 4, QUESTION, max_new_tokens=5, progress=False)
+    finally:
+        count.remove()
+        look.remove()
+    assert (len(passes), seen) == (1 + 5, [2])
+
+
+@pytest.mark.parametrize(
+    ("pictures", "questions", "shapes"),
+    [
+        (drawn(9, 8), ["Why?", "Who?"], [(8, 9)] * 2),
+        ([drawn(9, 8), drawn(7, 6)], "Why?", [(8, 9), (6, 7)]),
+        (np.stack([drawn(9, 8), drawn(9, 8)]), "Why?", [(8, 9)] * 2),
+        (torch.zeros(2, 3, 8, 9), ("Why?", "Who?"), [(8, 9)] * 2),
+        (iter([drawn(9, 8), drawn(7, 6)]), iter(["Why?", "Who?"]), [(8, 9), (6, 7)]),
+        (None, ["Why?"], [(0, 0)]),
+        (drawn(9, 8), "Why?", [(8, 9)]),
+        ([], [], []),
+    ],
+)
+def test_one_picture_or_one_question_stands_for_all(
+    tiny_random: Lab, pictures: Any, questions: Any, shapes: list[tuple[int, int]]
+) -> None:
+    runs = tiny_random.ask_many(pictures, questions, max_new_tokens=1, progress=False)
+    assert [run.picture.shape[:2] for run in runs] == shapes
+
+
+@pytest.mark.parametrize(
+    ("pictures", "questions", "words"),
+    [
+        ([drawn(9, 8)] * 2, ["Why?"], "2 pictures and 1 questions"),
+        ([drawn(9, 8), "none.png"], "Why?", "question 2 of 2: no such picture"),
+        (drawn(9, 8), ["Why?", ""], "question 2 of 2: the question is empty"),
+        (drawn(9, 8), ["Why?", None], "question 2 of 2: the question must be text"),
+        (drawn(9, 8), 5, "questions must be a list of text"),
+        ([[]], "Why?", "the list of pictures is empty"),
+    ],
+)
+def test_a_bad_question_of_many_is_named_before_any_is_answered(
+    tiny_random: Lab, pictures: Any, questions: Any, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny_random.model, "forward", lambda **given: pytest.fail("the model ran"))
+    with pytest.raises(LabError) as error:
+        tiny_random.ask_many(pictures, questions, progress=False)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_interrupting_many_keeps_the_finished_runs_and_is_raised_before_the_first(
+    tiny_random: Lab, picture: np.ndarray, batch: int, unchanged: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = tiny_random.ask_many(picture, [QUESTION] * 6, max_new_tokens=4, batch=batch, progress=False)
+    steps = 0
+
+    def stop_at(step: int) -> Any:
+        def count(*_: Any) -> None:
+            nonlocal steps
+            steps += 1
+            if steps == step:
+                raise KeyboardInterrupt
+
+        return count
+
+    for step, finished in ((2, None), (12, 2)):
+        steps = 0
+        hook = tiny_random.model.model.language_model.register_forward_pre_hook(stop_at(step))
+        try:
+            if finished is None:
+                with pytest.raises(KeyboardInterrupt):
+                    tiny_random.ask_many(picture, [QUESTION] * 6, max_new_tokens=4, batch=batch, progress=False)
+                continue
+            some = tiny_random.ask_many(picture, [QUESTION] * 6, max_new_tokens=4, batch=batch, progress=False)
+        finally:
+            hook.remove()
+        assert len(some) >= finished
+        assert len(some) < 6
+        assert [run.answer for run in some] == [run.answer for run in whole[: len(some)]]
+        assert "their runs are kept" in caplog.text
+
+
+@pytest.mark.parametrize("pictures", [0, 2, 3])
+@pytest.mark.parametrize("history", [(), [(QUESTION, "It is red.")]])
+def test_without_a_picture_and_with_several_the_answer_is_transformers_own(
+    tiny_random: Lab, picture: np.ndarray, pictures: int, history: Any
+) -> None:
+    shown = [picture, drawn(50, 70), drawn(30, 30)][:pictures]
+    run = tiny_random.ask(shown or None, "What differs?", history=history, max_new_tokens=8)
+    assert run.prompt.count("<image>\n") == pictures
+    inputs = tiny_random.processor(
+        text=run.prompt, images=shown or None, return_tensors="pt", **{"do_pad": True} if shown else {}
+    )
+    with torch.no_grad():
+        out = tiny_random.model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    assert out[0].tolist() == run.token_ids.tolist()
+    probabilities_check_out(tiny_random, run, tiles=True)
+    spans = list(run.segments.values())
+    assert [position for span in spans for position in range(*span)] == list(range(len(run.token_ids)))
+    where = np.flatnonzero(run.token_ids == tiny_random.image_id)
+    assert np.array_equal(np.concatenate([where[:0], *(view.positions.ravel() for view in run.views)]), where)
+    asked = "".join(run.tokens[slice(*run.segments["question"])])
+    assert asked.split() == ["What", "differs?"]
+    if history:
+        assert "".join(run.tokens[slice(*run.segments["history"])]).split()[0] == "What"
+
+
+def test_a_run_of_several_pictures_may_have_another_first(tiny_random: Lab, picture: np.ndarray, tmp_path: Path) -> None:
+    pictures = (picture, drawn(50, 70), drawn(30, 30))
+    run = tiny_random.ask(list(pictures), QUESTION, max_new_tokens=3)
+    run = Run.load(run.save(tmp_path / "run.npz"))
+    for number, own in enumerate(pictures):
+        one = run.about(number)
+        assert one.number == number
+        assert np.array_equal(one.picture, own)
+        assert (one.map.width, one.map.height) == own.shape[1::-1]
+        assert one.views[0].name == f"picture {number + 1}"
+        assert all(np.array_equal(mine, theirs) for mine, theirs in zip(one.pictures, pictures, strict=True))
+        assert torch.equal(
+            tiny_random.inputs(one, tiles=True)["pixel_values"], tiny_random.inputs(run, tiles=True)["pixel_values"]
+        )
+    assert run.about(2).about(0).views == run.views
+    with pytest.raises(OptionError, match="0 to 2"):
+        run.about(3)
+
+
+@pytest.mark.parametrize("pictures", [0, 2])
+def test_what_was_made_for_one_picture_refuses_none_and_several_in_one_line(
+    tiny_random: Lab, picture: np.ndarray, pictures: int, unchanged: None
+) -> None:
+    run = tiny_random.ask([picture] * pictures or None, "Is it red or blue?", max_new_tokens=4)
+    refused = [
+        lambda: tiny_random.inputs(run),
+        lambda: ll.logit_lens(tiny_random, run),
+        lambda: ll.nearest_words(tiny_random, run),
+        lambda: ll.image_share(tiny_random, run),
+        lambda: ll.head_maps(tiny_random, run),
+        lambda: ll.sanity(tiny_random, run, "random", tests="question"),
+        lambda: ll.knockout(tiny_random, run, source="question", target="last"),
+        lambda: ll.ablate_tokens(tiny_random, run, [(0, 0)]),
+        lambda: ll.attribute(tiny_random, run, method="relevancy"),
+        lambda: ll.ask_and_attribute(tiny_random, [picture] * pictures or None, QUESTION),
+    ]
+    if not pictures:
+        refused += [
+            lambda: ll.attribute(tiny_random, run),
+            lambda: ll.attribute(tiny_random, run, method="occlusion"),
+            lambda: ll.compare(tiny_random, run, ["random"]),
+            lambda: ll.ask_without(tiny_random, run, [(0, 0)]),
+            lambda: plots.journey(run),
+        ]
+    for call in refused:
+        with pytest.raises(OptionError, match="picture") as error:
+            call()
+        assert "\n" not in str(error.value)
 
 
 def test_a_lab_can_be_made_of_a_model_in_memory(tiny_random: Lab, run: Run) -> None:

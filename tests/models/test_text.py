@@ -41,6 +41,8 @@ def test_the_llava_prompt_is_vicuna_v1_to_the_letter() -> None:
 
 def test_the_hf_prompt_has_no_system_sentence() -> None:
     assert build_prompt("Why?", "hf") == "USER: <image>\nWhy? ASSISTANT:"
+    assert build_prompt("Why?", "hf", pictures=0) == "USER: Why? ASSISTANT:"
+    assert build_prompt("Why?", "hf", pictures=2) == "USER: <image>\n<image>\nWhy? ASSISTANT:"
     assert build_prompt("Why?", "hf", TURN) + " Because." == (
         "USER: <image>\nWhat color is the car? ASSISTANT: It is red.</s>USER: Why? ASSISTANT: Because."
     )
@@ -210,7 +212,9 @@ def test_one_image_id_and_an_expanded_prompt_come_to_the_same() -> None:
     one, many = np.array([5, 3, 6]), np.array([5, 3, 3, 3, 3, 6])
     assert layout.expand_image(one, 3, 4).tolist() == many.tolist()
     assert layout.expand_image(many, 3, 4).tolist() == many.tolist()
-    assert layout.image_span(many, 3, 4) == (1, 5)
+    assert layout.image_spans(many, 3, 4) == [(1, 5)]
+    two = layout.expand_image(np.array([5, 3, 6, 3]), 3, 2, pictures=2)
+    assert (two.tolist(), layout.image_spans(two, 3, 2, 2)) == ([5, 3, 3, 6, 3, 3], [(1, 3), (4, 6)])
 
 
 @pytest.mark.parametrize(
