@@ -43,6 +43,7 @@ TYPE, OPTIONS = "mm_projector_type", "mm_projector_options"  # in config.json; t
 STOCK = modeling_llava.LlavaMultiModalProjector
 NEW_STD = 0.02  # standard deviation of fresh queries and position embeddings, as in ViT
 SQUEEZE = 4  # a block's channel gate is this much narrower than the block
+DEEPEST = 64  # layers; a config.json of a million would be built one by one
 GROUP = 8  # channels that a block's 3x3 convolution mixes
 
 _PATTERN = f"^{STOCK.__name__}$"  # anchored: VipLlava's class name ends in the same words
@@ -284,12 +285,14 @@ class Architecture:
 
 
 def architecture(name: str) -> Architecture:
-    """The registry's entry for a name; ``mlp{N}x_gelu`` for every N from 1. Raises OptionError for another name."""
+    """The registry's entry for a name; ``mlp{N}x_gelu`` for every N from 1 to 64. Raises OptionError for another name."""
     if name in CONNECTORS:
         return CONNECTORS[name]
-    if match := _MLP.fullmatch(str(name)):
+    if (match := _MLP.fullmatch(str(name))) and len(match[1]) < 4 and int(match[1]) <= DEEPEST:
         return _mlp(int(match[1]))
-    raise OptionError(f"a connector is one of {', '.join(CONNECTORS)} or mlp{{N}}x_gelu with N from 1, got {name!r}")
+    raise OptionError(
+        f"a connector is one of {', '.join(CONNECTORS)} or mlp{{N}}x_gelu, N from 1 to {DEEPEST} layers, got {str(name)[:60]!r}"
+    )
 
 
 def build(kind: str, sizes: Sizes, options: Mapping[str, Any] | None = None) -> Connector:
@@ -303,6 +306,8 @@ def build(kind: str, sizes: Sizes, options: Mapping[str, Any] | None = None) -> 
     for name, value in options.items():
         if not isinstance(value, bool) and value is not None and (not isinstance(value, int) or value < 1):
             raise OptionError(f"option {name} of connector {kind!r} must be a whole number from 1, got {value!r}")
+        if name in ("layers", "depth") and value > DEEPEST:
+            raise OptionError(f"option {name} of connector {kind!r} must be at most {DEEPEST}, got {value!r}")
     entry.tokens(sizes, options)  # refuses what does not divide the grid
     module = entry.make(sizes, **options)
     # a module may have put a number where None stood

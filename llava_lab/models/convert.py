@@ -48,9 +48,10 @@ def convert(name: str | os.PathLike, out: str | os.PathLike, *, vision: Place = 
     folder = folders.find(name).path
     if not original.is_original(folders.read_json(folder / "config.json")):
         raise OptionError(f"{folder} is not in the original LLaVA format; there is nothing to convert")
-    parts = original.assemble(folder, vision=vision, base=base)
+    with folders.one_line_of(folder):
+        parts = original.assemble(folder, vision=vision, base=base)
     text: Any = parts.config.text_config
-    with quiet(), folders.whole_folder(out) as part:
+    with quiet(), folders.whole_folder(out) as part, folders.one_line_of(folder):
         stored = Placement(torch.device("cpu"), parts.dtype, "as stored")
         model = build(folder, parts.config, stored, "sdpa", weights=parts.weights, held=parts.parameters)
         model.generation_config = GenerationConfig(

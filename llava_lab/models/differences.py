@@ -39,11 +39,12 @@ def examine_model(name: str | os.PathLike) -> dict[str, Any]:
     """The comparison as plain data: model, folder, format, and every fact. Raises CheckpointError where there is none."""
     folder = folders.find(name)
     config = folders.read_json(folder.path / "config.json")
-    if original.is_original(config):
-        form, facts = f"original LLaVA, {original.layout_of(folder.path)}", _original_facts(folder.path, config)
-    else:
-        form, facts = "transformers", _facts(folder.path, config)
-    facts += _weight_facts(folder.path, form)
+    with folders.one_line_of(folder.path):
+        if original.is_original(config):
+            form, facts = f"original LLaVA, {original.layout_of(folder.path)}", _original_facts(folder.path, config)
+        else:
+            form, facts = "transformers", _facts(folder.path, config)
+        facts += _weight_facts(folder.path, form)
     return {
         "model": folder.name,
         "folder": str(folder.path),

@@ -34,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from llava_lab.checks import regular_file
-from llava_lab.errors import CheckpointError, OptionError, WriteError, one_line
+from llava_lab.errors import CheckpointError, LabError, OptionError, WriteError, one_line
 from llava_lab.models import layout
 from llava_lab.models.formats import foreign
 
@@ -100,6 +100,17 @@ def is_shipped(path: Path) -> bool:
 def no_revision(name: str) -> str:
     """What is said to a revision of what is not at the hub."""
     return f"{name!r} has no revision beside it: only a hub id such as {EXAMPLE!r} takes one; leave revision= out"
+
+
+@contextmanager
+def one_line_of(path: Path) -> Iterator[None]:
+    """A stranger's files may make any library stumble anywhere: CheckpointError. Where the files are ours, it is our bug."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, LabError) or is_shipped(path):
+            raise
+        raise CheckpointError(f"{path} cannot be loaded ({one_line(error)})") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
 from llava_lab.checks import entry, shown
-from llava_lab.errors import CheckpointError, LabError, OptionError, one_line
+from llava_lab.errors import CheckpointError, OptionError, one_line
 from llava_lab.models import connectors, folders, layout
 from llava_lab.models.card import make_card
 from llava_lab.models.formats import compact, foreign, original
@@ -153,10 +153,10 @@ def load(
         folder, opened = _open_smol(wanted)
     else:
         folder = folders.find(name, revision)
-        with quiet(), _told_as_one_line(folder):
+        with quiet(), folders.one_line_of(folder.path):
             opened = _open(folder, wanted, vision=vision, base=base)
     require_finite(opened.model.state_dict().items(), str(folder.path))
-    with _told_as_one_line(folder):
+    with folders.one_line_of(folder.path):
         lab = _lab_class(opened.model, folder.path)(opened.model, opened.processor, name=folder.name)
     lab.foreign = not folders.is_shipped(folder.path)
     lab.prompt = opened.prompt or lab.prompt
@@ -263,17 +263,6 @@ def _open(folder: folders.Folder, wanted: _Wanted, *, vision: original.Place, ba
         options["use_safetensors"] = files[0].suffix == ".safetensors"
         model = build(path, _config(path, family), placement, wanted.attention, **options)
     return _Opened(model, folders.build_processor(path, model, family), folder.source, placement.why + why)
-
-
-@contextmanager
-def _told_as_one_line(folder: folders.Folder) -> Iterator[None]:
-    """A stranger's files may make any library stumble anywhere; where the files are ours, it is our bug."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, LabError) or folders.is_shipped(folder.path):
-            raise
-        raise CheckpointError(f"{folder.path} cannot be loaded ({one_line(error)})") from error
 
 
 def _open_smol(wanted: _Wanted) -> tuple[folders.Folder, _Opened]:

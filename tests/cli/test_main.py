@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import FunctionType
 from typing import Any
 
 import pytest
 
+import llava_lab as ll
 from llava_lab.cli import ask
 from llava_lab.cli import main as cli
 from llava_lab.results import Run
@@ -71,6 +75,58 @@ def test_what_the_system_refuses_is_one_line_and_a_bug_is_not(
     else:
         assert cli.main(["ask", "car.png", "what?"]) == 2
         assert capsys.readouterr().err == f"llava-lab: {line}\n"
+
+
+def test_an_explanation_that_was_stopped_is_kept_and_gives_130(lab: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = lab.attribute
+    monkeypatch.setitem(ll.__dict__, "attribute", lambda *given, **options: replace(whole(*given, **options), interrupted=True))
+    assert cli.main(["explain", "car.png", "what?", "--save", "map.npz"]) == 130
+    assert ll.Relevance.load("map.npz").interrupted
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "the memory is not enough"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "the memory is not enough"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 9 GiB"), "the memory is not enough"),
+        (OSError(errno.EIO, "Input/output error"), "Input/output error"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+    ],
+)
+def test_what_the_machine_lacks_is_one_line(
+    error: Exception, said: str, lab: StandIn, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> Run:
+        raise error
+
+    monkeypatch.setattr(lab, "ask", fail)
+    monkeypatch.setattr("llava_lab.cli.main._leave_output", lambda: None)
+    assert said in refused("ask", "car.png", "what?")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no /dev/full")
+def test_a_full_disk_behind_the_output_is_one_line() -> None:
+    code = "import sys; from llava_lab import doctor; from llava_lab.cli import main as cli; "
+    code += "doctor._compute = lambda: {'threads': 1}; sys.exit(cli.main(['doctor']))"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "llava-lab: OSError: [Errno 28] No space left on device"
+
+
+@pytest.mark.parametrize("place", ["new/folder/map.png", "file/map.png", "/proc/map.png", "car.png/x.svg", "x" * 300 + ".png"])
+def test_a_figure_is_written_whole_or_one_line_says_why(
+    place: str, lab: StandIn, here: Path, refused: Callable[..., str]
+) -> None:
+    (here / "file").write_text("")
+    command = ["explain", "car.png", "what?", "--out", place]
+    if place.startswith("new"):
+        assert cli.main(command) == 0
+        assert (here / place).read_bytes().startswith(b"\x89PNG")
+    else:
+        assert refused(*command).startswith(f"llava-lab: cannot write {place}: ")
+    assert not list(here.rglob("*.part"))
 
 
 def test_help_answers_without_torch() -> None:

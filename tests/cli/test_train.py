@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -94,3 +95,11 @@ def test_a_source_is_read_with_its_options() -> None:
     for text, message in (("mix.json,weigt=1", "--data wants FILE"), ("mix.json,weight=much", "weight must be a number")):
         with pytest.raises(OptionError, match=message):
             read_source(text)
+
+
+def test_a_training_that_was_stopped_gives_130(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    about = {"folder": Path("m"), "steps": 3, "of": 9, "seconds": 1.0, "skipped": (), "losses": [1.0]}
+    for stopped, code in (("interrupted", 130), ("finished", 0)):
+        done = SimpleNamespace(**about, stopped=stopped)
+        monkeypatch.setattr("llava_lab.training.stages.train_stage", lambda *_, done=done, **__: done)
+        assert cli.main(["train", "--data", "x.json", "--stage", "align", "--out", "o"]) == code

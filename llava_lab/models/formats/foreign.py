@@ -70,7 +70,8 @@ def check_config(config: Any, tensors: int, where: Path) -> None:
     """
     for name, value in _numbers(config):
         if abs(value) >= WHOLE:
-            raise CheckpointError(f"{where} says {name} {value:.4g}, which no model has")
+            said = f"{value:,}" if value.bit_length() < 100 else f"a number of {value.bit_length()} bits"
+            raise CheckpointError(f"{where} says {name} {said}, which no model has")
         if tensors and value > tensors and _COUNTS.search(name):
             raise CheckpointError(f"{where} says {name} {value:,}, and the weights are only {tensors:,} tensors")
 
