@@ -370,6 +370,13 @@ def image_settings(folder: Path) -> dict[str, Any]:
 def image_processor(folder: Path) -> Any:
     """The checkpoint's image processor in its Pillow form, which is what LLaVA itself used."""
     settings = image_settings(folder)
+    foreign.check_config(settings, 0, folder / "preprocessor_config.json")
+    for name in ("image_mean", "image_std", "rescale_factor"):
+        numbers = settings.get(name) if isinstance(settings.get(name), list) else [settings.get(name, 1.0)]
+        if not all(
+            isinstance(value, (int, float)) and math.isfinite(value) and (value or name == "image_mean") for value in numbers
+        ):
+            raise CheckpointError(f"{folder} has an image processor with {name} {str(numbers)[:60]}; expected numbers")
     kind = str(settings.get("image_processor_type") or settings.get("feature_extractor_type") or "")
     kind = kind.removesuffix("Pil").removesuffix("Fast")
     if not settings:

@@ -99,6 +99,20 @@ def test_any_value_anywhere_in_config_json_is_one_line_or_loads(copy: Path) -> N
         (copy / "config.json").write_text(text)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "line"),
+    [
+        ("image_mean", [{}, 1, 1], "expected numbers"),
+        ("image_std", [0, 1, 1], "expected numbers"),
+        ("rescale_factor", "a", "expected numbers"),
+        ("size", {"shortest_edge": 10**30}, "which no model has"),
+    ],
+)
+def test_a_picture_cannot_be_made_of_anything(name: str, value: Any, line: str, copy: Path) -> None:
+    put(copy / "processor_config.json", "image_processor", name, value=value)
+    assert line in refusal(copy)
+
+
 # -- weights --------------------------------------------------------------------------------
 
 
