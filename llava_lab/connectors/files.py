@@ -19,6 +19,7 @@ Source: haotian-liu/LLaVA @ c121f04 ``llava/model/llava_arch.py`` (get_w), ``tra
 from __future__ import annotations
 
 import copy
+import io
 import json
 import os
 import re
@@ -64,8 +65,11 @@ def write_projector(lab: Lab, path: str | os.PathLike) -> Path:
     module = lab.connector
     tensors = {prefix + _original(name, kind): value.detach().cpu().clone() for name, value in module.state_dict().items()}
     record = {"mm_projector_type": kind, "mm_projector_options": options, "trained_with": trained_beside(lab.model)}
+    # by way of memory: torch's own writer has no words for a full disk
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
     with whole_file(path) as temporary:
-        torch.save(tensors, temporary)
+        temporary.write_bytes(buffer.getvalue())
     with whole_file(path.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return path

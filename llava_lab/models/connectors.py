@@ -306,7 +306,7 @@ def build(kind: str, sizes: Sizes, options: Mapping[str, Any] | None = None) -> 
     for name, value in options.items():
         if not isinstance(value, bool) and value is not None and (not isinstance(value, int) or value < 1):
             raise OptionError(f"option {name} of connector {kind!r} must be a whole number from 1, got {value!r}")
-        if name in ("layers", "depth") and value > DEEPEST:
+        if name in ("layers", "depth") and value is not None and value > DEEPEST:
             raise OptionError(f"option {name} of connector {kind!r} must be at most {DEEPEST}, got {value!r}")
     entry.tokens(sizes, options)  # refuses what does not divide the grid
     module = entry.make(sizes, **options)

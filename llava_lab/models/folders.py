@@ -152,7 +152,7 @@ def weight_names(files: list[Path]) -> set[str]:
     if files[0].suffix == ".safetensors":
         return {name for file in files for name in tensor_shapes(file)}
     index = files[0].parent / "pytorch_model.bin.index.json"
-    return _weight_map(index).keys() if index.is_file() else set()
+    return set(_weight_map(index)) if index.is_file() else set()
 
 
 def _shipped(name: str) -> Folder:
@@ -372,7 +372,8 @@ def image_processor(folder: Path) -> Any:
     settings = image_settings(folder)
     foreign.check_config(settings, 0, folder / "preprocessor_config.json")
     for name in ("image_mean", "image_std", "rescale_factor"):
-        numbers = settings.get(name) if isinstance(settings.get(name), list) else [settings.get(name, 1.0)]
+        said = settings.get(name)
+        numbers = said if isinstance(said, list) else [] if said is None else [said]
         if not all(
             isinstance(value, (int, float)) and math.isfinite(value) and (value or name == "image_mean") for value in numbers
         ):

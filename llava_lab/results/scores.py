@@ -190,10 +190,10 @@ class Comparison(Saved):
 
     def check(self) -> None:
         filled(maps=self.maps)
-        others = [*self.faithfulness.items(), *self.truth.items()]
+        parts: list[Any] = [*self.maps.values(), *self.faithfulness.values(), *self.truth.values()]
         if self.faithfulness.keys() != self.maps.keys() or any(name not in self.maps for name in self.truth):
             raise DataError(f"expected a score for each of the maps {', '.join(self.maps)}, got {', '.join(self.faithfulness)}")
-        if any(part.targets != self.targets for part in (*self.maps.values(), *(score for _, score in others))):
+        if any(part.targets != self.targets for part in parts):
             raise DataError("its maps and scores must all be of the same targets")
 
     @property

@@ -91,7 +91,7 @@ def test_absurd_sizes_are_refused_before_anything_is_made(name: str, value: Any,
 
 def test_any_value_anywhere_in_config_json_is_one_line_or_loads(copy: Path) -> None:
     rng, text = np.random.default_rng(0), (copy / "config.json").read_text()
-    names = [("text_config", key) for key in json.loads(text)["text_config"]]
+    names: list[tuple[str, ...]] = [("text_config", key) for key in json.loads(text)["text_config"]]
     names += [("vision_config", key) for key in json.loads(text)["vision_config"]] + [(key,) for key in json.loads(text)]
     for number in rng.permutation(len(names))[:40]:
         put(copy / "config.json", *names[number], value=VALUES[rng.integers(len(VALUES))])
