@@ -176,7 +176,7 @@ def entry(function: Callable[Given, Answer]) -> Callable[Given, Answer]:
     Below ``@contextmanager`` only what stands before the ``yield`` is guarded: the block is the caller's.
     """
     checked, name = _arguments_of(function), function.__qualname__.rpartition("<locals>.")[2].removesuffix(".__init__")
-    if inspect.isgeneratorfunction(function):
+    if inspect.isgeneratorfunction(inspect.unwrap(function)):
         opening = contextmanager(function)
 
         @functools.wraps(function)
