@@ -36,12 +36,13 @@ class PictureMap:
     """Affine map between an upright RGB picture and a ``rows x cols`` patch grid.
 
     ``model = picture * scale + offset`` per axis, in pixels, with (0, 0) the top left corner
-    of the top left pixel. The model's square runs from 0 to `size`; the grid divides it evenly.
+    of the top left pixel. Patches lie from 0 to `size`; the grid divides that evenly. Where patches do not tile the model's
+    square, `size` is what they cover of it, and the square goes on.
     """
 
     width: int  # picture, pixels
     height: int
-    size: int  # side of the model's square input, pixels
+    size: int  # side of the part of the model's square input that patches cover, pixels
     rows: int
     cols: int
     mode: Mode
@@ -102,6 +103,28 @@ class PictureMap:
         if not (left < right and top < bottom):
             raise DataError("a map must see some of its picture")
 
+    # -- the one way between pixels and patches ---------------------------------------------
+
+    @property
+    def patch(self) -> int:
+        """Side of a patch in the model's square, pixels: patch (r, c) sees rows [r patch, (r + 1) patch) and columns likewise.
+
+        Pixels beyond the last patch (6 of a square of 384 with patches of 14) are in the square and in no patch.
+        """
+        side, left = divmod(self.size, max(self.rows, self.cols))
+        assert not left and self.rows == self.cols, f"patches of a {self.rows}x{self.cols} grid do not tile {self.size} px"
+        return side
+
+    def places(self, shape: tuple[int, int], grid: tuple[int, int] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """For each row and each column of the picture drawn `shape` large, the row or column of `grid` it lies in, int64.
+
+        `grid` is the patches', or a finer division of what they see. -1 where no patch sees the pixel's middle.
+        """
+        (height, width), (rows, cols) = shape, grid or (self.rows, self.cols)
+        y = (np.arange(height) + 0.5) * (self.height / height) * self.scale_y + self.offset_y
+        x = (np.arange(width) + 0.5) * (self.width / width) * self.scale_x + self.offset_x
+        return _cells(y * rows / self.size, rows), _cells(x * cols / self.size, cols)
+
     # -- points and boxes -------------------------------------------------------------------
 
     def to_model(self, x: float, y: float) -> tuple[float, float]:
@@ -161,17 +184,15 @@ class PictureMap:
         if values.shape != (self.rows, self.cols):
             raise OptionError(f"values must be {self.rows}x{self.cols} like the grid, got {values.shape}")
         height, width = shape or (self.height, self.width)
-        my = (np.arange(height) + 0.5) * (self.height / height) * self.scale_y + self.offset_y
-        mx = (np.arange(width) + 0.5) * (self.width / width) * self.scale_x + self.offset_x
-        gy, gx = my * self.rows / self.size, mx * self.cols / self.size
-        seen = ((gy >= 0) & (gy < self.rows))[:, None] & ((gx >= 0) & (gx < self.cols))[None, :]
+        iy, ix = self.places((height, width))
         grid = np.asarray(values, np.float32)
         if smooth:
-            painted = _bilinear(grid, gy - 0.5, gx - 0.5)
+            my = (np.arange(height) + 0.5) * (self.height / height) * self.scale_y + self.offset_y
+            mx = (np.arange(width) + 0.5) * (self.width / width) * self.scale_x + self.offset_x
+            painted = _bilinear(grid, my * self.rows / self.size - 0.5, mx * self.cols / self.size - 0.5)
         else:
-            iy = np.clip(np.floor(gy).astype(int), 0, self.rows - 1)
-            ix = np.clip(np.floor(gx).astype(int), 0, self.cols - 1)
             painted = grid[iy][:, ix]
+        seen = (iy >= 0)[:, None] & (ix >= 0)[None, :]
         return np.where(seen, painted, np.float32(np.nan)).astype(np.float32)
 
     def to_dict(self) -> dict:
@@ -239,6 +260,12 @@ class View:
     @property
     def _rows(self) -> np.ndarray:
         return np.arange(self.start, self.stop).reshape(self.map.rows, -1)
+
+
+def _cells(at: np.ndarray, count: int) -> np.ndarray:
+    """The cell of each place, given in cells from the first one's beginning; -1 before the first and after the last."""
+    cell = np.floor(at + 1e-9)  # a place on an edge belongs to the cell it begins, however its last bit was rounded
+    return np.where((cell >= 0) & (cell < count), cell, -1).astype(np.int64)
 
 
 def _bilinear(grid: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:

@@ -40,7 +40,6 @@ from llava_lab.capture import CHUNK, Reducer, undisturbed, watch_attention
 from llava_lab.capture.watch import attention_module
 from llava_lab.errors import LabError, OptionError
 from llava_lab.models.layout import language_layers
-from llava_lab.models.text import encode, refuse_special_text
 from llava_lab.replay.targets import Targets, image_values, predicting_rows, segment_mass, target_rows, view_values
 from llava_lab.results import Run, Target
 
@@ -251,19 +250,12 @@ def ask_instead(lab: Lab, run: Run, neutral: str) -> Run:
     if not isinstance(neutral, str) or not neutral.strip():
         raise OptionError(f"neutral must be an instruction in words, for example {NEUTRAL!r}; got {neutral!r}")
     neutral = neutral.strip()
-    refuse_special_text(lab.tokenizer, neutral)
-    at = run.prompt.rfind(run.question)
-    assert at >= 0, (run.question, run.prompt)
-    text = run.prompt[:at] + neutral + run.prompt[at + len(run.question) :]
-    start, stop = run.segments["image"]
-    sequence = encode(
-        lab.tokenizer, text, neutral, image_id=lab.image_id, image_tokens=stop - start, history="history" in run.segments
-    )
+    sequence = lab.asked_instead(run, neutral)
     first = len(sequence.token_ids)
     answer = run.token_ids[slice(*run.segments["answer"])]
     token_ids = np.concatenate([sequence.token_ids, answer])
     segments = {**sequence.segments, "answer": (first, len(token_ids))}
-    return replace(run, question=neutral, prompt=text, token_ids=token_ids, segments=segments)
+    return replace(run, question=neutral, prompt=sequence.text, token_ids=token_ids, segments=segments)
 
 
 def ratio(rows: Float[Tensor, "N P"], beside: Float[Tensor, "N P"], floor: float) -> Float[Tensor, "N P"]:

@@ -11,8 +11,8 @@ is comparable with the real step.
   patch's occlusion at once, right as far as the model is linear over that step. Without one the step goes all the way to
   zero, which no picture is.
 - ``integrated_gradients`` follows the straight line from a filled picture to the picture; its values sum to the whole
-  change of the logit (how nearly is reported). ``smoothgrad`` looks at noisy copies and averages the noise away. captum
-  does the averaging, and is handed a gradient with one more axis, the targets, so that all of them share each forward.
+  change of the logit (how nearly is reported); captum does it, and is handed a gradient with one more axis, the targets, so
+  that all of them share each forward. ``smoothgrad`` looks at noisy copies and averages the noise away.
 - ``gradcam``: which channels the logit wants more of, and where the tower has them. The layer is the one LLaVA uses,
   patches only. A channel counts for what it does everywhere: a map shows where the wanted channels are, not which patch
   the answer used.
@@ -130,7 +130,7 @@ def noise_share(name: str, value: Any) -> float:
 
 @method(
     truth="Gradient times input, averaged over noisy copies of the picture so that what only one of them shows is lost.",
-    source="Smilkov et al. 2017, by captum's NoiseTunnel",
+    source="Smilkov et al. 2017, with the noise of captum's NoiseTunnel",
     cost="one forward and one backward per copy, plus 1 forward",
     blind_to="what lies further away than the noise reaches",
     needs="gradients",
@@ -148,23 +148,20 @@ def smoothgrad(
     batch: Count = 1,
     seed: Seed = 0,
 ) -> Maps:
-    captum = captum_for("smoothgrad")
     total: float | Tensor = 0.0  # of the gradients so far
     with undisturbed(lab.model):
-        torch.manual_seed(seed)  # captum draws from the global generator; `undisturbed` puts its state back
+        torch.manual_seed(seed)  # the draws are those of captum's NoiseTunnel; `undisturbed` puts the generator's state back
         here = open_point(lab, run, targets, at=at)
-        spread = noise * float(here.value.max() - here.value.min())
+        spread = torch.full_like(here.value, noise * float(here.value.max() - here.value.min()))
         with Sweep("smoothgrad", total=samples, unit="copy") as done:
-            one_copy = captum.InputXGradient(here.scores) if times_input else captum.Saliency(here.scores)
-            one_copy.gradient_func = counted = CountedGradients(here, len(targets), done)
-            tunnel, options = captum.NoiseTunnel(one_copy), {} if times_input else {"abs": False}
-            while done.count < samples and not counted.interrupted:
-                now = min(batch, samples - done.count)
-                mean = tunnel.attribute(here.value[:, None], nt_samples=now, nt_samples_batch_size=now, stdevs=spread, **options)[
-                    0
-                ]
-                if not counted.interrupted:
-                    total = total + now * mean
+            slopes_at = CountedGradients(here, len(targets), done)
+            while done.count < samples and not slopes_at.interrupted:
+                # each copy by itself: a batch's noise drawn at once would be other noise
+                copies = [here.value + torch.normal(0, spread) for _ in range(min(batch, samples - done.count))]
+                noisy = torch.cat(copies)[:, None]
+                (slopes,) = slopes_at(None, (noisy,))
+                if not slopes_at.interrupted:
+                    total = total + (slopes * noisy if times_input else slopes).sum(0)
         score = here.scores(here.value)[0]
     mean = torch.as_tensor(total) / done.count  # N, as the point's value
     grid = (run.map.rows, run.map.cols)
@@ -174,10 +171,10 @@ def smoothgrad(
         f"Gradient of the target's logit at {PLACES[at]}, mean over {done.count} noisy copies (standard deviation {noise:g} "
         f"of the values' range), {what}."
     ]
-    if counted.interrupted:
+    if slopes_at.interrupted:
         notes.append(f"Interrupted after {done.count} of {samples} copies; the mean is over those.")
     passes = {"forward": done.count + 1, "backward": done.count}
-    return Maps(values.cpu().numpy(), passes, tuple(notes), {"score": score.tolist()}, interrupted=counted.interrupted)
+    return Maps(values.cpu().numpy(), passes, tuple(notes), {"score": score.tolist()}, interrupted=slopes_at.interrupted)
 
 
 @method(

@@ -250,7 +250,7 @@ class Pieces(Game):
         self._lab, self._targets, self._of, self._batch = lab, targets, blocks_and_words, batch
         self._inputs = lab.inputs(run)
         self._blank = fill_pixels(lab, self._inputs["pixel_values"], fill, run.map)
-        self._patch = run.map.size / run.map.rows
+        self._patch = run.map.patch
 
     def worth(self, shown: Bool[Tensor, "B n"]) -> Float[Tensor, "B 1"]:
         self.forwards += len(shown)
@@ -262,9 +262,7 @@ class Pieces(Game):
         for i, there in enumerate(shown):
             for player in torch.nonzero(~there)[:, 0].tolist():
                 if player < len(self._of.blocks):
-                    y, x = (
-                        slice(round(part.start * self._patch), round(part.stop * self._patch)) for part in self._of.blocks[player]
-                    )
+                    y, x = (slice(part.start * self._patch, part.stop * self._patch) for part in self._of.blocks[player])
                     squares[i, :, y, x] = self._blank[0, :, y, x]
                 else:
                     words[i, self._of.tokens[player - len(self._of.blocks)]] = self._of.stand_in

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from llava_lab.attribution.method import Fusion, Maps, Window, method
@@ -153,9 +153,15 @@ class TowerRollout:
     flow: Flow | None = None
     uniform: UniformFlow | None = None
     kept: list[float] = field(default_factory=list)  # mean weight of the identity, per layer
+    allowed: Bool[Tensor, "S S"] | None = None  # where the layer under way may look, if that is not all before a row
 
     def reducer(self) -> LayerByLayer:
-        return LayerByLayer(self._fold, fusion=self.fusion, norms=self.residual == "measured")
+        def fold(layer: int, attention: Tensor, norms: Norms | None) -> None:
+            self.allowed = watching.allowed
+            self._fold(layer, attention, norms)
+
+        watching = LayerByLayer(fold, fusion=self.fusion, norms=self.residual == "measured")
+        return watching
 
     def weight(self, norms: Norms | None) -> Weight:
         """Weight of the identity at one layer, and its mean kept for the notes."""
@@ -173,10 +179,12 @@ class TowerRollout:
             attention = remove_columns(attention, self.removed)
         elif self.fusion == "min":  # no key may be wanted by every head
             attention = whole_rows(attention)
-        weight = self.weight(norms)
+        weight, allowed = self.weight(norms), self.allowed
+        if allowed is not None and bool(allowed.triu(1).any()):
+            self.flow.causal = False  # from here on: the product has entries above its diagonal
         self.flow.step(attention, weight)
         if self.uniform is not None:
-            self.uniform.step(weight)
+            self.uniform.step(weight, allowed)
 
     @property
     def totals(self) -> tuple[Tensor, Tensor | None]:
@@ -247,7 +255,8 @@ class Flow:
 class UniformFlow:
     """The same product under uniform attention, in ``S x S`` time per layer instead of ``S x S x S``.
 
-    Each row attends equally to every column it may see, those in `removed` left out.
+    Each row attends equally to every column it may see, those in `removed` left out: all before it, or in a layer whose
+    mask is another one (a sliding window) those that the mask allows, which takes ``S x S x S``.
     """
 
     def __init__(self, size: int, *, causal: bool, removed: Sequence[int] = (), device: torch.device | str = "cpu") -> None:
@@ -258,8 +267,12 @@ class UniformFlow:
         self._kept = kept if removed else None
         self._count = kept.cumsum(0) if causal else kept.sum().expand(size, 1)  # columns each row may look at
 
-    def step(self, residual: Weight) -> None:
+    def step(self, residual: Weight, allowed: Bool[Tensor, "S S"] | None = None) -> None:
         """Put one more uniform layer on top."""
+        if allowed is not None:
+            even = allowed.to(self.total) if self._kept is None else allowed * self._kept.T
+            self.total = torch.lerp(whole_rows(even) @ self.total, self.total, as_column(residual, self.total))
+            return
         offered = self.total if self._kept is None else self._kept * self.total
         if self.causal:
             mixed = offered.cumsum(0).div_(self._count.clamp_min(1.0))
@@ -297,21 +310,27 @@ def as_column(residual: Weight, like: Tensor) -> Float[Tensor, "S 1"]:
 def _sinks_of(lab: Lab, inputs: dict[str, Tensor], layers: list[nn.Module], fusion: str) -> tuple[int, ...]:
     """A forward of its own: which columns are sinks must be known before the first layer is folded in."""
     pulls: list[Tensor] = []
-    reducer = LayerByLayer(lambda layer, attention, norms: pulls.append(column_pull(attention)), fusion=fusion)
+
+    def fold(layer: int, attention: Tensor, norms: Norms | None) -> None:
+        pulls.append(column_pull(attention, reducer.allowed))
+
+    reducer = LayerByLayer(fold, fusion=fusion)
     with undisturbed(lab.model), watch_attention(layers, reducer):
         lab.model(**inputs, use_cache=False, logits_to_keep=1)
     return find_sinks(torch.stack(pulls).mean(0))
 
 
-def column_pull(attention: Float[Tensor, "S S"]) -> Float[Tensor, " S"]:
-    """Attention each column gets from later rows, as a multiple of what uniform causal attention gives it.
+def column_pull(attention: Float[Tensor, "S S"], allowed: Bool[Tensor, "S S"] | None = None) -> Float[Tensor, " S"]:
+    """Attention each column gets from later rows, as a multiple of what uniform attention gives it: causal, or as `allowed`.
 
-    Uniform causal attention gives 1 everywhere; the last column, which no row follows, is given 1.
+    Uniform attention gives 1 everywhere; the last column, which no row follows, is given 1.
     """
     size = len(attention)
     strict = attention.tril(-1).sum(0)
     shares = 1 / torch.arange(1, size + 1, device=attention.device, dtype=torch.float32)
     fair = shares.flip(0).cumsum(0).flip(0) - shares  # of the rows after each column
+    if allowed is not None:
+        fair = whole_rows(allowed.float()).tril(-1).sum(0)
     return torch.where(fair > 0, strict / fair.clamp_min(torch.finfo(fair.dtype).tiny), torch.ones_like(fair))
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from llava_lab.capture.watch import Norms, Reducer, attention_rows
@@ -130,8 +130,11 @@ class HeadRows(_Collected):
 class LayerByLayer(Reducer):
     """One head-fused ``S x S`` matrix at a time, handed to `fold` and overwritten by the next layer.
 
-    ``fold(layer, attention, norms)`` must not keep the matrix. Batch size 1.
+    ``fold(layer, attention, norms)`` must not keep the matrix. Batch size 1. While it runs, `allowed` says where rows may look,
+    bool (S, S), in a layer whose mask is not the plain causal one (a sliding window), and is None otherwise.
     """
+
+    allowed: Bool[Tensor, "S S"] | None = None
 
     def __init__(
         self,
@@ -145,6 +148,14 @@ class LayerByLayer(Reducer):
         self._fold, self._fusion, self._heads = fold, fusion, heads
         self._matrix: Tensor | None = None
         self._keys = 0
+
+    def take(self, layer: int, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, causal: bool) -> bool:
+        self.allowed = None
+        if mask is not None:
+            part = mask[0, 0, :, : key.shape[2]]
+            seen = part if part.dtype == torch.bool else part > torch.finfo(part.dtype).min / 2
+            self.allowed = None if torch.equal(seen, torch.ones_like(seen).tril()) else seen
+        return False
 
     def open(self, layer: int, keys: int) -> None:
         self._keys = keys

@@ -22,6 +22,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -37,6 +38,10 @@ from llava_lab.errors import LabError
 
 NAME = "llava_lab"  # in transformers' registries; plain sdpa for every module without a handler
 CHUNK = 64  # query rows at a time: small enough to stay in cache, large enough for the matmul
+AFTER_SUM = ("post_attention_layernorm", "layer_norm2")  # of Llama and its relatives, of CLIP and SigLIP
+ADDED = {torch.float32: 1e-4, torch.float64: 1e-8}  # of the largest value, that rounding may change in a sum
+ADDED_16 = 3e-2  # the same for 16-bit types
+NOT_ADDED = "the residual weight cannot be measured in this model: give it as a number, residual=0.5"
 MEND = (
     "the model's weights, or what was put in their place, hold such numbers or overflow: take another checkpoint, or load this "
     "one with dtype='float32'"
@@ -102,7 +107,8 @@ class _Session:
     layers: dict[nn.Module, int]  # attention module -> layer number
     chunk: int
     calls: list[int] = field(default_factory=list)
-    streams: dict[int, Tensor] = field(default_factory=dict)  # layer -> norm of the residual stream, until it is used
+    streams: dict[int, Tensor] = field(default_factory=dict)  # layer -> the residual stream it was given, until it is used
+    sums: dict[int, Tensor] = field(default_factory=dict)  # layer -> stream and branch, until the layer's own sum is seen
 
     def handle(self, call: Attention, attend: Callable[[], Tensor]) -> Tensor:
         """Report the weights of one layer to the reducer; the layer's own output is what it would have been."""
@@ -128,12 +134,20 @@ class _Session:
 
     def before_layer(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         stream = args[0] if args else kwargs["hidden_states"]
-        self.streams[self.layers[attention_module(module)]] = stream.detach().float().norm(dim=-1)
+        self.streams[self.layers[attention_module(module)]] = stream.detach()
 
-    def after_attention(self, module: nn.Module, args: tuple, output: Any) -> None:
-        layer = self.layers[module]
-        branch = output[0] if isinstance(output, tuple) else output
-        self.reducer.close(layer, Norms(branch.detach().float().norm(dim=-1), self.streams.pop(layer)))
+    def after_attention(self, scale: float, module: nn.Module, args: tuple, output: Any) -> None:
+        layer, stream = self.layers[module], self.streams.pop(self.layers[module])
+        branch = (output[0] if isinstance(output, tuple) else output).detach()
+        self.sums[layer] = stream + branch * scale
+        self.reducer.close(layer, Norms(branch.float().norm(dim=-1) * scale, stream.float().norm(dim=-1)))
+
+    def after_sum(self, layer: int, module: nn.Module, args: tuple) -> None:
+        """What the layer goes on with must be what was measured: some norm the branch before they add it, or add it later."""
+        expected, own = self.sums.pop(layer), args[0].detach()
+        far = float((own - expected).abs().max()) if own.shape == expected.shape else torch.inf
+        if not far <= ADDED.get(own.dtype, ADDED_16) * float(expected.abs().max()):
+            raise LabError(f"expected layers that add their attention's output to the stream as it is, got others; {NOT_ADDED}")
 
 
 AnyReducer = TypeVar("AnyReducer", bound=Reducer)
@@ -169,8 +183,10 @@ def watch_attention(
         stack.enter_context(handled(dict.fromkeys(attentions, session.handle)))
         if reducer.norms:
             for layer, module in zip(layers, attentions, strict=True):
+                scale = float(getattr(layer, "residual_multiplier", 1.0))  # Granite's layers scale what they add
                 stack.enter_context(hooked(layer, before=session.before_layer, with_kwargs=True))
-                stack.enter_context(hooked(module, after=session.after_attention))
+                stack.enter_context(hooked(module, after=partial(session.after_attention, scale)))
+                stack.enter_context(hooked(_sees_sum(layer), before=partial(session.after_sum, session.layers[module])))
         yield reducer
     if calls is not None and any(count != calls for count in session.calls):
         raise LabError(
@@ -185,6 +201,14 @@ def attention_module(layer: nn.Module) -> nn.Module:
     if not isinstance(module, nn.Module) or not hasattr(module, "config"):
         raise LabError(f"expected a transformer layer with a self_attn that has a config, got {type(layer).__name__}")
     return module
+
+
+def _sees_sum(layer: nn.Module) -> nn.Module:
+    """The norm that a layer gives the stream to, once its attention is added."""
+    for name in AFTER_SUM:
+        if isinstance(found := getattr(layer, name, None), nn.Module):
+            return found
+    raise LabError(f"expected a layer with a norm named {' or '.join(AFTER_SUM)}, got {type(layer).__name__}; {NOT_ADDED}")
 
 
 def attention_rows(

@@ -258,11 +258,13 @@ class Judge:
         return np.stack(drops).transpose(2, 0, 1).astype(np.float32)
 
     def _box(self, thing: np.ndarray) -> np.ndarray:
-        """The thing's box in the model's pixels, bool (Y, X): its outline would still tell what it is."""
-        inside = np.zeros((self.run.map.size, self.run.map.size), bool)
+        """The thing's box in the frame of what is altered, bool (Y, X): its outline would still tell what it is."""
+        inside, where = np.zeros(self.altered.frame, bool), self.run.map
         ys, xs = np.flatnonzero(thing.any(1)), np.flatnonzero(thing.any(0))
-        left, top = self.run.map.to_model(xs[0], ys[0])
-        right, bottom = self.run.map.to_model(xs[-1] + 1, ys[-1] + 1)
+        down, across = (count * self.altered.patch / where.size for count in self.altered.grid)  # frame pixels per square pixel
+        left, top = where.to_model(xs[0], ys[0])
+        right, bottom = where.to_model(xs[-1] + 1, ys[-1] + 1)
+        left, right, top, bottom = left * across, right * across, top * down, bottom * down
         y = slice(max(int(np.floor(top)), 0), max(int(np.ceil(bottom)), 0))
         x = slice(max(int(np.floor(left)), 0), max(int(np.ceil(right)), 0))
         inside[y, x] = True

@@ -35,7 +35,7 @@ from llava_lab.attribution.registry import attribute
 from llava_lab.checks import Sweep, entry, one_picture, whole_number
 from llava_lab.errors import OptionError
 from llava_lab.models.layout import connector_of, language_layers, vision_tower
-from llava_lab.models.text import encode, pieces, refuse_special_text
+from llava_lab.models.text import pieces
 from llava_lab.models.weights import weights_put_back
 from llava_lab.replay.targets import Targets, Wanted, resolve_targets
 from llava_lab.results import Relevance, Run, Sanity
@@ -164,18 +164,14 @@ def with_question(lab: Lab, run: Run, question: str) -> Run:
     question = question.strip()
     if not question:
         raise OptionError("expected a question to ask instead, got empty text")
-    refuse_special_text(lab.tokenizer, question)
-    at = run.prompt.rfind(run.question)
-    prompt = run.prompt[:at] + question + run.prompt[at + len(run.question) :]
-    patches, earlier = run.map.rows * run.map.cols, "history" in run.segments
-    sequence = encode(lab.tokenizer, prompt, question, image_id=lab.image_id, image_tokens=patches, history=earlier)
+    sequence = lab.asked_instead(run, question)
     start, stop = run.segments["answer"]
     token_ids = np.concatenate([sequence.token_ids, run.token_ids[start:stop]])
     moved = len(sequence.token_ids) - start
     return replace(
         run,
         question=question,
-        prompt=prompt,
+        prompt=sequence.text,
         token_ids=token_ids,
         tokens=pieces(lab.tokenizer, token_ids),
         segments={**sequence.segments, "answer": (start + moved, stop + moved)},

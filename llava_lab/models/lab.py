@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -244,6 +245,24 @@ class Lab:
             pictures=pictures,
             beside="" if pictures else self._text(question, prompt, history, 1),
             history=len(turns) > 1,
+            after=self._after_question(prompt),
+        )
+
+    def asked_instead(self, run: Run, question: str) -> Prompt:
+        """The prompt of `run` with another question in the place of its own. Raises OptionError for what cannot be asked."""
+        text.refuse_special_text(self.tokenizer, question)
+        after = self._after_question(run.options.get("prompt", self.prompt))
+        at = text.question_start(run.prompt, run.question, after)
+        assert at >= 0, (run.question, run.prompt)
+        start, stop = run.segments["image"]
+        return text.encode(
+            self.tokenizer,
+            run.prompt[:at] + question + run.prompt[at + len(run.question) :],
+            question,
+            image_id=self.image_id,
+            image_tokens=stop - start,
+            history="history" in run.segments,
+            after=after,
         )
 
     def _text(self, question: str, prompt: str, history: History, pictures: int) -> str:
@@ -251,6 +270,14 @@ class Lab:
             return self._chat(question, history, pictures)
         marks = getattr(self.model.config, text.MARKED, None) or ()
         return text.marked(text.build_prompt(question, prompt, history, pictures), marks)
+
+    def _after_question(self, form: str) -> str:
+        """What a prompt of this form writes behind its last question."""
+        return self._after_chat_question if form == "chat" else text.AFTER
+
+    @cached_property
+    def _after_chat_question(self) -> str:
+        return self._chat(text.STAND_IN, (), 1).rpartition(text.STAND_IN)[2]
 
     @entry
     def inputs(self, run: Run, *, picture: np.ndarray | None = None, tiles: bool = False) -> dict[str, Tensor]:

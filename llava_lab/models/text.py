@@ -40,6 +40,8 @@ from llava_lab.results import Span, Word
 IMAGE = "<image>"
 END_OF_TURN = "</s>"
 CUE = "ASSISTANT:"  # the model answers after it; no space follows
+AFTER = f" {CUE}"  # what stands behind the last question in our own forms
+STAND_IN = "the question stands here"  # to see what a chat template writes behind a question
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -289,6 +291,12 @@ def _checked(text: str, what: str) -> str:
     return text.strip()
 
 
+def question_start(text: str, question: str, after: str = AFTER) -> int:
+    """Where the last turn's question begins in a prompt that goes on with `after`: before that, not in it ("A", "ASSISTANT:")."""
+    end = len(text) - len(after) if text.endswith(after) else len(text)
+    return end - len(question) if text.endswith(question, 0, end) else text.rfind(question, 0, end)
+
+
 def encode(
     tokenizer: Any,
     text: str,
@@ -299,16 +307,18 @@ def encode(
     pictures: int = 1,
     beside: str = "",
     history: bool = False,
+    after: str = AFTER,
 ) -> Prompt:
     """Tokenize `text`, expand its image token of each picture, and find the segments; `question` is the last turn's.
 
-    `beside`: without a picture, the same prompt with one; where they part the picture would stand.
+    `beside`: without a picture, the same prompt with one; where they part the picture would stand. `after` is what the
+    prompt writes behind the question.
     """
     if text.count(IMAGE) != pictures:
         wanted = "once" if pictures == 1 else f"{pictures} times"
         wrote = text.count(IMAGE)
         raise CheckpointError(f"the prompt must hold {IMAGE} {wanted}, its template wrote it {wrote} times: {text!r}")
-    first = text.rfind(question)
+    first = question_start(text, question, after)
     if first < 0:
         raise CheckpointError(f"the chat template does not write the question as it is asked: {text!r}")
     has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)

@@ -226,7 +226,7 @@ class Pixels(InModel):
 
     def _open(self) -> None:
         self.values, self._read = target_score(self.lab, self.run, self.targets)
-        self.patch = self.run.map.size // self.run.map.rows
+        self.patch = self.run.map.patch
 
     def _make(self, fill: str) -> Float[Tensor, "1 C Y X"]:
         return fill_pixels(self.lab, self.values, fill, self.run.map, seed=self.seed)
@@ -315,7 +315,7 @@ class InPicture(Altered):
         super().__init__((run.map.rows, run.map.cols), **options)
         if self.at != LEVELS[0]:
             raise OptionError(f"at must be {LEVELS[0]!r}: {name!r} {self.KIND}, which leaves no other place, got {self.at!r}")
-        self.picture, self.targets, self.seed = picture, targets, seed
+        self.run, self.picture, self.targets, self.seed = run, picture, targets, seed
         (height, width), (rows, cols) = picture.shape[:2], self.grid
         # squares of the frame are no larger than the picture's own pixels
         self.patch = -(-max(height * cols, width * rows) // (rows * cols))
@@ -326,10 +326,9 @@ class InPicture(Altered):
         """The picture, uint8 (height, width, 3), seen as `shown` (Y, X) of any size says."""
         if shown.min() == 1:
             return self.picture
-        (height, width), (tall, wide) = self.picture.shape[:2], shown.shape
-        y = ((np.arange(height) + 0.5) * tall / height).astype(int)
-        x = ((np.arange(width) + 0.5) * wide / width).astype(int)
-        share = shown[y][:, x][..., None]
+        y, x = self.run.map.places(self.picture.shape[:2], shown.shape)
+        seen = (y >= 0)[:, None] & (x >= 0)
+        share = np.where(seen, shown[y][:, x], 1.0).astype(shown.dtype)[..., None]  # what no patch sees stays
         if fill == "neighbours":  # anew for each hole
             filling = fill_picture(self.picture, fill, hidden=share[..., 0] < 0.5)
         else:

@@ -49,11 +49,19 @@ def fill_pixels(lab: Lab, pixels: Pixels, fill: str, where: PictureMap, *, seed:
         mean, std = (torch.tensor(part).view(1, 3, 1, 1) for part in normal)
         return ((0.5 - mean) / std).to(pixels).expand_as(pixels)
     # of the picture alone: padding has no say
-    left, top = max(round(where.offset_x), 0), max(round(where.offset_y), 0)
-    right, bottom = round(where.offset_x + where.width * where.scale_x), round(where.offset_y + where.height * where.scale_y)
     inside = torch.zeros(pixels.shape[-2:], dtype=torch.bool, device=pixels.device)
-    inside[top:bottom, left:right] = True
+    across = _pixels_of(where.offset_x, where.width * where.scale_x, pixels.shape[-1])
+    inside[_pixels_of(where.offset_y, where.height * where.scale_y, pixels.shape[-2]), across] = True
     return mean_fill(pixels, inside) if fill == "mean" else noise_fill(pixels, inside, seed=seed)
+
+
+def _pixels_of(start: float, length: float, side: int) -> slice:
+    """The pixels of a square's side on which the picture lies; a picture thinner than a pixel has the one it falls in."""
+    first, stop = max(round(start), 0), min(round(start + length), side)
+    if first < stop:
+        return slice(first, stop)
+    middle = min(max(int(start + length / 2), 0), side - 1)
+    return slice(middle, middle + 1)
 
 
 def fill_picture(picture: np.ndarray, fill: str, *, seed: int = 0, hidden: np.ndarray | None = None) -> np.ndarray:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import GraniteConfig, MistralConfig, Olmo2Config
 
 from llava_lab.attribution import attribute
 from llava_lab.attribution.rollout import (
@@ -23,11 +24,12 @@ from llava_lab.attribution.rollout import (
     remove_columns,
     whole_rows,
 )
-from llava_lab.capture import Full, fuse_heads, undisturbed, watch_attention
+from llava_lab.capture import Full, fuse_heads, hooked, undisturbed, watch_attention
 from llava_lab.errors import LabError
 from llava_lab.models import Lab, load
 from llava_lab.models.layout import language_layers, used_vision_layers
 from llava_lab.results import Run
+from tests.support.checkpoints import build_llama_model, build_processor, byte_tokenizer, llava_config
 from tests.support.closeness import TERMS, close
 from tests.support.matrices import naive_rollout, uniform_attention
 from tests.support.planted import planted_lab, scripted_run
@@ -224,6 +226,57 @@ def test_a_model_that_attends_uniformly_gets_an_empty_map() -> None:
     for options in ({}, {"residual": 0.5}, {"through_vision": True}):
         rel = attribute(lab, run, target="words", **options)
         np.testing.assert_allclose(rel.values, 0, atol=1e-4)
+
+
+def _with_language_model(text: Any) -> Lab:
+    """A random CLIP tower before another language model."""
+    tokenizer = byte_tokenizer()
+    config = llava_config(tokenizer, text=text)
+    return Lab(build_llama_model(config), build_processor(config, tokenizer))
+
+
+SMALL: dict[str, Any] = {"vocab_size": 400, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3} | {
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{}, {"residual": 0.5}, {"residual": 0.5, "sinks": "remove"}])
+@pytest.mark.parametrize("window", [4, 9, 200])
+def test_a_sliding_window_that_attends_uniformly_gets_an_empty_map(picture: np.ndarray, window: int, options: Any) -> None:
+    lab = _with_language_model(MistralConfig(**SMALL, sliding_window=window))
+    with torch.no_grad():
+        for layer in language_layers(lab.model):
+            layer.self_attn.q_proj.weight.zero_()
+    rel = attribute(lab, scripted_run(lab, picture, "The car is red."), target="words", **options)
+    np.testing.assert_allclose(rel.values, 0, atol=1e-4)
+    assert not rel.extras.get("sinks")
+
+
+@pytest.mark.parametrize("multiplier", [0.1, 0.5, 1.0])
+def test_the_residual_weight_is_measured_of_what_a_layer_really_adds(picture: np.ndarray, multiplier: float) -> None:
+    lab = _with_language_model(GraniteConfig(**SMALL, residual_multiplier=multiplier))
+    run = scripted_run(lab, picture, "The car is red.")
+    layer = language_layers(lab.model)[0]
+    stream: list[Tensor] = []
+    with (
+        undisturbed(lab.model),
+        hooked(layer, before=lambda module, args: stream.append(args[0])),
+        hooked(layer.post_attention_layernorm, before=lambda module, args: stream.append(args[0])),
+    ):
+        lab.model(**lab.inputs(run))
+    before, after = (part[0].norm(dim=-1) for part in stream)
+    added = (stream[1] - stream[0])[0].norm(dim=-1)
+    rel = attribute(lab, run, layers=(0, 1))
+    assert rel.extras["residual_by_layer"] == [pytest.approx(float((before / (before + added)).mean()), abs=1e-5)]
+    assert after.shape == before.shape
+
+
+def test_a_branch_that_is_normed_before_it_is_added_is_not_measured(picture: np.ndarray) -> None:
+    lab = _with_language_model(Olmo2Config(**SMALL))
+    run = scripted_run(lab, picture, "The car is red.")
+    with pytest.raises(LabError, match="expected layers that add their attention's output .* residual=0.5"):
+        attribute(lab, run)
+    assert np.isfinite(attribute(lab, run, residual=0.5).values).all()
 
 
 def test_what_goes_to_the_class_token_is_reported(tiny_random: Lab, run: Run, towers: tuple[Full, Full]) -> None:

@@ -13,6 +13,7 @@ from llava_lab.errors import CheckpointError, OptionError
 from llava_lab.models import Lab, layout
 from llava_lab.models.text import PROMPTS, SYSTEM, build_prompt, chat_messages, decode, encode, group_words, pieces, token_ends
 from tests.support.checkpoints import byte_tokenizer, sentencepiece_tokenizer
+from tests.support.planted import scripted_run
 
 TURN = [("What color is the car?", "It is red.")]
 TOKENIZERS = {"byte-level": byte_tokenizer(), "sentencepiece": sentencepiece_tokenizer()}
@@ -82,7 +83,10 @@ def test_chat_messages_hold_the_picture_once() -> None:
 
 
 @pytest.mark.parametrize("form", ["llava-1.5", "hf"])
-@pytest.mark.parametrize("question", ["What color is the car?", "café ASSISTANT: naïve 🦊", "?", "USER: and\nlines"])
+@pytest.mark.parametrize(
+    "question",
+    ["What color is the car?", "café ASSISTANT: naïve 🦊", "?", "USER: and\nlines", "A", "S", "NT:", ":", "ASSISTANT:", "USER"],
+)
 @pytest.mark.parametrize("history", [(), TURN])
 def test_segments_cover_the_prompt_and_hold_their_own_text(tokenizer: Any, form: str, question: str, history: Any) -> None:
     image_id = tokenizer.convert_tokens_to_ids("<image>")
@@ -99,6 +103,19 @@ def test_segments_cover_the_prompt_and_hold_their_own_text(tokenizer: Any, form:
     assert said["cue"] == "ASSISTANT:"
     assert said["system"].endswith("USER:")
     assert not history or said["history"].endswith("USER:")
+
+
+@pytest.mark.parametrize("form", ["llava-1.5", "hf", "chat"])
+@pytest.mark.parametrize("question", ["A", "assistant", "ASSISTANT:", "S", "T:", "What?"])
+def test_a_question_that_also_stands_in_the_cue_is_found_and_replaced(
+    tiny_random: Lab, picture: np.ndarray, form: str, question: str
+) -> None:
+    run = scripted_run(tiny_random, picture, "It is red.", question=question, prompt=form)
+    said = {name: tiny_random.tokenizer.decode(run.token_ids[slice(*span)]).strip() for name, span in run.segments.items()}
+    assert (said["question"], said["cue"]) == (question, "ASSISTANT:")
+    other = tiny_random.asked_instead(run, "Why?")
+    assert other.text == tiny_random.sequence("Why?", prompt=form, picture=picture).text
+    assert other.segments == tiny_random.sequence("Why?", prompt=form, picture=picture).segments
 
 
 def test_a_token_over_the_question_s_end_belongs_to_the_question() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from llava_lab.attribution import attribute
+from llava_lab.attribution import METHODS, attribute
 from llava_lab.capture import undisturbed
 from llava_lab.models import Lab
 from llava_lab.replay import FILLS, fill_pixels, target_score
@@ -36,6 +36,18 @@ def test_fills_are_what_they_say(tiny_random: Lab) -> None:
     blur = color["blur"]
     assert blur.std() < (pixels[0] * std + mean).std()
     assert blur.mean() == pytest.approx(float((pixels[0] * std + mean).mean()), abs=0.02)
+
+
+@pytest.mark.parametrize("fit", ["pad", "crop"])
+@pytest.mark.parametrize("shape", [(10, 3000), (3000, 10), (1, 700), (700, 1), (3, 64), (1, 1)])
+def test_a_picture_thinner_than_a_pixel_has_a_mean(tiny_random: Lab, shape: tuple[int, int], fit: str) -> None:
+    picture = np.full((*shape, 3), (200, 0, 90), np.uint8)
+    run = scripted_run(tiny_random, picture, "The car is blue.", fit=fit)
+    pixels = tiny_random.inputs(run)["pixel_values"]
+    for fill in (*FILLS, "noise"):
+        assert torch.isfinite(fill_pixels(tiny_random, pixels, fill, run.map)).all()
+    for method in ("occlusion", "shapley", "rise"):
+        assert np.isfinite(attribute(tiny_random, run, method=method, fill="mean", **METHODS[method].economy).values).all()
 
 
 def test_blur_leaves_a_plain_picture_alone(tiny_random: Lab, run: Run) -> None:
