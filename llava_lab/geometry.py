@@ -112,7 +112,8 @@ class PictureMap:
         Pixels beyond the last patch (6 of a square of 384 with patches of 14) are in the square and in no patch.
         """
         side, left = divmod(self.size, max(self.rows, self.cols))
-        assert not left and self.rows == self.cols, f"patches of a {self.rows}x{self.cols} grid do not tile {self.size} px"
+        assert self.rows == self.cols, f"a grid of {self.rows}x{self.cols} has no square patches"
+        assert not left, f"patches of a {self.rows}x{self.cols} grid do not tile {self.size} px"
         return side
 
     def places(self, shape: tuple[int, int], grid: tuple[int, int] | None = None) -> tuple[np.ndarray, np.ndarray]:

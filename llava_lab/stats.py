@@ -204,22 +204,23 @@ def mcnemar(gained: int, lost: int) -> float:
     return 1.0 if gained + lost == 0 else float(scipy.stats.binomtest(gained, gained + lost, 0.5).pvalue)
 
 
-def seeds_needed(effect: float, sd: float) -> float:
-    """Seeds until a paired t test (5%, two-sided) finds this effect four times of five; infinite for an effect of 0.
+def seeds_needed(effect: float, sd: float, level: float = ALPHA) -> float:
+    """Seeds until a paired t test (two-sided, at `level`) finds this effect four times of five; infinite for an effect of 0.
 
-    ``(z_0.975 + z_0.8)^2 sd^2 / effect^2 + z_0.975^2 / 2``, rounded up, 2 at least.
+    ``(z + z_0.8)^2 sd^2 / effect^2 + z^2 / 2`` with ``z = z_(1 - level / 2)``, rounded up, 2 at least.
     """
     if not math.isfinite(effect) or not math.isfinite(sd):
         return math.nan
     if effect == 0:
         return math.inf
-    both, edge = scipy.stats.norm.ppf(1 - ALPHA / 2) + scipy.stats.norm.ppf(POWER), scipy.stats.norm.ppf(1 - ALPHA / 2)
+    edge = scipy.stats.norm.ppf(1 - level / 2)
+    both = edge + scipy.stats.norm.ppf(POWER)
     return float(max(2, math.ceil((both * sd / effect) ** 2 + edge**2 / 2)))
 
 
-def detectable(sd: float, seeds: int) -> float:
-    """The smallest true difference that so many seeds find four times of five, given the spread of the differences."""
-    return float((scipy.stats.t.ppf(1 - ALPHA / 2, seeds - 1) + scipy.stats.t.ppf(POWER, seeds - 1)) * sd / math.sqrt(seeds))
+def detectable(sd: float, seeds: int, level: float = ALPHA) -> float:
+    """The smallest true difference that so many seeds find at `level` four times of five, given the spread of the differences."""
+    return float((scipy.stats.t.ppf(1 - level / 2, seeds - 1) + scipy.stats.t.ppf(POWER, seeds - 1)) * sd / math.sqrt(seeds))
 
 
 def paired_t(differences: np.ndarray) -> tuple[float, tuple[float, float]]:
@@ -241,8 +242,15 @@ def holm(p: np.ndarray) -> np.ndarray:
     return adjusted
 
 
+def holm_levels(p: np.ndarray) -> np.ndarray:
+    """The level that each p of one family is held against: 5% over how many are left when its turn comes."""
+    levels = np.empty(len(p))
+    levels[np.argsort(p, kind="stable")] = ALPHA / np.arange(len(p), 0, -1)
+    return levels
+
+
 def compare(right: np.ndarray, pairs: Sequence[tuple[int, int]], pictures: np.ndarray, *, seed: int = 0) -> dict[str, np.ndarray]:
-    """Second minus first of each pair of arms, on one set of questions; p not yet adjusted and no verdict.
+    """Second minus first of each pair of arms, on one set of questions; p and levels not yet adjusted and no verdict.
 
     right (A, S, Q) bool, pictures (Q,) labels. Gives arrays over pairs (N,) and intervals (N, 2).
     """
@@ -278,10 +286,12 @@ def table(
 
     right (A, S, Q), families (N,) labels of pairs that are judged together. p is adjusted (Holm) within a family and
     split: over its pairs for type 0, over pairs and types for the rest. A verdict is 1 (better), -1 (worse) or 0: it
-    needs an adjusted p below 5% and pictures' interval on the same side of 0.
+    needs an adjusted p below 5% and pictures' interval on the same side of 0. The seeds it would take, and the difference
+    that these seeds find, are for the level that the pair is held against.
     """
     shape = (len(pairs), questions.splits, questions.types)
     cells = {name: np.full((*shape, 2) if name.endswith("interval") else shape, np.nan) for name in FIELDS}
+    cells["level"] = np.full(shape, np.nan)
     for x, y, asked in questions.cells():
         for name, values in compare(right[:, :, asked], pairs, questions.pictures[asked], seed=seed).items():
             cells[name][:, x, y] = values
@@ -290,8 +300,14 @@ def table(
             for columns in (slice(0, 1), slice(1, None)):
                 block = cells["p"][families == family, x, columns]
                 known = ~np.isnan(block)
-                block[known] = holm(block[known])
+                levels = np.full(block.shape, np.nan)
+                levels[known], block[known] = holm_levels(block[known]), holm(block[known])
                 cells["p_adjusted"][families == family, x, columns] = block
+                cells["level"][families == family, x, columns] = levels
+    level = cells.pop("level")
+    for place in zip(*np.nonzero(~np.isnan(level)), strict=True):
+        cells["seeds_needed"][place] = seeds_needed(cells["effect"][place], cells["seed_sd"][place], level[place])
+        cells["detectable"][place] = detectable(cells["seed_sd"][place], right.shape[1], level[place])
     low, high = cells["picture_interval"][..., 0], cells["picture_interval"][..., 1]
     sure = cells["p_adjusted"] < ALPHA
     cells["verdict"] = (sure & (low > 0)).astype(np.int64) - (sure & (high < 0)).astype(np.int64)

@@ -162,6 +162,23 @@ def test_more_noise_wants_more_seeds_and_a_larger_effect_fewer() -> None:
     assert stats.detectable(0.01, 5) == pytest.approx((2.776 + 0.941) * 0.01 / math.sqrt(5), rel=1e-3)
 
 
+def test_the_seeds_it_would_take_are_counted_at_the_level_that_is_asked() -> None:
+    """A verdict is held against Holm's level, and so are the seeds: those found by the formula pass it, one step earlier not."""
+    levels = stats.holm_levels(np.array([0.04, 0.01, 0.02]))
+    assert levels == pytest.approx([0.05, 0.05 / 3, 0.05 / 2])
+    p = np.random.default_rng(0).random(12) ** 4
+    alone = (p < stats.holm_levels(p))[np.argsort(p)]
+    assert ((stats.holm(p) < stats.ALPHA)[np.argsort(p)] == np.logical_and.accumulate(alone)).all()
+    for family in (1, 2, 6, 24):
+        level = stats.ALPHA / family
+        for effect, sd in ((0.0192, 0.0127), (0.01, 0.01), (0.03, 0.01), (0.001, 0.02)):
+            count = int(stats.seeds_needed(effect, sd, level))
+            assert abs(effect) >= stats.detectable(sd, max(count, 2), level) * 0.8 or count == 2
+            assert distributions.t.sf(effect / sd * count**0.5, count - 1) * 2 < level or count == 2
+            assert count >= stats.seeds_needed(effect, sd)
+    assert stats.seeds_needed(0.0192, 0.0127, stats.ALPHA / 5) == 9  # the shipped comparison's, in a family of six
+
+
 def _answers(shares: list[list[float]], questions: int = 400) -> np.ndarray:
     """right (A, S, Q): each arm's and seed's share of right answers, the rest spread over the pictures."""
     rng = np.random.default_rng(1)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -297,11 +297,17 @@ def _verdicts(result: Ablation, split: str) -> str:
             _span(row["picture_interval"]),
             f"{row['p_adjusted']:.2g}",
             f"**{row['verdict']}**" if row["verdict"] in ("better", "worse") else row["verdict"],
-            f"{row['seeds_needed']:,.0f}" if row["seeds_needed"] <= MANY else f"more than {MANY:,}",
+            _seeds(row),
         )
         for row in result.rows(split=split)
     ]
     return _table(names, rows)
+
+
+def _seeds(row: Mapping[str, Any]) -> str:
+    if row["seeds_needed"] <= row["seeds"]:
+        return "these are enough"
+    return f"{row['seeds_needed']:,.0f}" if row["seeds_needed"] <= MANY else f"more than {MANY:,}"
 
 
 def _sweep(result: Ablation) -> str:

@@ -284,7 +284,7 @@ class Ablation(Saved):
     gained: Int64[np.ndarray, "compared splits types"]  # answers that only the second has right, all seeds
     lost: Int64[np.ndarray, "compared splits types"]  # only the first
     mcnemar_p: Float64[np.ndarray, "compared splits types"]  # exact, on those; of these models
-    seeds_needed: Float64[np.ndarray, "compared splits types"]  # for this effect at 80% power; infinite for an effect of 0
+    seeds_needed: Float64[np.ndarray, "compared splits types"]  # at 80% power and Holm's level; infinite for an effect of 0
     pictures_needed: Float64[np.ndarray, "compared splits types"]  # the same for pictures' noise
     detectable: Float64[np.ndarray, "compared splits types"]  # smallest true difference that these seeds find at 80% power
     verdict: Int64[np.ndarray, "compared splits types"]  # 1 better, -1 worse, 0 not distinguishable
@@ -446,13 +446,19 @@ def in_words(row: dict[str, Any]) -> str:
 
 
 def _what_would_tell(row: dict[str, Any]) -> str:
+    from llava_lab.stats import ALPHA  # it brings scipy
+
     if row["effect"] == 0:
         return "the difference is 0, which no number of seeds tells from nothing"
-    seeds, pictures = row["seeds_needed"], row["pictures_needed"]
-    text = f"if it is real, {_number(seeds)} seeds would tell"
     low, high = row["picture_interval"]
-    if low <= 0 <= high:
-        text += f", and {_number(pictures)} pictures"
+    more = f"{_number(row['pictures_needed'])} pictures" if low <= 0 <= high else ""
+    if row["p_adjusted"] < ALPHA:
+        return f"its seeds agree; if it is real, {more} would tell"
+    if row["seeds_needed"] <= row["seeds"]:  # its own p would do
+        return f"it waits for the comparisons judged with it (Holm){f', and for {more}' if more else ''}"
+    text = f"if it is real, {_number(row['seeds_needed'])} seeds would tell{f', and {more}' if more else ''}"
+    if row["p"] < ALPHA:
+        text = f"p = {row['p']:.2g} by itself is {row['p_adjusted']:.2g} among the pairs judged with it (Holm); {text}"
     return f"{text}; these {row['seeds']} find {100 * row['detectable']:.2f} points or more"
 
 

@@ -177,6 +177,22 @@ def test_a_shipped_model_is_the_connector_it_names(name: str, connector: str) ->
     assert f"Seed {job.seed}, peak rate {job.rate:g}" in (ABLATION / connector / "README.md").read_text("utf-8")
 
 
+def test_no_shipped_sentence_contradicts_itself() -> None:
+    """What is not distinguishable asks for more seeds than there are, or says that seeds are not what is missing."""
+    result = ll.shipped_ablation()
+    rows = [row for split in result.splits for type in result.types for row in result.rows(split=split, type=type)]  # noqa: A001
+    undecided = [row for row in rows if row["verdict"] == "not distinguishable" and row["effect"]]
+    assert len(undecided) > 100
+    for row in undecided:
+        if found := re.search(r"real, (?:about|more than) ([\d,]+) seeds.*; these 5 find ([\d.]+) points", row["text"]):
+            assert int(found[1].replace(",", "")) > 5
+            assert abs(100 * row["effect"]) < float(found[2]) + 0.005
+            assert row["p_adjusted"] >= 0.05
+        else:
+            assert row["p_adjusted"] < 0.05 or "waits for the comparisons judged with it" in row["text"]
+    assert "about 9 seeds would tell" in result.row("mlp2x_gelu", "linear")["text"]
+
+
 def test_what_ships_stays_small() -> None:
     files = [path for path in ASSETS.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files if path.suffix == ".safetensors") < 40_000_000

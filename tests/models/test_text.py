@@ -112,7 +112,8 @@ def test_a_question_that_also_stands_in_the_cue_is_found_and_replaced(
 ) -> None:
     run = scripted_run(tiny_random, picture, "It is red.", question=question, prompt=form)
     said = {name: tiny_random.tokenizer.decode(run.token_ids[slice(*span)]).strip() for name, span in run.segments.items()}
-    assert (said["question"], said["cue"]) == (question, "ASSISTANT:")
+    assert said["question"] == question
+    assert said["cue"] == "ASSISTANT:"
     other = tiny_random.asked_instead(run, "Why?")
     assert other.text == tiny_random.sequence("Why?", prompt=form, picture=picture).text
     assert other.segments == tiny_random.sequence("Why?", prompt=form, picture=picture).segments

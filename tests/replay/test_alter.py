@@ -14,14 +14,18 @@ import torch
 
 import llava_lab as ll
 from llava_lab.errors import CheckpointError, LabError, OptionError
+from llava_lab.geometry import PictureMap
+from llava_lab.judging.faithfulness import Judge
 from llava_lab.models import Lab
 from llava_lab.replay import Altered, open_altered
-from llava_lab.replay.alter import within_budget
+from llava_lab.replay.alter import Pixels, within_budget
 from llava_lab.replay.fills import EVERY_FILL
 from llava_lab.results import Run
+from tests.support.checkpoints import build_llava
 from tests.support.closeness import TERMS, close, tolerance
 from tests.support.endpoint_server import open_box, serving, weighing
 from tests.support.next_folders import build_next
+from tests.support.planted import scripted_run
 
 QUESTION = "What color is the car?"
 ROUGH = np.random.default_rng(0).choice(np.array([20, 60, 240], np.uint8), (36, 36, 3))
@@ -47,6 +51,67 @@ def opened(request: pytest.FixtureRequest, tiny_random: Lab, tmp_path: Path) -> 
     run = lab.ask(ROUGH, QUESTION, max_new_tokens=4)
     place = {} if request.param == "tiles" else {"at": request.param}
     yield partial(open_altered, lab, run, (run.target(), run.target(0)), **place)
+
+
+SIZES = [(384, 14), (50, 8), (100, 30), (37, 5), (64, 16), (48, 8), (29, 7), (30, 11), (33, 8), (46, 15), (62, 9), (32, 4)]
+
+
+@pytest.mark.parametrize(("size", "patch"), SIZES)
+def test_a_hidden_patch_is_what_the_tower_sees_in_it(tmp_path: Path, size: int, patch: int) -> None:
+    """Whether or not patches tile the square: its own embedding becomes the fill's, every other stays, bit for bit."""
+    folder = build_llava(tmp_path, image=size, patch=patch, vision_layers=2, layers=1, vision_width=16, context=2048)
+    lab = ll.load(folder)
+    run = scripted_run(
+        lab, np.random.default_rng(1).integers(0, 255, (60, 90, 3), np.uint8), "It is red.", fit="crop" if size % 2 else "pad"
+    )
+    where, side = run.map, run.map.rows
+    altered = open_altered(lab, run, (run.target(),), fill="noise")
+    assert isinstance(altered, Pixels)
+    embed = lab.model.model.vision_tower.embeddings.patch_embedding
+    chosen = [(0, 0), (side - 1, side - 1), (0, side - 1), (side // 2, side // 2)]
+    masks = torch.zeros(len(chosen), side, side, dtype=torch.bool)
+    for mask, place in zip(masks, chosen, strict=True):
+        mask[place] = True
+    with torch.no_grad():
+        own, filled = embed(altered.values)[0], embed(altered.filling("noise"))[0]
+        hidden = embed(altered.altered(altered._enlarged(~masks)))
+    for mask, changed in zip(masks, hidden, strict=True):
+        torch.testing.assert_close(changed, torch.where(mask, filled, own), rtol=0, atol=1e-5)
+    # the same patch, by way of the picture: its box, the pixels that are painted with it, the point in its middle
+    painted = where.project(np.arange(side * side, dtype=np.float32).reshape(side, side))
+    for row, col in chosen:
+        left, top, right, bottom = where.patch_box(row, col)
+        assert (right - left) * where.scale_x == pytest.approx(patch)
+        middle = (left + right) / 2, (top + bottom) / 2
+        if where.coverage()[row, col] == 1:
+            assert where.patch_at(*middle) == (row, col)
+            assert painted[int(middle[1]), int(middle[0])] == row * side + col
+    # a thing that is exactly a patch is covered where the patch is
+    inner = next((r, c) for r in range(side) for c in range(side) if where.coverage()[r, c] == 1)
+    left, top, right, bottom = where.patch_box(*inner)
+    thing = np.zeros((1, *run.picture.shape[:2]), bool)
+    thing[0, round(top) : max(round(bottom), round(top) + 1), round(left) : max(round(right), round(left) + 1)] = True
+    judge = Judge(lab, run, (run.target(),), ("grey", "mean"), things=thing)
+    box = judge._box(judge.things[0])
+    assert box.shape == altered.frame
+    ys, xs = np.flatnonzero(box.any(1)), np.flatnonzero(box.any(0))
+    for found, start in ((ys, inner[0] * patch), (xs, inner[1] * patch)):
+        assert abs(found[0] - start) <= 1 + where.scale_x
+        assert abs(found[-1] + 1 - start - patch) <= 1 + where.scale_x
+
+
+def test_the_picture_itself_is_altered_where_patches_are(tiled: Lab) -> None:
+    """A square of 384 with 27 patches of 14: the last 6 pixels' worth of the picture is in no cell and stays."""
+    picture = np.random.default_rng(2).integers(0, 255, (384, 768, 3), np.uint8)
+    run = tiled.ask(ROUGH, QUESTION, max_new_tokens=1)
+    altered = open_altered(tiled, run, (run.target(),), fill="grey")
+    altered.run = replace(run, map=PictureMap(768, 384, 378, 27, 27, "whole", 0.5, 1.0, 0.0, 0.0))
+    altered.picture = picture
+    shown = np.ones((27, 27), np.float32)
+    shown[3, 26] = 0
+    changed = (altered.altered(shown, "grey") != picture).any(-1)
+    assert (np.flatnonzero(changed.any(1))[[0, -1]] == (42, 55)).all()
+    assert (np.flatnonzero(changed.any(0))[[0, -1]] == (728, 755)).all()
 
 
 def recorded(opened: Opened) -> np.ndarray:
