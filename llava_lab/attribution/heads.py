@@ -11,8 +11,10 @@ answer depends on it (`knockout`).
 ``localization_heads``: a head qualifies when much of its attention goes to the picture (more than the elbow of all
 heads' sorted image shares) and is ranked by how much its map hangs together: the entropy of the 8-connected regions
 above the map's mean, lowest first. The best `top` maps are smoothed and averaged. The first two layers are left out, as
-the authors do, where the model has more than four. A head can point firmly at the wrong thing, and the choice for one
-run is one sample; `find_localization_heads` votes over several runs, as the paper does over a thousand.
+the authors do, where the model has more than four. Every cell above the mean belongs to a region; the authors' program asks
+that it lie 0.001 above, a number for maps of 24 x 24 that would leave nothing of a small head's: faint cells that it drops
+can join or add regions here, so a ranking may differ from theirs. A head can point firmly at the wrong thing, and the
+choice for one run is one sample; `find_localization_heads` votes over several runs, as the paper does over a thousand.
 
 Sources: Kang et al. 2025 (arXiv 2503.06287); spatial entropy after Peruzzo et al. 2022 (arXiv 2206.04636).
 
@@ -205,7 +207,7 @@ class HeadScore:
 
 @method(
     truth="Where the few heads look whose attention goes to the picture and forms one region.",
-    source="Kang et al. 2025, localisation heads",
+    source="Kang et al. 2025, localisation heads, without their program's threshold of 0.001 above the mean",
     cost="1 forward",
     blind_to="what the values carry, every other head, and whether the region pointed at is the right one",
     contrast=False,

@@ -18,8 +18,9 @@ heads), 0.2 MB. The peak of the process does not rise above a plain forward's.
 what the projector gives, state l the stream after l layers. Every state goes through the final norm exactly once and then
 through the output head. (transformers' ``hidden_states[-1]`` is already normed; norming it again is the usual mistake.
 Here all states are taken before the norm, the last one too.) Read several states and the strongest (or the mean) is
-shown; the maximum over states and patches is what vl-interp calls internal confidence. A word the lens cannot read may
-still be there in another basis. One forward and the output head at each state read, about 40 MB beside it at 7B.
+shown. vl-interp's internal confidence is the maximum over states and patches of such a reading, but it takes no final norm
+and the most probable of a word's tokens, where this takes their mean. A word the lens cannot read may still be there in
+another basis. One forward and the output head at each state read, about 40 MB beside it at 7B.
 
 Sources: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"; direct logit attribution as in Wang et
 al. 2022 (arXiv 2211.00593); nostalgebraist 2020 (logit lens); Jiang et al. 2025 (arXiv 2410.02762) for its use on image

@@ -12,9 +12,10 @@ place where the patch is taken away. Patches that back each other up can each lo
   only together with others far away, or that cancel inside a block, are not found.
 - ``rise`` shows the picture through many random smooth masks. A patch's value is the mean score over masks, weighed by how
   much of the patch each mask showed, minus the plain mean. It hides much at once, so patches that stand in for one another
-  are found; the price is noise, which is estimated and reported. Two things differ from the paper: the score is a
-  log-probability, and it is centred before it is weighed, which takes out the noise of unequal mask sums and leaves the
-  ranking's limit as it is.
+  are found; the price is noise, which is estimated and reported. Three things differ from the paper: the score is a
+  log-probability; it is centred before it is weighed, which takes out the noise of unequal mask sums and leaves the
+  ranking's limit as it is; and a mask is cut out of (cells + 1) x (cells + 1) cells of one cell's size, where the paper
+  stretches cells x cells of them over that area, so that its cells are a little larger.
 - ``token_knockout``: the answer may not look at one image token, in any layer; everything else stays as it was. Every
   other position still reads the token, so this is the *direct* way from the patch to the answer. With ``rows="text"`` the
   question may not look either, and what is left goes through other image tokens. Nothing is put in the token's place. All
@@ -244,7 +245,7 @@ def shown_share(name: str, value: Any) -> float:
 
 @method(
     truth="How much likelier the target is on average under random masks that show the patch than under all of them.",
-    source="Petsiuk et al. 2018",
+    source="Petsiuk et al. 2018, on centred log-probabilities, masks cut from (cells + 1)^2 cells",
     cost="one forward per mask",
     blind_to="anything finer than a mask's cells, and differences within its own noise",
     reach="pixels",

@@ -6,10 +6,12 @@ averaged, each weighted by how much its own position wants the word, and the lea
 average is subtracted. The authors call it estimated causal inference; it is a regression, nobody
 intervenes. A rank filter then mends single wild patches.
 
-Read as the authors' program does: a question token is weighed at its own position, an answer token at the
-position that predicted it; tokens equal to the explained one are left out; a factor for the *averaged* map.
-Values stay logits (the authors rescale to 0..1 for display, which changes no order). The zero at which logits
-are clipped means nothing to softmax: a word may lie below it everywhere, and the note then says so.
+Read as the authors' program does, but for one token: a question token is weighed at its own position, an answer token at
+the position that predicted it; tokens equal to the explained one are left out; a factor for the *averaged* map. The one is
+the question's first: there the program takes the map of whatever the model would have guessed at that position, here it
+is the token's own map like every other's. Values stay logits (the authors rescale to 0..1 for display, which changes no
+order). The zero at which logits are clipped means nothing to softmax: a word may lie below it everywhere, and the note then
+says so.
 
 One forward; beside it, at LLaVA-1.5-7B, about 30 MB after the last layer (its states in float32, 2.3 kB per token of
 the text); at that width the peak of the process does not rise above a plain forward's.
@@ -45,7 +47,7 @@ SHOWN = 5  # earlier tokens named in the extras
 
 @method(
     truth="How strongly each image token's own last state asks for the target word, beyond what earlier words' maps explain.",
-    source="Li et al. 2025 (arXiv 2506.23270), token activation map",
+    source="Li et al. 2025 (arXiv 2506.23270), token activation map; the question's first token read like the others",
     cost="1 forward",
     blind_to="the question before correction, whether the answer ever read these positions, and a word below logit 0",
     needs="plain weights",

@@ -6,8 +6,10 @@ forward as token by token.
 
     effect = steer(lab, run, direction=("red", "blue"), layers=(1, 3), alpha=0.5)
 
-Sources: Turner et al. 2023 (arXiv 2308.10248) for adding directions; Jiang et al. 2024 (arXiv 2410.02762) for erasing a
-word from image tokens.
+Sources: Turner et al. 2023 (arXiv 2308.10248) for adding directions. Erasing a word from image tokens is the aim of Jiang et
+al. 2024 (arXiv 2410.02762), by other means: they take the text state of the word at one layer as direction and subtract it
+at one layer, from the tokens that lie on its side alone. Here the direction is the word's row of the output head less the
+mean row, and it is projected out in every layer asked for, on either side.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ object patches tried with the words of a thing in the next picture.
     lens.rank_of("red")[-1]
 
 Sources: nostalgebraist 2020 (logit lens); Belrose et al. 2023 (arXiv 2303.08112, tuned lens, section 2; there SGD with
-momentum on text); Jiang et al. 2025 (arXiv 2410.02762) for internal confidence on image tokens; Neo et al. 2025 (arXiv
+momentum on text); Jiang et al. 2025 (arXiv 2410.02762) for reading image tokens' confidence in a word; Neo et al. 2025 (arXiv
 2410.07149) read visual tokens with the logit lens and count those that name their object; the controls and intervals of
 that count are ours.
 """
@@ -134,7 +134,9 @@ def activation_map(
 ) -> WordActivation:
     """How probable a word (or each of several) is at every patch and state; options and errors as `logit_lens`.
 
-    Its `confidence`, the maximum over patches and states, is what vl-interp calls internal confidence.
+    Its `confidence` is the maximum over patches and states. vl-interp's internal confidence is such a maximum too, but
+    takes states without the final norm and the most probable of a word's tokens; here each state is normed once and a
+    word of several tokens is read as its first, so the numbers are not those of that program.
 
     >>> ll.activation_map(lab, run, "red").values.shape
     (1, 7, 12, 12)

@@ -151,7 +151,7 @@ class WordActivation(Saved):
 
     @property
     def confidence(self) -> np.ndarray:
-        """The highest probability over patches and states, float32 (words,): vl-interp's internal confidence."""
+        """The highest probability over patches and states, float32 (words,): see `llava_lab.activation_map`."""
         return self.values.max((1, 2, 3))
 
     def peak(self, word: str) -> tuple[int, int, int]:
