@@ -36,6 +36,7 @@ from llava_lab.models import connectors, folders
 from llava_lab.models.connectors import Connector
 from llava_lab.models.formats import foreign
 from llava_lab.models.swap import swapped, trained_beside
+from llava_lab.models.weights import require_finite
 from llava_lab.results import whole_file
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def write_projector(lab: Lab, path: str | os.PathLike) -> Path:
     kind, options = connectors.spec(lab.model.config) or (_stock_kind(lab), {})
     prefix = (LORA_PREFIX if path.name == LORA_FILE else PLAIN_PREFIX) + MARK
     module = lab.connector
+    require_finite(module.state_dict().items(), f"the connector of {lab.name!r}")
     tensors = {prefix + _original(name, kind): value.detach().cpu().clone() for name, value in module.state_dict().items()}
     record = {"mm_projector_type": kind, "mm_projector_options": options, "trained_with": trained_beside(lab.model)}
     # by way of memory: torch's own writer has no words for a full disk
@@ -97,6 +99,7 @@ def read_projector(lab: Lab, path: str | os.PathLike, *, kind: str | None = None
         sizes = replace(sizes, bias=any(name.endswith("bias") for name in stored))
     with torch.random.fork_rng(devices=[]):
         made = connectors.build(kind, sizes, options)
+    require_finite(stored.items(), str(path))
     tensors = {_ours(name, kind): value for name, value in stored.items()}
     _check_fit(made, tensors, path, kind)
     made.load_state_dict(tensors)
@@ -206,6 +209,7 @@ def save(lab: Lab, folder: str | os.PathLike) -> Path:
     True
     """
     folder = Path(folder)
+    require_finite(lab.model.state_dict().items(), repr(lab.name))
     with folders.whole_folder(folder, keep=True) as part:
         lab.model.save_pretrained(part)
         lab.processor.save_pretrained(part)

@@ -232,7 +232,7 @@ def _with_language_model(text: Any) -> Lab:
     """A random CLIP tower before another language model."""
     tokenizer = byte_tokenizer()
     config = llava_config(tokenizer, text=text)
-    return Lab(build_llama_model(config), build_processor(config, tokenizer))
+    return Lab(build_llama_model(config), build_processor(config, tokenizer, do_pad=True))
 
 
 SMALL: dict[str, Any] = {"vocab_size": 400, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3} | {

@@ -143,3 +143,17 @@ def test_what_stock_transformers_does_not_have_is_not_exported(tiny_random: Lab,
         pytest.raises(OptionError, match="stock transformers has no 'avgpool'; can be exported: linear"),
     ):
         ll.export(lab, tmp_path)
+
+
+def test_weights_that_are_not_finite_are_neither_saved_nor_read(tiny_random: Lab, tmp_path: Path) -> None:
+    made = ll.new_connector(tiny_random, "linear")
+    with torch.no_grad():
+        next(made.parameters())[0, 0] = torch.nan
+    with ll.connector(tiny_random, made) as lab:
+        for write, name in ((ll.write_projector, "mm_projector.bin"), (ll.save, "folder"), (ll.export, "stock")):
+            with pytest.raises(CheckpointError, match=r"expected finite weights in .*weight \(1 of "):
+                write(lab, tmp_path / name)
+    assert not list(tmp_path.iterdir())
+    torch.save({"mm_projector.weight": torch.full((64, 32), torch.inf), "mm_projector.bias": torch.zeros(64)}, tmp_path / "a.bin")
+    with pytest.raises(CheckpointError, match=r"expected finite weights in .*a.bin, got NaN or infinity in .*weight \(2,048 of"):
+        ll.read_projector(tiny_random, tmp_path / "a.bin", kind="linear")
