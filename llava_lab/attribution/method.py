@@ -30,7 +30,7 @@ from llava_lab.replay.targets import Targets
 from llava_lab.results import Run
 
 Check = Callable[[str, Any], Any]  # (name of the option, value) -> the value; raises OptionError
-Needs = Literal["gradients", "plain weights"]
+Needs = Literal["gradients", "plain weights", "tower attention"]
 Reach = Literal["pixels", "tokens", "inside"]
 
 
@@ -90,7 +90,7 @@ class Method:
     function: Callable[..., Maps]  # (lab, run, targets, *, options)
     options: Mapping[str, Any]  # name -> default
     checks: Mapping[str, Check]  # of those options whose values need no model to be checked
-    needs: Needs | None = None  # what the weights must have
+    needs: Needs | None = None  # what the model must have
     # "pixels" also works on closed models, tiles and several pictures, "tokens" on the latter two, "inside" on none of these
     reach: Reach = "inside"
     contrast: bool = True  # whether it can tell two words apart that are predicted at one position
@@ -115,13 +115,16 @@ class Method:
 
     def refuse(self, lab: Any, targets: Targets) -> None:
         """Raise OptionError where the weights lack what the method needs, TargetError on a contrast it cannot tell."""
-        packed = self.needs is not None and layout.is_quantized(lab.model)
-        if packed or (self.needs is not None and layout.is_offloaded(lab.model)):
+        of_weights = self.needs in ("gradients", "plain weights")
+        packed = of_weights and layout.is_quantized(lab.model)
+        if packed or (of_weights and layout.is_offloaded(lab.model)):
             has = "weights packed into 8 or 4 bits" if packed else "weights that wait off the device (device_map)"
             mend = "without quantization" if packed else "on a device that holds it whole"
             raise OptionError(
                 f"method {self.name!r} needs {self.needs}, and {lab.name!r} has {has}; load it {mend}, or use method='occlusion'"
             )
+        if self.needs == "tower attention":
+            layout.require_tower_attention(lab.model, f"method {self.name!r}")
         if not self.contrast:
             refuse_contrast(self.name, targets)
 

@@ -45,6 +45,7 @@ from llava_lab.models.layout import (
     language_model,
     last_feature_state,
     require_patch_tokens,
+    require_tower_attention,
     used_vision_layers,
     vision_layers,
 )
@@ -81,6 +82,7 @@ def relevancy(
     variant: Literal["chefer", "lvlm-interpret"] = "chefer",
 ) -> Maps:
     if vision:
+        require_tower_attention(lab.model, "vision=True")
         require_patch_tokens(lab.model, "vision=True")
     plan = _plan(run, targets, variant, vision)
     inputs = inputs_until(lab, run, plan.at)

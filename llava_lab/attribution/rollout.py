@@ -40,7 +40,13 @@ from llava_lab.attribution.method import Fusion, Maps, Window, method
 from llava_lab.capture import LayerByLayer, Norms, undisturbed, watch_attention
 from llava_lab.checks import layer_window
 from llava_lab.errors import LabError, OptionError
-from llava_lab.models.layout import language_layers, require_patch_tokens, used_vision_layers, vision_tower
+from llava_lab.models.layout import (
+    language_layers,
+    require_patch_tokens,
+    require_tower_attention,
+    used_vision_layers,
+    vision_tower,
+)
 from llava_lab.replay.targets import Targets, image_values, segment_mass, target_rows, view_values
 from llava_lab.results import Run
 
@@ -91,6 +97,7 @@ def rollout(
     decoder = language_layers(lab.model)
     window = slice(*layer_window(layers, len(decoder)))
     if through_vision:
+        require_tower_attention(lab.model, "through_vision=True")
         require_patch_tokens(lab.model, "through_vision=True")
         if run.views:
             raise OptionError("through_vision=True follows one square through the tower, and this picture was seen in several")
@@ -125,6 +132,7 @@ def rollout(
     source="control (rollout after Abnar & Zuidema 2020)",
     cost="1 forward of the vision tower alone",
     blind_to="the question and the answer",
+    needs="tower attention",
     control=True,
 )
 def vision(lab: Lab, run: Run, targets: Targets, *, fusion: Fusion = "mean") -> Maps:

@@ -62,7 +62,8 @@ def add_commands(add: Add) -> None:
     command.add_argument("--figure", metavar="FILE", help=f"draw the curves ({', '.join(FIGURES)})")
 
     command = add("evaluate", evaluate, "score a model on a data set, beside its controls")
-    command.add_argument("--data", default="picturebook", help="picturebook (default), easy-vqa, or a LLaVA .json file")
+    command.add_argument("--data", default="picturebook", help="picturebook (default), easy-vqa, photos, or a LLaVA .json file")
+    command.add_argument("--pictures", metavar="FOLDER", help="of --data photos: photographs named by what they show")
     command.add_argument("--split", default="test", help="default: test")
     command.add_argument("--n", type=positive, default=2000, help="pictures (default: 2000)")
     command.add_argument("--normalised", action="store_true", help="compare after lower case, articles, full stop, numbers")
@@ -192,11 +193,12 @@ def sanity(args: argparse.Namespace) -> Reply:
 def evaluate(args: argparse.Namespace) -> Reply:
     from llava_lab.evaluation import evaluate as score
 
-    options = {"controls": not args.no_controls, "normalise": args.normalised}
+    options = {"controls": not args.no_controls, "normalise": args.normalised, "pictures": args.pictures}
     data = score(common.load(args), data=args.data, split=args.split, n=args.n, seed=args.seed, **options)
     controls = {f"control: {name}": row for name, row in data.get("controls", {}).items()}
     lines = []
-    for name, row in {"all": data, **data["by_type"], **controls}.items():
+    ceiling = {"the tower alone": data["ceiling"]} if "ceiling" in data else {}
+    for name, row in {"all": data, **data["by_type"], **ceiling, **controls}.items():
         low, high = row["interval"]
         lines.append(f"{name:<22} {row['accuracy']:6.1%}  [{low:.1%}, {high:.1%}]  n {row['n']}")
     return Reply(data, "\n".join(lines))

@@ -2,6 +2,7 @@
 
     llava-lab train tiny --out runs/tiny
     llava-lab train smol --out runs/smol
+    llava-lab train photo --pictures holiday --out runs/holiday
     llava-lab train --data captions.json --stage align --out runs/mine
     llava-lab train --data mix.json --stage instruct --model runs/mine/align/model --out runs/mine
     llava-lab ablate --start runs/tiny --out runs/ablation --save ablation.npz
@@ -30,12 +31,15 @@ STAGES = {"with": (True,), "without": (False,), "both": (True, False)}
 
 def add_commands(add: Add) -> None:
     command = add("train", train, "train the shipped model from nothing, or a stage on your own data")
-    command.add_argument("name", nargs="?", choices=("tiny", "smol"), help="which recipe to train from nothing")
+    command.add_argument("name", nargs="?", choices=("tiny", "smol", "photo"), help="which recipe to train from nothing")
+    command.add_argument(
+        "--pictures", metavar="FOLDER", help="photo: photographs named by what they show, or in folders so named"
+    )
     command.add_argument("--out", required=True, metavar="DIR", help="folder for checkpoints, logs and the finished model")
     command.add_argument("--stage", action="append", metavar="NAME", help="with --data align or instruct; else only this stage")
     command.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
     command.add_argument("--compile", action="store_true", help="tiny, smol: fuse small operations, wants a C++ compiler")
-    command.add_argument("--steps-scale", type=float, default=1.0, metavar="X", help="tiny, smol: times the steps (default: 1)")
+    command.add_argument("--steps-scale", type=float, default=1.0, metavar="X", help="a recipe: times the steps (default: 1)")
     own = command.add_argument_group("on your own data")
     own.add_argument(
         "--data",
@@ -110,7 +114,19 @@ def train(args: argparse.Namespace) -> Reply:
         return _train_stage(args)
     if args.name is None:
         raise OptionError("what to train? give tiny, or --data FILE --stage align|instruct")
-    options = {"stages": args.stage, "resume": args.resume, "steps_scale": args.steps_scale, "fused": args.compile}
+    if args.pictures and args.name != "photo":
+        raise OptionError(f"--pictures belongs to the recipe photo, got {args.name}")
+    options = {"stages": args.stage, "resume": args.resume, "steps_scale": args.steps_scale}
+    if args.name == "photo":
+        from llava_lab.training.photo.make import PHOTO, train_photo
+
+        if not args.pictures:
+            raise OptionError("photo is trained on photographs: give --pictures FOLDER, each named by what it shows")
+        if args.compile:
+            raise OptionError("--compile is for tiny and smol; leave it out for photo")
+        folder = train_photo(args.pictures, args.out, recipe=replace(PHOTO, seed=args.seed), **options)
+        return Reply({"model": args.name, "out": str(folder), "seed": args.seed}, f"connector and LoRA are in {folder}")
+    options["fused"] = args.compile
     if args.name == "smol":
         from llava_lab.training.smol.make import SMOL, train_smol
 

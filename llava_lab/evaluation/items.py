@@ -6,7 +6,9 @@ Pictures are made or opened only when asked for, so thousands of items cost noth
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +20,8 @@ from llava_lab.errors import DataError, one_line
 from llava_lab.models.pictures import read_picture
 from llava_lab.models.text import read_row
 from llava_lab.worlds import easy_vqa, picturebook
+from llava_lab.worlds.photo_names import Category, Photo, read_photos, with_article
+from llava_lab.worlds.photo_scenes import QUARTERS, collage
 from llava_lab.worlds.questions import SHORT
 
 PER_PICTURE = 4  # questions asked about each drawn picture
@@ -33,10 +37,24 @@ class Item:
     answer: str
     short: str
     type: str
+    accepted: tuple[str, ...] = ()  # where not empty: words one of which makes the answer right
+    begins: bool = False  # it must be the answer's first word (yes, no); else it may stand anywhere
+
+    def right(self, answer: str, equal: Callable[[str, str], bool]) -> bool:
+        """Whether an answer says an accepted word, where there are any; else what `equal` says of it and the expected one."""
+        if not self.accepted:
+            return equal(answer, self.answer)
+        words = "|".join(re.escape(word) for word in self.accepted)
+        pattern = rf"\W*({words})\b" if self.begins else rf".*\b({words})(s|es)?\b"
+        return re.match(pattern, answer, re.IGNORECASE | re.DOTALL) is not None
 
 
-def load_items(data: str, *, split: str = "test", n: int = 2000, seed: int = 0) -> list[Item]:
+def load_items(
+    data: str, *, split: str = "test", n: int = 2000, seed: int = 0, pictures: str | os.PathLike | None = None
+) -> list[Item]:
     """Items of `n` pictures: ``picturebook``, ``easy-vqa``, or rows of a file in LLaVA's format (each turn asked on its own).
+
+    ``photos`` asks about the photographs in the folder `pictures`, named by what they show (`photo_items`).
 
     Raises DataError for an unknown name, an unknown split, or a file that is not in the format.
 
@@ -46,11 +64,15 @@ def load_items(data: str, *, split: str = "test", n: int = 2000, seed: int = 0) 
     """
     if n < 1:
         raise DataError(f"n must be 1 or more, got {n}")
+    if (data == PHOTOS) != (pictures is not None):
+        raise DataError(f"pictures, a folder of named photographs, goes with data={PHOTOS!r} and with nothing else")
+    if data == PHOTOS:
+        return photo_items(read_photos(Path(pictures or "")), n, seed)
     if data in WORLDS:
         return WORLDS[data](split, n, seed)
     if Path(data).suffix in (".json", ".jsonl"):
         return _llava_file(Path(data), n)
-    raise DataError(f"data must be {', '.join(WORLDS)} or a .json file in LLaVA's format (or .jsonl), got {data!r}")
+    raise DataError(f"data must be {', '.join((*WORLDS, PHOTOS))} or a .json file in LLaVA's format (or .jsonl), got {data!r}")
 
 
 def _picturebook(split: str, n: int, seed: int) -> list[Item]:
@@ -77,7 +99,59 @@ def _easy_vqa(split: str, n: int, seed: int) -> list[Item]:
     return items
 
 
+PHOTOS = "photos"
 WORLDS = {"picturebook": _picturebook, "easy-vqa": _easy_vqa}
+
+
+def photo_items(photos: Sequence[Photo], n: int, seed: int) -> list[Item]:
+    """What is asked of up to `n` photographs: a name, one presence with yes and one with no, and the same of collages of four.
+
+    A name is right when one of the words accepted for the photograph's category stands in the answer. Half of the no's are near
+    misses, categories of the same kind; people are never asked for, since they stand in many photographs of other things.
+    """
+    rng = np.random.default_rng((seed, 51))
+    chosen = [photos[i] for i in sorted(rng.permutation(len(photos))[:n].tolist())]
+    known = {photo.category.name: photo.category for photo in photos if photo.category.name != "person"}
+    items = []
+    for photo in chosen:
+        draw, place, category = partial(read_picture, photo.path), str(photo.path.name), photo.category
+        items.append(Item(place, draw, "What is in this picture?", category.name, category.name, "naming", category.accepted))
+        items += _presence(place, draw, [category], known, rng, "presence")
+    mixed = [chosen[int(i)] for i in rng.permutation(len(chosen))]
+    for first in range(0, len(chosen) - 3, 4):
+        four = [mixed[i] for i in range(first, first + 4)]
+        draw, place = partial(_collage, tuple(four)), "collage of " + ", ".join(photo.path.name for photo in four)
+        for photo, where in zip(four, QUARTERS, strict=True):
+            word = photo.category
+            items.append(Item(place, draw, f"What is at the {where}?", word.name, word.name, "collage: place", word.accepted))
+        items += _presence(place, draw, [photo.category for photo in four], known, rng, "collage: presence")
+    return items
+
+
+def _presence(
+    place: str,
+    draw: Callable[[], np.ndarray],
+    shown: list[Category],
+    known: dict[str, Category],
+    rng: np.random.Generator,
+    kind: str,
+) -> list[Item]:
+    """One question whose answer is yes and one whose answer is no."""
+    inside = shown[int(rng.integers(len(shown)))]
+    words = {word for category in shown for word in category.accepted}
+    absent = [category for category in known.values() if not words & set(category.accepted)]
+    near = [category for category in absent if category.kind == inside.kind]
+    pool = near if near and rng.random() < 0.5 else absent
+    outside = pool[int(rng.integers(len(pool)))] if pool else None
+    asked = [(inside, "yes")] + ([(outside, "no")] if outside else [])
+    return [
+        Item(place, draw, f"Is there {with_article(category.name)} in the picture?", word, word, kind, (word,), begins=True)
+        for category, word in asked
+    ]
+
+
+def _collage(photos: tuple[Photo, ...]) -> np.ndarray:
+    return np.asarray(collage(photos, "quarters").picture)
 
 
 def _draw(scene: picturebook.Scene) -> np.ndarray:

@@ -12,6 +12,7 @@ Only the answers are kept; for probabilities and positions ask with `Lab.ask_man
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -25,10 +26,11 @@ from tqdm.auto import tqdm
 
 from llava_lab.checks import PATIENCE, entry
 from llava_lab.errors import DataError
-from llava_lab.evaluation.items import WORLDS, Item, load_items
-from llava_lab.models import Lab
+from llava_lab.evaluation.items import PHOTOS, WORLDS, Item, load_items
+from llava_lab.models import Lab, layout
 from llava_lab.models.generation import generate_many
 from llava_lab.stats import cluster_interval, exact_match, same_answer
+from llava_lab.worlds.photo_names import classes
 
 BATCH = 128
 LONGEST = 48  # tokens an answer may take
@@ -48,10 +50,13 @@ def evaluate(
     normalise: bool = False,
     controls: bool = True,
     progress: bool = True,
+    pictures: str | os.PathLike | None = None,
 ) -> dict[str, Any]:
     """Greedy exact match over `n` pictures, overall and by question type, with 95% intervals.
 
     With `normalise` answers are compared after `stats.normalised`, else as they are.
+    ``data="photos"`` asks about the named photographs in the folder `pictures` (`items.photo_items`); a name is right when an
+    accepted word stands in the answer, and `ceiling` says how often the tower's own classifier names such a word.
     Returns the object that ``llava-lab evaluate --json`` prints. Intervals resample pictures.
     Raises DataError for an unknown data set or split.
 
@@ -61,7 +66,7 @@ def evaluate(
     """
     began, prompt = time.perf_counter(), prompt or lab.prompt
     equal = same_answer if normalise else exact_match
-    items = load_items(data, split=split, n=n, seed=seed)
+    items = load_items(data, split=split, n=n, seed=seed, pictures=pictures)
     if not items:
         raise DataError(f"{data} split {split} gave no questions; ask for more pictures")
     result = _answered(lab, items, items, prompt, equal, f"{lab.name} on {split}", progress)
@@ -71,6 +76,8 @@ def evaluate(
             "shuffled": _answered(lab, items, _shuffled(items, seed), prompt, equal, "shuffled", progress),
             "majority": _scores(items, _majority(items, data, seed)),
         }
+    if data == PHOTOS and hasattr(layout.vision_tower(lab.model), "head"):
+        result["ceiling"] = _scores(*_tower_names(lab, [item for item in items if item.type == "naming"]))
     about = {"model": lab.name, "data": data, "split": split, "seed": seed, "pictures": n, "prompt": prompt}
     about |= {"normalised": True} if normalise else {}
     return result | about | {"seconds": round(time.perf_counter() - began, 1)}
@@ -115,7 +122,19 @@ def _answered(
 ) -> dict[str, Any]:
     """Scores of the answers given to `shown`, against what `items` expect."""
     answers = answer_all(lab, shown, prompt=prompt, label=label, progress=progress)
-    return _scores(items, np.array([equal(a, item.answer) for a, item in zip(answers, items, strict=True)]))
+    return _scores(items, np.array([item.right(answer, equal) for answer, item in zip(answers, items, strict=True)]))
+
+
+@torch.inference_mode()
+def _tower_names(lab: Lab, items: list[Item]) -> tuple[list[Item], np.ndarray]:
+    """Whether the likeliest class of the tower's own classifier is called by an accepted word: what a connector can pass on."""
+    tower, named = layout.vision_tower(lab.model), list(classes().values())
+    right = []
+    for item in items:
+        features = tower(lab.pixels(item.draw(), None)).last_hidden_state.mean(1)
+        thing, others = named[int(tower.head(features).argmax())]
+        right.append(item.right(", ".join((*thing.words[:2], *others)), exact_match))
+    return items, np.array(right)
 
 
 def _scores(items: list[Item], right: np.ndarray) -> dict[str, Any]:

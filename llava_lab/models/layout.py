@@ -78,8 +78,23 @@ def language_model(model: nn.Module) -> nn.Module:
     return _find(model, LANGUAGE_PATHS, "language model")
 
 
+def has_tower_attention(model: nn.Module) -> bool:
+    """Whether the vision tower is a transformer; a convolutional net has no attention to look at."""
+    return bool(getattr(vision_tower(model).config, "num_attention_heads", 0))
+
+
+def require_tower_attention(model: nn.Module, what: str) -> None:
+    """Raises OptionError where the vision tower has no attention."""
+    if not has_tower_attention(model):
+        raise OptionError(
+            f"{what} needs attention inside the vision tower, and {type(vision_tower(model)).__name__} is a convolutional net; "
+            "use gradcam or occlusion, which look through any tower"
+        )
+
+
 def vision_layers(model: nn.Module) -> list[nn.Module]:
     """Every encoder layer of the vision tower, in order."""
+    require_tower_attention(model, "this")
     return _layers(vision_tower(model), "vision tower")
 
 

