@@ -23,6 +23,7 @@ import re
 import stat
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from math import isfinite
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from llava_lab.results import Run
 
 PATIENCE = 2.0  # seconds before a progress bar appears
+TURN = 0.2  # seconds until a thread that waits for its turn looks again whether a training has it
 AUTOCAST = ("cpu", "cuda", "mps")  # kinds of device a caller may have set to another precision
 
 Given = ParamSpec("Given")
@@ -147,7 +149,7 @@ def one_picture(run: Run) -> None:
 
 @contextmanager
 def undoing(undo: Callable[[], Any]) -> Iterator[None]:
-    """However the block is left, `undo` has run to its end: where an interrupt cuts it short, it runs once more.
+    """However the block is left, `undo` has run to its end: where an interrupt cuts it short, it runs anew before that goes on.
 
     Enter it before the first change, with an `undo` that may begin anew after any of its lines.
     """
@@ -159,8 +161,63 @@ def undoing(undo: Callable[[], Any]) -> Iterator[None]:
             undo()
             done = True
     finally:
-        if not done:
-            undo()
+        while not done:
+            try:
+                undo()
+                done = True
+            except KeyboardInterrupt:  # the first one is on its way
+                continue
+
+
+# -- one thread at a time on a model --------------------------------------------------------
+
+
+class Turn:
+    """Whose turn it is on one model. A thread that has it may enter again; the others wait, or are refused while it trains.
+
+    Two threads on one model would meet each other's hooks, modes and connectors. Taken by every `entry` that is given a lab.
+    """
+
+    def __init__(self) -> None:
+        self._free = threading.Condition(threading.Lock())
+        self._owner: int | None = None  # a thread
+        self._depth = 0
+        self._training = False
+
+    @contextmanager
+    def taken(self, *, training: bool = False) -> Iterator[None]:
+        """Inside the block it is this thread's turn. Raises OptionError when another thread has it for a `training`."""
+        thread = threading.get_ident()
+        before = (self._depth, self._training) if self._owner == thread else (0, False)
+
+        def leave() -> None:
+            with self._free:
+                if self._owner == thread:
+                    self._depth, self._training = before
+                    if not self._depth:
+                        self._owner = None
+                        self._free.notify()
+
+        with undoing(leave):
+            with self._free:
+                while self._owner not in (None, thread):
+                    if self._training:
+                        raise OptionError(
+                            "this model is being trained by another thread; wait for it to end, or load the model once more"
+                        )
+                    self._free.wait(TURN)
+                self._owner, self._depth, self._training = thread, before[0] + 1, before[1] or training
+            yield
+
+
+_turns: weakref.WeakKeyDictionary[Any, Turn] = weakref.WeakKeyDictionary()
+_new_turn = threading.Lock()
+
+
+def turn_of(model: Any) -> Turn:
+    """The one `Turn` of a model, whatever labs share it."""
+    with _new_turn:
+        return _turns.setdefault(model, Turn())
 
 
 # -- what stands above every public function ------------------------------------------------
@@ -174,6 +231,8 @@ def entry(function: Callable[Given, Answer]) -> Callable[Given, Answer]:
     the original behind it; our own bugs, Ctrl-C and errors in the caller's own code pass as they are (`foreign_line`).
     Arguments are checked by their annotations, as far as `EXPECTED` knows them, and an option given as None has its default.
     Below ``@contextmanager`` only what stands before the ``yield`` is guarded: the block is the caller's.
+
+    Given a lab, it waits for its turn on the model (`Turn`); a context manager keeps it to the end of the block.
     """
     checked, name = _arguments_of(function), function.__qualname__.rpartition("<locals>.")[2].removesuffix(".__init__")
     if inspect.isgeneratorfunction(inspect.unwrap(function)):
@@ -181,7 +240,7 @@ def entry(function: Callable[Given, Answer]) -> Callable[Given, Answer]:
 
         @functools.wraps(function)
         def opened(*args: Given.args, **options: Given.kwargs) -> Any:
-            with ExitStack() as block:
+            with _turn(*args, *options.values()), ExitStack() as block:
                 with _guard(name):
                     args, options = checked(args, options)
                     value = block.enter_context(opening(*args, **options))
@@ -191,11 +250,21 @@ def entry(function: Callable[Given, Answer]) -> Callable[Given, Answer]:
 
     @functools.wraps(function)
     def guarded(*args: Given.args, **options: Given.kwargs) -> Answer:
-        with _guard(name):
+        with _turn(*args, *options.values()), _guard(name):
             args, options = checked(args, options)
             return function(*args, **options)
 
     return guarded
+
+
+@contextmanager
+def _turn(*given: Any) -> Iterator[None]:
+    """The turn on every lab among these; always in the same order, so that two threads do not wait for each other."""
+    turns = {id(turn): turn for value in given if isinstance(turn := getattr(value, "turn", None), Turn)}
+    with ExitStack() as stack:
+        for key in sorted(turns):
+            stack.enter_context(turns[key].taken())
+        yield
 
 
 class _Inside(threading.local):
@@ -209,23 +278,23 @@ _inside = _Inside()
 
 @contextmanager
 def _guard(name: str) -> Iterator[None]:
-    _inside.depth += 1
-    try:
-        if _inside.depth == 1 and "torch" in sys.modules:
-            with _plain_torch():
+    depth = _inside.depth
+    with undoing(lambda: setattr(_inside, "depth", depth)):
+        _inside.depth = depth + 1
+        try:
+            if not depth and "torch" in sys.modules:
+                with _plain_torch():
+                    yield
+            else:
                 yield
-        else:
-            yield
-    except LabError as error:
-        error.args = (readable(str(error)), *error.args[1:])
-        raise
-    except Exception as error:
-        line = foreign_line(error)
-        if line is None:
+        except LabError as error:
+            error.args = (readable(str(error)), *error.args[1:])
             raise
-        raise LabError(readable(f"{name}: {line}")) from error
-    finally:
-        _inside.depth -= 1
+        except Exception as error:
+            line = foreign_line(error)
+            if line is None:
+                raise
+            raise LabError(readable(f"{name}: {line}")) from error
 
 
 @contextmanager

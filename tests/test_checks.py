@@ -1,4 +1,5 @@
-"""What stands above every public function: the caller's torch settings stay out, other libraries' exceptions stay in."""
+"""What stands above every public function: the caller's torch settings stay out, other libraries' exceptions stay in, threads
+take turns."""
 
 from __future__ import annotations
 
@@ -6,9 +7,14 @@ import inspect
 import io
 import itertools
 import json
+import sys
+import threading
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -23,8 +29,11 @@ from PIL import Image
 import llava_lab as ll
 from llava_lab.checks import entry, is_text
 from llava_lab.errors import LabError
+from llava_lab.training import LLAVA_15_7B, Running
 from tests.support.leftovers import state_of
 from tests.support.public_calls import LONG, WRONG, public_calls
+from tests.support.training_rows import write_rows
+from widgets import LossPlot
 
 THERE = {"torch": torch, "np": np, "Image": Image, "io": io, "json": json, "zlib": zlib, "jinja2": jinja2, "Path": Path}
 THERE |= {"tokenizers": tokenizers}
@@ -193,3 +202,84 @@ def test_every_entry_has_a_call_that_works_to_be_spoilt(calls: dict[str, Any]) -
         parameters = inspect.signature(getattr(ll, name)).parameters
         named = [parameter.name for parameter in parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
         assert [option for option in named if option not in calls[name] and option != "recipe"] == [], name
+
+
+# -- several threads on one lab -------------------------------------------------------------
+
+
+def _with_block(block: Any, lab: Any, picture: np.ndarray) -> np.ndarray:
+    with block:
+        return lab.ask(picture, "What is it?", max_new_tokens=3).logprobs
+
+
+SIDE_BY_SIDE: dict[str, Callable[[Any, Any, np.ndarray], Any]] = {
+    "ask": lambda lab, run, picture: lab.ask(picture, "What is it?", max_new_tokens=4).logprobs,
+    "sampled": lambda lab, run, picture: lab.ask(picture, "Why?", max_new_tokens=4, temperature=1.0, seed=2).logprobs,
+    "rollout": lambda lab, run, picture: ll.attribute(lab, run, method="rollout").values,
+    "gradcam": lambda lab, run, picture: ll.attribute(lab, run, method="gradcam").values,
+    "relevancy": lambda lab, run, picture: ll.attribute(lab, run, method="relevancy").values,
+    "occlusion": lambda lab, run, picture: ll.attribute(lab, run, method="occlusion").values,
+    "logit_lens": lambda lab, run, picture: ll.logit_lens(lab, run).entropy,
+    "knockout": lambda lab, run, picture: ll.knockout(lab, run, source="image", target="last", draws=1).after,
+    "patch": lambda lab, run, picture: ll.patch(lab, run).scores,
+    "steered": lambda lab, run, picture: _with_block(ll.steered(lab, run, direction=np.arange(64), alpha=3.0), lab, picture),
+    "avgpool": lambda lab, run, picture: _with_block(ll.connector(lab, ll.new_connector(lab, "avgpool", side=2)), lab, picture),
+    "knocked_out": lambda lab, run, picture: _with_block(ll.knocked_out(lab, run, source="image", target="last"), lab, picture),
+}
+
+
+def test_threads_on_one_lab_get_what_each_gets_alone_and_leave_it_as_it_was(tiny_random: Any, picture: np.ndarray) -> None:
+    lab, run = tiny_random, tiny_random.ask(picture, "What is it?", max_new_tokens=3)
+    alone = {name: np.asarray(call(lab, run, picture)) for name, call in SIDE_BY_SIDE.items()}
+    before, interval = state_of(lab), sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(len(SIDE_BY_SIDE)) as pool:
+            waiting = [(name, pool.submit(call, lab, run, picture)) for _ in range(3) for name, call in SIDE_BY_SIDE.items()]
+            together = [(name, np.asarray(future.result())) for name, future in waiting]
+    finally:
+        sys.setswitchinterval(interval)
+    assert [name for name, values in together if values.tobytes() != alone[name].tobytes()] == []
+    assert state_of(lab) == before
+
+
+def test_two_labs_in_two_orders_do_not_wait_for_each_other(tiny_random: Any, tiny_folder: Path) -> None:
+    other = ll.load(str(tiny_folder))
+    same = ll.Lab(tiny_random.model, tiny_random.processor)
+    assert same.turn is tiny_random.turn is not other.turn
+
+    def swap(pair: tuple[Any, Any]) -> int:
+        for _ in range(20):
+            with ll.connector(*pair):
+                pass
+        return 20
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(swap, [(tiny_random, other), (other, tiny_random), (same, other), (other, same)])) == [20] * 4
+
+
+def test_a_training_is_not_disturbed_and_who_asks_meanwhile_is_told(tiny_folder: Path, tmp_path: Path, picture: Any) -> None:
+    rows, losses = write_rows(tmp_path, text_every=0), []
+    recipe = replace(LLAVA_15_7B.align, batch=4)
+    for beside in (False, True):
+        lab, begun, go_on = ll.load(str(tiny_folder)), threading.Event(), threading.Event()
+
+        def told(row: Any, begun: Any = begun, go_on: Any = go_on, beside: bool = beside) -> None:
+            begun.set()
+            assert not beside or go_on.wait(60)
+
+        plot = LossPlot()
+        options: dict[str, Any] = {"recipe": recipe, "steps": 3, "cache": tmp_path / "c", "running": Running(progress=False)}
+        done = plot.start(partial(ll.train_stage, lab, rows, "align", tmp_path / str(beside), told=told, **options))
+        assert begun.wait(60)
+        if beside:
+            refused = pytest.raises(LabError, match="is being trained by another thread; wait for it to end")
+            with refused:
+                lab.ask(picture, "What?")
+            with refused:
+                ll.train_stage(lab, rows, "align", tmp_path / "x", **options)
+            go_on.set()
+        losses.append(done.result(60).losses)
+        assert not any(module.training for module in lab.model.modules())
+        assert len(lab.ask(picture, "What?", max_new_tokens=2).logprobs) <= 2
+    assert losses[0] == losses[1]

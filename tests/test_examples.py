@@ -1,4 +1,4 @@
-"""The example in each public function's docstring runs as written, and gives what it says.
+"""The example in each public function's docstring runs as written, and gives what it says; Ctrl-C at any line leaves no trace.
 
 Examples may use ``ll``, ``plots``, ``np``, ``lab`` (the shipped `tiny`), ``picture``, ``run`` (a question about it) and
 ``tmp``, a folder of their own. They run one after the other on one lab, so each must leave it as it was.
@@ -6,18 +6,22 @@ Examples may use ``ll``, ``plots``, ``np``, ``lab`` (the shipped `tiny`), ``pict
 
 from __future__ import annotations
 
+import contextlib
 import doctest
 import inspect
+import random
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from matplotlib import pyplot
 from PIL import Image
 
 import llava_lab as ll
 from llava_lab import plots
+from tests.support.leftovers import interrupted_at, state_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = ROOT / "notebooks" / "images" / "red-car-and-fish.png"
@@ -51,3 +55,47 @@ def test_the_example_is_true(name: str, names: dict[str, Any], tmp_path: Path) -
     assert outcome.attempted > 0, f"{name} has no example"
     assert names["lab"].fingerprint == weights, "the example changed the model"
     pyplot.close("all")
+
+
+LINES = 50  # at which each call is interrupted
+SOME = {"Lab.ask": 3, "attribute": 3, "knocked_out": 5, "steered": 5, "ablated": 3, "connector": 8, "train_stage": 6}
+ON_THE_LAB = {"Lab.ask": ll.Lab.ask, **FUNCTIONS}
+ASK = 'lab.ask(picture, "What is it?", max_new_tokens=2)'
+
+
+def _calls(name: str) -> Any:
+    """The example's lines as one program; a model it would load is the lab itself."""
+    examples = doctest.DocTestParser().get_examples(inspect.getdoc(ON_THE_LAB[name]) or "")
+    source = ASK if name == "Lab.ask" else "".join(example.source for example in examples)
+    return compile(source.replace('ll.load("tiny")', "lab"), name, "exec")
+
+
+def _interrupt(name: str, names: dict[str, Any], tmp: Path, lines: int) -> None:
+    lab, program, rng = names["lab"], _calls(name), random.Random(name)
+    assert lab.connector is not None  # which notes what it was trained with when it is first asked for
+    weights = {key: value.clone() for key, value in lab.model.state_dict().items()}
+    with interrupted_at(0) as count:
+        exec(program, {**names, "tmp": tmp / "whole"})
+    lab.model.load_state_dict(weights)
+    before = state_of(lab)
+    for number, line in enumerate(sorted(rng.randint(1, count[0]) for _ in range(lines))):
+        with contextlib.suppress(KeyboardInterrupt), interrupted_at(line):
+            exec(program, {**names, "tmp": tmp / str(number)})
+        if name == "train_stage":  # the part that trains is what it is when the interrupt comes
+            trained = {key: value for key, value in weights.items() if "multi_modal_projector" in key}
+            lab.model.load_state_dict({**lab.model.state_dict(), **trained})
+        now = state_of(lab)
+        assert [key for key in before if now[key] != before[key]] == [], f"{name} interrupted at line {line} of {count[0]}"
+        assert all(torch.equal(value, weights[key]) for key, value in lab.model.state_dict().items())
+        pyplot.close("all")
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_an_interrupt_leaves_everything_as_it_was(name: str, names: dict[str, Any], tmp_path: Path) -> None:
+    _interrupt(name, names, tmp_path, SOME[name])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ON_THE_LAB)
+def test_an_interrupt_at_any_of_fifty_lines_leaves_everything_as_it_was(name: str, names: dict[str, Any], tmp_path: Path) -> None:
+    _interrupt(name, names, tmp_path, LINES)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from llava_lab.checks import Sweep, entry, one_picture, shown, whole_number
+from llava_lab.checks import Sweep, Turn, entry, one_picture, shown, turn_of, whole_number
 from llava_lab.errors import CheckpointError, LabError, OptionError, PictureError, one_line
 from llava_lab.geometry import PictureMap, View
 from llava_lab.models import layout, text
@@ -113,6 +113,11 @@ class Lab:
         before = self.connector
         Swap(self, connector).apply()
         return before
+
+    @property
+    def turn(self) -> Turn:
+        """Whose turn it is on the model, among threads."""
+        return turn_of(self.model)
 
     @property
     def tokenizer(self) -> Any:

@@ -30,7 +30,7 @@ from transformers import GenerationConfig, LlavaConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
-from llava_lab.checks import entry, shown
+from llava_lab.checks import entry, shown, undoing
 from llava_lab.errors import CheckpointError, OptionError, one_line
 from llava_lab.models import connectors, folders, layout
 from llava_lab.models.card import make_card
@@ -398,14 +398,16 @@ def _known_attention(attention: str) -> str:
 def quiet() -> Iterator[None]:
     """No progress bars and no load report: what matters of them is raised as an error."""
     bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
+
+    def undo() -> None:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
+
+    with undoing(undo):
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+        yield
 
 
 def _some(names: list[str]) -> str:

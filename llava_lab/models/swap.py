@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from llava_lab.checks import undoing
 from llava_lab.errors import OptionError
 from llava_lab.models import connectors, layout
 from llava_lab.models.card import connector_name, fingerprint
@@ -44,11 +45,9 @@ class ForeignConnector(UserWarning):
 def swapped(lab: Lab, module: nn.Module) -> Iterator[Lab]:
     """Inside the block `lab` has another connector; afterwards everything is as it was, also after an exception."""
     swap = Swap(lab, module)
-    swap.apply()
-    try:
+    with undoing(swap.undo):
+        swap.apply()
         yield lab
-    finally:
-        swap.undo()
 
 
 class Swap:

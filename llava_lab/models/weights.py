@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from llava_lab.checks import not_finite
+from llava_lab.checks import not_finite, undoing
 from llava_lab.errors import CheckpointError
 
 Shuffle = Callable[[Iterable[nn.Parameter]], None]
@@ -57,18 +57,12 @@ def weights_put_back(seed: int = 0) -> Iterator[Shuffle]:
             with torch.no_grad():
                 parameter.copy_(parameter.flatten()[order].view_as(parameter))
 
-    try:
+    def undo() -> None:
+        while kept:  # from the last to the first, so that a parameter shuffled twice ends as it began
+            parameter, original = kept[-1]
+            with torch.no_grad():
+                parameter.copy_(original)
+            kept.pop()
+
+    with undoing(undo):
         yield shuffle
-    finally:
-        interrupt: KeyboardInterrupt | None = None
-        # from the last to the first, so that a parameter shuffled twice ends as it began
-        while kept:
-            try:
-                parameter, original = kept[-1]
-                with torch.no_grad():
-                    parameter.copy_(original)
-                kept.pop()
-            except KeyboardInterrupt as error:
-                interrupt = error
-        if interrupt is not None:
-            raise interrupt

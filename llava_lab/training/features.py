@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from llava_lab.capture import evaluating
 from llava_lab.errors import DataError, OptionError, PictureError, one_line
 from llava_lab.models import layout
 from llava_lab.models.pictures import read_picture
@@ -67,17 +68,12 @@ def tower_features(model: Any, pixels: Tensor) -> Tensor:
     Source: transformers ``LlavaModel.get_image_features``; haotian-liu/LLaVA ``clip_encoder.py`` (feature_select).
     """
     config, tower = model.config, layout.vision_tower(model)
-    training = tower.training
     off = torch.autocast(pixels.device.type, enabled=False) if torch.is_autocast_enabled(pixels.device.type) else nullcontext()
-    try:
-        tower.eval()
-        with torch.no_grad(), off:
-            dtype = next(tower.parameters()).dtype
-            states = tower(pixels.to(dtype), output_hidden_states=True, return_dict=True).hidden_states
-            drop = int(config.vision_feature_select_strategy == "default")
-            return torch.cat([states[layer][:, drop:] for layer in layout.feature_layers(config)], -1)
-    finally:
-        tower.train(training)
+    with evaluating(tower), torch.no_grad(), off:
+        dtype = next(tower.parameters()).dtype
+        states = tower(pixels.to(dtype), output_hidden_states=True, return_dict=True).hidden_states
+        drop = int(config.vision_feature_select_strategy == "default")
+        return torch.cat([states[layer][:, drop:] for layer in layout.feature_layers(config)], -1)
 
 
 class FeatureCache:

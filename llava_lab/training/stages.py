@@ -155,7 +155,7 @@ def train_stage(
     problems = Problems(skip=skip_bad)
     text = Text(lab.tokenizer, lab.image_id, layout.image_token_count(lab.model), lab.context, stage, cut_long=cut_long)
     sources, first, show = as_sources(data), args.process_index == 0, running.progress
-    with only_writer(folder) if first else nullcontext(), random_states_kept():
+    with lab.turn.taken(training=True), only_writer(folder) if first else nullcontext(), random_states_kept():
         with args.main_process_first(local=False):
             if first and not resume and (folder / "run.json").exists():
                 raise OptionError(f"{folder} holds a run already; add --resume to go on with it, or choose another folder")

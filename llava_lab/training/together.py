@@ -29,7 +29,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +43,7 @@ from transformers import get_cosine_schedule_with_warmup
 from transformers.models.llama.modeling_llama import rotate_half
 
 from llava_lab.capture import random_states_kept
-from llava_lab.checks import Sweep
+from llava_lab.checks import Sweep, entry
 from llava_lab.errors import OptionError
 from llava_lab.models import connectors as architectures
 from llava_lab.models import layout
@@ -80,6 +80,7 @@ class SharedTrained:
     stopped: str = "finished"  # or interrupted, or diverged: a loss or gradient was not finite, and that step was not taken
 
 
+@entry
 def train_connectors(
     lab: Lab,
     connectors: Mapping[str, nn.Module],
@@ -122,7 +123,11 @@ def train_connectors(
     longest = max(_tokens(lab, connector) for connector in connectors.values())
     text = Text(lab.tokenizer, lab.image_id, 1, lab.context - longest + 1, "align")
     losses: dict[str, list[float]] = {name: [] for name in connectors}
-    with tempfile.TemporaryDirectory() as folder, random_states_kept(), training(lab.model, connectors.values()):
+    with ExitStack() as stack:
+        stack.enter_context(lab.turn.taken(training=True))
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(random_states_kept())
+        stack.enter_context(training(lab.model, connectors.values()))
         options: dict[str, Any] = {"cache": cache, "fit": recipe.fit, "first": True, "show": progress}
         rows, features = open_rows(lab, as_sources(data), text, Path(folder), problems, **options)
         order = order_of(rows, recipe, steps, batch=recipe.batch, chunks=1, seed=seed)

@@ -353,8 +353,7 @@ def stopping(stop: Stop) -> Iterator[None]:
         stop.asked = True
         log.warning("stopping after this step; interrupt again to stop at once")
 
-    before = signal.signal(signal.SIGINT, on_interrupt)
-    try:
+    before = signal.getsignal(signal.SIGINT)
+    with undoing(lambda: signal.signal(signal.SIGINT, before)):
+        signal.signal(signal.SIGINT, on_interrupt)
         yield
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -1,16 +1,23 @@
-"""Everything that work on a model could leave changed, and the model as someone who trains it would have it."""
+"""Everything that work on a model could leave changed, the model as someone who trains it would have it, Ctrl-C at any line."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import random
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
 
+import llava_lab
 from llava_lab.capture.watch import _HANDLERS
+
+PACKAGE = str(Path(llava_lab.__file__).parent)
 
 
 @contextmanager
@@ -27,7 +34,7 @@ def as_someone_who_trains_has_it(lab: Any) -> Iterator[None]:
 
 
 def state_of(lab: Any) -> dict[str, Any]:
-    """Attention implementation, hooks, modes, gradients, weights and random state."""
+    """Modules and what hangs on them, configuration, hooks, modes, gradients, weights and random states."""
     modules = list(lab.model.modules())
     configs = (lab.model.config, lab.model.config.text_config, lab.model.config.vision_config)
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -38,6 +45,32 @@ def state_of(lab: Any) -> dict[str, Any]:
         "training": [module.training for module in modules],
         "gradients": [(parameter.requires_grad, parameter.grad is None) for parameter in lab.model.parameters()],
         "weights": lab.fingerprint,
-        "random": (torch.get_rng_state().tolist(), str(np.random.get_state(legacy=False))),  # noqa: NPY002, the global one
+        "modules": [(name, id(module), sorted(vars(module))) for name, module in lab.model.named_modules()],
+        "config": lab.model.config.to_json_string(),
+        "lab": [(name, id(getattr(lab, name))) for name in ("grid", "preprocessing", "card", "processor")],
+        "random": (torch.get_rng_state().tolist(), str(np.random.get_state(legacy=False)), random.getstate()),  # noqa: NPY002
         "mode": torch.is_grad_enabled(),
     }
+
+
+@contextmanager
+def interrupted_at(line: int) -> Iterator[list[int]]:
+    """Ctrl-C at the line of the package that is run as number `line`, 0: never; gives how many lines were run."""
+    count = [0]
+
+    def at_line(frame: FrameType, event: str, argument: Any) -> Callable[..., Any]:
+        if event == "line":
+            count[0] += 1
+            if count[0] == line:
+                raise KeyboardInterrupt
+        return at_line
+
+    def at_call(frame: FrameType, event: str, argument: Any) -> Callable[..., Any] | None:
+        return at_line if frame.f_code.co_filename.startswith(PACKAGE) else None
+
+    before = sys.gettrace()
+    sys.settrace(at_call)
+    try:
+        yield count
+    finally:
+        sys.settrace(before)
