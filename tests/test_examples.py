@@ -64,10 +64,10 @@ ASK = 'lab.ask(picture, "What is it?", max_new_tokens=2)'
 
 
 def _calls(name: str) -> Any:
-    """The example's lines as one program; a model it would load is the lab itself."""
+    """The example's lines as one program; the model that trains is the lab itself."""
     examples = doctest.DocTestParser().get_examples(inspect.getdoc(ON_THE_LAB[name]) or "")
     source = ASK if name == "Lab.ask" else "".join(example.source for example in examples)
-    return compile(source.replace('ll.load("tiny")', "lab"), name, "exec")
+    return compile(source.replace('ll.load("tiny")', "lab") if name == "train_stage" else source, name, "exec")
 
 
 def _interrupt(name: str, names: dict[str, Any], tmp: Path, lines: int) -> None:

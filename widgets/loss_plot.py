@@ -101,7 +101,10 @@ class LossPlot(LabWidget):
         return max(0, total - rows[-1][0]) * self._seconds[self.current] / done
 
     def start(self, call: Callable[[], Any]) -> Future[Any]:
-        """Run `call` beside the kernel, which then hears the Stop button; ``.result()`` waits for what it returns."""
+        """Run `call` beside the kernel, which then hears the Stop button; ``.result()`` waits for what it returns.
+
+        A lab that trains beside the kernel refuses other work in one line until that has ended.
+        """
         future: Future[Any] = Future()
         if self.running:
             raise RuntimeError("a training is running already; stop it or wait for its result()")

@@ -41,7 +41,7 @@ from llava_lab.errors import DataError, OptionError
 from llava_lab.evaluation.items import load_items
 from llava_lab.models import layout
 from llava_lab.results import Saved
-from llava_lab.results.save import whole_file
+from llava_lab.results.save import as_written, whole_file, write_hashes
 from llava_lab.training import loop
 from llava_lab.training.features import SPARE, tower_features
 from llava_lab.training.recipe import Recipe, Stage
@@ -82,7 +82,8 @@ def feature_pool(start: Start, folder: Path, split: str, n: int, *, seed: int, p
         raise OptionError(f"connectors are compared on whole patches, got {side} pixels and patches of {patch}")
     pool = make_pool(folder / "pictures", n=n, side=side, grid=grid, split=split, seed=seed, workers=default_workers())
     path = folder / "features" / f"{split}-{seed}-{n}-{start.fingerprints['vision']}.npy"
-    if not path.exists():
+    done = path.with_suffix(".done")
+    if not as_written(done, [path]) and (done.exists() or not path.exists()):  # older versions kept no hashes
         shape = (n, grid * grid, config.vision_config.hidden_size * len(layout.feature_layers(config)))
         path.parent.mkdir(parents=True, exist_ok=True)
         needed, free = 4 * math.prod(shape), shutil.disk_usage(path.parent).free
@@ -99,6 +100,7 @@ def feature_pool(start: Start, folder: Path, split: str, n: int, *, seed: int, p
                 features[first : first + len(seen)] = seen.numpy()
                 bar.update(len(seen))
             features.flush()
+        write_hashes(done, [path])
     return replace(pool, pictures=np.load(path, mmap_mode="r"))
 
 

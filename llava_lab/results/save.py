@@ -22,6 +22,7 @@ import hashlib
 import html
 import io
 import json
+import logging
 import math
 import os
 import secrets
@@ -29,7 +30,7 @@ import sys
 import time
 import typing
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from pathlib import Path
@@ -42,6 +43,8 @@ from llava_lab.checks import regular_file
 from llava_lab.errors import DataError, OptionError, WriteError, one_line
 from llava_lab.results.schema import check_arrays, check_finite, from_json, hints_of, is_array, is_arrays
 from llava_lab.results.table import Table, plain
+
+log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 FORMAT = 1  # raised when a saved file's meaning changes
@@ -97,6 +100,29 @@ def file_hash(path: str | os.PathLike) -> str:
     """The hash of a file's bytes, 32 hexadecimal digits; what a state file is held against before it is used."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def write_hashes(note: Path, files: Sequence[Path]) -> None:
+    """Keep the hashes of finished files in `note`, for `as_written`."""
+    with whole_file(note) as temporary:
+        temporary.write_text(json.dumps([file_hash(file) for file in files]), encoding="utf-8")
+
+
+def as_written(note: Path, files: Sequence[Path]) -> bool:
+    """Whether all `files` are there and are what `note` says; an empty note, as older versions left it, says nothing of them.
+
+    A note of files that are not what they were is a warning in the log.
+    """
+    try:
+        hashes = json.loads(note.read_text("utf-8") or "null")
+        if all(file.is_file() for file in files) and hashes in (None, [file_hash(file) for file in files]):
+            return True
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError):
+        pass
+    log.warning("%s is damaged, or a file it speaks of is; they are made anew", note)
+    return False
 
 
 @contextmanager

@@ -130,8 +130,10 @@ def train_stage(
     `recipe` is a `LlavaStage` (default: LLaVA-1.5's); `steps` overrides its epochs. `cache`: a folder for vision
     features, True for the usual one, False to compute them as the run goes. `told` is called with each log row; the last
     one also has ``"ended"``, and where `told` raises KeyboardInterrupt the run ends as at an interrupt.
-    Raises DataError naming file and row for bad data, before the first step; OptionError for a folder that
-    holds a run; CheckpointError when a checkpoint cannot be written, which leaves the last good one.
+    Raises DataError naming file and row for bad data, before the first step; OptionError for a folder that holds a run or
+    that another process writes, for data that is not what a resumed run began with, and, meanwhile, to other threads that
+    use the lab; CheckpointError when a checkpoint cannot be written, which leaves the last good one. Damaged checkpoints are
+    passed over, and the log says so.
     Interrupting keeps what is trained: `Trained.stopped` says so and ``resume`` goes on. Where numbers are no longer finite
     the run ends before that step, nothing is saved after the last good checkpoint, and `lab` gets its weights back.
 

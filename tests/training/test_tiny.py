@@ -258,12 +258,12 @@ def test_a_damaged_pool_is_drawn_anew_and_an_older_one_is_used(tmp_path: Path, c
     for path in sorted(tmp_path.glob("*")):
         path.write_bytes(path.read_bytes()[:-3])
         assert np.array_equal(draw().pictures, first)
-        assert "drawn anew" in caplog.text
+        assert "they are made anew" in caplog.text
         caplog.clear()
     done.write_bytes(b"")
     next(tmp_path.glob("*.owners.npy")).touch()
     draw()
-    assert "drawn anew" not in caplog.text
+    assert "made anew" not in caplog.text
     assert done.read_bytes() == b""
 
 

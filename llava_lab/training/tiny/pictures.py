@@ -13,7 +13,6 @@ which thing in the picture book; it has to look each one up, and so it also read
 
 from __future__ import annotations
 
-import json
 import logging
 import multiprocessing
 import os
@@ -26,8 +25,7 @@ import numpy as np
 from PIL import Image
 from tqdm.std import tqdm
 
-from llava_lab.errors import one_line
-from llava_lab.results import file_hash, whole_file
+from llava_lab.results.save import as_written, whole_file, write_hashes
 from llava_lab.worlds.scenes import COLOR_NAMES, HELD_OUT, KIND_NAMES, MAX_THINGS, Scene, scene
 
 log = logging.getLogger(__name__)
@@ -66,7 +64,7 @@ def make_pool(folder: Path, *, n: int, side: int, grid: int, split: str = "train
     stem = folder / f"{split}-{seed}-{n}x{side}x{grid}"
     done = stem.with_suffix(".done")
     paths = [stem.with_suffix(f".{name}.npy") for name in ("pictures", "owners", "things")]
-    if not _whole(done, paths):
+    if not as_written(done, paths):
         log.info("drawing %d pictures of split %s", n, split)
         shapes = ((n, side, side, 3), (n, grid * grid), (n, MAX_THINGS, 6))
         types = (np.uint8, np.uint8, np.float32)
@@ -82,24 +80,9 @@ def make_pool(folder: Path, *, n: int, side: int, grid: int, split: str = "train
                     array[start:stop] = part
             for array in arrays:
                 array.flush()
-        with whole_file(done) as temporary:
-            temporary.write_text(json.dumps([file_hash(path) for path in paths]))
+        write_hashes(done, paths)
     pictures, owners, things = (np.load(path, mmap_mode="r") for path in paths)
     return Pool(pictures, owners, things, split, seed)
-
-
-def _whole(done: Path, paths: list[Path]) -> bool:
-    """Whether a pool is there as it was drawn; older ones kept no hashes."""
-    try:
-        hashes = json.loads(done.read_text() or "null")
-        if all(path.is_file() for path in paths) and hashes in (None, [file_hash(path) for path in paths]):
-            return True
-        log.warning("the pictures of %s are damaged and are drawn anew", done)
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as error:
-        log.warning("%s is damaged, its pictures are drawn anew (%s)", done, one_line(error))
-    return False
 
 
 def _drawn(jobs: list[Job], workers: int) -> Iterator[tuple[int, int, tuple[np.ndarray, ...]]]:
