@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float64
 from torch.utils.flop_counter import FlopCounterMode
 
 from llava_lab.comparison.run import Finished, Job, Material, batches, file_name, fresh, loss_of
@@ -76,7 +77,7 @@ class Counted(Saved):
     KIND = "ablation flops"
 
     setup: dict[str, Any]
-    flops: np.ndarray  # float64 (2,), mean of a step of stage 1 and of stage 2
+    flops: Float64[np.ndarray, " stages"]  # mean of a step of stage 1 and of stage 2
 
 
 def step_flops(material: Material, connector: str, folder: Path) -> tuple[float, float]:

@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float32, Float64, UInt32
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
@@ -182,13 +183,14 @@ class Finished(Saved):
     """What a run leaves behind."""
 
     KIND = "ablation run"
+    GAPS = ("loss", "losses")
 
     job: dict[str, Any]
     setup: dict[str, Any]  # what all runs of the comparison share
-    right: np.ndarray  # bool (Q,), exam after exam
-    loss: np.ndarray  # float64 (exams,), nats per labelled token; not finite where training diverged
-    losses: np.ndarray  # float32 (steps,), of training
-    order: np.ndarray  # uint32 (steps,), a stamp of each batch
+    right: Bool[np.ndarray, " questions"]  # exam after exam
+    loss: Float64[np.ndarray, " exams"]  # nats per labelled token; not finite where training diverged
+    losses: Float32[np.ndarray, " taken"]  # of training, for each step that was taken
+    order: UInt32[np.ndarray, " taken"]  # a stamp of each batch
     parameters: int
     seconds: float
 

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
+from jaxtyping import Float32
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -60,10 +61,10 @@ class TunedLens(Saved):
 
     KIND: ClassVar[str] = "tuned lens"
 
-    weights: np.ndarray  # float32 (layers, W, W)
-    biases: np.ndarray  # float32 (layers, W)
-    before: np.ndarray  # float32 (layers,), divergence of the plain lens on the training tokens, nats
-    after: np.ndarray  # float32 (layers,), the same when trained
+    weights: Float32[np.ndarray, "layers width width"]
+    biases: Float32[np.ndarray, "layers width"]
+    before: Float32[np.ndarray, " layers"]  # divergence of the plain lens on the training tokens, nats
+    after: Float32[np.ndarray, " layers"]  # the same when trained
     model: str
     fingerprint: str
 

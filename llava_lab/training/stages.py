@@ -333,6 +333,7 @@ def _frozen(lab: Lab, recipe: LlavaStage) -> str:
 
 _ABSENT = object()
 KEPT = 2**31  # bytes of trained weights, up to which a run remembers what it began with
+CAPTURING = "_output_capturing_hooks_installed"  # transformers' own note of hooks that stay with a model
 
 
 def _train(
@@ -403,10 +404,13 @@ def parts_training(model: Any, names: Sequence[str]) -> Iterator[list[str]]:
                 part.use_cache = value
             else:  # the Trainer sets it on configurations that never had it
                 part.__dict__.pop("use_cache", None)
-        for name in set(vars(model)) - own:  # what peft and accelerate note on it, a forward under autocast among them
-            delattr(model, name)
         if model.is_activation_checkpointing:
             model.activation_checkpointing_disable()
+        model.disable_input_require_grads()  # hooks that transformers leaves after activation checkpointing
+        for part in model.modules():
+            part.__dict__.pop("_gradient_checkpointing_func", None)
+        for name in set(vars(model)) - own - {CAPTURING}:  # what peft and accelerate note, a forward under autocast among them
+            delattr(model, name)
 
     with undoing(undo), restored(model):
         trained = freeze_all_but(model, names)
