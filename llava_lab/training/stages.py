@@ -396,7 +396,7 @@ def _train(
 def parts_training(model: Any, names: Sequence[str]) -> Iterator[list[str]]:
     """Within it only parameters under the named parts train; flags, modes and config are put back afterwards."""
     caches = [(part, part.__dict__.get("use_cache", _ABSENT)) for part in (model.config, model.config.text_config)]
-    own = set(vars(model))
+    own = {part: set(vars(part)) for part in model.modules()}
 
     def undo() -> None:
         for part, value in caches:
@@ -407,10 +407,9 @@ def parts_training(model: Any, names: Sequence[str]) -> Iterator[list[str]]:
         if model.is_activation_checkpointing:
             model.activation_checkpointing_disable()
         model.disable_input_require_grads()  # hooks that transformers leaves after activation checkpointing
-        for part in model.modules():
-            part.__dict__.pop("_gradient_checkpointing_func", None)
-        for name in set(vars(model)) - own - {CAPTURING}:  # what peft and accelerate note, a forward under autocast among them
-            delattr(model, name)
+        for part, names in own.items():  # what peft and accelerate note on them, a forward under autocast among it
+            for name in set(vars(part)) - names - {CAPTURING}:
+                vars(part).pop(name, None)
 
     with undoing(undo), restored(model):
         trained = freeze_all_but(model, names)
