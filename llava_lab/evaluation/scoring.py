@@ -103,18 +103,27 @@ def answer_all(
     with tqdm(total=len(items), desc=label, unit="question", delay=PATIENCE, disable=not progress) as bar:
         for start in range(0, len(items), batch):
             chosen = items[start : start + batch]
-            if bare := next((item for item in chosen if item.draw is None), None):
-                raise DataError(f"{bare.question!r} is asked without a picture, which is not scored yet; leave its row out")
-            sequences = [lab.sequence(item.question, prompt=prompt).token_ids for item in chosen]
-            draws = [draw for draw in dict.fromkeys(item.draw for item in chosen) if draw is not None]
-            pixels = torch.cat([lab.pixels(draw(), None) for draw in draws])
-            owner = [draws.index(item.draw) for item in chosen]
-            limits, ends = [max_new_tokens] * len(chosen), lab.eos_ids
-            given = generate_many(lab.model, sequences, pixels, owner, limits=limits, eos=ends, image_id=lab.image_id)
-            new = [answer.token_ids.tolist() for answer in given]
-            answers += [text.strip() for text in lab.tokenizer.batch_decode(new, skip_special_tokens=True)]
+            told: dict[int, str] = {}
+            for bare in (False, True):  # questions that are text alone have a prompt of their own
+                rows = [number for number, item in enumerate(chosen) if (item.draw is None) == bare]
+                told |= dict(zip(rows, _answers(lab, [chosen[number] for number in rows], prompt, max_new_tokens), strict=True))
+            answers += [told[number] for number in range(len(chosen))]
             bar.update(len(chosen))
     return answers
+
+
+def _answers(lab: Lab, items: Sequence[Item], prompt: str | None, limit: int) -> list[str]:
+    """Answers to questions that are all about one picture each, or all about none."""
+    if not items:
+        return []
+    draws = [draw for draw in dict.fromkeys(item.draw for item in items) if draw is not None]
+    sequences = [lab.sequence(item.question, prompt=prompt, pictures=min(len(draws), 1)).token_ids for item in items]
+    pixels = torch.cat([lab.pixels(draw(), None) for draw in draws]) if draws else None
+    owner = [draws.index(item.draw) for item in items if item.draw is not None]
+    limits, ends = [limit] * len(items), lab.eos_ids
+    given = generate_many(lab.model, sequences, pixels, owner, limits=limits, eos=ends, image_id=lab.image_id)
+    new = [answer.token_ids.tolist() for answer in given]
+    return [text.strip() for text in lab.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 
 def _answered(

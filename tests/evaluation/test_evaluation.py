@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from llava_lab.errors import DataError
 from llava_lab.evaluation import Item, answer_all, evaluate, load_items
@@ -67,6 +68,22 @@ def test_llava_json_items_ask_each_turn_alone(tmp_path) -> None:
     assert len(items) == sum(len(r["conversations"]) // 2 for r in rows)
     assert items[0].question == rows[0]["conversations"][0]["value"].removeprefix("<image>\n")
     assert items[0].draw().shape == (288, 288, 3)
+
+
+def test_rows_without_a_picture_are_asked_without_one(tmp_path, tiny_random) -> None:
+    Image.fromarray(np.full((30, 40, 3), 90, np.uint8)).save(tmp_path / "a.png")
+    said = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "red"}]
+    shown = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
+    rows = [{"conversations": said}, {"image": "", "conversations": said}]
+    rows.insert(1, {"images": ["a.png"], "messages": [*shown, {"role": "assistant", "content": "red"}]})
+    for name, text in (("rows.json", json.dumps(rows)), ("rows.jsonl", "\n".join(map(json.dumps, rows)))):
+        (tmp_path / name).write_text(text)
+        items = load_items(str(tmp_path / name))
+        assert [item.draw is None for item in items] == [True, False, True]
+        answers = answer_all(tiny_random, items, max_new_tokens=4, progress=False)
+        pictures = [None, tmp_path / "a.png", None]
+        assert answers == [tiny_random.ask(one, "What is it?", max_new_tokens=4).answer.strip() for one in pictures]
+        assert evaluate(tiny_random, data=str(tmp_path / name), progress=False)["n"] == 3
 
 
 def test_bad_data_is_refused_in_one_line(tmp_path) -> None:
