@@ -138,7 +138,7 @@ class FeatureCache:
         shard, row = self.where[int(np.searchsorted(self.keys, np.uint64(key)))].tolist()
         place, values, sums = self._shards[shard]
         found = np.array(values[row])
-        if sums is not None and zlib.crc32(found) != sums[row]:
+        if sums is not None and zlib.crc32(found.data) != sums[row]:
             raise DataError(
                 f"the features of picture {path or key} in {place} are damaged; remove that file to have them made anew"
             )
