@@ -56,7 +56,6 @@ def run(language: Path, pictures: Path) -> Any:
     train = loop.train
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(make, "POOL", 8)
-        patch.setattr(make.patch_pool, "__kwdefaults__", {"pictures": 8})
         patch.setattr(make, "CHECKED", 8)
         patch.setattr(make, "TEXT_EVERY", 2)
         patch.setattr(loop, "train", lambda *args, **options: train(*args, **{**options, "workers": 0}))
@@ -83,6 +82,7 @@ def test_what_is_written_loads_and_holds_no_part_of_the_packages(whole: Path, la
         assert torch.equal(value, state[name].to(torch.bfloat16).float())
 
 
+@pytest.mark.long
 def test_a_run_stopped_in_any_stage_goes_on_to_the_same_bits(
     run: Callable[..., Path], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

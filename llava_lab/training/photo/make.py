@@ -63,7 +63,7 @@ CHECKED, CHECK_EVERY = 16, 80
 
 WORDS = Stage("words", ("connector",), steps=1000, batch=2048, rate=2e-3, warmup=0.05)
 ALIGN = Stage("align", ("connector",), steps=40, batch=4, rate=5e-4, warmup=0.1)
-INSTRUCT = Stage("instruct", ("connector", "lora"), steps=200, batch=4, rate=1e-3)
+INSTRUCT = Stage("instruct", ("connector", "lora"), steps=600, batch=4, rate=1e-3)
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def class_embeddings(model: Any, tokenizer: Any) -> Tensor:
     return torch.stack(rows)
 
 
-def patch_pool(model: Any, photos: Sequence[Photo], *, seed: int, pictures: int = POOL) -> Tensor:
+def patch_pool(model: Any, photos: Sequence[Photo], *, seed: int, pictures: int) -> Tensor:
     """Features of every patch of photographs in new cuts (N, 1280), bfloat16; each photograph in its turn."""
     parts = []
     for first in range(0, pictures, 8):
@@ -286,7 +286,10 @@ def train_photo(
             scaled = replace(stage, steps=max(1, round(stage.steps * steps_scale)))
             loop.remember_stage(folder, scaled, seed=recipe.seed, blind=blind, photographs=len(photos))
             if stage.name == "words":
-                pool = patch_pool(model, photos, seed=recipe.seed)
+                state = folder / "words.pt"
+                if state.exists() and loop.read_state(state)["step"] >= scaled.steps:
+                    continue  # what it learned from takes minutes to make again
+                pool = patch_pool(model, photos, seed=recipe.seed, pictures=POOL)
                 with torch.no_grad():
                     fit_start(model, pool[:: max(1, len(pool) // 5000)].float()[:, None])
                 patches = Patches(model, pool, embeddings, batch=stage.batch, seed=recipe.seed)
