@@ -105,13 +105,25 @@ class Method:
         return tuple(name for name, check in self.checks.items() if isinstance(check, FillOf))
 
     def with_defaults(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """`given`, checked, and filled up with the defaults; None is the default too. Raises OptionError on what is not known."""
+        """`given`, checked, and filled up with the defaults. Raises OptionError on what is not known.
+
+        None stands for the default of a number that cannot be None; what an option takes as None, such as no filter, stays.
+        """
         unknown = [name for name in given if name not in self.options]
         if unknown:
             known = ", ".join(f"{name}={default!r}" for name, default in self.options.items()) or "none"
             raise OptionError(f"method {self.name!r} has no option {unknown[0]!r}; its options are {known}")
-        every = {**self.options, **{name: value for name, value in given.items() if value is not None}}
+        every = {**self.options, **{name: value for name, value in given.items() if not self._left_open(name, value)}}
         return {name: self.checks[name](name, value) if name in self.checks else value for name, value in every.items()}
+
+    def _left_open(self, name: str, value: Any) -> bool:
+        if value is not None or name not in self.checks or name in self.fill_options:
+            return False
+        try:
+            self.checks[name](name, None)
+        except OptionError:
+            return True
+        return False
 
     def refuse(self, lab: Any, targets: Targets) -> None:
         """Raise OptionError where the weights lack what the method needs, TargetError on a contrast it cannot tell."""

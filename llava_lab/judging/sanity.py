@@ -60,9 +60,9 @@ def sanity(
     *,
     target: Wanted = None,
     options: Mapping[str, Any] | None = None,
-    tests: Sequence[str] = TESTS,
+    tests: str | Sequence[str] = TESTS,
     groups: int = 8,
-    questions: Sequence[str] | None = None,
+    questions: str | Sequence[str] | None = None,
     structure: bool = False,
     seed: int = 0,
 ) -> Sanity:
@@ -187,7 +187,7 @@ def _instead(lab: Lab, run: Run, targets: Targets, question: str) -> tuple[Run, 
     return other, tuple(replace(target, positions=tuple(at + by for at in target.positions)) for target in targets)
 
 
-def _questions(run: Run, given: Sequence[str] | None, seed: int) -> tuple[str, ...]:
+def _questions(run: Run, given: str | Sequence[str] | None, seed: int) -> tuple[str, ...]:
     """What to ask instead: as given, or the run's own words shuffled and the least related of `OTHERS`."""
     if given is not None:
         texts = tuple(dict.fromkeys(text.strip() for text in ([given] if isinstance(given, str) else given)))
@@ -205,7 +205,7 @@ def _questions(run: Run, given: Sequence[str] | None, seed: int) -> tuple[str, .
     return " ".join(mixed), other
 
 
-def _tests(tests: Sequence[str]) -> tuple[str, ...]:
+def _tests(tests: str | Sequence[str]) -> tuple[str, ...]:
     chosen = (tests,) if isinstance(tests, str) else tuple(tests)
     if not chosen or any(test not in TESTS for test in chosen):
         raise OptionError(f"tests must be some of {', '.join(map(repr, TESTS))}, got {tests!r}")

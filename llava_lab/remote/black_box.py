@@ -49,7 +49,19 @@ MOST_LISTED = 20  # tokens OpenAI and vLLM list at each place
 LARGEST_GRID = 64  # cells a side
 LONGEST_WAIT = 86_400  # seconds for one reply
 INSIDE = frozenset(  # what a Lab has and a closed model has not
-    {"model", "processor", "tokenizer", "connector", "preprocessing", "swap", "inputs", "sequence", "pixels", "measure"}
+    {
+        "model",
+        "processor",
+        "tokenizer",
+        "connector",
+        "preprocessing",
+        "swap",
+        "inputs",
+        "sequence",
+        "asked_instead",
+        "pixels",
+        "measure",
+    }
     | {"image_id", "eos_ids", "card", "dtype", "context"}
 )
 

@@ -229,7 +229,7 @@ def test_the_two_initialisations_differ_as_they_should(tiny_random: Lab) -> None
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("qformer", {}, r"one of linear, mlp2x_gelu, .* or mlp\{N\}x_gelu with N from 1, got 'qformer'"),
+        ("qformer", {}, r"one of linear, mlp2x_gelu, .* or mlp\{N\}x_gelu, N from 1 to 64 layers, got 'qformer'"),
         ("mlp0x_gelu", {}, "got 'mlp0x_gelu'"),
         ("linear", {"side": 2}, "'linear' takes no options; got side"),
         ("avgpool", {"side": 3}, "side must divide the 4x4 patches, so one of 1, 2, 4; got 3"),

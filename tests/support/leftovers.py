@@ -47,7 +47,7 @@ def state_of(lab: Any) -> dict[str, Any]:
         "weights": lab.fingerprint,
         "modules": [(name, id(module), sorted(vars(module))) for name, module in lab.model.named_modules()],
         "config": lab.model.config.to_json_string(),
-        "lab": [(name, id(getattr(lab, name))) for name in ("grid", "preprocessing", "card", "processor")],
+        "lab": [(name, id(getattr(lab, name, None))) for name in ("grid", "preprocessing", "card", "processor")],
         "random": (torch.get_rng_state().tolist(), str(np.random.get_state(legacy=False)), random.getstate()),  # noqa: NPY002
         "mode": torch.is_grad_enabled(),
     }

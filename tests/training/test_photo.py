@@ -110,7 +110,9 @@ def test_pictures_are_squared_as_the_processor_squares_them() -> None:
 
     noise = np.random.default_rng(1).integers(0, 255, (5, 9, 3), np.uint8)
     picture = Image.fromarray(noise).resize((270, 150), Image.Resampling.BICUBIC)
-    wanted = Preprocessing(photo.image_processor()).pixels(np.asarray(picture), None)[0]
+    wanted = Preprocessing.of(photo.image_processor(), image_size=photo.SIDE, patch=32, grid=(12, 12)).pixels(
+        np.asarray(picture), None
+    )[0]
     square = torch.from_numpy(make.to_square(picture).copy()).permute(2, 0, 1).float()
     assert ((square - 127) / 128 - wanted).abs().max() < 2 / 128
 
