@@ -80,7 +80,7 @@ def language_model(model: nn.Module) -> nn.Module:
 
 def has_tower_attention(model: nn.Module) -> bool:
     """Whether the vision tower is a transformer; a convolutional net has no attention to look at."""
-    return bool(getattr(vision_tower(model).config, "num_attention_heads", 0))
+    return bool(getattr(getattr(vision_tower(model), "config", None), "num_attention_heads", 1))
 
 
 def require_tower_attention(model: nn.Module, what: str) -> None:

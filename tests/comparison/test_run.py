@@ -255,7 +255,7 @@ def test_a_result_is_one_file_and_reads_from_both_sides(made: tuple[Path, Ablati
         ({"seeds": 1}, "seeds must be 2 or more"),
         ({"budgets": ("hours",)}, "budgets are samples, flops"),
         ({"budgets": ("samples", "samples")}, "each once"),
-        ({"splits": "test"}, "splits must be a list of names"),
+        ({"splits": "test"}, "splits must be a list, each text"),
         ({"splits": ("test", "test")}, "each once"),
         ({"splits": ("train",)}, "splits must be held out from training"),
         ({"data": "photos"}, "compared on the picturebook"),

@@ -190,7 +190,7 @@ def test_gelu_slopes_are_counted_where_they_are() -> None:
     ("pictures", "options", "error", "message"),
     [
         (PICTURES[:1], {}, DataError, "1 pictures with held_out=0.25 leave 1 to fit and 0 to score"),
-        (iter(PICTURES), {}, DataError, "a sequence that can be read twice"),
+        (iter(PICTURES), {}, OptionError, "pictures must be a list of pictures, got list_iterator"),
         (PICTURES, {"held_out": 1}, OptionError, "between 0 and 1, got 1"),
         (PICTURES, {"ridge": -1}, OptionError, "ridge must be 0 or more, got -1"),
         (PICTURES, {"rank": 99}, OptionError, "rank must be None or from 1 to 32, got 99"),

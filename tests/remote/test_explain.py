@@ -109,7 +109,7 @@ def test_an_estimate_is_what_is_sent(tmp_path: Path, method: str, options: dict[
 
 
 def test_an_estimate_is_for_closed_models_only() -> None:
-    with pytest.raises(OptionError, match="closed models"):
+    with pytest.raises(OptionError, match="lab must be a loaded model"):
         ll.estimate(object(), object())  # type: ignore[arg-type]
 
 

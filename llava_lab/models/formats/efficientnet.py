@@ -63,7 +63,7 @@ class EfficientNetLiteConfig(PreTrainedConfig):
     num_channels: int = 3
     hidden_size: int = HEAD
     num_hidden_layers: int = 21  # blocks
-    num_attention_heads: int = 0
+    num_attention_heads: int = 0  # none
     num_classes: int = 1000
 
 
