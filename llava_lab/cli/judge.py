@@ -193,7 +193,8 @@ def sanity(args: argparse.Namespace) -> Reply:
 def evaluate(args: argparse.Namespace) -> Reply:
     from llava_lab.evaluation import evaluate as score
 
-    options = {"controls": not args.no_controls, "normalise": args.normalised, "pictures": args.pictures}
+    options: dict[str, Any] = {"controls": not args.no_controls, "normalise": args.normalised}
+    options |= {"pictures": args.pictures} if args.pictures else {}
     data = score(common.load(args), data=args.data, split=args.split, n=args.n, seed=args.seed, **options)
     controls = {f"control: {name}": row for name, row in data.get("controls", {}).items()}
     lines = []

