@@ -87,7 +87,7 @@ def test_rows_without_a_picture_are_asked_without_one(tmp_path, tiny_random) -> 
 
 
 def test_bad_data_is_refused_in_one_line(tmp_path) -> None:
-    with pytest.raises(DataError, match="picturebook, easy-vqa or a .json"):
+    with pytest.raises(DataError, match="picturebook, easy-vqa, photos or a .json"):
         load_items("vqa")
     with pytest.raises(DataError, match="no such data file"):
         load_items(str(tmp_path / "none.json"))
