@@ -41,9 +41,8 @@ from llava_lab.results import only_writer
 from llava_lab.training import loop
 from llava_lab.training.recipe import Stage
 from llava_lab.training.smol.batches import Batch, Chat, texts_batch
-from llava_lab.training.smol.make import adapt, distance, fit_start, in_bfloat16, loss_of, states, write_weights
+from llava_lab.training.smol.make import adapt, answered, distance, fit_start, in_bfloat16, loss_of, write_weights
 from llava_lab.training.smol.own_texts import many_texts
-from llava_lab.training.text import IGNORE
 from llava_lab.worlds.photo_names import Photo, classes, read_photos
 from llava_lab.worlds.photo_questions import absent, present, talk_about
 from llava_lab.worlds.photo_scenes import draw_scene
@@ -207,7 +206,8 @@ class Check:
     """
 
     def __init__(self, model: Any, form: Chat, photos: Sequence[Photo]) -> None:
-        self.model, self.image_id, self.batches = model, form.image_id, []
+        self.model, self.image_id = model, form.image_id
+        self.batches: list[Batch] = []
         things = sorted({p.thing for p in photos}, key=lambda thing: thing.name)
         for first in range(0, CHECKED, 8):
             rng = np.random.default_rng((9, 49, first))
@@ -215,23 +215,9 @@ class Check:
             rows = [[b for b in (present(s, rng), absent(s, things, rng), *talk_about(s, things, rng)[:3]) if b] for s in scenes]
             self.batches.append(form.batch(rows, np.stack([to_square(scene.picture) for scene in scenes])))
 
-    @torch.no_grad()
     def __call__(self, step: int) -> dict[str, float]:
-        row: dict[str, float] = {}
-        for name, turn in (("", 0), ("_shuffled", 1)):
-            losses, exact = [], []
-            for batch in self.batches:
-                assert batch.pictures is not None
-                with torch.autocast("cpu", torch.bfloat16):
-                    turned = replace(batch, pictures=batch.pictures.roll(turn, 0))
-                    hidden, wanted = states(self.model, turned, image_id=self.image_id, see=passed_on)
-                    logits = self.model.get_output_embeddings()(hidden).float()
-                losses.append(F.cross_entropy(logits, wanted, reduction="none"))
-                place = (torch.arange(len(batch.block))[:, None] * 1000 + batch.block)[batch.labels != IGNORE]
-                good = logits.argmax(-1) == wanted
-                exact += [bool(good[place == question].all()) for question in place.unique()]
-            row |= {f"check{name}": round(float(torch.cat(losses).mean()), 4), f"exact{name}": round(float(np.mean(exact)), 4)}
-        return row
+        wrong = [replace(batch, pictures=batch.pictures.roll(1, 0)) for batch in self.batches if batch.pictures is not None]
+        return answered(self.model, self.batches, wrong, image_id=self.image_id, see=passed_on)
 
 
 def train_photo(

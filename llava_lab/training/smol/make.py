@@ -199,21 +199,28 @@ class Check:
         self.right = [form.batch(rows[i : i + batch], drawings[i : i + batch]) for i in range(0, pictures, batch)]
         self.wrong = [replace(b, pictures=b.pictures.roll(1, 0)) for b in self.right if b.pictures is not None]
 
-    @torch.no_grad()
     def __call__(self, step: int) -> dict[str, float]:
-        row: dict[str, float] = {}
-        for name, batches in (("", self.right), ("_shuffled", self.wrong)):
-            losses, exact = [], []
-            for batch in batches:
-                with torch.autocast("cpu", torch.bfloat16):
-                    hidden, wanted = states(self.model, batch, image_id=self.image_id)
-                    logits = self.model.get_output_embeddings()(hidden).float()
-                losses.append(F.cross_entropy(logits, wanted, reduction="none"))
-                place = (torch.arange(len(batch.block))[:, None] * 1000 + batch.block)[batch.labels != IGNORE]
-                good = logits.argmax(-1) == wanted
-                exact += [bool(good[place == question].all()) for question in place.unique()]
-            row |= {f"check{name}": round(float(torch.cat(losses).mean()), 4), f"exact{name}": round(float(np.mean(exact)), 4)}
-        return row
+        return answered(self.model, self.right, self.wrong, image_id=self.image_id)
+
+
+@torch.no_grad()
+def answered(
+    model: Any, right: Sequence[Batch], wrong: Sequence[Batch], *, image_id: int, see: See = drawn_features
+) -> dict[str, float]:
+    """Loss and share of exact greedy answers of batches with their own pictures and, as ``_shuffled``, with each other's."""
+    row: dict[str, float] = {}
+    for name, batches in (("", right), ("_shuffled", wrong)):
+        losses, exact = [], []
+        for batch in batches:
+            with torch.autocast("cpu", torch.bfloat16):
+                hidden, wanted = states(model, batch, image_id=image_id, see=see)
+                logits = model.get_output_embeddings()(hidden).float()
+            losses.append(F.cross_entropy(logits, wanted, reduction="none"))
+            place = (torch.arange(len(batch.block))[:, None] * 1000 + batch.block)[batch.labels != IGNORE]
+            good = logits.argmax(-1) == wanted
+            exact += [bool(good[place == question].all()) for question in place.unique()]
+        row |= {f"check{name}": round(float(torch.cat(losses).mean()), 4), f"exact{name}": round(float(np.mean(exact)), 4)}
+    return row
 
 
 def train_smol(
