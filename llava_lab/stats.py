@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy
@@ -100,6 +101,33 @@ def same_answer(answer: str, expected: str) -> bool:
 
 
 # -- intervals over pictures ----------------------------------------------------------------
+
+
+def calibration(confidence: np.ndarray, right: np.ndarray, *, bins: int = 10) -> dict[str, Any]:
+    """How far a model's confidence (0 to 1) in its answers is from how often these are right.
+
+    `error` is the expected calibration error over `bins` bins of equal width (Guo et al. 2017, arXiv 1706.04599), 0 is best;
+    `auroc` the chance that a right answer is surer than a wrong one, 0.5 is blind, None where all are right or all wrong;
+    `bins` holds (mean confidence, share right, answers) of every bin that is not empty. Answers without one are left out.
+
+    >>> import numpy as np
+    >>> from llava_lab.stats import calibration
+    >>> calibration(np.array([0.9, 0.9, 0.1]), np.array([True, True, False]))["error"]
+    0.1
+    """
+    known = ~np.isnan(confidence)
+    confidence, right = confidence[known], right[known]
+    place = np.minimum((confidence * bins).astype(int), bins - 1)
+    rows = [(confidence[place == i], right[place == i]) for i in range(bins)]
+    table = [(round(float(sure.mean()), 4), round(float(true.mean()), 4), len(sure)) for sure, true in rows if len(sure)]
+    error = sum(len(sure) * abs(float(sure.mean()) - float(true.mean())) for sure, true in rows if len(sure)) / max(len(right), 1)
+    area = roc_auc(confidence, right)
+    return {
+        "confidence": round(float(confidence.mean()), 4) if len(confidence) else None,
+        "error": round(error, 4),
+        "auroc": None if math.isnan(area) else round(area, 4),
+        "bins": table,
+    }
 
 
 def wilson(right: int, total: int) -> tuple[float, float]:

@@ -229,3 +229,16 @@ def test_answers_gained_and_lost_are_counted_over_all_seeds() -> None:
     found = stats.compare(right, [(0, 1)], np.arange(4))
     assert (found["gained"][0], found["lost"][0]) == (2, 1)
     assert found["effect"][0] == pytest.approx(1 / 8)
+
+
+def test_calibration_by_hand() -> None:
+    sure = np.array([0.95, 0.92, 0.55, 0.05, np.nan])
+    right = np.array([True, False, True, False, True])
+    told = stats.calibration(sure, right)
+    # 2 of 4 in the last bin: mean 0.935, half right; then |0.55 - 1| and |0.05 - 0|
+    assert told["error"] == round((2 * 0.435 + 0.45 + 0.05) / 4, 4)
+    assert told["bins"] == [(0.05, 0.0, 1), (0.55, 1.0, 1), (0.935, 0.5, 2)]
+    assert told["auroc"] == 0.75  # three of four pairs of a right and a wrong answer
+    assert told["confidence"] == round((0.95 + 0.92 + 0.55 + 0.05) / 4, 4)
+    assert stats.calibration(sure[:1], right[:1])["auroc"] is None
+    assert stats.calibration(np.array([]), np.array([], bool))["confidence"] is None

@@ -201,7 +201,9 @@ def evaluate(args: argparse.Namespace) -> Reply:
     ceiling = {"the tower alone": data["ceiling"]} if "ceiling" in data else {}
     for name, row in {"all": data, **data["by_type"], **ceiling, **controls}.items():
         low, high = row["interval"]
-        lines.append(f"{name:<22} {row['accuracy']:6.1%}  [{low:.1%}, {high:.1%}]  n {row['n']}")
+        sure = row.get("calibration", {}).get("confidence")
+        told = "" if sure is None else f"  confidence {sure:.0%}"
+        lines.append(f"{name:<22} {row['accuracy']:6.1%}  [{low:.1%}, {high:.1%}]  n {row['n']}{told}")
     return Reply(data, "\n".join(lines))
 
 

@@ -5,7 +5,7 @@ Three controls: *blind* (every picture grey), *shuffled* (every picture another 
 short answers). A score means something only by its distance from these.
 
 Questions are answered in batches, greedily: the same tokens as `Lab.ask`, several at a time (`models.generation.generate_many`).
-Only the answers are kept; for probabilities and positions ask with `Lab.ask_many`.
+Only the answers and how sure they are is kept; for positions and every probability ask with `Lab.ask_many`.
 
     evaluate(lab, data="picturebook", n=200)["accuracy"]
 """
@@ -29,7 +29,9 @@ from llava_lab.errors import DataError
 from llava_lab.evaluation.items import PHOTOS, WORLDS, Item, load_items
 from llava_lab.models import Lab, layout
 from llava_lab.models.generation import generate_many
-from llava_lab.stats import cluster_interval, exact_match, same_answer
+from llava_lab.models.text import group_words
+from llava_lab.results.run import least_certain, word_probabilities
+from llava_lab.stats import calibration, cluster_interval, exact_match, same_answer
 from llava_lab.worlds.photo_names import classes
 
 BATCH = 128
@@ -57,6 +59,8 @@ def evaluate(
     With `normalise` answers are compared after `stats.normalised`, else as they are.
     ``data="photos"`` asks about the named photographs in the folder `pictures` (`items.photo_items`); a name is right when an
     accepted word stands in the answer, and `ceiling` says how often the tower's own classifier names such a word.
+    Each score's `calibration` sets the model's confidence in its answers (`Run.confidence`) beside how often they are right
+    (`stats.calibration`); a control's says how sure it is where it cannot know.
     Returns the object that ``llava-lab evaluate --json`` prints. Intervals resample pictures.
     Raises DataError for an unknown data set or split.
 
@@ -99,20 +103,35 @@ def answer_all(
     >>> len(answer_all(lab, load_items("picturebook", n=1), progress=False))
     4
     """
-    answers: list[str] = []
+    given = _generated(lab, items, prompt=prompt, limit=max_new_tokens, batch=batch, label=label, progress=progress)
+    return [text for text, _ in given]
+
+
+def _generated(
+    lab: Lab,
+    items: Sequence[Item],
+    *,
+    prompt: str | None,
+    limit: int = LONGEST,
+    batch: int = BATCH,
+    label: str,
+    progress: bool,
+) -> list[tuple[str, float]]:
+    """(answer, the model's confidence in it) of each item, in order."""
+    answers: list[tuple[str, float]] = []
     with tqdm(total=len(items), desc=label, unit="question", delay=PATIENCE, disable=not progress) as bar:
         for start in range(0, len(items), batch):
             chosen = items[start : start + batch]
-            told: dict[int, str] = {}
+            told: dict[int, tuple[str, float]] = {}
             for bare in (False, True):  # questions that are text alone have a prompt of their own
                 rows = [number for number, item in enumerate(chosen) if (item.draw is None) == bare]
-                told |= dict(zip(rows, _answers(lab, [chosen[number] for number in rows], prompt, max_new_tokens), strict=True))
+                told |= dict(zip(rows, _answers(lab, [chosen[number] for number in rows], prompt, limit), strict=True))
             answers += [told[number] for number in range(len(chosen))]
             bar.update(len(chosen))
     return answers
 
 
-def _answers(lab: Lab, items: Sequence[Item], prompt: str | None, limit: int) -> list[str]:
+def _answers(lab: Lab, items: Sequence[Item], prompt: str | None, limit: int) -> list[tuple[str, float]]:
     """Answers to questions that are all about one picture each, or all about none."""
     if not items:
         return []
@@ -122,16 +141,24 @@ def _answers(lab: Lab, items: Sequence[Item], prompt: str | None, limit: int) ->
     owner = [draws.index(item.draw) for item in items if item.draw is not None]
     limits, ends = [limit] * len(items), lab.eos_ids
     given = generate_many(lab.model, sequences, pixels, owner, limits=limits, eos=ends, image_id=lab.image_id)
-    new = [answer.token_ids.tolist() for answer in given]
-    return [text.strip() for text in lab.tokenizer.batch_decode(new, skip_special_tokens=True)]
+    texts = lab.tokenizer.batch_decode([answer.token_ids.tolist() for answer in given], skip_special_tokens=True)
+    words = [group_words(lab.tokenizer, answer.token_ids.tolist()) for answer in given]
+    sure = [least_certain(said, word_probabilities(said, answer.logprobs, 0)) for said, answer in zip(words, given, strict=True)]
+    return [(text.strip(), chance) for text, chance in zip(texts, sure, strict=True)]
 
 
 def _answered(
     lab: Lab, items: list[Item], shown: list[Item], prompt: str, equal: Callable[[str, str], bool], label: str, progress: bool
 ) -> dict[str, Any]:
-    """Scores of the answers given to `shown`, against what `items` expect."""
-    answers = answer_all(lab, shown, prompt=prompt, label=label, progress=progress)
-    return _scores(items, np.array([item.right(answer, equal) for answer, item in zip(answers, items, strict=True)]))
+    """Scores of the answers given to `shown`, against what `items` expect, and how sure the model was of them."""
+    given = _generated(lab, shown, prompt=prompt, label=label, progress=progress)
+    right = np.array([item.right(answer, equal) for (answer, _), item in zip(given, items, strict=True)])
+    scores = _scores(items, right)
+    sure = np.array([chance for _, chance in given])
+    for name, row in {"": scores, **scores["by_type"]}.items():
+        rows = np.array([not name or item.type == name for item in items])
+        row["calibration"] = calibration(sure[rows], right[rows])
+    return scores
 
 
 @torch.inference_mode()

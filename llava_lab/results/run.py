@@ -10,11 +10,12 @@ and `widgets` draw it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
-from jaxtyping import Float16, Float32, Int64, UInt8
+from jaxtyping import Float16, Float32, Float64, Int64, UInt8
 
 from llava_lab.checks import whole_number
 from llava_lab.errors import DataError, OptionError, TargetError
@@ -24,6 +25,14 @@ from llava_lab.results.schema import filled, within
 from llava_lab.results.table import Table, figure, pairs, plain
 
 Span = tuple[int, int]  # [start, stop) positions in the sequence
+# Words that say how and not what: how sure a model is of "The picture shows" depends on the ways of saying it that it knows.
+PLAIN = frozenset(
+    (
+        *("a", "an", "the", "this", "that", "these", "those", "it", "its", "they", "there", "here", "i", "you", "some", "any"),
+        *("is", "are", "be", "am", "was", "can", "see", "shows", "show", "picture", "image", "photo", "photograph", "kind"),
+        *("of", "in", "on", "at", "to", "and", "or", "with", "for", "as", "from"),
+    )
+)
 OLD_CONTROLS = ("random", "center", "edges", "inverse", "vision")  # of files written before `control` was kept
 
 
@@ -196,15 +205,24 @@ class Run(Saved):
         positions = tuple(range(start - 1, stop - 1))
         return Target(kind, text, positions, tuple(int(i) for i in self.token_ids[start:stop]))
 
+    @property
+    def probabilities(self) -> Float64[np.ndarray, " words"]:
+        """Of each word of the answer: the product of its tokens'; NaN where they are not known."""
+        return word_probabilities(self.words, self.logprobs, self.segments["answer"][0])
+
+    @property
+    def confidence(self) -> float:
+        """Probability of the answer's least certain word that says something of the picture; NaN without a known one.
+
+        Words of `PLAIN` do not count, unless there are no others. It is the model's own probability, and how often answers that
+        are so sure are right is for a calibration to say (`llava_lab.evaluation.evaluate`).
+        """
+        return least_certain(self.words, self.probabilities)
+
     def table(self) -> Table:
         """The answer's words, each with its probability, under the question and the answer."""
-        start = self.segments["answer"][0]
-        rows = []
-        for word in self.words:
-            known = self.logprobs[word.start - start : word.stop - start]
-            chance = np.exp(float(known.sum())) if len(known) else np.nan
-            rows.append((word.text, figure(chance, ".1%")))
-        return Table(("word", "probability"), tuple(rows), title=f"{self.question} {self.answer}")
+        rows = tuple((word.text, figure(chance, ".1%")) for word, chance in zip(self.words, self.probabilities, strict=True))
+        return Table(("word", "probability"), rows, title=f"{self.question} {self.answer}")
 
     def to_dict(self) -> dict[str, Any]:
         """What ``llava-lab ask --json`` prints: all tokens, `segments` as indices into them, `logprobs` of the answer's."""
@@ -334,6 +352,18 @@ class HeadMaps(Saved):
                 layer, head = divmod(int(flat), share.shape[2])
                 rows.append((target.text, str(layer), str(head), f"{share[index, layer, head]:.1%}"))
         return Table(("target", "layer", "head", "on the picture"), tuple(rows), notes=self.notes)
+
+
+def word_probabilities(words: Sequence[Word], logprobs: np.ndarray, start: int) -> Float64[np.ndarray, " words"]:
+    """`logprobs` are of the tokens from position `start` on, natural log."""
+    parts = [logprobs[word.start - start : word.stop - start].astype(np.float64) for word in words]
+    return np.array([np.exp(part.sum()) if len(part) else np.nan for part in parts])
+
+
+def least_certain(words: Sequence[Word], probabilities: np.ndarray) -> float:
+    """The smallest of the probabilities of words that are not `PLAIN`, or of all where every one is."""
+    telling = [chance for word, chance in zip(words, probabilities, strict=True) if _bare(word.text) not in PLAIN]
+    return float(np.min(telling or probabilities)) if len(words) else float("nan")
 
 
 def _bare(text: str) -> str:

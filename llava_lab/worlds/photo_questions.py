@@ -70,6 +70,20 @@ ABILITIES = {
     "Is it something to eat?": {"fruit", "vegetable", "food"},
     "Is it a vehicle?": {"vehicle"},
 }
+WHICH_OF_KIND = (
+    "What {} is this?",
+    "Which {} is this?",
+    "What kind of {} is this?",
+    "What {} do you see?",
+    "Which {} is in the picture?",
+)
+WHICH_COULD = {
+    "Which of these could you eat?": ABILITIES["Could you eat it?"],
+    "Which of these is alive?": ABILITIES["Is it alive?"],
+    "Which of these could you travel in?": ABILITIES["Can you travel in it?"],
+    "Which of these could you play music on?": ABILITIES["Could you play music on it?"],
+    "Which of these could you wear?": ABILITIES["Could you wear it?"],
+}
 NUMBERS = ("no", "one", "two", "three", "four")
 PLURALS = {
     "fish": "fish",
@@ -93,9 +107,9 @@ def talk_about(scene: PhotoScene, things: Sequence[Thing], rng: np.random.Genera
     blocks += [_what(scene, rng)]
     blocks += [present(scene, rng), present(scene, rng), absent(scene, things, rng), absent(scene, things, rng)]
     if one:
-        blocks += [_kind(scene, rng), _ability(scene, rng)]
+        blocks += [_kind(scene, rng), _ability(scene, rng), _of_kind(scene, rng), _either(scene, things, rng)]
     else:
-        blocks += [_relation(scene, rng), _count(scene, things, rng)]
+        blocks += [_relation(scene, rng), _count(scene, things, rng), _which_could(scene, rng)]
     if rng.random() < 0.3:
         blocks.append([(_pick(rng, DESCRIBE), describe(scene, rng))])
     if rng.random() < 0.35:
@@ -236,6 +250,34 @@ def _ability(scene: PhotoScene, rng: np.random.Generator) -> Block:
     question = _pick(rng, true) if true and rng.random() < 0.5 else _pick(rng, false)
     yes = question in true
     return [(question, f"{'Yes' if yes else 'No'}, it is {call(thing, rng)}.")]
+
+
+def _of_kind(scene: PhotoScene, rng: np.random.Generator) -> Block:
+    thing = scene.items[0].thing
+    if thing.kind in ("", "thing"):
+        return []
+    return [(_pick(rng, WHICH_OF_KIND).format(thing.kind), _pick(rng, SAY_WHAT[1:3]).format(full_name(thing)))]
+
+
+def _either(scene: PhotoScene, things: Sequence[Thing], rng: np.random.Generator) -> Block:
+    thing, other = scene.items[0].thing, _pick(rng, things)
+    said, unsaid = call(thing, rng), call(other, rng)
+    if set(thing.words[:2]) & set(other.words[:2]):
+        return []
+    first, second = (said, unsaid) if rng.random() < 0.5 else (unsaid, said)
+    return [(f"Is this {first} or {second}?", f"It is {said}.")]
+
+
+def _which_could(scene: PhotoScene, rng: np.random.Generator) -> Block:
+    """Which of several things one could eat, wear, play: about half of the time at least one."""
+    known = [item for item in scene.items if item.thing.kind not in ("", "thing")]
+    if len(known) < len(scene.items):
+        return []
+    some = [question for question, kinds in WHICH_COULD.items() if any(item.thing.kind in kinds for item in known)]
+    question = _pick(rng, some) if some and rng.random() < 0.7 else _pick(rng, tuple(WHICH_COULD))
+    named = [call(item.thing, rng) for item in known if item.thing.kind in WHICH_COULD[question]]
+    said = _joined(named) if named else "none of them"
+    return [(question, f"{said[0].upper()}{said[1:]}.")]
 
 
 def _shortened(block: Block, scene: PhotoScene, rng: np.random.Generator) -> Block:

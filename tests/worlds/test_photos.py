@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 
 from llava_lab.errors import DataError
 from llava_lab.worlds.photo_names import Thing, classes, everyday, read_photos, thing_named, with_article
-from llava_lab.worlds.photo_questions import NUMBERS, absent, describe, present, talk_about
+from llava_lab.worlds.photo_questions import NUMBERS, WHICH_COULD, absent, describe, present, talk_about
 from llava_lab.worlds.photo_scenes import FORMS, QUARTERS, collage, draw_scene
 
 COLOURS = {
@@ -126,6 +127,34 @@ def test_what_is_said_is_true_of_the_scene(folder: Path) -> None:
         assert not no or (no[0][1].startswith("No") and not any(f"{with_article(word)} " in no[0][0] for word in words))
         assert any(word in describe(scene, rng) for word in words)
     assert seen > 100
+
+
+def test_which_of_them_and_which_of_two_is_answered_truly(folder: Path) -> None:
+    photos = read_photos(folder)
+    things = [photo.thing for photo in photos]
+    found = set()
+    for seed in range(150):
+        rng = np.random.default_rng(seed)
+        scene = draw_scene(photos, rng, form="quarters" if seed % 2 else "alone")
+        for (asked, answered), *_ in talk_about(scene, things, rng, short=0):
+            if asked in WHICH_COULD:
+                true = {item.thing for item in scene.items if item.thing.kind in WHICH_COULD[asked]}
+                named = {item.thing for item in scene.items if any(word in answered for word in item.thing.words[:2])}
+                assert (named == true) if true else (answered == "None of them.")
+                found.add("could" if true else "none")
+            if match := re.fullmatch(r"Is this (.+) or (.+)\?", asked):
+                mine = scene.items[0].thing.words
+                assert sum(any(word in said for word in mine) for said in match.groups()) == 1
+                assert any(word in answered for word in mine)
+                found.add("either")
+            if match := re.fullmatch(
+                r"(?:What|Which)(?: kind of)? (\w[\w ]*?) (?:is this|do you see|is in the picture)\?", asked
+            ):
+                if match[1] in {thing.kind for thing in things}:
+                    assert match[1] == scene.items[0].thing.kind
+                    assert scene.items[0].thing.name in answered
+                    found.add("of a kind")
+    assert found == {"could", "none", "either", "of a kind"}
 
 
 def test_articles() -> None:

@@ -41,7 +41,7 @@ from llava_lab.results import only_writer
 from llava_lab.training import loop
 from llava_lab.training.recipe import Stage
 from llava_lab.training.smol.batches import Batch, Chat, texts_batch
-from llava_lab.training.smol.make import adapt, answered, distance, fit_start, in_bfloat16, loss_of, write_weights
+from llava_lab.training.smol.make import adapt, answered, distance, fit_start, loss_of, quick_numbers, write_weights
 from llava_lab.training.smol.own_texts import many_texts
 from llava_lab.worlds.photo_names import Photo, classes, read_photos
 from llava_lab.worlds.photo_questions import absent, present, talk_about
@@ -49,20 +49,18 @@ from llava_lab.worlds.photo_scenes import draw_scene
 
 log = logging.getLogger(__name__)
 
-POOL = 1200  # pictures whose patches `words` learns from
+POOL = 800  # pictures whose patches `words` learns from
 # How sure the classifier is made of each patch, and how far its names stand from the mean of all. As they come (1 and 1), the
 # untouched language model tells a picture's name from another's by 0.20 nats a token; so by 0.41 (zero-shot, 48 photographs).
 SHARP, STRETCH = 2.0, 3.0
-SHOWN, CROWD = (
-    36,
-    4,
-)  # patches of a photograph alone that are passed on, and how many times a scene's share of the batch these are
+# Patches of a photograph alone that are passed on, and how many of them stand for a scene in a batch.
+SHOWN, CROWD = 36, 4
 TEXT_EVERY, TEXTS, AGAIN = 8, 12, 4  # of so many steps of `instruct` one reads plain texts; how many; texts to each beginning
 CHECKED, CHECK_EVERY = 16, 80
 
-WORDS = Stage("words", ("connector",), steps=1000, batch=2048, rate=2e-3, warmup=0.05)
-ALIGN = Stage("align", ("connector",), steps=40, batch=4, rate=5e-4, warmup=0.1)
-INSTRUCT = Stage("instruct", ("connector", "lora"), steps=600, batch=4, rate=1e-3)
+WORDS = Stage("words", ("connector",), steps=600, batch=2048, rate=2e-3, warmup=0.05)
+ALIGN = Stage("align", ("connector",), steps=40, batch=2, rate=5e-4, warmup=0.1)
+INSTRUCT = Stage("instruct", ("connector", "lora"), steps=300, batch=2, rate=1e-3)
 
 
 @dataclass(frozen=True)
@@ -111,9 +109,9 @@ def passed_on(model: Any, batch: Batch) -> Tensor:
 
 
 def seen(model: Any, pictures: Tensor) -> Tensor:
-    """uint8 (B, side, side, 3) -> the tower's features (B, P, 1280); its convolutions run in bfloat16, its norms in float32."""
+    """uint8 (B, side, side, 3) -> the tower's features (B, P, 1280); its convolutions in bfloat16 where that is quicker."""
     pixels = (pictures.permute(0, 3, 1, 2).float() / 255 - efficientnet.MEAN) / efficientnet.STD
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=loop.quick_bfloat16()):
         return layout.vision_tower(model)(pixels.contiguous(memory_format=torch.channels_last)).last_hidden_state.float()
 
 
@@ -255,7 +253,7 @@ def train_photo(
         form, connector = Chat(processor.tokenizer, layout.image_token_count(model)), layout.connector_of(model)
         modules: dict[str, nn.Module] = {"connector": connector.requires_grad_(True)}
         embeddings = class_embeddings(model, processor.tokenizer)
-        in_bfloat16(language)
+        quick_numbers(language)
         check = Check(model, form, photos)
         for number, stage in enumerate(recipe.stages):
             if stages is not None and stage.name not in stages:
@@ -287,12 +285,13 @@ def train_photo(
             if "lora" in stage.trains:
                 # the model as it was before any training
                 teacher, _ = photo.assemble(**(parts or {}))
-                in_bfloat16(layout.language_model(teacher.requires_grad_(False)))
+                quick_numbers(layout.language_model(teacher.requires_grad_(False)))
                 data.texts = (
                     many_texts(teacher, processor.tokenizer, folder / "texts.json", again=AGAIN) if texts is None else texts
                 )
                 stage_loss = partial(distance, model, teacher, image_id=form.image_id, see=passed_on)
-            loop.train(scaled, modules, data, stage_loss, folder=folder, workers=1, check=check, check_every=CHECK_EVERY)
+            options: dict[str, Any] = {"bf16": loop.quick_bfloat16(), "check": check, "check_every": CHECK_EVERY}
+            loop.train(scaled, modules, data, stage_loss, folder=folder, workers=1, **options)
         lora = modules.get("lora")
         assert lora is None or isinstance(lora, nn.ModuleDict)
         settings = {"rank": recipe.rank, "scale": recipe.scale, "seed": recipe.seed, "photographs": len(photos)}

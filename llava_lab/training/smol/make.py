@@ -2,8 +2,8 @@
 
 Stage 1 (align) trains the connector alone, stage 2 (instruct) the connector and LoRA on every linear layer of the language
 model; `practice` goes on with stage 2 at a fresh rate on the questions that come last: relations, comparisons, counts.
-The frozen parts run in bfloat16, what trains is kept in float32. The layers are stock transformers; blocks are kept apart by
-the attention mask (`batches`). The tower costs a three-hundredth of a step and runs in it.
+The frozen parts run in bfloat16 where the processor multiplies it, what trains is kept in float32. The layers are stock
+transformers; blocks are kept apart by the attention mask (`batches`). The tower costs a three-hundredth of a step and runs in it.
 
 So that the language model keeps its ability with text, a share of stage 2 reads texts the untouched model wrote itself. Few
 texts, read often, are learnt by heart and do not help (perplexity on other prose rose ninefold); so `recall` reads many, half of
@@ -97,10 +97,11 @@ def adapt(language: nn.Module, rank: int, scale: float, seed: int) -> nn.ModuleD
     return pairs
 
 
-def in_bfloat16(module: nn.Module) -> None:
-    """Parameters in bfloat16; buffers stay, for the rotary frequencies do not fit 16 bits."""
-    for parameter in module.parameters():
-        parameter.data = parameter.data.to(torch.bfloat16)
+def quick_numbers(module: nn.Module) -> None:
+    """Parameters in bfloat16 where that is quicker; buffers stay, for the rotary frequencies do not fit 16 bits."""
+    if loop.quick_bfloat16():
+        for parameter in module.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 @torch.no_grad()
@@ -212,7 +213,7 @@ def answered(
     for name, batches in (("", right), ("_shuffled", wrong)):
         losses, exact = [], []
         for batch in batches:
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=loop.quick_bfloat16()):
                 hidden, wanted = states(model, batch, image_id=image_id, see=see)
                 logits = model.get_output_embeddings()(hidden).float()
             losses.append(F.cross_entropy(logits, wanted, reduction="none"))
@@ -252,7 +253,7 @@ def train_smol(
             raise OptionError(f"{folder} holds a run already; add --resume to go on with it, or choose another folder")
         model, processor = smol.assemble(**(parts or {}))
         model.requires_grad_(False)
-        in_bfloat16(layout.language_model(model))
+        quick_numbers(layout.language_model(model))
         side = model.config.vision_config.image_size
         form = Chat(processor.tokenizer, layout.image_token_count(model))
         connector = layout.connector_of(model)
@@ -284,10 +285,11 @@ def train_smol(
             if stage.name == "recall":
                 # the model as it was before any training
                 teacher, _ = smol.assemble(**(parts or {}))
-                in_bfloat16(layout.language_model(teacher.requires_grad_(False)))
+                quick_numbers(layout.language_model(teacher.requires_grad_(False)))
                 data.texts = many_texts(teacher, processor.tokenizer, folder / "many.json") if texts is None else texts
                 stage_loss = partial(distance, model, teacher, image_id=form.image_id)
-            loop.train(scaled, modules, data, stage_loss, folder=folder, workers=1, check=check, check_every=CHECK_EVERY)
+            options: dict[str, Any] = {"bf16": loop.quick_bfloat16(), "check": check, "check_every": CHECK_EVERY}
+            loop.train(scaled, modules, data, stage_loss, folder=folder, workers=1, **options)
         lora = modules.get("lora")
         assert lora is None or isinstance(lora, nn.ModuleDict)
         settings = {"rank": recipe.rank, "scale": recipe.scale, "seed": recipe.seed}
