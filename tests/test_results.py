@@ -306,6 +306,14 @@ def test_targets_are_the_positions_before_their_tokens(run: Run) -> None:
     assert run.image_positions.tolist() == [1, 2, 3, 4]
 
 
+def test_confidence_is_the_least_certain_word_that_says_something(run: Run) -> None:
+    assert run.probabilities == pytest.approx(np.exp([-1, -0.775, -0.55, -0.425]))
+    assert run.confidence == pytest.approx(np.exp(-0.775))  # "The" is less certain and says nothing
+    shy = replace(run, words=run.words[::2], answer="The is")
+    assert shy.confidence == pytest.approx(np.exp(-1))
+    assert np.isnan(replace(run, words=()).confidence)
+
+
 def test_missing_words_list_what_is_there(run: Run) -> None:
     with pytest.raises(TargetError, match="no word 'blue'.*'The', 'car', 'is', 'red.'"):
         run.target("blue")

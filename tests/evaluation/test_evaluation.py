@@ -11,7 +11,7 @@ from PIL import Image
 
 from llava_lab.errors import DataError
 from llava_lab.evaluation import Item, answer_all, evaluate, load_items
-from llava_lab.evaluation.scoring import _blind, _majority, _score, _shuffled
+from llava_lab.evaluation.scoring import _blind, _generated, _majority, _score, _shuffled
 
 
 def test_batched_answers_equal_single_questions(tiny_random) -> None:
@@ -47,7 +47,18 @@ def test_evaluate_reports_what_json_promises(tiny_random) -> None:
         low, high = part["interval"]
         assert 0 <= low <= high <= 1
         assert part["n"] >= 1
+    for part in (result, result["controls"]["blind"], *result["by_type"].values()):
+        assert sum(count for _, _, count in part["calibration"]["bins"]) == part["n"]
     json.dumps(result)
+
+
+def test_the_confidence_of_a_batch_is_that_of_the_run(tiny_random) -> None:
+    items = load_items("picturebook", n=1)
+    given = _generated(tiny_random, items, prompt=None, limit=6, label="", progress=False)
+    for item, (answer, sure) in zip(items, given, strict=True):
+        run = tiny_random.ask(item.draw(), item.question, max_new_tokens=6)
+        assert run.answer == answer
+        assert sure == pytest.approx(run.confidence, rel=1e-3, nan_ok=True)
 
 
 def test_intervals_resample_pictures_and_not_questions() -> None:
