@@ -30,7 +30,7 @@ from math import isfinite
 from numbers import Integral, Real
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeGuard, TypeVar, cast
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -236,7 +236,7 @@ def entry(function: Callable[Given, Answer]) -> Callable[Given, Answer]:
     """
     checked, name = _arguments_of(function), function.__qualname__.rpartition("<locals>.")[2].removesuffix(".__init__")
     if inspect.isgeneratorfunction(inspect.unwrap(function)):
-        opening = contextmanager(function)
+        opening = contextmanager(cast("Callable[Given, Iterator[Any]]", function))
 
         @functools.wraps(function)
         def opened(*args: Given.args, **options: Given.kwargs) -> Any:
@@ -414,7 +414,7 @@ def _one_kind(part: str, name: str) -> Kind | None:
     return f"a list, each {each}", lambda value: is_list(value) and all(map(fits, value))
 
 
-def is_list(value: Any) -> bool:
+def is_list(value: Any) -> TypeGuard[Sequence[Any]]:
     """Whether it is a list, a tuple, an array or the like, and neither text nor a dictionary."""
     holds = hasattr(value, "__len__") and hasattr(value, "__getitem__") and getattr(value, "ndim", 1) > 0
     return holds and not isinstance(value, (str, bytes, Mapping))

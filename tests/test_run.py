@@ -307,7 +307,8 @@ def test_the_server_answers_with_its_token_only_and_is_gone_afterwards(given: st
 def test_the_browser_gets_a_page_that_only_its_user_can_read_and_no_token(
     checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    address, given = "http://127.0.0.1:8888/lab?token=secret&a=1", []
+    address = "http://127.0.0.1:8888/lab?token=secret&a=1"
+    given: list[Any] = []
     page = checkout / f".venv/jupyter/open-{os.getpid()}.html"
     page.parent.mkdir(parents=True)
     page.write_text("left by another", "utf-8")  # readable by all

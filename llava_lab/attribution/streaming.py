@@ -40,7 +40,7 @@ from llava_lab.results import Relevance, Run, Span
 
 if TYPE_CHECKING:
     from llava_lab.models import Lab
-    from llava_lab.models.pictures import PictureLike
+    from llava_lab.models.pictures import Shown
 
 EXACT = 1024  # positions of a prompt up to which what is kept is float32
 SCALE = 2.0**15  # shares are at most 1, half precision ends at 65,504 and loses digits below 6e-5
@@ -50,7 +50,7 @@ LATER = "made by ll.attribute(lab, run, ...) after the answer"
 @entry
 def ask_and_attribute(
     lab: Lab,
-    picture: PictureLike,
+    picture: Shown,
     question: str,
     *,
     method: str = "rollout",

@@ -89,7 +89,7 @@ def measure_ranks(model: str, pictures: int) -> dict[str, float]:
     lab = load(model)
     correlations: dict[str, list[float]] = {name: [] for name in STAND_INS}
     for item in load_items("picturebook", n=2 * pictures)[::5][:pictures]:  # one question each, of different types
-        run = lab.ask(item.draw(), item.question, max_new_tokens=16)
+        run = lab.ask(item.drawn(), item.question, max_new_tokens=16)
         exact = attribute(lab, run, method="occlusion", at="projector", fill="mean").values.ravel()
         for name, options in STAND_INS.items():
             correlations[name].append(spearman(attribute(lab, run, method=name, **options).values.ravel(), exact))

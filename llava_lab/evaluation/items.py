@@ -40,6 +40,11 @@ class Item:
     accepted: tuple[str, ...] = ()  # where not empty: words one of which makes the answer right
     begins: bool = False  # it must be the answer's first word (yes, no); else it may stand anywhere
 
+    def drawn(self) -> np.ndarray:
+        """The picture of an item that has one, uint8 (H, W, 3)."""
+        assert self.draw is not None, f"{self.question!r} is asked without a picture"
+        return self.draw()
+
     def right(self, answer: str, equal: Callable[[str, str], bool]) -> bool:
         """Whether an answer says an accepted word, where there are any; else what `equal` says of it and the expected one."""
         if not self.accepted:

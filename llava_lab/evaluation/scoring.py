@@ -167,7 +167,7 @@ def _tower_names(lab: Lab, items: list[Item]) -> tuple[list[Item], np.ndarray]:
     tower, named = layout.vision_tower(lab.model), list(classes().values())
     right = []
     for item in items:
-        features = tower(lab.pixels(item.draw(), None)).last_hidden_state.mean(1)
+        features = tower(lab.pixels(item.drawn(), None)).last_hidden_state.mean(1)
         thing, others = named[int(tower.head(features).argmax())]
         right.append(item.right(", ".join((*thing.words[:2], *others)), exact_match))
     return items, np.array(right)

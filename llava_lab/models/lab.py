@@ -28,7 +28,7 @@ from llava_lab.models import layout, text
 from llava_lab.models.card import Card, fingerprint, make_card
 from llava_lab.models.formats import foreign
 from llava_lab.models.generation import Generated, generate, generate_many
-from llava_lab.models.pictures import PictureLike, Preprocessing, read_pictures
+from llava_lab.models.pictures import PictureLike, Preprocessing, Shown, read_pictures
 from llava_lab.models.swap import Swap, trained_beside
 from llava_lab.models.text import History, Prompt, decode, finished, group_words
 from llava_lab.results import Run
@@ -36,7 +36,6 @@ from llava_lab.results import Run
 logger = logging.getLogger(__name__)
 
 Question = str  # one; `ask_many` takes several
-Shown = PictureLike | list[PictureLike] | tuple[PictureLike, ...] | None  # the picture of a question, or several, or none
 
 
 @dataclass(frozen=True)
@@ -185,7 +184,7 @@ class Lab:
     @entry
     def ask_many(
         self,
-        pictures: Shown | Iterator[Shown],
+        pictures: Shown | Sequence[Shown] | Iterator[Shown],
         questions: Question | Sequence[Question],
         *,
         max_new_tokens: int = 64,

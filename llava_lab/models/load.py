@@ -78,6 +78,10 @@ _LISTED = 5  # names shown of a long list
 
 
 @overload
+def load(name: str, *, base_url: str, **options: Any) -> BlackBox: ...
+
+
+@overload
 def load(
     name: str | os.PathLike = "tiny",
     *,
@@ -91,10 +95,6 @@ def load(
     revision: str | None = None,
     **named_as_elsewhere: Any,
 ) -> Lab: ...
-
-
-@overload
-def load(name: str, *, base_url: str, **options: Any) -> BlackBox: ...
 
 
 @entry

@@ -67,6 +67,8 @@ IN_MEMORY = 2 * MAX_PIXELS  # what is decoded already may have so many, to be re
 SCALES = (2, 4, 8)  # at which a JPEG can be decoded smaller
 
 PictureLike = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO | Image.Image | np.ndarray | Tensor
+# the picture of a question, or several, or none; lists of one kind of picture are no lists of any, so theirs is not said
+Shown = PictureLike | list[Any] | tuple[PictureLike, ...] | None
 KINDS = "a path, a file: or data: address, base64 text, bytes, a binary file object, a PIL image, an array or a tensor"
 
 # What Pillow and its plugins decode in this process. Not EPS (Ghostscript), WMF, BUFR, GRIB, HDF5, MPEG (handlers of others),
@@ -119,7 +121,7 @@ def read_picture(source: PictureLike) -> np.ndarray:
     raise PictureError(f"a picture is {KINDS}; got {type(source).__name__}")
 
 
-def read_pictures(source: PictureLike | list[PictureLike] | tuple[PictureLike, ...] | None) -> tuple[np.ndarray, ...]:
+def read_pictures(source: Shown) -> tuple[np.ndarray, ...]:
     """The pictures of one question: None is none, a list or tuple is several."""
     if source is None:
         return ()

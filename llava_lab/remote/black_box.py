@@ -38,7 +38,7 @@ from llava_lab.checks import entry, number, one_of, whole_number
 from llava_lab.errors import BudgetError, CheckpointError, EndpointError, OptionError
 from llava_lab.geometry import PictureMap
 from llava_lab.models import text as prompts
-from llava_lab.models.pictures import PictureLike, read_picture
+from llava_lab.models.pictures import Shown, read_pictures
 from llava_lab.remote.client import Endpoint
 from llava_lab.remote.replies import Reply, ReplyCache, token_id
 from llava_lab.results import Run
@@ -199,7 +199,7 @@ class BlackBox:
     @entry
     def ask(
         self,
-        picture: PictureLike,
+        picture: Shown,
         question: str,
         *,
         max_new_tokens: int = 64,
@@ -215,7 +215,10 @@ class BlackBox:
         Raises EndpointError, BudgetError, OptionError, PictureError.
         """
         limit, warm = whole_number("max_new_tokens", max_new_tokens, least=1), number("temperature", temperature)
-        pixels = read_picture(picture)
+        pictures = read_pictures(picture)
+        if len(pictures) != 1:
+            raise OptionError(f"a closed model is asked about one picture at a time, got {len(pictures) or 'none'}")
+        (pixels,) = pictures
         turns = tuple(prompts.turns(question, history))
         reply = self.replies([Look(self.shrunk(pixels), turns, limit, warm, seed)])[0]
         if not reply.text:

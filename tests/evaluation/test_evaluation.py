@@ -21,16 +21,16 @@ def test_batched_answers_equal_single_questions(tiny_random) -> None:
     draws = [partial(np.copy, p) for p in pictures]
     items = [Item(str(i), draw, q, "", "", "all") for i, draw in enumerate(draws) for q in questions]
     batched = answer_all(tiny_random, items, max_new_tokens=8, batch=5, progress=False)
-    single = [tiny_random.ask(item.draw(), item.question, max_new_tokens=8).answer.strip() for item in items]
+    single = [tiny_random.ask(item.drawn(), item.question, max_new_tokens=8).answer.strip() for item in items]
     assert batched == single
 
 
 def test_shuffled_never_shows_a_picture_its_own_question() -> None:
     items = load_items("picturebook", n=7)
     for item, other in zip(items, _shuffled(items, 0), strict=True):
-        assert not np.array_equal(item.draw(), other.draw())
+        assert not np.array_equal(item.drawn(), other.drawn())
         assert (item.question, item.answer) == (other.question, other.answer)
-    assert len({item.draw().tobytes() for item in _blind(items)}) == 1
+    assert len({item.drawn().tobytes() for item in _blind(items)}) == 1
 
 
 def test_majority_comes_from_the_training_split() -> None:
@@ -78,7 +78,7 @@ def test_llava_json_items_ask_each_turn_alone(tmp_path) -> None:
     rows = json.loads(path.read_text())
     assert len(items) == sum(len(r["conversations"]) // 2 for r in rows)
     assert items[0].question == rows[0]["conversations"][0]["value"].removeprefix("<image>\n")
-    assert items[0].draw().shape == (288, 288, 3)
+    assert items[0].drawn().shape == (288, 288, 3)
 
 
 def test_rows_without_a_picture_are_asked_without_one(tmp_path, tiny_random) -> None:

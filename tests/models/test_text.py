@@ -157,7 +157,7 @@ def test_the_chat_form_takes_history(tiny_random: Lab) -> None:
 
 USER, ASSISTANT = {"role": "user", "content": "Is it red?"}, {"role": "assistant", "content": "Yes."}
 PART, MARK = {"type": "text", "text": "Is it red?"}, {"type": "image_url", "image_url": {"url": "a.jpg"}}
-HISTORIES = {
+HISTORIES: dict[str, Any] = {
     "pairs": [("Is it red?", "Yes.")],
     "pairs as JSON has them": [["Is it red?", "Yes."]],
     "pairs in a tuple": (("Is it red?", "Yes."),),
@@ -174,7 +174,7 @@ HISTORIES = {
     "a row": {"id": "1", "conversations": [{"from": "human", "value": "Is it red?"}, {"from": "gpt", "value": "Yes."}]},
     "from and content": [{"from": "user", "content": "Is it red?"}, {"from": "assistant", "content": "Yes."}],
 }
-NO_HISTORIES = {
+NO_HISTORIES: dict[str, Any] = {
     "a text": "Is it red?",
     "one pair alone": ("Is it red?", "Yes."),
     "two texts of two letters": ["ab", "cd"],

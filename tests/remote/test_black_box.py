@@ -69,6 +69,15 @@ def test_earlier_turns_and_system_text_are_sent_in_their_order(tmp_path: Path) -
         assert turns == [("system", "Be brief."), ("user", "Is it old?"), ("assistant", "No."), ("user", QUESTION)]
 
 
+@pytest.mark.parametrize(("pictures", "said"), [(None, "none"), ([PLAIN, PLAIN], "2")])
+def test_none_and_several_pictures_are_refused_before_anything_is_sent(tmp_path: Path, pictures: Any, said: str) -> None:
+    with closed(a_red_car, tmp_path) as (server, box):
+        with pytest.raises(OptionError, match=f"is asked about one picture at a time, got {said}"):
+            box.ask(pictures, QUESTION)
+        assert box.ask([PLAIN], QUESTION).answer == box.ask(PLAIN, QUESTION).answer
+    assert len(server.asked) == 1
+
+
 def test_a_large_picture_is_sent_smaller_and_mapped_on_the_original(tmp_path: Path) -> None:
     large = np.zeros((300, 600, 3), np.uint8)
     with serving(a_red_car) as server:

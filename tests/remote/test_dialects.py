@@ -32,7 +32,14 @@ def listed(*pieces: str, **more: Any) -> dict[str, Any]:
 
 RED = {"content": "a red car"}
 LLAMA_CPP = {"system_fingerprint": "b6548-3b15924d", "timings": {"prompt_n": 600, "predicted_n": 3, "predicted_ms": 41.2}}
-VLLM = {"refusal": None, "annotations": None, "audio": None, "function_call": None, "tool_calls": [], "reasoning_content": None}
+VLLM: dict[str, Any] = {
+    "refusal": None,
+    "annotations": None,
+    "audio": None,
+    "function_call": None,
+    "tool_calls": [],
+    "reasoning_content": None,
+}
 LM_STUDIO = {"stats": {}, "system_fingerprint": "llava-v1.5-7b"}
 OPENROUTER = {"provider": "DeepInfra", "choice": {"native_finish_reason": "stop"}}
 

@@ -18,7 +18,7 @@ from llava_lab.geometry import PictureMap
 from llava_lab.judging.faithfulness import Judge
 from llava_lab.models import Lab
 from llava_lab.replay import Altered, open_altered
-from llava_lab.replay.alter import Pixels, within_budget
+from llava_lab.replay.alter import Pixels, Tiles, within_budget
 from llava_lab.replay.fills import EVERY_FILL
 from llava_lab.results import Run
 from tests.support.checkpoints import build_llava
@@ -105,6 +105,7 @@ def test_the_picture_itself_is_altered_where_patches_are(tiled: Lab) -> None:
     picture = np.random.default_rng(2).integers(0, 255, (384, 768, 3), np.uint8)
     run = tiled.ask(ROUGH, QUESTION, max_new_tokens=1)
     altered = open_altered(tiled, run, (run.target(),), fill="grey")
+    assert isinstance(altered, Tiles)
     altered.run = replace(run, map=PictureMap(768, 384, 378, 27, 27, "whole", 0.5, 1.0, 0.0, 0.0))
     altered.picture = picture
     shown = np.ones((27, 27), np.float32)

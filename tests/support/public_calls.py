@@ -39,8 +39,8 @@ WRONG: dict[str, Any] = {
     "an object": object(),
 }
 # 2**70 of these take years, and what stands where None is given takes seconds
-LONG = ("n", "steps", "draws", "seeds", "orders", "shuffles", "validation", "test", "groups", "max_new_tokens")
-LONG += ("data", "task", "split", "steps_scale", "questions", "others")
+LONG = frozenset({"n", "steps", "draws", "seeds", "orders", "shuffles", "validation", "test", "groups", "max_new_tokens"})
+LONG |= {"data", "task", "split", "steps_scale", "questions", "others"}
 
 
 def public_calls(lab: Any, folder: Path) -> dict[str, dict[str, Any]]:

@@ -78,5 +78,5 @@ def test_evaluation_asks_every_question_of_the_first_pictures_on_its_own_for_one
     assert [(item.picture, item.answer, item.type) for item in items] == expected
     assert all(item.question.endswith("\nAnswer the question using a single word or phrase.") for item in items)
     assert len({id(item.draw) for item in items}) == 3
-    assert items[0].draw().shape == (64, 64, 3)
+    assert items[0].drawn().shape == (64, 64, 3)
     assert len(load_items("easy-vqa", split="test", n=10**6)) == 9673
