@@ -37,7 +37,8 @@ def add_commands(add: Add) -> None:
     command.add_argument("question", nargs="?")
     command.add_argument("--methods", default="all", help="all (default), or names with commas between them")
     command.add_argument("--target", metavar="WHAT", help="a word of the answer, RED/BLUE, #N, or answer (default); one picture")
-    command.add_argument("--data", help="picturebook: score on many drawn pictures whose truth is known")
+    command.add_argument("--data", help="score on many pictures whose truth is known: picturebook, or photos with --pictures")
+    command.add_argument("--pictures", metavar="FOLDER", help="of --data photos: photographs with outlines and classes.txt")
     command.add_argument("--split", default="test", help="of --data (default: test)")
     command.add_argument("--n", type=positive, default=200, help="pictures of --data (default: 200)")
     command.add_argument("--out", metavar="FILE", help="with --data: one JSON line per finished picture; goes on where it ends")
@@ -119,6 +120,7 @@ def _compare_many(args: argparse.Namespace) -> Reply:
         raise OptionError("--save-run is for one picture; with --data there is no one run to keep")
     methods, lab = _read_methods(args.methods), common.load(args)
     options: dict[str, Any] = {"data": args.data, "split": args.split, "n": args.n, "seed": args.seed, "workers": args.workers}
+    options |= {"pictures": args.pictures} if args.pictures else {}
     board = ll.leaderboard(lab, methods=methods, out=args.out, **options, **_numbers(args))
     common.save(board, args.save)
     if args.figure:

@@ -1,9 +1,9 @@
-"""Every method on many pictures of the picture book: is it faithful, does it find the thing, what does it cost?
+"""Every method on many pictures whose truth is known: is it faithful, does it find the thing, what does it cost?
 
-One question is asked about each picture, its type in turn, and one the model answers right: the map of a wrong
-answer has no right place to be. What is explained is the word that answers ("red", "Yes", "top left"), since
-function words need no picture; a question that the model answers without the picture too (filling all of it
-hardly lowers the probability) is passed over, for there is nothing to explain.
+The pictures are the picture book's, or photographs with outlines (`worlds.outlined`). One question is asked about each, its type
+in turn, and one the model answers right: the map of a wrong answer has no right place to be. What is explained is the word that
+answers ("red", "Yes", "top left", "dog"), since function words need no picture; a question that the model answers without the
+picture too (filling all of it hardly lowers the probability) is passed over, for there is nothing to explain.
 
 Each finished picture is one JSON line in `out`; asking again with the same settings goes on where the file
 ends. Pictures can be shared between processes (`spread`), since a small model's passes are too short to share between
@@ -23,14 +23,15 @@ the comparison of connectors.
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -49,6 +50,8 @@ from llava_lab.results import Ablation, Comparison, Faithfulness, Leaderboard, R
 from llava_lab.results.scores import COST, DIGITS, FAITHFUL, TRUE
 from llava_lab.stats import cluster_bootstrap, exact_match, percentiles, wilson
 from llava_lab.worlds import picturebook
+from llava_lab.worlds.outlined import Outlined, accepted, read_outlined
+from llava_lab.worlds.photo_names import with_article
 
 if TYPE_CHECKING:
     from llava_lab.models import Lab
@@ -74,6 +77,7 @@ def leaderboard(
     lab: Lab,
     *,
     data: str = "picturebook",
+    pictures: str | os.PathLike | None = None,
     split: str = "test",
     n: int = 200,
     methods: str | Sequence[str] = "all",
@@ -89,20 +93,33 @@ def leaderboard(
 ) -> Leaderboard:
     """Score `methods` on `n` pictures. Ctrl-C gives the table of the pictures finished so far.
 
+    ``data="photos"`` takes the photographs of the folder `pictures`, which has an outline of every object in them
+    (`worlds.outlined.read_outlined`): what is in the picture, where an accepted word of the answer is explained, and whether
+    there is one of the things that are there.
     `options` are per method and come before its `Method.economy`: a leaderboard asks the same hundreds of times, and about a
     thousand passes a picture in all, scoring included, is what it may spend. Each picture has its own seed, so random maps
     differ from one to the next. `workers` processes share the pictures; the scores are the same.
-    Raises DataError (unknown data or split, a file of other settings),
+    Raises DataError (unknown data or split, a folder without outlines, a file of other settings),
     OptionError (unknown method or option).
 
     >>> board = ll.leaderboard(lab, n=1, methods=["center", "random"], steps=2, seeds=2, progress=False)
     >>> board.methods
     ('center', 'random')
     """
-    if data != "picturebook":
-        raise DataError(f"a leaderboard needs to know what decides each question, so data must be picturebook, got {data!r}")
     n, seed = whole_number("n", n, least=1), whole_number("seed", seed)
-    picturebook.scene(split, 0, seed=seed)  # an unknown split is said at once
+    subject_of: Callable[[int], Subject]
+    if data == "picturebook" and pictures is None:
+        picturebook.scene(split, 0, seed=seed)  # an unknown split is said at once
+        subject_of = partial(_drawn, split=split, seed=seed)
+    elif data == "photos" and pictures is not None:
+        photographs = read_outlined(Path(pictures))
+        n, split = min(n, len(photographs)), Path(pictures).name
+        subject_of = partial(_photographed, photographs=photographs)
+    else:
+        raise DataError(
+            "a leaderboard needs to know what decides each question: data must be picturebook, or photos with pictures=, "
+            f"a folder of photographs with outlines; got {data!r} and pictures={pictures!r}"
+        )
     given = economical(methods, options or {})
     chosen = chosen_methods(methods, given)
     settings = {"data": data, "split": split, "seed": seed, "steps": steps, "seeds": seeds, "scale": scale}
@@ -114,7 +131,7 @@ def leaderboard(
     with alone, _Lines(out, settings) as lines, sweep as done:
         missing = [index for index in range(n) if index not in lines.records]
         done.step(n - len(missing))
-        piece = partial(_picture, split=split, seed=seed, chosen=chosen, measured=measured)
+        piece = partial(_picture, subject_of=subject_of, seed=seed, chosen=chosen, measured=measured)
         for index, record in spread(lab, piece, missing, workers=workers):
             lines.add(index, record)
             done.step()
@@ -145,32 +162,109 @@ def economical(methods: str | Sequence[str], options: Options) -> dict[str, dict
 
 def answer_target(run: Run, short: str) -> Target:
     """The words of the answer that spell `short`, as one target; the whole answer where they do not stand together."""
-    wanted = [_bare(word) for word in short.split()]
+    return spelt(run, short) or run.target()
+
+
+def spelt(run: Run, text: str) -> Target | None:
+    """The answer's words that spell `text`, as one target; None where they do not stand together."""
+    wanted = [_bare(word) for word in text.split()]
     for first in range(len(run.words) - len(wanted) + 1):
         words = run.words[first : first + len(wanted)]
         if [_bare(word.text) for word in words] == wanted:
             return run.target(replace(words[0], text=" ".join(word.text for word in words), stop=words[-1].stop))
-    return run.target()
+    return None
+
+
+Told = tuple[Target, tuple[int, ...]]  # the words that answer a question, and which of the picture's masks decide it
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question about a picture."""
+
+    text: str
+    type: str
+    told: Callable[[Run], Told | None]  # None: the answer is wrong
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A picture, the mask of each thing in it, and the questions to ask until one is answered right."""
+
+    name: str
+    picture: np.ndarray
+    masks: np.ndarray  # bool (things, height, width)
+    questions: Iterable[Asked]
+
+
+def _drawn(index: int, *, split: str, seed: int) -> Subject:
+    """A scene of the picture book, with a question of each type; the type that comes first changes with the number."""
+    scene, types = picturebook.scene(split, index, seed=seed), picturebook.TYPES
+    rng = np.random.default_rng((picturebook.SPLITS[split], seed, index, 6))
+    turns = (types[(index + turn) % len(types)] for turn in range(len(types)))
+    questions = (question for one in turns for question in picturebook.ask_about(scene, rng, 1, (one,)))
+    asked = (Asked(question.text, question.type, partial(_says, question=question)) for question in questions)
+    return Subject(scene.name, np.asarray(scene.picture()), scene.masks(), asked)
+
+
+def _says(run: Run, *, question: picturebook.Question) -> Told | None:
+    right = exact_match(run.answer, question.answer)
+    return (answer_target(run, question.short), tuple(question.deciding)) if right else None
+
+
+def _photographed(index: int, *, photographs: Sequence[Outlined]) -> Subject:
+    """A photograph: what is in it, and whether there is each of the things that are there, the largest first."""
+    photo = photographs[index]
+    masks, names_of = photo.masks(), np.array(photo.names)
+    sizes = {name: float(masks[names_of == name].any(0).mean()) for name in photo.names}
+    names = sorted(sizes, key=lambda name: -sizes[name])
+    places = {name: tuple(i for i, other in enumerate(photo.names) if other == name) for name in names}
+    asked = [Asked("What is in this picture?", "naming", partial(_names, places=places))]
+    for name in names:
+        text = f"Is there {with_article(name)} in the picture?"
+        asked.append(Asked(text, "presence", partial(_agrees, deciding=places[name])))
+    return Subject(photo.path.name, photo.picture(), masks, asked[index % 2 :] + asked[: index % 2])
+
+
+def _names(run: Run, *, places: Mapping[str, tuple[int, ...]]) -> Told | None:
+    """The first name whose word is in the answer; a word that names another thing of the picture too does not count."""
+    words = {name: {word.casefold() for word in accepted(name)} for name in places}
+    for name in places:
+        doubtful = set().union(*(words[other] for other in places if other != name))
+        for word in sorted(words[name] - doubtful, key=len, reverse=True):
+            if found := spelt(run, word):
+                return found, places[name]
+    return None
+
+
+def _agrees(run: Run, *, deciding: tuple[int, ...]) -> Told | None:
+    yes = bool(run.words) and _bare(run.words[0].text) == "yes"
+    return (run.target(run.words[0]), deciding) if yes else None
 
 
 def _picture(
-    lab: Lab, index: int, *, split: str, seed: int, chosen: Mapping[str, dict[str, Any]], measured: Mapping[str, Any]
+    lab: Lab,
+    index: int,
+    *,
+    subject_of: Callable[[int], Subject],
+    seed: int,
+    chosen: Mapping[str, dict[str, Any]],
+    measured: Mapping[str, Any],
 ) -> dict[str, Any]:
     """One picture's record: every method on the first question it answers right."""
-    scene = picturebook.scene(split, index, seed=seed)
-    asked, found = _ask(lab, scene, index, chosen, measured["scale"])
-    record: dict[str, Any] = {"picture": scene.name, **asked}
+    subject = subject_of(index)
+    asked, found = _ask(lab, subject, chosen, measured["scale"])
+    record: dict[str, Any] = {"picture": subject.name, **asked}
     if found is None:
         return record
-    question, run, target = found
-    masks = scene.masks()
+    question, run, target, deciding = found
     result = compare(
         lab,
         run,
         list(chosen),
         target=target,
-        things=masks,
-        deciding=masks[list(question.deciding)] if question.deciding else None,
+        things=subject.masks,
+        deciding=subject.masks[list(deciding)] if deciding else None,
         seed=seed + index,
         progress=False,
         **measured,
@@ -184,29 +278,24 @@ def _picture(
 
 
 def _ask(
-    lab: Lab, scene: picturebook.Scene, index: int, chosen: Mapping[str, dict[str, Any]], scale: str
-) -> tuple[dict[str, int], tuple[picturebook.Question, Run, Target] | None]:
+    lab: Lab, subject: Subject, chosen: Mapping[str, dict[str, Any]], scale: str
+) -> tuple[dict[str, int], tuple[Asked, Run, Target, tuple[int, ...]] | None]:
     """How many questions were asked, wrong, and answered without the picture; and the first that was answered from it."""
-    rng = np.random.default_rng((picturebook.SPLITS[scene.split], scene.seed, index, 6))
-    picture, types = np.asarray(scene.picture()), picturebook.TYPES
     counts = {"asked": 0, "wrong": 0, "blind": 0}
-    for turn in range(len(types)):
-        for question in picturebook.ask_about(scene, rng, 1, (types[(index + turn) % len(types)],)):
-            run = lab.ask(picture, question.text, max_new_tokens=LONGEST)
-            if run.options["stopped"] == "interrupted":
-                raise KeyboardInterrupt
-            counts["asked"] += 1
-            if not exact_match(run.answer, question.answer):
-                counts["wrong"] += 1
-                continue
-            target = answer_target(run, question.short)
-            judge = Judge(lab, run, (target,), allowed_fills(chosen.items()), scale=scale)
-            judge.choose_fills(FEWEST_FILLS)
-            if judge.tells.sum() >= FEWEST_FILLS:
-                return counts, (question, run, target)
-            counts["blind"] += 1
-        if counts["asked"] == ATTEMPTS:
-            break
+    for question in itertools.islice(subject.questions, ATTEMPTS):
+        run = lab.ask(subject.picture, question.text, max_new_tokens=LONGEST)
+        if run.options["stopped"] == "interrupted":
+            raise KeyboardInterrupt
+        counts["asked"] += 1
+        if (told := question.told(run)) is None:
+            counts["wrong"] += 1
+            continue
+        target, deciding = told
+        judge = Judge(lab, run, (target,), allowed_fills(chosen.items()), scale=scale)
+        judge.choose_fills(FEWEST_FILLS)
+        if judge.tells.sum() >= FEWEST_FILLS:
+            return counts, (question, run, target, deciding)
+        counts["blind"] += 1
     return counts, None
 
 
@@ -368,7 +457,7 @@ def tabulate(records: Sequence[Record], methods: tuple[str, ...], about: Mapping
     values = np.array([[_values(record["methods"].get(name, {})) for name in methods] for record in told])
     control = np.array([_values(record["control"]) for record in told])
     types = np.array([record["type"] for record in told])
-    names = ("all", *(name for name in picturebook.TYPES if name in types))
+    names = ("all", *(name for name in dict.fromkeys((*picturebook.TYPES, *types.tolist())) if name in types))
     cells = [_cells(values[rows], control[rows]) for rows in (types == name if name != "all" else types != "" for name in names)]
     mean, interval, against, against_interval, counts = (np.stack(part, 1) for part in zip(*cells, strict=True))
     refused = {name: reason for record in told for name, reason in record["refused"].items()}

@@ -11,17 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import llava_lab as ll
 from llava_lab.cli import main as cli
 from llava_lab.errors import DataError, OptionError
 from llava_lab.judging import leaderboard
-from llava_lab.judging.leaderboard import MEASURES, answer_target, economical, spread, tabulate
+from llava_lab.judging.leaderboard import MEASURES, Asked, _photographed, answer_target, economical, spread, tabulate
 from llava_lab.models import Lab
 from llava_lab.results import Leaderboard
 from llava_lab.results.scores import COST, FAITHFUL, TRUE
 from llava_lab.stats import wilson
 from llava_lab.worlds import picturebook
+from llava_lab.worlds.outlined import read_outlined
 from tests.support.additive import HOME as JUDGING
 from tests.support.additive import everything_tells
 from tests.support.closeness import TERMS, close
@@ -90,6 +92,65 @@ def test_every_short_answer_of_the_picture_book_is_found() -> None:
             ids = np.arange(6 + len(pieces))
             run = finished_run(answer=question.answer, words=words, token_ids=ids, segments={"answer": (6, len(ids))})
             assert answer_target(run, question.short).kind == "word", (question.answer, question.short)
+
+
+# -- photographs with outlines --------------------------------------------------------------
+
+
+@pytest.fixture
+def outlined(tmp_path: Path) -> Path:
+    """A dog on the left of two pictures, a bowl and two oranges on the other."""
+    (tmp_path / "classes.txt").write_text("18\tdog\n51\tbowl\n55\torange\n")
+    corners = {"dog": (18, 0, 0.5), "bowl": (51, 0, 0.2), "orange": (55, 0.5, 0.7), "another": (55, 0.8, 1)}
+    for name, shown in {"a": ["dog"], "b": ["orange", "bowl", "another"], "c": []}.items():
+        Image.new("RGB", (80, 40), (90, 120, 60)).save(tmp_path / f"{name}.jpg")
+        rows = [f"{one} {lo} 0 {hi} 0 {hi} 1 {lo} 1" for one, lo, hi in (corners[thing] for thing in shown)]
+        (tmp_path / f"{name}.txt").write_text("\n".join(rows))
+    return tmp_path
+
+
+def test_a_photograph_is_asked_what_it_shows_and_the_named_thing_decides(tiny_random: Lab, outlined: Path) -> None:
+    fruit = _photographed(1, photographs=read_outlined(outlined))
+    assert [asked.text for asked in fruit.questions] == [
+        "Is there an orange in the picture?",  # the largest first
+        "Is there a bowl in the picture?",
+        "What is in this picture?",
+    ]
+    assert fruit.masks.mean((1, 2)) == pytest.approx([0.2, 0.2, 0.2], abs=0.02)
+    orange, bowl, what = fruit.questions
+
+    def told(asked: Asked, answer: str) -> tuple[str, tuple[int, ...]] | None:
+        found = asked.told(scripted_run(tiny_random, fruit.picture, answer))
+        return found and (found[0].text, found[1])
+
+    assert told(orange, "Yes, there is an orange.") == ("Yes", (0, 2))
+    assert told(bowl, "Yes") == ("Yes", (1,))
+    assert told(bowl, "No, there is no bowl.") is None
+    assert told(what, "It is a soup bowl.") == ("soup bowl", (1,))  # a name of the class below
+    assert told(what, "The picture shows a dog.") is None
+    assert told(what, "An orange and a bowl.") == ("orange", (0, 2))
+
+
+def test_a_leaderboard_of_photographs(tiny_random: Lab, outlined: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    everything_tells(monkeypatch)
+    monkeypatch.setattr(HOME, "LONGEST", 4)
+    monkeypatch.setattr(HOME, "_agrees", lambda run, deciding: (run.target(0), deciding))
+    board = leaderboard(tiny_random, data="photos", pictures=outlined, **QUICK)
+    assert board.about["pictures"] == board.about["explained"] == 2
+    assert board.types == ("all", "presence")
+    assert not np.isnan(board.mean[..., board.measures.index("pointing")]).any()
+
+
+def test_photographs_without_outlines_are_refused(tiny_random: Lab, outlined: Path, tmp_path_factory: Any) -> None:
+    for broken in ("18 0 0 1 1", "18 0 0 1 1 2 0", "99 0 0 1 1 1 0", "18 a b c d e f"):
+        (outlined / "a.txt").write_text(broken)
+        with pytest.raises(DataError, match=r"a\.txt line 1"):
+            read_outlined(outlined)
+    with pytest.raises(DataError, match=r"classes\.txt"):
+        leaderboard(tiny_random, data="photos", pictures=tmp_path_factory.mktemp("none"))
+    for options in ({"data": "photos"}, {"pictures": outlined}, {"data": "easy-vqa"}):
+        with pytest.raises(DataError, match="what decides each question"):
+            leaderboard(tiny_random, **options)
 
 
 # -- through the model ----------------------------------------------------------------------
@@ -201,7 +262,7 @@ def test_only_right_answers_are_explained(tiny_random: Lab) -> None:
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
-        ({"data": "vqa"}, DataError, "data must be picturebook, got 'vqa'"),
+        ({"data": "vqa"}, DataError, "data must be picturebook, or photos .* got 'vqa'"),
         ({"split": "exam"}, DataError, "split must be one of train"),
         ({"n": 0}, OptionError, "n must be a whole number of at least 1"),
         ({"methods": ["rolout"]}, OptionError, "no method 'rolout'"),
