@@ -59,6 +59,7 @@ def add_commands(add: Add) -> None:
     command = add("naming", naming, about)
     command.add_argument("--n", type=positive, default=60, metavar="N", help="pictures of the picture book (default: 60)")
     command.add_argument("--split", default="test", help="of the picture book (default: test)")
+    command.add_argument("--pictures", metavar="FOLDER", help="photographs with outlines and classes.txt in its place")
     command.add_argument("--top", type=positive, default=5, metavar="N", help="words looked at per patch and state (default: 5)")
 
     command = add("knockout", knockout, "cut attention between parts of the sequence, and see what happens to the answer")
@@ -158,7 +159,8 @@ def lens(args: argparse.Namespace) -> Reply:
 def naming(args: argparse.Namespace) -> Reply:
     from llava_lab.probes import naming_share
 
-    result = naming_share(common.load(args), n=args.n, split=args.split, top=args.top, seed=args.seed, progress=not args.json)
+    options = {"n": args.n, "split": args.split, "top": args.top, "seed": args.seed, "pictures": args.pictures}
+    result = naming_share(common.load(args), **options, progress=not args.json)
     return Reply(result.to_dict(), str(result.table()))
 
 

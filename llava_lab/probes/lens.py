@@ -25,9 +25,11 @@ that count are ours.
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -39,20 +41,22 @@ from tqdm.auto import tqdm
 from llava_lab.capture import undisturbed
 from llava_lab.capture.residual import watch_stream
 from llava_lab.checks import PATIENCE, Sweep, entry, number, whole_number
-from llava_lab.errors import CheckpointError, OptionError
+from llava_lab.errors import CheckpointError, DataError, OptionError
 from llava_lab.models.layout import language_layers
-from llava_lab.probes.linear import QUESTION, patch_labels, read_stages, subset
+from llava_lab.probes.linear import LEFT_OUT, QUESTION, patch_labels, read_stages, subset
 from llava_lab.replay.words import Reading, final_norm, output_head, read_words, state_window, token_texts, word_tokens
 from llava_lab.results import HallucinationCheck, LogitLens, NamingShare, Run, Saved, WordActivation
 from llava_lab.stats import RESAMPLES, cluster_bootstrap, percentiles, roc_auc
+from llava_lab.worlds.outlined import accepted, read_outlined
 from llava_lab.worlds.picturebook import scene
-from llava_lab.worlds.scenes import COLOR_NAMES, KIND_NAMES, Scene
+from llava_lab.worlds.scenes import COLOR_NAMES, KIND_NAMES
 
 if TYPE_CHECKING:
     from llava_lab.models import Lab
 
 BATCH = 256  # tokens a step of training
 ASKED = "What do you see?"  # of each scene whose tokens are tried with names
+MOST = 0.5  # share of a patch that a thing must cover to be what it shows
 
 
 @dataclass(frozen=True)
@@ -335,12 +339,24 @@ def _log_probs(lab: Lab, states: Tensor) -> Tensor:
 
 @entry
 def naming_share(
-    lab: Lab, *, n: int = 60, split: str = "test", top: int = 5, question: str = ASKED, seed: int = 0, progress: bool = True
+    lab: Lab,
+    *,
+    n: int = 60,
+    split: str = "test",
+    pictures: str | os.PathLike | None = None,
+    top: int = 5,
+    question: str = ASKED,
+    seed: int = 0,
+    progress: bool = True,
 ) -> NamingShare:
     """Shares by state over the first `n` scenes of a split, with intervals that resample pictures.
 
+    With `pictures`, a folder of photographs with outlines (`worlds.outlined.read_outlined`), the scenes are its photographs: a
+    token names its thing by any accepted word, and nothing is counted for colours. What no outline covers may still be a thing.
+
     One answer and one forward a picture. A word of several tokens counts by its first (the notes list them).
-    Raises OptionError for `n` below 2 (the shuffled control needs another picture) or `top` below 1, DataError for a split.
+    Raises OptionError for `n` below 2 (the shuffled control needs another picture) or `top` below 1, DataError for a split or a
+    folder without outlines.
 
     >>> ll.naming_share(lab, n=2, progress=False).of("object").shape
     (7,)
@@ -348,27 +364,23 @@ def naming_share(
     begin = time.perf_counter()
     whole_number("n", n, least=2)
     whole_number("top", top, least=1)
-    names, notes = _spellings(lab)
-    scenes = [scene(split, i, seed=seed) for i in range(n)]
-    kinds, colors = patch_labels(lab, scenes, "kind"), patch_labels(lab, scenes, "color")
-    empty = patch_labels(lab, scenes, "object") == 0
+    shown, names, notes = _drawn(lab, n, split, seed) if pictures is None else _photographed(lab, n, Path(pictures))
+    n, split = len(shown), split if pictures is None else Path(pictures).name
     rng = np.random.default_rng((seed, n))
     hits, counts = [], []
     states: tuple[int, ...] = ()
-    for i, shown in enumerate(tqdm(scenes, desc="naming", unit="picture", delay=PATIENCE, disable=not progress)):
-        run = lab.ask(shown.picture(), question, max_new_tokens=1)
+    for i, subject in enumerate(tqdm(shown, desc="naming", unit="picture", delay=PATIENCE, disable=not progress)):
+        run = lab.ask(subject.picture(), question, max_new_tokens=1)
         lens = logit_lens(lab, run, top=top)
         states = lens.states
-        kind, color = kinds[i].ravel(), colors[i].ravel()
-        there = np.flatnonzero(kind >= 0)
-        blank = np.flatnonzero(empty[i].ravel())
+        there, blank = np.flatnonzero(subject.labels[0] >= 0), np.flatnonzero(subject.empty)
         groups = (
-            (there, kind[there], color[there]),
-            (blank, *_drawn(shown, len(blank), rng)),
-            (there, *_drawn(scenes[(i + 1) % n], len(there), rng)),
+            (there, subject.labels[:, there]),
+            (blank, subject.some(len(blank), rng)),
+            (there, shown[(i + 1) % n].some(len(there), rng)),
         )
-        hits.append(np.stack([_named(lens.top_ids[:, where], names, k, c) for where, k, c in groups]))
-        counts.append([len(where) for where, _, _ in groups])
+        hits.append(np.stack([_named(lens.top_ids[:, where], names, labels) for where, labels in groups]))
+        counts.append([len(where) for where, _ in groups])
     share, interval = _shares(np.stack(hits).astype(float), np.array(counts, float), seed)
     return NamingShare(
         states=states,
@@ -385,35 +397,81 @@ def naming_share(
     )
 
 
-def _drawn(shown: Scene, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Kind and colour of a random thing of a scene, for each of so many patches."""
-    things = [shown.things[int(i)] for i in rng.integers(len(shown.things), size=count)]
-    kinds = np.array([KIND_NAMES.index(thing.kind) for thing in things], np.int64)
-    return kinds, np.array([COLOR_NAMES.index(thing.color) for thing in things], np.int64)
+Names = dict[str, list[np.ndarray]]  # "kind" and "color" -> for each label the tokens that name it
 
 
-def _spellings(lab: Lab) -> tuple[dict[str, list[np.ndarray]], tuple[str, ...]]:
-    """For every kind and colour the first tokens of its spellings: in a sentence, at its start, with a capital; and notes."""
-    spellings: dict[str, list[np.ndarray]] = {"kind": [], "color": []}
-    notes: dict[str, None] = {}
-    for what, words in (("kind", KIND_NAMES), ("color", COLOR_NAMES)):
-        for word in words:
+@dataclass(frozen=True)
+class _Shown:
+    """A picture and what its patches show: labels are places in `Names`, of kind and colour."""
+
+    picture: Callable[[], Any]
+    labels: np.ndarray  # int (2, P), -1 where no thing covers most of a patch
+    empty: np.ndarray  # bool (P,), where no thing is
+    things: np.ndarray  # int (2, things)
+
+    def some(self, count: int, rng: np.random.Generator) -> np.ndarray:
+        """Labels of so many things of the picture, drawn at random: int (2, count)."""
+        return self.things[:, rng.integers(self.things.shape[1], size=count)]
+
+
+def _drawn(lab: Lab, n: int, split: str, seed: int) -> tuple[list[_Shown], Names, tuple[str, ...]]:
+    scenes = [scene(split, i, seed=seed) for i in range(n)]
+    labels = np.stack([patch_labels(lab, scenes, what).reshape(n, -1) for what in ("kind", "color")], 1)
+    empty = patch_labels(lab, scenes, "object").reshape(n, -1) == 0
+    kind, kind_notes = _spellings(lab, [[name] for name in KIND_NAMES])
+    color, color_notes = _spellings(lab, [[name] for name in COLOR_NAMES])
+    shown = []
+    for drawn, label, bare in zip(scenes, labels, empty, strict=True):
+        things = [(KIND_NAMES.index(thing.kind), COLOR_NAMES.index(thing.color)) for thing in drawn.things]
+        shown.append(_Shown(drawn.picture, label, bare, np.array(things).T))
+    return shown, {"kind": kind, "color": color}, tuple(dict.fromkeys(kind_notes + color_notes))
+
+
+def _photographed(lab: Lab, n: int, folder: Path) -> tuple[list[_Shown], Names, tuple[str, ...]]:
+    photographs = read_outlined(folder)[:n]
+    if len(photographs) < 2:
+        raise DataError(f"{folder} has one photograph with outlines; the shuffled control needs another")
+    classes = sorted({name for photo in photographs for name in photo.names})
+    shown = []
+    for photo in photographs:
+        masks = photo.masks()
+        way = lab.preprocessing.map(masks.shape[2], masks.shape[1])
+        covered = np.stack([way.mask_to_patches(mask).ravel() for mask in masks])
+        labels = np.full((2, covered.shape[1]), LEFT_OUT)
+        for name, share in zip(photo.names, covered, strict=True):
+            labels[:, share > MOST] = [[classes.index(name)], [0]]
+        empty = (way.coverage().ravel() > MOST) & (covered.max(0) == 0)
+        things = [(classes.index(name), 0) for name in dict.fromkeys(photo.names)]
+        shown.append(_Shown(photo.picture, labels, empty, np.array(things).T))
+    kind, notes = _spellings(lab, [accepted(name) for name in classes])
+    return shown, {"kind": kind, "color": [np.array([], int)]}, notes
+
+
+def _spellings(lab: Lab, things: Sequence[Sequence[str]]) -> tuple[list[np.ndarray], tuple[str, ...]]:
+    """For every thing the first tokens of its words: in a sentence, at its start, with a capital; and notes.
+
+    The first token of several words does not name a thing, so such names are left out where there is another.
+    """
+    spellings, notes = [], dict[str, None]()
+    for words in things:
+        ids = set()
+        for word in [word for word in words if " " not in word] or words[:1]:
             _, (inside,), about = word_tokens(lab, word)
             notes |= dict.fromkeys(about)
-            ids = {inside}
+            ids.add(inside)
             for spelt in (word, word.capitalize(), f" {word.capitalize()}"):
                 alone = lab.tokenizer.encode(spelt, add_special_tokens=False)
                 if len(alone) == 1 and alone[0] != lab.tokenizer.unk_token_id:
                     ids.add(alone[0])
-            spellings[what].append(np.array(sorted(ids)))
+        spellings.append(np.array(sorted(ids)))
     return spellings, tuple(notes)
 
 
-def _named(top_ids: np.ndarray, names: dict[str, list[np.ndarray]], kind: np.ndarray, color: np.ndarray) -> np.ndarray:
-    """(S, P, top) tokens -> patches that name their kind, their colour, either: int (3, S)."""
+def _named(top_ids: np.ndarray, names: Names, labels: np.ndarray) -> np.ndarray:
+    """(S, P, top) tokens, labels (2, P) -> patches that name their kind, their colour, either: int (3, S)."""
     hit = np.zeros((2, *top_ids.shape[:2]), bool)
-    for row, (what, labels) in enumerate((("kind", kind), ("color", color))):
-        for patch, label in enumerate(labels):
+    for row, what in enumerate(("kind", "color")):
+        for patch, label in enumerate(labels[row]):
             hit[row, :, patch] = np.isin(top_ids[:, patch], names[what][int(label)]).any(-1)
     return np.stack([*hit, hit.any(0)]).sum(-1)
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import llava_lab as ll
 from llava_lab.cli import main as cli
@@ -95,18 +94,6 @@ def test_every_short_answer_of_the_picture_book_is_found() -> None:
 
 
 # -- photographs with outlines --------------------------------------------------------------
-
-
-@pytest.fixture
-def outlined(tmp_path: Path) -> Path:
-    """A dog on the left of two pictures, a bowl and two oranges on the other."""
-    (tmp_path / "classes.txt").write_text("18\tdog\n51\tbowl\n55\torange\n")
-    corners = {"dog": (18, 0, 0.5), "bowl": (51, 0, 0.2), "orange": (55, 0.5, 0.7), "another": (55, 0.8, 1)}
-    for name, shown in {"a": ["dog"], "b": ["orange", "bowl", "another"], "c": []}.items():
-        Image.new("RGB", (80, 40), (90, 120, 60)).save(tmp_path / f"{name}.jpg")
-        rows = [f"{one} {lo} 0 {hi} 0 {hi} 1 {lo} 1" for one, lo, hi in (corners[thing] for thing in shown)]
-        (tmp_path / f"{name}.txt").write_text("\n".join(rows))
-    return tmp_path
 
 
 def test_a_photograph_is_asked_what_it_shows_and_the_named_thing_decides(tiny_random: Lab, outlined: Path) -> None:

@@ -340,6 +340,27 @@ def test_bad_counts_and_splits_are_refused(tiny: Lab) -> None:
         naming_share(tiny, n=2, split="moon")
 
 
+def test_naming_on_photographs_counts_the_patches_of_their_outlines(
+    tiny: Lab, outlined: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dog, real = token(tiny, "fish"), lens.logit_lens
+    monkeypatch.setattr(lens, "accepted", lambda name: ("fish",) if name == "dog" else ("star",))  # words that tiny has
+    monkeypatch.setattr(
+        lens, "logit_lens", lambda *given, **o: replace(found := real(*given, **o), top_ids=found.top_ids * 0 + dog)
+    )
+    told = naming_share(tiny, pictures=outlined, progress=False)
+    # the dog has the left half of its picture, the fruit three fifths of the other; both are twice as wide as high
+    rows, columns = tiny.grid
+    half, most = 0.5 * rows * 0.5 * columns, 0.5 * rows * 0.6 * columns
+    assert told.pictures == 2
+    assert told.patches[0] == pytest.approx(half + most, rel=0.15)
+    assert told.of("object", "kind") == pytest.approx(half / (half + most), abs=0.08)
+    assert (told.of("object", "color") == 0).all()
+    assert told.of("shuffled", "kind") == pytest.approx(1 - told.of("object", "kind"))  # the other picture's name
+    with pytest.raises(DataError, match=r"classes\.txt"):
+        naming_share(tiny, pictures=outlined / "nowhere")
+
+
 def test_the_command_prints_what_the_function_finds(tiny: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["naming", "--n", "2", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)

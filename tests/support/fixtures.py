@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from PIL import Image
 
 if TYPE_CHECKING:
     from llava_lab.models import Lab
@@ -57,3 +58,15 @@ def picture() -> np.ndarray:
     pixels = np.random.default_rng(0).integers(90, 160, (40, 60, 3), dtype=np.uint8)
     pixels[24:36, 6:18] = (220, 30, 30)
     return pixels
+
+
+@pytest.fixture
+def outlined(tmp_path: Path) -> Path:
+    """A dog on the left of two pictures, a bowl and two oranges on the other."""
+    (tmp_path / "classes.txt").write_text("18\tdog\n51\tbowl\n55\torange\n")
+    corners = {"dog": (18, 0, 0.5), "bowl": (51, 0, 0.2), "orange": (55, 0.5, 0.7), "another": (55, 0.8, 1)}
+    for name, shown in {"a": ["dog"], "b": ["orange", "bowl", "another"], "c": []}.items():
+        Image.new("RGB", (80, 40), (90, 120, 60)).save(tmp_path / f"{name}.jpg")
+        rows = [f"{one} {lo} 0 {hi} 0 {hi} 1 {lo} 1" for one, lo, hi in (corners[thing] for thing in shown)]
+        (tmp_path / f"{name}.txt").write_text("\n".join(rows))
+    return tmp_path
