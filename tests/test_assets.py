@@ -8,7 +8,7 @@ import pytest
 
 from llava_lab.evaluation import evaluate
 from llava_lab.models import Lab, load
-from llava_lab.models.folders import ASSETS
+from llava_lab.shipped import ASSETS
 from llava_lab.worlds.picturebook import TYPES
 
 TINY = ASSETS / "tiny"

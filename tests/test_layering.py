@@ -27,7 +27,7 @@ LONGEST_CELL = 20
 
 # Each row may import itself and the rows before it.
 ORDER = (
-    {"errors"},
+    {"errors", "shipped"},
     {"geometry", "checks", "stats"},
     {"results"},
     {"capture"},

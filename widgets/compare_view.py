@@ -107,7 +107,7 @@ class CompareView(PictureWidget):
         return stills.png(stills.method_maps(self.run, maps, about=about, scores=scores, doubtful=doubtful))
 
     def __repr__(self) -> str:
-        return f"CompareView({self.run.question!r} → {self.run.answer!r}; {', '.join(self.data.maps)})"
+        return f"CompareView({self.run.question!r} → {self.run.answer_shown!r}; {', '.join(self.data.maps)})"
 
     def _spec(self, packed: Packed) -> dict[str, Any]:
         scores = scores_of(self.data)

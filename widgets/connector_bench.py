@@ -100,7 +100,7 @@ class ConnectorBench(PictureWidget):
         """Both maps and their difference as shown, as PNG bytes."""
         from llava_lab.plots import stills
 
-        sides = [(side.name, side.run.answer, side.values) for side in (self.one, self.shown)]
+        sides = [(side.name, side.run.answer_shown, side.values) for side in (self.one, self.shown)]
         return stills.png(stills.connector_maps(self.run, *sides))
 
     @property
@@ -110,7 +110,9 @@ class ConnectorBench(PictureWidget):
 
     def __repr__(self) -> str:
         one, two = self.one, self.shown
-        return f"ConnectorBench({one.run.question!r}: {one.name} → {one.run.answer!r}; {two.name} → {two.run.answer!r})"
+        return (
+            f"ConnectorBench({one.run.question!r}: {one.name} → {one.run.answer_shown!r}; {two.name} → {two.run.answer_shown!r})"
+        )
 
     @traitlets.validate("rank")
     def _valid_rank(self, proposal: dict) -> int:
@@ -165,7 +167,7 @@ def check_same(one: Seen, other: Seen) -> None:
 def side_of(side: Seen) -> dict[str, Any]:
     return {
         "name": side.name,
-        "answer": side.run.answer,
+        "answer": side.run.answer_shown,
         "words": answer_words(side.run),
         "p": whole_probability(side.run),
         "near": [[[word, round(cosine, 3)] for word, cosine in patch] for patch in side.words],

@@ -89,7 +89,7 @@ class FlowView(RunWidget):
         if self.grid is not None:
             parts.append(f"{len(self.grid.sites)} sites x {len(self.grid.windows)} windows patched")
         targets = ", ".join(repr(target.text) for target in self.targets)
-        return f"FlowView({self.run.question!r} → {self.run.answer!r}; {'; '.join(parts)}; {targets})"
+        return f"FlowView({self.run.question!r} → {self.run.answer_shown!r}; {'; '.join(parts)}; {targets})"
 
     # -- checks on what Python or the page sets ------------------------------------------------
 

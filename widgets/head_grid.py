@@ -87,7 +87,7 @@ class HeadGrid(PictureWidget):
     def __repr__(self) -> str:
         layers, heads = self.head_maps.values.shape[1:3]
         words = ", ".join(chip["text"] for chip in self.spec["chips"])
-        return f"HeadGrid({self.run.question!r} → {self.run.answer!r}; {layers} layers x {heads} heads; {words})"
+        return f"HeadGrid({self.run.question!r} → {self.run.answer_shown!r}; {layers} layers x {heads} heads; {words})"
 
     @property
     def values(self) -> np.ndarray:

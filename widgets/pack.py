@@ -122,7 +122,8 @@ def chip_of(run: Run, target: Target) -> dict[str, Any]:
 
 def head_of(run: Run) -> dict[str, Any]:
     """What every view says about the run."""
-    return {"question": run.question, "answer": run.answer, "model": run.model, "seed": run.seed, "map": run.map.to_dict()}
+    said = {"question": run.question, "answer": run.answer_shown, "model": run.model, "seed": run.seed, "map": run.map.to_dict()}
+    return {**said, "cut": run.cut, "told": list(run.notes), "knows": run.knows}
 
 
 def known(given: Mapping[str, Any], methods: Mapping[str, Any], what: str) -> Mapping[str, Any]:

@@ -109,7 +109,7 @@ class PatchExplorer(PictureWidget):
         return View(view.entry, {**view.state, "spec": {**self.spec, "can_ask": False}, "reply": {}}, view.data)
 
     def __repr__(self) -> str:
-        return f"PatchExplorer({self.run.question!r} → {self.run.answer!r}; {', '.join(self.relevance)})"
+        return f"PatchExplorer({self.run.question!r} → {self.run.answer_shown!r}; {', '.join(self.relevance)})"
 
     # -- checks on what Python or the page sets ------------------------------------------------
 
@@ -150,7 +150,11 @@ class PatchExplorer(PictureWidget):
 def read_answer(given: Any) -> dict[str, Any]:
     """What the callback returned, as words with probabilities."""
     if hasattr(given, "words") and hasattr(given, "logprobs"):
-        return {"answer": given.answer, "words": answer_words(given), "p": whole_probability(given)}
+        return {
+            "answer": getattr(given, "answer_shown", given.answer),
+            "words": answer_words(given),
+            "p": whole_probability(given),
+        }
     if not (isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], str)):
         raise TypeError(f"ask must return a Run or (answer, probabilities per word), got {type(given).__name__}")
     answer, probabilities = given

@@ -190,7 +190,8 @@ def answer_line(run: Run) -> str:
     for word in answer_words(run):
         chance = "" if word["p"] is None else f' title="probability {word["p"]:.1%}"'
         words.append(f"<span{chance}>{html.escape(word['text'])}</span>")
-    return f'<p class="lab-report-answer">{" ".join(words) or html.escape(run.answer)}</p>'
+    cut = "" if not run.cut else '<span class="lab-report-cut"> … [cut]</span>'
+    return f'<p class="lab-report-answer">{" ".join(words) or html.escape(run.answer)}{cut}</p>{_items(run.notes)}'
 
 
 def score_tables(comparison: Any) -> str:
@@ -233,6 +234,7 @@ def how_made(run: Run, versions: Mapping[str, str]) -> str:
     m = run.map
     facts = {
         "model": run.model,
+        **({"what it knows": run.knows} if run.knows else {}),
         "fingerprint of its weights": run.fingerprint,
         "seed": str(run.seed),
         **{key.replace("_", " "): plain_value(value) for key, value in run.options.items()},

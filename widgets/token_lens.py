@@ -84,7 +84,7 @@ class TokenLens(PictureWidget):
         states = self.lens.states
         about = f"states {states[0]} to {states[-1]}, {self.run.map.rows} x {self.run.map.cols} patches"
         looking = f"; looking for {self.word!r}" if self.word else ""
-        return f"TokenLens({self.run.question!r} → {self.run.answer!r}; {about}{looking})"
+        return f"TokenLens({self.run.question!r} → {self.run.answer_shown!r}; {about}{looking})"
 
     @property
     def values(self) -> np.ndarray:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_lab.cli import common
-from llava_lab.cli.common import CLOSED, Add, Reply, positive
+from llava_lab.cli.common import Add, Reply, positive
 from llava_lab.errors import OptionError
 
 if TYPE_CHECKING:
@@ -29,12 +29,12 @@ PATCHES = re.compile(r"\d+,\d+(;\d+,\d+)*")
 def add_commands(add: Add) -> None:
     command = add("ask", ask, "answer a question about a picture")
     common.add_question(command)
-    _add_server(command)
-    command.add_argument("--save", metavar="FILE", help="keep the run in one .npz file")
+    common.add_server(command)
+    common.add_output(command, "--save", "keep the run in one .npz file")
 
     command = add("explain", explain, "answer, and say which patches the answer came from")
     common.add_question(command)
-    _add_server(command)
+    common.add_server(command)
     common.add_method(command)
     command.add_argument(
         "--target",
@@ -42,8 +42,8 @@ def add_commands(add: Add) -> None:
         metavar="WHAT",
         help="words (default), answer, a word of the answer, RED/BLUE for a contrast, or #N for an answer token; repeatable",
     )
-    command.add_argument("--out", metavar="FILE", help="draw the map on the picture (.png, .svg, .pdf)")
-    command.add_argument("--save", metavar="FILE", help="keep the map in one .npz file")
+    common.add_output(command, "--out", "draw the map on the picture (.png, .svg, .pdf)")
+    common.add_output(command, "--save", "keep the map in one .npz file")
 
     command = add("lens", lens, "what each image token would say at each layer, and the words nearest to it")
     common.add_question(command)
@@ -53,7 +53,7 @@ def add_commands(add: Add) -> None:
     command.add_argument("--top", type=positive, default=5, metavar="N", help="words kept per patch and state (default: 5)")
     command.add_argument("--space", default="input", help="nearest words by the input embeddings (default) or the output head")
     command.add_argument("--raw", action="store_true", help="nearest words by raw cosine instead of the centred one")
-    command.add_argument("--save", metavar="FILE", help="keep the whole lens in one .npz file")
+    common.add_output(command, "--save", "keep the whole lens in one .npz file")
 
     about = "share of object patches whose top words name the thing or its colour, by layer, beside two controls"
     command = add("naming", naming, about)
@@ -73,16 +73,7 @@ def add_commands(add: Add) -> None:
     command.add_argument("--draws", type=positive, default=20, help="random controls (default: 20)")
     command.add_argument("--sweep", action="store_true", help="a window of layers moved up the model, for three flows")
     command.add_argument("--width", type=positive, help="layers in the window of --sweep (default: nine of 32, in proportion)")
-    command.add_argument("--save", metavar="FILE", help="keep the result in one .npz file")
-
-
-def _add_server(command: argparse.ArgumentParser) -> None:
-    """The options of a closed model; `common.load` refuses them with any other."""
-    group = command.add_argument_group(f"a model behind a server (--model {CLOSED}NAME)")
-    group.add_argument("--base-url", metavar="URL", help="where pictures are sent, e.g. http://127.0.0.1:8000/v1")
-    group.add_argument("--max-requests", type=positive, metavar="N", help="all that may be sent (default: 500)")
-    group.add_argument("--key-variable", metavar="NAME", help="environment variable with the key (default: OPENAI_API_KEY)")
-    group.add_argument("--price", metavar="READ,WRITTEN", help="per million tokens, for the estimate")
+    common.add_output(command, "--save", "keep the result in one .npz file")
 
 
 # -- ask, explain ---------------------------------------------------------------------------
@@ -112,7 +103,8 @@ def explain(args: argparse.Namespace) -> Reply:
     common.save(relevance, args.save)
     if args.out:
         _draw(run, relevance, args.out)
-    data = {"answer": run.answer, "words": [word.text for word in run.words], **relevance.to_dict()}
+    told = {"answer": run.answer, "cut": run.cut, "words": [word.text for word in run.words]}
+    data = {**told, **relevance.to_dict(), "notes": [*run.notes, *relevance.notes]}
     return Reply(data, str(relevance.table()), code=130 if relevance.interrupted else 0)
 
 
@@ -149,7 +141,8 @@ def lens(args: argparse.Namespace) -> Reply:
     result = logit_lens(lab, run, layers=layers, top=args.top, words=args.word)
     near = nearest_words(lab, run, space=args.space, centered=not args.raw, top=args.top, seed=args.seed)
     common.save(result, args.save)
-    data = {"answer": run.answer, **result.to_dict(), "nearest": near.to_dict(), "notes": [*result.notes, *near.notes]}
+    notes = [*run.notes, *result.notes, *near.notes]
+    data = {"answer": run.answer, "cut": run.cut, **result.to_dict(), "nearest": near.to_dict(), "notes": notes}
     if patch:
         states = [{"state": state, "top": result.at(state, *patch)} for state in result.states]
         data["patch"] = {"row": patch[0], "col": patch[1], "states": states, "nearest": near.at(*patch)}
@@ -203,7 +196,9 @@ def knockout(args: argparse.Namespace) -> Reply:
         options: dict[str, Any] = {"layers": layers, "metric": metric, "draws": args.draws, "seed": args.seed}
         result = interventions.knockout(lab, run, source=source, target=to, **options)
     common.save(result, args.save)
-    return Reply({"answer": run.answer, **result.to_dict()}, str(result.table()), code=130 if result.interrupted else 0)
+    return Reply(
+        {"answer": run.answer, "cut": run.cut, **result.to_dict()}, str(result.table()), code=130 if result.interrupted else 0
+    )
 
 
 def read_place(text: str) -> Any:

@@ -14,19 +14,31 @@ import argparse
 import ast
 import json
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TextIO, TypeVar
 
 from llava_lab.errors import OptionError, WriteError, printable
+from llava_lab.shipped import MODELS
 
 if TYPE_CHECKING:
     import numpy as np
 
     from llava_lab.results import Run
 
-Add = Callable[[str, Callable[[argparse.Namespace], "Reply"], str], argparse.ArgumentParser]  # (command, function, about)
+Uses = Literal["lab", "model and seed", "seed", "nothing"]  # which of the shared options act in a command
+
+
+class Add(Protocol):
+    """Adds a command: its name, its function, what it is about, and which of the shared options act in it."""
+
+    def __call__(
+        self, name: str, run: Callable[[argparse.Namespace], Reply], about: str, uses: Uses = "lab"
+    ) -> argparse.ArgumentParser: ...
+
+
 Written = TypeVar("Written")
 CLOSED = "openai:"
 SERVER_OPTIONS = ("base_url", "max_requests", "key_variable", "price")
@@ -58,14 +70,46 @@ def positive(text: str) -> int:
     return number
 
 
+def add_output(command: argparse.ArgumentParser, flag: str, about: str, default: str | None = None) -> None:
+    """An option that names a file to write; with the first of them comes ``--force`` (`refuse_overwriting`)."""
+    written = command.get_default("outputs") or ()
+    if not written:
+        command.add_argument("--force", action="store_true", help="write over files that are there")
+    action = command.add_argument(flag, metavar="FILE", default=default, help=about)
+    command.set_defaults(outputs=(*written, action.dest))
+
+
+def refuse_overwriting(args: argparse.Namespace) -> None:
+    """Raises OptionError where a file to be written is there and ``--force`` was not given; before anything is done."""
+    for name in getattr(args, "outputs", ()):
+        path = getattr(args, name)
+        if path and not args.force and Path(path).is_file():
+            option = name.replace("_", "-")
+            raise OptionError(f"{path} is there already; give --{option} another name, or --force to write over it")
+
+
 def add_question(command: argparse.ArgumentParser) -> None:
     """A picture, a question, and how it is asked."""
     command.add_argument("picture", help="an image file")
     command.add_argument("question")
+    add_asking(command)
+
+
+def add_asking(command: argparse.ArgumentParser) -> None:
+    """How a question is asked."""
     command.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="longest answer (default: 64)")
     command.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     command.add_argument("--prompt", help="form of the prompt: llava-1.5, hf, or chat (default: the model's own)")
     command.add_argument("--fit", help="how the picture becomes square: pad or crop (default: the model's own)")
+
+
+def add_server(command: argparse.ArgumentParser) -> None:
+    """The options of a closed model; `load` refuses them with any other."""
+    group = command.add_argument_group(f"a model behind a server (--model {CLOSED}NAME)")
+    group.add_argument("--base-url", metavar="URL", help="where pictures are sent, e.g. http://127.0.0.1:8000/v1")
+    group.add_argument("--max-requests", type=positive, metavar="N", help="all that may be sent (default: 500)")
+    group.add_argument("--key-variable", metavar="NAME", help="environment variable with the key (default: OPENAI_API_KEY)")
+    group.add_argument("--price", metavar="READ,WRITTEN", help="per million tokens, for the estimate")
 
 
 def add_method(command: argparse.ArgumentParser) -> None:
@@ -145,7 +189,10 @@ def load(args: argparse.Namespace) -> Any:
         if server:
             option = next(iter(server)).replace("_", "-")
             raise OptionError(f"--{option} belongs to --model {CLOSED}NAME, got --model {args.model}")
-        return ll.load(args.model, device=args.device, dtype=args.dtype)
+        lab = ll.load(args.model, device=args.device, dtype=args.dtype)
+        if args.model in MODELS:
+            say(f"{args.model}: {MODELS[args.model].knows}", file=sys.stderr)
+        return lab
     if not hasattr(args, "base_url"):
         raise OptionError(f"{args.command} looks inside the model, and {args.model} is closed; use ask or explain")
     if args.prompt not in (None, "llava-1.5") or args.fit:
@@ -174,15 +221,21 @@ def read_picture(args: argparse.Namespace) -> np.ndarray:
     return read_picture(args.picture)
 
 
-def ask(args: argparse.Namespace, lab: Any, picture: np.ndarray, *, show: bool) -> Run:
-    """Ask; with `show` a person sees the answer while it is made. Raises KeyboardInterrupt where the answer was stopped."""
+def ask(args: argparse.Namespace, lab: Any, picture: np.ndarray, *, show: bool, question: str | None = None, **more: Any) -> Run:
+    """Ask; with `show` a person sees the answer while it is made. Raises KeyboardInterrupt where the answer was stopped.
+
+    What the reader must know of the answer (`Run.notes`) goes to standard error. `question` None is the command's own.
+    """
+    question = args.question if question is None else question
     names = ["max_new_tokens", "temperature", "seed"] + ([] if is_closed(args) else ["prompt", "fit"])
-    options: dict[str, Any] = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    options: dict[str, Any] = {name: getattr(args, name) for name in names if hasattr(args, name)} | more
     if show and not args.json:
-        run: Run = lab.ask(picture, args.question, **options, on_token=lambda piece: say(piece, end=""))
-        say("")
+        run: Run = lab.ask(picture, question, **options, on_token=lambda piece: say(piece, end=""))
+        say(run.answer_shown.removeprefix(run.answer))
     else:
-        run = lab.ask(picture, args.question, **options, on_token=None)
+        run = lab.ask(picture, question, **options, on_token=None)
+    for note in run.notes:
+        say(f"note: {note}", file=sys.stderr)
     if run.options.get("stopped") == "interrupted":  # ask gives what it has; a command that was stopped says so
         raise KeyboardInterrupt
     return run

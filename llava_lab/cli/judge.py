@@ -45,9 +45,9 @@ def add_commands(add: Add) -> None:
     command.add_argument("--steps", type=positive, help="steps of a deletion or insertion curve (default: 8, with --data 5)")
     command.add_argument("--seeds", type=positive, help="random rankings per picture (default: 10, with --data 4)")
     command.add_argument("--workers", type=positive, default=1, help="processes that share the pictures of --data (default: 1)")
-    command.add_argument("--save", metavar="FILE", help="keep the result in one .npz file")
-    command.add_argument("--save-run", metavar="FILE", help="keep the run as well, for `llava-lab report`; one picture")
-    command.add_argument("--figure", metavar="FILE", help="draw it (.png, .svg, .pdf)")
+    common.add_output(command, "--save", "keep the result in one .npz file")
+    common.add_output(command, "--save-run", "keep the run as well, for `llava-lab report`; one picture")
+    common.add_output(command, "--figure", "draw it (.png, .svg, .pdf)")
 
     about = "does a map change when the model or the question does: similarity curves with their controls"
     command = add("sanity", sanity, about)
@@ -59,8 +59,8 @@ def add_commands(add: Add) -> None:
     command.add_argument(
         "--ask", action="append", metavar="QUESTION", help="ask this instead (default: two of our own); repeatable"
     )
-    command.add_argument("--save", metavar="FILE", help="keep the result in one .npz file")
-    command.add_argument("--figure", metavar="FILE", help=f"draw the curves ({', '.join(FIGURES)})")
+    common.add_output(command, "--save", "keep the result in one .npz file")
+    common.add_output(command, "--figure", f"draw the curves ({', '.join(FIGURES)})")
 
     command = add("evaluate", evaluate, "score a model on a data set, beside its controls")
     command.add_argument("--data", default="picturebook", help="picturebook (default), easy-vqa, photos, or a LLaVA .json file")
@@ -70,9 +70,9 @@ def add_commands(add: Add) -> None:
     command.add_argument("--normalised", action="store_true", help="compare after lower case, articles, full stop, numbers")
     command.add_argument("--no-controls", action="store_true", help="leave out blind, shuffled and majority")
 
-    command = add("report", report, "a saved run and its maps as one HTML file: no server, no network")
+    command = add("report", report, "a saved run and its maps as one HTML file: no server, no network", "nothing")
     command.add_argument("saved", metavar="RUN", help="a run kept by `llava-lab ask --save` or `llava-lab compare --save-run`")
-    command.add_argument("--out", metavar="FILE", default="report.html", help="default: report.html")
+    common.add_output(command, "--out", "default: report.html", "report.html")
     command.add_argument("--maps", metavar="FILE", nargs="+", default=[], help="maps kept by `llava-lab explain --save`")
     command.add_argument("--compare", metavar="FILE", help="a comparison kept by `llava-lab compare --save`")
     command.add_argument("--heads", metavar="FILE", help="head maps kept by `llava_lab.head_maps(...).save(...)`")
@@ -107,7 +107,7 @@ def _compare_one(args: argparse.Namespace) -> Reply:
 
         common.save_figure(plots.comparison(result), args.figure)
     common.save(run, args.save_run)
-    data = {"answer": run.answer, **result.to_dict(), "model": run.model}
+    data = {"answer": run.answer, "cut": run.cut, **result.to_dict(), "model": run.model}
     return Reply(data, _under_answer(run, result), code=130 if result.interrupted else 0)
 
 
@@ -151,7 +151,7 @@ def _read_methods(text: str) -> str | list[str]:
 def _under_answer(run: Run, result: Comparison | Sanity) -> str:
     """The result's table, with the answer before its title."""
     table = result.table()
-    return str(table.titled(f"{run.answer}  ({table.title})"))
+    return str(table.titled(f"{run.answer_shown}  ({table.title})"))
 
 
 # -- sanity ---------------------------------------------------------------------------------
@@ -179,6 +179,7 @@ def sanity(args: argparse.Namespace) -> Reply:
     curves = result.to_dict()
     data = {
         "answer": run.answer,
+        "cut": run.cut,
         **{name: curves[name] for name in ("method", "targets", "passed", "verdict", "control")},
         # `model` is the model's name in every command's data; the two tests' curves stand side by side here
         "curves": {"model": curves["model"], "question": curves["question"]},

@@ -1,8 +1,8 @@
 """``llava-lab``: the public functions from a terminal.
 
-Parses, calls, prints; every decision is made in the functions it calls. `ask`, `judge` and `train` beside this file
-hold most commands; those that need no model of the user's are here. The shapes of the data are promised to scripts
-(README, "What --json prints") and tested.
+Parses, calls, prints; every decision is made in the functions it calls. `ask`, `chat`, `judge` and `train` beside this file
+hold most commands; those that need no model of the user's are here. The shapes of the data are promised to scripts and tested.
+A command has the options that act in it and no others; a file that is there is written over with ``--force`` alone.
 
 With ``--json`` standard output holds exactly one JSON object and everything else goes to standard
 error. Exit codes: 0 done, 2 a mistake the user can mend (one line on standard error), 130 Ctrl-C.
@@ -24,9 +24,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from llava_lab.cli import ask, judge, train
-from llava_lab.cli.common import Add, Reply, positive, say
+from llava_lab.cli import ask, chat, judge, train
+from llava_lab.cli.common import Add, Reply, Uses, positive, refuse_overwriting, say
 from llava_lab.errors import LabError, OptionError, foreign_line, is_out_of_memory, one_line, printable
+from llava_lab.shipped import MODELS
 
 DEFAULT_MODEL = "tiny"
 RUN_PY = Path(__file__).resolve().parents[2] / "run.py"  # there in a checkout, not in an installed package
@@ -36,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code (argparse leaves by SystemExit, with 0 for help and 2 for a mistake)."""
     try:
         args = build_parser().parse_args(argv)
+        refuse_overwriting(args)
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(_Printable("%(message)s"))
         logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, handlers=[handler])
@@ -92,6 +94,14 @@ def _leave_output() -> None:
 class _Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, like all of ours."""
 
+    # what stands below the help and costs an import to know
+    below: Callable[[], str] | None = None
+
+    def format_help(self) -> str:
+        if self.below is not None:
+            self.formatter_class, self.epilog = argparse.RawDescriptionHelpFormatter, self.below()
+        return super().format_help()
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, printable(f"llava-lab: {message}; see `{self.prog} --help`\n"))
 
@@ -101,48 +111,61 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="llava-lab", description="Ask LLaVA about a picture, and see where the answer came from.")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
-    def add(name: str, run: Callable[[argparse.Namespace], Reply], about: str) -> argparse.ArgumentParser:
-        command = subparsers.add_parser(name, help=about, description=about, parents=[_common_options()])
+    def add(name: str, run: Callable[[argparse.Namespace], Reply], about: str, uses: Uses = "lab") -> argparse.ArgumentParser:
+        command = subparsers.add_parser(name, help=about, description=about)
+        _add_common(command, uses)
         command.set_defaults(run=run)
         return command
 
     ask.add_commands(add)
+    chat.add_commands(add)
     judge.add_commands(add)
     train.add_commands(add)
     _add_commands(add)
     return parser
 
 
-def _common_options() -> _Parser:
-    """What every command takes, whether or not it loads a model, so that scripts can be uniform.
-
-    Made anew for each command: argparse shares what a parent declares, and doctor has a default of its own.
-    """
-    common = _Parser(add_help=False)
-    common.add_argument("--model", default=DEFAULT_MODEL, help=f"tiny, a folder, or a hub name (default: {DEFAULT_MODEL})")
-    common.add_argument("--seed", type=int, default=0, help="same seed, same numbers (default: 0)")
-    common.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    common.add_argument("--device", help="cpu, cuda, mps (default: chosen, see `llava-lab doctor`)")
-    common.add_argument("--dtype", help="float32, bfloat16, float16 (default: chosen)")
-    common.add_argument("-v", "--verbose", action="store_true", help="say on standard error what is going on")
-    return common
+def _add_common(command: argparse.ArgumentParser, uses: Uses) -> None:
+    """What commands share: ``--json`` and ``-v`` all of them, the rest where it acts (`Uses`)."""
+    if uses in ("lab", "model and seed"):
+        known = f"{', '.join(MODELS)}, a folder, or a hub name"
+        command.add_argument("--model", default=DEFAULT_MODEL, help=f"{known} (default: {DEFAULT_MODEL})")
+    if uses != "nothing":
+        command.add_argument("--seed", type=int, default=0, help="same seed, same numbers (default: 0)")
+    command.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    if uses == "lab":
+        command.add_argument("--device", help="cpu, cuda, mps (default: chosen, see `llava-lab doctor`)")
+        command.add_argument("--dtype", help="float32, bfloat16, float16 (default: chosen)")
+    command.add_argument("-v", "--verbose", action="store_true", help="say on standard error what is going on")
 
 
 def _add_commands(add: Add) -> None:
-    add("methods", methods, "list the attribution methods, each with its one-sentence truth")
+    add("methods", methods, "list the attribution methods, each with its one-sentence truth", "nothing")
 
-    measure = add("bench", bench, "measure speed and memory against a floor and a peer")
-    measure.add_argument("name", help="which measurement, e.g. start")
+    measure = add("bench", bench, "measure speed and memory against a floor and a peer", "nothing")
+    measure.add_argument("name", help="which measurement; they are listed below")
+    measure.add_argument(
+        "--model", default=DEFAULT_MODEL, help="a shipped model, a folder, or random-s, random-m (default: tiny)"
+    )
     measure.add_argument("--quick", action="store_true", help="fewer repeats")
     measure.add_argument("--layers", type=positive, metavar="N", help="scale: layers of the language model (default: 4)")
+    measure.below = _bench_names  # type: ignore[attr-defined]
 
     about = "versions, device, memory, usable parts; with --model, how it differs from LLaVA-1.5"
-    add("doctor", doctor, about).set_defaults(model=None)
+    examined = add("doctor", doctor, about, "nothing")
+    examined.add_argument("--model", help=f"{', '.join(MODELS)}, a folder, or a hub name")
 
-    jupyter = add("lab", lab, "open JupyterLab with the lessons")
+    jupyter = add("lab", lab, "open JupyterLab with the lessons", "nothing")
     jupyter.add_argument("--port", type=int, help="default: 8888, or the next free one")
     jupyter.add_argument("--no-browser", action="store_true", help="only print the address")
     jupyter.add_argument("--check", action="store_true", help="start, run the first lesson, stop")
+
+
+def _bench_names() -> str:
+    from llava_lab.bench import BENCHES
+
+    width = max(map(len, BENCHES))
+    return "\n".join(["measurements:", *(f"  {name:<{width}}  {about}" for name, about in BENCHES.items())])
 
 
 def methods(args: argparse.Namespace) -> Reply:

@@ -31,6 +31,7 @@ STAGES = {"with": (True,), "without": (False,), "both": (True, False)}
 
 def add_commands(add: Add) -> None:
     command = add("train", train, "train the shipped model from nothing, or a stage on your own data")
+    command.set_defaults(model=None)
     command.add_argument("name", nargs="?", choices=("tiny", "smol", "photo"), help="which recipe to train from nothing")
     command.add_argument(
         "--pictures", metavar="FOLDER", help="photo: photographs named by what they show, or in folders so named"
@@ -66,7 +67,8 @@ def add_commands(add: Add) -> None:
     own.add_argument("--skip-bad", action="store_true", help="leave out rows that are wrong, and list them")
     own.add_argument("--cut-long", action="store_true", help="cut rows at the model's context, as LLaVA does")
 
-    command = add("ablate", ablate, "train connectors side by side and say which answers better, or that it cannot be told")
+    about = "train connectors side by side and say which answers better, or that it cannot be told"
+    command = add("ablate", ablate, about, "model and seed")
     command.add_argument(
         "--connector",
         action="append",
@@ -90,16 +92,16 @@ def add_commands(add: Add) -> None:
     command.add_argument("--test", type=positive, default=300, metavar="N", help="pictures of each test split (default: 300)")
     command.add_argument("--no-keep", action="store_true", help="do not save the models of the first seed")
     command.add_argument("--compile", action="store_true", help="fuse small operations (faster; needs a C++ compiler)")
-    command.add_argument("--save", metavar="FILE", help="keep the result in one .npz file")
+    common.add_output(command, "--save", "keep the result in one .npz file")
 
     about = "write an original LLaVA folder (llava_llama, LoRA, or a projector) in transformers' format"
-    command = add("convert", convert, about)
+    command = add("convert", convert, about, "nothing")
     command.add_argument("folder", metavar="FOLDER", help="the original: a folder or a hub name")
     command.add_argument("out", metavar="OUT", help="the folder to write; it must not exist or be empty")
     command.add_argument("--vision", metavar="NAME", help="folder or hub name of its CLIP tower (default: as its config says)")
     command.add_argument("--base", metavar="NAME", help="the language model under a LoRA or a projector (default: as named)")
 
-    command = add("data", data, "write a data set in LLaVA's format")
+    command = add("data", data, "write a data set in LLaVA's format", "seed")
     command.add_argument("world", choices=("picturebook",), help="which world to draw")
     command.add_argument("--n", type=positive, required=True, help="pictures")
     command.add_argument("--split", default="train", help="default: train")
@@ -112,6 +114,9 @@ def train(args: argparse.Namespace) -> Reply:
         if args.name:
             raise OptionError(f"give {args.name} or --data, not both")
         return _train_stage(args)
+    for name in ("model", "device", "dtype"):
+        if getattr(args, name) is not None:
+            raise OptionError(f"--{name} belongs to --data; a recipe has its own, so leave it out")
     if args.name is None:
         raise OptionError("what to train? give tiny, or --data FILE --stage align|instruct")
     if args.pictures and args.name != "photo":
@@ -147,7 +152,7 @@ def _train_stage(args: argparse.Namespace) -> Reply:
         raise OptionError(f"--data trains one stage at a time: --stage align or --stage instruct, got {stages or 'none'}")
     recipe, sources = _read_recipe(args, stages[0]), [read_source(text) for text in args.data]
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    lab = ll.load(args.model, device="cpu" if several else args.device, dtype=args.dtype)  # each process moves its own
+    lab = ll.load(args.model or "tiny", device="cpu" if several else args.device, dtype=args.dtype)  # each process moves its own
     running = Running(
         seed=args.seed,
         bf16=args.bf16,

@@ -27,8 +27,9 @@ from llava_lab.comparison.run import Finished, Job
 from llava_lab.errors import CheckpointError, DataError, OptionError
 from llava_lab.evaluation import answer_all, load_items
 from llava_lab.models import Lab, folders, load
-from llava_lab.models.folders import ABLATE, ABLATION
+from llava_lab.models.folders import ABLATE
 from llava_lab.results import MANY, Ablation
+from llava_lab.shipped import ABLATION
 
 CONNECTORS = ("linear", "mlp2x_gelu")  # whose first seed ships
 SHIPPED_AS = {"linear": "tiny-linear", "mlp2x_gelu": "tiny-mlp"}

@@ -13,7 +13,7 @@ from typing import Any
 
 from llava_lab.evaluation.perplexity import plain_text_perplexity
 from llava_lab.models import Lab, load
-from llava_lab.models.folders import ASSETS
+from llava_lab.shipped import ASSETS
 from llava_lab.worlds.picturebook import caption, scene
 
 QUESTIONS = ASSETS / "smol" / "free_form.json"

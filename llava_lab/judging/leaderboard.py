@@ -45,9 +45,10 @@ from llava_lab.checks import Sweep, entry, whole_number
 from llava_lab.errors import DataError, OptionError
 from llava_lab.judging.compare import Options, chosen_methods, compare
 from llava_lab.judging.faithfulness import BATCH, FEWEST_FILLS, SCALES, Judge, allowed_fills
-from llava_lab.models.folders import ABLATE, ABLATION, NAMES, SHIP
+from llava_lab.models.folders import ABLATE, NAMES, SHIP
 from llava_lab.results import Ablation, Comparison, Faithfulness, Leaderboard, Run, Target, area, mean_of_known, only_writer
 from llava_lab.results.scores import COST, DIGITS, FAITHFUL, TRUE
+from llava_lab.shipped import ABLATION
 from llava_lab.stats import cluster_bootstrap, exact_match, percentiles, wilson
 from llava_lab.worlds import picturebook
 from llava_lab.worlds.outlined import Outlined, accepted, read_outlined

@@ -56,6 +56,8 @@ class Card:
     dtype: str
     why: str
     attention: str
+    # one sentence: what it was trained on, in which languages, for which kinds of questions
+    knows: str = NOT_STATED
 
     @property
     def non_commercial(self) -> bool:
@@ -73,9 +75,17 @@ class Card:
 
 
 def make_card(
-    model: nn.Module, *, name: str, source: str, fit: str, why: str, attention: str, folder: Path | None = None
+    model: nn.Module,
+    *,
+    name: str,
+    source: str,
+    fit: str,
+    why: str,
+    attention: str,
+    folder: Path | None = None,
+    knows: str | None = None,
 ) -> Card:
-    """The card of a loaded model; `folder` is where its README may state licence and origin."""
+    """The card of a loaded model; `folder` is where its README may state licence, origin and what it `knows`."""
     config: Any = model.config
     head = readme_head(folder) if folder else {}
     vision, text = config.vision_config, config.text_config
@@ -97,6 +107,7 @@ def make_card(
         dtype=str(parameter.dtype).removeprefix("torch."),
         why=why,
         attention=attention,
+        knows=knows or head.get("knows") or NOT_STATED,
     )
 
 

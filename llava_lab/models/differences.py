@@ -1,5 +1,7 @@
 """`llava-lab doctor --model X`: how a checkpoint differs from LLaVA-1.5, line by line. Reads JSON and file heads, no weights.
 
+A shipped model that is put together from packages (`llava_lab.shipped`) is put together first, and its parts are read.
+
 Every fact is compared with what LLaVA-1.5 has; for a language model of another width or depth the two published sizes, 7B
 and 13B, are both expected values. A difference is not a fault: it says what a map or a score will depend on.
 
@@ -11,12 +13,15 @@ Sources: llava-hf/llava-1.5-7b-hf's files; haotian-liu/LLaVA @ c121f04 (the orig
 from __future__ import annotations
 
 import os
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from llava_lab.models import folders
 from llava_lab.models.formats import original
+from llava_lab.models.load import load
+from llava_lab.shipped import MODELS
 
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 DIFFERENT_MEAN = 1e-4
@@ -37,6 +42,8 @@ class Fact:
 
 def examine_model(name: str | os.PathLike) -> dict[str, Any]:
     """The comparison as plain data: model, folder, format, and every fact. Raises CheckpointError where there is none."""
+    if str(name) in MODELS and MODELS[str(name)].parts:
+        return _examine_parts(str(name))
     folder = folders.find(name)
     config = folders.read_json(folder.path / "config.json")
     with folders.one_line_of(folder.path):
@@ -45,13 +52,25 @@ def examine_model(name: str | os.PathLike) -> dict[str, Any]:
         else:
             form, facts = "transformers", _facts(folder.path, config)
         facts += _weight_facts(folder.path, form)
-    return {
-        "model": folder.name,
-        "folder": str(folder.path),
-        "format": form,
-        "same": all(fact.same for fact in facts),
-        "facts": [asdict(fact) for fact in facts],
-    }
+    return _report(folder.name, folder.path, form, facts)
+
+
+def _examine_parts(name: str) -> dict[str, Any]:
+    """The same of a model in parts: what a whole folder of it would say."""
+    lab = load(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        whole = Path(temporary)
+        lab.processor.save_pretrained(whole)
+        lab.model.config.save_pretrained(whole)
+        lab.model.generation_config.save_pretrained(whole)
+        facts = _facts(whole, folders.read_json(whole / "config.json"))
+    facts.append(_size_fact(lab.card.parameters))
+    return _report(name, MODELS[name].folder, "connector and LoRA beside packages", facts)
+
+
+def _report(name: str, folder: Path, form: str, facts: list[Fact]) -> dict[str, Any]:
+    same, rows = all(fact.same for fact in facts), [asdict(fact) for fact in facts]
+    return {"model": name, "folder": str(folder), "format": form, "same": same, "facts": rows}
 
 
 def render_model(report: dict[str, Any]) -> str:
@@ -196,6 +215,10 @@ def _generation_facts(folder: Path) -> list[Fact]:
 def _weight_facts(folder: Path, form: str) -> list[Fact]:
     if form not in ("transformers", f"original LLaVA, {original.WHOLE}"):
         return []
-    count = folders.count_parameters(folders.weight_files(folder)) / 1e9
+    return [_size_fact(folders.count_parameters(folders.weight_files(folder)))]
+
+
+def _size_fact(parameters: int) -> Fact:
+    count = parameters / 1e9
     near = "7B" if 6.5 < count < 7.5 else "13B" if 12.5 < count < 14 else f"{count:.3g}B"
-    return [_fact("parameters", near, "7B", "13B")]
+    return _fact("parameters", near, "7B", "13B")

@@ -37,12 +37,9 @@ from llava_lab.checks import regular_file
 from llava_lab.errors import CheckpointError, LabError, OptionError, WriteError, one_line
 from llava_lab.models import layout
 from llava_lab.models.formats import foreign
+from llava_lab.shipped import ASSETS, MODELS
 
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
-ABLATION = ASSETS / "ablation"  # the shipped comparison of connectors and its models
-NAMES = MappingProxyType(  # what can be loaded by a bare name
-    {"tiny": ASSETS / "tiny", "tiny-linear": ABLATION / "linear", "tiny-mlp": ABLATION / "mlp2x_gelu"}
-)
+NAMES = MappingProxyType({name: shipped.folder for name, shipped in MODELS.items() if not shipped.parts})  # whole folders
 ABLATE = "llava-lab ablate --start runs/tiny --out runs/ablation --save runs/ablation/ablation.npz"
 SHIP = "llava_lab.comparison.ship.ship_ablation('runs/ablation')"  # makes ABLATION of what ABLATE leaves
 EXAMPLE = "llava-hf/llava-1.5-7b-hf"
@@ -88,7 +85,7 @@ def find(name: str | os.PathLike, revision: str | None = None) -> Folder:
         raise CheckpointError(f"{path} is a file; give the folder that holds config.json and the weights")
     if _HUB_ID.fullmatch(repo):
         return _from_hub(repo, revision or pinned or None)
-    known = ", ".join(repr(known) for known in NAMES)
+    known = ", ".join(repr(known) for known in MODELS)
     raise CheckpointError(f"no model {text!r}: it is neither {known}, nor a folder here, nor a hub id such as {EXAMPLE!r}")
 
 

@@ -10,6 +10,7 @@ shipped model and the 7B: sizes are data.
 
 from __future__ import annotations
 
+import html
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,13 +26,14 @@ from llava_lab.checks import Sweep, Turn, entry, one_picture, shown, turn_of, wh
 from llava_lab.errors import CheckpointError, LabError, OptionError, PictureError, one_line
 from llava_lab.geometry import PictureMap, View
 from llava_lab.models import layout, text
-from llava_lab.models.card import Card, fingerprint, make_card
+from llava_lab.models.card import NOT_STATED, Card, fingerprint, make_card
 from llava_lab.models.formats import foreign
 from llava_lab.models.generation import Generated, generate, generate_many
 from llava_lab.models.pictures import PictureLike, Preprocessing, Shown, read_pictures
+from llava_lab.models.scope import Scope
 from llava_lab.models.swap import Swap, trained_beside
 from llava_lab.models.text import History, Prompt, decode, finished, group_words
-from llava_lab.results import Run
+from llava_lab.results import Run, cut_notes
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,7 @@ class _Asked:
     question: str
     sequence: Prompt
     limit: int  # tokens the answer may take
+    notes: tuple[str, ...] = ()  # what is to be said of its words
 
 
 class Lab:
@@ -75,6 +78,8 @@ class Lab:
         # the form that stands when none is given: Vicuna's, or the model's own where its turns are others
         self.prompt = "chat" if isinstance(template, str) and text.CUE not in template else "llava-1.5"
         self.foreign = False  # a stranger's: its chat template runs in a process of its own
+        self.scope: Scope | None = None  # of a shipped model: which words and pictures it was trained on
+        self._pictures_noted: tuple[Any, ...] = ()  # the last picture asked about, and what is said of it
         self.card = card or make_card(
             model,
             name=name,
@@ -139,6 +144,9 @@ class Lab:
     def context(self) -> int:
         """The longest sequence the language model was made for, tokens."""
         return int(self.model.config.text_config.max_position_embeddings)
+
+    def _repr_html_(self) -> str:
+        return f"<p><code>{html.escape(repr(self))}</code></p><p>{html.escape(self.card.knows)}</p>"
 
     def __repr__(self) -> str:
         rows, cols = self.grid
@@ -238,6 +246,7 @@ class Lab:
         """
         prompt = prompt or self.prompt
         text.check_form(prompt)
+        question, history = self.read_as(question), self._read_history(history)
         turns = text.turns(question, history)
         text.refuse_special_text(self.tokenizer, *(part for turn in turns for part in turn if part is not None))
         return text.encode(
@@ -252,8 +261,17 @@ class Lab:
             after=self._after_question(prompt),
         )
 
+    def read_as(self, question: str) -> str:
+        """A question as the model is given it: a small model's has common variants folded into its own wording (`Lab.scope`)."""
+        return self.scope.read_as(question) if self.scope is not None and isinstance(question, str) else question
+
+    def _read_history(self, history: History) -> History:
+        if self.scope is None or not self.scope.words:
+            return history
+        return [(self.read_as(question), answer) for question, answer in text.read_history(history)]
+
     def asked_instead(self, run: Run, question: str) -> Prompt:
-        """The prompt of `run` with another question in the place of its own. Raises OptionError for what cannot be asked."""
+        """The prompt of `run` with another question as it is given. Raises OptionError for what cannot be asked."""
         text.refuse_special_text(self.tokenizer, question)
         after = self._after_question(run.options.get("prompt", self.prompt))
         at = text.question_start(run.prompt, run.question, after)
@@ -348,7 +366,19 @@ class Lab:
                 f"the prompt has {len(sequence.token_ids)} tokens and the model's context is {self.context}; "
                 f"ask a shorter question, give less history{' or fewer pictures' if len(pictures) > 1 else ''}"
             )
-        return _Asked(pictures, question.strip(), sequence, limit)
+        notes = self.scope.about_words(question) if self.scope is not None else ()
+        return _Asked(pictures, self.read_as(question).strip(), sequence, limit, notes)
+
+    def _about_pictures(self, pictures: Sequence[np.ndarray], fit: str) -> tuple[str, ...]:
+        """What a reader should know of pictures; the last ones are remembered, as questions come in rows about one."""
+        if self.scope is None or self.scope.pictures is None:
+            return ()
+        seen, notes = self._pictures_noted or ((), ())
+        if len(seen) != len(pictures) + 1 or seen[-1] != fit or any(a is not b for a, b in zip(seen, pictures, strict=False)):
+            found = [self.scope.about_picture(self.model, self.pixels(picture, fit)) for picture in pictures]
+            notes = tuple(dict.fromkeys(note for some in found for note in some))
+            self._pictures_noted = ((*pictures, fit), notes)
+        return notes
 
     def check_pictures(self, count: int) -> None:
         """Raises OptionError where a question to this model cannot be about so many pictures."""
@@ -437,6 +467,7 @@ class Lab:
         start = len(sequence.token_ids)
         token_ids = np.concatenate([sequence.token_ids, generated.token_ids])
         where, views = self._maps(asked, options["fit"])
+        told = options | {"stopped": generated.stopped}
         return Run(
             picture=asked.pictures[0] if asked.pictures else np.zeros((0, 0, 3), np.uint8),
             question=asked.question,
@@ -451,9 +482,11 @@ class Lab:
             model=self.name,
             fingerprint=self.fingerprint,
             seed=seed,
-            options=options | {"stopped": generated.stopped},
+            options=told,
             views=views,
             others=asked.pictures[1:],
+            notes=(*asked.notes, *self._about_pictures(asked.pictures, options["fit"]), *cut_notes(told)),
+            knows="" if self.card.knows == NOT_STATED else self.card.knows,
         )
 
 

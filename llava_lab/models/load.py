@@ -37,7 +37,9 @@ from llava_lab.models.card import make_card
 from llava_lab.models.formats import compact, foreign, original
 from llava_lab.models.lab import Lab
 from llava_lab.models.placement import Placement, choose_device
+from llava_lab.models.scope import scope_of
 from llava_lab.models.weights import require_finite
+from llava_lab.shipped import MODELS
 
 if TYPE_CHECKING:
     from llava_lab.remote import BlackBox
@@ -73,7 +75,6 @@ INSTEAD = MappingProxyType(
         "conv_mode": "use prompt= when you ask",
     }
 )
-IN_PARTS = ("smol", "photo")  # shipped as connector and LoRA; tower and language model come from packages (`models.formats`)
 _LISTED = 5  # names shown of a long list
 
 
@@ -147,7 +148,7 @@ def load(
             f"whose options are {', '.join(ours)}"
         )
     wanted = _Wanted(device, dtype, _known_attention(attention), device_map, quantization_config)
-    if name in IN_PARTS:
+    if str(name) in MODELS and MODELS[str(name)].parts:  # tower and language model come from packages (`models.formats`)
         if revision is not None:
             raise OptionError(folders.no_revision(str(name)))
         folder, opened = _open_parts(str(name), wanted)
@@ -160,6 +161,7 @@ def load(
         lab = _lab_class(opened.model, folder.path)(opened.model, opened.processor, name=folder.name)
     lab.foreign = not folders.is_shipped(folder.path)
     lab.prompt = opened.prompt or lab.prompt
+    lab.scope = scope_of(str(name))
     lab.card = make_card(
         opened.model,
         name=folder.name,
@@ -168,7 +170,9 @@ def load(
         why=opened.why,
         attention=attention,
         folder=folder.path,
+        knows=lab.scope.knows if lab.scope else None,
     )
+    logger.info("%s: %s", folder.name, lab.card.knows)
     if lab.card.non_commercial:
         logger.warning("%s has a non-commercial licence: %s", folder.name, lab.card.licence)
     return lab

@@ -70,7 +70,7 @@ def journey(run: Run, *, widths: tuple[int, int] | None = None, ax: Axes | None 
     _arrow(ax, 5.8, 6.2, BOTTOM)
     _part(ax, (6.3, 7.7, BOTTOM - 0.5, BOTTOM + 0.5), "language\nmodel")
     _arrow(ax, 7.8, 8.2, BOTTOM)
-    answer = textwrap.fill(textwrap.shorten(run.answer, 80, placeholder=" …"), 16)
+    answer = textwrap.fill(textwrap.shorten(run.answer_shown, 80, placeholder=" …"), 16)
     ax.text(8.3, BOTTOM, answer, ha="left", va="center", fontsize=12, color=SEGMENTS["answer"], weight="bold", **AS_TEXT)
     return ax
 

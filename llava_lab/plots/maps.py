@@ -98,7 +98,7 @@ def words_figure(
     _bar(maps, rel, scale, *_colors(scale, cmap, opacity))
     figure = figure_of(maps[0])
     if ax is None:
-        figure.suptitle(f"{_short(run.question)}\n{_short(run.answer)}", fontsize=10, **AS_TEXT)
+        figure.suptitle(f"{_short(run.question)}\n{_short(run.answer_shown)}", fontsize=10, **AS_TEXT)
     return figure
 
 

@@ -173,7 +173,7 @@ class Sheet:
         pixels = Image.fromarray(run.picture).resize((size[0] * DENSITY, size[1] * DENSITY), Image.Resampling.LANCZOS)
         self.image(np.asarray(pixels), MARGIN, self.top, *size)
         self.write(left, self.top, run.question, 18, SOFT, room=room)
-        answer = in_font(" ".join(run.answer.split()))
+        answer = in_font(" ".join(run.answer_shown.split()))
         height = 30 if self.fits(answer, 30, room) else 20
         lines, words = [""], answer.split()
         for place, word in enumerate(words):

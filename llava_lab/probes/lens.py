@@ -94,8 +94,8 @@ def logit_lens(
     """The top words of every image patch at every state, with entropy, and the rank of chosen `words`.
 
     `layers`: None all states 0 .. L, a whole number that state alone, (start, stop) a window. A word of several
-    tokens is read as its first; the notes say which. One forward, and the output head at each patch and state; at 7B
-    width its memory stays below the forward's own peak (``llava-lab bench probes``).
+    tokens is read as its first with a letter; the notes say which. One forward, and the output head at each patch and state; at
+    7B width its memory stays below the forward's own peak (``llava-lab bench probes``).
 
     Raises OptionError (a state out of range, `top` below 1 or above the vocabulary), CheckpointError (another
     model's run or tuned lens), LabError (a quantised output head).

@@ -41,7 +41,7 @@ from llava_lab.models import text as prompts
 from llava_lab.models.pictures import Shown, read_pictures
 from llava_lab.remote.client import Endpoint
 from llava_lab.remote.replies import Reply, ReplyCache, token_id
-from llava_lab.results import Run
+from llava_lab.results import Run, cut_notes
 
 PREFIX = "openai:"
 SCORINGS = ("auto", "top", "prefill", "agreement")
@@ -345,6 +345,7 @@ class BlackBox:
                 "used": reply.used and list(reply.used),
                 "turns": [list(turn) for turn in turns],
             },
+            notes=cut_notes(options),
         )
 
     def _cost(self, tokens: tuple[int, int]) -> float | None:

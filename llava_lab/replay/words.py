@@ -153,7 +153,7 @@ def read_words(lab: Lab, normed: Float[Tensor, "P W"], *, top: int, ids: Sequenc
 
 
 def word_tokens(lab: Lab, words: Sequence[str]) -> tuple[tuple[str, ...], tuple[int, ...], tuple[str, ...]]:
-    """(words, the token each is read as, notes). A word of several tokens is read as its first, and a note says so.
+    """(words, the token each is read as, notes). A word of several tokens is read as its first with a letter; a note says so.
 
     Raises OptionError when a word is empty or the tokenizer does not know it.
     """
@@ -165,10 +165,16 @@ def word_tokens(lab: Lab, words: Sequence[str]) -> tuple[tuple[str, ...], tuple[
         spelt = _spelling(lab.tokenizer, word.strip())
         if not spelt or spelt[0] == lab.tokenizer.unk_token_id:
             raise OptionError(f"the tokenizer of {lab.name!r} has no token for {word!r}; choose another word")
+        parts = pieces(lab.tokenizer, np.array(spelt))
+        # a tokenizer that has not learned the word may spell the space before it as a token of its own
+        first = next((i for i, part in enumerate(parts) if part.strip()), 0)
         if len(spelt) > 1:
-            parts = ", ".join(repr(part) for part in pieces(lab.tokenizer, np.array(spelt)))
-            notes.append(f"{word!r} is {len(spelt)} tokens ({parts}); it is read as its first.")
-        ids.append(spelt[0])
+            named, letters = (
+                ", ".join(map(repr, parts)),
+                "its first" if not first else f"{parts[first]!r}, its first with a letter",
+            )
+            notes.append(f"{word!r} is {len(spelt)} tokens ({named}); it is read as {letters}.")
+        ids.append(spelt[first])
     return wanted, tuple(ids), tuple(notes)
 
 

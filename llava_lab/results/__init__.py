@@ -11,7 +11,7 @@ from llava_lab.results.probes import (
     TokenGeometry,
     WordActivation,
 )
-from llava_lab.results.run import HeadMaps, Relevance, Run, Span, Target, Word
+from llava_lab.results.run import HeadMaps, Relevance, Run, Span, Target, Word, cut_notes
 from llava_lab.results.save import FORMAT, Result, Saved, file_hash, join, load_npz, only_writer, save_npz, split, whole_file
 from llava_lab.results.scores import (
     SAME,
@@ -65,6 +65,7 @@ __all__ = [
     "WordActivation",
     "aligned",
     "area",
+    "cut_notes",
     "in_words",
     "file_hash",
     "join",

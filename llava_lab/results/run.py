@@ -10,7 +10,7 @@ and `widgets` draw it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ from jaxtyping import Float16, Float32, Float64, Int64, UInt8
 from llava_lab.checks import whole_number
 from llava_lab.errors import DataError, OptionError, TargetError
 from llava_lab.geometry import PictureMap, View
-from llava_lab.results.save import Saved
+from llava_lab.results.save import Saved, shortened
 from llava_lab.results.schema import filled, within
 from llava_lab.results.table import Table, figure, pairs, plain
 
@@ -33,6 +33,8 @@ PLAIN = frozenset(
         *("of", "in", "on", "at", "to", "and", "or", "with", "for", "as", "from"),
     )
 )
+CUT = ("length", "interrupted")  # reasons in ``options["stopped"]`` for which an answer is not whole
+CUT_MARK = "… [cut]"
 OLD_CONTROLS = ("random", "center", "edges", "inverse", "vision")  # of files written before `control` was kept
 
 
@@ -106,6 +108,15 @@ class Run(Saved):
     views: tuple[View, ...] = ()
     # of several pictures those of the views after the first
     others: tuple[UInt8[np.ndarray, "_ _ 3"], ...] = field(default=(), metadata={"stored": "other"})
+    # what the reader must see, one sentence each: words or a picture outside what the model was trained on, an answer cut short
+    notes: tuple[str, ...] = ()
+    knows: str = ""  # what the model was trained on, as its card says; empty where that is not stated
+
+    @classmethod
+    def upgraded(cls, header: dict[str, Any]) -> dict[str, Any]:
+        """Files written before notes were kept say in their options whether the answer was cut."""
+        options = header.get("options")
+        return {"notes": list(cut_notes(options)) if isinstance(options, dict) else [], **header}
 
     def check(self) -> None:
         height, width = self.picture.shape[:2]
@@ -125,6 +136,16 @@ class Run(Saved):
             sizes = [(one.map.height, one.map.width) for one in self.views]
             if sizes != [one.shape[:2] for one in (self.picture, *self.others)]:
                 raise DataError(f"it has {1 + len(self.others)} pictures, which its {len(sizes)} views do not fit")
+
+    @property
+    def cut(self) -> bool:
+        """Whether the answer ended because it had to, at the limit of tokens or by an interrupt, not because it was done."""
+        return self.options.get("stopped") in CUT
+
+    @property
+    def answer_shown(self) -> str:
+        """The answer as it is shown to people: a mark behind it where it was cut."""
+        return f"{self.answer} {CUT_MARK}" if self.cut else self.answer
 
     @property
     def pictures(self) -> tuple[np.ndarray, ...]:
@@ -222,12 +243,19 @@ class Run(Saved):
     def table(self) -> Table:
         """The answer's words, each with its probability, under the question and the answer."""
         rows = tuple((word.text, figure(chance, ".1%")) for word, chance in zip(self.words, self.probabilities, strict=True))
-        return Table(("word", "probability"), rows, title=f"{self.question} {self.answer}")
+        notes = tuple(f"note: {note}" for note in self.notes)
+        return Table(("word", "probability"), rows, title=f"{self.question} {self.answer_shown}", notes=notes)
+
+    def line(self) -> str:
+        """Question, answer and model on one line."""
+        parts = (shortened(self.question, 60), shortened(self.answer, 60), f"model={shortened(self.model, 30)}")
+        return f"Run({', '.join(parts)}{', cut' if self.cut else ''}{f', {len(self.notes)} notes' if self.notes else ''})"
 
     def to_dict(self) -> dict[str, Any]:
         """What ``llava-lab ask --json`` prints: all tokens, `segments` as indices into them, `logprobs` of the answer's."""
         parts = {"answer": self.answer, "words": [word.text for word in self.words], "tokens": self.tokens}
-        return plain(parts | {"logprobs": self.logprobs, "segments": self.segments, "model": self.model})
+        told = {"logprobs": self.logprobs, "segments": self.segments, "model": self.model}
+        return plain(parts | told | {"question": self.question, "cut": self.cut, "notes": self.notes})
 
 
 @dataclass(frozen=True)
@@ -364,6 +392,15 @@ def least_certain(words: Sequence[Word], probabilities: np.ndarray) -> float:
     """The smallest of the probabilities of words that are not `PLAIN`, or of all where every one is."""
     telling = [chance for word, chance in zip(words, probabilities, strict=True) if _bare(word.text) not in PLAIN]
     return float(np.min(telling or probabilities)) if len(words) else float("nan")
+
+
+def cut_notes(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """What is said of an answer that was cut short, from a run's options; nothing of a whole one."""
+    stopped = options.get("stopped")
+    if stopped == "length":
+        limit = options.get("max_new_tokens")
+        return (f"The answer was cut at {limit} tokens (max_new_tokens); it may go on.",)
+    return ("The answer was stopped before its end.",) if stopped in CUT else ()
 
 
 def _bare(text: str) -> str:

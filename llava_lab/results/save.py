@@ -53,7 +53,7 @@ UNPACKED, TIMES = 300_000_000, 64
 HEADER = 16_000_000  # bytes of JSON; its lists take twenty times that in memory
 ORPHANS = 10.0  # seconds that workers of a killed process may live on and hold its lock
 SHORT = 100  # signs of a result's one line
-UNTOLD = ("map", "fingerprint", "notes", "seconds", "options", "passes", "proof", "extras")  # not in that line
+UNTOLD = ("map", "fingerprint", "notes", "knows", "seconds", "options", "passes", "proof", "extras")  # not in that line
 
 
 @contextmanager
@@ -233,6 +233,10 @@ class Saved:
         return {field.name: plain(getattr(self, field.name)) for field in fields(self)}  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
+        return self.line()
+
+    def line(self) -> str:
+        """The result on one short line."""
         parts: list[str] = []
         # arrays last: where there is room
         named = [(field, getattr(self, field.name)) for field in fields(self)]  # type: ignore[arg-type]
@@ -386,5 +390,10 @@ def _short(value: Any) -> str:
         return f"({', '.join(map(repr, names))}{', …' if len(value) > 3 else ''})"
     if isinstance(value, dict) and any(isinstance(item, Saved) for item in value.values()):
         return f"({', '.join(value)})"
+    return shortened(value)
+
+
+def shortened(value: Any, most: int = 60) -> str:
+    """``repr`` of a value on at most so many signs."""
     text = repr(value)
-    return text if len(text) <= 60 else text[:59] + "…"
+    return text if len(text) <= most else text[: most - 1] + "…"

@@ -142,17 +142,26 @@ def pick(rng: np.random.Generator, options: tuple | list) -> str:
     return options[int(rng.integers(len(options)))]
 
 
-def retell(question: Question, rng: np.random.Generator) -> Pair:
-    """The same question and answer in other words. Raises KeyError for a question the world does not ask."""
-    for pattern, forms in _COMPILED[question.type]:
+def parts_of(question: Question) -> tuple[int, dict[str, str]]:
+    """Which form of its type a question of the world has, from 0, and the parts of it that any wording keeps.
+
+    Raises KeyError for a question the world does not ask.
+    """
+    for number, (pattern, _) in enumerate(_COMPILED[question.type]):
         if match := pattern.fullmatch(question.text):
             parts = {name: value for name, value in match.groupdict().items() if value}
             if question.type in ("size", "count"):
                 parts = {"a": next(iter(parts.values()))}
-            asked = pick(rng, forms).format(**parts)
-            asked = asked[0].upper() + asked[1:] if rng.random() < 0.4 else asked
-            return asked, _loosely(question, rng)
+            return number, parts
     raise KeyError(question.text)
+
+
+def retell(question: Question, rng: np.random.Generator) -> Pair:
+    """The same question and answer in other words. Raises KeyError for a question the world does not ask."""
+    number, parts = parts_of(question)
+    asked = pick(rng, _COMPILED[question.type][number][1]).format(**parts)
+    asked = asked[0].upper() + asked[1:] if rng.random() < 0.4 else asked
+    return asked, _loosely(question, rng)
 
 
 def _loosely(question: Question, rng: np.random.Generator) -> str:

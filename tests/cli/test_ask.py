@@ -23,7 +23,7 @@ QUESTION = "What color is the car?"
 
 def test_ask_json_is_the_promised_object(lab: StandIn, printed: Printed) -> None:
     data = printed("ask", "car.png", QUESTION, "--seed", "7", "--temperature", "0.5", "--fit", "crop")
-    assert set(data) == {"answer", "words", "tokens", "logprobs", "segments", "model"}
+    assert set(data) == {"answer", "words", "tokens", "logprobs", "segments", "model", "question", "cut", "notes"}
     assert data["words"] == ["The", "car", "is", "red."]
     start, stop = data["segments"]["answer"]
     assert "".join(data["tokens"][start:stop]) == "The car is red."
@@ -40,7 +40,7 @@ def test_ask_streams_the_answer_for_a_person(lab: StandIn, capsys: pytest.Captur
 
 def test_explain_json_is_the_promised_object(lab: StandIn, printed: Printed) -> None:
     data = printed("explain", "car.png", QUESTION, "--option", "residual=0.7", "--seed", "5")
-    keys = {"answer", "words", "targets", "grid", "relevance", "method", "options", "seconds", "notes", "picture"}
+    keys = {"answer", "cut", "words", "targets", "grid", "relevance", "method", "options", "seconds", "notes", "picture"}
     assert set(data) == keys
     assert data["targets"] == ["The", "car", "is", "red."]
     assert data["grid"] == [2, 2]

@@ -17,9 +17,11 @@ from typing import Any
 import pytest
 
 import llava_lab as ll
+from llava_lab.bench import BENCHES
 from llava_lab.cli import ask
 from llava_lab.cli import main as cli
 from llava_lab.results import Run
+from llava_lab.shipped import MODELS
 from tests.support.stand_in import StandIn, finished_run
 
 Printed = Callable[..., dict[str, Any]]
@@ -35,15 +37,58 @@ def test_wrong_usage_is_one_line_and_exit_2(argv: list[str], capsys: pytest.Capt
     assert err.count("\n") == 1
 
 
-def test_every_command_takes_model_seed_and_json() -> None:
+LOADING = ("ask", "explain", "chat", "lens", "naming", "knockout", "compare", "sanity", "evaluate", "train")
+
+
+def test_a_command_takes_the_options_that_act_in_it_and_no_others() -> None:
     parser = cli.build_parser()
     commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
-    assert set(commands) == {
-        *("ask", "explain", "lens", "naming", "knockout", "compare", "sanity", "evaluate", "report"),
-        *("train", "ablate", "convert", "data", "methods", "bench", "doctor", "lab"),
-    }
-    for command in commands.values():
-        assert {"--model", "--seed", "--json"} <= set(command._option_string_actions)
+    takes = {name: set(command._option_string_actions) for name, command in commands.items()}
+    assert set(takes) >= {*LOADING, "report", "ablate", "convert", "data", "methods", "bench", "doctor", "lab"}
+    assert all({"--json", "-v"} <= options for options in takes.values())
+    for name in LOADING:
+        assert {"--model", "--seed", "--device", "--dtype"} <= takes[name], name
+    assert {"--model", "--seed"} <= takes["ablate"]
+    for name in ("report", "convert", "methods", "lab"):
+        assert not {"--model", "--seed", "--device", "--dtype"} & takes[name], name
+    assert not {"--seed", "--device", "--dtype"} & (takes["bench"] | takes["doctor"])
+    assert not {"--model", "--device"} & takes["data"]
+
+
+def test_every_command_that_takes_a_shipped_model_names_them_all(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in (*LOADING, "doctor"):
+        with pytest.raises(SystemExit):
+            cli.main([name, "--help"])
+        assert ", ".join(MODELS) in " ".join(capsys.readouterr().out.split()), name
+
+
+def test_bench_help_names_the_measurements(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--help"])
+    out = capsys.readouterr().out
+    assert [name for name, about in BENCHES.items() if f"  {name} " not in out or about not in out] == []
+
+
+@pytest.mark.parametrize("command", [["ask", "--save"], ["explain", "--save"], ["explain", "--out"]])
+def test_a_file_that_is_there_is_written_over_with_force_alone(
+    command: list[str], lab: StandIn, here: Path, refused: Callable[..., str]
+) -> None:
+    kept = here / "kept.png"
+    kept.write_text("mine")
+    argv = [command[0], "car.png", "what?", command[1], str(kept)]
+    assert refused(*argv).endswith(f"{kept} is there already; give {command[1]} another name, or --force to write over it")
+    assert kept.read_text() == "mine"
+    assert lab.loaded == {}  # before anything is done
+    assert cli.main([*argv, "--force"]) == 0
+    assert kept.read_bytes() != b"mine"
+
+
+def test_what_the_model_knows_and_what_lies_outside_is_said_once(lab: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    lab.run = finished_run(notes=("one", "two"), options={"stopped": "length", "max_new_tokens": 4})
+    assert cli.main(["ask", "car.png", "what?"]) == 0
+    out, err = capsys.readouterr()
+    assert err.splitlines() == [f"tiny: {MODELS['tiny'].knows}", "note: one", "note: two"]
+    assert " ".join(out.split()).endswith("The car is red. … [cut]")
 
 
 def test_interrupting_gives_130_also_when_the_lab_kept_what_it_had(lab: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:

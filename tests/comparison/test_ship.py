@@ -18,8 +18,8 @@ from llava_lab.comparison import ship as ablation_ship
 from llava_lab.comparison.ship import CONNECTORS, Change, first_job, ship_ablation
 from llava_lab.errors import CheckpointError, DataError, OptionError
 from llava_lab.models import folders
-from llava_lab.models.folders import ABLATION, ASSETS
 from llava_lab.results import Ablation
+from llava_lab.shipped import ABLATION, ASSETS
 from tests.support.ablation_examples import example_ablation
 
 shipped = importlib.import_module("llava_lab.judging.leaderboard")  # the module: its package gives the function of that name

@@ -10,6 +10,7 @@ import { ARROWS, patchUnder } from "./shared/gestures.js";
 import { patchName } from "./shared/grid.js";
 import { bytesOf, colorTable, formatNumber, formatPercent, levelsOf, readMaps, readPalettes, valueOf } from "./shared/maps.js";
 import { Panel, shows } from "./shared/panel.js";
+import { told } from "./shared/parts.js";
 
 /**
  * @typedef {{name: string, answer: string, words: {text: string, p: number | null}[], p: number | null,
@@ -71,7 +72,7 @@ class Bench extends Panel {
     const asked = make("div", "lab-question", [this.spec.question], { role: "heading", "aria-level": "2" });
     this.sentence = make("p", "lab-caption lab-bench-sentence");
     const row = make("div", "lab-bench-tiles", this.tiles.map(({ root }) => root));
-    const parts = [make("div", "lab-head", [about]), asked, this.controls(), row, this.sentence, this.live];
+    const parts = [make("div", "lab-head", [about]), asked, ...told(this.spec), this.controls(), row, this.sentence, this.live];
     const card = make("div", "lab-card", parts, { role: "group", "aria-label": "Two connectors compared" });
     return make("div", "lab-widget lab-bench", [card]);
   }

@@ -8,7 +8,7 @@ import { button, make } from "./dom.js";
 import { keyboardGestures, pointerGestures } from "./gestures.js";
 import { bytesOf, readPalettes } from "./maps.js";
 import { Panel } from "./panel.js";
-import { legend, readout } from "./parts.js";
+import { legend, readout, told } from "./parts.js";
 import { saveCanvas, Surface, widest } from "./surface.js";
 import { patchSummary, summary } from "./view.js";
 
@@ -78,7 +78,7 @@ export class MapPanel extends Panel {
     const head = make("div", "lab-head", [make("span", "lab-about", [about]), save]);
     const asked = [spec.question, ...(text.tail ?? [])];
     const question = make("div", "lab-question", asked, { role: "heading", "aria-level": "2" });
-    const card = make("div", "lab-card", [head, question, ...parts, this.live], { role: "group", "aria-label": text.label });
+    const card = make("div", "lab-card", [head, question, ...told(spec), ...parts, this.live], { role: "group", "aria-label": text.label });
     return make("div", `lab-widget ${text.class}`, [card]);
   }
 

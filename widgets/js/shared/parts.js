@@ -21,6 +21,13 @@ import { formatPercent, formatValue, strongest } from "./maps.js";
 const TOP = 5; // strongest patches listed beside the picture
 const MANY = [14, 40]; // chips; beyond these the words are set smaller
 
+/** What a reader must know of a run before anything else: what the model was trained on, and what of this question lies outside.
+ * @param {{told?: string[], knows?: string}} spec @returns {Node[]} */
+export function told({ told: notes = [], knows = "" }) {
+  const warnings = make("ul", "lab-notes lab-told", notes.map((text) => make("li", "", [text])), { "aria-label": "To know first" });
+  return [...(knows ? [make("p", "lab-knows", [knows])] : []), ...(notes.length ? [warnings] : [])];
+}
+
 /** The colour scale with real numbers, and where the patch under the pointer lies on it.
  * @param {Record<string, Uint8Array>} palettes @returns {MapPart} */
 export function legend(palettes) {
@@ -151,6 +158,7 @@ export function wordChips(spec, pick, peek, signal) {
   group.root.classList.toggle("lab-many", spec.chips.length > MANY[0]);
   group.root.classList.toggle("lab-lots", spec.chips.length > MANY[1]);
   group.buttons.forEach((node, i) => node.classList.toggle("lab-other", spec.chips[i].kind !== "word"));
+  if (spec.cut) group.root.append(make("span", "lab-cut", ["… cut"]));
   return { root: group.root, update: (view) => group.show(view.word, view.chip) };
 }
 

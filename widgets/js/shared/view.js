@@ -11,7 +11,7 @@ import { formatValue, strongest } from "./maps.js";
  * @typedef {import("./grid.js").PictureMap} PictureMap
  * @typedef {import("./maps.js").Method} Method
  * @typedef {{opacity: number, smooth: boolean, ownScale: boolean, spotlight: boolean}} Display
- * @typedef {{question: string, answer: string, model: string, seed: number, p: number | null, can_ask: boolean,
+ * @typedef {{question: string, answer: string, model: string, seed: number, p: number | null, can_ask: boolean, cut?: boolean, told?: string[], knows?: string,
  *   chips: {text: string, kind: string, p: number | null}[], map: PictureMap, methods: Method[], picture: string,
  *   palettes: Record<string, string>, opacity: number, smooth: boolean}} Spec
  * @typedef {{id?: number, state?: string, selected: number[], answer?: string, words?: {text: string, p: number | null}[],
