@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -83,7 +84,7 @@ def refuse_overwriting(args: argparse.Namespace) -> None:
     """Raises OptionError where a file to be written is there and ``--force`` was not given; before anything is done."""
     for name in getattr(args, "outputs", ()):
         path = getattr(args, name)
-        if path and not args.force and Path(path).is_file():
+        if path and not args.force and os.path.isfile(path):  # also where no file can have that name
             option = name.replace("_", "-")
             raise OptionError(f"{path} is there already; give --{option} another name, or --force to write over it")
 

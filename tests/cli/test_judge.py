@@ -27,7 +27,7 @@ def test_sanity_prints_one_object_with_both_curves(here: Path, tiny_folder: Path
     argv = ["sanity", "car.png", QUESTION, "--model", str(tiny_folder), "--method", "attention", "--target", "#0"]
     files = ["--save", "sanity.npz", "--figure", "new/sanity.svg"]
     data = printed(*argv, "--groups", "1", "--ask", "What color is the car?", *files)
-    expected = {"answer", "method", "targets", "passed", "verdict", "control", "curves", "notes", "seconds", "model"}
+    expected = {"answer", "cut", "method", "targets", "passed", "verdict", "control", "curves", "notes", "seconds", "model"}
     assert set(data) == expected
     assert data["method"] == "attention"
     saved = Sanity.load("sanity.npz")
@@ -87,4 +87,4 @@ def test_a_comparison_and_its_run_make_a_report(
     assert Run.load("run.npz").fingerprint == Comparison.load("compare.npz").fingerprint
     assert cli.main(["report", "run.npz", "--compare", "compare.npz", "--out", "report.html"]) == 0
     assert "attention" in Path("report.html").read_text("utf-8")
-    assert "--save-run is for one picture" in refused("compare", "--data", "picturebook", "--save-run", "run.npz")
+    assert "--save-run is for one picture" in refused("compare", "--data", "picturebook", "--save-run", "other.npz")
