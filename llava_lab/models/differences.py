@@ -58,8 +58,7 @@ def examine_model(name: str | os.PathLike) -> dict[str, Any]:
 def _examine_parts(name: str) -> dict[str, Any]:
     """The same of a model in parts: what a whole folder of it would say."""
     lab = load(name)
-    with tempfile.TemporaryDirectory() as temporary:
-        whole = Path(temporary)
+    with tempfile.TemporaryDirectory() as temporary, folders.whole_folder(Path(temporary) / name) as whole:
         lab.processor.save_pretrained(whole)
         lab.model.config.save_pretrained(whole)
         lab.model.generation_config.save_pretrained(whole)

@@ -68,6 +68,7 @@ def test_what_is_stored_of_the_wordings_is_of_the_shipped_model() -> None:
     assert told["trained"][0] > 0.9
 
 
+@pytest.mark.long
 def test_a_way_is_judged_on_the_same_questions() -> None:
     told = scope.measure_wordings(ll.load("tiny"), per_way=1, progress=False)
     assert told["ways"] == 160
