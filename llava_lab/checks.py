@@ -23,9 +23,11 @@ import re
 import stat
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from math import isfinite
 from numbers import Integral, Real
 from pathlib import Path
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
     from llava_lab.results import Run
 
 PATIENCE = 2.0  # seconds before a progress bar appears
-TURN = 0.2  # seconds until a thread that waits for its turn looks again whether a training has it
+TURN = 0.002  # seconds until a thread that waits for its turn looks again
 AUTOCAST = ("cpu", "cuda", "mps")  # kinds of device a caller may have set to another precision
 
 Given = ParamSpec("Given")
@@ -172,52 +174,59 @@ def undoing(undo: Callable[[], Any]) -> Iterator[None]:
 # -- one thread at a time on a model --------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Holder:
+    """Who has the turn on a model."""
+
+    thread: int
+    training: bool
+
+
 class Turn:
     """Whose turn it is on one model. A thread that has it may enter again; the others wait, or are refused while it trains.
 
     Two threads on one model would meet each other's hooks, modes and connectors. Taken by every `entry` that is given a lab.
+    It is an entry of a dictionary and not a lock, since a lock whose `with` is left by an interrupt stays closed for ever.
     """
 
     def __init__(self) -> None:
-        self._free = threading.Condition(threading.Lock())
-        self._owner: int | None = None  # a thread
-        self._depth = 0
-        self._training = False
+        self._now: dict[str, _Holder] = {}  # under "holder", and empty while it is nobody's turn
 
     @contextmanager
     def taken(self, *, training: bool = False) -> Iterator[None]:
         """Inside the block it is this thread's turn. Raises OptionError when another thread has it for a `training`."""
         thread = threading.get_ident()
-        before = (self._depth, self._training) if self._owner == thread else (0, False)
+        before = self._of(thread)
+        wanted = _Holder(thread, training or (before is not None and before.training))
 
         def leave() -> None:
-            with self._free:
-                if self._owner == thread:
-                    self._depth, self._training = before
-                    if not self._depth:
-                        self._owner = None
-                        self._free.notify()
+            if self._of(thread) is not None and before is None:
+                del self._now["holder"]
+            elif before is not None:
+                self._now["holder"] = before
 
         with undoing(leave):
-            with self._free:
-                while self._owner not in (None, thread):
-                    if self._training:
-                        raise OptionError(
-                            "this model is being trained by another thread; wait for it to end, or load the model once more"
-                        )
-                    self._free.wait(TURN)
-                self._owner, self._depth, self._training = thread, before[0] + 1, before[1] or training
+            if before is not None:
+                self._now["holder"] = wanted
+            while (holder := self._now.setdefault("holder", wanted)) is not wanted:  # one step, whatever other threads do
+                if holder.training:
+                    raise OptionError(
+                        "this model is being trained by another thread; wait for it to end, or load the model once more"
+                    )
+                time.sleep(TURN)
             yield
+
+    def _of(self, thread: int) -> _Holder | None:
+        holder = self._now.get("holder")
+        return holder if holder is not None and holder.thread == thread else None
 
 
 _turns: weakref.WeakKeyDictionary[Any, Turn] = weakref.WeakKeyDictionary()
-_new_turn = threading.Lock()
 
 
 def turn_of(model: Any) -> Turn:
     """The one `Turn` of a model, whatever labs share it."""
-    with _new_turn:
-        return _turns.setdefault(model, Turn())
+    return _turns.setdefault(model, Turn())
 
 
 # -- what stands above every public function ------------------------------------------------
@@ -227,8 +236,9 @@ def entry(function: Callable[Given, Answer]) -> Callable[Given, Answer]:
     """Guard a public function; it keeps its name, signature and docstring.
 
     Inside, torch is as it is when nothing was set: a caller's ``inference_mode``, ``no_grad``, autocast, default type or
-    default device changes no number. An exception of another library or of the system comes out as one line of ours, with
-    the original behind it; our own bugs, Ctrl-C and errors in the caller's own code pass as they are (`foreign_line`).
+    default device changes no number, and after it they are as the caller had them, also after an interrupt. An exception of
+    another library or of the system comes out as one line of ours, with the original behind it; our own bugs, Ctrl-C and
+    errors in the caller's own code pass as they are (`foreign_line`).
     Arguments are checked by their annotations, as far as `EXPECTED` knows them, and an option given as None has its default.
     Below ``@contextmanager`` only what stands before the ``yield`` is guarded: the block is the caller's.
 
@@ -299,23 +309,49 @@ def _guard(name: str) -> Iterator[None]:
 
 @contextmanager
 def _plain_torch() -> Iterator[None]:
-    """Inside the block torch is as it is before anybody sets anything; the caller's settings come back."""
+    """Inside the block torch is as it is before anybody sets anything; on leaving, everything a caller may set is as it was.
+
+    Read and set back here, because torch's own context managers put nothing back where an interrupt comes between the last
+    line of their block and their exit.
+    """
     import torch
 
-    with ExitStack() as undo:
+    grad, dtype, device = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()
+    lower = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in AUTOCAST]
+    cached, nested = torch.is_autocast_cache_enabled(), _autocast_depth()
+    recording = ExitStack()
+
+    def undo() -> None:
+        recording.close()
+        while torch.get_default_device() != device:
+            torch.device("cpu").__exit__(None, None, None)  # takes the uppermost off torch's stack, whichever it is
+        while _autocast_depth() > nested:
+            if not torch.autocast_decrement_nesting():
+                torch.clear_autocast_cache()
+        for kind, enabled, precision in lower:
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, precision)
+        torch.set_autocast_cache_enabled(cached)
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(grad)
+
+    with undoing(undo):
         if torch.is_inference_mode_enabled():
-            undo.enter_context(torch.inference_mode(False))
-        if not torch.is_grad_enabled():
-            undo.enter_context(torch.enable_grad())
-        for device in AUTOCAST:
-            if torch.is_autocast_enabled(device):
-                undo.enter_context(torch.autocast(device, enabled=False))
-        if (dtype := torch.get_default_dtype()) != torch.float32:
-            undo.callback(torch.set_default_dtype, dtype)
-            torch.set_default_dtype(torch.float32)
-        if torch.get_default_device().type != "cpu":
-            undo.enter_context(torch.device("cpu"))
+            recording.enter_context(torch.inference_mode(False))
+        torch.set_grad_enabled(True)
+        for kind in AUTOCAST:
+            torch.set_autocast_enabled(kind, False)
+        torch.set_default_dtype(torch.float32)
+        if device.type != "cpu":
+            torch.device("cpu").__enter__()
         yield
+
+
+def _autocast_depth() -> int:
+    """How many autocast blocks this thread is in: torch tells it only by counting up and down again."""
+    import torch
+
+    return min(torch.autocast_increment_nesting(), torch.autocast_decrement_nesting())
 
 
 # What an annotation says of a value, in words and as a test; a name counts before an annotation.

@@ -7,16 +7,17 @@ import inspect
 import io
 import itertools
 import json
+import random
 import sys
 import threading
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import FunctionType
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import jinja2
@@ -27,10 +28,11 @@ import torch
 from PIL import Image
 
 import llava_lab as ll
-from llava_lab.checks import entry, is_text
+from llava_lab.capture import undisturbed
+from llava_lab.checks import Turn, entry, is_text
 from llava_lab.errors import LabError
 from llava_lab.training import LLAVA_15_7B, Running
-from tests.support.leftovers import state_of
+from tests.support.leftovers import interrupted_at, state_of, torch_settings
 from tests.support.public_calls import LONG, WRONG, public_calls
 from tests.support.training_rows import write_rows
 from widgets import LossPlot
@@ -69,12 +71,55 @@ SETTINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 def test_a_caller_s_torch_settings_change_no_bit(tiny_random: Any, picture: np.ndarray, method: str, setting: str) -> None:
     plain = tiny_random.ask(picture, "What is it?", max_new_tokens=3)
     with SETTINGS[setting]():
-        before = torch.get_default_dtype(), torch.is_grad_enabled(), torch.zeros(1).device
+        before = torch_settings()
         run = tiny_random.ask(picture, "What is it?", max_new_tokens=3)
         values = ll.attribute(tiny_random, run, method=method).values
-        assert (torch.get_default_dtype(), torch.is_grad_enabled(), torch.zeros(1).device) == before
+        assert torch_settings() == before
     assert run.logprobs.tobytes() == plain.logprobs.tobytes()
     assert values.tobytes() == ll.attribute(tiny_random, plain, method=method).values.tobytes()
+
+
+@pytest.mark.parametrize("caller", ["nothing", *SETTINGS])
+@pytest.mark.parametrize("left", SETTINGS)
+def test_what_an_interrupted_block_leaves_set_is_as_the_caller_had_it(caller: str, left: str) -> None:
+    """Torch's own context managers are left by hand here, as where an interrupt comes just before their exit."""
+
+    def cut_short() -> None:
+        torch.set_default_dtype(torch.float64) if left == "default type" else SETTINGS[left]().__enter__()
+        raise KeyboardInterrupt
+
+    with SETTINGS[caller]() if caller in SETTINGS else nullcontext():
+        before = torch_settings()
+        with pytest.raises(KeyboardInterrupt):
+            entry(cut_short)()
+        assert torch_settings() == before
+        assert entry(lambda: (torch.is_grad_enabled(), torch.zeros(1).dtype))() == (True, torch.float32)
+
+
+@pytest.mark.parametrize("caller", ["nothing", *SETTINGS])
+def test_an_interrupt_at_any_line_of_the_guard_leaves_settings_states_and_the_turn(caller: str) -> None:
+    lab = SimpleNamespace(model=torch.nn.Dropout(), turn=Turn(), ask=None)
+
+    def look(lab: Any) -> None:
+        with undisturbed(lab.model):
+            assert not torch.is_grad_enabled()
+
+    guarded = entry(look)
+    with SETTINGS[caller]() if caller in SETTINGS else nullcontext():
+        with interrupted_at(0) as count:
+            guarded(lab)
+        before, lines = torch_settings(), count[0]
+        states = torch.get_rng_state(), random.getstate()
+        for line in range(1, lines + 1):
+            with pytest.raises(KeyboardInterrupt), interrupted_at(line):
+                guarded(lab)
+            assert torch_settings() == before, f"line {line} of {lines}"
+            assert lab.model.training
+            with ThreadPoolExecutor(1) as pool:  # another thread finds the model free
+                assert pool.submit(lambda: guarded(lab)).result(10) is None
+        assert torch.equal(torch.get_rng_state(), states[0])
+        assert random.getstate() == states[1]
+    assert lines > 50
 
 
 FOREIGN = {

@@ -34,7 +34,7 @@ def as_someone_who_trains_has_it(lab: Any) -> Iterator[None]:
 
 
 def state_of(lab: Any) -> dict[str, Any]:
-    """Modules and what hangs on them, configuration, hooks, modes, gradients, weights and random states."""
+    """Modules and what hangs on them, configuration, hooks, modes, gradients, weights, random states, settings of torch."""
     modules = list(lab.model.modules())
     configs = (lab.model.config, lab.model.config.text_config, lab.model.config.vision_config)
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -49,7 +49,21 @@ def state_of(lab: Any) -> dict[str, Any]:
         "config": lab.model.config.to_json_string(),
         "lab": [(name, id(getattr(lab, name, None))) for name in ("grid", "preprocessing", "card", "processor")],
         "random": (torch.get_rng_state().tolist(), str(np.random.get_state(legacy=False)), random.getstate()),  # noqa: NPY002
-        "mode": torch.is_grad_enabled(),
+        "torch": torch_settings(),
+    }
+
+
+def torch_settings() -> dict[str, Any]:
+    """What a caller may have set in torch, and how many autocast blocks are open."""
+    kinds = ("cpu", "cuda", "mps")
+    return {
+        "grad": torch.is_grad_enabled(),
+        "inference": torch.is_inference_mode_enabled(),
+        "type": torch.get_default_dtype(),
+        "device": torch.get_default_device(),
+        "autocast": [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds],
+        "cached": torch.is_autocast_cache_enabled(),
+        "nested": min(torch.autocast_increment_nesting(), torch.autocast_decrement_nesting()),
     }
 
 
