@@ -216,19 +216,19 @@ def calls(tiny_random: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return public_calls(tiny_random, tmp_path_factory.mktemp("calls"))
 
 
-@pytest.mark.parametrize("name", [*ENTRIES, "Lab.ask", "Lab.sequence", "Lab.inputs", "Lab.swap"])
-def test_every_wrong_argument_is_refused_in_one_line_or_taken(
-    tiny_random: Any, calls: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    """Twenty wrong values for every argument of every entry: one line, or an answer where the value is none of the wrong."""
-    monkeypatch.chdir(tmp_path)
-    function = getattr(tiny_random, name[4:]) if name.startswith("Lab.") else getattr(ll, name)
-    before, faults = state_of(tiny_random), []
-    for option, (what, wrong) in itertools.product(calls[name], WRONG.items()):
+SPOILT = [*ENTRIES, "Lab.ask", "Lab.sequence", "Lab.inputs", "Lab.swap"]
+STRIDE = 7  # not a divisor of the wrong values' number, so that every one of them comes to some argument of some entry
+
+
+def _spoilt(lab: Any, name: str, call: dict[str, Any], places: slice) -> list[str]:
+    """Wrong values for the arguments of an entry, one at a time: what neither is taken nor refused in one line."""
+    function = getattr(lab, name[4:]) if name.startswith("Lab.") else getattr(ll, name)
+    before, faults = state_of(lab), []
+    for option, (what, wrong) in list(itertools.product(call, WRONG.items()))[places]:
         if option in LONG and what in ("a large number", "None"):
             continue
         try:
-            opened = function(**{**calls[name], option: wrong})
+            opened = function(**{**call, option: wrong})
             if isinstance(opened, AbstractContextManager) and not isinstance(opened, Path):  # a path is one too
                 with opened:
                     pass
@@ -237,8 +237,29 @@ def test_every_wrong_argument_is_refused_in_one_line_or_taken(
                 faults.append(f"{option}={what}: {str(error)[:200]!r}")
         except Exception as error:
             faults.append(f"{option}={what}: {type(error).__name__}: {error}"[:200])
+    assert state_of(lab) == before
+    return faults
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_a_wrong_argument_is_refused_in_one_line_or_taken(
+    tiny_random: Any, calls: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A few of the wrong values for every argument of every entry, others for each."""
+    monkeypatch.chdir(tmp_path)
+    faults = _spoilt(tiny_random, name, calls[name], slice(len(name) % STRIDE, None, STRIDE))
     assert faults == [], "\n".join(faults)
-    assert state_of(tiny_random) == before
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", SPOILT)
+def test_every_wrong_argument_is_refused_in_one_line_or_taken(
+    tiny_random: Any, calls: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Twenty wrong values for every argument of every entry: one line, or an answer where the value is none of the wrong."""
+    monkeypatch.chdir(tmp_path)
+    faults = _spoilt(tiny_random, name, calls[name], slice(None))
+    assert faults == [], "\n".join(faults)
 
 
 def test_every_entry_has_a_call_that_works_to_be_spoilt(calls: dict[str, Any]) -> None:
