@@ -200,9 +200,11 @@ class Turn:
         wanted = _Holder(thread, training or (before is not None and before.training))
 
         def leave() -> None:
-            if self._of(thread) is not None and before is None:
+            if self._of(thread) is None:
+                return  # a block entered earlier was left earlier too, and gave the turn away
+            if before is None:
                 del self._now["holder"]
-            elif before is not None:
+            else:
                 self._now["holder"] = before
 
         with undoing(leave):

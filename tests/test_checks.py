@@ -309,6 +309,22 @@ def test_threads_on_one_lab_get_what_each_gets_alone_and_leave_it_as_it_was(tiny
     assert state_of(lab) == before
 
 
+def test_blocks_left_in_the_order_they_were_entered_leave_the_model_free() -> None:
+    turn = Turn()
+    blocks = [turn.taken(), turn.taken()]
+    for block in blocks:
+        block.__enter__()
+    for block in blocks:
+        block.__exit__(None, None, None)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(_taken_by_another, turn).result(10)
+
+
+def _taken_by_another(turn: Turn) -> bool:
+    with turn.taken(training=True):
+        return True
+
+
 def test_two_labs_in_two_orders_do_not_wait_for_each_other(tiny_random: Any, tiny_folder: Path) -> None:
     other = ll.load(str(tiny_folder))
     same = ll.Lab(tiny_random.model, tiny_random.processor)
