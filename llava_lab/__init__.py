@@ -92,6 +92,7 @@ if TYPE_CHECKING:
     from llava_lab.results import Target as Target
     from llava_lab.results import TokenGeometry as TokenGeometry
     from llava_lab.results import WordActivation as WordActivation
+    from llava_lab.session import explore as explore
     from llava_lab.training import train_stage as train_stage
 
 __version__ = "0.1.0"
@@ -100,6 +101,7 @@ _HOMES = {
     "load": "llava_lab.models",
     "Lab": "llava_lab.models",
     "BlackBox": "llava_lab.remote",
+    "explore": "llava_lab.session",
     "attribute": "llava_lab.attribution",
     "METHODS": "llava_lab.attribution",
     "ask_and_attribute": "llava_lab.attribution",

@@ -17,6 +17,7 @@ from llava_lab import results
 from llava_lab.errors import DataError, TargetError
 from llava_lab.geometry import PictureMap
 from llava_lab.results import Relevance, Run, Saved, Table, Target, Word, load_npz, save_npz
+from llava_lab.results.pictures import map_row, thumbnail
 from tests.support import damaged
 from tests.support.result_examples import NASTY, examples
 
@@ -68,6 +69,27 @@ def test_a_result_shows_itself(kind: type[Saved]) -> None:
     assert NASTY not in shown
     if NASTY in str(table):
         assert "&lt;b&gt;red &amp; &#x27;blue&#x27;&lt;/b&gt;" in shown
+
+
+@pytest.mark.parametrize(("kind", "least"), [(Run, 1), (Relevance, 1), (results.Comparison, 1), (results.HeadMaps, 1)])
+def test_what_has_pictures_shows_them_small_and_no_arrays(kind: type[Saved], least: int) -> None:
+    """Above the table; every name in them is text."""
+    result = EXAMPLES[kind]
+    shown = result._repr_html_()
+    assert shown.count("<img alt=") >= least
+    assert shown.index("<img") < shown.index("<table")
+    assert "[[" not in shown
+    assert len(shown) < 60_000
+    assert NASTY not in shown
+
+
+def test_a_map_is_shown_in_the_colours_of_figures_and_a_flat_one_too() -> None:
+    shown = map_row([(f"<{i}>", np.full((3, 3), float(i))) for i in range(10)])
+    assert shown.count("<img") == 8
+    assert "and 2 more" in shown
+    assert "&lt;0&gt;" in shown
+    assert map_row([]) == ""
+    assert thumbnail(np.zeros((0, 0, 3), np.uint8), "none") == ""
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "fingerprint" in {field.name for field in fields(kind)}])

@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llava_lab.bridge import offered
 from llava_lab.cli import common
 from llava_lab.cli.common import FIGURES, Add, Reply, positive
 from llava_lab.errors import LabError, OptionError
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from llava_lab.results import Comparison, Relevance, Run, Sanity
 
 GROUP = "llava_lab.report"
-INSTALL = "`pip install 'llava-lab[lab]'` brings it, in a checkout `python3 run.py install`"
 
 
 def add_commands(add: Add) -> None:
@@ -240,14 +239,7 @@ def report(args: argparse.Namespace) -> Reply:
 
 def find_writer() -> Callable[..., Any]:
     """The function that writes a report. Raises LabError where none is installed or it cannot be loaded."""
-    offered = sorted(entry_points(group=GROUP), key=lambda point: point.value != "widgets.report:write")
-    if not offered:
-        raise LabError(f"nothing here can write a report (no entry point {GROUP!r}); {INSTALL}")
-    try:
-        writer: Callable[..., Any] = offered[0].load()
-    except (ImportError, AttributeError) as error:
-        raise LabError(f"the writer of reports cannot be loaded ({error}); {INSTALL}") from None
-    return writer
+    return offered(GROUP, "widgets.report:write", "write a report")
 
 
 def _by_name(maps: Iterable[Relevance]) -> dict[str, Relevance]:

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float32, Int32
 
 from llava_lab.errors import DataError, OptionError
 from llava_lab.geometry import PictureMap
+from llava_lab.results.pictures import map_row
 from llava_lab.results.save import Saved
 from llava_lab.results.schema import filled, within
 from llava_lab.results.table import Table, figure, plain
@@ -144,6 +145,10 @@ class WordActivation(Saved):
     fingerprint: str
     seconds: float
     notes: tuple[str, ...] = ()
+
+    def pictured(self) -> str:
+        """The most probable state at each patch, a map per word."""
+        return map_row((word, values.max(0)) for word, values in zip(self.words, self.values, strict=True))
 
     def check(self) -> None:
         filled(states=self.states)

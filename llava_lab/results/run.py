@@ -20,6 +20,7 @@ from jaxtyping import Float16, Float32, Float64, Int64, UInt8
 from llava_lab.checks import whole_number
 from llava_lab.errors import DataError, OptionError, TargetError
 from llava_lab.geometry import PictureMap, View
+from llava_lab.results.pictures import map_row, thumbnail
 from llava_lab.results.save import Saved, shortened
 from llava_lab.results.schema import filled, within
 from llava_lab.results.table import Table, figure, pairs, plain
@@ -246,6 +247,10 @@ class Run(Saved):
         notes = tuple(f"note: {note}" for note in self.notes)
         return Table(("word", "probability"), rows, title=f"{self.question} {self.answer_shown}", notes=notes)
 
+    def pictured(self) -> str:
+        """Every picture it is about."""
+        return "".join(thumbnail(picture, f"the picture of {self.question!r}") for picture in self.pictures)
+
     def line(self) -> str:
         """Question, answer and model on one line."""
         parts = (shortened(self.question, 60), shortened(self.answer, 60), f"model={shortened(self.model, 30)}")
@@ -322,6 +327,10 @@ class Relevance(Saved):
         best = np.argsort(-flat, kind="stable")[:k]
         return [(int(i) // self.map.cols, int(i) % self.map.cols, float(flat[i])) for i in best]
 
+    def pictured(self) -> str:
+        """The map of each target."""
+        return map_row((target.text, values) for target, values in zip(self.targets, self.values, strict=True))
+
     def with_notes(self, *notes: str) -> Relevance:
         return replace(self, notes=(*self.notes, *notes))
 
@@ -370,6 +379,11 @@ class HeadMaps(Saved):
     def image_share(self) -> np.ndarray:
         """How much of each head's attention lies on the picture, float32 (targets, layers, heads)."""
         return self.values.sum((-2, -1), dtype=np.float32)
+
+    def pictured(self) -> str:
+        """The mean over all heads for each target."""
+        means = self.values.mean((1, 2), dtype=np.float32)
+        return map_row((target.text, values) for target, values in zip(self.targets, means, strict=True))
 
     def table(self) -> Table:
         """The five heads of every target that look most at the picture."""

@@ -248,7 +248,11 @@ class Saved:
         return f"{type(self).__name__}({', '.join(parts)})"
 
     def _repr_html_(self) -> str:
-        return f"<p><code>{html.escape(repr(self))}</code></p>{self.table()._repr_html_()}"
+        return f"<p><code>{html.escape(repr(self))}</code></p>{self.pictured()}{self.table()._repr_html_()}"
+
+    def pictured(self) -> str:
+        """The result as small pictures above its table, finished HTML (`llava_lab.results.pictures`); nothing for most."""
+        return ""
 
 
 def save_npz(path: str | os.PathLike, kind: str, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Path:

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float32, Float64, Int64
 
 from llava_lab.errors import DataError, OptionError
 from llava_lab.geometry import PictureMap
+from llava_lab.results.pictures import map_row
 from llava_lab.results.run import Relevance, Target
 from llava_lab.results.save import Saved
 from llava_lab.results.schema import filled
@@ -195,6 +196,10 @@ class Comparison(Saved):
             raise DataError(f"expected a score for each of the maps {', '.join(self.maps)}, got {', '.join(self.faithfulness)}")
         if any(part.targets != self.targets for part in parts):
             raise DataError("its maps and scores must all be of the same targets")
+
+    def pictured(self) -> str:
+        """Each method's map of the last target, which in a sentence is what answers."""
+        return map_row((f"{name}: {rel.targets[-1].text}", rel.values[-1]) for name, rel in self.maps.items())
 
     @property
     def methods(self) -> tuple[str, ...]:

@@ -85,13 +85,14 @@ class WidgetPage:
             self.outside.append(route.request.url)
             route.abort()
 
-    def mount(self, widget: LabWidget) -> Locator:
-        """Show the widget and wait until its picture is painted."""
+    def mount(self, widget: LabWidget, *, painted: bool = True) -> Locator:
+        """Show the widget and wait until its picture is painted, if it is one with such a picture."""
         self.module = widget._esm
         view = LabWidget.view(widget)  # what the kernel syncs, not what a page without one gets
         data = {name: base64.b64encode(raw).decode("ascii") for name, raw in view.data.items()}
         self.page.evaluate(MOUNT, {"state": view.state, "data": data, "css": widget._css})
-        self.page.wait_for_function("() => document.querySelector('canvas.lab-canvas').width !== 300")  # 300: not sized yet
+        if painted:
+            self.page.wait_for_function("() => document.querySelector('canvas.lab-canvas').width !== 300")  # 300: not sized yet
         self.settle()
         return self.page.locator(".lab-widget")
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llava_lab import bridge
 from llava_lab.cli import judge as cli_report
 from llava_lab.cli import main as cli
 from llava_lab.errors import LabError
@@ -29,7 +30,7 @@ def writer(monkeypatch: pytest.MonkeyPatch) -> None:
     """The entry point as pyproject.toml declares it, whatever was installed."""
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["entry-points"][cli_report.GROUP]
     points = [EntryPoint(name, value, cli_report.GROUP) for name, value in declared.items()]
-    monkeypatch.setattr(cli_report, "entry_points", lambda group: points if group == cli_report.GROUP else [])
+    monkeypatch.setattr(bridge, "entry_points", lambda group: points if group == cli_report.GROUP else [])
 
 
 def views_in(text: str) -> list[str]:
@@ -189,7 +190,7 @@ def test_without_a_writer_the_command_says_how_to_get_one(
     saved: Path, broken: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     points: list[Any] = [EntryPoint("html", broken, cli_report.GROUP)] if broken else []
-    monkeypatch.setattr(cli_report, "entry_points", lambda group: points)
+    monkeypatch.setattr(bridge, "entry_points", lambda group: points)
     assert cli.main(["report", "run.npz"]) == 2
     said = capsys.readouterr().err
     assert "pip install 'llava-lab[lab]'" in said
