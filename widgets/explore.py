@@ -148,20 +148,21 @@ class Explore(ipw.VBox):
         return run
 
     def _explain(self, run: Run, methods: Sequence[str], before: tuple[tuple[str, str], ...]) -> None:
-        """Map after map; each is shown as soon as it is there."""
-        self.maps = {}
-        if not run.words:
-            self._stage.children = [self._preview()]
-            return
-        for name in methods:
+        """Map after map, shown together; Stop leaves those that are done."""
+        self.maps, self.view = {}, None
+        for name in methods if run.words else ():
             if self._stop.is_set():
                 break
             self._talk(f"<div style='{SOFT}'>explaining with {html.escape(name)} …</div>")
             self.maps[name] = self.session.explain(run, name)
-            self.view = PatchExplorer(run, self.maps, ask=lambda patches: self.session.without(run, patches, before))
-            self._stage.children = [self.view]
         if not self.maps:
             self._stage.children = [self._preview()]
+            return
+        # what answers stands at the end of a sentence, and a full stop answers nothing
+        telling = [i for i, word in enumerate(run.words) if any(map(str.isalnum, word.text))]
+        first = telling[-1] if telling else None
+        self.view = PatchExplorer(run, self.maps, word=first, ask=lambda patches: self.session.without(run, patches, before))
+        self._stage.children = [self.view]
 
     # -- the page ---------------------------------------------------------------------------------
 
