@@ -4,6 +4,7 @@
     llava-lab compare --data picturebook --n 200 --out board.jsonl
     llava-lab sanity car.png "What color is the car?" --method rollout
     llava-lab evaluate --data picturebook
+    llava-lab evaluate --benchmark pope --data playground/data/eval/pope
     llava-lab report run.npz --compare comparison.npz
 
 This package computes and never imports the one that shows. What writes a report is found by the entry-point group
@@ -65,9 +66,19 @@ def add_commands(add: Add) -> None:
     command.add_argument("--data", default="picturebook", help="picturebook (default), easy-vqa, photos, or a LLaVA .json file")
     command.add_argument("--pictures", metavar="FOLDER", help="of --data photos: photographs named by what they show")
     command.add_argument("--split", default="test", help="default: test")
-    command.add_argument("--n", type=positive, default=2000, help="pictures (default: 2000)")
+    command.add_argument("--n", type=positive, help="pictures (default: 2000; of a benchmark's files all, of its drawn twin 200)")
     command.add_argument("--normalised", action="store_true", help="compare after lower case, articles, full stop, numbers")
     command.add_argument("--no-controls", action="store_true", help="leave out blind, shuffled and majority")
+    command.add_argument("--save", metavar="FILE", help="of --benchmark: keep the scores in one .npz file")
+    command.add_argument("--benchmark", metavar="NAME", help="pope, mme, ... as LLaVA-1.5 was scored, on --data PATH; or: list")
+    command.add_argument("--batch", type=positive, help="of --benchmark: questions at a time (default: 128)")
+    command.add_argument("--answers", metavar="FILE", help="of --benchmark: keep the answers as LLaVA's jsonl")
+    command.add_argument("--score", metavar="FILE", help="of --benchmark: score the answers in this jsonl, ask no model")
+    command.add_argument("--submission", metavar="FILE", help="of --benchmark: what its server or script takes")
+    command.add_argument("--judge", metavar="NAME", help="of free answers: a model's name at --judge-url, or rule (no model)")
+    command.add_argument("--judge-url", metavar="ADDRESS", help="an OpenAI-compatible address, such as http://127.0.0.1:8000/v1")
+    command.add_argument("--judge-key-variable", metavar="NAME", help="environment variable with its key (OPENAI_API_KEY)")
+    command.add_argument("--max-requests", type=positive, help="to the judge, retries too (default: 500)")
 
     command = add("report", report, "a saved run and its maps as one HTML file: no server, no network", "nothing")
     command.add_argument("saved", metavar="RUN", help="a run kept by `llava-lab ask --save` or `llava-lab compare --save-run`")
@@ -192,12 +203,20 @@ def sanity(args: argparse.Namespace) -> Reply:
 # -- evaluate -------------------------------------------------------------------------------
 
 
+PICTURES = 2000  # evaluated, without a benchmark
+OF_BENCHMARK = ("save", "batch", "answers", "score", "submission", "judge", "judge_url", "judge_key_variable", "max_requests")
+
+
 def evaluate(args: argparse.Namespace) -> Reply:
+    if args.benchmark is not None:
+        return _benchmark(args)
+    if given := [name for name in OF_BENCHMARK if getattr(args, name) is not None]:
+        raise OptionError(f"--{given[0].replace('_', '-')} belongs to --benchmark NAME")
     from llava_lab.evaluation import evaluate as score
 
     options: dict[str, Any] = {"controls": not args.no_controls, "normalise": args.normalised}
     options |= {"pictures": args.pictures} if args.pictures else {}
-    data = score(common.load(args), data=args.data, split=args.split, n=args.n, seed=args.seed, **options)
+    data = score(common.load(args), data=args.data, split=args.split, n=args.n or PICTURES, seed=args.seed, **options)
     controls = {f"control: {name}": row for name, row in data.get("controls", {}).items()}
     lines = []
     ceiling = {"the tower alone": data["ceiling"]} if "ceiling" in data else {}
@@ -207,6 +226,53 @@ def evaluate(args: argparse.Namespace) -> Reply:
         told = "" if sure is None else f"  confidence {sure:.0%}"
         lines.append(f"{name:<22} {row['accuracy']:6.1%}  [{low:.1%}, {high:.1%}]  n {row['n']}{told}")
     return Reply(data, "\n".join(lines))
+
+
+def _benchmark(args: argparse.Namespace) -> Reply:
+    from llava_lab.checks import known
+    from llava_lab.evaluation import benchmarks
+    from llava_lab.results.table import Table
+
+    if args.benchmark == "list":
+        fields = ("name", "title", "asks", "files", "source")
+        rows = [{field: getattr(one, field) for field in fields} for one in benchmarks.BENCHMARKS.values()]
+        table = Table(("name", "title", "what is asked"), tuple((row["name"], row["title"], row["asks"]) for row in rows))
+        return Reply({"benchmarks": rows}, str(table))
+    name = known("benchmark", args.benchmark, benchmarks.BENCHMARKS)
+    if args.normalised or args.pictures:
+        raise OptionError("--normalised and --pictures are of evaluate without --benchmark; a benchmark compares in its own way")
+    judge, drawn = _read_judge(args), {"split": args.split, "seed": args.seed, "n": args.n}
+    if args.score is not None:
+        if args.answers or args.submission:
+            raise OptionError("--answers and --submission keep what a model answered; with --score there is none")
+        questions = benchmarks.load_questions(name, args.data, **drawn)
+        said = benchmarks.read_answers(args.score, questions)
+        result = benchmarks.score_benchmark(name, questions, said, judge=judge, seed=args.seed, data=args.data)
+    else:
+        kept = {option: getattr(args, option) for option in ("batch", "answers", "submission") if getattr(args, option)}
+        controls = not args.no_controls
+        result = benchmarks.benchmark(common.load(args), name, data=args.data, judge=judge, controls=controls, **drawn, **kept)
+    common.save(result, args.save)
+    return Reply(result.to_dict(), str(result.table()))
+
+
+def _read_judge(args: argparse.Namespace) -> Any:
+    """The judge of ``--judge``, if there is one. Raises OptionError for options that do not go together."""
+    remote = {"judge_url": args.judge_url, "judge_key_variable": args.judge_key_variable, "max_requests": args.max_requests}
+    if args.judge is None or args.judge == "rule":
+        if given := [name for name, value in remote.items() if value is not None]:
+            raise OptionError(f"--{given[0].replace('_', '-')} belongs to --judge NAME")
+        if args.judge is None:
+            return None
+        from llava_lab.evaluation.benchmarks import by_rule
+
+        return by_rule()
+    if args.judge_url is None:
+        raise OptionError(f"--judge {args.judge} needs --judge-url, the address it answers at; --judge rule needs none")
+    from llava_lab.remote import open_judge
+
+    limits = {} if args.max_requests is None else {"max_requests": args.max_requests}
+    return open_judge(args.judge, args.judge_url, key_variable=args.judge_key_variable, **limits)
 
 
 # -- report ---------------------------------------------------------------------------------

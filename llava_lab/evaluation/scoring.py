@@ -16,7 +16,8 @@ import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -28,7 +29,7 @@ from llava_lab.checks import PATIENCE, entry
 from llava_lab.errors import DataError
 from llava_lab.evaluation.items import PHOTOS, WORLDS, Item, load_items
 from llava_lab.models import Lab, layout
-from llava_lab.models.generation import generate_many
+from llava_lab.models.generation import Contrast, generate_many
 from llava_lab.models.text import group_words
 from llava_lab.results.run import least_certain, word_probabilities
 from llava_lab.stats import calibration, cluster_interval, exact_match, same_answer
@@ -38,6 +39,18 @@ BATCH = 128
 LONGEST = 48  # tokens an answer may take
 GREY = (122, 116, 104)  # CLIP's mean colour: the emptiest picture there is
 MAJORITY_PICTURES = 2000  # of the training split, to find the commonest answers
+
+
+@dataclass(frozen=True)
+class Change:
+    """How answers are made otherwise than the model makes them."""
+
+    # given the lab, where the image tokens stand and where the batch's prompts end: what holds while it is answered
+    around: Callable[[Lab, tuple[int, int], int], AbstractContextManager[Any]] | None = None
+    contrast: Callable[[torch.Tensor], Contrast] | None = None  # given the pictures as the vision tower takes them
+
+
+UNCHANGED = Change()
 
 
 @entry
@@ -76,8 +89,8 @@ def evaluate(
     result = _answered(lab, items, items, prompt, equal, f"{lab.name} on {split}", progress)
     if controls:
         result["controls"] = {
-            "blind": _answered(lab, items, _blind(items), prompt, equal, "blind", progress),
-            "shuffled": _answered(lab, items, _shuffled(items, seed), prompt, equal, "shuffled", progress),
+            "blind": _answered(lab, items, blinded(items), prompt, equal, "blind", progress),
+            "shuffled": _answered(lab, items, shuffled(items, seed), prompt, equal, "shuffled", progress),
             "majority": _scores(items, _majority(items, data, seed)),
         }
     if data == PHOTOS and hasattr(layout.vision_tower(lab.model), "head"):
@@ -96,6 +109,7 @@ def answer_all(
     batch: int = BATCH,
     label: str = "answering",
     progress: bool = True,
+    change: Change = UNCHANGED,
 ) -> list[str]:
     """One answer per item, in order. Items in a row that share a picture have it drawn and prepared once.
 
@@ -103,8 +117,8 @@ def answer_all(
     >>> len(answer_all(lab, load_items("picturebook", n=1), progress=False))
     4
     """
-    given = _generated(lab, items, prompt=prompt, limit=max_new_tokens, batch=batch, label=label, progress=progress)
-    return [text for text, _ in given]
+    options: dict[str, Any] = {"limit": max_new_tokens, "batch": batch, "label": label, "progress": progress}
+    return [text for text, _ in _generated(lab, items, prompt=prompt, change=change, **options)]
 
 
 def _generated(
@@ -116,6 +130,7 @@ def _generated(
     batch: int = BATCH,
     label: str,
     progress: bool,
+    change: Change = UNCHANGED,
 ) -> list[tuple[str, float]]:
     """(answer, the model's confidence in it) of each item, in order."""
     answers: list[tuple[str, float]] = []
@@ -125,22 +140,31 @@ def _generated(
             told: dict[int, tuple[str, float]] = {}
             for bare in (False, True):  # questions that are text alone have a prompt of their own
                 rows = [number for number, item in enumerate(chosen) if (item.draw is None) == bare]
-                told |= dict(zip(rows, _answers(lab, [chosen[number] for number in rows], prompt, limit), strict=True))
+                given = _answers(lab, [chosen[number] for number in rows], prompt, limit, change)
+                told |= dict(zip(rows, given, strict=True))
             answers += [told[number] for number in range(len(chosen))]
             bar.update(len(chosen))
     return answers
 
 
-def _answers(lab: Lab, items: Sequence[Item], prompt: str | None, limit: int) -> list[tuple[str, float]]:
+def _answers(
+    lab: Lab, items: Sequence[Item], prompt: str | None, limit: int, change: Change = UNCHANGED
+) -> list[tuple[str, float]]:
     """Answers to questions that are all about one picture each, or all about none."""
     if not items:
         return []
     draws = [draw for draw in dict.fromkeys(item.draw for item in items) if draw is not None]
-    sequences = [lab.sequence(item.question, prompt=prompt, pictures=min(len(draws), 1)).token_ids for item in items]
+    asked = [lab.sequence(item.question, prompt=prompt, pictures=min(len(draws), 1)) for item in items]
+    sequences = [one.token_ids for one in asked]
     pixels = torch.cat([lab.pixels(draw(), None) for draw in draws]) if draws else None
     owner = [draws.index(item.draw) for item in items if item.draw is not None]
-    limits, ends = [limit] * len(items), lab.eos_ids
-    given = generate_many(lab.model, sequences, pixels, owner, limits=limits, eos=ends, image_id=lab.image_id)
+    limits, ends = [max(1, min(limit, lab.context - len(ids))) for ids in sequences], lab.eos_ids
+    contrast = change.contrast(pixels) if change.contrast and pixels is not None else None
+    image, end = asked[0].segments["image"], max(map(len, sequences))
+    with change.around(lab, (image[0], image[1]), end) if change.around else nullcontext():
+        given = generate_many(
+            lab.model, sequences, pixels, owner, limits=limits, eos=ends, image_id=lab.image_id, contrast=contrast
+        )
     texts = lab.tokenizer.batch_decode([answer.token_ids.tolist() for answer in given], skip_special_tokens=True)
     words = [group_words(lab.tokenizer, answer.token_ids.tolist()) for answer in given]
     sure = [least_certain(said, word_probabilities(said, answer.logprobs, 0)) for said, answer in zip(words, given, strict=True)]
@@ -187,7 +211,7 @@ def _score(right: np.ndarray, cluster: np.ndarray) -> dict[str, Any]:
     return {"accuracy": round(float(right.mean()), 4), "interval": interval, "n": len(right)}
 
 
-def _blind(items: list[Item]) -> list[Item]:
+def blinded(items: list[Item]) -> list[Item]:
     """The same questions before a grey picture of the first one's size."""
     shapes = (item.draw().shape for item in items if item.draw is not None)
     grey = np.broadcast_to(np.array(GREY, np.uint8), next(shapes, (1, 1, 3)))
@@ -195,7 +219,7 @@ def _blind(items: list[Item]) -> list[Item]:
     return [item if item.draw is None else replace(item, draw=draw) for item in items]
 
 
-def _shuffled(items: list[Item], seed: int) -> list[Item]:
+def shuffled(items: list[Item], seed: int) -> list[Item]:
     """Each question before another one's picture: pictures in a random circle, each moved on by one."""
     draw = {item.picture: item.draw for item in items if item.draw is not None}
     names = list(draw)

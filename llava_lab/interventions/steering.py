@@ -115,7 +115,7 @@ def steered(
     """
     lab.inputs(run)
     unit, _ = find_direction(lab, direction)
-    with _moved(lab, positions_of(run, where, option="where"), _window(lab, layers), "steer", unit, alpha):
+    with moving(lab, positions_of(run, where, option="where"), _window(lab, layers), "steer", unit, alpha):
         yield lab
 
 
@@ -132,7 +132,7 @@ def erased(
     """
     lab.inputs(run)
     unit, _ = find_direction(lab, direction)
-    with _moved(lab, positions_of(run, where, option="where"), _window(lab, layers), "erase", unit, strength):
+    with moving(lab, positions_of(run, where, option="where"), _window(lab, layers), "erase", unit, strength):
         yield lab
 
 
@@ -211,11 +211,11 @@ def _measure(
     random_directions = [torch.randn(unit.shape, generator=generator).to(unit.device) for _ in range(draws)]
 
     def enter(along: Tensor, at: Positions = place) -> Enter:
-        return partial(_moved, lab, at, window, kind, along / along.norm(), amount)
+        return partial(moving, lab, at, window, kind, along / along.norm(), amount)
 
     @contextmanager
     def prove(proof: dict[str, float]) -> Iterator[None]:
-        with _moved(lab, place, window, kind, unit, amount, check=True) as changes:
+        with moving(lab, place, window, kind, unit, amount, check=True) as changes:
             yield
         proof["states"], proof["largest_change"] = float(changes.states), changes.largest
         if not changes.states:
@@ -259,7 +259,7 @@ def _side(lab: Lab, run: Run, others: Sequence[str], where: Any, enter: Callable
 
 
 @contextmanager
-def _moved(
+def moving(
     lab: Lab, place: Positions, window: tuple[int, int], kind: str, unit: Tensor, amount: float, *, check: bool = False
 ) -> Iterator[Changes]:
     """Add ("steer") or erase `unit` in what each layer of the window gives on; with `check`, see that an erasure leaves none."""

@@ -13,6 +13,7 @@ a sequence with a second picture in it could not be explained.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,24 @@ class Generated:
     token_ids: np.ndarray  # int64 (n,)
     logprobs: np.ndarray  # float32 (n,), natural log, from the raw logits by `log_probs`
     stopped: str  # "eos" | "length" | "interrupted"
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Answer by what the picture says and another does not: visual contrastive decoding.
+
+    Source: Leng et al. 2023 (arXiv 2311.16922), equations 3 and 4. Each side keeps its own cache; in the authors' code
+    (DAMO-NLP-SG/VCD ``vcd_sample.py``) the other side takes over the picture's own after the first token.
+    """
+
+    pixel_values: Float[Tensor, "N 3 S S"]  # another picture in the place of each
+    alpha: float = 1.0  # how much of the other side is taken off
+    beta: float = 0.1  # only tokens at least this likely, as a share of the likeliest one's probability, may be chosen
+
+    def apply(self, logits: Float[Tensor, "B V"], others: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
+        """``(1 + alpha) logits - alpha others``, minus infinity where the picture itself makes a token unlikely."""
+        least = logits.max(-1, keepdim=True).values + math.log(self.beta)
+        return ((1 + self.alpha) * logits - self.alpha * others).masked_fill(logits < least, -torch.inf)
 
 
 def generate(
@@ -88,12 +107,15 @@ def generate_many(
     image_id: int,
     temperature: float = 0.0,
     seed: int = 0,
+    contrast: Contrast | None = None,
 ) -> list[Generated]:
     """Answers to several prompts at a time, each as `generate` gives it but for rounding.
 
     Prompt i is about picture ``owner[i]`` of N, or with ``pixel_values=None`` all are without a picture. What the prompts say
     up to and with their picture must be the same; it runs once a picture, and the questions go on from its cache. Padding
     stands before each question and is masked. Ctrl-C passes; nothing of the batch is kept then.
+
+    With a `contrast` every prompt runs twice, before its picture and before the other one, and both go on with the same tokens.
     """
     device = next(model.parameters()).device
     cut = 0 if pixel_values is None else int(np.flatnonzero(prompts[0] == image_id)[-1]) + 1
@@ -101,6 +123,11 @@ def generate_many(
     randoms = [torch.Generator(device=device).manual_seed(seed) for _ in prompts]
     answers: list[list[tuple[int, float]]] = [[] for _ in prompts]
     stopped = ["" for _ in prompts]
+    count, sides = len(prompts), 1
+    if contrast is not None:
+        assert pixel_values is not None, "a contrast is between pictures"
+        owner, prompts, sides = [*owner, *(number + len(pixel_values) for number in owner)], [*prompts, *prompts], 2
+        pixel_values = torch.cat([pixel_values, contrast.pixel_values])
     with evaluating(model), torch.no_grad():
         cache: Any = None
         if pixel_values is not None:
@@ -112,8 +139,9 @@ def generate_many(
             at = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
             given = {"input_ids": ids, "attention_mask": mask, "position_ids": at, "past_key_values": cache}
             out = model(**given, use_cache=True, logits_to_keep=1)
-            cache, logits = out.past_key_values, out.logits[:, -1].float()
-            tokens = _choose_each(logits, image_id, temperature, randoms)
+            cache, logits = out.past_key_values, out.logits[:count, -1].float()
+            weighed = logits if contrast is None else contrast.apply(logits, out.logits[count:, -1].float())
+            tokens = _choose_each(weighed, image_id, temperature, randoms)
             chances = log_probs(logits)[range(len(tokens)), tokens].tolist()
             for row, (token, chance) in enumerate(zip(tokens, chances, strict=True)):
                 if stopped[row]:
@@ -126,7 +154,7 @@ def generate_many(
                     stopped[row] = "length"
             if all(stopped):
                 break
-            ids = torch.tensor(tokens, device=device)[:, None]
+            ids = torch.tensor(tokens * sides, device=device)[:, None]
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
     return [_generated(answer, why) for answer, why in zip(answers, stopped, strict=True)]
 

@@ -2,9 +2,11 @@
 
 from llava_lab.remote.black_box import BlackBox, open_black_box
 from llava_lab.remote.explain import estimate
+from llava_lab.remote.judge import open_judge
 
 __all__ = [
     "BlackBox",
     "estimate",
     "open_black_box",
+    "open_judge",
 ]

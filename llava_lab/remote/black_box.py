@@ -162,7 +162,7 @@ class BlackBox:
             timeout=timeout,
             retries=whole_number("retries", retries),
         )
-        self.cache = ReplyCache(_cache_folder(cache))
+        self.cache = ReplyCache(cache_folder(cache))
         self.used = (0, 0)  # tokens read and written by requests sent
         self._lock = threading.Lock()
 
@@ -376,7 +376,7 @@ def _price(price: Any) -> tuple[float, float] | None:
     return price
 
 
-def _cache_folder(cache: str | os.PathLike | bool | None) -> Path | None:
+def cache_folder(cache: str | os.PathLike | bool | None) -> Path | None:
     """Where replies are kept: the folder given, the user's own for None, nowhere for False."""
     if cache is False:
         return None

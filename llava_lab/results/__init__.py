@@ -1,5 +1,6 @@
 """Results: frozen dataclasses over numpy and strings that save, load and show themselves; no torch, no viewer."""
 
+from llava_lab.results.benchmarks import BenchmarkScores
 from llava_lab.results.connectors import ALL, MANY, WORDS, Ablation, LinearEffect, Linearized, LocalLinearity, in_words
 from llava_lab.results.interventions import ControlRates, Effect, FlowSweep, PatchGrid
 from llava_lab.results.probes import (
@@ -30,6 +31,7 @@ from llava_lab.results.table import Table, aligned, plain
 __all__ = [
     "ALL",
     "Ablation",
+    "BenchmarkScores",
     "Comparison",
     "ControlRates",
     "Effect",

@@ -11,7 +11,7 @@ from PIL import Image
 
 from llava_lab.errors import DataError
 from llava_lab.evaluation import Item, answer_all, evaluate, load_items
-from llava_lab.evaluation.scoring import _blind, _generated, _majority, _score, _shuffled
+from llava_lab.evaluation.scoring import _generated, _majority, _score, blinded, shuffled
 
 
 def test_batched_answers_equal_single_questions(tiny_random) -> None:
@@ -27,10 +27,10 @@ def test_batched_answers_equal_single_questions(tiny_random) -> None:
 
 def test_shuffled_never_shows_a_picture_its_own_question() -> None:
     items = load_items("picturebook", n=7)
-    for item, other in zip(items, _shuffled(items, 0), strict=True):
+    for item, other in zip(items, shuffled(items, 0), strict=True):
         assert not np.array_equal(item.drawn(), other.drawn())
         assert (item.question, item.answer) == (other.question, other.answer)
-    assert len({item.drawn().tobytes() for item in _blind(items)}) == 1
+    assert len({item.drawn().tobytes() for item in blinded(items)}) == 1
 
 
 def test_majority_comes_from_the_training_split() -> None:

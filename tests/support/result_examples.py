@@ -40,6 +40,7 @@ def examples() -> dict[type[Saved], Saved]:
         score_examples.example_board(),
         score_examples.example_sanity(),
         ablation_examples.example_ablation(notes=(NASTY,)),
+        score_examples.example_benchmark(notes=(NASTY,)),
         *_interventions(run),
         *_probes(run),
         *_connectors(),

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from llava_lab.geometry import PictureMap
-from llava_lab.results import Comparison, Faithfulness, GroundTruth, Leaderboard, Relevance, Sanity, Target
+from llava_lab.results import BenchmarkScores, Comparison, Faithfulness, GroundTruth, Leaderboard, Relevance, Sanity, Target
 
 RED = Target("word", "red", (7,), (11,))
 SURE = Target("contrast", "yes, not no", (8,), (12,), (13,))
@@ -98,6 +98,29 @@ def example_board() -> Leaderboard:
     agreement = np.array([[1, 0.3], [0.3, 1]])
     measures = ("gain", "pointing", "seconds")
     return Leaderboard(names, kinds, measures, mean, interval, against, around, counts, agreement, {}, about)
+
+
+def example_benchmark(**changes: Any) -> BenchmarkScores:
+    """Two measures, one control, one published model; the second measure had nothing to divide by in the control."""
+    values, control = np.array([85.0, 50.0]), np.array([[66.0, np.nan]])
+    fields: dict[str, Any] = {
+        "benchmark": "pope",
+        "measures": ("F1", "yes ratio"),
+        "values": values,
+        "intervals": np.stack([values - 2, values + 2], -1),
+        "counts": np.array([12, 12]),
+        "controls": ("blind",),
+        "control_values": control,
+        "control_intervals": np.stack([control - 3, control + 3], -1),
+        "gap_intervals": np.stack([values - control - 4, values - control + 4], -1),
+        "published": {"LLaVA-1.5 7B": {"F1": 85.9}},
+        "model": "m",
+        "fingerprint": "f",
+        "about": {"data": "picturebook", "pictures": 4, "questions": 12},
+        "seconds": 2.5,
+        "notes": ("read me",),
+    }
+    return BenchmarkScores(**{**fields, **changes})
 
 
 def example_sanity(method: str = "rollout", *, dull: bool = False, **changes: Any) -> Sanity:

@@ -1,0 +1,212 @@
+"""Multiple choice by letter: ScienceQA (pictures), MMBench and MMBench-CN (circular), SEED.
+
+Three readings of a letter, because there were three. ScienceQA: a letter alone, one with ``. `` behind it at the start, or
+exactly one "The answer is X." (any sign may stand for the full stop, as in LLaVA's expression); else it failed, which counts
+as wrong. SEED: the whole answer is the letter. MMBench's server first looks for one letter or one option's text and asks
+ChatGPT where it finds none; here such an answer is wrong and counted.
+
+MMBench counts a question only when it is right in every rotation of its options. Its table holds the rotations as rows whose
+``index`` differ by millions.
+
+Sources: haotian-liu/LLaVA @ c121f04 ``llava/eval/eval_science_qa.py``, ``model_vqa_mmbench.py``,
+``scripts/convert_mmbench_for_submission.py``, ``convert_seed_for_submission.py``; Liu et al. 2023 (MMBench, circular).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from llava_lab.evaluation.benchmarks.benchmark import MC, Measure, Question, Tally, question
+from llava_lab.evaluation.benchmarks.files import Pictures, Row, only, read_json, read_table, rows_of, write_json, write_workbook
+from llava_lab.models.pictures import read_picture
+
+MC_CN = "请直接回答选项字母。"
+LETTERS = "ABCDE"
+
+# -- ScienceQA ------------------------------------------------------------------------------
+
+SAID = re.compile(r"The answer is ([A-Z]).")
+
+
+def read_scienceqa(data: Path) -> list[Question]:
+    """``problems.json`` and ``pid_splits.json`` with ``images/test``: the problems of the test split that have a picture."""
+    path = only(data, "problems.json")
+    problems, splits = Row(read_json(path), str(path)), path.with_name("pid_splits.json")
+    found = []
+    for key in Row(read_json(splits), str(splits)).texts("test"):
+        row = Row(problems[key], f"{path} problem {key}")
+        if not row.get("image"):
+            continue
+        name, choices = row.text("image"), row.texts("choices")
+        if len(choices) > len(LETTERS) or row["answer"] not in range(len(choices)):
+            raise row.refuse(f"expected up to {len(LETTERS)} choices and the place of the right one, got {row['answer']!r}")
+        draw = Pictures(path.parent / "images" / "test" / key, path.parent / "test" / key, path.parent / key).find(row, name)
+        text = scienceqa_prompt(row.text("question"), choices, row.get("hint") or "")
+        found.append(question(key, f"{key}/{name}", draw, text, (LETTERS[row["answer"]],), options=tuple(choices)))
+    return found
+
+
+def scienceqa_prompt(asked: str, choices: Sequence[str], hint: str = "") -> str:
+    """Context, question and options in lines, single spaces, then the request for a letter."""
+    options = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
+    text = f"Context: {hint.strip() or 'N/A'}\nQuestion: {asked}\nOptions: {options}\n"
+    return f"{text.replace('  ', ' ').strip()}\n{MC}"
+
+
+def parse_scienceqa(answer: str, choices: int) -> str:
+    """A letter of the choices, or FAILED."""
+    if answer in tuple(LETTERS):
+        letter = answer
+    elif len(answer) >= 3 and answer[0] in LETTERS and answer[1:3] == ". ":
+        letter = answer[0]
+    else:
+        said = SAID.findall(answer)
+        letter = said[0] if len(said) == 1 else "FAILED"
+    return letter if letter in tuple(LETTERS[:choices]) else "FAILED"
+
+
+def score_scienceqa(questions: Sequence[Question], answers: Sequence[str]) -> list[Measure]:
+    """Accuracy on questions with a picture, and the share of answers that no letter could be read from."""
+    tally = Tally(questions)
+    letters = [parse_scienceqa(answer, len(one.options)) for one, answer in zip(questions, answers, strict=True)]
+    right = [letter in one.accepted for one, letter in zip(questions, letters, strict=True)]
+    return [tally.share("accuracy", right), tally.share("no letter", [letter == "FAILED" for letter in letters])]
+
+
+# -- MMBench --------------------------------------------------------------------------------
+
+APART = 1_000_000  # between the indices of a question's rotations
+DROPPED = ("hint", "category", "source", "image", "comment", "l2-category")  # from what is sent
+PLACE = 6  # of the column that is put in
+
+
+def read_mmbench(data: Path, *, chinese: bool = False) -> list[Question]:
+    """``mmbench_dev_20230712.tsv``, or ``mmbench_dev_cn_20231003.tsv``; its pictures stand in the table."""
+    path = only(data, *(["mmbench*cn*.tsv"] if chinese else ["mmbench_dev_2*.tsv", "mmbench*.tsv"]))
+    found: list[Question] = []
+    inside: dict[str, Callable[[], np.ndarray]] = {}
+    for row in read_table(path):
+        index = row.text("index")
+        if not index.isdecimal():
+            raise row.refuse(f"'index' must be a whole number, got {index!r}")
+        packed = row.text("image")
+        if packed.isdecimal():  # a rotation may name the row that holds its picture
+            if packed not in inside:
+                raise row.refuse(f"its picture is that of row {packed}, which does not stand before it")
+            draw = inside[packed]
+        else:
+            draw = partial(_unpacked, packed, row.where)
+        inside[index] = draw
+        number = int(index) % APART
+        options = []
+        for letter in "ABCD":
+            if row[letter] is None:
+                break
+            options.append(row[letter])
+        hint = f"{row['hint']}\n" if row.get("hint") is not None else ""
+        text = mmbench_prompt(f"{hint}{row.text('question')}", options, chinese=chinese)
+        accepted = [row.one_of("answer", "ABCD")] if row.get("answer") is not None else []
+        extra = {"row": dict(row.values_)}
+        more = {"kind": row.get("category") or "", "group": str(number), "options": tuple(options), "extra": extra}
+        found.append(question(index, str(number), draw, text, accepted, **more))
+    return found
+
+
+def _unpacked(packed: str, where: str) -> np.ndarray:
+    try:
+        return read_picture(base64.b64decode(packed, validate=True))
+    except binascii.Error:
+        raise Row({}, where).refuse("'image' is not a picture in base64") from None
+
+
+def mmbench_prompt(asked: str, options: Sequence[str], *, chinese: bool = False) -> str:
+    """The question with its hint, a line for each option, then the request for a letter."""
+    lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
+    return "\n".join([asked, *lines, MC_CN if chinese else MC])
+
+
+def parse_mmbench(answer: str, options: Sequence[str]) -> str:
+    """The one letter among the words of an answer, else the one option whose text stands in it, else nothing.
+
+    An A in more than three words may be an article and says nothing.
+    """
+    letters = LETTERS[: len(options)]
+    words = re.sub(r"[.()\[\],:;!*#{}]", " ", answer).split()
+    named = {word for word in words if word in tuple(letters)}
+    if len(named) == 1 and not (named == {"A"} and len(words) > 3):
+        return named.pop()
+    inside = [letter for letter, option in zip(letters, options, strict=True) if option.lower() in answer.lower()]
+    return inside[0] if len(inside) == 1 and len(named) <= 1 else ""
+
+
+def score_mmbench(questions: Sequence[Question], answers: Sequence[str]) -> list[Measure]:
+    """Questions right in every rotation, rows right on their own, and answers no letter could be read from."""
+    tally = Tally(questions)
+    letters = [parse_mmbench(answer, one.options) for one, answer in zip(questions, answers, strict=True)]
+    right = np.array([letter in one.accepted for one, letter in zip(questions, letters, strict=True)])
+    groups: dict[str, list[int]] = defaultdict(list)
+    for place, one in enumerate(questions):
+        groups[one.group].append(place)
+    first, every = np.zeros(len(right), bool), np.zeros(len(right), bool)
+    for places in groups.values():
+        first[places[0]], every[places[0]] = True, right[places].all()
+    by_row, unread = tally.share("rows alone", right), tally.share("no letter", [not letter for letter in letters])
+    return [tally.share("accuracy", every, first), by_row, unread]
+
+
+def submit_mmbench(questions: Sequence[Question], answers: Sequence[str], path: Path) -> None:
+    """What MMBench's server takes: the table without pictures as .xlsx, with a column ``prediction``."""
+    columns = [name for name in questions[0].extra["row"] if name not in DROPPED]
+    columns.insert(PLACE, "prediction")
+    rows = []
+    for one, answer in zip(questions, answers, strict=True):
+        cells = {**one.extra["row"], "prediction": answer, "index": int(one.id)}
+        rows.append([cells[name] for name in columns])
+    write_workbook(path, columns, rows)
+
+
+# -- SEED -----------------------------------------------------------------------------------
+
+
+def read_seed(data: Path) -> list[Question]:
+    """``SEED-Bench.json`` with ``SEED-Bench-image`` and, one frame from the middle each, ``SEED-Bench-video-image``."""
+    path = only(data, "SEED-Bench.json")
+    whole, folder = Row(read_json(path), str(path)), path.parent
+    kinds = {number: name for name, number in Row(whole["question_type"], str(path)).items()}
+    shelves = {name: Pictures(folder / f"SEED-Bench-{part}") for name, part in (("image", "image"), ("video", "video-image"))}
+    found = []
+    for row in rows_of(path, whole["questions"]):
+        medium, key, name = row.one_of("data_type", ("image", "video")), str(row["question_id"]), str(row["data_id"])
+        choices = [row.text(f"choice_{letter}") if isinstance(row[f"choice_{letter}"], str) else str(row[f"choice_{letter}"])
+                   for letter in "abcd"]  # fmt: skip
+        names = (name,) if medium == "image" else (key, Path(name).stem, name)
+        draw = shelves[medium].find(row, *names)
+        text = mmbench_prompt(row.text("question"), choices)
+        more = {"kind": medium, "group": kinds.get(row["question_type_id"], str(row["question_type_id"]))}
+        more["options"] = tuple(choices)
+        found.append(question(key, f"{medium}/{name}", draw, text, (row.one_of("answer", "ABCD"),), **more))
+    return found
+
+
+def score_seed(questions: Sequence[Question], answers: Sequence[str]) -> list[Measure]:
+    """Answers that are the letter and nothing else: all, about pictures, about videos, then by type."""
+    tally = Tally(questions)
+    right = [answer in one.accepted for one, answer in zip(questions, answers, strict=True)]
+    media = [tally.share(name, right, [one.kind == name for one in questions]) for name in ("image", "video")]
+    names = dict.fromkeys(one.group for one in questions)
+    types = [tally.share(name, right, [one.group == name for one in questions]) for name in names]
+    return [tally.share("all", right), *(part for part in media if part.count), *types]
+
+
+def submit_seed(questions: Sequence[Question], answers: Sequence[str], path: Path) -> None:
+    """What SEED's leaderboard takes: a line each of ``{"question_id": "1", "prediction": "A"}``."""
+    rows = [{"question_id": one.id, "prediction": answer} for one, answer in zip(questions, answers, strict=True)]
+    write_json(path, rows, lines=True)
