@@ -286,7 +286,9 @@ def _status(url: str) -> int:
         return error.code
 
 
-@pytest.mark.parametrize("given", ["", " clé & a+b/c#d?e=f%20 "], ids=["none", "every sign"])
+@pytest.mark.parametrize(
+    "given", [pytest.param("", id="none", marks=pytest.mark.long), pytest.param(" clé & a+b/c#d?e=f%20 ", id="every sign")]
+)
 def test_the_server_answers_with_its_token_only_and_is_gone_afterwards(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "PYTHON", sys.executable)
     monkeypatch.setenv("JUPYTER_TOKEN", given)  # an empty one must not switch the lock off
@@ -330,7 +332,7 @@ def test_the_browser_gets_a_page_that_only_its_user_can_read_and_no_token(
     assert not page.exists()
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("name", ["SIGINT", *(pytest.param(name, marks=pytest.mark.long) for name in ("SIGTERM", "SIGHUP"))])
 def test_ctrl_c_and_a_closed_terminal_stop_the_server_and_end_in_order(name: str) -> None:
     # a shell's background jobs inherit ignored signals; a person's terminal does not
     code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "

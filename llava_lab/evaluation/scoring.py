@@ -15,10 +15,10 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -229,9 +229,19 @@ def shuffled(items: list[Item], seed: int) -> list[Item]:
 
 
 def _majority(items: list[Item], data: str, seed: int) -> np.ndarray:
-    source = load_items(data, split="train", n=MAJORITY_PICTURES, seed=seed) if data in WORLDS else items
-    counts: dict[str, Counter[str]] = defaultdict(Counter)
-    for item in source:
-        counts[item.type][item.short] += 1
-    common = {name: counter.most_common(1)[0][0] for name, counter in counts.items()}
+    common = _trained_on(data, seed, MAJORITY_PICTURES) if data in WORLDS else _commonest(items)
     return np.array([item.short == common.get(item.type) for item in items])
+
+
+@cache
+def _trained_on(data: str, seed: int, pictures: int) -> Mapping[str, str]:
+    """The commonest answers of a drawn world's training split, which thousands of scenes are made for."""
+    return _commonest(load_items(data, split="train", n=pictures, seed=seed))
+
+
+def _commonest(items: list[Item]) -> dict[str, str]:
+    """The commonest short answer to each type of question."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for item in items:
+        counts[item.type][item.short] += 1
+    return {name: counter.most_common(1)[0][0] for name, counter in counts.items()}

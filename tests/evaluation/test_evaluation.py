@@ -33,6 +33,11 @@ def test_shuffled_never_shows_a_picture_its_own_question() -> None:
     assert len({item.drawn().tobytes() for item in blinded(items)}) == 1
 
 
+@pytest.fixture(autouse=True)
+def _few_training_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llava_lab.evaluation.scoring.MAJORITY_PICTURES", 200)
+
+
 def test_majority_comes_from_the_training_split() -> None:
     items = load_items("picturebook", n=200)
     share = _majority(items, "picturebook", 0).mean()
