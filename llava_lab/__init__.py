@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from llava_lab.errors import LabError as LabError
     from llava_lab.geometry import PictureMap as PictureMap
     from llava_lab.geometry import View as View
+    from llava_lab.instructions import check_pays as check_pays
+    from llava_lab.instructions import generate as generate
     from llava_lab.interventions import ablate_tokens as ablate_tokens
     from llava_lab.interventions import ablated as ablated
     from llava_lab.interventions import ask_without as ask_without
@@ -171,6 +173,8 @@ _HOMES = {
     "linear_effect": "llava_lab.comparison",
     "compare_connectors": "llava_lab.comparison",
     "train_stage": "llava_lab.training",
+    "generate": "llava_lab.instructions",
+    "check_pays": "llava_lab.instructions",
     "Ablation": "llava_lab.results",
     "Linearized": "llava_lab.results",
     "LocalLinearity": "llava_lab.results",

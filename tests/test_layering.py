@@ -39,6 +39,7 @@ ORDER = (
     {"training"},
     {"comparison"},
     {"remote", "bench", "doctor", "session"},
+    {"instructions"},
     {"cli"},
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

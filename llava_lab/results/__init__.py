@@ -2,6 +2,7 @@
 
 from llava_lab.results.benchmarks import BenchmarkScores
 from llava_lab.results.connectors import ALL, MANY, WORDS, Ablation, LinearEffect, Linearized, LocalLinearity, in_words
+from llava_lab.results.generated import CheckPays, Generated
 from llava_lab.results.interventions import ControlRates, Effect, FlowSweep, PatchGrid
 from llava_lab.results.probes import (
     HallucinationCheck,
@@ -32,12 +33,14 @@ __all__ = [
     "ALL",
     "Ablation",
     "BenchmarkScores",
+    "CheckPays",
     "Comparison",
     "ControlRates",
     "Effect",
     "FORMAT",
     "Faithfulness",
     "FlowSweep",
+    "Generated",
     "GroundTruth",
     "HallucinationCheck",
     "HeadMaps",

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 import llava_lab as ll
+from llava_lab.instructions import RuleTeacher, World
 from llava_lab.worlds import picturebook
 from tests.support.training_rows import turn, write_json
 
@@ -146,6 +147,10 @@ def public_calls(lab: Any, folder: Path) -> dict[str, dict[str, Any]]:
         | {"steps_scale": 0.1, "keep": False, "bf16": False, "fused": False, "seed": 0, "progress": False},
         "train_stage": {"lab": lab, "data": str(rows), "stage": "nothing", "out": "out", "recipe": None, "steps": 1}
         | {"resume": False, "skip_bad": False, "cut_long": False, "cache": False, "told": None, "running": None},
+        "generate": {"contexts": World(1), "out": "rows", "teacher": RuleTeacher(), "kinds": ["detail"], "folder": None}
+        | {"drop_false": False, "seed": 0, "progress": False},
+        "check_pays": {"lie": 0.1, "n": 1, "seeds": 2, "steps": 1, "batch": 1, "arms": ["all", "passed"], "kinds": ["detail"]}
+        | {"start": "nowhere", "test": 1, "out": "check", "seed": 0, "bf16": False, "progress": False},
         "Lab.ask": {"picture": pictures[0], "question": "What?", "max_new_tokens": 2, "temperature": 0.0, "seed": 0}
         | {"prompt": None, "fit": None, "history": (), "on_token": None},
         "Lab.sequence": {"question": "What?", "prompt": None, "history": (), "picture": None},

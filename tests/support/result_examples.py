@@ -44,6 +44,7 @@ def examples() -> dict[type[Saved], Saved]:
         *_interventions(run),
         *_probes(run),
         *_connectors(),
+        *_generated(),
     ]
     return {type(result): result for result in every}
 
@@ -135,3 +136,22 @@ def _connectors() -> list[Saved]:
         seed=0, seconds=0.1, **ABOUT,
     )  # fmt: skip
     return [linearized, local, effect]
+
+
+def _generated() -> list[Saved]:
+    claims = np.array([[[5, 1, 0], [2, 0, 1]], [[3, 0, 0], [0, 0, 0]]])
+    made = results.Generated(
+        folder="data", teacher=NASTY, terms="t", source={"world": "picturebook", "n": 3}, kinds=("detail", "brief"),
+        asked=np.array([3, 3]), kept=np.array([2, 3]), turns=np.array([2, 3]), passing=np.array([1, 3]),
+        reasons=("format", "leak"), rejected=np.array([[1, 0], [0, 0]]), types=("kind", "color"), claims=claims,
+        chair=np.array([[1, 6, 1, 4], [0, 3, 0, 3]]), used=(10, 20), seed=0, finished=True, seconds=0.5,
+    )  # fmt: skip
+    two = np.array([[0.5, 0.25], [0.75, 0.5]])
+    pays = results.CheckPays(
+        arms=("all", "passed"), seeds=(0, 1), types=("all", "color"), rows=np.array([[9, 9], [4, 5]]), accuracy=two,
+        by_type=two, interval=two, last_loss=two, pairs=("passed - all",), effect=np.array([0.25]),
+        picture_interval=np.array([[0.1, 0.4]]), seed_interval=np.array([[0.0, 0.5]]), p_adjusted=np.array([0.04]),
+        verdict=np.array([1]), lies_found=np.array([9, 10, 0, 20]), setup={"lie": 0.3, "steps": 2, "batch": 3}, start="tiny",
+        questions=8, notes=(NASTY,),
+    )  # fmt: skip
+    return [made, pays]
