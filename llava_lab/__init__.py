@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from llava_lab.errors import LabError as LabError
     from llava_lab.geometry import PictureMap as PictureMap
     from llava_lab.geometry import View as View
-    from llava_lab.instructions import check_pays as check_pays
     from llava_lab.instructions import generate as generate
     from llava_lab.interventions import ablate_tokens as ablate_tokens
     from llava_lab.interventions import ablated as ablated
@@ -174,7 +173,6 @@ _HOMES = {
     "compare_connectors": "llava_lab.comparison",
     "train_stage": "llava_lab.training",
     "generate": "llava_lab.instructions",
-    "check_pays": "llava_lab.instructions",
     "Ablation": "llava_lab.results",
     "Linearized": "llava_lab.results",
     "LocalLinearity": "llava_lab.results",

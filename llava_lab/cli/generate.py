@@ -99,9 +99,9 @@ def generate(args: argparse.Namespace) -> Reply:
 
 
 def check_pays(args: argparse.Namespace) -> Reply:
-    import llava_lab as ll
+    from llava_lab import instructions
 
-    result = ll.check_pays(
+    result = instructions.check_pays(
         lie=args.lie,
         n=args.n,
         seeds=args.seeds,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-import llava_lab as ll
+from llava_lab import instructions
 from llava_lab.cli import main as cli
 
 Printed = Callable[..., dict[str, Any]]
@@ -62,6 +62,6 @@ def test_check_pays_passes_its_options_on(here: Path, monkeypatch: pytest.Monkey
         def table(self) -> str:
             return ""
 
-    monkeypatch.setitem(ll.__dict__, "check_pays", lambda **options: seen.update(options) or Result())
+    monkeypatch.setattr(instructions, "check_pays", lambda **options: seen.update(options) or Result())
     assert printed("check-pays", "--out", "o", "--lie", "0.2", "--arms", "all,passed", "--seeds", "3") == {"pairs": {}}
     assert (seen["lie"], seen["arms"], seen["seeds"], seen["start"], seen["out"]) == (0.2, ["all", "passed"], 3, "tiny", "o")

@@ -21,6 +21,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CheckPays]:
     return out, check_pays(**FEW, out=out)
 
 
+@pytest.mark.long
 def test_arms_have_their_rows_and_pairs_their_order(done: tuple[Path, CheckPays]) -> None:
     _, result = done
     rows = dict(zip(result.arms, result.rows.tolist(), strict=True))
@@ -33,6 +34,7 @@ def test_arms_have_their_rows_and_pairs_their_order(done: tuple[Path, CheckPays]
         assert effect == pytest.approx(means[first] - means[second])
 
 
+@pytest.mark.long
 def test_the_check_s_own_errors_are_counted_where_every_lie_is_known(done: tuple[Path, CheckPays]) -> None:
     found, lies, wrong, truths = done[1].lies_found.tolist()
     assert 0 < lies < 0.2 * (lies + truths)
@@ -40,6 +42,7 @@ def test_the_check_s_own_errors_are_counted_where_every_lie_is_known(done: tuple
     assert wrong == 0
 
 
+@pytest.mark.long
 def test_the_same_call_trains_nothing_again_and_another_is_refused(
     done: tuple[Path, CheckPays], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -52,6 +55,7 @@ def test_the_same_call_trains_nothing_again_and_another_is_refused(
         check_pays(**{**FEW, "steps": 3}, out=out)
 
 
+@pytest.mark.long
 def test_it_saves_loads_and_prints(done: tuple[Path, CheckPays], tmp_path: Path) -> None:
     result = done[1]
     loaded = CheckPays.load(result.save(tmp_path / "check.npz"))

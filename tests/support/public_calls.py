@@ -149,8 +149,6 @@ def public_calls(lab: Any, folder: Path) -> dict[str, dict[str, Any]]:
         | {"resume": False, "skip_bad": False, "cut_long": False, "cache": False, "told": None, "running": None},
         "generate": {"contexts": World(1), "out": "rows", "teacher": RuleTeacher(), "kinds": ["detail"], "folder": None}
         | {"drop_false": False, "seed": 0, "progress": False},
-        "check_pays": {"lie": 0.1, "n": 1, "seeds": 2, "steps": 1, "batch": 1, "arms": ["all", "passed"], "kinds": ["detail"]}
-        | {"start": "nowhere", "test": 1, "out": "check", "seed": 0, "bf16": False, "progress": False},
         "Lab.ask": {"picture": pictures[0], "question": "What?", "max_new_tokens": 2, "temperature": 0.0, "seed": 0}
         | {"prompt": None, "fit": None, "history": (), "on_token": None},
         "Lab.sequence": {"question": "What?", "prompt": None, "history": (), "picture": None},
