@@ -320,6 +320,14 @@ def test_pope_on_drawn_scenes_samples_as_pope_does() -> None:
     assert asked[0].item.question.endswith(SW)
 
 
+def test_people_on_drawn_scenes_say_numbers_as_digits() -> None:
+    """As VQAv2's annotations do: ten equal answers are not normalised any more, so "three" would never be right."""
+    numbers = [one for one in twins.vqav2("test", 200, 0) if one.kind == "number"]
+    assert numbers
+    for one, plain in zip(twins.vqav2("test", 200, 0), twins.gqa("test", 200, 0), strict=True):
+        assert short.soft_challenge(plain.accepted[0], one.accepted) == 1.0
+
+
 # -- measures and intervals -----------------------------------------------------------------
 
 

@@ -27,7 +27,7 @@ import numpy as np
 from llava_lab.evaluation.benchmarks.benchmark import SW, Measure, Question, Tally, question
 from llava_lab.evaluation.benchmarks.choice import APART, mmbench_prompt, scienceqa_prompt
 from llava_lab.evaluation.benchmarks.judged import VET_TASK, WILD_TASK
-from llava_lab.evaluation.benchmarks.short import UNANSWERABLE
+from llava_lab.evaluation.benchmarks.short import UNANSWERABLE, normalise
 from llava_lab.evaluation.benchmarks.yes_no import SPLITS
 from llava_lab.worlds import picturebook
 from llava_lab.worlds.drawing import COLORS, KINDS
@@ -177,9 +177,9 @@ def vqav2(split: str, n: int, seed: int) -> list[Question]:
     """The same questions, answered alike by ten people."""
     found = []
     for one in gqa(split, n, seed):
-        short = one.accepted[0]
+        short = one.accepted[0]  # people's answers are kept as the processor leaves them, numbers as digits
         kind = "yes/no" if short in ("yes", "no") else "number" if short in NUMBERS else "other"
-        found.append(replace(one, accepted=one.accepted * PEOPLE, kind=kind))
+        found.append(replace(one, accepted=(normalise(short),) * PEOPLE, kind=kind))
     return found
 
 
@@ -192,7 +192,7 @@ def vizwiz(split: str, n: int, seed: int) -> list[Question]:
         asked.append((f"What color is the {rng.choice(others)}?", "unanswerable", "unanswerable"))
         for text, short, kind in asked:
             key, text = f"{scene.name}-{kind}", f"{text}\n{UNANSWERABLE}\n{SW}"
-            found.append(question(key, scene.name, draw, text, (short,) * PEOPLE, kind=kind))
+            found.append(question(key, scene.name, draw, text, (normalise(short),) * PEOPLE, kind=kind))
     return found
 
 
