@@ -116,7 +116,7 @@ def check_pays(
     test: int = 300,
     out: str | os.PathLike = "runs/check",
     seed: int = 0,
-    bf16: bool = True,
+    bf16: bool = False,
     progress: bool = True,
 ) -> CheckPays:
     """Train stage 2 on rows of a teacher that lies with rate `lie`, checked or not, and compare; a `CheckPays`.
@@ -124,6 +124,7 @@ def check_pays(
     `n` pictures have one row of each of `kinds`; each of `seeds` runs takes `steps` steps of `batch` rows in every arm of
     `arms`; `test` pictures with about four questions each are asked. `start` gives tower and language model
     (`llava_lab.comparison.start`). Finished runs stay in `out`, and the same call goes on from there.
+    `bf16` is autocast; a processor without it is many times slower that way than in float32.
     Raises OptionError for an unknown arm or a rate outside 0 to 1, DataError where too few rows pass or `out` holds another
     experiment.
 
