@@ -33,7 +33,8 @@ class PicturePicker(LabWidget):
 
     entry, script, sheets = "renderPicker", "picker.js", ("base.css", "picker.css")
 
-    picture = traitlets.Bytes().tag(sync=True)  # the file that was chosen last, as the page made it
+    # the file that was chosen last, as the page made it; what comes from a page is a view of memory, which is made bytes here
+    picture = traitlets.CBytes().tag(sync=True)
     name = traitlets.Unicode().tag(sync=True)
     chosen = traitlets.Int(-1).tag(sync=True)  # of the gallery; -1: a file, or nothing yet
     problem = traitlets.Unicode().tag(sync=True)  # what was wrong with the last file

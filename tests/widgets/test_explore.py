@@ -158,8 +158,7 @@ def _file(kind: str = "PNG", size: tuple[int, int] = (6, 4)) -> bytes:
 def test_an_uploaded_file_is_read_or_its_problem_is_said() -> None:
     picked: list[tuple[str, tuple]] = []
     picker = PicturePicker([], on_pick=lambda name, picture: picked.append((name, picture.shape)))
-    picker.name = "car.png"
-    picker.picture = _file()
+    picker.set_state({"name": "car.png", "chosen": -1, "picture": memoryview(_file())})  # as the page's message sets it
     assert picked == [("car.png", (4, 6, 3))]
     picker.picture = b"no picture"
     assert "cannot be read as a picture" in picker.problem
