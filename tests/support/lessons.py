@@ -245,6 +245,16 @@ print(_json.dumps({
     "points": [_try(above, check_points) for above in (18, 30, 150)],
 }))
 """,
+    "09_your_own_photograph": TRY
+    + """
+print(_json.dumps({
+    "answer": run.answer,
+    "patches": list(lab.grid),
+    "told": {name: [said.answer, said.confidence] for name, said in told.items()},
+    "asked again": again_said,
+    "share": [_try(share, check_share) for share in (count / (lab.grid[0] * lab.grid[1]), 20, 144)],
+}))
+""",
 }
 
 
