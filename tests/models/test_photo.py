@@ -97,3 +97,26 @@ def test_attention_inside_a_convolutional_tower_is_refused(lab: Lab, picture: np
 def test_weights_that_are_not_there_say_how_they_are_made(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="llava-lab train photo --pictures FOLDER"):
         photo.load_photo(torch.float32, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Lab:
+    return ll.load("photo")
+
+
+def test_the_shipped_model_names_a_photograph_and_says_no_to_what_is_not_there(shipped: Lab) -> None:
+    from skimage import data
+
+    assert "cat" in shipped.ask(data.chelsea(), "Describe the picture.").answer
+    assert shipped.ask(data.chelsea(), "Is there a cat in the picture?").answer.startswith("Yes")
+    assert shipped.ask(data.coffee(), "Is there a cat in the picture?").answer.startswith("No")
+    assert shipped.grid == (12, 12)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_any_attention_of_the_language_model_goes_with_the_tower(lab: Lab, attention: str) -> None:
+    """The tower has none; transformers asks every part whether it can do what the whole is set to."""
+    before = lab.model.config._attn_implementation
+    lab.model.set_attn_implementation(attention)
+    assert lab.model.config.text_config._attn_implementation == attention
+    lab.model.set_attn_implementation(before)
