@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     from llava_lab.judging import faithfulness as faithfulness
     from llava_lab.judging import ground_truth as ground_truth
     from llava_lab.judging import leaderboard as leaderboard
+    from llava_lab.judging import prune as prune
+    from llava_lab.judging import prune_sweep as prune_sweep
     from llava_lab.judging import sanity as sanity
     from llava_lab.judging import shipped_ablation as shipped_ablation
     from llava_lab.judging import shipped_leaderboard as shipped_leaderboard
@@ -87,6 +89,7 @@ if TYPE_CHECKING:
     from llava_lab.results import NearestWords as NearestWords
     from llava_lab.results import PatchGrid as PatchGrid
     from llava_lab.results import ProbeScores as ProbeScores
+    from llava_lab.results import Pruning as Pruning
     from llava_lab.results import Relevance as Relevance
     from llava_lab.results import Run as Run
     from llava_lab.results import Sanity as Sanity
@@ -115,6 +118,8 @@ _HOMES = {
     "compare": "llava_lab.judging",
     "estimate": "llava_lab.remote",
     "leaderboard": "llava_lab.judging",
+    "prune": "llava_lab.judging",
+    "prune_sweep": "llava_lab.judging",
     "shipped_ablation": "llava_lab.judging",
     "shipped_leaderboard": "llava_lab.judging",
     "logit_lens": "llava_lab.probes",
@@ -158,6 +163,7 @@ _HOMES = {
     "NamingShare": "llava_lab.results",
     "NearestWords": "llava_lab.results",
     "ProbeScores": "llava_lab.results",
+    "Pruning": "llava_lab.results",
     "TokenGeometry": "llava_lab.results",
     "connector": "llava_lab.connectors",
     "new_connector": "llava_lab.connectors",

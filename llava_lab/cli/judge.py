@@ -2,6 +2,7 @@
 
     llava-lab compare car.png "What color is the car?" --methods rollout,occlusion --save comparison.npz --save-run run.npz
     llava-lab compare --data picturebook --n 200 --out board.jsonl
+    llava-lab prune --data picturebook --keep 9,18,36,72
     llava-lab sanity car.png "What color is the car?" --method rollout
     llava-lab evaluate --data picturebook
     llava-lab evaluate --benchmark pope --data playground/data/eval/pope
@@ -26,7 +27,7 @@ from llava_lab.cli.common import FIGURES, Add, Reply, positive
 from llava_lab.errors import LabError, OptionError
 
 if TYPE_CHECKING:
-    from llava_lab.results import Comparison, Relevance, Run, Sanity
+    from llava_lab.results import Comparison, Effect, Relevance, Run, Sanity
 
 GROUP = "llava_lab.report"
 
@@ -48,6 +49,22 @@ def add_commands(add: Add) -> None:
     common.add_output(command, "--save", "keep the result in one .npz file")
     common.add_output(command, "--save-run", "keep the run as well, for `llava-lab report`; one picture")
     common.add_output(command, "--figure", "draw it (.png, .svg, .pdf)")
+
+    command = add(
+        "prune", prune, "keep k image tokens by a map's ranking, or by FastV's or VisionZip's rule, and see what is left"
+    )
+    command.add_argument("picture", nargs="?", help="an image file; without one, give --data")
+    command.add_argument("question", nargs="?")
+    command.add_argument(
+        "--keep", metavar="K[,K...]", help="image tokens kept (with --data by default 1/16, 1/8, 1/4 and 1/2 of them)"
+    )
+    command.add_argument("--by", metavar="NAMES", help="fastv, visionzip, truth (with --data), random, or methods, with commas")
+    command.add_argument("--at", metavar="LAYER", default="2", help="layers that still see all, or projector (default: 2)")
+    command.add_argument("--data", choices=("picturebook",), help="share of right answers on many drawn pictures")
+    command.add_argument("--split", default="test", help="of --data (default: test)")
+    command.add_argument("--n", type=positive, default=40, help="pictures of --data (default: 40)")
+    common.add_output(command, "--save", "keep the result in one .npz file")
+    common.add_output(command, "--figure", "draw it (.png, .svg, .pdf); with --data")
 
     about = "does a map change when the model or the question does: similarity curves with their controls"
     command = add("sanity", sanity, about)
@@ -158,7 +175,7 @@ def _read_methods(text: str) -> str | list[str]:
     return names
 
 
-def _under_answer(run: Run, result: Comparison | Sanity) -> str:
+def _under_answer(run: Run, result: Comparison | Sanity | Effect) -> str:
     """The result's table, with the answer before its title."""
     table = result.table()
     return str(table.titled(f"{run.answer_shown}  ({table.title})"))
@@ -273,6 +290,43 @@ def _read_judge(args: argparse.Namespace) -> Any:
 
     limits = {} if args.max_requests is None else {"max_requests": args.max_requests}
     return open_judge(args.judge, args.judge_url, key_variable=args.judge_key_variable, **limits)
+
+
+def prune(args: argparse.Namespace) -> Reply:
+    import llava_lab as ll
+
+    if (args.picture is None) == (args.data is None):
+        raise OptionError("prune wants either a picture and a question, or --data picturebook")
+    common.check_figure(args.figure)
+    at: Any = args.at if args.at == "projector" else common.read_value(args.at)
+    keeps, names = _whole_numbers(args.keep), tuple(args.by.split(",")) if args.by else None
+    if args.data is not None:
+        options: dict[str, Any] = {"n": args.n, "split": args.split, "at": at, "seed": args.seed, "progress": not args.json}
+        options |= {"by": names} if names else {}
+        result = ll.prune_sweep(common.load(args), keeps=keeps, **options)
+        common.save(result, args.save)
+        if args.figure:
+            from llava_lab.plots import scores as plots
+
+            common.save_figure(plots.pruning(result).figure, args.figure)
+        return Reply(result.to_dict(), str(result.table()), code=130 if result.interrupted else 0)
+    if args.question is None or keeps is None or len(keeps) != 1 or (names and len(names) != 1):
+        raise OptionError("of one picture prune wants a question, one number after --keep, and one name after --by")
+    picture = common.read_picture(args)
+    lab = common.load(args)
+    run = common.ask(args, lab, picture, show=False)
+    effect = ll.prune(lab, run, keep=keeps[0], by=names[0] if names else "fastv", at=at, seed=args.seed)
+    common.save(effect, args.save)
+    return Reply({"answer": run.answer, **effect.to_dict()}, _under_answer(run, effect))
+
+
+def _whole_numbers(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise OptionError(f"--keep wants whole numbers with commas between them, got {text!r}") from None
 
 
 # -- report ---------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import numpy as np
 from llava_lab.errors import OptionError
 from llava_lab.plots.axes import AS_TEXT, figure_of, named_rows, new_axes, open_frame, panels
 from llava_lab.plots.palette import BAND, BLUE, GREY, LINES, RED
-from llava_lab.results import Comparison, Faithfulness, FlowSweep, Leaderboard, Sanity
+from llava_lab.results import Comparison, Faithfulness, FlowSweep, Leaderboard, Pruning, Sanity
 from llava_lab.results.scores import COST
 from llava_lab.stats import cluster_bootstrap, percentiles
 
@@ -394,5 +394,30 @@ def stays(shares: Mapping[str, Sequence[Sequence[float]]], *, xlabel: str = "", 
         ax.errorbar(at, mean, bars, color=LINES[number % len(LINES)], marker="o", capsize=3, label=name)
     ax.set(xlabel=xlabel, ylabel="answer stays, %", ylim=(-5, 105))
     ax.legend(frameon=False, fontsize=9)
+    open_frame(ax)
+    return ax
+
+
+def pruning(result: Pruning, *, ax: Axes | None = None) -> Axes:
+    """Right answers against the number of image tokens kept, one line a ranking, with 95% intervals over pictures.
+
+    >>> result = ll.prune_sweep(lab, n=2, keeps=(18, 72), by=("fastv", "random"), draws=1, progress=False)
+    >>> plots.pruning(result).get_xlabel()
+    'image tokens kept, of 144'
+    """
+    ax = ax if ax is not None else new_axes((5.4, 3.2))
+    ax.axhline(100 * result.full.mean(), color="0.7", linewidth=1)
+    ax.text(0, 100 * result.full.mean() + 1.5, "all tokens", fontsize=8, color="0.4")
+    places = np.arange(len(result.keeps))
+    for number, (name, accuracy, bounds) in enumerate(zip(result.rankings, result.accuracy, result.interval(), strict=True)):
+        plain_line = name in ("random", "truth")
+        aside = places + 0.05 * (number - (len(result.rankings) - 1) / 2)  # so that intervals do not cover each other
+        bars = 100 * np.abs(np.array([accuracy - bounds[:, 0], bounds[:, 1] - accuracy]))
+        color = "0.35" if plain_line else LINES[number % len(LINES)]
+        style = {"random": ":", "truth": "--"}.get(name, "-")
+        ax.errorbar(aside, 100 * accuracy, bars, color=color, linestyle=style, marker="o", markersize=3, capsize=2, label=name)
+    ax.set_xticks(places, [str(keep) for keep in result.keeps])
+    ax.set(xlabel=f"image tokens kept, of {result.tokens}", ylabel="right answers, %", ylim=(-3, 108))
+    ax.legend(frameon=False, fontsize=8, ncols=2)
     open_frame(ax)
     return ax

@@ -3,7 +3,7 @@
 from llava_lab.results.benchmarks import BenchmarkScores
 from llava_lab.results.connectors import ALL, MANY, WORDS, Ablation, LinearEffect, Linearized, LocalLinearity, in_words
 from llava_lab.results.generated import CheckPays, Generated
-from llava_lab.results.interventions import ControlRates, Effect, FlowSweep, PatchGrid
+from llava_lab.results.interventions import ControlRates, Effect, FlowSweep, PatchGrid, Pruning
 from llava_lab.results.probes import (
     HallucinationCheck,
     LogitLens,
@@ -53,6 +53,7 @@ __all__ = [
     "NamingShare",
     "NearestWords",
     "PatchGrid",
+    "Pruning",
     "ProbeScores",
     "Relevance",
     "Result",

@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int64, Shaped
+from jaxtyping import Bool, Float32, Float64, Int64, Shaped
 
-from llava_lab.errors import OptionError
+from llava_lab.errors import DataError, OptionError
 from llava_lab.geometry import PictureMap
 from llava_lab.results.run import Target
 from llava_lab.results.save import Saved
 from llava_lab.results.schema import filled
 from llava_lab.results.table import Table, figure, pairs, plain
+from llava_lab.stats import resampled_means, wilson
 
 
 @dataclass(frozen=True)
@@ -242,3 +243,82 @@ class ControlRates(Saved):
         rows = tuple((name, f"{rate:.1%}", f"[{low:.1%}, {high:.1%}]") for name, rate, (low, high) in rates)
         title = f"{self.task}: {self.n} questions of {self.asked}, {'passed' if self.passed else 'not passed'}"
         return Table(("patches taken away", "answer changed", "95%"), rows, title=title)
+
+
+@dataclass(frozen=True)
+class Pruning(Saved):
+    """Which questions are answered rightly with k image tokens, by the ranking that chose them; one question a picture."""
+
+    KIND: ClassVar[str] = "pruning"
+
+    rankings: tuple[str, ...]
+    keeps: Int64[np.ndarray, " keeps"]  # image tokens kept
+    right: Float32[np.ndarray, "rankings keeps questions"]  # 0 or 1; of random rankings the mean of several
+    full: Bool[np.ndarray, " questions"]  # with all tokens
+    pictures: tuple[str, ...]
+    cost: Float64[np.ndarray, " keeps"]  # operations of the prefill, share of those with all tokens
+    tokens: int
+    at: int  # layers that still see every token
+    split: str
+    model: str
+    fingerprint: str
+    seconds: float
+    interrupted: bool = False
+    notes: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        filled(rankings=self.rankings, pictures=self.pictures, keeps=self.keeps)
+        if self.right.shape != (len(self.rankings), len(self.keeps), len(self.pictures)):
+            raise DataError(
+                f"its answers are {self.right.shape}, and it names {len(self.rankings)} rankings, {len(self.keeps)} numbers of "
+                f"tokens and {len(self.pictures)} pictures"
+            )
+        if not ((self.right >= 0) & (self.right <= 1)).all():
+            raise DataError("its shares of right answers must lie from 0 to 1")
+
+    @property
+    def accuracy(self) -> np.ndarray:
+        """Share answered rightly, float32 (rankings, keeps)."""
+        return self.right.mean(-1)
+
+    def interval(self, *, against: str | None = None) -> np.ndarray:
+        """95% interval over pictures of `accuracy`, or of its difference from the ranking `against`, (rankings, keeps, 2)."""
+        values = self.right
+        if against is not None:
+            values = values - values[_index(against, self.rankings)]
+        intervals = resampled_means(values, np.arange(len(self.pictures)))[0]
+        if against is None:
+            for cell in zip(*np.nonzero((self.accuracy == 0) | (self.accuracy == 1)), strict=True):
+                right = len(self.pictures) * int(self.accuracy[cell])  # all or none: the bootstrap has no spread
+                intervals[cell] = wilson(right, len(self.pictures))
+        return intervals
+
+    def table(self) -> Table:
+        """A row for each ranking, a column for each number of tokens; a star where it is told apart from random."""
+        apart = np.zeros(self.accuracy.shape, bool)
+        if "random" in self.rankings:
+            low, high = np.moveaxis(self.interval(against="random"), -1, 0)
+            apart = (low > 0) | (high < 0)
+        low, high = np.moveaxis(self.interval(), -1, 0)
+        rows = [
+            (name, *(f"{a:.0%} ({lo:.0%} to {hi:.0%}){'*' * bool(star)}" for a, lo, hi, star in zip(*cells, strict=True)))
+            for name, *cells in zip(self.rankings, self.accuracy, low, high, apart, strict=True)
+        ]
+        rows.append(("cost of the prefill", *(f"{share:.0%}" for share in self.cost)))
+        names = ("kept by", *(f"{keep} of {self.tokens}" for keep in self.keeps))
+        notes = ("* told apart from random tokens on the same pictures (95%)",) if "random" in self.rankings else ()
+        return Table(names, tuple(rows), title=f"right answers of {len(self.pictures)}, {self.model}", notes=notes + self.notes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``llava-lab prune --json`` prints."""
+        about = {
+            name: getattr(self, name) for name in ("rankings", "keeps", "accuracy", "cost", "tokens", "at", "split", "model")
+        }
+        about |= {"interval": self.interval(), "full": float(self.full.mean()), "questions": len(self.pictures)}
+        return plain(about | {"interrupted": self.interrupted, "notes": self.notes, "seconds": self.seconds})
+
+
+def _index(name: str, names: tuple[str, ...]) -> int:
+    if name not in names:
+        raise OptionError(f"no ranking {name!r} here; there is {', '.join(names)}")
+    return names.index(name)

@@ -89,15 +89,35 @@ def public_calls(lab: Any, folder: Path) -> dict[str, dict[str, Any]]:
         "compare": {**asked, "methods": ["rollout"], "target": None, "options": None, **judged, "deciding": None, "top": None}
         | {"batch": 8, "progress": False},
         "estimate": {**asked, "method": "occlusion", "target": None},
-        "leaderboard": {"lab": lab, "data": "nothing", **drawn, "methods": ["rollout"], "options": None, "steps": 2}
+        "leaderboard": {
+            "lab": lab,
+            "data": "nothing",
+            "pictures": None,
+            **drawn,
+            "methods": ["rollout"],
+            "options": None,
+            "steps": 2,
+        }
         | {"seeds": 1, "scale": "probability", "batch": 8, "out": None, "workers": 1, "progress": False},
+        "prune": {
+            "lab": lab,
+            "run": run,
+            "keep": 5,
+            "by": "random",
+            "at": 1,
+            "metric": None,
+            "draws": 1,
+            "seed": 0,
+            "answer": False,
+        },
+        "prune_sweep": {"lab": lab, **drawn, "keeps": [5], "by": ["random"], "at": 1, "draws": 1, "progress": False},
         "shipped_ablation": {},
         "shipped_leaderboard": {"lab": lab},
         "logit_lens": {**asked, "layers": None, "top": 2, "words": (), "tuned": None},
         "activation_map": {**asked, "word": "car", "layers": None, "tuned": None},
         "hallucination_check": {"lab": lab, "runs": [run], "present": [["car"]], "absent": [["dog"]], "layers": None}
         | {"tuned": None, "seed": 0, "progress": False},
-        "naming_share": {"lab": lab, **drawn, "top": 2, "question": "What?", "progress": False},
+        "naming_share": {"lab": lab, **drawn, "pictures": None, "top": 2, "question": "What?", "progress": False},
         "train_lens": {**some, "question": "What?", "steps": 1, "rate": 1e-3, "per_picture": 4, "seed": 0, "progress": False},
         "nearest_words": {**asked, "space": "input", "centered": True, "top": 2, "draws": 2, "seed": 0},
         "linear_probe": {**some, "labels": [0, 1] * 3, "at": "after", "question": "What?", "folds": 2, "per_picture": 4}

@@ -76,7 +76,12 @@ def _interventions(run: results.Run) -> list[Saved]:
     rates = results.ControlRates(
         "cover", {}, 2, 3, 1.0, 0.5, (0.34, 1.0), (0.1, 0.9), changed, np.array([4, 5]), seed=0, seconds=1.0, **ABOUT
     )
-    return [effect, rates]
+    right = np.array([[[1, 0, 1], [1, 1, 1]], [[0, 0, 0.5], [0.5, 1, 1]]], np.float32)
+    full, cost = np.array([True, True, False]), np.array([0.3, 0.6])
+    pruning = results.Pruning(
+        ("fastv", "random"), np.array([9, 36]), right, full, ("a", "b", "c"), cost, 144, 2, "test", seconds=1.0, **ABOUT
+    )
+    return [effect, rates, pruning]
 
 
 def _probes(run: results.Run) -> list[Saved]:
