@@ -16,6 +16,7 @@ transformers ``CLIPImageProcessor`` (resize shortest edge, centre crop).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -151,6 +152,33 @@ class PictureMap:
         if not (0 <= mx < self.size and 0 <= my < self.size and 0 <= x < self.width and 0 <= y < self.height):
             return None
         return int(my * self.rows / self.size), int(mx * self.cols / self.size)
+
+    def patches(
+        self, *, box: Box | None = None, mask: np.ndarray | None = None, points: Sequence[tuple[float, float]] | None = None
+    ) -> list[tuple[int, int]]:
+        """The patches (row, col) that a place on the picture lies in, by rows; none where the model never looked.
+
+        One of `box` (left, top, right, bottom in picture pixels), `mask` (bool, (height, width)), or `points` [(x, y), ...]. Of a
+        box or a mask those patches count which it covers by half or more, or the one it covers most where it covers none so.
+        Raises OptionError for none or several of them, an empty or reversed box, or a mask of another size.
+
+        >>> PictureMap.make(96, 96, size=96, rows=4, cols=4, mode="pad").patches(box=(0, 0, 48, 24))
+        [(0, 0), (0, 1)]
+        """
+        if sum(given is not None for given in (box, mask, points)) != 1:
+            raise OptionError("expected one of box=, mask= and points=")
+        if points is not None:
+            return sorted({patch for x, y in points if (patch := self.patch_at(x, y)) is not None})
+        if box is not None:
+            left, top, right, bottom = box
+            if not (left < right and top < bottom):
+                raise OptionError(f"box must be (left, top, right, bottom) with left < right and top < bottom, got {box}")
+            x, y = np.arange(self.width) + 0.5, np.arange(self.height) + 0.5
+            mask = ((y >= top) & (y < bottom))[:, None] & ((x >= left) & (x < right))
+        assert mask is not None
+        covered = self.mask_to_patches(mask)
+        chosen = covered >= min(0.5, float(covered.max())) if covered.max() > 0 else np.zeros_like(covered, bool)
+        return [(int(row), int(col)) for row, col in np.argwhere(chosen)]
 
     @property
     def seen_box(self) -> Box:

@@ -112,3 +112,19 @@ def test_wrong_requests_say_what_was_expected() -> None:
         at.mask_to_patches(np.zeros((10, 20), bool))
     with pytest.raises(OptionError, match="24x24"):
         at.project(np.zeros((6, 6), np.float32))
+
+
+def test_places_on_the_picture_become_patches() -> None:
+    where = PictureMap.make(96, 48, size=96, rows=4, cols=4, mode="pad")  # padded above and below by 24 pixels: rows 1 and 2
+    assert where.patches(box=(0, 0, 48, 24)) == [(1, 0), (1, 1)]
+    assert where.patches(box=(0, 0, 47, 13)) == [(1, 0), (1, 1)]  # half of a patch and more
+    assert where.patches(box=(40, 2, 44, 6)) == [(1, 1)]  # a small thing is in the patch that holds most of it
+    assert where.patches(points=[(1, 1), (95, 47), (2, 3)]) == [(1, 0), (2, 3)]
+    assert where.patches(points=[(-5, 0)]) == []
+    mask = np.zeros((48, 96), bool)
+    assert where.patches(mask=mask) == []
+    mask[24:, 72:] = True
+    assert where.patches(mask=mask) == [(2, 3)]
+    for wrong in ({}, {"box": (0, 0, 1, 1), "points": []}, {"box": (5, 0, 5, 9)}, {"mask": mask.T}):
+        with pytest.raises(OptionError):
+            where.patches(**wrong)

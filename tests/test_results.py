@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from llava_lab import results
-from llava_lab.errors import DataError, TargetError
+from llava_lab.errors import DataError, OptionError, TargetError
 from llava_lab.geometry import PictureMap
 from llava_lab.results import Relevance, Run, Saved, Table, Target, Word, load_npz, save_npz
 from llava_lab.results.pictures import map_row, thumbnail
@@ -334,6 +334,37 @@ def test_confidence_is_the_least_certain_word_that_says_something(run: Run) -> N
     shy = replace(run, words=run.words[::2], answer="The is")
     assert shy.confidence == pytest.approx(np.exp(-1))
     assert np.isnan(replace(run, words=()).confidence)
+
+
+def test_patches_and_positions_are_each_others(run: Run) -> None:
+    assert run.positions([(0, 0), (1, 1), (0, 1)]).tolist() == [1, 4, 2]
+    assert [run.patch(position) for position in (0, 1, 4, 5)] == [None, (0, 0), (1, 1), None]
+    with pytest.raises(OptionError, match="2x2"):
+        run.positions([(2, 0)])
+
+
+def test_maps_are_subtracted_averaged_and_masked(relevance: Relevance) -> None:
+    double = replace(relevance, values=2 * relevance.values, method="b")
+    less = relevance - double
+    np.testing.assert_array_equal(less.values, -relevance.values)
+    assert less.method == f"{relevance.method} - b"
+    np.testing.assert_allclose(Relevance.mean([relevance, double]).values, 1.5 * relevance.values)
+    np.testing.assert_allclose(np.abs(relevance.normalised().values).sum((1, 2)), 1, rtol=1e-6)
+    np.testing.assert_allclose((relevance.normalised() - double.normalised()).values, 0, atol=1e-7)
+    seen = relevance.map.patches(points=[(relevance.map.width / 2, relevance.map.height / 2)])
+    inside = relevance.masked(points=[(relevance.map.width / 2, relevance.map.height / 2)])
+    ((row, col),) = seen
+    np.testing.assert_array_equal(inside.values[:, row, col], relevance.values[:, row, col])
+    assert np.count_nonzero(inside.values) <= len(relevance.values)
+    elsewhere = replace(
+        relevance, map=PictureMap.make(50, 50, size=8, rows=relevance.map.rows, cols=relevance.map.cols, mode="pad")
+    )
+    two = replace(relevance, values=np.repeat(relevance.values, 2, 0), targets=relevance.targets * 2)
+    for wrong in (elsewhere, two):
+        with pytest.raises(OptionError, match="expected maps"):
+            _ = relevance - wrong
+    with pytest.raises(OptionError, match="at least one"):
+        Relevance.mean([])
 
 
 def test_missing_words_list_what_is_there(run: Run) -> None:

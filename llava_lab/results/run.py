@@ -182,6 +182,23 @@ class Run(Saved):
         """Positions of the image tokens, int64 (rows*cols,), row-major; of all views, newline tokens too."""
         return np.arange(*self.segments["image"])
 
+    def positions(self, patches: Sequence[tuple[int, int]]) -> np.ndarray:
+        """Positions in the sequence of patches' image tokens, int64, in the order given; `map.patches` finds patches.
+
+        Raises OptionError for a patch outside the grid.
+        """
+        grid = self.views[0].positions if self.views else self.image_positions.reshape(self.map.rows, self.map.cols)
+        for row, col in patches:
+            if not (0 <= row < self.map.rows and 0 <= col < self.map.cols):
+                raise OptionError(f"a patch is (row, col) in a grid of {self.map.rows}x{self.map.cols}, got ({row}, {col})")
+        return np.array([grid[row, col] for row, col in patches], np.int64)
+
+    def patch(self, position: int) -> tuple[int, int] | None:
+        """The patch (row, col) whose token stands at a position; None where that is no patch of `picture`."""
+        grid = self.views[0].positions if self.views else self.image_positions.reshape(self.map.rows, self.map.cols)
+        found = np.argwhere(grid == position)
+        return (int(found[0][0]), int(found[0][1])) if len(found) else None
+
     @property
     def answer_positions(self) -> np.ndarray:
         return np.arange(*self.segments["answer"])
@@ -331,6 +348,57 @@ class Relevance(Saved):
         """The map of each target."""
         return map_row((target.text, values) for target, values in zip(self.targets, self.values, strict=True))
 
+    def __sub__(self, other: Relevance) -> Relevance:
+        """What this map gives each patch beyond the other: two methods, two questions, two models on one picture.
+
+        Scales stay as the methods define them; `normalised` makes maps of two methods comparable. Raises OptionError for maps
+        of different places or numbers of targets.
+        """
+        if not isinstance(other, Relevance):
+            return NotImplemented
+        _same_places((self, other))
+        return self._made(self.values - other.values, f"{self.method} - {other.method}", {"less": other.options})
+
+    def normalised(self) -> Relevance:
+        """The same map with absolute values that sum to 1 for every target, so that maps can be subtracted or averaged."""
+        whole = np.abs(self.values).sum((1, 2), keepdims=True)
+        return self._made(self.values / np.where(whole > 0, whole, 1), self.method, {"normalised": True})
+
+    def masked(
+        self, *, box: Any = None, mask: np.ndarray | None = None, points: Sequence[tuple[float, float]] | None = None
+    ) -> Relevance:
+        """The map inside a place on the picture and 0 outside it; the place as in `PictureMap.patches`."""
+        inside = np.zeros(self.grid, bool)
+        for row, col in self.map.patches(box=box, mask=mask, points=points):
+            inside[row, col] = True
+        return self._made(self.values * inside, self.method, {"masked": int(inside.sum())})
+
+    @staticmethod
+    def mean(maps: Sequence[Relevance]) -> Relevance:
+        """The mean of several maps, patch by patch: of seeds, of questions, of methods after `normalised`.
+
+        Raises OptionError for none, or for maps of different places or numbers of targets.
+        """
+        if not maps:
+            raise OptionError("the mean of maps needs at least one")
+        _same_places(maps)
+        names = "+".join(dict.fromkeys(one.method for one in maps))
+        return maps[0]._made(np.mean([one.values for one in maps], 0), f"mean of {len(maps)} ({names})", {})
+
+    def _made(self, values: np.ndarray, method: str, options: dict[str, Any]) -> Relevance:
+        """A map made of this one; what was said of a single view or of its mass does not hold for it."""
+        return replace(
+            self,
+            values=values.astype(np.float32),
+            method=method,
+            options=self.options | options,
+            view_values=(),
+            views=(),
+            extras={},
+            passes={"forward": 0, "backward": 0},
+            seconds=0.0,
+        )
+
     def with_notes(self, *notes: str) -> Relevance:
         return replace(self, notes=(*self.notes, *notes))
 
@@ -394,6 +462,16 @@ class HeadMaps(Saved):
                 layer, head = divmod(int(flat), share.shape[2])
                 rows.append((target.text, str(layer), str(head), f"{share[index, layer, head]:.1%}"))
         return Table(("target", "layer", "head", "on the picture"), tuple(rows), notes=self.notes)
+
+
+def _same_places(maps: Sequence[Relevance]) -> None:
+    first = maps[0]
+    for other in maps[1:]:
+        if other.map != first.map or other.values.shape != first.values.shape:
+            raise OptionError(
+                f"expected maps of one picture with equally many targets, got {first.values.shape} and {other.values.shape}"
+                + ("" if other.map == first.map else " on different pictures")
+            )
 
 
 def word_probabilities(words: Sequence[Word], logprobs: np.ndarray, start: int) -> Float64[np.ndarray, " words"]:
