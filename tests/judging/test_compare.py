@@ -228,7 +228,7 @@ def test_compare_prints_one_object_or_a_table(tiny_folder: Path, tmp_path: Path,
     out = capsys.readouterr().out
     data = json.loads(out)
     assert out.count("\n") == 1
-    assert set(data) == {"answer", "target", "rows", "refused", "agreement", "notes", "seconds", "model"}
+    assert set(data) == {"answer", "cut", "target", "rows", "refused", "agreement", "notes", "seconds", "model"}
     assert {row["method"] for row in data["rows"]} == {"attention", "random"}
     assert np.shape(data["agreement"]["spearman"]) == (2, 2)
     assert Comparison.load(saved).methods == ("attention", "random")

@@ -244,13 +244,15 @@ def test_command_line_trains_a_stage_and_keeps_tiny(
     for arguments, why in (
         (["--data", data, "--stage", "tune"], "--stage must be align or instruct"),
         (["--data", data], "trains one stage at a time"),
-        ([], "give tiny, or --data FILE"),
+        ([], "--model belongs to --data"),
         (["tiny", "--data", data], "not both"),
         (["--data", f"{data},size=3", "--stage", "align"], r"got 'size=3'"),
         (["--data", data, "--stage", "align"], "mix.json row 3: stage align trains on pictures"),
     ):
         assert main([*common, *arguments]) == 2
         assert why in capsys.readouterr().err.splitlines()[-1]
+    assert main(["train", "--out", out]) == 2
+    assert "give tiny, or --data FILE" in capsys.readouterr().err.splitlines()[-1]
     asked: dict[str, Any] = {}
     monkeypatch.setattr("llava_lab.training.train", lambda name, out, **options: asked.update(options, name=name) or out)
     assert main(["train", "tiny", "--out", out, "--stage", "align", "--seed", "3"]) == 0

@@ -16,6 +16,7 @@ import llava_lab as ll
 from tests.support.all_widgets import ATTACK, EVERY
 from tests.support.widget_examples import car_picture
 from widgets.base import JS, LabWidget, RunWidget, bundle, embed, sources, styles
+from widgets.picture_picker import CodeBox, PicturePicker
 
 SCRIPTS = sorted(JS.rglob("*.js"))
 every_widget = pytest.mark.parametrize("name", EVERY)
@@ -64,8 +65,8 @@ def test_a_widget_without_a_still_picture_is_a_bug_that_says_so() -> None:
 
 
 def test_joined_modules_share_one_scope_without_a_name_defined_twice() -> None:
-    shown = [make() for make in EVERY.values()]
-    used = [*(widget.script for widget in shown), "shared/page.js"]
+    shown: list[LabWidget] = [*(make() for make in EVERY.values()), PicturePicker([], on_pick=print), CodeBox()]
+    used = [*dict.fromkeys(widget.script for widget in shown), "shared/page.js"]
     assert sorted(sources(*used)) == SCRIPTS
     source = bundle(*used)  # a report has them all in one module
     names = re.findall(r"^(?:export )?(?:async )?(?:function|class|const|let) (\w+)", source, re.MULTILINE)
