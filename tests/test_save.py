@@ -132,7 +132,12 @@ def test_whatever_the_package_writes_is_written_whole() -> None:
     for path in [*(ROOT / "llava_lab").rglob("*.py"), *(ROOT / "widgets").rglob("*.py")]:
         name, tree = path.relative_to(ROOT).as_posix(), ast.parse(path.read_text("utf-8"))
         blocks = [block for block in ast.walk(tree) if isinstance(block, ast.With)]
-        whole = [block for block in blocks if any("whole_f" in ast.unparse(item.context_expr) for item in block.items)]
+        whole = [
+            block
+            for block in blocks
+            if any("whole_f" in ast.unparse(item.context_expr) for item in block.items)
+            or ("ExitStack" in ast.unparse(block.items[0]) and "enter_context(whole_file" in ast.unparse(block))
+        ]
         inside = {id(call) for block in whole for call in ast.walk(block)}
         for call in ast.walk(tree):
             if isinstance(call, ast.Call) and id(call) not in inside and _writes(call) and not name.startswith(ELSEWHERE):

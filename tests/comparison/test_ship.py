@@ -195,6 +195,6 @@ def test_no_shipped_sentence_contradicts_itself() -> None:
 
 def test_what_ships_stays_small() -> None:
     files = [path for path in ASSETS.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files if path.suffix == ".safetensors") < 40_000_000
+    assert sum(path.stat().st_size for path in files if path.suffix == ".safetensors") < 60_000_000
     assert (ABLATION / "ablation.npz").stat().st_size < 2_000_000
     assert not [path for path in files if path.suffix in (".bin", ".pt", ".pkl")]
