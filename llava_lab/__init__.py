@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from llava_lab.errors import LabError as LabError
     from llava_lab.geometry import PictureMap as PictureMap
     from llava_lab.geometry import View as View
-    from llava_lab.instructions import generate as generate
+    from llava_lab.instructions.generate import generate as generate
     from llava_lab.interventions import ablate_tokens as ablate_tokens
     from llava_lab.interventions import ablated as ablated
     from llava_lab.interventions import ask_without as ask_without

@@ -23,7 +23,9 @@ def test_the_gallery_has_pictures_with_questions_that_the_model_answers(session:
     drawn = [shown for shown in gallery if shown.code.startswith("picturebook")]
     assert len(drawn) == 5
     assert all(shown.picture.dtype == np.uint8 and shown.questions for shown in gallery)
-    assert not [note for shown in drawn for text in shown.questions for note in session.lab.scope.about_words(text)]
+    scope = session.lab.scope
+    assert scope is not None
+    assert not [note for shown in drawn for text in shown.questions for note in scope.about_words(text)]
     assert len({shown.name for shown in gallery}) == len(gallery)
 
 

@@ -16,6 +16,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets as ipw
@@ -209,7 +210,7 @@ class Explore(ipw.VBox):
             self.ask(self._field.value)
 
     def _suggest(self, questions: Sequence[str]) -> None:
-        self._tries.children = [_button(text, "", lambda text=text: self.ask(text), small=True) for text in questions]
+        self._tries.children = [_button(text, "", partial(self.ask, text), small=True) for text in questions]
         self._enable()
 
     def _box(self, name: str, on: bool) -> ipw.Checkbox:

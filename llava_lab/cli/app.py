@@ -73,7 +73,7 @@ def app(args: argparse.Namespace) -> Reply:
 
 def prepare(folder: Path, model: str, port: int, token: str) -> tuple[list[str], dict[str, str]]:
     """The notebook and the settings in `folder`, which only this user reads; the command that serves them, its environment."""
-    cell = {"cell_type": "code", "execution_count": None, "id": "explore", "metadata": {}, "outputs": []}
+    cell: dict[str, Any] = {"cell_type": "code", "execution_count": None, "id": "explore", "metadata": {}, "outputs": []}
     source = f"import llava_lab as ll\n\nll.explore(model={model!r})"
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     notebook = {"cells": [{**cell, "source": source}], "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}

@@ -91,9 +91,10 @@ def measure_wordings(lab: Lab, *, per_way: int = PER_WAY, progress: bool = True)
     """
     asked = {type_: list(_questions(type_, per_way)) for type_ in WAYS}
     trained = {type_: _right(lab, rows, [item for item, _ in rows], progress, type_) for type_, rows in asked.items()}
-    table, every = {}, []
+    table: dict[str, dict[str, Any]] = {}
+    every: list[tuple[str, bool, bool]] = []
     for type_, rows in asked.items():
-        ways = []
+        ways: list[dict[str, Any]] = []
         for way in range(sum(map(len, WAYS[type_]))):
             chosen = [i for i, (_, question) in enumerate(rows) if ask_in(question, way)][:per_way]
             told = [Item(**{**vars(rows[i][0]), "question": ask_in(rows[i][1], way)}) for i in chosen]

@@ -82,10 +82,10 @@ class Context:
         """What the teacher reads: captions one a line, and with `boxes` an empty line and one line per box."""
         lines = [" ".join(caption.split()) for caption in self.captions]
         if boxes and self.boxes:
-            sides = (
-                (box.name, *(min(max(v, 0.0), 1.0) for v in (box.left, box.top, box.right, box.bottom))) for box in self.boxes
-            )
-            lines += ["", *("{}: [{:.3f}, {:.3f}, {:.3f}, {:.3f}]".format(*side) for side in sides)]
+            lines.append("")
+            for box in self.boxes:
+                sides = (f"{min(max(side, 0.0), 1.0):.3f}" for side in (box.left, box.top, box.right, box.bottom))
+                lines.append(f"{box.name}: [{', '.join(sides)}]")
         return "\n".join(lines).strip()
 
     @property

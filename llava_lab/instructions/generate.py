@@ -237,7 +237,7 @@ class _Work:
         first = bool(rng.random() < 0.5)  # the picture before the question, or after it, as LLaVA has both
         told = self._told(context, kind, cache)
         mark = f"{kind.hash}-{context.hash}-{_short_hash(self.teacher.settings)}"
-        record = {"id": f"{context.id}-{kind.name}", "image": context.image, "kind": kind.name, "made_by": mark}
+        record: dict[str, Any] = {"id": f"{context.id}-{kind.name}", "image": context.image, "kind": kind.name, "made_by": mark}
         record |= {"teacher": self.teacher.name, "used": told.used, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         turns, faults, claims = sift(kind, context, told, asked, drop_false=self.drop_false)
         return record | {"picture_first": first, "turns": turns, "faults": faults, **claims}

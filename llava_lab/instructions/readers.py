@@ -171,7 +171,8 @@ def _box(data: Any) -> Box:
     fine = is_list(data) and len(data) == 5 and isinstance(data[0], str)
     if not fine or not all(isinstance(side, (int, float)) and not isinstance(side, bool) for side in data[1:]):
         raise DataError(f"a box must be [name, left, top, right, bottom], got {shown(data)}")
-    return Box(data[0], *map(float, data[1:]))
+    left, top, right, bottom = map(float, data[1:])
+    return Box(data[0], left, top, right, bottom)
 
 
 # -- COCO ----------------------------------------------------------------------------------
@@ -225,7 +226,7 @@ class Coco:
                     [number],
                 )
                 try:
-                    boxes = tuple(_from_pixels(*row, width, height) for row in told)
+                    boxes = tuple(_from_pixels(width, height, *row) for row in told)
                     yield Context(captions, boxes, str(number), name, self.complete)
                 except DataError as error:
                     raise DataError(f"picture {number} of {', '.join(map(str, self.files.values()))}: {error}") from None
@@ -363,9 +364,10 @@ def elements(path: Path) -> Iterator[tuple[str, Any]]:
             raise DataError(f"{path} is not UTF-8 ({one_line(error)})") from None
 
 
-def _from_pixels(name: str, x: float, y: float, w: float, h: float, crowd: int, width: float | None, height: float | None) -> Box:
+def _from_pixels(width: float | None, height: float | None, name: str, x: float, y: float, w: float, h: float, crowd: int) -> Box:
     """COCO's box as shares of the picture; what stands over an edge by rounding is cut."""
     if not width or not height:
         raise DataError("the picture has boxes and no width or height")
     sides = (x / width, y / height, (x + w) / width, (y + h) / height)
-    return Box(name, *(min(max(side, 0.0), 1.0) for side in sides), crowd=bool(crowd))
+    left, top, right, bottom = (min(max(side, 0.0), 1.0) for side in sides)
+    return Box(name, left, top, right, bottom, crowd=bool(crowd))

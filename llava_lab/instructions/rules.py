@@ -100,8 +100,8 @@ def wrong_answer(scene: Scene, question: Question, rng: np.random.Generator) -> 
         return f"It is {article(other)}." if question.type == "kind" else answer.replace(f" is {short}.", f" is {other}.")
     if question.type == "place":
         thing = things[question.deciding[0]]
-        other = _far_place(thing, rng)
-        return None if other is None else answer.replace(f" is {at(short)}.", f" is {at(other)}.")
+        place = _far_place(thing, rng)
+        return None if place is None else answer.replace(f" is {at(short)}.", f" is {at(place)}.")
     if question.type == "count":
         return _wrong_count(question, rng)
     if question.type == "existence":

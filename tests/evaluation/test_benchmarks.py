@@ -45,7 +45,7 @@ HEADLINES |= {"vizwiz": None, "mmbench": None, "mmbench-cn": None, "mm-vet": 100
 def test_from_files_as_published_to_scores_and_back(name: str, tiny, tmp_path: Path) -> None:
     data = write(name, tmp_path / "data")
     judge = by_rule() if name in FREE else None
-    kept = {"answers": tmp_path / "answers.jsonl"}
+    kept: dict[str, Any] = {"answers": tmp_path / "answers.jsonl"}
     if BENCHMARKS[name].submit:
         kept["submission"] = tmp_path / "sent"
     scores = benchmark(tiny, name, data=data, judge=judge, **kept, **QUICK)
@@ -100,10 +100,10 @@ def _expected(name: str, questions: Any, said: list[str]) -> Any:
             for file, (picture, thing, pair) in sorted(rows.items())
         }
     headings = ["index", "question", "A", "B", "C", "D", "prediction", "answer", "split"]
-    rows = [["7", "Which thing is it?", "car", "fish", "", "", said[0], "A", "dev"],
+    lines = [["7", "Which thing is it?", "car", "fish", "", "", said[0], "A", "dev"],
             ["1000007", "Which thing is it?", "fish", "car", "", "", said[1], "B", "dev"],
             ["8", 'Which "thing"\tis\nit?', "fish", "moon", "car", "", said[2], "C", "dev"]]  # fmt: skip
-    return [headings, *rows]
+    return [headings, *lines]
 
 
 def test_each_is_asked_as_llava_asked_it(tmp_path: Path) -> None:

@@ -61,6 +61,7 @@ def test_the_confidence_of_a_batch_is_that_of_the_run(tiny_random) -> None:
     items = load_items("picturebook", n=1)
     given = _generated(tiny_random, items, prompt=None, limit=6, label="", progress=False)
     for item, (answer, sure) in zip(items, given, strict=True):
+        assert item.draw is not None
         run = tiny_random.ask(item.draw(), item.question, max_new_tokens=6)
         assert run.answer == answer
         assert sure == pytest.approx(run.confidence, rel=1e-3, nan_ok=True)

@@ -80,7 +80,7 @@ def benchmark(
         raise OptionError(f"{chosen.title} has no file to send; --submission belongs to {', '.join(_submitted())}")
     limit = LONGEST if drawn and limit is None else limit
     options: dict[str, Any] = {"prompt": prompt, "batch": batch, "limit": limit, "progress": progress}
-    said = {"": answer_benchmark(lab, name, questions, **options)}
+    said: dict[str, Sequence[str]] = {"": answer_benchmark(lab, name, questions, **options)}
     if answers is not None:
         write_answers(Path(answers), questions, said[""], lab.name)
     if submission is not None and chosen.submit is not None:

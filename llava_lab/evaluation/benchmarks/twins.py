@@ -150,8 +150,8 @@ def _beside(scene: picturebook.Scene, rng: np.random.Generator) -> Pair:
                     pairs.append((first[0], relation, second[0]))
     if not pairs:
         return None
-    first, relation, second = pairs[int(rng.integers(len(pairs)))]
-    return f"Is the {first} {relation} the {second}?", f"Is the {first} {OPPOSITE[relation]} the {second}?"
+    one_name, said, other_name = pairs[int(rng.integers(len(pairs)))]
+    return f"Is the {one_name} {said} the {other_name}?", f"Is the {one_name} {OPPOSITE[said]} the {other_name}?"
 
 
 # -- short answers --------------------------------------------------------------------------
