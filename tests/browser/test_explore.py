@@ -97,7 +97,6 @@ PATIENCE = 240_000  # milliseconds; a kernel starts, imports torch and loads a m
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[str]:
     """The address of ``llava-lab app``."""
-    pytest.importorskip("voila")
     command, environment = app.prepare(tmp_path, "tiny", port := app.free_port(), "secret")
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     with subprocess.Popen(command, env=environment, stdout=sys.stderr, stderr=subprocess.STDOUT) as server:
