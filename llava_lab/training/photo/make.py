@@ -268,7 +268,9 @@ def train_photo(
                 for name, state in loop.read_state(before)["modules"].items():
                     modules[name].load_state_dict(state)
             scaled = replace(stage, steps=max(1, round(stage.steps * steps_scale)))
-            loop.remember_stage(folder, scaled, seed=recipe.seed, blind=blind, photographs=len(photos))
+            loop.remember_stage(
+                folder, scaled, seed=recipe.seed, blind=blind, photographs=len(photos), bfloat16=loop.quick_bfloat16()
+            )
             if stage.name == "words":
                 state = folder / "words.pt"
                 if state.exists() and loop.read_state(state)["step"] >= scaled.steps:

@@ -280,7 +280,7 @@ def train_smol(
                 compiled(layout.language_model(model))
             scaled = replace(stage, steps=max(1, round(stage.steps * steps_scale)))
             data = SmolData(form, stage=stage.name, batch=stage.batch, side=side, seed=recipe.seed, texts=few, blind=blind)
-            loop.remember_stage(folder, scaled, seed=recipe.seed, blind=blind)
+            loop.remember_stage(folder, scaled, seed=recipe.seed, blind=blind, bfloat16=loop.quick_bfloat16())
             stage_loss = partial(loss_of, model, image_id=form.image_id)
             if stage.name == "recall":
                 # the model as it was before any training
