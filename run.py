@@ -267,7 +267,7 @@ def _last_line(text: str) -> str:
 
 
 def test(arguments: list[str]) -> int:
-    install("lab", "app", "train", "easy-vqa", "smol", "photo", "original", "test")
+    install("lab", "app", "serve", "train", "easy-vqa", "smol", "photo", "original", "test")
     environment = {**_environment(), "CHROME_PATH": find_chromium() or _fetch_chromium()}
     return subprocess.run([PYTHON, "-m", "pytest", *_selection(arguments)], cwd=ROOT, env=environment).returncode
 

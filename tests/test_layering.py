@@ -37,7 +37,7 @@ ORDER = (
     {"attribution", "probes", "interventions"},
     {"judging", "evaluation"},
     {"training"},
-    {"comparison"},
+    {"comparison", "serving"},
     {"remote", "bench", "doctor", "session"},
     {"instructions"},
     {"cli"},

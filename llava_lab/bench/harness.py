@@ -56,6 +56,7 @@ BENCHES: Mapping[str, str] = MappingProxyType(
         "occlusion": "occlusion and its stand-ins beside plain forwards and captum's FeatureAblation",
         "probes": "the logit lens beside a plain forward and the obvious way, here and at 7B width",
         "scale": "loading, answering and every method at LLaVA-1.5-7B's true widths, few layers",
+        "serve": "requests a second of `llava-lab serve`, for 1, 8 and 64 clients, beside the same questions without it",
         "connectors": "a training step of four connectors beside frozen full forwards and the common mistake",
     }
 )

@@ -66,9 +66,13 @@ def generate(
     image_id: int,
     temperature: float = 0.0,
     seed: int = 0,
-    on_id: Callable[[int], None] | None = None,
+    on_step: Callable[[int, Float[Tensor, " V"]], None] | None = None,
 ) -> Generated:
-    """Answer greedily (``temperature=0``) or by seeded sampling, at most `limit` tokens; N pictures stand in the sequence."""
+    """Answer greedily (``temperature=0``) or by seeded sampling, at most `limit` tokens; N pictures stand in the sequence.
+
+    `on_step` is given each new token and the `log_probs` of every token at its place; it may raise KeyboardInterrupt, which
+    ends the answer with that token.
+    """
     answer: list[tuple[int, float]] = []
     stopped = "length"
     random = torch.Generator(device=input_ids.device).manual_seed(seed)  # never the global generator
@@ -83,9 +87,10 @@ def generate(
                 if token in eos:
                     stopped = "eos"
                     break
-                answer.append((token, float(log_probs(logits)[token])))
-                if on_id is not None:
-                    on_id(token)
+                chances = log_probs(logits)
+                answer.append((token, float(chances[token])))
+                if on_step is not None:
+                    on_step(token, chances)
                 if len(answer) >= limit:
                     break
                 step = torch.tensor([[token]], device=input_ids.device)

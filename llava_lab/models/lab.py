@@ -168,6 +168,7 @@ class Lab:
         fit: str | None = None,
         history: History = (),
         on_token: Callable[[str], None] | None = None,
+        on_step: Callable[[int, Tensor], None] | None = None,
     ) -> Run:
         """Ask about a picture and get the answer with every position, probability and the picture's map.
 
@@ -176,14 +177,22 @@ class Lab:
         `prompt`: None is the model's own form (`self.prompt`), else one of `text.PROMPTS`.
         `fit`: None is the checkpoint's own way, else "pad" or "crop". `history`: earlier (question, answer)
         pairs, or messages as chat formats hold them, about the same picture. `on_token` receives the answer's text as it
-        grows, whole characters only. An option given as None has its default.
+        grows, whole characters only; `on_step` each new token and the natural log-probabilities (V,) of all tokens at its
+        place, before `on_token` hears of it. An option given as None has its default.
         Interrupting (KeyboardInterrupt) gives the answer so far, with ``options["stopped"] == "interrupted"``.
         """
         _check_asking(max_new_tokens, temperature)
         prompt = prompt or self.prompt
         asked = self._asked(read_pictures(picture), question, prompt, history, max_new_tokens)
         stream = _Stream(self.tokenizer, on_token) if on_token else None
-        generated = self._generate(asked, fit, temperature, seed, on_id=stream.add if stream else None)
+
+        def step(token: int, chances: Tensor) -> None:
+            if on_step:
+                on_step(token, chances)
+            if stream:
+                stream.add(token)
+
+        generated = self._generate(asked, fit, temperature, seed, on_step=step)
         if stream:
             stream.close()
         options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "prompt": prompt}
@@ -431,7 +440,12 @@ class Lab:
         )
 
     def _generate(
-        self, asked: _Asked, fit: str | None, temperature: float, seed: int, on_id: Callable[[int], None] | None = None
+        self,
+        asked: _Asked,
+        fit: str | None,
+        temperature: float,
+        seed: int,
+        on_step: Callable[[int, Tensor], None] | None = None,
     ) -> Generated:
         return generate(
             self.model,
@@ -442,7 +456,7 @@ class Lab:
             image_id=self.image_id,
             temperature=temperature,
             seed=seed,
-            on_id=on_id,
+            on_step=on_step,
         )
 
     def _all_shown(self, pictures: Sequence[np.ndarray], fit: str | None) -> dict[str, Tensor]:

@@ -16,17 +16,18 @@ import torch
 
 import llava_lab as ll
 from llava_lab import bench
-from llava_lab.bench import capture, connectors, harness, occlusion, probes, relevancy, scale
+from llava_lab.bench import capture, connectors, harness, occlusion, probes, relevancy, scale, serve
 from llava_lab.models import Lab
 from llava_lab.models.layout import connector_of
 from tests.support.closeness import TERMS, close
 
 NEW = 4
-COMPARED = ("capture", "relevancy", "occlusion", "probes", "connectors")
+COMPARED = ("capture", "relevancy", "occlusion", "probes", "serve", "connectors")
 COLUMNS = ["name", "seconds", "ratio_to_floor", "ratio_to_peer", "extra_mb", "max_error"]
 MORE = {
     "capture": ["memory_ratio"],
     "occlusion": ["rank_correlation"],
+    "serve": ["requests_per_second"],
     "connectors": ["tokens_per_second", "peak_flops_fraction"],
 }
 
@@ -39,6 +40,8 @@ def facts(tiny_folder: Path) -> Iterator[Facts]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(capture, "NEW_TOKENS", NEW)
         patch.setattr(relevancy, "NEW_TOKENS", NEW)
+        patch.setattr(serve, "NEW_TOKENS", NEW)
+        patch.setattr(serve, "REQUESTS", 3)
         few = {method: {**options, **occlusion.WARM.get(method, {})} for method, options in occlusion.STAND_INS.items()}
         patch.setattr(occlusion, "STAND_INS", few)
         # collecting a whole test run's garbage before every way would take most of the time
@@ -71,6 +74,13 @@ def test_a_benchmark_prints_a_row_for_each_way(facts: Facts, name: str, monkeypa
         assert [row["rank_correlation"] for row in result["rows"]].count(0.25) == 1
         result = bench.run(name, model="random-s", quick=True)
         assert not any(row["rank_correlation"] for row in result["rows"]), "random weights cannot tell"
+
+
+def test_a_served_answer_is_the_bare_one_for_every_client(facts: Facts) -> None:
+    values = {way: np.array(one["values"]) for way, one in facts["serve"].items()}
+    assert values[serve.FLOOR].shape == (3, NEW)
+    for way in serve.WAYS:
+        np.testing.assert_allclose(values[way], values[serve.FLOOR], atol=1e-6)
 
 
 def test_capture_gives_the_peers_maps(facts: Facts) -> None:

@@ -170,7 +170,7 @@ def public_calls(lab: Any, folder: Path) -> dict[str, dict[str, Any]]:
         "generate": {"contexts": World(1), "out": "rows", "teacher": RuleTeacher(), "kinds": ["detail"], "folder": None}
         | {"drop_false": False, "seed": 0, "progress": False},
         "Lab.ask": {"picture": pictures[0], "question": "What?", "max_new_tokens": 2, "temperature": 0.0, "seed": 0}
-        | {"prompt": None, "fit": None, "history": (), "on_token": None},
+        | {"prompt": None, "fit": None, "history": (), "on_token": None, "on_step": None},
         "Lab.sequence": {"question": "What?", "prompt": None, "history": (), "picture": None},
         "Lab.inputs": {"run": run, "picture": None, "tiles": False},
         "Lab.swap": {"connector": lab.connector},
