@@ -116,5 +116,5 @@ def test_the_same_pixels_inside_and_outside_give_the_same_number(tiny: Lab, box:
     covered[32:64, 32:64] = 128
     there, here = box.ask(covered, question), tiny.ask(covered, question)
     assert there.answer == here.answer
-    np.testing.assert_allclose(there.logprobs, here.logprobs, atol=1e-6)
-    assert not np.allclose(there.logprobs[:3], run.logprobs[:3], atol=1e-4)  # covering changed something
+    np.testing.assert_array_equal(there.logprobs, here.logprobs)
+    assert not np.allclose(there.logprobs, run.logprobs, rtol=0.1, atol=0)  # covering changed something
