@@ -224,14 +224,14 @@ def test_a_deadline_in_the_middle_of_a_stream_is_its_last_event(tiny_random: Lab
 
 def test_who_leaves_is_not_answered_on(tiny_random: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second is taken out of the line, the first stops at its next token."""
-    own, steps, first = tiny_random.ask, [], threading.Event()
+    own, steps, first, left = tiny_random.ask, [], threading.Event(), threading.Event()
 
     def ask(*args: Any, on_step: Any, **options: Any) -> Any:
         def step(token: int, chances: Any) -> None:
             steps.append(token)
             first.set()
             if len(steps) == 1:
-                until(lambda: server.desk.inside == 0)
+                assert left.wait(60)
             on_step(token, chances)
 
         return own(*args, on_step=step, **options)
@@ -248,6 +248,7 @@ def test_who_leaves_is_not_answered_on(tiny_random: Lab, monkeypatch: pytest.Mon
         for line in lines:
             line.close()
         until(lambda: server.desk.inside == 0)
+        left.set()
         monkeypatch.setattr(tiny_random, "ask", own)
         assert send(server, ASKED).status == 200  # the line has come to its end
     assert len(steps) == 1
