@@ -98,7 +98,7 @@ class CompareView(PictureWidget):
         maps, scores, doubtful = {}, {}, []
         for at in in_order(methods, sort, self.target):
             name, target = methods[at]["name"], methods[at]["chips"][self.target]
-            maps[name] = as_layers(name, self.data.maps[name])[-1][1].values[target] if target >= 0 else None
+            maps[name] = as_layers(name, self.data.maps[name])[-1][1].drawn[target] if target >= 0 else None
             scores[name] = score_of(methods[at], sort, self.target)
             doubtful += [name] if target >= 0 and methods[at]["beats"][target] is False else []
         chip = self.spec["chips"][self.target]

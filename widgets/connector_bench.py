@@ -51,7 +51,7 @@ def seen(
     if not -len(relevance.values) <= target < len(relevance.values):
         raise ValueError(f"target must be one of the {len(relevance.values)} maps of {name!r}, got {target}")
     near = tuple(tuple((str(word), float(cosine)) for word, cosine in patch) for patch in pairs_of(words))
-    return Seen(name, run, np.asarray(relevance.values[target], np.float32), near, None if r2 is None else float(r2))
+    return Seen(name, run, np.asarray(relevance.drawn[target], np.float32), near, None if r2 is None else float(r2))
 
 
 def pairs_of(words: Any) -> Sequence[Any]:

@@ -156,12 +156,15 @@ def pack_flow(run: Run, sweep: FlowSweep | None, grid: PatchGrid | None) -> Pack
         check_result(run, "grid", grid, "patch grid", "patch")
         check_shapes("grid", grid_shapes(grid))
     targets = tuple(dict.fromkeys([*(sweep.targets if sweep else ()), *(grid.targets if grid else ())]))
-    tables = [sweep.before, sweep.after] if sweep else []
-    tables += [grid.clean, grid.corrupt, grid.scores] if grid else []
+    # what does not reach the noise floor is drawn as nothing
+    tables = [sweep.before, sweep.before + sweep.drawn] if sweep else []
+    if grid:
+        tables += [grid.clean, grid.corrupt, np.where(np.abs(grid.change) < grid.floors, grid.corrupt, grid.scores)]
     picture, kind = encode_picture(run.picture)
+    score = (sweep or grid).score  # type: ignore[union-attr]
     spec = {
         **head_of(run),
-        "chips": [{**chip_of(run, own), "what": own.scored, "plain": not own.against_ids} for own in targets],
+        "chips": [{**chip_of(run, own), "what": own.scored_as(score), "plain": has_chance(own, score)} for own in targets],
         "sweep": sweep and sweep_spec(sweep, targets),
         "grid": grid and grid_spec(grid, targets),
         "picture": kind,
@@ -223,7 +226,8 @@ def sweep_spec(sweep: FlowSweep, targets: tuple[Target, ...]) -> dict[str, Any]:
         "centres": sweep.centres.tolist(),
         "count": len(sweep.targets),
         "targets": places(sweep.targets, targets),
-        "notes": list(sweep.notes),
+        "logodds": sweep.score == "logodds",
+        "notes": [*sweep.notes, *sweep.noise_notes()],
     }
 
 
@@ -238,8 +242,13 @@ def grid_spec(grid: PatchGrid, targets: tuple[Target, ...]) -> dict[str, Any]:
         "answers": grid.answers.tolist(),
         "clean": grid.clean_answer,
         "corrupt": grid.corrupt_answer,
-        "notes": list(grid.notes),
+        "notes": [*grid.notes, *grid.noise_notes()],
     }
+
+
+def has_chance(target: Target, score: str) -> bool:
+    """Whether a target's probability can be read from its score: not of a contrast, nor from log-odds summed over tokens."""
+    return not target.against_ids and (score == "logprob" or len(target.token_ids) == 1)
 
 
 def places(own: tuple[Target, ...], targets: tuple[Target, ...]) -> list[int]:
@@ -263,9 +272,12 @@ def cut_sentence(sweep: FlowSweep, target: Target, spot: Sequence[int]) -> str:
     after = float(sweep.after[spot[0], spot[1], at])
     if not np.isfinite(after):
         return f"{cut}: not measured."
-    change = after - float(sweep.before[at])
+    change = float(sweep.drawn[spot[0], spot[1], at])
+    if not change:
+        return f"{cut} leaves {target.scored_as(sweep.score)} as it was: less than the noise floor."
     way = "lowers" if change < 0 else "raises"
-    return f"{cut} {way} {target.scored} by {abs(change):.2f}, from {plain(float(sweep.before[at]))} to {plain(after)}."
+    what = target.scored_as(sweep.score)
+    return f"{cut} {way} {what} by {abs(change):.2f}, from {plain(float(sweep.before[at]))} to {plain(after)}."
 
 
 def patch_sentence(grid: PatchGrid, target: Target, component: int, spot: Sequence[int]) -> str:
@@ -275,7 +287,7 @@ def patch_sentence(grid: PatchGrid, target: Target, component: int, spot: Sequen
     if not np.isfinite(grid.values[at]):
         return f"{put}: not measured, or nothing to bring back."
     answer = f'the answer is "{grid.answers[at[:3]]}" (clean "{grid.clean_answer}", corrupted "{grid.corrupt_answer}")'
-    return f"{put}, brings back {plain(float(grid.values[at]))} of what {target.scored} lost; {answer}."
+    return f"{put}, brings back {plain(float(grid.drawn[at]))} of what {target.scored_as(grid.score)} lost; {answer}."
 
 
 def plain(value: float) -> str:

@@ -56,7 +56,7 @@ def pack(
     chips = chips_of(run, methods)
     parts, scales, described, first = [], [], [], 0
     for name, layers in methods.items():
-        values = np.stack([rel.values for _, rel in layers]).astype(np.float64)  # layers, targets, rows, cols
+        values = np.stack([rel.drawn for _, rel in layers]).astype(np.float64)  # layers, targets, rows, cols
         levels, scale, lo, hi = quantize(values)
         verdicts = [None if one is None else bool(one) for one in per_target(name, layers, beats.get(name), "beats_random")]
         described.append({**_method(name, layers, chips, first, lo, hi), "beats": verdicts})

@@ -244,7 +244,7 @@ def open_point(lab: Lab, run: Run, targets: Targets, *, at: str, fill: str | Non
             given |= {"input_ids": inputs["input_ids"].expand(len(batch), -1), "pixel_values": batch}
         else:
             given["inputs_embeds"] = embedded(lab, run, level.tokens(batch))[:, : where[-1] + 1]
-        return read_scores(model(**given, logits_to_keep=keep, use_cache=False).logits, where, targets, raw=True)
+        return read_scores(model(**given, logits_to_keep=keep, use_cache=False).logits, where, targets, score="logit")
 
     filled = level.filling(fill).float() if fill else torch.zeros_like(level.values, dtype=torch.float32)
     return Point(level.values.float(), filled, scores, level.patch, level.passes)

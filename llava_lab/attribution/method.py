@@ -64,6 +64,7 @@ PlainFill = Annotated[str, FillOf(FILLS)]
 Window = Sequence[int] | None  # layers (start, stop); checked against the model by `layer_window`
 Heads = int | Sequence[Any] | None  # checked against the model by `choose_heads`
 At = Literal["pixels", "vision", "projector"]  # where something is hidden
+Scored = Literal["logodds", "logprob"]  # what a perturbation changes; `replay.score` says what they are
 
 
 @dataclass(frozen=True)

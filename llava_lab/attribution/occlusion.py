@@ -42,7 +42,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
-from llava_lab.attribution.method import At, Count, Fill, Maps, Seed, SquareFill, at_least, method
+from llava_lab.attribution.method import At, Count, Fill, Maps, Scored, Seed, SquareFill, at_least, method
 from llava_lab.capture import undisturbed
 from llava_lab.checks import Sweep
 from llava_lab.errors import LabError, OptionError
@@ -82,6 +82,7 @@ def occlusion(
     fill: Fill = "grey",
     batch: Count = 8,
     at: At = "pixels",
+    score: Scored = "logodds",
     seed: Seed = 0,
 ) -> Maps:
     grid = run.map.rows, run.map.cols
@@ -91,7 +92,7 @@ def occlusion(
     covered = run.map.coverage() > 0
     every = blocks_of(*grid, block, stride)
     blocks = [place for place in every if covered[place].any()]
-    altered = open_altered(lab, run, targets, at=at, fill=fill, seed=seed, batch=batch)
+    altered = open_altered(lab, run, targets, at=at, fill=fill, seed=seed, batch=batch, score=score)
     whole = altered.whole
     drops: list[Tensor] = []
     order: list[int] = []
@@ -106,7 +107,7 @@ def occlusion(
         notes.append(f"Interrupted after {done.count} of {len(blocks)} blocks; patches not reached are 0.")
     if len(blocks) < len(every):
         notes.append(f"{int((~covered).sum())} patches hold only padding; they were not tried and are 0.")
-    extras: dict[str, Any] = {"score": whole.tolist(), "blocks": done.count}
+    extras: dict[str, Any] = {"score": whole.tolist(), "blocks": done.count, **told(altered)}
     if altered.positions is not None:
         extras |= {"positions": altered.positions, "positions_of_full_passes": (done.count + 1) * len(run.token_ids)}
     return Maps(values, {"forward": altered.passes}, tuple(notes), extras, interrupted=done.interrupted)
@@ -114,10 +115,13 @@ def occlusion(
 
 def says(altered: Altered, what: str) -> str:
     """What the number is, in a sentence for the reader of the map."""
-    return (
-        f"Drop of the target's log-probability (for a contrast: of the logit difference) when {what} "
-        f"are {altered.filled}; negative means the answer got likelier."
-    )
+    return f"Drop of the target's {altered.scored} when {what} are {altered.filled}; negative means the answer got likelier."
+
+
+def told(altered: Altered, targets: int | None = None) -> dict[str, Any]:
+    """The unit of the drops and the noise floor of each of the first `targets`, for `Relevance.extras`."""
+    known = {} if altered.noise is None else {"noise_floor": altered.noise[:targets].tolist()}
+    return {"unit": altered.score, **known}
 
 
 def blocks_of(rows: int, cols: int, block: int, stride: int) -> list[Block]:
@@ -168,6 +172,7 @@ def occlusion_coarse(
     fill: Fill = "grey",
     batch: Count = 8,
     at: At = "pixels",
+    score: Scored = "logodds",
     seed: Seed = 0,
 ) -> Maps:
     grid = run.map.rows, run.map.cols
@@ -177,7 +182,7 @@ def occlusion_coarse(
     covered = run.map.coverage() > 0
     start, stop = run.segments["answer"]
     deciding = tuple(run.target(i) for i in range(stop - start))
-    altered = open_altered(lab, run, (*targets, *deciding), at=at, fill=fill, seed=seed, batch=batch)
+    altered = open_altered(lab, run, (*targets, *deciding), at=at, fill=fill, seed=seed, batch=batch, score=score)
     whole = altered.whole  # of the targets and of each answer token
     values = np.zeros((len(targets), *grid), np.float32)
     rounds: list[int] = []  # blocks in each
@@ -205,7 +210,7 @@ def occlusion_coarse(
     )
     if interrupted:
         notes.append(f"Interrupted after {sum(rounds)} blocks; the map is as fine as it got.")
-    extras = {"score": whole[: len(targets)].tolist(), "blocks": sum(rounds), "rounds": rounds}
+    extras = {"score": whole[: len(targets)].tolist(), "blocks": sum(rounds), "rounds": rounds, **told(altered, len(targets))}
     return Maps(values * covered, {"forward": altered.passes}, tuple(notes), extras, interrupted=interrupted)
 
 
@@ -350,21 +355,30 @@ def weighed(
     cost="about five forwards for all patches",
     blind_to="what reached the answer through the question's words or other image tokens, and tokens that replace each other",
 )
-def token_knockout(lab: Lab, run: Run, targets: Targets, *, rows: Literal["answer", "text"] = "answer", block: Count = 1) -> Maps:
+def token_knockout(
+    lab: Lab,
+    run: Run,
+    targets: Targets,
+    *,
+    rows: Literal["answer", "text"] = "answer",
+    block: Count = 1,
+    score: Scored = "logodds",
+) -> Maps:
     grid = run.map.rows, run.map.cols
     if block > min(grid):
         raise OptionError(f"block must be at most {min(grid)} for a grid of {grid[0]}x{grid[1]}, got {block}")
     blocks = blocks_of(*grid, block, block)  # padding too: its tokens are read like any other
     start = run.segments["answer"][0] - 1 if rows == "answer" else run.segments["image"][1]
     every = (*targets, run.target())  # the whole answer, so that passes do not depend on what is explained
-    altered = open_altered(lab, run, every, at="projector", fill="mean")
+    altered = open_altered(lab, run, every, at="projector", fill="mean", score=score)
     assert isinstance(altered, Tokens), "only the pixels are no tokens"
     with undisturbed(lab.model):
         whole = altered.read(altered.values)[0]
+        altered.noise = altered.reader.floors[0]
         length = run.segments["answer"][1] - 1 - start
         size = max(ROWS // length, 1)  # variants in one pass
-        prefix = Prefix(lab, run, every, tokens=altered.tokens(altered.values), room=start + (size + 1) * length)
-        agree(prefix.whole, whole, prefix.sequence.dtype)
+        prefix = Prefix(lab, run, every, tokens=altered.tokens(altered.values), room=start + (size + 1) * length, score=score)
+        agree(prefix.whole, whole, altered.noise)
         parts: list[Tensor] = []
         with Sweep("token knockout", total=len(blocks), unit="block") as done:
             for first in range(0, len(blocks), size):
@@ -379,7 +393,7 @@ def token_knockout(lab: Lab, run: Run, targets: Targets, *, rows: Literal["answe
     values = spread(drops[:, :wanted].cpu().numpy(), blocks[: len(drops)], grid)
     who = "the positions that predict the answer" if rows == "answer" else "the question and the answer"
     notes = [
-        f"Drop of the target's log-probability (for a contrast: of the logit difference) when {who} may not attend to "
+        f"Drop of the target's {altered.scored} when {who} may not attend to "
         f"{block}x{block} image tokens in any layer; nothing is put in their place."
     ]
     if done.interrupted:
@@ -391,6 +405,7 @@ def token_knockout(lab: Lab, run: Run, targets: Targets, *, rows: Literal["answe
         "positions": prefix.positions,
         "blocked_change": leak,
         "unblocked_change": change,
+        **told(altered, wanted),
     }
     return Maps(values, {"forward": passes}, tuple(notes), extras, interrupted=done.interrupted)
 

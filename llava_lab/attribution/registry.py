@@ -138,7 +138,9 @@ def result_of(
         raise LabError(
             f"expected finite values of method {method.name!r}, got NaN or infinity in {count} of {maps.values.size}; {MEND}"
         )
-    return Relevance(
+    if "score" in options and "unit" in maps.extras:
+        options = {**options, "score": maps.extras["unit"]}  # a closed model has but one
+    relevance = Relevance(
         values=maps.values.astype(np.float32),
         targets=targets,
         method=method.name,
@@ -155,6 +157,7 @@ def result_of(
         control=method.control,
         interrupted=maps.interrupted,
     )
+    return relevance.with_notes(*relevance.noise_notes())
 
 
 def works_at(reach: str) -> tuple[str, ...]:

@@ -94,7 +94,7 @@ def relevancy(
         down = _through_language(lab, [calls[layer] for layer in layers], logits, plan, further=vision)
         if vision:
             image, lost = _through_vision(lab, run, calls, tower, down)
-        scores = read_scores(logits, plan.at, targets, raw=True)[0]
+        scores = read_scores(logits, plan.at, targets, score="logit")[0]
     if variant == "chefer":
         seen = down.relevance[:, 0]
     else:  # each token's row divided by its sum (equations 8 and 9), and their mean for each target
@@ -177,7 +177,7 @@ def _head_gradient(
     with torch.enable_grad():
         rows = states[:, at].requires_grad_()
         again = model.get_output_embeddings()(language_model(model).norm(rows))
-        scores = read_scores(again, at, plan.streams, raw=True)[0]
+        scores = read_scores(again, at, plan.streams, score="logit")[0]
         wanted = [scores.sum()] if alone else list(scores)
         found = [torch.autograd.grad(score, rows, retain_graph=True)[0][0].float() for score in wanted]
     if not torch.allclose(again.float(), logits.float(), rtol=TOLERANCE, atol=TOLERANCE * float(logits.abs().max())):

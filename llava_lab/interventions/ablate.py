@@ -32,6 +32,7 @@ from llava_lab.interventions.states import entering, states_before
 from llava_lab.models import read_picture
 from llava_lab.models.layout import language_layers
 from llava_lab.replay.prefix import image_tokens
+from llava_lab.replay.score import LOGODDS
 from llava_lab.replay.targets import Wanted, resolve_targets
 from llava_lab.results import Effect, Run
 from llava_lab.worlds import picturebook
@@ -79,6 +80,7 @@ def ablate_tokens(
     fill: str = FILLS[0],
     at: str | int = "projector",
     metric: Wanted = None,
+    score: str = LOGODDS,
     pictures: Sequence[Any] | None = None,
     other: Any = None,
     draws: int = DRAWS,
@@ -91,7 +93,7 @@ def ablate_tokens(
     length, ``shuffle`` (the tokens change places; a single one with a random other), ``other`` (the tokens of the picture
     `other` at the same places), ``drop`` (no other position can read them; the rest keep their places). `at`: "projector", or
     a layer l for the residual stream after l layers. Control: as many random patches, `draws` times; `Effect.percentile`
-    says how many of them did less. `metric` as in `knockout`.
+    says how many of them did less. `metric` and `score` as in `knockout`.
 
     Raises OptionError, TargetError, CheckpointError, PictureError, and LabError when the change did not reach the model.
 
@@ -132,7 +134,7 @@ def ablate_tokens(
         controls=[partial(remove, Positions(name, positions, place.length), None) for positions in others],
         control_name=name,
     )
-    return carry_out(lab, run, targets, plan, seed=seed, answer=answer)
+    return carry_out(lab, run, targets, plan, seed=seed, answer=answer, score=score)
 
 
 # Takes the tokens of a place away inside its block; with a proof to fill, one forward inside is checked.

@@ -31,11 +31,12 @@ from torch import Tensor, nn
 
 from llava_lab.capture import Reducer, hooked, undisturbed, watch_attention
 from llava_lab.capture.watch import NAME, attention_module
-from llava_lab.checks import Sweep, entry, layer_window, whole_number
+from llava_lab.checks import Sweep, entry, layer_window, one_of, whole_number
 from llava_lab.errors import LabError, OptionError
 from llava_lab.interventions.plan import DRAWS, Plan, Positions, carry_out, positions_of
 from llava_lab.models.layout import language_layers
 from llava_lab.replay.prefix import Prefix
+from llava_lab.replay.score import LOGODDS, LOGPROB, NAMES, SCORES, Reader
 from llava_lab.replay.targets import Wanted, resolve_targets
 from llava_lab.results import Effect, FlowSweep, Run
 
@@ -217,6 +218,7 @@ def knockout(
     target: Any,
     layers: Sequence[int] | None = None,
     metric: Wanted = None,
+    score: str = LOGODDS,
     keep_self: bool = True,
     draws: int = DRAWS,
     seed: int = 0,
@@ -226,9 +228,9 @@ def knockout(
 
     `source`, `target`: a segment ("image", "question", ...), "last" (all that predict the answer), "all", patches
     [(row, col), ...], a bool grid (rows, cols), or positions. `metric` is what is scored, as `llava_lab.attribute`'s target:
-    None is the whole answer. `keep_self` leaves every position its own key. Control: as many random patches (or other
-    positions), `draws` times. Proved in the call: attention there is exactly 0, its rows sum to 1, and decoding with a
-    cache gives what one whole forward gives.
+    None is the whole answer; `score` is "logodds" or "logprob" (`llava_lab.replay.score`). `keep_self` leaves every position
+    its own key. Control: as many random patches (or other positions), `draws` times. Proved in the call: attention there is
+    exactly 0, its rows sum to 1, and decoding with a cache gives what one whole forward gives.
 
     Raises OptionError (unknown segment, empty set, a layer out of range, a position left with nothing to attend to),
     TargetError, CheckpointError, and LabError when the cut did not take effect.
@@ -261,7 +263,7 @@ def knockout(
         control_name=name,
         notes=notes,
     )
-    return carry_out(lab, run, targets, plan, seed=seed, answer=answer)
+    return carry_out(lab, run, targets, plan, seed=seed, answer=answer, score=score)
 
 
 def _cut(lab: Lab, run: Run, source: Any, target: Any, layers: Any, keep_self: bool) -> tuple[Cut, tuple[int, int]]:
@@ -298,10 +300,12 @@ def knockout_sweep(
     width: int | None = None,
     step: int = 1,
     metric: Wanted = None,
+    score: str = LOGODDS,
 ) -> FlowSweep:
     """Cut each flow (source, target) in a window of `width` layers around every `step`-th layer.
 
     `width`: None is the paper's nine of thirty-two, in proportion, and at least one. Windows are cut off at the ends.
+    `metric` and `score` as in `knockout`; the relative change of the probability is kept beside whatever is scored.
     The part of the sequence before the first target is computed once for each flow. Every cell is proved as in
     `knockout`. Ctrl-C gives the cells that are done, the others NaN.
 
@@ -328,19 +332,26 @@ def knockout_sweep(
     centres = list(range(0, count, step))
     windows = windows_around(count, width, centres)
     after = np.full((len(cuts), len(windows), len(targets)), np.nan, np.float32)
+    relative = np.full_like(after, np.nan)
     before = np.full(len(targets), np.nan, np.float32)
+    read, chance = Reader(targets, one_of("score", score, SCORES)), Reader(targets, LOGPROB)
+    floor: list[float] = []
     proof: dict[str, float] = {}
     passes = 0
     with undisturbed(lab.model), Sweep("knockout sweep", total=after[..., 0].size, unit="cell") as sweep:
         for i, cut in enumerate(cuts):
             tail = Prefix(lab, run, targets, min(cut.target.positions))
-            before = tail.score().cpu().numpy()
+            logits = tail.logits()[None]
+            before, whole = read(logits)[0].cpu().numpy(), chance(logits)[0].double()
+            floor = read.floors[0].tolist()
             for j, window in enumerate(windows):
                 with cutting(lab, cut, window), proving(lab, cut, window, proof):
-                    after[i, j] = tail.score().cpu().numpy()
+                    logits = tail.logits()[None]
+                after[i, j] = read(logits)[0].cpu().numpy()
+                relative[i, j] = torch.expm1(chance(logits)[0].double() - whole).float().cpu().numpy()
                 sweep.step()
             passes += tail.passes + 1
-    notes: tuple[str, ...] = (f"A cell cuts {width} layers around its centre; change: the log-probability, after less before.",)
+    notes: tuple[str, ...] = (f"A cell cuts {width} layers around its centre; change: the {NAMES[score]}, after less before.",)
     if sweep.interrupted:
         notes += (f"Interrupted after {sweep.count} of {after[..., 0].size} cells; the rest is NaN.",)
     return FlowSweep(
@@ -357,6 +368,9 @@ def knockout_sweep(
         seconds=time.perf_counter() - began,
         interrupted=sweep.interrupted,
         notes=notes,
+        score=score,
+        noise_floor=tuple(floor),
+        chance=np.where([bool(target.against_ids) for target in targets], np.float32(np.nan), relative),
     )
 
 

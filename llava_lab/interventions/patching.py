@@ -30,7 +30,7 @@ from llava_lab.models import read_picture
 from llava_lab.models.layout import language_layers
 from llava_lab.replay.fills import fill_pixels
 from llava_lab.replay.prefix import Prefix, image_tokens
-from llava_lab.replay.score import read_scores
+from llava_lab.replay.score import LOGODDS, SCORES, Reader, noise_floor
 from llava_lab.replay.targets import Wanted, resolve_targets
 from llava_lab.results import PatchGrid, Run
 
@@ -52,6 +52,7 @@ def patch(
     layers: Sequence[int] | None = None,
     width: int = 1,
     metric: Wanted = None,
+    score: str = LOGODDS,
     seed: int = 0,
 ) -> PatchGrid:
     """Put the clean states of each site, in a window of `width` layers around each of `layers`, into the corrupted reading.
@@ -59,7 +60,7 @@ def patch(
     `corrupt`: ``grey``, ``blur``, ``noise`` (of the clean picture's own size), another picture, or a Run whose picture is
     taken. `sites`: as `knockout`'s places. `components`: ``residual`` (what a layer gives on), ``attention``, ``mlp`` (what
     each adds). `layers` are the windows' centres, None for every layer. `metric`: best a contrast ("red", "blue"); None is
-    the whole answer. Ctrl-C gives the cells that are done, the others NaN.
+    the whole answer; `score` as in `knockout`. Ctrl-C gives the cells that are done, the others NaN.
 
     Raises OptionError, TargetError, CheckpointError, PictureError, and LabError when a state did not arrive.
 
@@ -69,6 +70,7 @@ def patch(
     """
     began = time.perf_counter()
     targets = resolve_targets(lab, clean, metric)
+    read = Reader(targets, one_of("score", score, SCORES))
     places = _sites(clean, sites)
     is_list = isinstance(components, Sequence) and not isinstance(components, str) and components
     for component in components if is_list else (components,):
@@ -88,8 +90,8 @@ def patch(
         reading = Prefix(lab, clean, targets, start, tokens=image_tokens(lab, clean, pixels))
         corrupt_logits = reading.logits()
 
-        def score(logits: Tensor) -> np.ndarray:
-            return read_scores(logits[None], reading.at, targets)[0].cpu().numpy()
+        def scored(logits: Tensor) -> np.ndarray:
+            return read(logits[None])[0].cpu().numpy()
 
         def word(logits: Tensor) -> str:
             row = reading.at.index(targets[0].positions[0])
@@ -101,13 +103,15 @@ def patch(
                 with patched(lab, states_of, component, place, window, reading.start) as changed_layers:
                     logits = reading.logits()
                 states += changed_layers * len(place.positions)
-                scores[cell], answers[cell] = score(logits), word(logits)
+                scores[cell], answers[cell] = scored(logits), word(logits)
                 sweep.step()
-    before, after = score(clean_logits), score(corrupt_logits)
+    before, after = scored(clean_logits), scored(corrupt_logits)
+    # a cell is compared with the corrupted reading: its noise, or the clean one's where that is larger
+    floor = np.maximum(read.floors[0], noise_floor(clean_logits[None], reading.at, targets, score=score)[0].cpu()).numpy()
     notes: tuple[str, ...] = ("An answer is the likeliest token where the first target is predicted, given all tokens before.",)
     if sweep.interrupted:
         notes += (f"Interrupted after {sweep.count} of {answers.size} cells; the rest is NaN.",)
-    if np.any(np.abs(before - after) <= 1e-6):
+    if np.any(np.abs(before - after) <= floor):
         notes += ("The corruption changes nothing for some target, so there is nothing to bring back: its values are NaN.",)
     return PatchGrid(
         components=tuple(components),
@@ -128,6 +132,8 @@ def patch(
         seconds=time.perf_counter() - began,
         interrupted=sweep.interrupted,
         notes=notes,
+        score=score,
+        noise_floor=tuple(floor.tolist()),
     )
 
 

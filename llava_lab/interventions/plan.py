@@ -26,13 +26,14 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from llava_lab.capture import undisturbed
-from llava_lab.checks import Sweep, shown
+from llava_lab.checks import Sweep, one_of, shown
 from llava_lab.errors import LabError, OptionError
 from llava_lab.models.generation import generate, log_probs
 from llava_lab.models.text import decode
 from llava_lab.replay.prefix import AGREE, Prefix
+from llava_lab.replay.score import LOGODDS, SCORES, noise_floor
 from llava_lab.replay.targets import Targets
-from llava_lab.results import Effect, Run
+from llava_lab.results import Effect, Run, Target
 
 if TYPE_CHECKING:
     from llava_lab.models import Lab
@@ -141,16 +142,20 @@ class Plan:
     side: Callable[[], dict[str, Any]] = field(default=dict)  # what it does to other questions
 
 
-def carry_out(lab: Lab, run: Run, targets: Targets, plan: Plan, *, seed: int, answer: bool = True) -> Effect:
+def carry_out(
+    lab: Lab, run: Run, targets: Targets, plan: Plan, *, seed: int, answer: bool = True, score: str = LOGODDS
+) -> Effect:
     """Measure a plan. Ctrl-C during the random controls or the answering keeps what is done; earlier it is raised."""
+    one_of("score", score, SCORES)
     began = time.perf_counter()
     proof: dict[str, float] = {}
     random_changes: list[np.ndarray] = []
     side: dict[str, Any] = {}
     new_answer, interrupted, answered = "", False, False
     with undisturbed(lab.model):
-        tail = Prefix(lab, run, targets, plan.start)
+        tail = Prefix(lab, run, targets, plan.start, score=score)
         before = tail.score().cpu().numpy()
+        floor = tail.read.floors[0].tolist()
         with plan.prove(proof):
             after = tail.score().cpu().numpy()
         with Sweep(f"{plan.name} at random", total=len(plan.controls), unit="draw", least=0) as sweep:
@@ -188,6 +193,8 @@ def carry_out(lab: Lab, run: Run, targets: Targets, plan: Plan, *, seed: int, an
         seconds=time.perf_counter() - began,
         interrupted=interrupted,
         notes=notes,
+        score=score,
+        noise_floor=tuple(floor),
     )
 
 
@@ -218,11 +225,15 @@ def answer_under(lab: Lab, run: Run, enter: Enter, proof: dict[str, float] | Non
             model: Any = lab.model
             logits = model(input_ids=ids, pixel_values=pixels, use_cache=False, logits_to_keep=keep).logits[0]
             whole = log_probs(logits).gather(1, new[0][:, None].to(logits.device))[:, 0].cpu().numpy()
-            error = float((np.abs(whole - answer.logprobs) / np.maximum(np.abs(answer.logprobs), 1)).max())
-            if not error <= AGREE.get(lab.dtype, 1e-3):
+            each = tuple(Target("token", "", (i,), (token,)) for i, token in enumerate(answer.token_ids.tolist()))
+            floor = noise_floor(logits[None], range(len(each)), each)[0].cpu().numpy()
+            errors = np.abs(whole - answer.logprobs)
+            error = float(errors.max())
+            if not (errors <= AGREE * floor + np.finfo(np.float32).eps * np.abs(whole)).all():
                 raise LabError(
-                    f"expected the same log-probabilities token by token and in one forward, got a difference of {error:.3g}; "
-                    "the intervention is lost while decoding with this model's cache"
+                    f"expected the same log-probabilities token by token and in one forward, got a difference of {error:.3g}, "
+                    f"where rounding explains {float(AGREE * floor[errors.argmax()]):.3g}; the intervention is lost while "
+                    "decoding with this model's cache"
                 )
             proof["decode_error"] = error
     return decode(lab.tokenizer, answer.token_ids.tolist()).strip(), answer.stopped == "interrupted"

@@ -30,7 +30,7 @@ from llava_lab.errors import LabError, OptionError
 from llava_lab.interventions.plan import DRAWS, Enter, Plan, Positions, answer_under, carry_out, positions_of
 from llava_lab.interventions.states import Changes, changing, parts, states_before
 from llava_lab.models.layout import language_layers
-from llava_lab.replay.score import read_scores
+from llava_lab.replay.score import LOGODDS, read_scores
 from llava_lab.replay.targets import Wanted, resolve_targets
 from llava_lab.replay.words import output_head
 from llava_lab.results import Effect, Run
@@ -51,6 +51,7 @@ def steer(
     alpha: float = 1.0,
     where: Any = "last",
     metric: Wanted = None,
+    score: str = LOGODDS,
     others: Sequence[str] = OTHERS,
     draws: int = DRAWS,
     seed: int = 0,
@@ -72,7 +73,7 @@ def steer(
     if not is_number or not np.isfinite(float(alpha)) or not alpha:
         raise OptionError(f"alpha must be a finite number other than 0, got {alpha!r}")
     size = {"alpha": float(alpha)}
-    return _measure(lab, run, "steer", direction, size, layers, where, metric, others, draws, seed, answer)
+    return _measure(lab, run, "steer", direction, size, layers, where, metric, score, others, draws, seed, answer)
 
 
 @entry
@@ -85,6 +86,7 @@ def erase(
     where: Any = "image",
     strength: float = 1.0,
     metric: Wanted = None,
+    score: str = LOGODDS,
     others: Sequence[str] = OTHERS,
     draws: int = DRAWS,
     seed: int = 0,
@@ -99,7 +101,7 @@ def erase(
     "erased: 'red', at image, layers 0 to 5."
     """
     size = {"strength": number("strength", strength)}
-    return _measure(lab, run, "erase", direction, size, layers, where, metric, others, draws, seed, answer)
+    return _measure(lab, run, "erase", direction, size, layers, where, metric, score, others, draws, seed, answer)
 
 
 @contextmanager
@@ -193,6 +195,7 @@ def _measure(
     layers: Any,
     where: Any,
     metric: Wanted,
+    score: str,
     others: Any,
     draws: int,
     seed: int,
@@ -232,7 +235,7 @@ def _measure(
         control_name="random directions of the same length" if draws else "none",
         side=lambda: _side(lab, run, others, where, lambda at: enter(unit, at)),
     )
-    return carry_out(lab, run, targets, plan, seed=seed, answer=answer)
+    return carry_out(lab, run, targets, plan, seed=seed, answer=answer, score=score)
 
 
 def _side(lab: Lab, run: Run, others: Sequence[str], where: Any, enter: Callable[[Positions], Enter]) -> dict[str, Any]:

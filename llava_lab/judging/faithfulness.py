@@ -4,7 +4,8 @@ Patches are taken away (deletion) or given back to a filled picture (insertion) 
 the finished answer is scored again each time (`llava_lab.replay.alter`). Four choices are made here:
 
 - **Scale.** ``probability`` is the probability of the target, the geometric mean over its tokens (for a
-  contrast: of the word said against the other), ``logprob`` the summed log-probability (the logit difference).
+  contrast: of the word said against the other), ``logprob`` the summed log-probability (the logit difference), ``logodds``
+  the summed log-odds. The default saturates on purpose: a curve asks whether the answer goes, not by what margin it stays.
   Curves are ``(s - s_filled) / (s_whole - s_filled)``.
 - **Fill.** No fill is neutral and a method does best under its own, so at least two others are used: by default, of
   those the method did not use, the two under which the picture matters to most targets (the earlier in `SQUARES`).
@@ -46,6 +47,7 @@ from llava_lab.checks import entry, one_of, whole_number
 from llava_lab.errors import OptionError
 from llava_lab.replay.alter import open_altered, within_budget
 from llava_lab.replay.fills import EVERY_FILL, SQUARES
+from llava_lab.replay.score import LOGODDS, LOGPROB
 from llava_lab.replay.targets import Targets, resolve_targets
 from llava_lab.results import Faithfulness, Relevance, Run, area, trapezoid
 from llava_lab.stats import RESAMPLES, best_first, cluster_bootstrap, percentiles
@@ -53,8 +55,12 @@ from llava_lab.stats import RESAMPLES, best_first, cluster_bootstrap, percentile
 FEWEST_FILLS = 2
 SIGMAS = 2.5  # spreads of random maps that a map must lie above them
 STEPS, SEEDS, BATCH = 8, 10, 8
-SCALES = ("probability", "logprob")
-MATTERS = {"probability": 0.02, "logprob": 0.1}  # filling everything must lower the score by this much, or nothing can be told
+SCALES = ("probability", "logprob", "logodds")
+MATTERS = {
+    "probability": 0.02,
+    "logprob": 0.1,
+    "logodds": 0.1,
+}  # filling everything must lower the score by this much, or nothing can be told
 CLAIMING = 200  # random maps that say how often marking the right thing is chance; they need no model
 
 
@@ -142,7 +148,14 @@ class Judge:
         self.scale, self.run = one_of("scale", scale, SCALES), run
         self.things = check_masks(run, things) if things is not None else np.zeros((0, *run.picture.shape[:2]), bool)
         self.targets, self.seconds = resolve_targets(lab, run, list(targets)), 0.0
-        self.altered = open_altered(lab, run, self.targets, fill=fills[0], seed=self.seed, fills=SQUARES, batch=batch)
+        score = LOGODDS if scale == LOGODDS else LOGPROB
+        self.altered = open_altered(
+            lab, run, self.targets, fill=fills[0], seed=self.seed, fills=SQUARES, batch=batch, score=score
+        )
+        if self.altered.score != score:
+            raise OptionError(
+                f"scale must be one of {', '.join(SCALES[:2])} on a closed model, which lists no more; got {scale!r}"
+            )
         self.patches = np.flatnonzero(run.map.coverage().ravel() > 0)  # padding is never ranked nor filled
         self.fills = tuple(fills)
         self.counts = step_counts(len(self.patches), steps)
@@ -286,8 +299,8 @@ class Judge:
         return np.where(tells, (self._scaled(scores) - low) / np.where(tells, span, 1.0), np.nan)
 
     def _scaled(self, scores: np.ndarray) -> np.ndarray:
-        """Log-probabilities (..., targets) on the scale chosen."""
-        if self.scale == "logprob":
+        """Scores (..., targets) on the scale chosen."""
+        if self.scale in (LOGPROB, LOGODDS):
             return scores
         lengths = np.array([1 if target.against_ids else len(target.token_ids) for target in self.targets])
         contrast = np.array([bool(target.against_ids) for target in self.targets])

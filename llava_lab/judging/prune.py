@@ -40,6 +40,7 @@ from llava_lab.models.layout import (
     used_vision_layers,
     vision_tower,
 )
+from llava_lab.replay.score import LOGODDS
 from llava_lab.replay.targets import Wanted
 from llava_lab.results import Effect, Pruning, Relevance, Run
 from llava_lab.stats import best_first, exact_match
@@ -65,6 +66,7 @@ def prune(
     by: Any = FASTV,
     at: str | int = AT,
     metric: Wanted = None,
+    score: str = LOGODDS,
     draws: int = DRAWS,
     seed: int = 0,
     answer: bool = True,
@@ -72,7 +74,7 @@ def prune(
     """The run with `keep` of its image tokens, the others dropped from layer `at` on; control: as many random ones dropped.
 
     `by`: a method's name, "fastv", "visionzip" or "random", a `Relevance` of this run, or numbers (rows, cols), the highest kept.
-    Equal numbers are kept in random order. `at`, `metric`, `draws` and the result as in `ablate_tokens`.
+    Equal numbers are kept in random order. `at`, `metric`, `score`, `draws` and the result as in `ablate_tokens`.
     Raises OptionError for a ranking or a number of tokens that cannot be, and what `attribute` and `ablate_tokens` raise.
 
     >>> ll.prune(lab, run, keep=36, by="attention", draws=2, answer=False).options["patches"]
@@ -80,7 +82,7 @@ def prune(
     """
     values = ranking(lab, run, by, at=at, seed=seed)
     dropped = patches_dropped(run, values, keep, seed)
-    options: dict[str, Any] = {"at": at, "metric": metric, "draws": draws, "seed": seed, "answer": answer}
+    options: dict[str, Any] = {"at": at, "metric": metric, "score": score, "draws": draws, "seed": seed, "answer": answer}
     return ablate_tokens(lab, run, dropped, fill="drop", **options)
 
 

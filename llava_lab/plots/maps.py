@@ -31,6 +31,8 @@ PANEL = 2.4  # inches per small panel
 UNSEEN: dict[str, Any] = {"facecolor": (0.45, 0.45, 0.45, 0.55), "edgecolor": (1, 1, 1, 0.7), "hatch": "///", "linewidth": 0}
 NOTE: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 7}
 
+SCORED = {"logodds": "log-odds", "logprob": "log-probability"}
+
 Scale = tuple[float, float]
 
 
@@ -67,7 +69,7 @@ def overlay(
     ax.imshow(np.ma.masked_invalid(rel.on_picture(target, smooth=smooth)), extent=extent, cmap=colors, norm=norm)
     _mark_unseen(ax, run)
     ax.set_title(f"{_quoted(rel, target)} by {rel.method}" if title is None else title, fontsize=10, **AS_TEXT)
-    ax.set_xlabel(_padding_note(rel, target), fontsize=7, color="0.35")
+    ax.set_xlabel("\n".join(filter(None, (_padding_note(rel, target), _noise_note(rel, target)))), fontsize=7, color="0.35")
     if colorbar:
         _bar([ax], rel, scale, colors, norm)
     return ax
@@ -218,7 +220,9 @@ def _bar(axes: Sequence[Axes], rel: Relevance, scale: Scale, colors: Colormap, n
 def _unit(rel: Relevance) -> str:
     if rel.options.get("null") == "causal":
         return "log-ratio to mask alone"
-    return {"occlusion": "drop of log-probability", "rollout": "share", "attention": "share"}.get(rel.method, "relevance")
+    if "unit" in rel.extras:
+        return f"drop of {SCORED[rel.extras['unit']]}"
+    return {"rollout": "share", "attention": "share"}.get(rel.method, "relevance")
 
 
 def _mark_unseen(ax: Axes, run: Run) -> None:
@@ -245,6 +249,13 @@ def _padding_note(rel: Relevance, target: int) -> str:
     total = float(np.abs(rel.values[target]).sum())
     share = float(np.abs(rel.values[target][outside]).sum()) / total if total else 0.0
     return f"{int(outside.sum())} patches are padding, not drawn;\nthey hold {share:.0%} of the map"
+
+
+def _noise_note(rel: Relevance, target: int) -> str:
+    """How many patches are not drawn because nothing can be told of them."""
+    inside = rel.map.coverage() > 0
+    below = int((np.abs(rel.values[target][inside]) < rel.noise_floor[target]).sum())
+    return f"{below} patches below the noise floor ({rel.noise_floor[target]:.1g}), not drawn" if below else ""
 
 
 def _axes(ax: Axes | None, run: Run) -> Axes:

@@ -90,7 +90,7 @@ def word_maps(
         for x, y, target in sheet.tiles(columns, per_line, tile, caption=26):
             if target in rel.targets:
                 index = rel.targets.index(target)
-                sheet.tile(run, rel.values[index], scale, (x, y), tile, doubtful=bool(better) and better[index] is False)
+                sheet.tile(run, rel.drawn[index], scale, (x, y), tile, doubtful=bool(better) and better[index] is False)
             else:
                 sheet.box(x, y, *tile, facecolor=WASH)
                 sheet.write(x + 10, y + tile[1] / 2 - 8, "no map", color=SOFT)
@@ -338,7 +338,7 @@ def _words_of_patch(sheet: Sheet, lens: LogitLens, word: str, patch: tuple[int, 
 
 def _cutting(ax: Axes, sweep: FlowSweep, target: Target) -> None:
     """The change each flow's cut makes, a line per flow; a cross at the foot where nothing was measured."""
-    change = sweep.change[..., sweep.targets.index(target)]
+    change = sweep.drawn[..., sweep.targets.index(target)]
     ax.axhline(0, color="#767c88", linewidth=0.8)
     for number, (name, row) in enumerate(zip(sweep.flows, change, strict=True)):
         color, marker = FLOWS[number % len(FLOWS)], "os^D"[number % 4]
@@ -354,13 +354,13 @@ def _cutting(ax: Axes, sweep: FlowSweep, target: Target) -> None:
     quiet(ax)
     ax.set_xlabel("layer (centre of the window that is cut)", fontsize=9, color=SOFT)
     unit = "logits" if target.against_ids else "nats"
-    titled(ax, "What cutting costs", f"change of {target.scored}, {unit}")
+    titled(ax, "What cutting costs", f"change of {target.scored_as(sweep.score)}, {unit}")
     ax.legend(fontsize=8, framealpha=0.8, edgecolor="none", loc="best", prop={"size": 8})
 
 
 def _patching(ax: Axes, grid: PatchGrid, target: Target, component: int) -> None:
     """The share each place brings back, from blue (below 0) over grey (0) to orange (1); white where not measured."""
-    values = grid.values[component, ..., grid.targets.index(target)]
+    values = grid.drawn[component, ..., grid.targets.index(target)]
     reach = float(min(2.0, max(1.0, np.nanmax(np.abs(values), initial=0.0))))
     colors = colormap(diverging())
     shown = ax.imshow(np.ma.masked_invalid(values), cmap=colors, vmin=-reach, vmax=reach, aspect="auto", interpolation="nearest")
@@ -378,7 +378,7 @@ def _patching(ax: Axes, grid: PatchGrid, target: Target, component: int) -> None
     quiet(ax)
     alone = all(stop - start == 1 for start, stop in grid.windows.tolist())
     ax.set_xlabel("layer patched" if alone else "layers patched together", fontsize=9, color=SOFT)
-    about = f"share of clean {target.scored}, corrupted by {grid.corruption}"
+    about = f"share of clean {target.scored_as(grid.score)}, corrupted by {grid.corruption}"
     titled(ax, f"What patching brings back: {grid.components[component]}", about)
     bar = ax.figure.colorbar(shown, cax=ax.inset_axes((0, -0.36, 0.45, 0.05)), orientation="horizontal", ticks=[0, 1])
     bar.ax.set_xlim(min(0.0, float(np.nanmin(values, initial=0))), reach)

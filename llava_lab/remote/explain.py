@@ -48,6 +48,7 @@ from llava_lab.models.text import Spelt, cut
 from llava_lab.remote.black_box import BlackBox, Estimate, Look, works
 from llava_lab.remote.replies import Reply, token_id
 from llava_lab.replay.alter import Done, InPicture, open_altered, within_budget
+from llava_lab.replay.score import LOGPROB
 from llava_lab.replay.targets import Targets, contrast, resolve_targets
 from llava_lab.results import Run, Target
 
@@ -219,7 +220,8 @@ class Asked(InPicture):
     KIND = "is a closed model"
 
     def __init__(self, session: Session, run: Run, targets: Targets, **options: Any) -> None:
-        super().__init__(session.name, run, session.lab.shrunk(run.picture), targets, **options)
+        # what a server lists is rounded, often to certainty, where log-odds have no end
+        super().__init__(session.name, run, session.lab.shrunk(run.picture), targets, **{**options, "score": LOGPROB})
         self.session = session
 
     def _score(self, shown: Float[Tensor, "B Y X"], fill: str) -> Float[Tensor, "B N"]:

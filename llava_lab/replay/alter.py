@@ -45,8 +45,8 @@ from llava_lab.errors import LabError, OptionError
 from llava_lab.models.layout import connector_of, read_connector, require_patch_tokens
 from llava_lab.replay.fills import EVERY_FILL, fill_picture, fill_pixels, inpaint, mean_fill, noise_fill
 from llava_lab.replay.prefix import ROWS, Prefix, agree, embedded
-from llava_lab.replay.score import read_scores, target_score
-from llava_lab.replay.targets import Targets, predicting_rows
+from llava_lab.replay.score import LOGPROB, NAMES, SCORES, Reader, target_score
+from llava_lab.replay.targets import Targets
 from llava_lab.results import Run
 
 if TYPE_CHECKING:
@@ -60,10 +60,12 @@ Result = TypeVar("Result")
 
 
 class Altered(ABC):
-    """The picture of one run with parts hidden, and the score of each target: its log-probability, or a contrast's logits."""
+    """The picture of one run with parts hidden, and the score of each target, one of `replay.score.SCORES`."""
 
     frame: tuple[int, int]  # height and width of what `scores` takes
     patch: int  # side of a patch in the frame
+    noise: Float[Tensor, " N"] | None = None  # the whole picture's noise floors, once it was scored; None where nobody knows
+    reader: Reader | None = None  # what reads logits, where there are any
 
     def __init__(
         self,
@@ -73,8 +75,9 @@ class Altered(ABC):
         fill: str = EVERY_FILL[0],
         fills: Sequence[str] = EVERY_FILL,
         batch: int = 8,
+        score: str = LOGPROB,
     ) -> None:
-        self.at = one_of("at", at, LEVELS)
+        self.at, self.score = one_of("at", at, LEVELS), one_of("score", score, SCORES)
         if fill not in fills:
             raise OptionError(f"fill must be one of {', '.join(fills)}, got {fill!r}")
         self.grid, self.fill, self.batch = grid, fill, batch
@@ -90,6 +93,11 @@ class Altered(ABC):
     def whole(self) -> Float[Tensor, " N"]:
         """The score of the picture as it is."""
         return self.hidden(torch.zeros(1, *self.grid, dtype=torch.bool))[0]
+
+    @property
+    def scored(self) -> str:
+        """What the score is, in words for a note."""
+        return f"{NAMES[self.score]} (of a contrast: logit difference)"
 
     @property
     def filled(self) -> str:
@@ -118,6 +126,9 @@ class Altered(ABC):
         for part in shown.split(self.batch):
             parts.append(self._score(part, fill or self.fill).float().cpu())
             self.passes += len(part)
+            unaltered = (part.flatten(1) == 1).all(1).nonzero().flatten()
+            if self.reader is not None and len(unaltered):
+                self.noise = self.reader.floors[int(unaltered[0])]
         return torch.cat(parts)
 
     def sweep(self, masks: Bool[Tensor, "M rows cols"]) -> Iterator[tuple[list[int], Float[Tensor, "B N"]]]:
@@ -144,16 +155,18 @@ def open_altered(
     seed: int = 0,
     fills: Sequence[str] = EVERY_FILL,
     batch: int = 8,
+    score: str = LOGPROB,
 ) -> Altered:
     """The picture of `run` (its first), ready to be altered ``at`` one of `LEVELS`; `fills` are those a method can use.
 
     Further in than the pixels, ``grey`` and ``blur`` are what the model makes of a grey or blurred picture, and
-    ``mean`` and ``noise`` take their statistics over the picture's own tokens.
+    ``mean`` and ``noise`` take their statistics over the picture's own tokens. A closed model has log-probabilities alone,
+    whatever `score` says.
 
     Raises OptionError (an unknown place or fill, or a place this model does not have), CheckpointError (the run was
     made by another checkpoint).
     """
-    options: dict[str, Any] = {"at": at, "fill": fill, "seed": seed, "fills": fills, "batch": batch}
+    options: dict[str, Any] = {"at": at, "fill": fill, "seed": seed, "fills": fills, "batch": batch, "score": score}
     has_picture(run)
     if run.others and at != LEVELS[0]:
         raise OptionError(f"at must be {LEVELS[0]!r}: the question is about {len(run.pictures)} pictures, got {at!r}")
@@ -185,6 +198,7 @@ class InModel(Altered):
     def __init__(self, lab: Lab, run: Run, targets: Targets, *, seed: int = 0, **options: Any) -> None:
         super().__init__((run.map.rows, run.map.cols), **options)
         self.lab, self.run, self.targets, self.seed = lab, run, targets, seed
+        self.reader: Reader = Reader(targets, self.score)
         self._fillings: dict[str, Tensor] = {}
         with undisturbed(lab.model):
             self._open()
@@ -225,7 +239,7 @@ class Pixels(InModel):
     """Patches are filled in the model's square, at the very pixels of its patches."""
 
     def _open(self) -> None:
-        self.values, self._read = target_score(self.lab, self.run, self.targets)
+        self.values, self._read = target_score(self.lab, self.run, self.targets, self.reader)
         self.patch = self.run.map.patch
 
     def _make(self, fill: str) -> Float[Tensor, "1 C Y X"]:
@@ -268,12 +282,13 @@ class Tokens(InModel):
 
     def read(self, values: Float[Tensor, "B C rows cols"]) -> Float[Tensor, "B N"]:
         """What follows the last predicting position is left out: nothing looks back at it."""
-        at = predicting_rows(self.targets)
+        at = self.reader.at
         sequence = embedded(self.lab, self.run, self.tokens(values))[:, : at[-1] + 1]
         seen = torch.ones(sequence.shape[:2], dtype=torch.long, device=sequence.device)
         keep = torch.tensor(at, device=sequence.device)
-        logits = self.lab.model(inputs_embeds=sequence, attention_mask=seen, logits_to_keep=keep, use_cache=False).logits
-        return read_scores(logits, at, self.targets)
+        return self.reader(
+            self.lab.model(inputs_embeds=sequence, attention_mask=seen, logits_to_keep=keep, use_cache=False).logits
+        )
 
     def sweep(self, masks: Bool[Tensor, "M rows cols"]) -> Iterator[tuple[list[int], Float[Tensor, "B N"]]]:
         """As `Altered.sweep`, with what comes before a mask's first hidden token computed once; the last to begin first.
@@ -282,7 +297,7 @@ class Tokens(InModel):
         first variants and must score what a plain forward gives it.
         """
         image, end = self.run.segments["image"]
-        stop = predicting_rows(self.targets)[-1] + 1
+        stop = self.reader.at[-1] + 1
         starts = [image + int(mask.flatten().nonzero()[0, 0]) for mask in masks]
         groups = grouped(starts, stop, self.batch)
         # one more variant in the first pass: the whole picture, to be compared with the plain forward
@@ -290,7 +305,7 @@ class Tokens(InModel):
         plain = self.whole
         with undisturbed(self.lab.model):
             own = self.tokens(self.values)
-            prefix = Prefix(self.lab, self.run, self.targets, tokens=own, room=room)
+            prefix = Prefix(self.lab, self.run, self.targets, tokens=own, room=room, score=self.score)
         for i, group in enumerate(groups):
             start = starts[group[-1]]
             with undisturbed(self.lab.model):
@@ -300,7 +315,8 @@ class Tokens(InModel):
                 rests[: len(group), : max(end - start, 0)] = tokens[:, start - image :].to(rests.dtype)
                 scores = prefix.branch(rests, start).cpu()
             if i == 0:
-                agree(scores[-1], plain, prefix.sequence.dtype)
+                assert self.noise is not None, "the whole picture was scored above"
+                agree(scores[-1], plain, self.noise)
             self.passes += len(group)
             self.positions = prefix.positions
             yield group, scores[: len(group)]
@@ -345,19 +361,18 @@ class Tiles(InPicture):
 
     def __init__(self, lab: Any, run: Run, targets: Targets, **options: Any) -> None:
         super().__init__(lab.name, run, run.picture, targets, **options)
-        self.lab = lab
+        self.lab, self.reader = lab, Reader(targets, self.score)
         inputs = lab.inputs(run, tiles=True)  # once: it also checks that the run is this model's
         self._text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
 
     def _score(self, shown: Float[Tensor, "B Y X"], fill: str) -> Float[Tensor, "B N"]:
-        at = predicting_rows(self.targets)
+        assert self.reader is not None
         views = [self.lab.shown(self.altered(one, fill)) for one in shown.cpu().numpy()]
         inputs = {name: torch.cat([one[name] for one in views]) for name in views[0]}
         inputs |= {name: value.expand(len(views), -1) for name, value in self._text.items()}
-        keep = torch.tensor(at, device=inputs["input_ids"].device)
+        keep = torch.tensor(self.reader.at, device=inputs["input_ids"].device)
         with undisturbed(self.lab.model):
-            logits = self.lab.model(**inputs, logits_to_keep=keep, use_cache=False).logits
-        return read_scores(logits, at, self.targets)
+            return self.reader(self.lab.model(**inputs, logits_to_keep=keep, use_cache=False).logits)
 
 
 def grouped(starts: Sequence[int], stop: int, batch: int) -> list[list[int]]:

@@ -6,7 +6,7 @@ model. `llava_lab.interventions` measures them; nothing here runs a model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,19 +14,41 @@ from jaxtyping import Bool, Float32, Float64, Int64, Shaped
 
 from llava_lab.errors import DataError, OptionError
 from llava_lab.geometry import PictureMap
-from llava_lab.results.run import Target
+from llava_lab.results.run import Target, above_noise
 from llava_lab.results.save import Saved
 from llava_lab.results.schema import filled
 from llava_lab.results.table import Table, figure, pairs, plain
 from llava_lab.stats import resampled_means, wilson
 
 
+class Noisy:
+    """What a result says of its noise floor: how much rounding alone may change each target's score."""
+
+    targets: tuple[Target, ...]
+    score: str
+    noise_floor: tuple[float, ...]
+    change: np.ndarray  # (..., targets)
+
+    @property
+    def floors(self) -> np.ndarray:
+        """The noise floor of each target, float32 (targets,); 0 where none was measured."""
+        return np.array(self.noise_floor or np.zeros(len(self.targets)), np.float32)
+
+    def noise_notes(self) -> tuple[str, ...]:
+        """The noise floor of each target and how many changes lie below it; nothing where none was measured."""
+        parts = []
+        for target, floor, change in zip(self.targets, self.noise_floor, np.moveaxis(self.change, -1, 0), strict=False):
+            below = int((np.abs(change) < floor).sum())
+            parts.append(f"{floor:.2g} for {target.text!r}" + (f" ({below} of {np.size(change)} below)" if below else ""))
+        return (f"Scored by {self.score}; noise floor, by rounding: {', '.join(parts)}.",) if parts else ()
+
+
 @dataclass(frozen=True)
-class Effect(Saved):
+class Effect(Noisy, Saved):
     """One intervention: scores before and after, the answer it gives, the same done at random, and the proof that it took.
 
-    A score is the natural log-probability of the target's tokens, summed; for a contrast the logit of the token
-    said minus that of the token not said.
+    A score is the log-odds or the log-probability of the target's tokens (`score`), natural, summed; for a contrast the logit
+    of the token said minus that of the token not said. A change below the `noise_floor` is none that can be told.
     """
 
     KIND: ClassVar[str] = "effect"
@@ -52,12 +74,14 @@ class Effect(Saved):
     seconds: float
     interrupted: bool = False
     notes: tuple[str, ...] = ()
+    score: str = "logprob"  # or "logodds": what `llava_lab.replay.score` says
+    noise_floor: tuple[float, ...] = ()  # of each target: what rounding may change; empty in files of before it was measured
 
     def check(self) -> None:
         filled(targets=self.targets)
 
     @property
-    def change(self) -> np.ndarray:
+    def change(self) -> np.ndarray:  # type: ignore[override]
         """After minus before, float32 (targets,); negative where the target became less likely."""
         return self.after - self.before
 
@@ -77,8 +101,9 @@ class Effect(Saved):
     def to_dict(self) -> dict[str, Any]:
         """Everything but the picture's map, ready for JSON."""
         names = ["name", "what", "options", "answer_before", "answer_after", "answered"]
-        names += ["control_name", "proof", "side", "model", "seconds"]
+        names += ["control_name", "proof", "side", "model", "seconds", "score"]
         columns = {"before": self.before, "after": self.after, "change": self.change, "percentile": self.percentile}
+        columns |= {"noise_floor": self.floors}
         rows = [
             {"target": target.text, **{name: column[i] for name, column in columns.items()}, "control": self.control[:, i]}
             for i, target in enumerate(self.targets)
@@ -91,7 +116,8 @@ class Effect(Saved):
         rows = [
             (
                 target.text,
-                *(f"{float(part[i]):.3f}" for part in (self.before, self.after, self.change)),
+                *(f"{float(part[i]):.3f}" for part in (self.before, self.after)),
+                _told(float(self.change[i]), float(self.floors[i])),
                 figure(float(self.percentile[i]), ".0f"),
             )
             for i, target in enumerate(self.targets)
@@ -103,16 +129,17 @@ class Effect(Saved):
             notes.append(f"proof: {self.proof['edges']:.0f} cut entries, largest weight {self.proof.get('largest', 0):g}")
         else:
             notes.append(f"proof: {pairs({name: f'{value:g}' for name, value in self.proof.items()})}")
+        notes += self.noise_notes()
         names = ("target", "before", "after", "change", "percentile")
         return Table(names, tuple(rows), title=title, notes=(*notes, *self.notes))
 
 
 @dataclass(frozen=True)
-class FlowSweep(Saved):
+class FlowSweep(Noisy, Saved):
     """What cutting each flow in each window of layers does to each target. NaN where Ctrl-C came first."""
 
     KIND: ClassVar[str] = "flow sweep"
-    GAPS: ClassVar[tuple[str, ...]] = ("before", "after")
+    GAPS: ClassVar[tuple[str, ...]] = ("before", "after", "chance")
 
     flows: tuple[str, ...]  # "image -> question": what is read, and who may not read it
     windows: Int64[np.ndarray, "windows 2"]  # layers [start, stop)
@@ -127,21 +154,32 @@ class FlowSweep(Saved):
     seconds: float
     interrupted: bool = False
     notes: tuple[str, ...] = ()
+    score: str = "logprob"  # or "logodds": what `llava_lab.replay.score` says
+    noise_floor: tuple[float, ...] = ()  # of each target: what rounding may change; empty in files of before it was measured
+    # relative change of the probability, NaN for a contrast; empty in those older files, whose `after` says it
+    chance: Float32[np.ndarray, "_ _ _"] = field(default_factory=lambda: np.zeros((0, 0, 0), np.float32))
 
     def check(self) -> None:
         filled(targets=self.targets, flows=self.flows)
 
     @property
-    def change(self) -> np.ndarray:
+    def change(self) -> np.ndarray:  # type: ignore[override]
         """After minus before, float32 (flows, windows, targets)."""
         return self.after - self.before
 
     @property
     def relative(self) -> np.ndarray:
         """(p' - p) / p of each target's probability, -1 upwards; NaN for a contrast, which has no probability."""
+        if self.chance.size:
+            return self.chance
         plain = np.array([not target.against_ids for target in self.targets])
         with np.errstate(over="ignore"):
             return np.where(plain, np.expm1(self.change), np.nan)
+
+    @property
+    def drawn(self) -> np.ndarray:
+        """The change with 0 for what does not reach the noise floor, as figures and widgets draw it."""
+        return above_noise(self.change, self.floors)
 
     def flow(self, name: str) -> np.ndarray:
         """The change of one flow, (windows, targets)."""
@@ -152,20 +190,22 @@ class FlowSweep(Saved):
     def table(self) -> Table:
         """Change of the first target, a row for each window and a column for each flow."""
         rows = tuple(
-            (f"{start} to {stop - 1}", *(f"{float(value):.3f}" for value in self.change[:, i, 0]))
+            (f"{start} to {stop - 1}", *(_told(float(value), float(self.floors[0])) for value in self.change[:, i, 0]))
             for i, (start, stop) in enumerate(self.windows.tolist())
         )
-        return Table(("layers", *self.flows), rows, title=f"change of {self.targets[0].text!r}", notes=self.notes)
+        title, notes = f"change of {self.targets[0].text!r}", (*self.notes, *self.noise_notes())
+        return Table(("layers", *self.flows), rows, title=title, notes=notes)
 
     def to_dict(self) -> dict[str, Any]:
         """What ``llava-lab knockout --sweep --json`` prints beside the answer."""
         about: dict[str, Any] = {"flows": self.flows, "layers": self.windows, "targets": [target.text for target in self.targets]}
         about |= {"before": self.before, "change": self.change, "relative": self.relative, "proof": self.proof}
+        about |= {"score": self.score, "noise_floor": self.noise_floor}
         return plain(about | {name: getattr(self, name) for name in ("interrupted", "notes", "model", "seconds")})
 
 
 @dataclass(frozen=True)
-class PatchGrid(Saved):
+class PatchGrid(Noisy, Saved):
     """Activation patching: what each place in the clean run, put into the corrupted one, brings back."""
 
     KIND: ClassVar[str] = "patch grid"
@@ -189,6 +229,8 @@ class PatchGrid(Saved):
     seconds: float
     interrupted: bool = False
     notes: tuple[str, ...] = ()
+    score: str = "logprob"  # or "logodds": what `llava_lab.replay.score` says
+    noise_floor: tuple[float, ...] = ()  # of each target: what rounding may change; empty in files of before it was measured
 
     def check(self) -> None:
         filled(targets=self.targets)
@@ -196,18 +238,33 @@ class PatchGrid(Saved):
     @property
     def values(self) -> np.ndarray:
         """(patched - corrupt) / (clean - corrupt): 0 nothing brought back, 1 all; NaN where corruption changed nothing."""
+        return self.change / self._whole
+
+    @property
+    def change(self) -> np.ndarray:  # type: ignore[override]
+        """Patched minus corrupted, float32 (components, sites, windows, targets)."""
+        return self.scores - self.corrupt
+
+    @property
+    def drawn(self) -> np.ndarray:
+        """The values with 0 for what does not reach the noise floor, as figures and widgets draw them."""
+        return above_noise(self.change, self.floors) / self._whole
+
+    @property
+    def _whole(self) -> np.ndarray:
+        """What corrupting took, NaN where it is not more than the noise."""
         whole = self.clean - self.corrupt
-        return (self.scores - self.corrupt) / np.where(np.abs(whole) > 1e-6, whole, np.nan)
+        return np.where(np.abs(whole) > np.maximum(self.floors, 1e-6), whole, np.nan)
 
     def table(self) -> Table:
         """Share of the first target that each place brings back, a table per component: sites by windows of layers."""
         windows = [str(start) if stop - start == 1 else f"{start} to {stop - 1}" for start, stop in self.windows.tolist()]
         parts = []
-        for component, block in zip(self.components, self.values[..., 0], strict=True):
+        for component, block in zip(self.components, self.drawn[..., 0], strict=True):
             rows = ((site, *(figure(float(value), ".2f") for value in row)) for site, row in zip(self.sites, block, strict=True))
             parts.append(Table((component, *windows), tuple(rows), title=""))
         title = f"share of {self.targets[0].text!r} brought back, corrupted by {self.corruption}"
-        return Table(title=title, below=tuple(parts), notes=self.notes)
+        return Table(title=title, below=tuple(parts), notes=(*self.notes, *self.noise_notes()))
 
 
 @dataclass(frozen=True)
@@ -316,6 +373,11 @@ class Pruning(Saved):
         }
         about |= {"interval": self.interval(), "full": float(self.full.mean()), "questions": len(self.pictures)}
         return plain(about | {"interrupted": self.interrupted, "notes": self.notes, "seconds": self.seconds})
+
+
+def _told(change: float, floor: float) -> str:
+    """A change as a table writes it."""
+    return "below noise" if abs(change) < floor else f"{change:.3f}"
 
 
 def _index(name: str, names: tuple[str, ...]) -> int:

@@ -78,6 +78,10 @@ class Target:
             return f"logit difference ({self.text})"
         return "log p(whole answer)" if self.kind == "answer" else f"log p({self.text})"
 
+    def scored_as(self, score: str) -> str:
+        """The same, where `score` is "logodds" or "logprob"."""
+        return self.scored.replace("log p(", "log-odds(") if score == "logodds" else self.scored
+
 
 @dataclass(frozen=True)
 class Run(Saved):
@@ -324,6 +328,29 @@ class Relevance(Saved):
     def grid(self) -> tuple[int, int]:
         return self.map.rows, self.map.cols
 
+    @property
+    def noise_floor(self) -> Float64[np.ndarray, " targets"]:
+        """What rounding alone may change in each target's score; 0 where the method has no score or nobody knows it."""
+        known = self.extras.get("noise_floor")
+        return np.zeros(len(self.targets)) if known is None else np.asarray(known, np.float64)
+
+    @property
+    def drawn(self) -> Float32[np.ndarray, "targets rows cols"]:
+        """The values with 0 for what does not reach the noise floor, as every figure and widget draws them."""
+        return above_noise(self.values, self.noise_floor[:, None, None])
+
+    def noise_notes(self) -> tuple[str, ...]:
+        """How large the noise floor is, and how much of the map lies below it; nothing where there is none."""
+        if "noise_floor" not in self.extras:
+            return ()
+        inside = self.map.coverage() > 0
+        below = [int(inside.sum() - np.count_nonzero(values[inside])) for values in self.drawn]
+        parts = [
+            f"{floor:.2g} for {target.text!r} ({count} of {inside.sum()} patches below)"
+            for target, floor, count in zip(self.targets, self.noise_floor, below, strict=True)
+        ]
+        return (f"Noise floor, by rounding: {', '.join(parts)}. What does not reach it is drawn as nothing.",)
+
     def on_picture(self, target: int = 0, *, smooth: bool = False, view: str | None = None) -> np.ndarray:
         """The map of one target painted on the original picture, float32 (height, width), NaN where unseen.
 
@@ -331,12 +358,13 @@ class Relevance(Saved):
         that is not there.
         """
         if view is None:
-            return self.map.project(self.values[target], smooth=smooth)
+            return self.map.project(self.drawn[target], smooth=smooth)
         names = [own.name for own in self.views]
         if view not in names:
             raise OptionError(f"view must be None or one of {', '.join(names) or '(this map has none)'}, got {view!r}")
         at = names.index(view)
-        return self.views[at].map.project(self.view_values[at][target], smooth=smooth)
+        values = above_noise(self.view_values[at][target], self.noise_floor[target])
+        return self.views[at].map.project(values, smooth=smooth)
 
     def top(self, k: int = 5, target: int = 0) -> list[tuple[int, int, float]]:
         """The k strongest patches as (row, col, value), strongest first."""
@@ -346,7 +374,7 @@ class Relevance(Saved):
 
     def pictured(self) -> str:
         """The map of each target."""
-        return map_row((target.text, values) for target, values in zip(self.targets, self.values, strict=True))
+        return map_row((target.text, values) for target, values in zip(self.targets, self.drawn, strict=True))
 
     def __sub__(self, other: Relevance) -> Relevance:
         """What this map gives each patch beyond the other: two methods, two questions, two models on one picture.
@@ -357,12 +385,14 @@ class Relevance(Saved):
         if not isinstance(other, Relevance):
             return NotImplemented
         _same_places((self, other))
-        return self._made(self.values - other.values, f"{self.method} - {other.method}", {"less": other.options})
+        floor = np.hypot(self.noise_floor, other.noise_floor)
+        return self._made(self.values - other.values, f"{self.method} - {other.method}", {"less": other.options}, floor)
 
     def normalised(self) -> Relevance:
         """The same map with absolute values that sum to 1 for every target, so that maps can be subtracted or averaged."""
         whole = np.abs(self.values).sum((1, 2), keepdims=True)
-        return self._made(self.values / np.where(whole > 0, whole, 1), self.method, {"normalised": True})
+        whole = np.where(whole > 0, whole, 1)
+        return self._made(self.values / whole, self.method, {"normalised": True}, self.noise_floor / whole[:, 0, 0])
 
     def masked(
         self, *, box: Any = None, mask: np.ndarray | None = None, points: Sequence[tuple[float, float]] | None = None
@@ -371,7 +401,7 @@ class Relevance(Saved):
         inside = np.zeros(self.grid, bool)
         for row, col in self.map.patches(box=box, mask=mask, points=points):
             inside[row, col] = True
-        return self._made(self.values * inside, self.method, {"masked": int(inside.sum())})
+        return self._made(self.values * inside, self.method, {"masked": int(inside.sum())}, self.noise_floor)
 
     @staticmethod
     def mean(maps: Sequence[Relevance]) -> Relevance:
@@ -383,10 +413,11 @@ class Relevance(Saved):
             raise OptionError("the mean of maps needs at least one")
         _same_places(maps)
         names = "+".join(dict.fromkeys(one.method for one in maps))
-        return maps[0]._made(np.mean([one.values for one in maps], 0), f"mean of {len(maps)} ({names})", {})
+        floor = np.sqrt(np.sum([one.noise_floor**2 for one in maps], 0)) / len(maps)
+        return maps[0]._made(np.mean([one.values for one in maps], 0), f"mean of {len(maps)} ({names})", {}, floor)
 
-    def _made(self, values: np.ndarray, method: str, options: dict[str, Any]) -> Relevance:
-        """A map made of this one; what was said of a single view or of its mass does not hold for it."""
+    def _made(self, values: np.ndarray, method: str, options: dict[str, Any], floor: np.ndarray) -> Relevance:
+        """A map made of this one; of its extras only the noise `floor` holds for it, where there is one."""
         return replace(
             self,
             values=values.astype(np.float32),
@@ -394,7 +425,7 @@ class Relevance(Saved):
             options=self.options | options,
             view_values=(),
             views=(),
-            extras={},
+            extras={"noise_floor": floor.tolist()} if floor.any() else {},
             passes={"forward": 0, "backward": 0},
             seconds=0.0,
         )
@@ -404,10 +435,10 @@ class Relevance(Saved):
 
     def table(self) -> Table:
         """The three strongest patches of every target."""
-        rows = [
-            (target.text, ", ".join(f"({row}, {col}) {value:.3g}" for row, col, value in self.top(3, index)))
-            for index, target in enumerate(self.targets)
-        ]
+        rows = []
+        for index, (target, floor) in enumerate(zip(self.targets, self.noise_floor, strict=True)):
+            strong = [f"({row}, {col}) {value:.3g}" for row, col, value in self.top(3, index) if abs(value) >= floor]
+            rows.append((target.text, ", ".join(strong) or "nothing above the noise floor"))
         title = f"{self.method} ({pairs(self.options)}), {self.seconds:.2f} s; strongest patches (row, column):"
         notes = tuple(f"note: {note}" for note in self.notes)
         return Table(("target", "strongest patches"), tuple(rows), title=title, notes=notes, line="  {0}: {1}")
@@ -418,6 +449,7 @@ class Relevance(Saved):
         picture = {"width": where.width, "height": where.height, "mode": where.mode, "seen_box": where.seen_box}
         about = {"method": self.method, "options": self.options, "seconds": self.seconds, "notes": self.notes}
         maps = {"targets": [target.text for target in self.targets], "grid": self.grid, "relevance": self.values}
+        maps |= {"noise_floor": self.noise_floor}
         return plain(maps | about | {"picture": picture})
 
 
@@ -462,6 +494,15 @@ class HeadMaps(Saved):
                 layer, head = divmod(int(flat), share.shape[2])
                 rows.append((target.text, str(layer), str(head), f"{share[index, layer, head]:.1%}"))
         return Table(("target", "layer", "head", "on the picture"), tuple(rows), notes=self.notes)
+
+
+def above_noise(values: np.ndarray, floor: np.ndarray | float) -> np.ndarray:
+    """`values` with 0 for what is smaller than `floor`, either way of 0; NaN stays.
+
+    >>> above_noise(np.array([0.5, -0.5, 0.01]), 0.1).tolist()
+    [0.5, -0.5, 0.0]
+    """
+    return np.where(np.abs(values) < floor, np.zeros_like(values), values)
 
 
 def _same_places(maps: Sequence[Relevance]) -> None:

@@ -27,13 +27,14 @@ def additive_model(monkeypatch: pytest.MonkeyPatch) -> Install:
     """Given weights (targets, rows, cols), the score of a target is their sum over the patches left as they were."""
 
     def install(weights: np.ndarray) -> None:
-        def scoring(lab: Lab, run: Run, targets: Any) -> Any:
+        def scoring(lab: Lab, run: Run, targets: Any, read: Any) -> Any:
             pixels = lab.inputs(run)["pixel_values"]
             side = pixels.shape[-1] // run.map.rows
 
             def score(batch: Tensor) -> Tensor:
                 same = (batch == pixels).all(1).float()  # B, Y, X
                 kept = torch.nn.functional.avg_pool2d(same[:, None], side)[:, 0] == 1
+                read.floors = torch.zeros(len(batch), len(targets))
                 return torch.einsum("byx,nyx->bn", kept.float(), torch.from_numpy(weights).float())
 
             return pixels, score
@@ -45,7 +46,7 @@ def additive_model(monkeypatch: pytest.MonkeyPatch) -> Install:
 
 def everything_tells(monkeypatch: pytest.MonkeyPatch) -> None:
     """Curves of a random model too: it may not care about the picture, or like a grey one more."""
-    monkeypatch.setattr(HOME, "MATTERS", {"probability": -9.0, "logprob": -np.inf})
+    monkeypatch.setattr(HOME, "MATTERS", {"probability": -9.0, "logprob": -np.inf, "logodds": -np.inf})
 
 
 def map_by_hand(run: Run, values: np.ndarray, target: Any = "blue", **changes: Any) -> Relevance:

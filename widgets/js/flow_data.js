@@ -9,7 +9,7 @@ import { bytesOf, formatNumber, formatPercent } from "./shared/maps.js";
 
 /**
  * @typedef {{flows: string[], windows: [number, number][], centres: number[], count: number, targets: number[],
- *   notes: string[]}} SweepSpec
+ *   logodds: boolean, notes: string[]}} SweepSpec
  * @typedef {{components: string[], sites: string[], windows: [number, number][], count: number, targets: number[],
  *   corruption: string, answers: string[][][], clean: string, corrupt: string, notes: string[]}} GridSpec
  * @typedef {{text: string, kind: string, p: number | null, key: string, what: string, plain: boolean}} FlowTarget
@@ -45,8 +45,15 @@ export function curvesOf({ sweep }, data, target, relative) {
   const wide = sweep.windows.length;
   const before = data.before[own];
   const after = sweep.flows.map((_, f) => sweep.windows.map((_, w) => data.after[(f * wide + w) * sweep.count + own]));
-  const value = (/** @type {number} */ score) => (relative ? 100 * Math.expm1(score - before) : score - before);
+  const rise = (/** @type {number} */ score) =>
+    sweep.logodds ? chanceOf(sweep, score) / chanceOf(sweep, before) - 1 : Math.expm1(score - before);
+  const value = (/** @type {number} */ score) => (relative ? 100 * rise(score) : score - before);
   return { rows: after.map((row) => row.map(value)), before, after };
+}
+
+/** The probability that a score stands for, of one token or from its logarithm. @param {SweepSpec} sweep @param {number} score */
+export function chanceOf(sweep, score) {
+  return sweep.logodds ? 1 / (1 + Math.exp(-score)) : Math.exp(score);
 }
 
 /** The cells of one target and component, or null where the grid has none of it.
@@ -90,7 +97,7 @@ export function cutSentence(spec, curves, [flow, window], target) {
   const change = after - curves.before;
   const range = `${scoreText(curves.before)} to ${scoreText(after)}`;
   if (Math.abs(change) < SMALL) return `${cut} leaves ${what} as it was, ${scoreText(curves.before)}.`;
-  const [was, is] = [curves.before, after].map((score) => formatPercent(Math.exp(score)));
+  const [was, is] = [curves.before, after].map((score) => formatPercent(chanceOf(sweep, score)));
   const chance = plain ? `, the probability from ${was} to ${is}` : "";
   const size = Math.abs(change) < 0.005 ? "less than 0.01" : scoreText(Math.abs(change));
   return `${cut} ${change < 0 ? "lowers" : "raises"} ${what} by ${size}: from ${range}${chance}.`;
