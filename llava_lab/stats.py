@@ -32,6 +32,7 @@ RESAMPLES = 2000  # of pictures, for an interval
 EDGES = (0.025, 0.975)  # of every interval here: 95%
 ALPHA = 0.05
 POWER = 0.8
+STATED = 0.02  # the true difference that seeds and pictures are counted for where nothing else is said: 2 points
 
 # -- maps as rankings -----------------------------------------------------------------------
 
@@ -233,17 +234,28 @@ def mcnemar(gained: int, lost: int) -> float:
 
 
 def seeds_needed(effect: float, sd: float, level: float = ALPHA) -> float:
-    """Seeds until a paired t test (two-sided, at `level`) finds this effect four times of five; infinite for an effect of 0.
+    """The fewest seeds, 2 at least, with which `detectable` is no more than a true difference of `effect`; infinite for 0.
 
-    ``(z + z_0.8)^2 sd^2 / effect^2 + z^2 / 2`` with ``z = z_(1 - level / 2)``, rounded up, 2 at least.
+    The effect is one that is *stated*, what would be worth telling. The observed one would only say its own p value again
+    (Hoenig and Heisey 2001, The American Statistician 55).
+
+    >>> from llava_lab.stats import seeds_needed
+    >>> seeds_needed(0.02, 0.0127), seeds_needed(0.02, 0.0127, 0.05 / 6)
+    (6.0, 9.0)
     """
     if not math.isfinite(effect) or not math.isfinite(sd):
         return math.nan
+    effect = abs(effect)
     if effect == 0:
         return math.inf
     edge = scipy.stats.norm.ppf(1 - level / 2)
-    both = edge + scipy.stats.norm.ppf(POWER)
-    return float(max(2, math.ceil((both * sd / effect) ** 2 + edge**2 / 2)))
+    # the normal approximation, at most a few seeds off
+    count = max(2, math.ceil(((edge + scipy.stats.norm.ppf(POWER)) * sd / effect) ** 2 + edge**2 / 2))
+    while count > 2 and detectable(sd, count - 1, level) <= effect:
+        count -= 1
+    while detectable(sd, count, level) > effect:
+        count += 1
+    return float(count)
 
 
 def detectable(sd: float, seeds: int, level: float = ALPHA) -> float:
@@ -277,7 +289,9 @@ def holm_levels(p: np.ndarray) -> np.ndarray:
     return levels
 
 
-def compare(right: np.ndarray, pairs: Sequence[tuple[int, int]], pictures: np.ndarray, *, seed: int = 0) -> dict[str, np.ndarray]:
+def compare(
+    right: np.ndarray, pairs: Sequence[tuple[int, int]], pictures: np.ndarray, *, stated: float = STATED, seed: int = 0
+) -> dict[str, np.ndarray]:
     """Second minus first of each pair of arms, on one set of questions; p and levels not yet adjusted and no verdict.
 
     right (A, S, Q) bool, pictures (Q,) labels. Gives arrays over pairs (N,) and intervals (N, 2).
@@ -290,8 +304,6 @@ def compare(right: np.ndarray, pairs: Sequence[tuple[int, int]], pictures: np.nd
     tests = [paired_t(row) for row in by_seed]
     gained, lost = (change > 0).sum((1, 2)), (change < 0).sum((1, 2))
     count, both = len(np.unique(pictures)), float(scipy.stats.norm.ppf(1 - ALPHA / 2) + scipy.stats.norm.ppf(POWER))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        more = np.where(effect == 0, np.inf, np.ceil(count * (both * errors / effect) ** 2))
     return {
         "effect": effect,
         "picture_interval": intervals,
@@ -301,27 +313,33 @@ def compare(right: np.ndarray, pairs: Sequence[tuple[int, int]], pictures: np.nd
         "gained": gained,
         "lost": lost,
         "mcnemar_p": np.array([mcnemar(int(a), int(b)) for a, b in zip(gained, lost, strict=True)]),
-        "seeds_needed": np.array([seeds_needed(float(e), float(s)) for e, s in zip(effect, sd, strict=True)]),
-        "pictures_needed": more,
+        "seeds_needed": np.array([seeds_needed(stated, float(s)) for s in sd]),
+        "pictures_needed": np.maximum(1, np.ceil(count * (both * errors / stated) ** 2)),
         "detectable": np.array([detectable(float(s), right.shape[1]) for s in sd]),
     }
 
 
 def table(
-    right: np.ndarray, pairs: Sequence[tuple[int, int]], families: np.ndarray, questions: Questions, *, seed: int = 0
+    right: np.ndarray,
+    pairs: Sequence[tuple[int, int]],
+    families: np.ndarray,
+    questions: Questions,
+    *,
+    stated: float = STATED,
+    seed: int = 0,
 ) -> dict[str, np.ndarray]:
     """Every pair on every split and question type, (N, X, T): type 0 is all questions. Cells without questions are NaN.
 
     right (A, S, Q), families (N,) labels of pairs that are judged together. p is adjusted (Holm) within a family and
     split: over its pairs for type 0, over pairs and types for the rest. A verdict is 1 (better), -1 (worse) or 0: it
-    needs an adjusted p below 5% and pictures' interval on the same side of 0. The seeds it would take, and the difference
-    that these seeds find, are for the level that the pair is held against.
+    needs an adjusted p below 5% and pictures' interval on the same side of 0. The seeds it would take to find
+    a true difference of `stated`, and the difference that these seeds find, are for the level that the pair is held against.
     """
     shape = (len(pairs), questions.splits, questions.types)
     cells = {name: np.full((*shape, 2) if name.endswith("interval") else shape, np.nan) for name in FIELDS}
     cells["level"] = np.full(shape, np.nan)
     for x, y, asked in questions.cells():
-        for name, values in compare(right[:, :, asked], pairs, questions.pictures[asked], seed=seed).items():
+        for name, values in compare(right[:, :, asked], pairs, questions.pictures[asked], stated=stated, seed=seed).items():
             cells[name][:, x, y] = values
     for x in range(questions.splits):
         for family in np.unique(families):
@@ -334,7 +352,7 @@ def table(
                 cells["level"][families == family, x, columns] = levels
     level = cells.pop("level")
     for place in zip(*np.nonzero(~np.isnan(level)), strict=True):
-        cells["seeds_needed"][place] = seeds_needed(cells["effect"][place], cells["seed_sd"][place], level[place])
+        cells["seeds_needed"][place] = seeds_needed(stated, cells["seed_sd"][place], level[place])
         cells["detectable"][place] = detectable(cells["seed_sd"][place], right.shape[1], level[place])
     low, high = cells["picture_interval"][..., 0], cells["picture_interval"][..., 1]
     sure = cells["p_adjusted"] < ALPHA

@@ -155,28 +155,45 @@ def test_holm_raises_the_smallest_most_and_keeps_the_order() -> None:
 
 
 def test_more_noise_wants_more_seeds_and_a_larger_effect_fewer() -> None:
-    """(1.960 + 0.842)^2 x 1 + 1.960^2 / 2 = 9.77 at an effect of one standard deviation."""
+    """By hand at 10 seeds and an effect of one standard deviation: (2.262 + 0.883) / sqrt(10) = 0.995."""
+    assert stats.detectable(1.0, 10) == pytest.approx((2.262 + 0.883) / math.sqrt(10), rel=1e-3)
     assert stats.seeds_needed(0.01, 0.01) == 10
     assert stats.seeds_needed(0.02, 0.01) < 10 < stats.seeds_needed(0.01, 0.02)
     assert stats.seeds_needed(0.0, 0.01) == math.inf
+    assert stats.seeds_needed(0.02, 0.0) == 2
     assert stats.detectable(0.01, 5) == pytest.approx((2.776 + 0.941) * 0.01 / math.sqrt(5), rel=1e-3)
 
 
-def test_the_seeds_it_would_take_are_counted_at_the_level_that_is_asked() -> None:
-    """A verdict is held against Holm's level, and so are the seeds: those found by the formula pass it, one step earlier not."""
+@pytest.mark.parametrize("family", [1, 2, 6, 24])
+def test_the_seeds_it_would_take_never_contradict_what_so_many_find(family: int) -> None:
+    """At the level of a family of pairs: with as many seeds the effect is found, with one fewer it is not."""
+    level = stats.ALPHA / family
+    for effect, sd in ((0.02, 0.0127), (0.01, 0.01), (0.03, 0.01), (0.001, 0.02)):
+        count = int(stats.seeds_needed(effect, sd, level))
+        assert stats.detectable(sd, count, level) <= effect
+        assert count == 2 or stats.detectable(sd, count - 1, level) > effect
+
+
+def test_holm_s_levels_are_those_its_adjusted_p_values_are_held_against() -> None:
     levels = stats.holm_levels(np.array([0.04, 0.01, 0.02]))
     assert levels == pytest.approx([0.05, 0.05 / 3, 0.05 / 2])
     p = np.random.default_rng(0).random(12) ** 4
     alone = (p < stats.holm_levels(p))[np.argsort(p)]
     assert ((stats.holm(p) < stats.ALPHA)[np.argsort(p)] == np.logical_and.accumulate(alone)).all()
-    for family in (1, 2, 6, 24):
-        level = stats.ALPHA / family
-        for effect, sd in ((0.0192, 0.0127), (0.01, 0.01), (0.03, 0.01), (0.001, 0.02)):
-            count = int(stats.seeds_needed(effect, sd, level))
-            assert abs(effect) >= stats.detectable(sd, max(count, 2), level) * 0.8 or count == 2
-            assert distributions.t.sf(effect / sd * count**0.5, count - 1) * 2 < level or count == 2
-            assert count >= stats.seeds_needed(effect, sd)
-    assert stats.seeds_needed(0.0192, 0.0127, stats.ALPHA / 5) == 9  # the shipped comparison's, in a family of six
+
+
+def test_the_observed_difference_does_not_say_how_many_seeds_it_takes() -> None:
+    """Two pairs with the same spread over seeds and other differences need the same seeds for a stated one."""
+    rng = np.random.default_rng(1)
+    first = rng.random((5, 200)) < 0.5
+    noise = rng.random((5, 200)) < 0.1
+    second, third = first ^ noise, (first ^ noise) | (np.arange(200) < 20)
+    found = stats.compare(np.stack([first, second, third]), [(0, 1), (0, 2)], np.arange(200))
+    assert found["effect"][0] != found["effect"][1]
+    for name, sd in zip(found["seeds_needed"], found["seed_sd"], strict=True):
+        assert name == stats.seeds_needed(stats.STATED, float(sd))
+    other = stats.compare(np.stack([first, second]), [(0, 1)], np.arange(200), stated=0.1)
+    assert other["seeds_needed"][0] < found["seeds_needed"][0]
 
 
 def _answers(shares: list[list[float]], questions: int = 400) -> np.ndarray:

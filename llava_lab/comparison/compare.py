@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from llava_lab import stats
 from llava_lab.capture import random_states_kept
-from llava_lab.checks import entry
+from llava_lab.checks import entry, number
 from llava_lab.comparison import plan
 from llava_lab.comparison.plan import ABLATION, BUDGETS, CONNECTORS, RATES, VALIDATION, Arm
 from llava_lab.comparison.run import Finished, Job, Material, feature_pool, fresh, make_exam, read, refuse_foreign, train_run
@@ -62,6 +62,7 @@ def compare_connectors(
     keep: bool = True,
     bf16: bool = True,
     fused: bool = False,
+    stated: float = stats.STATED,
     seed: int = 0,
     progress: bool = True,
 ) -> Ablation:
@@ -74,7 +75,8 @@ def compare_connectors(
     "flops". `validation` and `test` are pictures of validation and of each of `splits`. `recipe` sets steps, batches and training
     pictures, `steps_scale` multiplies steps and pictures. `keep` saves each connector's first seed as a folder under
     ``out/models``. `bf16` is autocast, `fused` joins small operations with torch.compile (faster, needs a C++ compiler,
-    other last digits). Interrupted, finished runs stay and KeyboardInterrupt is raised; the same call goes on.
+    other last digits). `stated` is a true difference worth telling, 0 to 1: how many seeds would find it is said of every pair.
+    Interrupted, finished runs stay and KeyboardInterrupt is raised; the same call goes on.
     Raises OptionError or DataError (one line) for what cannot be compared, or for an `out` of another comparison.
 
     What such a call gives after an hour ships with the package:
@@ -88,6 +90,8 @@ def compare_connectors(
         raise OptionError(f"connectors are compared on the picturebook, got data {data!r}")
     if steps_scale <= 0 or min(validation, test) < 1:
         raise OptionError(f"steps_scale, validation and test must be above 0, got {steps_scale}, {validation} and {test}")
+    if not 0 < number("stated", stated) <= 1:
+        raise OptionError(f"stated is a difference in the share of right answers, above 0 and at most 1, got {stated}")
     begun, folder = load_start(start, language), Path(out)
     for name in connectors:
         fresh(begun, name, seed)  # what does not fit is said before anything is drawn
@@ -109,7 +113,7 @@ def compare_connectors(
             by_seed = [job for of_seed in zip(*final, strict=True) for job in of_seed]  # a stop leaves whole seeds
             runs.finish(by_seed, keep=folder / "models" if keep else None, keep_seed=seed)
         check_same_batches(runs.done)
-        return _result(material, arms, swept, final, runs.done)
+        return _result(material, arms, swept, final, runs.done, stated)
 
 
 def _scaled(recipe: Recipe, scale: float, seed: int) -> Recipe:
@@ -191,7 +195,12 @@ def _questions(material: Material, splits: Sequence[str]) -> tuple[stats.Questio
 
 
 def _result(
-    material: Material, arms: list[Arm], swept: list[list[Job]], final: list[list[Job]], done: dict[Job, Finished]
+    material: Material,
+    arms: list[Arm],
+    swept: list[list[Job]],
+    final: list[list[Job]],
+    done: dict[Job, Finished],
+    stated: float,
 ) -> Ablation:
     splits, seeds = final[0][0].exams, tuple(job.seed for job in final[0])
     asked, types = _questions(material, splits)
@@ -222,7 +231,8 @@ def _result(
         losses=losses,
         **stats.accuracies(right, asked, seed=material.recipe.seed),
         pairs=np.array(pairs),
-        **stats.table(right, pairs, np.array(families), asked, seed=material.recipe.seed),
+        **stats.table(right, pairs, np.array(families), asked, stated=stated, seed=material.recipe.seed),
+        stated=stated,
         data="picturebook",
         pictures=tuple(material.setup["pictures"].values()),
         seed=material.recipe.seed,
@@ -235,7 +245,11 @@ def _result(
 
 
 def _notes(
-    material: Material, arms: list[Arm], swept: list[list[Job]], final: list[list[Job]], done: dict[Job, Finished]
+    material: Material,
+    arms: list[Arm],
+    swept: list[list[Job]],
+    final: list[list[Job]],
+    done: dict[Job, Finished],
 ) -> tuple[str, ...]:
     """What a reader must know before concluding."""
     notes = [*material.start.notes]

@@ -93,6 +93,9 @@ def patch(
         def scored(logits: Tensor) -> np.ndarray:
             return read(logits[None])[0].cpu().numpy()
 
+        def floor_of(logits: Tensor) -> Tensor:
+            return noise_floor(logits[None], reading.at, targets, score=score)[0].float().cpu()
+
         def word(logits: Tensor) -> str:
             row = reading.at.index(targets[0].positions[0])
             return str(lab.tokenizer.decode([int(logits[row].argmax())])).strip()[:64]
@@ -107,7 +110,7 @@ def patch(
                 sweep.step()
     before, after = scored(clean_logits), scored(corrupt_logits)
     # a cell is compared with the corrupted reading: its noise, or the clean one's where that is larger
-    floor = np.maximum(read.floors[0], noise_floor(clean_logits[None], reading.at, targets, score=score)[0].cpu()).numpy()
+    floor = torch.maximum(floor_of(corrupt_logits), floor_of(clean_logits)).numpy()
     notes: tuple[str, ...] = ("An answer is the likeliest token where the first target is predicted, given all tokens before.",)
     if sweep.interrupted:
         notes += (f"Interrupted after {sweep.count} of {answers.size} cells; the rest is NaN.",)

@@ -167,8 +167,8 @@ def _difference(ax: Axes, result: Ablation, pair: int, x: int, height: float) ->
     ax.plot(100 * result.effect[pair, x, 0], height - 0.08, "o", color=color, markersize=6.5, markeredgecolor="white")
     text = WORDS[verdict]
     needed = float(result.seeds_needed[pair, x, 0])
-    if verdict == 0 and needed > len(result.seeds):  # else other pairs' correction or the pictures left it open
-        text += f"; {_seeds(needed)}"
+    if verdict == 0 and result.stated:
+        text += f"; {_seeds(needed, len(result.seeds), result.stated)}"
     ax.text(
         1.015,
         height,
@@ -181,10 +181,11 @@ def _difference(ax: Axes, result: Ablation, pair: int, x: int, height: float) ->
     )
 
 
-def _seeds(needed: float) -> str:
-    if not np.isfinite(needed):
-        return "the difference is 0"
-    return f"about {needed:,.0f} seeds would tell" if needed <= MANY else f"more than {MANY:,} seeds to tell"
+def _seeds(needed: float, seeds: int, stated: float) -> str:
+    points = f"{100 * stated:g} points"
+    if needed <= seeds:
+        return f"{points} would be found"
+    return f"{points}: {f'{needed:,.0f}' if needed <= MANY else f'more than {MANY:,}'} seeds"
 
 
 def _sweep_legend(ax: Axes, names: list[str], stages: set[bool]) -> None:

@@ -52,10 +52,11 @@ ROUNDINGS_HALF = 2.0
 class Reader:
     """Reads the targets' scores out of logits, (B, R, V) at the positions `at`, and knows what rounding makes of them."""
 
-    floors: Float[Tensor, "B N"]  # of what was read last
+    floors: Float[Tensor, "B N"]  # of what was read last; 0 before anything was
 
     def __init__(self, targets: Targets, score: str = LOGPROB) -> None:
         self.targets, self.score, self.at = targets, score, predicting_rows(targets)
+        self.floors = torch.zeros(1, len(targets))
 
     def __call__(self, logits: Float[Tensor, "B R V"]) -> Float[Tensor, "B N"]:
         self.floors = noise_floor(logits, self.at, self.targets, score=self.score).cpu()

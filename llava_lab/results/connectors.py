@@ -284,7 +284,9 @@ class Ablation(Saved):
     gained: Int64[np.ndarray, "compared splits types"]  # answers that only the second has right, all seeds
     lost: Int64[np.ndarray, "compared splits types"]  # only the first
     mcnemar_p: Float64[np.ndarray, "compared splits types"]  # exact, on those; of these models
-    seeds_needed: Float64[np.ndarray, "compared splits types"]  # at 80% power and Holm's level; infinite for an effect of 0
+    seeds_needed: Float64[
+        np.ndarray, "compared splits types"
+    ]  # to find a true difference of `stated`, at 80% power and Holm's level
     pictures_needed: Float64[np.ndarray, "compared splits types"]  # the same for pictures' noise
     detectable: Float64[np.ndarray, "compared splits types"]  # smallest true difference that these seeds find at 80% power
     verdict: Int64[np.ndarray, "compared splits types"]  # 1 better, -1 worse, 0 not distinguishable
@@ -297,6 +299,7 @@ class Ablation(Saved):
     recipe: dict[str, Any]
     seconds: float  # of all runs together
     notes: tuple[str, ...] = ()
+    stated: float = 0.0  # the true difference that `seeds_needed` is for; 0 in older files, which took the observed one
 
     def __post_init__(self) -> None:
         expected = (len(self.connectors), len(self.seeds), len(self.question_split))
@@ -429,7 +432,8 @@ class Ablation(Saved):
         cell |= {name: int(getattr(self, name)[pair, x, y]) for name in ("gained", "lost")}
         cell |= {name: tuple(getattr(self, name)[pair, x, y].tolist()) for name in ("picture_interval", "seed_interval")}
         cell |= {"first": self.label(first), "second": self.label(second), "split": self.splits[x], "type": self.types[y]}
-        cell |= {"verdict": WORDS[int(self.verdict[pair, x, y])], "seeds": len(self.seeds)}
+        cell |= {"verdict": WORDS[int(self.verdict[pair, x, y])], "seeds": len(self.seeds), "stated": self.stated}
+        cell["pictures"] = int(self.pictures[2 + x])
         return cell | {"text": in_words(cell)}
 
 
@@ -448,18 +452,23 @@ def in_words(row: dict[str, Any]) -> str:
 def _what_would_tell(row: dict[str, Any]) -> str:
     from llava_lab.stats import ALPHA  # it brings scipy
 
-    if row["effect"] == 0:
-        return "the difference is 0, which no number of seeds tells from nothing"
+    parts = []
     low, high = row["picture_interval"]
-    more = f"{_number(row['pictures_needed'])} pictures" if low <= 0 <= high else ""
     if row["p_adjusted"] < ALPHA:
-        return f"its seeds agree; if it is real, {more} would tell"
-    if row["seeds_needed"] <= row["seeds"]:  # its own p would do
-        return f"it waits for the comparisons judged with it (Holm){f', and for {more}' if more else ''}"
-    text = f"if it is real, {_number(row['seeds_needed'])} seeds would tell{f', and {more}' if more else ''}"
-    if row["p"] < ALPHA:
-        text = f"p = {row['p']:.2g} by itself is {row['p_adjusted']:.2g} among the pairs judged with it (Holm); {text}"
-    return f"{text}; these {row['seeds']} find {100 * row['detectable']:.2f} points or more"
+        parts.append("its seeds agree, its pictures do not")
+    elif row["p"] < ALPHA:
+        parts.append(f"p = {row['p']:.2g} by itself is {row['p_adjusted']:.2g} among the pairs judged with it (Holm)")
+    find = f"these {row['seeds']} seeds find a true difference of {100 * row['detectable']:.2f} points or more"
+    if not row["stated"]:
+        return "; ".join([*parts, find])
+    stated = f"{100 * row['stated']:g} points"
+    if row["seeds_needed"] <= row["seeds"]:
+        parts.append(f"{find}, so {stated} too")
+    else:
+        parts.append(f"{find}, for {stated} it would take {_number(row['seeds_needed'])}")
+    if low <= 0 <= high and row["pictures_needed"] > row["pictures"]:
+        parts.append(f"against the noise of {row['pictures']} pictures it would take {_number(row['pictures_needed'])} of them")
+    return "; ".join(parts)
 
 
 def _number(value: float) -> str:

@@ -29,6 +29,14 @@ class Noisy:
     noise_floor: tuple[float, ...]
     change: np.ndarray  # (..., targets)
 
+    def check_noise(self) -> None:
+        """Raise DataError unless there is one noise floor for each target, or none at all."""
+        numbers = all(0 <= floor < np.inf for floor in self.noise_floor)
+        if len(self.noise_floor) not in (0, len(self.targets)) or not numbers:
+            raise DataError(
+                f"expected a noise floor of 0 or more for each of {len(self.targets)} targets, got {self.noise_floor}"
+            )
+
     @property
     def floors(self) -> np.ndarray:
         """The noise floor of each target, float32 (targets,); 0 where none was measured."""
@@ -79,6 +87,7 @@ class Effect(Noisy, Saved):
 
     def check(self) -> None:
         filled(targets=self.targets)
+        self.check_noise()
 
     @property
     def change(self) -> np.ndarray:  # type: ignore[override]
@@ -161,6 +170,9 @@ class FlowSweep(Noisy, Saved):
 
     def check(self) -> None:
         filled(targets=self.targets, flows=self.flows)
+        self.check_noise()
+        if self.chance.size and self.chance.shape != self.after.shape:
+            raise DataError(f"its changes of probability are {self.chance.shape}, its scores {self.after.shape}")
 
     @property
     def change(self) -> np.ndarray:  # type: ignore[override]
@@ -234,6 +246,7 @@ class PatchGrid(Noisy, Saved):
 
     def check(self) -> None:
         filled(targets=self.targets)
+        self.check_noise()
 
     @property
     def values(self) -> np.ndarray:

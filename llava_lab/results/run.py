@@ -318,6 +318,12 @@ class Relevance(Saved):
 
     def check(self) -> None:
         filled(targets=self.targets, values=self.values.ravel())
+        floor = self.extras.get("noise_floor", [0.0] * len(self.targets))
+        numbers = isinstance(floor, list) and all(isinstance(one, float) and 0 <= one < np.inf for one in floor)
+        if not numbers or len(floor) != len(self.targets):
+            raise DataError(
+                f"its noise floor must be a number of 0 or more for each of {len(self.targets)} targets, got {floor!r}"
+            )
 
     @classmethod
     def upgraded(cls, header: dict[str, Any]) -> dict[str, Any]:
@@ -335,8 +341,8 @@ class Relevance(Saved):
         return np.zeros(len(self.targets)) if known is None else np.asarray(known, np.float64)
 
     @property
-    def drawn(self) -> Float32[np.ndarray, "targets rows cols"]:
-        """The values with 0 for what does not reach the noise floor, as every figure and widget draws them."""
+    def drawn(self) -> np.ndarray:
+        """The values, (targets, rows, cols), with 0 for what does not reach the noise floor, as every figure and widget draws them."""
         return above_noise(self.values, self.noise_floor[:, None, None])
 
     def noise_notes(self) -> tuple[str, ...]:

@@ -62,7 +62,8 @@ def _naive(lab: Lab, run: Run, block: int, stride: int, fill: Tensor) -> np.ndar
 
     def scores(now: Tensor) -> np.ndarray:
         logprobs = _logprob(lab, run, now)
-        said = [float(sum(logprobs[i - 1, tokens[i]] for i in range(a, b))) for a, b in ((start, stop), (word.start, word.stop))]
+        odds = torch.logit(logprobs.double().exp())
+        said = [float(sum(odds[i - 1, tokens[i]] for i in range(a, b))) for a, b in ((start, stop), (word.start, word.stop))]
         at = logprobs[word.start - 1]
         return np.array([*said, float(at[tokens[word.start]] - at[against])])
 
@@ -94,8 +95,9 @@ def test_equals_covering_one_block_after_the_other(
 
 def test_score_is_the_log_probability_the_run_recorded(tiny_random: Lab, picture: np.ndarray) -> None:
     run = tiny_random.ask(picture, "What color is the car?", max_new_tokens=6)
-    rel = attribute(tiny_random, run, method="occlusion", block=4)
+    rel = attribute(tiny_random, run, method="occlusion", block=4, score="logprob")
     close(rel.extras["score"][0], float(run.logprobs.sum()), terms=TERMS)
+    assert (rel.options["score"], rel.extras["unit"]) == ("logprob", "logprob")
 
 
 class Redness(Pixels):
@@ -384,12 +386,11 @@ def _masked_score(lab: Lab, run: Run, mask: Tensor) -> np.ndarray:
     inputs = {**lab.inputs(run), "attention_mask": mask}
     with torch.no_grad():
         logprobs = lab.model(**inputs).logits[0].float().log_softmax(-1)
+    odds = torch.logit(logprobs.double().exp())
     start, stop = run.segments["answer"]
     word = run.word("blue")
     against = lab.tokenizer.encode(" green", add_special_tokens=False)[0]
-    said = [
-        float(sum(logprobs[i - 1, run.token_ids[i]] for i in range(a, b))) for a, b in ((start, stop), (word.start, word.stop))
-    ]
+    said = [float(sum(odds[i - 1, run.token_ids[i]] for i in range(a, b))) for a, b in ((start, stop), (word.start, word.stop))]
     at = logprobs[word.start - 1]
     return np.array([*said, float(at[run.token_ids[word.start]] - at[against])])
 
@@ -424,7 +425,7 @@ def test_a_block_hides_all_of_its_tokens(tiny_random: Lab, run: Run) -> None:
     drop = _masked_score(tiny_random, run, _masked(run, [], first)) - _masked_score(
         tiny_random, run, _masked(run, columns, first)
     )
-    close(rel.values[:, 3, 1], drop, of=run.logprobs.sum(), terms=TERMS)
+    close(rel.values[:, 3, 1], drop, of=rel.extras["score"], terms=TERMS)
     assert (rel.values[:, 2, 0] == rel.values[:, 3, 1]).all()
 
 

@@ -34,8 +34,8 @@ def run(tiny_random: Lab) -> Run:
 
 def _score(lab: Lab, run: Run, logits: torch.Tensor, gone: int = 0) -> float:
     start, stop = run.segments["answer"]
-    logprobs = logits[0].log_softmax(-1)
-    return float(sum(logprobs[i - 1 - gone, run.token_ids[i]] for i in range(start, stop)))
+    odds = torch.logit(logits[0].double().softmax(-1))
+    return float(sum(odds[i - 1 - gone, run.token_ids[i]] for i in range(start, stop)))
 
 
 def test_zero_at_the_connector_is_the_connector_with_zero_rows(tiny_random: Lab, run: Run) -> None:

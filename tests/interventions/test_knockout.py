@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,12 @@ def _naive(lab: Lab, run: Run, rows: list[int], columns: list[int], window: tupl
         for number, layer in enumerate(layers):
             layer.forward = with_mask(number)
         with torch.no_grad():
-            logprobs = lab.model(**lab.inputs(run)).logits[0].log_softmax(-1)
+            odds = torch.logit(lab.model(**lab.inputs(run)).logits[0].double().softmax(-1))
     finally:
         for layer in layers:
             del layer.forward
     start, stop = run.segments["answer"]
-    return float(sum(logprobs[i - 1, run.token_ids[i]] for i in range(start, stop)))
+    return float(sum(odds[i - 1, run.token_ids[i]] for i in range(start, stop)))
 
 
 def _logits(lab: Lab, run: Run) -> Tensor:
@@ -221,7 +222,12 @@ def test_a_sweep_is_knockouts_one_by_one(lab: Lab, run: Run, tmp_path: Path) -> 
         one = knockout(lab, run, source=source, target=target, layers=(1, 2), **options)
         close(sweep.after[i, 1], one.after, terms=TERMS)
     assert np.isnan(sweep.relative[..., 1]).all()
-    np.testing.assert_allclose(sweep.relative[..., 0], np.exp(sweep.after[..., 0] - sweep.before[0]) - 1, rtol=1e-4)
+    plain = knockout_sweep(lab, run, metric="blue", width=1, score="logprob")
+    np.testing.assert_allclose(plain.relative, np.exp(plain.after - plain.before) - 1, rtol=1e-4)
+    np.testing.assert_allclose(sweep.relative[..., 0], plain.relative[..., 0], rtol=1e-4)
+    older = replace(plain, chance=np.zeros((0, 0, 0), np.float32), noise_floor=())
+    np.testing.assert_allclose(older.relative, plain.relative, rtol=1e-3)
+    assert older.noise_notes() == ()
     np.testing.assert_array_equal(FlowSweep.load(sweep.save(tmp_path / "sweep.npz")).after, sweep.after)
     # in the last layer the question's states are read by nobody
     assert abs(sweep.flow("image -> question")[2]).max() < 1e-4

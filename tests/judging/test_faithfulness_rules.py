@@ -62,7 +62,7 @@ def test_fusing_heads_by_mean_is_not_a_fill() -> None:
         ({"steps": 1}, "steps must be a whole number of at least 2, got 1"),
         ({"seeds": 1}, "seeds must be a whole number of at least 2, got 1"),
         ({"batch": 0}, "batch must be a whole number of at least 1"),
-        ({"scale": "logit"}, "scale must be one of 'probability', 'logprob', got 'logit'"),
+        ({"scale": "logit"}, "scale must be one of 'probability', 'logprob', 'logodds', got 'logit'"),
         ({"things": np.ones((1, 2, 2), bool)}, r"things must be masks, bool \(things, 40, 60\), got bool \(1, 2, 2\)"),
         ({"things": np.ones((1, 40, 60))}, "things must be masks, bool .* got float64"),
         ({"things": np.zeros((1, 40, 60), bool)}, "things has an empty mask"),

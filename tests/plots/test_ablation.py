@@ -66,7 +66,7 @@ def test_a_difference_has_its_verdict_in_colour_and_in_words() -> None:
     ax = plots.differences(example_ablation())
     assert _names(ax)[:4] == ["with stage 1", "mlp2x_gelu − linear", "bottleneck − linear", "bottleneck − mlp2x_gelu"]
     words = [text.get_text() for text in ax.texts]
-    assert words[:3] == ["better", "not distinguishable; about 40 seeds would tell", "worse"]
+    assert words[:3] == ["better", "not distinguishable; 2 points: 40 seeds", "worse"]
     assert words[3:] == ["not distinguishable; the difference is 0"] * 3
     dots = [line for line in ax.lines if len(_xy(line)[0]) == 1]
     np.testing.assert_allclose([_xy(dot)[0][0] for dot in dots], [10, 2, -8, 0, 0, 0], atol=1e-9)

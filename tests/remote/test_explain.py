@@ -241,12 +241,13 @@ def test_occlusion_through_the_endpoint_is_occlusion_of_the_model(
 ) -> None:
     mine, theirs = tiny.ask(*asked), box.ask(*asked)
     color = mine.words[-2].text
-    want = ll.attribute(tiny, mine, method="occlusion", target=color, block=BLOCK, fill="grey")
+    want = ll.attribute(tiny, mine, method="occlusion", target=color, block=BLOCK, fill="grey", score="logprob")
     found = ll.attribute(box, theirs, method="occlusion", target=color, block=BLOCK, fill="grey")
     print("largest drop", want.values.max(), "largest difference", np.abs(found.values - want.values).max())
     assert want.values.max() > 1  # there is something to find
     np.testing.assert_allclose(found.values, want.values, atol=CLOSE)
     assert found.extras["parted"] == 0
+    assert (found.options["score"], found.noise_floor.tolist()) == ("logprob", [0.0])  # a server lists no log-odds
     assert found.top(1)[0][:2] == want.top(1)[0][:2]
 
 

@@ -57,12 +57,11 @@ def _naive(lab: Lab, run: Run, at: str, change: Callable[[Tensor], None] | None)
     finally:
         for handle in handles:
             handle.remove()
+    odds = torch.logit(logprobs.double().exp())
     start, stop = run.segments["answer"]
     word = run.word("blue")
     against = lab.tokenizer.encode(" green" if len(lab.tokenizer) < 32000 else "green", add_special_tokens=False)[0]
-    said = [
-        float(sum(logprobs[i - 1, run.token_ids[i]] for i in range(a, b))) for a, b in ((start, stop), (word.start, word.stop))
-    ]
+    said = [float(sum(odds[i - 1, run.token_ids[i]] for i in range(a, b))) for a, b in ((start, stop), (word.start, word.stop))]
     at_word = logprobs[word.start - 1]
     return np.array([*said, float(at_word[run.token_ids[word.start]] - at_word[against])])
 

@@ -66,6 +66,7 @@ def example_ablation(*, budgets: tuple[str, ...] = ("samples",), **changes: Any)
         },
         "seconds": 7200.0,
         "notes": ("a note to read",),
+        "stated": 0.02,
     }
     return Ablation(**{**fields, **_differences(cells), **changes})
 

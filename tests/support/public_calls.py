@@ -58,7 +58,7 @@ def public_calls(lab: Any, folder: Path) -> dict[str, dict[str, Any]]:
     rows = write_json(folder / "rows.json", [{"conversations": turn("What?", "A car.")}] * 2)
     asked: dict[str, Any] = {"lab": lab, "run": run}
     some: dict[str, Any] = {"lab": lab, "pictures": pictures}
-    acting: dict[str, Any] = {**asked, "layers": None, "metric": None, "draws": 1, "seed": 0, "answer": False}
+    acting: dict[str, Any] = {**asked, "layers": None, "metric": None, "score": "logodds", "draws": 1, "seed": 0, "answer": False}
     cut: dict[str, Any] = {"source": "image", "target": "last", "keep_self": True}
     taken: dict[str, Any] = {"patches": [(0, 0)], "fill": "zero", "at": "projector", "pictures": None, "other": None, "seed": 0}
     pushed: dict[str, Any] = {"direction": direction, "layers": None, "where": "last"}
@@ -106,6 +106,7 @@ def public_calls(lab: Any, folder: Path) -> dict[str, dict[str, Any]]:
             "by": "random",
             "at": 1,
             "metric": None,
+            "score": "logodds",
             "draws": 1,
             "seed": 0,
             "answer": False,
@@ -126,10 +127,10 @@ def public_calls(lab: Any, folder: Path) -> dict[str, dict[str, Any]]:
         | {"control": False, "progress": False},
         "patch_labels": {"lab": lab, "scenes": scenes, "what": "object", "most": 0.5},
         "knockout": {**acting, **cut},
-        "knockout_sweep": {**asked, "flows": (("image", "last"),), "width": 1, "step": 1, "metric": None},
-        "ablate_tokens": {**asked, **taken, "metric": None, "draws": 1, "answer": False},
+        "knockout_sweep": {**asked, "flows": (("image", "last"),), "width": 1, "step": 1, "metric": None, "score": "logodds"},
+        "ablate_tokens": {**asked, **taken, "metric": None, "score": "logodds", "draws": 1, "answer": False},
         "patch": {"lab": lab, "clean": run, "corrupt": "grey", "sites": ("last",), "components": ("residual",), "layers": None}
-        | {"width": 1, "metric": None, "seed": 0},
+        | {"width": 1, "metric": None, "score": "logodds", "seed": 0},
         "steer": {**acting, **pushed, "alpha": 1.0, "others": ["What?"]},
         "erase": {**acting, **pushed, "strength": 1.0, "others": ["What?"]},
         "knocked_out": {**asked, **cut, "layers": None},
@@ -164,7 +165,7 @@ def public_calls(lab: Any, folder: Path) -> dict[str, dict[str, Any]]:
             "validation": 1,
             "test": 1,
         }
-        | {"steps_scale": 0.1, "keep": False, "bf16": False, "fused": False, "seed": 0, "progress": False},
+        | {"steps_scale": 0.1, "keep": False, "bf16": False, "fused": False, "stated": 0.02, "seed": 0, "progress": False},
         "train_stage": {"lab": lab, "data": str(rows), "stage": "nothing", "out": "out", "recipe": None, "steps": 1}
         | {"resume": False, "skip_bad": False, "cut_long": False, "cache": False, "told": None, "running": None},
         "generate": {"contexts": World(1), "out": "rows", "teacher": RuleTeacher(), "kinds": ["detail"], "folder": None}
