@@ -70,6 +70,7 @@ def add_commands(add: Add) -> None:
     command.add_argument("--to", default="last", metavar="WHERE", help="who may not read it, likewise (default: last)")
     command.add_argument("--layers", metavar="START:STOP", help="default: all layers")
     command.add_argument("--target", metavar="WHAT", help="what is scored: a word, RED/BLUE, #N, or answer (default)")
+    command.add_argument("--score", choices=("logodds", "logprob"), default="logodds", help="of the target (default: logodds)")
     command.add_argument("--draws", type=positive, default=20, help="random controls (default: 20)")
     command.add_argument("--sweep", action="store_true", help="a window of layers moved up the model, for three flows")
     command.add_argument("--width", type=positive, help="layers in the window of --sweep (default: nine of 32, in proportion)")
@@ -191,9 +192,10 @@ def knockout(args: argparse.Namespace) -> Reply:
     run = common.ask(args, lab, picture, show=False)
     metric = common.read_target(args.target)
     if args.sweep:
-        result: Effect | FlowSweep = interventions.knockout_sweep(lab, run, width=args.width, metric=metric)
+        result: Effect | FlowSweep = interventions.knockout_sweep(lab, run, width=args.width, metric=metric, score=args.score)
     else:
-        options: dict[str, Any] = {"layers": layers, "metric": metric, "draws": args.draws, "seed": args.seed}
+        options: dict[str, Any] = {"layers": layers, "metric": metric, "score": args.score}
+        options |= {"draws": args.draws, "seed": args.seed}
         result = interventions.knockout(lab, run, source=source, target=to, **options)
     common.save(result, args.save)
     return Reply(

@@ -342,7 +342,7 @@ class Relevance(Saved):
 
     @property
     def drawn(self) -> np.ndarray:
-        """The values, (targets, rows, cols), with 0 for what does not reach the noise floor, as every figure and widget draws them."""
+        """The values with 0 for what does not reach the noise floor, (targets, rows, cols): what figures and widgets draw."""
         return above_noise(self.values, self.noise_floor[:, None, None])
 
     def noise_notes(self) -> tuple[str, ...]:
