@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from llava_lab.judging import sanity as sanity
     from llava_lab.judging import shipped_ablation as shipped_ablation
     from llava_lab.judging import shipped_leaderboard as shipped_leaderboard
+    from llava_lab.judging import shipped_pruning as shipped_pruning
     from llava_lab.models import CONNECTORS as CONNECTORS
     from llava_lab.models import ForeignConnector as ForeignConnector
     from llava_lab.models import Lab as Lab
@@ -122,6 +123,7 @@ _HOMES = {
     "prune_sweep": "llava_lab.judging",
     "shipped_ablation": "llava_lab.judging",
     "shipped_leaderboard": "llava_lab.judging",
+    "shipped_pruning": "llava_lab.judging",
     "logit_lens": "llava_lab.probes",
     "activation_map": "llava_lab.probes",
     "hallucination_check": "llava_lab.probes",

@@ -4,7 +4,7 @@ from llava_lab.judging.compare import compare
 from llava_lab.judging.faithfulness import faithfulness
 from llava_lab.judging.ground_truth import ground_truth
 from llava_lab.judging.leaderboard import leaderboard, shipped_ablation, shipped_leaderboard
-from llava_lab.judging.prune import prune, prune_sweep
+from llava_lab.judging.prune import prune, prune_sweep, shipped_pruning
 from llava_lab.judging.sanity import sanity, with_question
 
 __all__ = [
@@ -17,5 +17,6 @@ __all__ = [
     "sanity",
     "shipped_ablation",
     "shipped_leaderboard",
+    "shipped_pruning",
     "with_question",
 ]

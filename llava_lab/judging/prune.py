@@ -32,6 +32,7 @@ from llava_lab.errors import DataError, OptionError
 from llava_lab.interventions import ablate_tokens
 from llava_lab.interventions.ablate import remover, token_layer
 from llava_lab.interventions.plan import DRAWS, Positions, answer_under, read_patches
+from llava_lab.models.folders import NAMES
 from llava_lab.models.layout import (
     language_layers,
     language_model,
@@ -53,6 +54,8 @@ FASTV, VISIONZIP, TRUTH, RANDOM = "fastv", "visionzip", "truth", "random"
 RANKINGS = (FASTV, VISIONZIP, "attention", "rollout", "gradient_input", TRUTH, RANDOM)
 AT = 2  # layers that still see every token, as FastV has it
 LONGEST = 48  # tokens an answer may take
+FILE = "pruning.npz"
+COMMAND = "llava-lab prune --model {name} --data picturebook --n 40 --save pruning.npz"
 
 By = str | Relevance | np.ndarray
 
@@ -225,6 +228,27 @@ def prune_sweep(
             "A method's map explains the finished answer; FastV's and VisionZip's rules choose before it.",
         ),
     )
+
+
+@entry
+def shipped_pruning(lab: Lab) -> Pruning:
+    """What `prune_sweep` found on the loaded model, as it ships with this project.
+
+    Raises DataError when none ships with it, or when it was measured on other weights than the loaded ones.
+
+    >>> ll.shipped_pruning(lab).tokens
+    144
+    """
+    path = NAMES[lab.name] / FILE if lab.name in NAMES else None
+    if path is None or not path.is_file():
+        raise DataError(f"no pruning ships with {lab.name!r}; measure it with: {COMMAND.format(name=lab.name)}")
+    result = Pruning.load(path)
+    if result.fingerprint != lab.fingerprint:
+        raise DataError(
+            f"the shipped pruning is of weights {result.fingerprint}, and {lab.name!r} now has {lab.fingerprint}; "
+            f"measure it with: {COMMAND.format(name=lab.name)}"
+        )
+    return result
 
 
 def _answer(lab: Lab, run: Run, layer: int, dropped: list[tuple[int, int]]) -> str:

@@ -15,6 +15,7 @@ from llava_lab.cli import main as cli
 from llava_lab.errors import DataError, OptionError
 from llava_lab.judging.prune import class_attention, patches_dropped, prefill_share, prune, prune_sweep, ranking
 from llava_lab.models import Lab
+from llava_lab.models.folders import NAMES
 from llava_lab.models.layout import language_layers
 from llava_lab.results import Pruning, Run
 from tests.support.closeness import TERMS, close
@@ -104,6 +105,17 @@ def test_the_truth_keeps_the_answer_where_chance_does_not(tiny: Lab) -> None:
     assert "9 of 144" in table
     assert "cost of the prefill" in table
     assert isinstance(found, Pruning)
+
+
+def test_the_shipped_numbers_are_of_the_shipped_weights_and_stand_in_the_card(tiny: Lab, tiny_random: Lab) -> None:
+    found = ll.shipped_pruning(tiny)
+    assert (len(found.pictures), found.split, found.tokens, found.interrupted) == (40, "test", 144, False)
+    assert found.accuracy[found.rankings.index("truth"), 0] > found.accuracy[found.rankings.index("random"), 0]
+    card = (NAMES["tiny"] / "README.md").read_text("utf-8")
+    for row in found.table().rows:
+        assert f"| {' | '.join(row)} |" in card
+    with pytest.raises(DataError, match="no pruning ships with .*llava-lab prune --model"):
+        ll.shipped_pruning(tiny_random)
 
 
 def test_mistakes_are_refused(tiny_random: Lab, run: Run) -> None:

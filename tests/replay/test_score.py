@@ -10,12 +10,12 @@ import torch
 from scipy.stats import spearmanr
 
 import llava_lab as ll
-from llava_lab.errors import LabError
+from llava_lab.errors import LabError, OptionError
 from llava_lab.interventions import knockout
 from llava_lab.models import Lab
 from llava_lab.replay.prefix import AGREE, agree
 from llava_lab.replay.score import noise_floor, read_scores
-from llava_lab.results import Run, Target
+from llava_lab.results import Relevance, Run, Target
 
 SAID = Target("word", "red", (0,), (0,))
 TWO = Target("answer", "red car", (0, 1), (0, 1))
@@ -93,7 +93,7 @@ def test_in_bfloat16_little_is_above_the_floor_and_the_map_says_so(lab: Lab, run
 def test_what_reaches_the_floor_is_kept_by_the_map_algebra(lab: Lab, run: Run) -> None:
     one = ll.attribute(lab, run, method="token_knockout", target="red")
     assert (one - one).noise_floor == pytest.approx(np.sqrt(2) * one.noise_floor)
-    assert ll.results.Relevance.mean([one, one]).noise_floor == pytest.approx(one.noise_floor / np.sqrt(2))
+    assert Relevance.mean([one, one]).noise_floor == pytest.approx(one.noise_floor / np.sqrt(2))
     half = one.normalised()
     assert (half.drawn == 0).tolist() == (one.drawn == 0).tolist()
     assert not (one - one).drawn.any()
@@ -109,7 +109,7 @@ def test_the_old_score_is_there_by_name_and_stands_in_the_result(lab: Lab, run: 
     assert (effect.score, len(effect.noise_floor)) == ("logprob", 1)
     assert abs(effect.change[0]) < 1e-5 < abs(knockout(lab, run, source="image", target="last", layers=(0, 1), draws=0,
                                                        answer=False, metric="red").change[0])  # fmt: skip
-    with pytest.raises(ll.errors.OptionError, match="score must be one of logodds, logprob, got 'p'"):
+    with pytest.raises(OptionError, match="score must be one of 'logodds', 'logprob', got 'p'"):
         knockout(lab, run, source="image", target="last", score="p")
 
 

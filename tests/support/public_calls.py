@@ -114,6 +114,7 @@ def public_calls(lab: Any, folder: Path) -> dict[str, dict[str, Any]]:
         "prune_sweep": {"lab": lab, **drawn, "keeps": [5], "by": ["random"], "at": 1, "draws": 1, "progress": False},
         "shipped_ablation": {},
         "shipped_leaderboard": {"lab": lab},
+        "shipped_pruning": {"lab": lab},
         "logit_lens": {**asked, "layers": None, "top": 2, "words": (), "tuned": None},
         "activation_map": {**asked, "word": "car", "layers": None, "tuned": None},
         "hallucination_check": {"lab": lab, "runs": [run], "present": [["car"]], "absent": [["dog"]], "layers": None}
