@@ -67,7 +67,7 @@ def test_a_difference_has_its_verdict_in_colour_and_in_words() -> None:
     assert _names(ax)[:4] == ["with stage 1", "mlp2x_gelu − linear", "bottleneck − linear", "bottleneck − mlp2x_gelu"]
     words = [text.get_text() for text in ax.texts]
     assert words[:3] == ["better", "not distinguishable; 2 points: 40 seeds", "worse"]
-    assert words[3:] == ["not distinguishable; the difference is 0"] * 3
+    assert words[3:] == ["not distinguishable; 2 points: 40 seeds"] * 3
     dots = [line for line in ax.lines if len(_xy(line)[0]) == 1]
     np.testing.assert_allclose([_xy(dot)[0][0] for dot in dots], [10, 2, -8, 0, 0, 0], atol=1e-9)
     assert [to_hex(dot.get_color()) for dot in dots[:3]] == [palette.BLUE, palette.GREY, palette.RED]

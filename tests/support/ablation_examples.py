@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -75,7 +74,7 @@ def _differences(cells: tuple[int, ...]) -> dict[str, Any]:
     """What pairs differ by, and how sure that is."""
     effect, verdict = np.zeros(cells), np.zeros(cells, np.int64)
     effect[:3, 0, 0], verdict[:3, 0, 0] = (0.10, 0.02, -0.08), (1, 0, -1)
-    spread, needed = np.full(cells, 0.03), np.where(effect == 0, math.inf, 40.0)
+    spread, needed = np.full(cells, 0.03), np.full(cells, 40.0)
     return {
         "effect": effect,
         "picture_interval": np.stack([effect - 0.01, effect + 0.01], -1),
