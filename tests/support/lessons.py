@@ -255,6 +255,24 @@ print(_json.dumps({
     "share": [_try(share, check_share) for share in (count / (lab.grid[0] * lab.grid[1]), 20, 144)],
 }))
 """,
+    "13_pruning": TRY
+    + """
+_truth = run.map.mask_to_patches(scene.masks()[car])
+print(_json.dumps({
+    "answer": run.answer,
+    "places": [answer_with(inside), answer_with([patch for patch in patches if patch not in inside])],
+    "without all it touches": answer_with([patch for patch in patches if list(patch) not in touched]),
+    "by map": {
+        name: [float(effect.change[0]), float(effect.control[:, 0].mean()), effect.answer_after] for name, effect in tried.items()
+    },
+    "scored": [tried["attention"].score, len(tried["attention"].noise_floor)],
+    "combined": {name: effect.answer_after for name, effect in combined.items()},
+    "accuracy": dict(zip(bench.rankings, bench.accuracy.tolist())),
+    "told apart": {name: (low[n] > 0).tolist() for n, name in enumerate(bench.rankings)},
+    "own": [len(own.pictures), list(own.rankings)],
+    "rankings": [_try(given, check_ranking) for given in (_truth, -_truth, np.ones(lab.grid), np.ones((24, 24)))],
+}))
+""",
 }
 
 
