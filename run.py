@@ -278,7 +278,8 @@ def _selection(arguments: list[str]) -> list[str]:
     typed = [argument for argument in arguments if argument != "--all"]
     if any((ROOT / argument.split("::")[0]).exists() for argument in typed if not argument.startswith("-")):
         return typed  # whoever names a file wants all of it, in one process
-    marks = [] if everything or any(argument.startswith("-m") for argument in typed) else ["-m", "not long"]
+    left_out = "not harness" if everything else "not long and not harness"
+    marks = [] if any(argument.startswith("-m") for argument in typed) else ["-m", left_out]
     alone = any(argument in ("-s", "--pdb") or argument.startswith("-n") for argument in typed)
     workers = [] if alone else ["-n", str(WORKERS), "--dist", "loadfile"]  # a file's tests share their fixtures
     return [*workers, *marks, *typed]

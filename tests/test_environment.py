@@ -21,7 +21,15 @@ ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 PROJECT = PYPROJECT["project"]
 CONDA_NAMES = {"torch": "pytorch", "matplotlib": "matplotlib-base", "huggingface-hub": "huggingface-hub"}
-NOT_FOR_CONDA = {"test", "lint", "dev", "easy-vqa", "photo"}  # developers use run.py; the last two are on PyPI alone
+NOT_FOR_CONDA = {
+    "test",
+    "lint",
+    "dev",
+    "easy-vqa",
+    "photo",
+    "lmms-eval",
+}  # developers use run.py; the last ones are on PyPI alone
+NOT_PINNED = {"dev", "lmms-eval"}  # a harness with fifty packages of its own, in a job of its own
 
 
 def _requirements(*extras: str) -> dict[str, Requirement]:
@@ -30,7 +38,7 @@ def _requirements(*extras: str) -> dict[str, Requirement]:
 
 
 def _everything() -> dict[str, Requirement]:
-    return _requirements(*(extra for extra in PROJECT["optional-dependencies"] if extra != "dev"))
+    return _requirements(*(extra for extra in PROJECT["optional-dependencies"] if extra not in NOT_PINNED))
 
 
 def _pins() -> dict[str, SpecifierSet]:

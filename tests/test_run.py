@@ -194,10 +194,10 @@ def test_pytest_gets_its_arguments_as_typed(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_suite_leaves_long_tests_out_unless_all_are_wanted() -> None:
     workers = ["-n", str(run.WORKERS), "--dist", "loadfile"]
-    assert run._selection([]) == [*workers, "-m", "not long"]
-    assert run._selection(["--all", "-q"]) == [*workers, "-q"]
+    assert run._selection([]) == [*workers, "-m", "not long and not harness"]
+    assert run._selection(["--all", "-q"]) == [*workers, "-m", "not harness", "-q"]
     assert run._selection(["-m", "long", "-x"]) == [*workers, "-m", "long", "-x"]
-    assert run._selection(["-k", "rollout", "-n0"]) == ["-m", "not long", "-k", "rollout", "-n0"]
+    assert run._selection(["-k", "rollout", "-n0"]) == ["-m", "not long and not harness", "-k", "rollout", "-n0"]
 
 
 def test_a_named_file_runs_whole_and_in_one_process() -> None:
