@@ -21,14 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 PROJECT = PYPROJECT["project"]
 CONDA_NAMES = {"torch": "pytorch", "matplotlib": "matplotlib-base", "huggingface-hub": "huggingface-hub"}
-NOT_FOR_CONDA = {
-    "test",
-    "lint",
-    "dev",
-    "easy-vqa",
-    "photo",
-    "lmms-eval",
-}  # developers use run.py; the last ones are on PyPI alone
+# developers use run.py; the last three are on PyPI alone
+NOT_FOR_CONDA = {"test", "lint", "dev", "easy-vqa", "photo", "lmms-eval"}
 NOT_PINNED = {"dev", "lmms-eval"}  # a harness with fifty packages of its own, in a job of its own
 
 
