@@ -7,6 +7,7 @@
 Multiple choice there takes the least of what ``loglikelihood`` gives, a mean loss. Its own wrapper of LLaVA (0.7.3, ``llava_hf``)
 counts the question's tokens without expanding the picture's, so that with today's processors the loss runs over 575 image tokens
 and the question as well, and compares greedy tokens that are one place off; `continuation` here scores the answer's tokens alone.
+And its evaluator makes a text of what ``loglikelihood`` gives, so that multiple choice ends in an error; ours comes through.
 
 **VLMEvalKit** has no entry points. A lab is registered in a few lines, then its own runner is called:
 

@@ -50,13 +50,18 @@ class LlavaLab(lmms):
             found.append(GenerationResult(said, TokenCounts(input_tokens=start, output_tokens=stop - start)))
         return found
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """The mean loss of each continuation, the least of which the harness takes, and whether it would be said."""
+    def loglikelihood(self, requests: Sequence[Any]) -> list[GenerationResult]:
+        """The mean loss of each continuation, the least of which the harness takes, and whether it would be said.
+
+        Each pair in a `GenerationResult`: the evaluator of 0.7.3 makes a text of every other reply (`unwrap_generation_output`),
+        which its multiple choice then cannot read.
+        """
         found = []
         for request in tqdm(requests, desc="scoring", disable=None):
             context, given, pictures_of, number, task, split = request.args
             text = given(self.task_dict[task][split][number]) if callable(given) else given
-            found.append(continuation(self.lab, self._pictures(pictures_of, number, task, split), context, str(text)))
+            pair = continuation(self.lab, self._pictures(pictures_of, number, task, split), context, str(text))
+            found.append(GenerationResult(pair))  # type: ignore[arg-type, unused-ignore]
         return found
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
