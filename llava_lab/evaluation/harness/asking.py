@@ -68,6 +68,8 @@ def continuation(lab: Lab, pictures: Sequence[Any], question: str, text: str) ->
     >>> loss < continuation(lab, [picture], "What color is the car?", "The car is blue.")[0], greedy
     (True, True)
     """
+    if not text.strip():
+        raise OptionError(f"expected an answer to score, got {text!r}")
     shown = read_pictures(list(pictures) or None)
     lab.check_pictures(len(shown))
     first = shown[0] if shown else None
@@ -80,8 +82,7 @@ def continuation(lab: Lab, pictures: Sequence[Any], question: str, text: str) ->
     length = min(len(ids), len(prompt.token_ids))
     # where tokens grow together across the border, the first that differs is the answer's
     start = int(np.append(np.flatnonzero(ids[:length] != prompt.token_ids[:length]), length)[0])
-    if start >= len(ids):
-        raise OptionError(f"expected an answer to score, got {text!r}, which has no tokens")
+    assert start < len(ids), (text, whole)
     if len(ids) > lab.context:
         raise OptionError(
             f"question and answer have {len(ids)} tokens and the model's context is {lab.context}; ask a shorter one"
