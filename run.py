@@ -267,8 +267,12 @@ def _last_line(text: str) -> str:
 
 
 def test(arguments: list[str]) -> int:
-    install("lab", "app", "serve", "train", "easy-vqa", "smol", "photo", "original", "test")
+    install("lab", "app", "page", "serve", "train", "easy-vqa", "smol", "photo", "original", "test")
     environment = {**_environment(), "CHROME_PATH": find_chromium() or _fetch_chromium()}
+    if "--all" in arguments:  # tests reach no network: what the page of `llava-lab page` runs on is fetched before they start
+        fetched = subprocess.run([PYTHON, "-m", "llava_lab.page.runtime"], cwd=ROOT, env=environment, stdout=sys.stderr)
+        if fetched.returncode != 0:
+            raise Failure("the page's runtime could not be fetched; its message is above (npm must be there once)")
     return subprocess.run([PYTHON, "-m", "pytest", *_selection(arguments)], cwd=ROOT, env=environment).returncode
 
 

@@ -39,7 +39,7 @@ ORDER = (
     {"training"},
     {"comparison", "serving"},
     {"remote", "bench", "doctor", "session"},
-    {"instructions"},
+    {"instructions", "page"},
     {"cli"},
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

@@ -123,7 +123,7 @@ def page(title: str, scripts: Sequence[str], css: str, views: Sequence[View], *,
     script = "\n".join([bundle(*scripts, "shared/page.js"), BOOT.format(entries=entries)])
     sheet = css + PAGE_CSS.format(width=width)
     policy = (
-        f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(sheet)}'; "
+        f"default-src 'none'; script-src '{csp_hash(script)}'; style-src '{csp_hash(sheet)}'; "
         "img-src blob: data:; base-uri 'none'; form-action 'none'"
     )
     body = body or "".join(f'<div id="{place(index)}"></div>' for index in range(len(views)))
@@ -147,7 +147,8 @@ def _stored(views: Sequence[View]) -> dict[str, Any]:
     return {"views": stored, "blobs": blobs}
 
 
-def _hash(text: str) -> str:
+def csp_hash(text: str) -> str:
+    """A script's or style sheet's text as a content security policy names it."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
 
 

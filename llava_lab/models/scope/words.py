@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from typing import Any
 
 # what stands before an apostrophe and s, or is written without it
 _IS = r"\b(what|where|which|who|how|there|that|it|here|color|thing|one)'s\b|\b(what|where|how|there|that)s\b"
@@ -79,6 +80,25 @@ def fold(question: str) -> str:
     asks = _ASKING.match(body) is not None
     end = "?" if "?" in mark else "." if mark and not asks else "?" if asks else "."
     return "\n".join([body[0].upper() + body[1:] + end, *rest])
+
+
+def rules() -> dict[str, Any]:
+    """What `fold` does as patterns and tables, for a page that folds without Python.
+
+    >>> from llava_lab.models.scope.words import rules
+    >>> rules()["same"]["tiny"]
+    'small'
+    """
+    return {
+        "is": _IS,
+        "not": _NOT,
+        "same": _SAME,
+        "phrases": _PHRASES,
+        "before": _BEFORE.pattern,
+        "after": _AFTER.pattern,
+        "signs": {chr(sign): instead for sign, instead in _SIGNS.items()},
+        "asking": _ASKING.pattern,
+    }
 
 
 def words_of(text: str) -> list[str]:
