@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from llava_lab.interventions import ablate_tokens as ablate_tokens
     from llava_lab.interventions import ablated as ablated
     from llava_lab.interventions import ask_without as ask_without
+    from llava_lab.interventions import attribution_patch as attribution_patch
+    from llava_lab.interventions import circuit as circuit
     from llava_lab.interventions import erase as erase
     from llava_lab.interventions import erased as erased
     from llava_lab.interventions import knocked_out as knocked_out
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from llava_lab.interventions import knockout_sweep as knockout_sweep
     from llava_lab.interventions import mean_difference as mean_difference
     from llava_lab.interventions import patch as patch
+    from llava_lab.interventions import patch_nodes as patch_nodes
     from llava_lab.interventions import positive_control as positive_control
     from llava_lab.interventions import steer as steer
     from llava_lab.interventions import steered as steered
@@ -68,11 +71,13 @@ if TYPE_CHECKING:
     from llava_lab.probes import naming_share as naming_share
     from llava_lab.probes import nearest_words as nearest_words
     from llava_lab.probes import patch_labels as patch_labels
+    from llava_lab.probes import sinks as sinks
     from llava_lab.probes import token_geometry as token_geometry
     from llava_lab.probes import train_lens as train_lens
     from llava_lab.remote import BlackBox as BlackBox
     from llava_lab.remote import estimate as estimate
     from llava_lab.results import Ablation as Ablation
+    from llava_lab.results import Circuit as Circuit
     from llava_lab.results import Comparison as Comparison
     from llava_lab.results import ControlRates as ControlRates
     from llava_lab.results import Effect as Effect
@@ -88,12 +93,14 @@ if TYPE_CHECKING:
     from llava_lab.results import LogitLens as LogitLens
     from llava_lab.results import NamingShare as NamingShare
     from llava_lab.results import NearestWords as NearestWords
+    from llava_lab.results import NodeScores as NodeScores
     from llava_lab.results import PatchGrid as PatchGrid
     from llava_lab.results import ProbeScores as ProbeScores
     from llava_lab.results import Pruning as Pruning
     from llava_lab.results import Relevance as Relevance
     from llava_lab.results import Run as Run
     from llava_lab.results import Sanity as Sanity
+    from llava_lab.results import Sinks as Sinks
     from llava_lab.results import Target as Target
     from llava_lab.results import TokenGeometry as TokenGeometry
     from llava_lab.results import WordActivation as WordActivation
@@ -134,10 +141,14 @@ _HOMES = {
     "linear_probe": "llava_lab.probes",
     "token_geometry": "llava_lab.probes",
     "patch_labels": "llava_lab.probes",
+    "sinks": "llava_lab.probes",
     "knockout": "llava_lab.interventions",
     "knockout_sweep": "llava_lab.interventions",
     "ablate_tokens": "llava_lab.interventions",
     "patch": "llava_lab.interventions",
+    "patch_nodes": "llava_lab.interventions",
+    "attribution_patch": "llava_lab.interventions",
+    "circuit": "llava_lab.interventions",
     "steer": "llava_lab.interventions",
     "erase": "llava_lab.interventions",
     "knocked_out": "llava_lab.interventions",
@@ -152,6 +163,8 @@ _HOMES = {
     "HeadMaps": "llava_lab.results",
     "Effect": "llava_lab.results",
     "FlowSweep": "llava_lab.results",
+    "NodeScores": "llava_lab.results",
+    "Circuit": "llava_lab.results",
     "PatchGrid": "llava_lab.results",
     "ControlRates": "llava_lab.results",
     "Faithfulness": "llava_lab.results",
@@ -165,6 +178,7 @@ _HOMES = {
     "NamingShare": "llava_lab.results",
     "NearestWords": "llava_lab.results",
     "ProbeScores": "llava_lab.results",
+    "Sinks": "llava_lab.results",
     "Pruning": "llava_lab.results",
     "TokenGeometry": "llava_lab.results",
     "connector": "llava_lab.connectors",

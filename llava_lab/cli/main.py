@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from llava_lab.cli import app, ask, chat, generate, judge, page, serve, train
+from llava_lab.cli import app, ask, chat, generate, inside, judge, page, serve, train
 from llava_lab.cli.common import Add, Reply, Uses, positive, refuse_overwriting, say
 from llava_lab.errors import LabError, OptionError, foreign_line, is_out_of_memory, one_line, printable
 from llava_lab.shipped import MODELS
@@ -121,6 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_commands(add)
     app.add_commands(add)
     judge.add_commands(add)
+    inside.add_commands(add)
     train.add_commands(add)
     generate.add_commands(add)
     serve.add_commands(add)

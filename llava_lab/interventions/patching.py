@@ -71,7 +71,7 @@ def patch(
     began = time.perf_counter()
     targets = resolve_targets(lab, clean, metric)
     read = Reader(targets, one_of("score", score, SCORES))
-    places = _sites(clean, sites)
+    places = places_of(clean, sites)
     is_list = isinstance(components, Sequence) and not isinstance(components, str) and components
     for component in components if is_list else (components,):
         one_of("components", component, COMPONENTS)
@@ -81,7 +81,7 @@ def patch(
     answers = np.full(scores.shape[:3], "", dtype="<U64")
     states = 0
     with undisturbed(lab.model):
-        pixels, corruption = _corrupted(lab, clean, corrupt, seed)
+        pixels, corruption = corrupted_pixels(lab, clean, corrupt, seed)
         start = clean.segments["image"][0]
         reading = Prefix(lab, clean, targets, start)
         with keeping(lab, components) as states_of:
@@ -184,7 +184,7 @@ def keeping(lab: Lab, components: Sequence[str]) -> Iterator[dict[str, list[Tens
         yield states_of
 
 
-def _corrupted(lab: Lab, run: Run, corrupt: Any, seed: int) -> tuple[Tensor, str]:
+def corrupted_pixels(lab: Lab, run: Run, corrupt: Any, seed: int) -> tuple[Tensor, str]:
     pixels = lab.inputs(run)["pixel_values"]
     if isinstance(corrupt, Run):
         return lab.pixels(corrupt.picture, run.map.mode), "another picture"
@@ -198,7 +198,7 @@ def _corrupted(lab: Lab, run: Run, corrupt: Any, seed: int) -> tuple[Tensor, str
     return lab.pixels(read_picture(corrupt), run.map.mode), "another picture"
 
 
-def _sites(run: Run, sites: Any) -> list[Positions]:
+def places_of(run: Run, sites: Any) -> list[Positions]:
     if not isinstance(sites, Sequence) or isinstance(sites, str) or not sites:
         raise OptionError(f"sites must be a list of places such as {', '.join(SITES)}, got {sites!r}")
     places = [positions_of(run, site, option="sites") for site in sites]

@@ -2,6 +2,7 @@
 
 from llava_lab.plots.ablation import accuracies, differences, sweep
 from llava_lab.plots.diagrams import Box, journey, matrices, patch_mosaic
+from llava_lab.plots.inside import circuit, mark_sinks, sinks
 from llava_lab.plots.maps import Scale, color_scale, compare_figure, overlay, segment_bars, words_figure
 from llava_lab.plots.scores import (
     agreement,
@@ -26,6 +27,7 @@ __all__ = [
     "accuracies",
     "agreement",
     "by_type",
+    "circuit",
     "color_scale",
     "compare_figure",
     "comparison",
@@ -36,6 +38,7 @@ __all__ = [
     "flows",
     "journey",
     "leaderboard",
+    "mark_sinks",
     "matrices",
     "mean_sweep",
     "overlay",
@@ -45,6 +48,7 @@ __all__ = [
     "sanity",
     "sanity_maps",
     "segment_bars",
+    "sinks",
     "stays",
     "sweep",
     "words_figure",

@@ -4,6 +4,7 @@ from llava_lab.probes.geometry import token_geometry
 from llava_lab.probes.lens import TunedLens, activation_map, hallucination_check, logit_lens, naming_share, train_lens
 from llava_lab.probes.linear import PATCH_LABELS, linear_probe, patch_labels
 from llava_lab.probes.nearest import nearest_words
+from llava_lab.probes.sinks import sinks
 
 __all__ = [
     "PATCH_LABELS",
@@ -15,6 +16,7 @@ __all__ = [
     "naming_share",
     "nearest_words",
     "patch_labels",
+    "sinks",
     "token_geometry",
     "train_lens",
 ]

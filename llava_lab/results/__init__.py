@@ -3,6 +3,7 @@
 from llava_lab.results.benchmarks import BenchmarkScores
 from llava_lab.results.connectors import ALL, MANY, WORDS, Ablation, LinearEffect, Linearized, LocalLinearity, in_words
 from llava_lab.results.generated import CheckPays, Generated
+from llava_lab.results.inside import Circuit, NodeScores, Sinks
 from llava_lab.results.interventions import ControlRates, Effect, FlowSweep, PatchGrid, Pruning
 from llava_lab.results.probes import (
     HallucinationCheck,
@@ -34,6 +35,7 @@ __all__ = [
     "Ablation",
     "BenchmarkScores",
     "CheckPays",
+    "Circuit",
     "Comparison",
     "ControlRates",
     "Effect",
@@ -52,6 +54,7 @@ __all__ = [
     "MANY",
     "NamingShare",
     "NearestWords",
+    "NodeScores",
     "PatchGrid",
     "Pruning",
     "ProbeScores",
@@ -61,6 +64,7 @@ __all__ = [
     "SAME",
     "Sanity",
     "Saved",
+    "Sinks",
     "Span",
     "Table",
     "Target",

@@ -273,6 +273,29 @@ print(_json.dumps({
     "rankings": [_try(given, check_ranking) for given in (_truth, -_truth, np.ones(lab.grid), np.ones((24, 24)))],
 }))
 """,
+    "12_circuits_and_sinks": TRY
+    + """
+def _cmd(shares, kept):
+    return np.trapezoid(1 - np.r_[0, kept], np.r_[0, shares])
+
+print(_json.dumps({
+    "answers": [run.answer, other.answer],
+    "sinks": int(sinks.found.sum()),
+    "attended": float(sinks.attended.mean()),
+    "longest": float(sinks.length.max()),
+    "head": [back - second, float(truth.heads[0, layer, 3]), first - second],
+    "agreement": agreement,
+    "estimate": [guess.passes["forward"], guess.passes["backward"], truth.passes["forward"]],
+    "kept": dict(zip(map(str, found.shares.tolist()), found.faithfulness.mean(1).tolist())),
+    "random": dict(zip(map(str, found.shares.tolist()), found.chance.mean((0, 2)).tolist())),
+    "areas": [found.cpr, found.random_cpr, found.cmd, found.random_cmd],
+    "edges": found.edges,
+    "best": list(found.names[:10]),
+    "one by one": found.agreement,
+    "share": [_try(one, check_share) for one in (0.02, 0.05, 0.01, 0.5)],
+    "cmd": [_try(one, check_cmd) for one in (_cmd, lambda s, k: np.trapezoid(1 - k, s), lambda s, k: 1 - _cmd(s, k))],
+}))
+""",
 }
 
 

@@ -126,12 +126,20 @@ def public_calls(lab: Any, folder: Path) -> dict[str, dict[str, Any]]:
         | {"shuffles": 1, "seed": 0, "progress": False},
         "token_geometry": {**some, "at": "after", "question": "What?", "per_picture": 4, "neighbours": 2, "seed": 0}
         | {"control": False, "progress": False},
+        "sinks": {"lab": lab, "runs": [run, other], "attended": 4.0, "long": 3.0, "peak": 0.1, "control": True, "seed": 0}
+        | {"progress": False},
         "patch_labels": {"lab": lab, "scenes": scenes, "what": "object", "most": 0.5},
         "knockout": {**acting, **cut},
         "knockout_sweep": {**asked, "flows": (("image", "last"),), "width": 1, "step": 1, "metric": None, "score": "logodds"},
         "ablate_tokens": {**asked, **taken, "metric": None, "score": "logodds", "draws": 1, "answer": False},
         "patch": {"lab": lab, "clean": run, "corrupt": "grey", "sites": ("last",), "components": ("residual",), "layers": None}
         | {"width": 1, "metric": None, "score": "logodds", "seed": 0},
+        "attribution_patch": {"lab": lab, "clean": run, "corrupt": "grey", "sites": ("last",), "metric": None, "steps": 1}
+        | {"seed": 0},
+        "patch_nodes": {"lab": lab, "clean": run, "corrupt": "grey", "put": "clean", "sites": ("last",), "layers": [0]}
+        | {"metric": None, "seed": 0, "progress": False},
+        "circuit": {"lab": lab, "pairs": [(run, other, None)] * 2, "variable": "color", "n": 1, "held": 1, "steps": 1}
+        | {"shares": (0.1, 1.0), "draws": 1, "checked": 1, "split": "test", "seed": 0, "progress": False},
         "steer": {**acting, **pushed, "alpha": 1.0, "others": ["What?"]},
         "erase": {**acting, **pushed, "strength": 1.0, "others": ["What?"]},
         "knocked_out": {**asked, **cut, "layers": None},

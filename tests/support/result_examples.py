@@ -81,7 +81,30 @@ def _interventions(run: results.Run) -> list[Saved]:
     pruning = results.Pruning(
         ("fastv", "random"), np.array([9, 36]), right, full, ("a", "b", "c"), cost, 144, 2, "test", seconds=1.0, **ABOUT
     )
-    return [effect, rates, pruning]
+    return [effect, rates, pruning, *_inside(run)]
+
+
+def _inside(run: results.Run) -> list[Saved]:
+    rng = np.random.default_rng(0)
+    drawn, length, peak = rng.random((3, 2, 2, run.map.rows, run.map.cols), np.float32)
+    drawn[0, 1, 2, 3], length[0, 1, 2, 3], drawn[0, 1, 4, 5] = 9.0, 7.0, 5.0
+    limits, words = {"attended": 4.0, "long": 3.0, "peak": 0.1}, {NASTY: 0.5}
+    sinks = results.Sinks(
+        ("tower 0", "language 0"), drawn, length, peak / 20, limits, np.zeros(2, np.float32), np.zeros((2, 2), np.float32), True,
+        np.ones((2, 3), np.float32), np.array([[0, 2], [3, 80]]), words, map=run.map, seconds=1.0, **ABOUT
+    )  # fmt: skip
+    heads, mlps = rng.normal(size=(2, 3, 4)).astype(np.float32), rng.normal(size=(2, 3)).astype(np.float32)
+    heads[0, 0, 0] = np.nan
+    target = flow_examples.two_targets(run)[0]
+    nodes = results.NodeScores(
+        ("image", "last"), heads, mlps, True, "clean", 0, target, "grey", 3.0, -2.0, passes={"forward": 9}, seconds=1.0, **ABOUT
+    )
+    kept, chance = np.array([[0.4, 0.6], [1, 1]], np.float32), np.array([[[0, 0.1], [1, 1]]], np.float32)
+    circuit = results.Circuit(
+        np.array([0.1, 1.0]), np.array([3, 30]), kept, chance, np.array([0.5, 0.4], np.float32), 30, 12,
+        (NASTY, "MLP 0 -> output"), np.array([2.0, -1.0], np.float32), 0.9, 5, "color", 0, seconds=1.0, **ABOUT
+    )  # fmt: skip
+    return [sinks, nodes, circuit]
 
 
 def _probes(run: results.Run) -> list[Saved]:
