@@ -192,7 +192,10 @@ def gradcam(lab: Lab, run: Run, targets: Targets, *, positive: bool = True) -> M
             scores = here.scores(features)
             slopes = gradients(scores, features)[0]  # N C rows cols
     channels = slopes.mean((2, 3), keepdim=True)
-    values = here.to_patches(channels * here.value, (run.map.rows, run.map.cols))
+    config: Any = lab.model.config
+    # channels that say where a patch lies are no features: they would draw the same slope over every map
+    features_of = slice(0, here.value.shape[1] - getattr(config.vision_config, "place_channels", 0))
+    values = here.to_patches((channels * here.value)[:, features_of], (run.map.rows, run.map.cols))
     hidden = (values < 0).float().mean((1, 2)).tolist()
     notes = ["Channels of the tower's used layer, weighed by the mean gradient of the logit (for a contrast, of the difference)."]
     if positive:

@@ -6,6 +6,7 @@
     llava-lab train --data captions.json --stage align --out runs/mine
     llava-lab train --data mix.json --stage instruct --model runs/mine/align/model --out runs/mine
     llava-lab ablate --start runs/tiny --out runs/ablation --save ablation.npz
+    llava-lab ablate --data photos --pictures train --test-pictures everyday --stage1 with --budget samples --out runs/photos
     llava-lab convert FOLDER OUT
     llava-lab data picturebook --n 1000 --out book
 
@@ -39,7 +40,7 @@ def add_commands(add: Add) -> None:
     command.add_argument("--out", required=True, metavar="DIR", help="folder for checkpoints, logs and the finished model")
     command.add_argument("--stage", action="append", metavar="NAME", help="with --data align or instruct; else only this stage")
     command.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
-    command.add_argument("--compile", action="store_true", help="tiny, smol: fuse small operations, wants a C++ compiler")
+    command.add_argument("--compile", action="store_true", help="a recipe: fuse small operations, wants a C++ compiler")
     command.add_argument("--steps-scale", type=float, default=1.0, metavar="X", help="a recipe: times the steps (default: 1)")
     own = command.add_argument_group("on your own data")
     own.add_argument(
@@ -75,7 +76,11 @@ def add_commands(add: Add) -> None:
         metavar="NAME[:OPTION=N,...]",
         help="repeatable (default: linear, mlp2x_gelu, and their controls bottleneck and linear2x)",
     )
-    command.add_argument("--data", default="picturebook", help="picturebook (default)")
+    command.add_argument("--data", default="picturebook", help="picturebook (default), or photos with both folders")
+    command.add_argument(
+        "--pictures", metavar="FOLDER", help="of --data photos: photographs to train on, named by what they show"
+    )
+    command.add_argument("--test-pictures", metavar="FOLDER", help="of --data photos: photographs that no training sees")
     command.add_argument("--start", metavar="FOLDER", help="tower and language model, or our recipe's states (default: --model)")
     command.add_argument(
         "--language", metavar="FOLDER", help="another language model: a checkpoint, or language.pt of our recipe"
@@ -127,9 +132,8 @@ def train(args: argparse.Namespace) -> Reply:
 
         if not args.pictures:
             raise OptionError("photo is trained on photographs: give --pictures FOLDER, each named by what it shows")
-        if args.compile:
-            raise OptionError("--compile is for tiny and smol; leave it out for photo")
-        folder = train_photo(args.pictures, args.out, recipe=replace(PHOTO, seed=args.seed), **options)
+        recipe = replace(PHOTO, seed=args.seed)
+        folder = train_photo(args.pictures, args.out, recipe=recipe, fused=args.compile, **options)
         return Reply({"model": args.name, "out": str(folder), "seed": args.seed}, f"connector and LoRA are in {folder}")
     options["fused"] = args.compile
     if args.name == "smol":
@@ -234,6 +238,8 @@ def ablate(args: argparse.Namespace) -> Reply:
         options["budgets"] = (args.budget,)
     result = ll.compare_connectors(
         data=args.data,
+        pictures=args.pictures,
+        test_pictures=args.test_pictures,
         start=args.start or args.model,
         language=args.language,
         out=args.out,

@@ -28,7 +28,8 @@ from tqdm.auto import tqdm
 from llava_lab import stats
 from llava_lab.capture import random_states_kept
 from llava_lab.checks import entry, number
-from llava_lab.comparison import plan
+from llava_lab.comparison import photos, plan
+from llava_lab.comparison.photos import PhotoRecipe
 from llava_lab.comparison.plan import ABLATION, BUDGETS, CONNECTORS, RATES, VALIDATION, Arm
 from llava_lab.comparison.run import Finished, Job, Material, feature_pool, fresh, make_exam, read, refuse_foreign, train_run
 from llava_lab.comparison.start import Given, Start, load_start
@@ -39,6 +40,7 @@ from llava_lab.training.tiny import streams
 
 log = logging.getLogger(__name__)
 
+PICTUREBOOK = "picturebook"
 ENOUGH = 5  # seeds below which a result says so
 
 
@@ -47,6 +49,8 @@ def compare_connectors(
     connectors: Sequence[str] = CONNECTORS,
     data: str = "picturebook",
     *,
+    pictures: str | os.PathLike | None = None,
+    test_pictures: str | os.PathLike | None = None,
     start: Given = "tiny",
     language: Given | None = None,
     out: str | os.PathLike = "runs/ablation",
@@ -54,10 +58,10 @@ def compare_connectors(
     seeds: int = ENOUGH,
     stage1: Sequence[bool] = (True, False),
     budgets: Sequence[str] = BUDGETS,
-    splits: Sequence[str] = ("test", "compositions"),
+    splits: Sequence[str] | None = None,
     validation: int = 200,
     test: int = 300,
-    recipe: Recipe = ABLATION,
+    recipe: Recipe | PhotoRecipe | None = None,
     steps_scale: float = 1.0,
     keep: bool = True,
     bf16: bool = True,
@@ -72,10 +76,13 @@ def compare_connectors(
     `start` gives vision tower and language model, `language` another language model: a Lab, a name, a folder, or training
     states of our recipe (`llava_lab.comparison.start`); a language model that saw no picture is the fair start.
     `rates` are peaks to choose from on validation; `stage1` with, without, or both; `budgets` equal "samples" and equal
-    "flops". `validation` and `test` are pictures of validation and of each of `splits`. `recipe` sets steps, batches and training
-    pictures, `steps_scale` multiplies steps and pictures. `keep` saves each connector's first seed as a folder under
-    ``out/models``. `bf16` is autocast, `fused` joins small operations with torch.compile (faster, needs a C++ compiler,
-    other last digits). `stated` is a true difference worth telling, 0 to 1: how many seeds would find it is said of every pair.
+    "flops". `validation` and `test` are pictures of validation and of each of `splits`. `recipe` sets steps, batches and
+    training pictures, `steps_scale` multiplies steps and pictures. `keep` saves each connector's first seed as a folder under
+    ``out/models``. ``data="photos"`` trains between `photo`'s pretrained parts, on the photographs in the folder `pictures`, and
+    tests on those in `test_pictures` (`llava_lab.comparison.photos`): one split, "test", no `start` or `language`, nothing
+    kept, and stage 1 teaches the word embeddings of the tower's classes. `recipe` and `splits` None are that data's own.
+    `bf16` is autocast, `fused` joins small operations with torch.compile (faster, needs a C++ compiler, other last digits).
+    `stated` is a true difference worth telling, 0 to 1: how many seeds would find it is said of every pair.
     Interrupted, finished runs stay and KeyboardInterrupt is raised; the same call goes on.
     Raises OptionError or DataError (one line) for what cannot be compared, or for an `out` of another comparison.
 
@@ -85,38 +92,55 @@ def compare_connectors(
     >>> len(result.seeds), result.row("mlp2x_gelu", "linear", budget="samples", stage1=True)["verdict"]
     (5, 'not distinguishable')
     """
+    if data not in (PICTUREBOOK, photos.PHOTOS):
+        raise OptionError(f"connectors are compared on {PICTUREBOOK} or {photos.PHOTOS}, got data {data!r}")
+    drawn = data == PICTUREBOOK
+    splits = splits or (("test", "compositions") if drawn else ("test",))
     plan.check_options(connectors, rates, seeds, budgets, stage1, splits)
-    if data != "picturebook":
-        raise OptionError(f"connectors are compared on the picturebook, got data {data!r}")
     if steps_scale <= 0 or min(validation, test) < 1:
         raise OptionError(f"steps_scale, validation and test must be above 0, got {steps_scale}, {validation} and {test}")
     if not 0 < number("stated", stated) <= 1:
         raise OptionError(f"stated is a difference in the share of right answers, above 0 and at most 1, got {stated}")
-    begun, folder = load_start(start, language), Path(out)
-    for name in connectors:
-        fresh(begun, name, seed)  # what does not fit is said before anything is drawn
+    scaled = _scaled(recipe or (ABLATION if drawn else photos.PHOTO_ABLATION), steps_scale, seed)
+    if isinstance(scaled, Recipe) != drawn:
+        raise OptionError(f"recipe {scaled.name!r} is not of data {data!r}; leave it out for that data's own")
+    if not drawn:
+        photos.check_options(pictures, test_pictures, start=start, language=language, splits=splits)
+    elif pictures is not None or test_pictures is not None:
+        raise OptionError(f"pictures and test_pictures belong to data {photos.PHOTOS!r}, got data {data!r}")
+    folder = Path(out)
+    if drawn:
+        begun = load_start(start, language)
+        for name in connectors:
+            fresh(begun, name, seed)  # what does not fit is said before anything is drawn
     with only_writer(folder), random_states_kept():
-        scaled = _scaled(recipe, steps_scale, seed)
-        counts = {"train": scaled.pictures, VALIDATION: validation, **dict.fromkeys(splits, test)}
-        material = prepare(begun, folder, scaled, counts, bf16=bf16, fused=fused, progress=progress)
+        common: dict[str, Any] = {"bf16": bf16, "fused": fused}
+        material: Material
+        if isinstance(scaled, PhotoRecipe):
+            material = photos.prepare(scaled, pictures, test_pictures, validation=validation, test=test, **common)
+        else:
+            counts = {"train": scaled.pictures, VALIDATION: validation, **dict.fromkeys(splits, test)}
+            material = prepare(begun, folder, scaled, counts, progress=progress, **common)
         refuse_foreign(folder / "runs", material.setup)
         counting = tqdm(connectors, desc="counting operations", unit="connector", disable=not progress, leave=False)
         flops = {name: plan.step_flops(material, name, folder / "flops") for name in counting}
-        arms = plan.make_arms(connectors, flops, scaled, budgets=budgets, stage1=stage1)
+        arms = plan.make_arms(connectors, flops, material.stages, budgets=budgets, stage1=stage1)
+        arms = [arm if material.tuned(arm.connector) else arm.untuned() for arm in arms]
         measured = tuple(range(seed, seed + seeds))
         with streams.fused(fused), _Runs(material, folder, progress) as runs:
-            swept = [arm.sweep(sorted(set(rates)), seed) for arm in arms]
+            several = sorted(set(rates))
+            swept = [arm.sweep(several if material.tuned(arm.connector) else several[:1] * len(several), seed) for arm in arms]
             runs.expect([job for jobs in swept for job in jobs], arms, len(measured))
             runs.finish([job for jobs in swept for job in jobs])
             chosen = [plan.choose(jobs, runs.done) for jobs in swept]
             final = [arm.runs(rate, measured, tuple(splits)) for arm, rate in zip(arms, chosen, strict=True)]
             by_seed = [job for of_seed in zip(*final, strict=True) for job in of_seed]  # a stop leaves whole seeds
-            runs.finish(by_seed, keep=folder / "models" if keep else None, keep_seed=seed)
+            runs.finish(by_seed, keep=folder / "models" if keep and drawn else None, keep_seed=seed)
         check_same_batches(runs.done)
         return _result(material, arms, swept, final, runs.done, stated)
 
 
-def _scaled(recipe: Recipe, scale: float, seed: int) -> Recipe:
+def _scaled(recipe: Recipe | PhotoRecipe, scale: float, seed: int) -> Recipe | PhotoRecipe:
     """The recipe with its steps and pictures times `scale`."""
     align, instruct = (replace(stage, steps=max(1, round(stage.steps * scale))) for stage in (recipe.align, recipe.instruct))
     pictures = max(align.batch, instruct.batch, round(recipe.pictures * min(1.0, scale)))
@@ -233,7 +257,7 @@ def _result(
         pairs=np.array(pairs),
         **stats.table(right, pairs, np.array(families), asked, stated=stated, seed=material.recipe.seed),
         stated=stated,
-        data="picturebook",
+        data=material.DATA,
         pictures=tuple(material.setup["pictures"].values()),
         seed=material.recipe.seed,
         model=material.start.name,
@@ -257,7 +281,7 @@ def _notes(
         notes.append(f"{len(final[0])} seeds: fewer than {ENOUGH}, so only a large difference can show")
     for arm, jobs, runs in zip(arms, swept, final, strict=True):
         where = f"{arm.connector} ({arm.budget}, {'with' if arm.stage1 else 'without'} stage 1)"
-        if runs[0].rate in (jobs[0].rate, jobs[-1].rate):
+        if material.tuned(arm.connector) and runs[0].rate in (jobs[0].rate, jobs[-1].rate):
             notes.append(f"{where}: the best rate, {runs[0].rate:g}, is at the sweep's edge; a wider sweep may find a better one")
         diverged = [str(job.seed) for job in runs if not np.isfinite(done[job].losses).all()]
         if diverged:

@@ -27,12 +27,12 @@ import torch
 from jaxtyping import Float64
 from torch.utils.flop_counter import FlopCounterMode
 
-from llava_lab.comparison.run import Finished, Job, Material, batches, file_name, fresh, loss_of
+from llava_lab.comparison.run import Finished, Job, Material, file_name
 from llava_lab.connectors import connector as plugged
 from llava_lab.errors import OptionError
 from llava_lab.results import Saved
 from llava_lab.training.loop import freeze_all_but
-from llava_lab.training.recipe import TINY, Recipe
+from llava_lab.training.recipe import TINY, Stage
 
 CONNECTORS = ("linear", "mlp2x_gelu", "bottleneck", "linear2x")  # linear, LLaVA-1.5's, and one control for each
 BUDGETS = ("samples", "flops")
@@ -41,7 +41,6 @@ SWEEP_SEED = 9973  # added to the comparison's seed
 VALIDATION = "validation"
 NEAR = 0.1  # share of steps that may differ before a rate is chosen anew
 SAME = 0.02  # share of steps that may differ before anything is trained anew
-CYCLE = (3, 10)  # steps until the recipe's forms of batches come round again: stage 1, stage 2
 
 ABLATION = replace(
     TINY,
@@ -65,6 +64,10 @@ class Arm:
 
     def sweep(self, rates: Sequence[float], seed: int) -> list[Job]:
         return [Job(self.connector, rate, seed + SWEEP_SEED, self.sweep_steps, (VALIDATION,)) for rate in rates]
+
+    def untuned(self) -> Arm:
+        """The same for a connector that does not learn: it has no stage 1."""
+        return replace(self, steps=(0, self.steps[1]), sweep_steps=(0, self.sweep_steps[1]))
 
     def runs(self, rate: float, seeds: Sequence[int], exams: tuple[str, ...]) -> list[Job]:
         return [Job(self.connector, rate, seed, self.steps, exams) for seed in seeds]
@@ -93,19 +96,19 @@ def step_flops(material: Material, connector: str, folder: Path) -> tuple[float,
 
 def count_flops(material: Material, connector: str) -> tuple[float, float]:
     """Mean floating-point operations of a step of stage 1 and of stage 2 with this connector, forward and backward."""
-    start, recipe, means = material.start, material.recipe, []
+    start, means = material.start, []
     model: Any = start.lab.model
-    module = fresh(start, connector, 0)
+    module = material.fresh(connector, 0)
     try:
         with plugged(start.lab, module):
-            for stage, cycle in zip((recipe.align, recipe.instruct), CYCLE, strict=True):
+            for stage, cycle in zip(material.stages, material.CYCLE, strict=True):
                 freeze_all_but(model, stage.trains)
-                data = batches(material, stage, material.recipe.seed)
+                data = material.batches(stage, material.recipe.seed)
                 total = 0
                 for step in range(cycle):
                     item, counter = data[step], FlopCounterMode(display=False)  # a counter forgets when it is entered again
                     with counter, torch.autocast("cpu", torch.bfloat16, enabled=material.bf16):
-                        loss_of(model, module, item, material.image_id).backward()
+                        material.loss(module, item).backward()
                     total += counter.get_total_flops()
                 means.append(total / cycle)
                 model.zero_grad(set_to_none=True)
@@ -118,7 +121,7 @@ def count_flops(material: Material, connector: str) -> tuple[float, float]:
 def make_arms(
     connectors: Sequence[str],
     flops: Mapping[str, tuple[float, float]],
-    recipe: Recipe,
+    stages: tuple[Stage, Stage],
     *,
     budgets: Sequence[str],
     stage1: Sequence[bool],
@@ -127,7 +130,7 @@ def make_arms(
     arms = []
     for budget in budgets:
         for aligned in stage1:
-            plain = (recipe.align.steps if aligned else 0, recipe.instruct.steps)
+            plain = (stages[0].steps if aligned else 0, stages[1].steps)
             cost = {name: _cost(flops[name], plain) for name in connectors}
             dearest = max(cost.values())
             for name in connectors:

@@ -25,7 +25,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -197,18 +197,55 @@ class Finished(Saved):
 
 @dataclass(frozen=True)
 class Material:
-    """What all runs share."""
+    """What all runs share, and what they do with it; this one is of the drawn world, `photos.PhotoMaterial` of photographs."""
 
     start: Start
     recipe: Recipe
-    pool: Pool  # training pictures, as features
-    exams: Mapping[str, Exam]
+    pool: Any  # training pictures, as features
+    exams: Mapping[str, Any]
     setup: dict[str, Any]
     bf16: bool = True
+
+    DATA: ClassVar[str] = "picturebook"
+    CYCLE: ClassVar[tuple[int, int]] = (3, 10)  # steps until the forms of batches come round again: stage 1, stage 2
 
     @property
     def image_id(self) -> int:
         return self.start.lab.image_id
+
+    @property
+    def stages(self) -> tuple[Stage, Stage]:
+        return self.recipe.align, self.recipe.instruct
+
+    def fresh(self, connector: str, seed: int) -> nn.Module:
+        """An untrained connector. Raises OptionError for one that does not fit, or has nothing to train."""
+        return fresh(self.start, connector, seed)
+
+    def tuned(self, connector: str) -> bool:
+        """Whether this connector learns, so that its rate matters."""
+        return True
+
+    def parts(self, module: nn.Module) -> dict[str, nn.Module]:
+        model: Any = self.start.lab.model
+        return {"connector": module, "language": layout.language_model(model), "head": model.get_output_embeddings()}
+
+    def batches(self, stage: Stage, seed: int) -> Any:
+        """Step number -> batch; the same for every connector."""
+        common: dict[str, Any] = {"batch": stage.batch, "seed": seed}
+        tokenizer = self.start.lab.tokenizer
+        if stage.name == "align":
+            return AlignData(self.pool, tokenizer, **common)
+        return InstructData(self.pool, tokenizer, turns=stage.turns, **common)
+
+    def loss(self, module: nn.Module, item: Any) -> Tensor:
+        return loss_of(self.start.lab.model, module, item, self.image_id)
+
+    def stamp(self, item: Any) -> int:
+        return stamp(item)
+
+    def sit(self, module: nn.Module, name: str) -> tuple[np.ndarray, float]:
+        """Which answers of an exam are right, bool (Q,), and the mean loss per labelled token, nats (nan: not measured)."""
+        return sit(self.start.lab.model, module, self.exams[name], self.image_id)
 
 
 def file_name(connector: str) -> str:
@@ -243,23 +280,25 @@ def fresh(start: Start, connector: str, seed: int) -> nn.Module:
 def train_run(material: Material, job: Job, *, advance: Advance | None = None, keep: Path | None = None) -> Finished:
     """Train and examine one connector; `keep` also writes the trained model as a folder. The start comes back as it was."""
     begin = time.perf_counter()
-    start, recipe = material.start, material.recipe
+    start = material.start
     model: Any = start.lab.model
-    module = fresh(start, job.connector, job.seed)
-    parts = {"connector": module, "language": layout.language_model(model), "head": model.get_output_embeddings()}
+    module = material.fresh(job.connector, job.seed)
+    parts = material.parts(module)
     losses: list[float] = []
     order: list[int] = []
 
     def stamped_loss(item: Item) -> tuple[Tensor, dict[str, Any]]:
-        order.append(stamp(item))
-        return loss_of(model, module, item, material.image_id), {}
+        order.append(material.stamp(item))
+        return material.loss(module, item), {}
 
     try:
         with plugged(start.lab, module):
-            for stage, steps in zip((recipe.align, recipe.instruct), job.steps, strict=True):
+            for stage, steps in zip(material.stages, job.steps, strict=True):
                 if steps and (not losses or math.isfinite(losses[-1])):  # a run that diverged ends there
                     loop.freeze_all_but(model, stage.trains)
-                    data, rates = batches(material, stage, job.seed), {"connector": job.rate}
+                    if not material.tuned(job.connector):
+                        module.requires_grad_(False)
+                    data, rates = material.batches(stage, job.seed), {"connector": job.rate}
                     stage = replace(stage, steps=steps)
                     try:
                         losses += loop.train(stage, parts, data, stamped_loss, rates=rates, bf16=material.bf16, on_step=advance)
@@ -267,7 +306,7 @@ def train_run(material: Material, job: Job, *, advance: Advance | None = None, k
                         log.warning("%s, seed %d: %s", job.connector, job.seed, error)
                         losses += error.losses if not math.isfinite(error.losses[-1]) else [*error.losses, math.nan]
             model.requires_grad_(False)
-            graded = [sit(model, module, material.exams[name], material.image_id) for name in job.exams]
+            graded = [material.sit(module, name) for name in job.exams]
             if keep is not None:
                 _write(start, keep)
     finally:
@@ -294,15 +333,6 @@ def _write(start: Start, folder: Path) -> None:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
-
-
-def batches(material: Material, stage: Stage, seed: int) -> Any:
-    """Step number -> batch; the same for every connector."""
-    common: dict[str, Any] = {"batch": stage.batch, "seed": seed}
-    tokenizer = material.start.lab.tokenizer
-    if stage.name == "align":
-        return AlignData(material.pool, tokenizer, **common)
-    return InstructData(material.pool, tokenizer, turns=stage.turns, **common)
 
 
 def read(folder: Path, job: Job, setup: Mapping[str, Any]) -> Finished | None:

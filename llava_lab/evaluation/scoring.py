@@ -192,7 +192,7 @@ def _tower_names(lab: Lab, items: list[Item]) -> tuple[list[Item], np.ndarray]:
     right = []
     for item in items:
         features = tower(lab.pixels(item.drawn(), None)).last_hidden_state.mean(1)
-        thing, others = named[int(tower.head(features).argmax())]
+        thing, others = named[int(tower.classes(features).argmax())]
         right.append(item.right(", ".join((*thing.words[:2], *others)), exact_match))
     return items, np.array(right)
 

@@ -139,6 +139,7 @@ def circuit(
         size = int(np.prod(block))
         in_image[begin : begin + size].reshape(block)[..., GROUPS.index("image")] = True
         begin += size
+    assert total is not None  # there is a pair
     return Circuit(
         shares=np.array(sizes),
         counts=np.array(counts, np.int64),

@@ -29,7 +29,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, apply_ro
 from llava_lab.errors import LabError, OptionError
 from llava_lab.interventions.pairs import Pair
 from llava_lab.models.layout import language_layers, language_model
-from llava_lab.replay.prefix import AGREE, Prefix, embedded, image_tokens
+from llava_lab.replay.prefix import Prefix, embedded, image_tokens
 from llava_lab.replay.score import read_scores
 from llava_lab.replay.targets import predicting_rows
 
@@ -140,7 +140,8 @@ class Graph:
             self.corrupt = float(self._forward(self.corrupt_tokens, keep=self._corrupt))
             self.clean = float(self._forward(self.clean_tokens))
             own = float(Prefix(lab, run, self._targets, start).score()[0])
-        if abs(own - self.clean) > AGREE.get(lab.dtype, 1e-3) * max(1.0, abs(own)):
+        # half the digits of the type: the same sums in another order
+        if abs(own - self.clean) > torch.finfo(lab.dtype).eps ** 0.5 * max(1.0, abs(own)):
             raise LabError(
                 f"expected the model's own score {own:.5f} of the whole graph, got {self.clean:.5f}; use attribution_patch"
             )

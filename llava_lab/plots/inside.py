@@ -5,7 +5,7 @@ Every function takes ``ax=``; single panels return their Axes, panels side by si
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -82,10 +82,11 @@ def mark_sinks(ax: Axes, run: Run, result: Sinks, *, number: int = 0, part: str 
         raise OptionError("expected the sinks of this run, got those of another checkpoint or grid")
     found = set(result.patches(part, run=number))
     attended = [patch for patch in result.patches(part, run=number, mark="attended") if patch not in found]
-    for patches, style in (
+    marks: tuple[tuple[Any, dict[str, Any]], ...] = (
         (sorted(found), {"marker": "o", "s": 60, "facecolors": "none", "edgecolors": RED, "linewidths": 1.5, "label": "sink"}),
         (attended, {"marker": "x", "s": 14, "color": "0.25", "linewidths": 0.8, "label": "attended, no outlier"}),
-    ):
+    )
+    for patches, style in marks:
         if patches:
             boxes = np.array([run.map.patch_box(row, col) for row, col in patches])
             ax.scatter(boxes[:, [0, 2]].mean(1), boxes[:, [1, 3]].mean(1), **style)

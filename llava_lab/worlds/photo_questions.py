@@ -103,7 +103,8 @@ PLURALS |= {
 def talk_about(scene: PhotoScene, things: Sequence[Thing], rng: np.random.Generator, *, short: float = 0.2) -> list[Block]:
     """About ten blocks on one scene; `things` are what the no's are chosen from, `short` the share asked in a single word."""
     one = len(scene.items) == 1
-    blocks = [_what(scene, rng)] if one else [_place(scene, rng) for _ in range(3) if any(item.place for item in scene.items)]
+    placed = [scene.items[int(i)] for i in rng.permutation(len(scene.items)) if scene.items[int(i)].place]
+    blocks = [_what(scene, rng)] if one else [_place(scene, item, rng) for item in placed]
     blocks += [_what(scene, rng)]
     blocks += [present(scene, rng), present(scene, rng), absent(scene, things, rng), absent(scene, things, rng)]
     if one:
@@ -183,8 +184,7 @@ def _what(scene: PhotoScene, rng: np.random.Generator) -> Block:
     ]
 
 
-def _place(scene: PhotoScene, rng: np.random.Generator) -> Block:
-    item = _pick(rng, scene.items)
+def _place(scene: PhotoScene, item: Item, rng: np.random.Generator) -> Block:
     if rng.random() < 0.7 or not _lone(scene, item):
         said = full_name(item.thing) if rng.random() < 0.5 else call(item.thing, rng)
         answer = (f"At the {item.place} there is {said}.", f"There is {said} at the {item.place}.")

@@ -19,7 +19,7 @@ from llava_lab.worlds.photo_names import Photo, Thing
 SIDE = 480  # pixels of a collage; a photograph alone keeps its shape
 QUARTERS = ("top left", "top right", "bottom left", "bottom right")
 FORMS = ("alone", "quarters", "beside", "stacked", "laid")
-SHARES = (0.42, 0.28, 0.1, 0.08, 0.12)  # of the forms
+SHARES = (0.1, 0.5, 0.12, 0.1, 0.18)  # of the forms
 BICUBIC = Image.Resampling.BICUBIC
 
 

@@ -173,7 +173,7 @@ def test_operations_are_counted_over_a_whole_cycle_of_batches(start: Path, tmp_p
 def test_budgets_follow_the_dearest_and_share_what_hardly_differs() -> None:
     flops = {"cheap": (1.0, 1.0), "near": (1.95, 1.95), "same": (1.98, 1.98), "dear": (2.0, 2.0)}
     recipe = replace(FEW, align=replace(FEW.align, steps=100), instruct=replace(FEW.instruct, steps=100))
-    arms = make_arms(list(flops), flops, recipe, budgets=("samples", "flops"), stage1=(True,))
+    arms = make_arms(list(flops), flops, (recipe.align, recipe.instruct), budgets=("samples", "flops"), stage1=(True,))
     steps = {(arm.connector, arm.budget): arm.steps for arm in arms}
     swept = {(arm.connector, arm.budget): arm.sweep_steps for arm in arms}
     assert {steps[name, "samples"] for name in flops} == {(100, 100)}
@@ -182,7 +182,7 @@ def test_budgets_follow_the_dearest_and_share_what_hardly_differs() -> None:
     assert swept["near", "flops"] == (100, 100)  # the rate is kept
     assert steps["same", "flops"] == (100, 100)  # 1% more would be 101: one run serves both budgets
     assert steps["dear", "flops"] == (100, 100)
-    alone = make_arms(list(flops), flops, recipe, budgets=("flops",), stage1=(True,))
+    alone = make_arms(list(flops), flops, (recipe.align, recipe.instruct), budgets=("flops",), stage1=(True,))
     assert {arm.connector: arm.steps for arm in alone}["same"] == (101, 101)  # with nothing to share with, it is its own
 
 

@@ -50,6 +50,43 @@ def test_the_tower_is_the_packages_own_net(side: int, capsys: pytest.CaptureFixt
     assert seen.shape == (2, (-(-side // 32)) ** 2, 1280)
 
 
+def test_beside_its_features_the_tower_says_where_a_patch_lies_and_changes_nothing_else() -> None:
+    plain, placed = efficientnet.read_tower(image_size=160), efficientnet.read_tower(image_size=160, place_channels=8)
+    pixels = torch.randn(2, 3, 160, 160, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        seen, wanted = placed(pixels).last_hidden_state, plain(pixels).last_hidden_state
+        assert torch.equal(seen[..., : efficientnet.HEAD], wanted)
+        assert torch.equal(placed.classes(seen), plain.head(wanted))
+    code = seen[..., efficientnet.HEAD :]
+    assert torch.equal(code[0], code[1])  # the same for every picture
+    down, across = code[0].reshape(5, 5, 8)[..., 0], code[0].reshape(5, 5, 8)[..., 4]
+    close(down, torch.cos(torch.pi * (torch.arange(5) + 0.5) / 5)[:, None].expand(5, 5))
+    assert torch.equal(across, down.T)
+    for waves in (code[0, ::5, :4], code[0, :5, 4:]):  # orthogonal, of one length
+        close(waves.T @ waves, 2.5 * torch.eye(4))
+
+
+def test_where_a_patch_lies_is_no_feature_of_gradcam(lab: Lab, picture: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With places a thousand times as large, and read a thousandth as strongly, the model and the map are what they were."""
+    run = lab.ask(picture, "What?", max_new_tokens=2)
+    wanted = ll.attribute(lab, run, method="gradcam", target="answer", positive=False).values
+    real = efficientnet.place_code
+    monkeypatch.setattr(efficientnet, "place_code", lambda *sizes: 1000 * real(*sizes) + 500)
+    weight, bias = layout.connector_of(lab.model).linear_1.weight, layout.connector_of(lab.model).linear_1.bias
+    kept = weight.detach().clone(), bias.detach().clone()
+    try:
+        with torch.no_grad():
+            weight[:, efficientnet.HEAD :] /= 1000
+            bias -= 500 * weight[:, efficientnet.HEAD :].sum(1)
+        again = lab.ask(picture, "What?", max_new_tokens=2)
+        found = ll.attribute(lab, again, method="gradcam", target="answer", positive=False).values
+    finally:
+        with torch.no_grad():
+            weight.copy_(kept[0])
+            bias.copy_(kept[1])
+    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-3 * np.abs(wanted).max())
+
+
 def test_other_weights_than_the_packages_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = tmp_path / "other.pth"
     torch.save({"a": torch.zeros(1)}, other)
@@ -120,3 +157,10 @@ def test_any_attention_of_the_language_model_goes_with_the_tower(lab: Lab, atten
     lab.model.set_attn_implementation(attention)
     assert lab.model.config.text_config._attn_implementation == attention
     lab.model.set_attn_implementation(before)
+
+
+def test_it_answers_in_bfloat16_too() -> None:
+    """A batch norm takes its statistics in the type of what it reads."""
+    from skimage import data
+
+    assert "cat" in ll.load("photo", dtype="bfloat16").ask(data.chelsea(), "Is this a cat or a dog?").answer

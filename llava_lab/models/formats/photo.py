@@ -21,13 +21,14 @@ from llava_lab.models.formats import efficientnet, smol
 NAME = "photo"
 PARAMETERS = 147_000_000  # about; the device is chosen before anything is read
 SIDE = 384
+PLACES = 16  # channels beside the tower's own 1,280 that say where a patch lies
 
 
 def assemble(
     *, language: Path | None = None, tower: Path | None = None, dtype: torch.dtype = torch.float32
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """The model with an untrained connector and no LoRA, and its processor; the tower's classifier stays in `tower.head`."""
-    eyes = efficientnet.read_tower(tower, image_size=SIDE)
+    eyes = efficientnet.read_tower(tower, image_size=SIDE, place_channels=PLACES)
     seen = LlavaConfig(
         vision_config=eyes.config,
         vision_feature_layer=-1,

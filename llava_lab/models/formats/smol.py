@@ -218,9 +218,12 @@ def load_smol(
 
 
 def finished(model: Any, dtype: torch.dtype) -> Any:
-    """The model frozen, its parameters in `dtype`."""
+    """The model frozen, its parameters and its norms' running statistics in `dtype`."""
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)  # parameters only: rotary frequencies do not fit 16 bits
+        parameter.data = parameter.data.to(dtype)  # no other buffers: rotary frequencies do not fit 16 bits
+    for part in model.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.to(dtype)
     return model.requires_grad_(False)
 
 

@@ -1,14 +1,15 @@
 """Trains `photo`: a net that saw photographs and a language model that read text, and LLaVA's two stages between them.
 
 The connector starts in the space of word embeddings (`words`): for every patch the tower's own classifier says which of
-ImageNet's classes it would be, and the connector learns to give the mean embedding of their names. That takes minutes and no
-language model. Then LLaVA's stages: `align` trains the connector alone, `instruct` the connector and LoRA on every linear layer
-of the language model; some of its steps read texts the untouched model wrote and stay near what it expects next, so that it
-keeps its ability with text.
+ImageNet's classes it would be, and the connector learns to give the mean embedding of their names, and a little of "top" or
+"bottom" and of "left" or "right" for where the patch lies. That takes minutes and no language model. Then LLaVA's stages:
+`align` trains the connector alone, `instruct` the connector and LoRA on every linear layer of the language model; some of its
+steps read texts the untouched model wrote and stay near what it expects next, so that it keeps its ability with text.
 
 What a step costs is the length of its sequences. So every step of `align` and every second one of `instruct` shows photographs
 alone and passes on a random quarter of their patches: four times the photographs for the same work (the idea of FLIP, Li et al.
-2023, arXiv 2212.00794). Scenes of several photographs keep all of theirs, since what is asked of them is where things are.
+2023, arXiv 2212.00794). Every second step of scenes passes on half of their patches: a patch says itself where it lies
+(`efficientnet.place_code`).
 
     train_photo("photographs", "runs/photo")  # hours on a processor; runs/photo/weights is what ``ll.load`` reads
 
@@ -41,7 +42,7 @@ from llava_lab.results import only_writer
 from llava_lab.training import loop
 from llava_lab.training.recipe import Stage
 from llava_lab.training.smol.batches import Batch, Chat, texts_batch
-from llava_lab.training.smol.make import adapt, answered, distance, fit_start, loss_of, quick_numbers, write_weights
+from llava_lab.training.smol.make import adapt, answered, compiled, distance, fit_start, loss_of, quick_numbers, write_weights
 from llava_lab.training.smol.own_texts import many_texts
 from llava_lab.worlds.photo_names import Photo, classes, read_photos
 from llava_lab.worlds.photo_questions import absent, present, talk_about
@@ -49,18 +50,22 @@ from llava_lab.worlds.photo_scenes import draw_scene
 
 log = logging.getLogger(__name__)
 
-POOL = 800  # pictures whose patches `words` learns from
+POOL = 2000  # pictures whose patches `words` learns from, every third a collage
 # How sure the classifier is made of each patch, and how far its names stand from the mean of all. As they come (1 and 1), the
 # untouched language model tells a picture's name from another's by 0.20 nats a token; so by 0.41 (zero-shot, 48 photographs).
 SHARP, STRETCH = 2.0, 3.0
-# Patches of a photograph alone that are passed on, and how many of them stand for a scene in a batch.
-SHOWN, CROWD = 36, 4
+WORDS_OF_PLACES = ("top", "bottom", "left", "right")
+AXES = (efficientnet.HEAD, efficientnet.HEAD + photo.PLACES // 2)  # channels with half a wave down and across
+PLACE = 1.0  # how far "top" stands from "bottom" in the patches of the first and the last row
+# Patches of a picture that are passed on, and how many such pictures stand for a scene in a batch.
+ALONE, SCENE = (36, 4), (72, 2)
 TEXT_EVERY, TEXTS, AGAIN = 8, 12, 4  # of so many steps of `instruct` one reads plain texts; how many; texts to each beginning
 CHECKED, CHECK_EVERY = 16, 80
 
-WORDS = Stage("words", ("connector",), steps=600, batch=2048, rate=2e-3, warmup=0.05)
-ALIGN = Stage("align", ("connector",), steps=40, batch=2, rate=5e-4, warmup=0.1)
-INSTRUCT = Stage("instruct", ("connector", "lora"), steps=300, batch=2, rate=1e-3)
+WORDS = Stage("words", ("connector",), steps=1000, batch=2048, rate=1e-3, matrix_rate=0.03, warmup=0.05)
+ALIGN = Stage("align", ("connector",), steps=60, batch=2, rate=3e-4, warmup=0.1)
+INSTRUCT = Stage("instruct", ("connector", "lora"), steps=1700, batch=2, rate=1e-3)
+CONNECTOR_RATE = 3e-4  # of `instruct`: what `words` learned of a thousand classes is not to be forgotten
 
 
 @dataclass(frozen=True)
@@ -124,26 +129,27 @@ class PhotoData(Dataset):
         self.form, self.photos, self.stage, self.number, self.seed = form, photos, stage, number, seed
         self.texts, self.blind = texts, blind
         self.things = sorted({p.thing for p in photos}, key=lambda thing: thing.name)
-        self.brief = Chat(form.tokenizer, SHOWN)
+        self.brief = {shown: Chat(form.tokenizer, shown) for shown, _ in (ALONE, SCENE)}
 
     def __getitem__(self, step: int) -> Batch:
         rng = np.random.default_rng((self.seed, 47, self.number, step))
         if self.texts and step % TEXT_EVERY == TEXT_EVERY - 1:
             return texts_batch([self.texts[int(i)] for i in rng.integers(len(self.texts), size=TEXTS)])
         alone = self.stage.name == "align" or step % 2 == 0
-        count = self.stage.batch * (CROWD if alone else 1)
+        shown, crowd = ALONE if alone else SCENE if step % 4 == 1 else (0, 1)
+        count = self.stage.batch * crowd
         scenes = [draw_scene(self.photos, rng, form="alone" if alone else None) for _ in range(count)]
         rows = [talk_about(scene, self.things, rng) for scene in scenes]
         squares = np.stack([to_square(scene.picture) for scene in scenes])
         if self.blind:
             squares = np.full_like(squares, 127)
-        if not alone:
+        if not shown:
             return self.form.batch(rows, squares)
-        rows = [[blocks[int(i)] for i in rng.permutation(len(blocks))[:4]] for blocks in rows]
-        batch = self.brief.batch(rows, squares)
+        rows = [[blocks[int(i)] for i in rng.permutation(len(blocks))[: 4 if alone else 8]] for blocks in rows]
+        batch = self.brief[shown].batch(rows, squares)
         patches = (photo.SIDE // efficientnet.STRIDE) ** 2
-        shown = torch.from_numpy(np.sort(rng.permutation(patches)[:SHOWN]))
-        return PhotoBatch(batch.ids, batch.labels, batch.block, batch.position, batch.pictures, shown)
+        places = torch.from_numpy(np.sort(rng.permutation(patches)[:shown]))
+        return PhotoBatch(batch.ids, batch.labels, batch.block, batch.position, batch.pictures, places)
 
 
 # -- the start: what the tower would call each patch ----------------------------------------
@@ -161,13 +167,26 @@ def class_embeddings(model: Any, tokenizer: Any) -> Tensor:
     return torch.stack(rows)
 
 
+def place_directions(model: Any, tokenizer: Any) -> Tensor:
+    """(2, D): half the way from "bottom" to "top" and from "right" to "left" among the word embeddings."""
+    table = model.get_input_embeddings().weight.detach().float()
+    top, bottom, left, right = (
+        table[tokenizer(f" {word}", add_special_tokens=False)["input_ids"]].mean(0) for word in WORDS_OF_PLACES
+    )
+    return torch.stack([top - bottom, left - right]) / 2
+
+
 def patch_pool(model: Any, photos: Sequence[Photo], *, seed: int, pictures: int) -> Tensor:
-    """Features of every patch of photographs in new cuts (N, 1280), bfloat16; each photograph in its turn."""
+    """Features of every patch of photographs in new cuts and of collages (N, W), bfloat16; each photograph in its turn."""
     parts = []
     for first in range(0, pictures, 8):
         rng = np.random.default_rng((seed, 46, first))
         turn = [photos[i % len(photos)] for i in range(first, min(first + 8, pictures))]
-        squares = np.stack([to_square(draw_scene([one], rng, form="alone").picture) for one in turn])
+        scenes = [
+            draw_scene(photos, rng, form="quarters") if i % 3 == 2 else draw_scene([one], rng, form="alone")
+            for i, one in enumerate(turn)
+        ]
+        squares = np.stack([to_square(scene.picture) for scene in scenes])
         parts.append(seen(model, torch.from_numpy(squares)).flatten(0, 1).to(torch.bfloat16))
     return torch.cat(parts)
 
@@ -175,8 +194,8 @@ def patch_pool(model: Any, photos: Sequence[Photo], *, seed: int, pictures: int)
 class Patches(Dataset):
     """Step number -> (features, wanted tokens) of a batch of patches."""
 
-    def __init__(self, model: Any, pool: Tensor, embeddings: Tensor, *, batch: int, seed: int) -> None:
-        self.head, self.pool, self.embeddings = layout.vision_tower(model).head, pool, embeddings
+    def __init__(self, model: Any, pool: Tensor, embeddings: Tensor, directions: Tensor, *, batch: int, seed: int) -> None:
+        self.tower, self.pool, self.embeddings, self.directions = layout.vision_tower(model), pool, embeddings, directions
         self.batch, self.seed = batch, seed
 
     @torch.no_grad()
@@ -184,13 +203,28 @@ class Patches(Dataset):
         rows = np.random.default_rng((self.seed, 48, step)).integers(len(self.pool), size=self.batch)
         features = self.pool[torch.from_numpy(rows)].float()
         mean = self.embeddings.mean(0)
-        return features, mean + STRETCH * ((SHARP * self.head(features)).softmax(-1) @ self.embeddings - mean)
+        named = mean + STRETCH * ((SHARP * self.tower.classes(features)).softmax(-1) @ self.embeddings - mean)
+        return features, named + PLACE * features[:, list(AXES)] @ self.directions
+
+
+@torch.no_grad()
+def fit_layer(layer: nn.Linear, read: Tensor, wanted: Tensor, *, ridge: float = 1e-2) -> None:
+    """The layer that best gives `wanted` (N, D) of what it reads (N, W), by ridge regression.
+
+    As the connector's last layer it makes training start below a loss of 1, and not at 1,000.
+    """
+    centre, mean = read.mean(0), wanted.mean(0)
+    gram = (read - centre).T @ (read - centre)
+    gram += ridge * gram.diagonal().mean() * torch.eye(len(gram))
+    weight = torch.linalg.solve(gram, (read - centre).T @ (wanted - mean))
+    layer.weight.copy_(weight.T)
+    layer.bias.copy_(mean - centre @ weight)
 
 
 def words_loss(connector: nn.Module, batch: tuple[Tensor, Tensor], *, spread: Tensor) -> tuple[Tensor, dict[str, float]]:
     """Squared error in units of the targets' own spread: 1 is a connector that says the same of every patch."""
     features, wanted = batch
-    loss = F.mse_loss(connector(features).float(), wanted) / spread
+    loss = F.mse_loss(connector(features[None])[0].float(), wanted) / spread
     return loss, {"patches": len(wanted)}
 
 
@@ -204,18 +238,23 @@ class Check:
     """
 
     def __init__(self, model: Any, form: Chat, photos: Sequence[Photo]) -> None:
-        self.model, self.image_id = model, form.image_id
-        self.batches: list[Batch] = []
-        things = sorted({p.thing for p in photos}, key=lambda thing: thing.name)
-        for first in range(0, CHECKED, 8):
-            rng = np.random.default_rng((9, 49, first))
-            scenes = [draw_scene(photos, rng) for _ in range(8)]
-            rows = [[b for b in (present(s, rng), absent(s, things, rng), *talk_about(s, things, rng)[:3]) if b] for s in scenes]
-            self.batches.append(form.batch(rows, np.stack([to_square(scene.picture) for scene in scenes])))
+        self.model, self.image_id, self.batches = model, form.image_id, check_batches(form, photos, CHECKED)
 
     def __call__(self, step: int) -> dict[str, float]:
         wrong = [replace(batch, pictures=batch.pictures.roll(1, 0)) for batch in self.batches if batch.pictures is not None]
         return answered(self.model, self.batches, wrong, image_id=self.image_id, see=passed_on)
+
+
+def check_batches(form: Chat, photos: Sequence[Photo], scenes: int) -> tuple[Batch, ...]:
+    """`scenes` scenes no step draws and five questions about each, in batches of 8."""
+    batches = []
+    things = sorted({p.thing for p in photos}, key=lambda thing: thing.name)
+    for first in range(0, scenes, 8):
+        rng = np.random.default_rng((9, 49, first))
+        drawn = [draw_scene(photos, rng) for _ in range(min(8, scenes - first))]
+        rows = [[b for b in (present(s, rng), absent(s, things, rng), *talk_about(s, things, rng)[:3]) if b] for s in drawn]
+        batches.append(form.batch(rows, np.stack([to_square(scene.picture) for scene in drawn])))
+    return tuple(batches)
 
 
 def train_photo(
@@ -227,12 +266,14 @@ def train_photo(
     recipe: PhotoRecipe = PHOTO,
     stages: Sequence[str] | None = None,
     blind: bool = False,
+    fused: bool = False,
     parts: dict[str, Any] | None = None,
     texts: Sequence[Sequence[int]] | None = None,
 ) -> Path:
     """Train all stages on the photographs in `pictures` and write ``out/weights`` (connector, LoRA).
 
-    `parts` are `formats.photo.assemble`'s; `blind` trains on grey pictures, as a control; `texts` (token ids) stand for the
+    `parts` are `formats.photo.assemble`'s; `blind` trains on grey pictures, as a control; `fused` joins small operations
+    with torch.compile (a quarter faster, wants a C++ compiler, rounds differently); `texts` (token ids) stand for the
     language model's own. Raises OptionError when `out` holds a run and `resume` is off, or for an unknown stage; DataError when
     `pictures` holds no named photograph.
     """
@@ -253,6 +294,7 @@ def train_photo(
         form, connector = Chat(processor.tokenizer, layout.image_token_count(model)), layout.connector_of(model)
         modules: dict[str, nn.Module] = {"connector": connector.requires_grad_(True)}
         embeddings = class_embeddings(model, processor.tokenizer)
+        directions = place_directions(model, processor.tokenizer)
         quick_numbers(language)
         check = Check(model, form, photos)
         for number, stage in enumerate(recipe.stages):
@@ -278,10 +320,16 @@ def train_photo(
                 pool = patch_pool(model, photos, seed=recipe.seed, pictures=POOL)
                 with torch.no_grad():
                     fit_start(model, pool[:: max(1, len(pool) // 5000)].float()[:, None])
-                patches = Patches(model, pool, embeddings, batch=stage.batch, seed=recipe.seed)
+                patches = Patches(model, pool, embeddings, directions, batch=stage.batch, seed=recipe.seed)
+                features, wanted = (
+                    torch.cat(rows) for rows in zip(*(patches[stage.steps + 4 + i] for i in range(16)), strict=True)
+                )
+                fit_layer(connector.linear_2, F.gelu(connector.linear_1(features)).detach(), wanted)
                 spread = torch.cat([patches[stage.steps + i][1] for i in range(4)]).var(0).mean()
                 loop.train(scaled, modules, patches, partial(words_loss, connector, spread=spread), folder=folder, bf16=False)
                 continue
+            if fused:
+                compiled(language)
             data = PhotoData(form, photos, stage=stage, number=number, seed=recipe.seed, blind=blind)
             stage_loss = partial(loss_of, model, image_id=form.image_id, see=passed_on)
             if "lora" in stage.trains:
@@ -293,6 +341,8 @@ def train_photo(
                 )
                 stage_loss = partial(distance, model, teacher, image_id=form.image_id, see=passed_on)
             options: dict[str, Any] = {"bf16": loop.quick_bfloat16(), "check": check, "check_every": CHECK_EVERY}
+            if "lora" in stage.trains:
+                options["rates"] = {"connector": CONNECTOR_RATE}
             loop.train(scaled, modules, data, stage_loss, folder=folder, workers=1, **options)
         lora = modules.get("lora")
         assert lora is None or isinstance(lora, nn.ModuleDict)

@@ -205,22 +205,28 @@ class Check:
 
 
 @torch.no_grad()
+def graded(model: Any, batches: Sequence[Batch], *, image_id: int, see: See = drawn_features) -> tuple[Tensor, list[bool]]:
+    """Losses of all labelled tokens, and for each question whether every token of its answer is the likeliest."""
+    losses, exact = [], []
+    for batch in batches:
+        with torch.autocast("cpu", torch.bfloat16, enabled=loop.quick_bfloat16()):
+            hidden, wanted = states(model, batch, image_id=image_id, see=see)
+            logits = model.get_output_embeddings()(hidden).float()
+        losses.append(F.cross_entropy(logits, wanted, reduction="none"))
+        place = (torch.arange(len(batch.block))[:, None] * 1000 + batch.block)[batch.labels != IGNORE]
+        good = logits.argmax(-1) == wanted
+        exact += [bool(good[place == question].all()) for question in place.unique()]
+    return torch.cat(losses), exact
+
+
 def answered(
     model: Any, right: Sequence[Batch], wrong: Sequence[Batch], *, image_id: int, see: See = drawn_features
 ) -> dict[str, float]:
     """Loss and share of exact greedy answers of batches with their own pictures and, as ``_shuffled``, with each other's."""
     row: dict[str, float] = {}
     for name, batches in (("", right), ("_shuffled", wrong)):
-        losses, exact = [], []
-        for batch in batches:
-            with torch.autocast("cpu", torch.bfloat16, enabled=loop.quick_bfloat16()):
-                hidden, wanted = states(model, batch, image_id=image_id, see=see)
-                logits = model.get_output_embeddings()(hidden).float()
-            losses.append(F.cross_entropy(logits, wanted, reduction="none"))
-            place = (torch.arange(len(batch.block))[:, None] * 1000 + batch.block)[batch.labels != IGNORE]
-            good = logits.argmax(-1) == wanted
-            exact += [bool(good[place == question].all()) for question in place.unique()]
-        row |= {f"check{name}": round(float(torch.cat(losses).mean()), 4), f"exact{name}": round(float(np.mean(exact)), 4)}
+        losses, exact = graded(model, batches, image_id=image_id, see=see)
+        row |= {f"check{name}": round(float(losses.mean()), 4), f"exact{name}": round(float(np.mean(exact)), 4)}
     return row
 
 
