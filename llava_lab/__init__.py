@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from llava_lab.attribution import attribute as attribute
     from llava_lab.attribution import head_maps as head_maps
     from llava_lab.attribution import image_share as image_share
+    from llava_lab.checks import check_answer as check_answer
     from llava_lab.comparison import compare_connectors as compare_connectors
     from llava_lab.comparison import linear_effect as linear_effect
     from llava_lab.connectors import connector as connector
@@ -114,6 +115,7 @@ _HOMES = {
     "Lab": "llava_lab.models",
     "BlackBox": "llava_lab.remote",
     "explore": "llava_lab.session",
+    "check_answer": "llava_lab.checks",
     "attribute": "llava_lab.attribution",
     "METHODS": "llava_lab.attribution",
     "ask_and_attribute": "llava_lab.attribution",

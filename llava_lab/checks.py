@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeGuard, TypeVar, cast
 import numpy as np
 from tqdm.auto import tqdm
 
-from llava_lab.errors import CheckpointError, DataError, LabError, OptionError, foreign_line, readable
+from llava_lab.errors import CheckpointError, DataError, LabError, OptionError, foreign_line, one_line, readable
 
 if TYPE_CHECKING:
     from llava_lab.results import Run
@@ -492,3 +492,28 @@ class Sweep:
         self._bar.close()
         self.interrupted = kind is KeyboardInterrupt and self.count >= self._least
         return self.interrupted
+
+
+# -- exercises of the lessons -----------------------------------------------------------------
+
+
+@entry
+def check_answer(check: Callable[..., str], *answer: Any) -> str:
+    """What an exercise's check says of a reader's answer: its praise, or a hint in one line, never a traceback.
+
+    `check` is called with `answer`; the message of its first failed ``assert`` is the hint. An answer that cannot be used
+    at all (a wrong type, an error in the reader's own function) is told in the same way.
+
+    >>> def check_patches(count):
+    ...     assert count != 12, "that is one side"
+    ...     return "Yes."
+    >>> ll.check_answer(check_patches, 12)
+    'Not yet: that is one side'
+    """
+    try:
+        return check(*answer)
+    except AssertionError as error:
+        hint = str(error).partition("\n")[0].removeprefix("not yet: ")
+        return f"Not yet: {hint or 'the answer does not hold'}"
+    except Exception as error:  # the reader's own code, or a value of another kind than asked for
+        return f"Not yet: with this answer the check stopped at {one_line(error)}"

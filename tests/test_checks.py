@@ -365,3 +365,21 @@ def test_a_training_is_not_disturbed_and_who_asks_meanwhile_is_told(tiny_folder:
         assert not any(module.training for module in lab.model.modules())
         assert len(lab.ask(picture, "What?", max_new_tokens=2).logprobs) <= 2
     assert losses[0] == losses[1]
+
+
+def test_an_exercise_praises_hints_and_never_shows_a_traceback() -> None:
+    def check(count: int) -> str:
+        assert count != 12, "not yet: that is one side"
+        if count != 144:
+            raise AssertionError  # as a bare assert of a notebook does
+        return f"Yes: {count:,}."
+
+    assert ll.check_answer(check, 144) == "Yes: 144."
+    assert ll.check_answer(check, 12) == "Not yet: that is one side"
+    assert ll.check_answer(check, 7) == "Not yet: the answer does not hold"
+    assert ll.check_answer(check).startswith("Not yet: with this answer the check stopped at TypeError: ")
+    assert ll.check_answer(lambda yours: yours(1), lambda count: {}[count]) == (
+        "Not yet: with this answer the check stopped at KeyError: 1"
+    )
+    with pytest.raises(KeyboardInterrupt):
+        ll.check_answer(lambda: (_ for _ in ()).throw(KeyboardInterrupt))

@@ -16,6 +16,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -162,7 +163,8 @@ class Explore(ipw.VBox):
         # what answers stands at the end of a sentence, and a full stop answers nothing
         telling = [i for i, word in enumerate(run.words) if any(map(str.isalnum, word.text))]
         first = telling[-1] if telling else None
-        self.view = PatchExplorer(run, self.maps, word=first, ask=lambda patches: self.session.without(run, patches, before))
+        shown = replace(run, knows="")  # that stands at the head of the page already
+        self.view = PatchExplorer(shown, self.maps, word=first, ask=lambda patches: self.session.without(run, patches, before))
         self._stage.children = [self.view]
 
     # -- the page ---------------------------------------------------------------------------------

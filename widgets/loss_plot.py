@@ -2,8 +2,8 @@
 
 `told` takes one dict per logged step, as ``train_stage(..., told=plot.told)`` gives them: ``step``, ``loss`` and
 ``seconds``; ``epoch`` says how far the schedule is where no `total` was given, ``ended`` that this step is the last. A
-cell that trains keeps the kernel busy, so a click on Stop is heard only when the training runs beside it, which `start`
-does; the notebook's own stop button works either way.
+cell that trains keeps the kernel busy, so no click can be heard: there the plot shows no button and names the notebook's own (■),
+which works either way. With `start` the training runs beside the kernel, and Stop is heard.
 """
 
 from __future__ import annotations
@@ -120,6 +120,7 @@ class LossPlot(LabWidget):
                 self._end("stopped" if self._asked else "finished")
                 future.set_result(value)
 
+        self.publish()
         threading.Thread(target=run, name="training", daemon=True).start()
         return future
 
@@ -137,6 +138,7 @@ class LossPlot(LabWidget):
             "log": self.logarithmic,
             "colors": list(LINES),
             "state": self.state,
+            "heard": self.running,
         }
 
     def draw_png(self) -> bytes:

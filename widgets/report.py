@@ -186,12 +186,15 @@ def _image(raw: bytes, kind: str, name: str) -> str:
 
 def answer_line(run: Run) -> str:
     """The answer, each word with its probability as a title."""
-    words = []
+    words, rest = [], run.answer
     for word in answer_words(run):
         chance = "" if word["p"] is None else f' title="probability {word["p"]:.1%}"'
-        words.append(f"<span{chance}>{html.escape(word['text'])}</span>")
+        before, found, after = rest.partition(word["text"])  # the answer's own spaces: none before a full stop
+        if found:
+            rest = after
+        words.append(f"{html.escape(before) if found else ' '}<span{chance}>{html.escape(word['text'])}</span>")
     cut = "" if not run.cut else '<span class="lab-report-cut"> … [cut]</span>'
-    return f'<p class="lab-report-answer">{" ".join(words) or html.escape(run.answer)}{cut}</p>{_items(run.notes)}'
+    return f'<p class="lab-report-answer">{"".join(words) or html.escape(run.answer)}{cut}</p>{_items(run.notes)}'
 
 
 def score_tables(comparison: Any) -> str:

@@ -14,7 +14,7 @@ def test_the_rank_slider_is_answered_in_the_page(widget_page: WidgetPage) -> Non
     one, two, ranks = bench_example()
     shown = widget_page.mount(ConnectorBench(one, two, ranks=ranks))
     expect(shown.locator(".lab-bench-sentence")).to_contain_text("linear")
-    shown.get_by_role("radio", name="linear fit").click()
+    shown.get_by_role("radio", name="cut to a rank").click()
     expect(shown.locator(".lab-bench-name").nth(1)).to_have_text("rank 16")
     right = shown.locator("canvas").nth(1)
     points = [(0.25, 0.71), (0.5, 0.87)]

@@ -157,7 +157,7 @@ def test_token_lens_flow_view_and_connector_bench(lab: LabPage) -> None:
     lab.becomes("lens.patches", [[0, 3]])
     views.locator(".lab-flow").get_by_role("radio", name="MLP").click()
     lab.becomes("flow.component", 1)
-    views.locator(".lab-bench").get_by_role("radio", name="linear fit").click()
+    views.locator(".lab-bench").get_by_role("radio", name="cut to a rank").click()
     lab.becomes("bench.rank", 16)
     keys_stay_inside(lab, views, ".lab-lens-input", "canvas.lab-flow-cells", ".lab-bench canvas")
 

@@ -25,13 +25,19 @@ def test_the_stop_button_is_heard_and_the_page_says_where_the_training_ended(wid
     shown.get_by_role("button", name="Stop").click()
     assert widget_page.get("stopped") is True
     expect(shown.locator(".lab-loss-status")).to_have_text("step 4 · stopping after this step")
-    plot.stopped = True
+    plot.stopped, plot.running = True, False
     with pytest.raises(KeyboardInterrupt):
         plot.told({"step": 5, "loss": 0.7, "seconds": 10.0})
     widget_page.page.evaluate("() => window.test.close()")
     shown = widget_page.mount(plot)
     expect(shown.locator(".lab-loss-status")).to_have_text("stopped at step 5, the model is kept")
     expect(shown.get_by_role("button", name="Stop")).to_be_hidden()
+
+
+def test_a_cell_that_trains_cannot_hear_a_click_and_says_what_stops_it(widget_page: WidgetPage) -> None:
+    shown = widget_page.mount(losses(beside=False))
+    expect(shown.get_by_role("button", name="Stop")).to_be_hidden()
+    expect(shown.locator(".lab-loss-status")).to_have_text("step 4 of 10 · 12 s left · ■ of the notebook stops it")
 
 
 def test_a_finished_training_has_no_stop_button(widget_page: WidgetPage) -> None:

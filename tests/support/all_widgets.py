@@ -21,8 +21,10 @@ ATTACK = '<img/src=x/onerror="window.attacked=1"><script>window.attacked=1</scri
 Make = Callable[..., LabWidget]
 
 
-def losses(steps: int = 4, name: str = "align") -> LossPlot:
+def losses(steps: int = 4, name: str = "align", *, beside: bool = True) -> LossPlot:
+    """A plot of a training, as `start` leaves it (`beside`) or in a cell that keeps the kernel."""
     plot = LossPlot(name, total=10)
+    plot.running = beside
     for step in range(1, steps + 1):
         plot.told({"step": step, "loss": 4 / step, "seconds": 2.0 * step})
     plot.publish()

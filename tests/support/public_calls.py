@@ -80,6 +80,7 @@ def public_calls(lab: Any, folder: Path) -> dict[str, dict[str, Any]]:
         | {"options": None, "max_new_tokens": 2},
         "ask_without": {**asked, "patches": [(0, 0)], "fill": "grey", "history": ()},
         "explore": {"picture": pictures[0], "model": lab},
+        "check_answer": {"check": str},
         "image_share": {**asked, "target": None, "fill": "grey", "orders": 1, "side": 2, "seed": 0, "batch": 8},
         "head_maps": {**asked, "target": "words"},
         "sanity": {**asked, "method": "rollout", "target": None, "options": None, "tests": ("question",), "groups": 2}

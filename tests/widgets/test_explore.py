@@ -51,7 +51,7 @@ class Session:
         except KeyboardInterrupt:
             stopped = "interrupted"
         run = make_run(self.answer, question=question)
-        return replace(run, options={"stopped": stopped}, notes=(f"note {ATTACK}",))
+        return replace(run, options={"stopped": stopped}, notes=(f"note {ATTACK}",), knows=self.knows)
 
     def explain(self, run: Any, method: str) -> Any:
         return make_relevance(run, spots(run), method=method)
@@ -83,6 +83,8 @@ def test_a_question_is_answered_explained_and_remembered(widget: Explore, sessio
     assert list(widget.maps) == ["rollout"]
     assert widget.view is not None
     assert widget._stage.children == (widget.view,)
+    assert session.knows in widget._head.value
+    assert session.knows not in str(widget.view.spec)  # said once
     assert widget.code.code == "one And now? 1 ['rollout']"
     widget.new()
     assert widget.history == []

@@ -43,6 +43,14 @@ def test_the_declared_entry_point_is_the_writer(writer: None) -> None:
     assert cli_report.find_writer() is report.write
 
 
+def test_an_answer_keeps_its_own_spaces() -> None:
+    run = make_run("Red, I think.")
+    last = run.words[-1]
+    words = [*(replace(last, text=text) for text in ("Red", ",", "I", "think", "."))]
+    line = report.answer_line(replace(run, words=tuple(words), notes=()))
+    assert re.sub(r"<[^>]*>", "", line) == "Red, I think."
+
+
 def test_everything_given_is_in_the_file(tmp_path: Path) -> None:
     run, comparison = comparison_example()
     _, heads = heads_example(run)

@@ -81,7 +81,7 @@ class Bench extends Panel {
     const { spec, stop } = this;
     const { signal } = stop;
     const last = spec.ranks.length - 1;
-    const names = [...(spec.second ? [spec.sides[1].name] : []), ...(spec.ranks.length ? ["linear fit"] : [])];
+    const names = [...(spec.second ? [spec.sides[1].name] : []), ...(spec.ranks.length ? ["cut to a rank"] : [])];
     const pick = (/** @type {number} */ i) => this.show(spec.second && i === 0 ? 0 : this.rank);
     this.which = segmented("Compared with", names, pick, signal);
     const input = (/** @type {number} */ place) => this.show((this.rank = spec.ranks[place]));

@@ -11,7 +11,7 @@ import { Plot, plotText } from "./shared/plot.js";
 /**
  * @typedef {{name: string, steps: Float32Array, losses: Float32Array, total: number | null}} LossCurve
  * @typedef {{curves: {name: string, count: number, total: number | null}[], left: number | null, log: boolean, state: string,
- *   colors: string[]}} LossSpec
+ *   colors: string[], heard: boolean}} LossSpec
  */
 
 const LOSS_HEIGHT = 280;
@@ -59,9 +59,10 @@ export function stateText(spec, total, step, asked) {
   if (spec.state === "failed") return at ? `broke off after ${at}` : "broke off before the first step";
   if (spec.state === "stopped") return at ? `stopped at ${at}, the model is kept` : "stopped before the first step";
   if (spec.state === "finished") return at ? `finished after ${at}` : "finished";
+  const where = at && !spec.heard ? " · ■ of the notebook stops it" : "";
   if (asked) return `${at || "waiting for the first step"} · stopping after this step`;
   if (!at) return "waiting for the first step";
-  return `${at}${total === null ? "" : ` of ${total}`}${spec.left === null ? "" : ` · ${timeText(spec.left)} left`}`;
+  return `${at}${total === null ? "" : ` of ${total}`}${spec.left === null ? "" : ` · ${timeText(spec.left)} left`}${where}`;
 }
 
 class LossView extends Panel {
@@ -118,7 +119,7 @@ class LossView extends Panel {
     const over = ["finished", "stopped", "failed"].includes(spec.state);
     setText(this.status, stateText(spec, current.total, step, this.model.get("stopped")));
     /** @type {HTMLButtonElement} */ (this.press).disabled = over || this.model.get("stopped");
-    this.press.hidden = over;
+    this.press.hidden = over || !spec.heard;
     this.legend.replaceChildren(
       ...this.curves.map((curve, i) => {
         const swatch = make("span", "lab-loss-swatch");
