@@ -266,7 +266,8 @@ def test_every_entry_has_a_call_that_works_to_be_spoilt(calls: dict[str, Any]) -
     assert [name for name in ENTRIES if name not in calls] == []
     for name in ENTRIES:
         parameters = inspect.signature(getattr(ll, name)).parameters
-        named = [parameter.name for parameter in parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
+        many = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        named = [parameter.name for parameter in parameters.values() if parameter.kind not in many]
         assert [option for option in named if option not in calls[name] and option != "recipe"] == [], name
 
 

@@ -165,7 +165,8 @@ def test_an_unknown_extra_lists_those_there_are(checkout: Path, calls: Calls, ca
     assert run.main(["install", "--with", "moon"]) == 1
     assert (
         capsys.readouterr().err.strip()
-        == "run.py: no extra called 'moon'; pyproject.toml has app, dev, easy-vqa, lab, lint, original, photo, smol, test, train"
+        == "run.py: no extra called 'moon'; pyproject.toml has app, dev, easy-vqa, lab, lint, lmms-eval, original, page, photo, "
+        "serve, smol, test, train"
     )
     assert calls == []
 

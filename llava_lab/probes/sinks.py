@@ -39,7 +39,7 @@ from torch import Tensor
 
 from llava_lab.capture import Reducer, undisturbed, watch_attention
 from llava_lab.capture.residual import watch_stream
-from llava_lab.checks import Sweep, entry, is_list
+from llava_lab.checks import Sweep, entry, is_list, number
 from llava_lab.errors import OptionError
 from llava_lab.models.layout import has_tower_attention, language_layers, patch_grid, used_vision_layers
 from llava_lab.models.weights import weights_put_back
@@ -137,9 +137,9 @@ def sinks(
         lab.inputs(one)
     if not every:
         raise OptionError("runs must hold at least one run, got an empty list")
-    for name, value in {"attended": attended, "long": long, "peak": peak}.items():
-        if not value > 0 or not np.isfinite(value):
-            raise OptionError(f"{name} must be a number above 0, got {value!r}")
+    attended, long, peak = (number(name, value) for name, value in (("attended", attended), ("long", long), ("peak", peak)))
+    if min(attended, long, peak) == 0:
+        raise OptionError(f"attended, long and peak must be above 0, got {attended:g}, {long:g} and {peak:g}")
     rule = Rule(attended, long, peak)
     notes = [f"The last {READERS} positions are not counted: too few can read them."]
     tower = _reads_patches(lab)

@@ -50,10 +50,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "localization_heads": {"top": 3, **HEADS, "threshold": None, "sigma": 1.0},
     "attention_flow": {**WINDOW, "fusion": "mean"},
-    "occlusion": {"block": 1, "stride": None, "fill": "grey", "batch": 8, "at": "pixels", "seed": 0},
-    "occlusion_coarse": {"first": None, "keep": 4, "fill": "grey", "batch": 8, "at": "pixels", "seed": 0},
+    "occlusion": {"block": 1, "stride": None, "fill": "grey", "batch": 8, "at": "pixels", "score": "logodds", "seed": 0},
+    "occlusion_coarse": {"first": None, "keep": 4, "fill": "grey", "batch": 8, "at": "pixels", "score": "logodds", "seed": 0},
     "rise": {"masks": 128, "cells": None, "shown": 0.5, "fill": "grey", "at": "pixels", "batch": 8, "seed": 0},
-    "token_knockout": {"rows": "answer", "block": 1},
+    "token_knockout": {"rows": "answer", "block": 1, "score": "logodds"},
     "shapley": {"orders": 8, **GAME},
     "kernel_shap": {"samples": 96, **GAME},
     "greedy": {"steps": None, **GAME},
@@ -286,7 +286,7 @@ def test_several_pictures_have_a_map_each_whichever_comes_first(tiny_random: Lab
 def test_a_map_of_several_pictures_says_what_the_model_does(tiny_random: Lab, two: Run) -> None:
     """Attention is the model's own at each picture's tokens; covering a patch of the second changes the score by its value."""
     attended = attribute(tiny_random, two, method="attention")
-    covered = attribute(tiny_random, two, method="occlusion", fill="grey")
+    covered = attribute(tiny_random, two, method="occlusion", fill="grey", score="logprob")
     target, inputs = two.target(), tiny_random.inputs(two, tiles=True)
     tiny_random.model.set_attn_implementation("eager")
     try:

@@ -41,6 +41,7 @@ def test_ask_streams_the_answer_for_a_person(lab: StandIn, capsys: pytest.Captur
 def test_explain_json_is_the_promised_object(lab: StandIn, printed: Printed) -> None:
     data = printed("explain", "car.png", QUESTION, "--option", "residual=0.7", "--seed", "5")
     keys = {"answer", "cut", "words", "targets", "grid", "relevance", "method", "options", "seconds", "notes", "picture"}
+    keys |= {"noise_floor"}
     assert set(data) == keys
     assert data["targets"] == ["The", "car", "is", "red."]
     assert data["grid"] == [2, 2]

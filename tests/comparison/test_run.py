@@ -62,7 +62,7 @@ def test_one_function_under_two_names_is_not_distinguishable(made: tuple[Path, A
     assert (row["effect"], row["gained"], row["lost"], row["verdict"]) == (0, 0, 0, "not distinguishable")
     assert np.array_equal(result.right[0], result.right[1])
     assert np.array_equal(result.losses[0], result.losses[1])
-    assert "which no number of seeds tells from nothing" in row["text"]
+    assert "these 2 seeds find a true difference of 0.00 points or more, so 2 points too" in row["text"]  # they never differ
 
 
 def test_questions_carry_the_picture_they_are_about_so_that_pictures_are_resampled(made: tuple[Path, Ablation]) -> None:
@@ -258,7 +258,7 @@ def test_a_result_is_one_file_and_reads_from_both_sides(made: tuple[Path, Ablati
         ({"splits": "test"}, "splits must be a list, each text"),
         ({"splits": ("test", "test")}, "each once"),
         ({"splits": ("train",)}, "splits must be held out from training"),
-        ({"data": "photos"}, "compared on the picturebook"),
+        ({"data": "coco"}, "compared on picturebook or photos"),
         ({"steps_scale": 0}, "must be above 0"),
     ],
 )

@@ -180,7 +180,7 @@ def test_occlusion_behind_the_projector_uses_kept_keys_only_where_they_are_kept(
 
 def test_a_cut_edge_carries_nothing(mistral: Lab, picture: np.ndarray) -> None:
     run = mistral.ask(picture, QUESTION, max_new_tokens=3)
-    effect = ll.knockout(mistral, run, source="image", target="question", layers=(0, 3))
+    effect = ll.knockout(mistral, run, source="image", target="question", layers=(0, 3), score="logprob")
     assert effect.proof["largest"] == 0
     assert effect.proof["edges"] > 0
     assert effect.proof["decode_error"] < 1e-3

@@ -40,7 +40,7 @@ WRONG: dict[str, Any] = {
     "an object": object(),
 }
 # 2**70 of these take years, and what stands where None is given takes seconds
-LONG = frozenset({"n", "steps", "draws", "seeds", "orders", "shuffles", "validation", "test", "groups", "max_new_tokens"})
+LONG = frozenset({"n", "steps", "draws", "seeds", "orders", "shuffles", "validation", "test", "groups", "max_new_tokens", "held"})
 LONG |= {"data", "task", "split", "steps_scale", "questions", "others"}
 
 
@@ -160,6 +160,8 @@ def public_calls(lab: Any, folder: Path) -> dict[str, dict[str, Any]]:
         "linear_effect": {"lab": lab, "fit": fit, "data": "nothing", **drawn, "ranks": (), "controls": False}
         | {"prompt": None, "progress": False},
         "compare_connectors": {
+            "pictures": None,
+            "test_pictures": None,
             "connectors": ["linear", "mlp2x_gelu"],
             "data": "picturebook",
             "start": "nowhere",
