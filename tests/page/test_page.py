@@ -15,10 +15,7 @@ from llava_lab.cli import main as cli
 from llava_lab.errors import DataError, LabError
 from llava_lab.page import build, runtime
 from llava_lab.page.runtime import as_object, cache_folder
-from tests.support.lab_server import chromium
 from widgets import demo
-
-__all__ = ["chromium"]
 
 SLOW = 240_000  # ms: the machine may be busy with other tests
 PER_TOKEN = 60  # ms at the median, as promised
@@ -68,7 +65,7 @@ def test_the_command_wants_a_page_s_name(capsys: pytest.CaptureFixture[str]) -> 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The whole page by the command itself; `run.py test --all` fetches its runtime before the suite starts."""
-    assert (cache_folder() / f"{runtime.PACKAGE}-{runtime.VERSION}.tgz").is_file(), "run `python -m llava_lab.page.runtime` once"
+    assert (cache_folder() / f"{runtime.PACKAGE}-{runtime.VERSION}.tgz").is_file(), "`python3 run.py test --all` fetches it"
     path = tmp_path_factory.mktemp("page") / "demo.html"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "offered", lambda *given: demo.write)  # the checkout's own, whatever is installed

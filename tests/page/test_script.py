@@ -23,12 +23,9 @@ from llava_lab.results import Run
 from llava_lab.worlds.drawing import KINDS, PAPERS
 from llava_lab.worlds.picturebook import ask_about, scene
 from llava_lab.worlds.scenes import Scene, Thing
-from tests.support.lab_server import chromium
 from tests.support.widget_page import WidgetPage
 from widgets.base import bundle, sources
 from widgets.pack import quantize
-
-__all__ = ["chromium"]
 
 STRANGE = [
     "  \n\t",
