@@ -34,7 +34,7 @@ def measured(lab: Lab, run: Run, **options: Any) -> NodeScores:
 
 def test_all_heads_of_a_layer_together_are_its_attention(tiny_random: Lab, run: Run) -> None:
     """Patched by hand, a layer's attention output at one site, against `patch` of the same: the heads' rows are the same."""
-    grid = ll.patch(tiny_random, run, "grey", sites=["last"], components=("attention", "mlp"), layers=[1])
+    grid = ll.patch(tiny_random, run, "grey", sites=["last"], components=("attention", "mlp"), layers=[1], score="logprob")
     one = measured(tiny_random, run, sites=["last"], layers=[1])
     close(one.mlps[0, 1], grid.scores[1, 0, 0, 0] - grid.corrupt[0], terms=TERMS)
     model: Any = tiny_random.model
