@@ -20,7 +20,8 @@ from pathlib import Path
 
 from llava_lab.cli import common
 from llava_lab.cli.common import Add, Reply, positive, say
-from llava_lab.errors import LabError, OptionError, WriteError
+from llava_lab.errors import LabError, OptionError
+from llava_lab.results import whole_file
 
 VARIABLE = "LLAVA_LAB_TOKEN"
 LARGEST_TOKEN = 4096  # characters of its file
@@ -81,16 +82,13 @@ def read_token(path: str | None) -> str | None:
     """
     if path is None:
         return os.environ.get(VARIABLE, "").strip() or None
-    try:
-        with open(path, "x", encoding="ascii", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-            token = secrets.token_urlsafe(32)
-            file.write(token)
-            return token
-    except FileExistsError:
-        pass
-    except OSError as error:
-        raise WriteError.of(path, error) from None
     file_ = Path(path)
+    if not os.path.lexists(file_):
+        token = secrets.token_urlsafe(32)
+        with whole_file(file_) as temporary:
+            temporary.chmod(0o600)  # before there is anything to read
+            temporary.write_text(token, encoding="ascii")
+        return token
     try:
         mode = file_.stat().st_mode
         if not stat.S_ISREG(mode) or (os.name == "posix" and mode & 0o077):

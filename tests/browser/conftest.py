@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Browser
 
-from tests.support.lab_server import chromium, lab, lab_server
+from tests.support.lab_server import lab, lab_server
 from tests.support.widget_page import WidgetPage
 
-__all__ = ["chromium", "lab", "lab_server"]
+__all__ = ["lab", "lab_server"]
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ def test_a_file_without_a_token_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="holds no token"):
         serve.read_token(str(path))
     with pytest.raises(LabError, match="cannot write"):
-        serve.read_token(str(tmp_path / "none" / "token"))
+        serve.read_token(str(path / "below"))
     (tmp_path / "folder").mkdir(mode=0o700)
     with pytest.raises(OptionError, match="must be a file"):
         serve.read_token(str(tmp_path / "folder"))

@@ -101,7 +101,7 @@ def test_our_black_box_explains_our_server_as_the_model_is_explained_inside(
     np.testing.assert_allclose(theirs.logprobs, mine.logprobs, atol=1e-6)
     color = mine.words[-2].text
     options: dict[str, Any] = {"method": "occlusion", "target": color, "block": BLOCK, "fill": "grey"}
-    want, found = ll.attribute(tiny, mine, **options), ll.attribute(box, theirs, **options)
+    want, found = ll.attribute(tiny, mine, score="logprob", **options), ll.attribute(box, theirs, **options)
     print("largest drop", want.values.max(), "largest difference", np.abs(found.values - want.values).max())
     assert want.values.max() > 1  # there is something to find
     np.testing.assert_allclose(found.values, want.values, atol=CLOSE)

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.support.lab_server import chromium  # noqa: F401  one Chromium for all browser tests of a process
+
 if TYPE_CHECKING:
     from llava_lab.models import Lab
 
