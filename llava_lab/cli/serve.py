@@ -21,7 +21,6 @@ from pathlib import Path
 from llava_lab.cli import common
 from llava_lab.cli.common import Add, Reply, positive, say
 from llava_lab.errors import LabError, OptionError
-from llava_lab.results import whole_file
 
 VARIABLE = "LLAVA_LAB_TOKEN"
 LARGEST_TOKEN = 4096  # characters of its file
@@ -84,6 +83,8 @@ def read_token(path: str | None) -> str | None:
         return os.environ.get(VARIABLE, "").strip() or None
     file_ = Path(path)
     if not os.path.lexists(file_):
+        from llava_lab.results import whole_file
+
         token = secrets.token_urlsafe(32)
         with whole_file(file_) as temporary:
             temporary.chmod(0o600)  # before there is anything to read
