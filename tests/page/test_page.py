@@ -147,6 +147,8 @@ def test_cutting_off_every_patch_gives_python_s_token_knockout(page: Page, tmp_p
     values = ll.attribute(lab, run, method="token_knockout", target="words").values
     word = max(range(len(run.words)), key=lambda i: np.abs(values[i]).max())
     page.locator(".lab-explorer .lab-chips-item").nth(word).click()
+    page.locator(".lab-legend-title", has_text=f"token_knockout · “{run.words[word].text}”").wait_for()
+    page.wait_for_timeout(200)  # the list beside it is written in the same frame
     strongest = np.argsort(-values[word].ravel(), kind="stable")[:3]
     places = page.locator(".lab-explorer .lab-top li:visible .lab-place").all_inner_texts()[:3]
     numbers = page.locator(".lab-explorer .lab-top li:visible .lab-value").all_inner_texts()[:3]

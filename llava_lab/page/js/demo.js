@@ -7,7 +7,7 @@ import { renderExplorer } from "../../../widgets/js/explorer.js";
 import { button, make, setText } from "../../../widgets/js/shared/dom.js";
 import { standIn } from "../../../widgets/js/shared/page.js";
 import { Effects, LensView, sweep, sweepBar } from "./effects.js";
-import { breath, Engine } from "./engine.js";
+import { breath, Engine, logOdds } from "./engine.js";
 import { foldQuestion, unknownWords } from "./fold.js";
 import { Paper } from "./paper.js";
 import { normalised } from "./pixels.js";
@@ -194,7 +194,7 @@ class Demo {
     if (methods.some((method) => method.name === name)) return show(name);
     for (const one of bar.buttons) one.disabled = true;
     const began = performance.now();
-    const measure = (/** @type {number} */ patch) => (name === "occlusion" ? engine.occluded(answer, [patch]) : engine.knockedOut(answer, [patch]));
+    const measure = (/** @type {number} */ patch) => (name === "occlusion" ? engine.occluded(answer, [patch], logOdds) : engine.knockedOut(answer, [patch], logOdds));
     const rows = await sweep(patches, measure, (done) => {
       if (done % 6 === 0) setText(bar.state, `${done} of ${patches} patches`);
       return !signal.aborted;
@@ -202,10 +202,10 @@ class Demo {
     for (const one of bar.buttons) one.disabled = false;
     if (!rows) return;
     const seconds = (performance.now() - began) / 1000;
-    setText(bar.state, `${patches} patches in ${seconds.toFixed(1)} s`);
-    const note = "How much of the word's log-probability is lost without the patch; below zero it became likelier.";
-    methods.splice(methods.length - 1, 0, { name, control: false, caption: this.spec.truths[name], notes: [note], maps: dropsOf(answer.logprobs, rows, spans) });
+    const note = "How much of the word's log-odds is lost without the patch; below zero it became likelier.";
+    methods.splice(methods.length - 1, 0, { name, control: false, caption: this.spec.truths[name], notes: [note], maps: dropsOf(answer.logodds, rows, spans) });
     show(name);
+    setText(bar.state, `${patches} patches in ${seconds.toFixed(1)} s`);
   }
 
   /** Ask the same with some patches covered, for the explorer. @param {any} message @param {Answer} answer @param {string} question

@@ -11,7 +11,7 @@ import { covered } from "./pixels.js";
  * @typedef {{layers: number, groups: number, head: number, width: number, vocabulary: number, eos: number[], image: number,
  *   cols: number, square: import("./pixels.js").Square, limit: number}} Shape
  * @typedef {{pixels: Float32Array, tokens: {data: Float32Array, dims: readonly number[]}, distance: number}} Seen
- * @typedef {{seen: Seen, ids: number[], prompt: number, image: [number, number], logprobs: number[], cut: boolean,
+ * @typedef {{seen: Seen, ids: number[], prompt: number, image: [number, number], logprobs: number[], logodds: number[], cut: boolean,
  *   cache: Float32Array, length: number, states: Float32Array[], attention: Float32Array[][], sizes: Float32Array[][],
  *   milliseconds: number[]}} Answer `ids` are prompt and answer; `length` positions have been read; states, attention and
  *   sizes have an entry for each position: (states, width), one row for each layer, and one pair for each layer
@@ -25,6 +25,16 @@ export function logProbability(logits, token) {
   for (const value of logits) if (value > top) top = value;
   let sum = 0;
   for (const value of logits) sum += Math.exp(value - top);
+  return logits[token] - top - Math.log(sum);
+}
+
+/** Natural log-odds of one token: its logit against all others together, which does not saturate where the model is sure.
+ * @param {Float32Array} logits @param {number} token */
+export function logOdds(logits, token) {
+  let top = -Infinity;
+  for (let i = 0; i < logits.length; i++) if (i !== token && logits[i] > top) top = logits[i];
+  let sum = 0;
+  for (let i = 0; i < logits.length; i++) if (i !== token) sum += Math.exp(logits[i] - top);
   return logits[token] - top - Math.log(sum);
 }
 
@@ -101,7 +111,7 @@ export class Engine {
   async answer(seen, prompt, heard = () => {}) {
     const { limit, eos, image, width } = this.shape;
     const answer = /** @type {Answer} */ ({
-      ...{ seen, ids: [...prompt.ids], prompt: prompt.ids.length, image: prompt.image, logprobs: [], cut: false },
+      ...{ seen, ids: [...prompt.ids], prompt: prompt.ids.length, image: prompt.image, logprobs: [], logodds: [], cut: false },
       ...{ cache: new Float32Array((prompt.ids.length + limit) * this.row), length: 0 },
       ...{ states: [], attention: [], sizes: [], milliseconds: [] },
     });
@@ -115,6 +125,7 @@ export class Engine {
       if (eos.includes(token)) return answer;
       answer.ids.push(token);
       answer.logprobs.push(logProbability(logits, token));
+      answer.logodds.push(logOdds(logits, token));
       const enough = heard(answer.ids.slice(answer.prompt)) === true;
       if (enough || answer.logprobs.length >= limit) {
         answer.cut = true;
@@ -124,21 +135,21 @@ export class Engine {
     }
   }
 
-  /** Log-probability of every token of an answer when its predicting positions may not attend to some patches, in any layer.
-   * @param {Answer} answer @param {Iterable<number>} patches */
-  async knockedOut(answer, patches) {
+  /** The score of every token of an answer when its predicting positions may not attend to some patches, in any layer.
+   * @param {Answer} answer @param {Iterable<number>} patches @param {typeof logProbability} [score] */
+  async knockedOut(answer, patches, score = logProbability) {
     const first = answer.prompt - 1;
     const cut = Array.from(patches, (patch) => answer.image[0] + patch);
     const cache = answer.cache.subarray(0, first * this.row);
-    return this.score(answer, await this.say(answer.ids.slice(first, -1), answer.seen, cache, cut), 0);
+    return this.scores(answer, await this.say(answer.ids.slice(first, -1), answer.seen, cache, cut), 0, score);
   }
 
   /** The same when the patches are covered with mid-grey, so that nothing of the model sees them.
-   * @param {Answer} answer @param {Iterable<number>} patches */
-  async occluded(answer, patches) {
+   * @param {Answer} answer @param {Iterable<number>} patches @param {typeof logProbability} [score] */
+  async occluded(answer, patches, score = logProbability) {
     const seen = await this.see(this.covered(answer.seen, patches));
     const out = await this.say(answer.ids.slice(0, -1), seen, new Float32Array(0));
-    return this.score(answer, out, answer.prompt - 1);
+    return this.scores(answer, out, answer.prompt - 1, score);
   }
 
   /** @param {Seen} seen @param {Iterable<number>} patches */
@@ -146,13 +157,14 @@ export class Engine {
     return covered(seen.pixels, patches, this.shape.square, this.shape.cols);
   }
 
-  /** @param {Answer} answer @param {Record<string, {data: Float32Array, dims: readonly number[]}>} out @param {number} first row that predicts */
-  async score(answer, out, first) {
+  /** @param {Answer} answer @param {Record<string, {data: Float32Array, dims: readonly number[]}>} out @param {number} first row that predicts
+   * @param {typeof logProbability} score */
+  async scores(answer, out, first, score) {
     const { width } = this.shape;
     const [states, rows] = out.states.dims;
     const last = out.states.data.subarray(((states - 1) * rows + first) * width, states * rows * width);
     const logits = await this.read(last.slice());
-    return logits.map((row, i) => logProbability(row, answer.ids[answer.prompt + i]));
+    return logits.map((row, i) => score(row, answer.ids[answer.prompt + i]));
   }
 
   /** What a position would say at every state, if the model stopped there: the likeliest tokens with their probabilities.

@@ -59,7 +59,7 @@ export function mapsOf(answer, words, truths) {
   ];
 }
 
-/** How much of each word's log-probability is lost with each patch. @param {number[]} whole of every token
+/** How much of each word's score is lost with each patch. @param {number[]} whole of every token
  * @param {number[][]} without the same for each patch @param {number[][]} spans @returns {Float64Array[]} */
 export function dropsOf(whole, without, spans) {
   return spans.map(([start, stop]) => Float64Array.from(without, (some) => sumOf(whole, start, stop) - sumOf(some, start, stop)));
