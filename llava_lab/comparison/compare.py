@@ -105,7 +105,7 @@ def compare_connectors(
     if isinstance(scaled, Recipe) != drawn:
         raise OptionError(f"recipe {scaled.name!r} is not of data {data!r}; leave it out for that data's own")
     if not drawn:
-        photos.check_options(pictures, test_pictures, start=start, language=language, splits=splits)
+        photos.check_options(pictures, test_pictures, start=start, language=language, splits=splits, fused=fused)
     elif pictures is not None or test_pictures is not None:
         raise OptionError(f"pictures and test_pictures belong to data {photos.PHOTOS!r}, got data {data!r}")
     folder = Path(out)
@@ -114,13 +114,12 @@ def compare_connectors(
         for name in connectors:
             fresh(begun, name, seed)  # what does not fit is said before anything is drawn
     with only_writer(folder), random_states_kept():
-        common: dict[str, Any] = {"bf16": bf16, "fused": fused}
         material: Material
         if isinstance(scaled, PhotoRecipe):
-            material = photos.prepare(scaled, pictures, test_pictures, validation=validation, test=test, **common)
+            material = photos.prepare(scaled, pictures, test_pictures, validation=validation, test=test, bf16=bf16)
         else:
             counts = {"train": scaled.pictures, VALIDATION: validation, **dict.fromkeys(splits, test)}
-            material = prepare(begun, folder, scaled, counts, progress=progress, **common)
+            material = prepare(begun, folder, scaled, counts, bf16=bf16, fused=fused, progress=progress)
         refuse_foreign(folder / "runs", material.setup)
         counting = tqdm(connectors, desc="counting operations", unit="connector", disable=not progress, leave=False)
         flops = {name: plan.step_flops(material, name, folder / "flops") for name in counting}

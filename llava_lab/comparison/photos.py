@@ -176,7 +176,7 @@ class PhotoMaterial(Material):
         return np.array(right), float(losses.mean())
 
 
-def check_options(pictures: Any, test_pictures: Any, *, start: Any, language: Any, splits: Sequence[str]) -> None:
+def check_options(pictures: Any, test_pictures: Any, *, start: Any, language: Any, splits: Sequence[str], fused: bool) -> None:
     """Raises OptionError (one line) for what does not go with photographs."""
     if pictures is None or test_pictures is None:
         raise OptionError(
@@ -184,6 +184,8 @@ def check_options(pictures: Any, test_pictures: Any, *, start: Any, language: An
         )
     if start not in ("tiny", photo.NAME) or language is not None:
         raise OptionError(f"data {PHOTOS!r} starts from the pretrained parts of {photo.NAME!r}; leave out start and language")
+    if fused:
+        raise OptionError(f"data {PHOTOS!r} is trained without fused operations; leave fused out")
     if tuple(splits) != ("test",):
         raise OptionError(f"data {PHOTOS!r} has one split, 'test'; got {', '.join(splits)}")
 
@@ -196,7 +198,6 @@ def prepare(
     validation: int,
     test: int,
     bf16: bool,
-    fused: bool,
     parts: Mapping[str, Any] | None = None,
 ) -> PhotoMaterial:
     """Parts, pool and exams, and what an `out` folder must agree in. Raises DataError for a folder without named photographs."""
@@ -216,7 +217,7 @@ def prepare(
     }
     stages = {stage.name: {k: v for k, v in asdict(stage).items() if k != "steps"} for stage in (recipe.align, recipe.instruct)}
     counts = {"train": len(photos), "validation": validation, "test": test}
-    setup = {"start": start.fingerprints, "pictures": counts, "seed": recipe.seed, "bf16": bf16, "fused": fused, "stages": stages}
+    setup = {"start": start.fingerprints, "pictures": counts, "seed": recipe.seed, "bf16": bf16, "stages": stages}
     return PhotoMaterial(
         start,  # type: ignore[arg-type]
         recipe,  # type: ignore[arg-type]

@@ -56,7 +56,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def material(parts: dict[str, Any], folders: dict[str, Path]) -> PhotoMaterial:
-    return photos.prepare(FEW, *folders.values(), validation=4, test=4, bf16=False, fused=False, parts=parts)
+    return photos.prepare(FEW, *folders.values(), validation=4, test=4, bf16=False, parts=parts)
 
 
 @pytest.fixture
@@ -128,6 +128,7 @@ def test_a_whole_comparison_on_photographs(little: None, folders: dict[str, Path
     [
         ({"test_pictures": None}, "wants two folders"),
         ({"start": "smol"}, "leave out start and language"),
+        ({"fused": True}, "without fused operations; leave fused out"),
         ({"splits": ("compositions",)}, "has one split, 'test'"),
         ({"data": "picturebook"}, "belong to data 'photos'"),
         ({"data": "coco"}, "picturebook or photos, got data 'coco'"),
