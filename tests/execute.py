@@ -5,9 +5,11 @@
     python tests/execute.py answer NOTEBOOK --map map.png    run, print `run.answer`, draw `relevance` on its picture
 
 What differs between runs is left out: timestamps, widget state and views, progress bars, the
-interpreter's version (a widget's picture or text stays). Comparing allows what another processor or font
-library may change: the last printed digit of a number, a shade of a pixel. It lives outside
-`llava_lab`, which never imports Jupyter. Usually started by ``run.py notebooks``.
+interpreter's version (a widget's picture or text stays). What is left is what JupyterLab, as `run.py lab` starts it,
+would write itself, so opening, saving and closing a lesson leave its file as it was. Comparing
+allows what another processor or font library may change: the last printed digit of a number, a
+shade of a pixel. It lives outside `llava_lab`, which never imports Jupyter. Usually started by
+``run.py notebooks``.
 """
 
 from __future__ import annotations
@@ -33,6 +35,14 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 LESSONS = ROOT / "notebooks"
+LANGUAGE = {
+    "codemirror_mode": {"name": "ipython", "version": 3},
+    "file_extension": ".py",
+    "mimetype": "text/x-python",
+    "name": "python",
+    "nbconvert_exporter": "python",
+    "pygments_lexer": "ipython3",
+}
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 CELL_SECONDS = 600
 LARGEST = 1_000_000  # bytes; code hosts stop showing larger notebooks
@@ -190,7 +200,7 @@ def _own_jupyter_folders() -> Iterator[None]:
 
 def _clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     notebook.metadata.pop("widgets", None)
-    notebook.metadata["language_info"] = {"name": "python"}
+    notebook.metadata["language_info"] = LANGUAGE
     notebook.metadata["kernelspec"] = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)

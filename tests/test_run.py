@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jupyter_client.manager import start_new_kernel
 
 import run
+from tests import execute
 
 SOURCE = Path(run.__file__)
 Calls = list[list[str]]
@@ -271,12 +273,23 @@ def test_jupyter_gets_its_own_folders_no_reports_and_no_news(checkout: Path) -> 
         assert environment[name].startswith(str(checkout / ".venv"))
     assert environment["HF_HUB_DISABLE_TELEMETRY"] == "1"
     assert environment.get("HF_HUB_OFFLINE") == os.environ.get("HF_HUB_OFFLINE")  # a reader who wants a hub model can have it
-    run._write_settings()
+    run._write_settings(run.JUPYTER)
     file = next((checkout / ".venv").rglob("notification.jupyterlab-settings"))
     assert json.loads(file.read_text("utf-8"))["fetchNews"] == "false"
     file.write_text("{}", "utf-8")
-    run._write_settings()
+    run._write_settings(run.JUPYTER)
     assert file.read_text("utf-8") == "{}"  # a choice made in JupyterLab stays
+
+
+def test_our_kernels_say_of_their_language_what_lessons_are_stored_with(tmp_path: Path) -> None:
+    run._write_settings(tmp_path)
+    manager, client = start_new_kernel(env={**os.environ, "IPYTHONDIR": str(tmp_path / "ipythondir")})
+    try:
+        said = client.kernel_info(reply=True, timeout=60)["content"]["language_info"]
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+    assert said == execute.LANGUAGE
 
 
 def _status(url: str) -> int:

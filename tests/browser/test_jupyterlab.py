@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Locator, expect
 
+from tests.execute import LESSONS
 from tests.support.lab_server import LabPage
 from tests.support.measure_widget import measure
 from tests.support.training_rows import write_rows
@@ -96,6 +97,13 @@ def keys_stay_inside(lab: LabPage, notebook: Locator, *places: str) -> None:
     assert lab.cells() == before
     assert lab.outside == []
     assert lab.errors == []
+
+
+def test_a_look_at_a_lesson_changes_nothing(lab: LabPage) -> None:
+    for path in sorted(LESSONS.glob("*.ipynb")):
+        lab.open(path)
+        assert not lab.is_changed(), path.name
+        assert lab.save().read_bytes() == path.read_bytes(), path.name
 
 
 def test_patch_explorer(lab: LabPage, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_only_cells_tagged_live_may_show_other_numbers(stored: Path) -> None:
 def test_a_stored_lesson_holds_no_state_no_times_and_runs_in_its_own_folder(stored: Path) -> None:
     notebook = nbformat.read(stored, as_version=4)
     assert "widgets" not in notebook.metadata
-    assert notebook.metadata.language_info == {"name": "python"}
+    assert notebook.metadata.language_info == execute.LANGUAGE
     assert all("execution" not in cell.metadata for cell in notebook.cells)
     assert notebook.cells[1].outputs[0].text.splitlines()[0].startswith("lessons")
     assert [cell.get("execution_count") for cell in notebook.cells[1:]] == [1, 2, 3]

@@ -6,6 +6,7 @@ Fixtures (import them in a conftest): `chromium`, `lab_server`, `lab`. With `lab
     lab.run_all()                run it; raises with the traceback when a cell failed
     lab.page                     the playwright page, for locators, mouse and keyboard
     lab.python(expression)       evaluate in the notebook's kernel, come back as plain JSON data
+    lab.is_changed(), lab.save() whether the tab is marked as changed; save it and get its file
     lab.cells()                  number of cells now
     lab.dark(True)               JupyterLab's dark theme
     lab.outside                  requests that left this machine (must stay empty)
@@ -34,6 +35,7 @@ import nbformat
 import pytest
 from playwright.sync_api import Browser, Error, Page, sync_playwright
 
+import run
 from llava_lab.doctor import find_chromium
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,8 +48,6 @@ JUPYTER_FOLDERS = (
     "JUPYTERLAB_WORKSPACES_DIR",
     "IPYTHONDIR",
 )
-QUIET = {"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True}
-QUIET_FILE = "@jupyterlab/apputils-extension/notification.jupyterlab-settings"
 NO_BROWSER = "no Chromium found: `apt-get install -y --no-install-recommends chromium fonts-dejavu-core`, or set CHROME_PATH"
 
 OPEN = """async (path) => {
@@ -64,6 +64,11 @@ CLOSE = """async () => {
   await widget.sessionContext.shutdown();
   await widget.context.save();
   widget.dispose();
+}"""
+SAVE = """async () => {
+  const { context } = window.jupyterapp.shell.currentWidget;
+  await context.save();
+  return context.path;
 }"""
 RUN_ALL = """async (seconds) => {
   const late = new Promise((_, fail) => setTimeout(() => fail(new Error(`cells still run after ${seconds} s`)), 1000 * seconds));
@@ -98,9 +103,7 @@ class LabServer:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
         for name in JUPYTER_FOLDERS:
             environment[name] = str(folder / name.lower())
-        quiet = folder / "jupyterlab_settings_dir" / QUIET_FILE
-        quiet.parent.mkdir(parents=True)
-        quiet.write_text(json.dumps(QUIET), "utf-8")
+        run._write_settings(folder)
         flags = [f"--ServerApp.port={self.url.rsplit(':', 1)[1]}", f"--ServerApp.root_dir={self.root}"]
         flags += [f"--IdentityProvider.token={self.token}", "--LabApp.expose_app_in_browser=True"]  # for tests only
         flags += ["--no-browser", "--ServerApp.ip=127.0.0.1", "--ServerApp.port_retries=0", "--ServerApp.answer_yes=True"]
@@ -176,6 +179,16 @@ class LabPage:
             kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
             nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), folder / name)
         self.page.evaluate(OPEN, f"{folder.name}/{name}")
+
+    def is_changed(self) -> bool:
+        """Whether the notebook's tab is marked as changed, after what its kernel said of itself was written into it."""
+        self.page.wait_for_timeout(500)
+        return self.page.evaluate("() => window.jupyterapp.shell.currentWidget.context.model.dirty")
+
+    def save(self) -> Path:
+        """Save the notebook as it is; returns its file."""
+        path = self.page.evaluate(SAVE)
+        return self.server.root / path
 
     def run_all(self, *, seconds: float = RUN_SECONDS) -> None:
         """Run every cell and wait for the end; AssertionError with the first traceback when one fails."""
