@@ -227,6 +227,7 @@ def sweep_spec(sweep: FlowSweep, targets: tuple[Target, ...]) -> dict[str, Any]:
         "count": len(sweep.targets),
         "targets": places(sweep.targets, targets),
         "logodds": sweep.score == "logodds",
+        "floors": sweep.floors.tolist(),
         "notes": [*sweep.notes, *sweep.noise_notes()],
     }
 
@@ -239,6 +240,7 @@ def grid_spec(grid: PatchGrid, targets: tuple[Target, ...]) -> dict[str, Any]:
         "count": len(grid.targets),
         "targets": places(grid.targets, targets),
         "corruption": grid.corruption,
+        "floors": grid.floors.tolist(),
         "answers": grid.answers.tolist(),
         "clean": grid.clean_answer,
         "corrupt": grid.corrupt_answer,
@@ -273,8 +275,8 @@ def cut_sentence(sweep: FlowSweep, target: Target, spot: Sequence[int]) -> str:
     if not np.isfinite(after):
         return f"{cut}: not measured."
     change = float(sweep.drawn[spot[0], spot[1], at])
-    if not change:
-        return f"{cut} leaves {target.scored_as(sweep.score)} as it was: less than the noise floor."
+    if change == 0 < sweep.floors[at]:
+        return f"{cut} has a negligible effect on {target.scored_as(sweep.score)}: less than the noise floor."
     way = "lowers" if change < 0 else "raises"
     what = target.scored_as(sweep.score)
     return f"{cut} {way} {what} by {abs(change):.2f}, from {plain(float(sweep.before[at]))} to {plain(after)}."
@@ -287,7 +289,9 @@ def patch_sentence(grid: PatchGrid, target: Target, component: int, spot: Sequen
     if not np.isfinite(grid.values[at]):
         return f"{put}: not measured, or nothing to bring back."
     answer = f'the answer is "{grid.answers[at[:3]]}" (clean "{grid.clean_answer}", corrupted "{grid.corrupt_answer}")'
-    return f"{put}, brings back {plain(float(grid.drawn[at]))} of what {target.scored_as(grid.score)} lost; {answer}."
+    lost = grid.drawn[at] == 0 < grid.floors[at[-1]]
+    share = "a negligible part (less than the noise floor)" if lost else plain(float(grid.drawn[at]))
+    return f"{put}, brings back {share} of what {target.scored_as(grid.score)} lost; {answer}."
 
 
 def plain(value: float) -> str:

@@ -247,6 +247,7 @@ def _method(name: str, layers: Layers, chips: list[Target], first: int, lo: floa
         "whole": kinds.index("answer") if "answer" in kinds else -1,
         "caption": _caption(rel),
         "notes": list(rel.notes),
+        "floors": [max(float(own.noise_floor[at]) for _, own in layers) for at in range(len(targets))],
     }
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from llava_lab.errors import OptionError
 from llava_lab.geometry import PictureMap
 from llava_lab.plots.axes import AS_TEXT, figure_of, panels
-from llava_lab.plots.palette import OTHER, SEGMENTS
+from llava_lab.plots.palette import OTHER, SEGMENTS, colormap, ink_on
 from llava_lab.results import Run
 
 if TYPE_CHECKING:
@@ -157,11 +157,11 @@ def _strip(ax: Axes, run: Run, left: float, right: float) -> float:
 
 
 def _matrix(ax: Axes, values: np.ndarray, title: str, labels: Sequence[str], digits: int) -> None:
-    ax.imshow(values, cmap="Blues", vmin=0, vmax=1.25 * max(float(values.max()), 1e-9))
+    shown = ax.imshow(values, cmap=colormap(False), vmin=0, vmax=max(float(values.max()), 1e-9))
     for (row, col), value in np.ndenumerate(values):
         if value:
-            dark = value > 0.7 * values.max()
-            ax.text(col, row, f"{value:.{digits}f}", ha="center", va="center", fontsize=9, color="white" if dark else INK)
+            color = ink_on(shown.to_rgba(value))
+            ax.text(col, row, f"{value:.{digits}f}", ha="center", va="center", fontsize=9, color=color)
     for axis, size in ((ax.xaxis, values.shape[1]), (ax.yaxis, values.shape[0])):
         axis.set_ticks(range(size), list(labels) if len(labels) == size else [""] * size, fontsize=9, **AS_TEXT)
     ax.tick_params(length=0)

@@ -5,8 +5,8 @@ Every function takes ``ax=``; single panels return their Axes, panels side by si
     overlay(run, relevance, target=2)  # one map on the picture
     words_figure(run, relevance)  # every word's map, on one colour scale
 
-Colours: one-sided maps run from clear to bright, maps with negative values are centred on 0 (red more,
-blue less, clear nothing). The strength of the colour is the value, and the colour bar shows the same blend.
+Colours are those of the widgets (`llava_lab.plots.palette`): one-sided maps run from dark and clear to bright, maps with
+negative values are centred on 0 (orange more, blue less, clear nothing). The colour bar shows the same blend.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 from llava_lab.errors import OptionError
 from llava_lab.plots.axes import AS_TEXT, figure_of, new_axes, open_frame, panels
-from llava_lab.plots.palette import ONE_SIDED, OTHER, SEGMENTS, TWO_SIDED
+from llava_lab.plots.palette import OTHER, SEGMENTS, colormap, colors_of
 from llava_lab.results import Relevance, Run
 
 if TYPE_CHECKING:
@@ -191,18 +191,15 @@ def _check(run: Run, rel: Relevance, target: int) -> None:
 
 
 def _colors(scale: Scale, cmap: str | None, opacity: float) -> tuple[Colormap, Normalize]:
-    """A colour map that fades to clear at 0, so that the picture shows where there is nothing to show."""
+    """A colour map that fades where there is little to show, so that the picture shows."""
     import matplotlib
     from matplotlib.colors import ListedColormap, Normalize
 
     two_sided = scale[0] < 0
-    name = cmap or (TWO_SIDED if two_sided else ONE_SIDED)
-    if name not in matplotlib.colormaps:
-        raise OptionError(f"cmap must be a matplotlib colour map such as {ONE_SIDED!r} or {TWO_SIDED!r}, got {name!r}")
-    at = np.linspace(0, 1, 256)
-    table = matplotlib.colormaps[name](at)
-    strength = np.abs(2 * at - 1) if two_sided else at
-    table[:, 3] = opacity * np.sqrt(strength)  # the root keeps weak values visible
+    if cmap is not None and cmap not in matplotlib.colormaps:
+        raise OptionError(f"cmap must be None or a matplotlib colour map such as 'viridis' or 'gray', got {cmap!r}")
+    table = (colormap(two_sided) if cmap is None else matplotlib.colormaps[cmap])(np.linspace(0, 1, 256))
+    table[:, 3] = opacity * colors_of(two_sided)[:, 3] / 255.0
     return ListedColormap(table), Normalize(*scale, clip=True)
 
 
@@ -255,7 +252,7 @@ def _noise_note(rel: Relevance, target: int) -> str:
     """How many patches are not drawn because nothing can be told of them."""
     inside = rel.map.coverage() > 0
     below = int((np.abs(rel.values[target][inside]) < rel.noise_floor[target]).sum())
-    return f"{below} patches below the noise floor ({rel.noise_floor[target]:.1g}), not drawn" if below else ""
+    return f"{below} patches negligible (noise floor {rel.noise_floor[target]:.1g}), not drawn" if below else ""
 
 
 def _axes(ax: Axes | None, run: Run) -> Axes:

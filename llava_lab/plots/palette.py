@@ -1,9 +1,11 @@
 """Every colour that figures, stills and pages use: two scales for maps, and the colours of lines, verdicts and segments.
 
 A scale is 256 RGBA colours, with the alpha part of the scale: the picture shows through where a map
-says little. Sequential is viridis; diverging runs from blue through nothing to orange; both can be
-read without full colour vision. The two lights are shades instead of colours: the picture itself,
-dark where the map is low. The two greys are for maps that were not shown to beat random ones.
+says little. There is one for each kind of map, the same in figures, stills, widgets, tables and the
+report: sequential, for what is never negative, is viridis; diverging runs from blue through nothing
+to orange. Both can be read without full colour vision (`tests/plots/test_palette.py`). The two
+lights are shades instead of colours: the picture itself, dark where the map is low. The two greys
+are for maps that were not shown to beat random ones.
 
     from llava_lab.plots import palette
 
@@ -14,7 +16,12 @@ Source: matplotlib's viridis (CC0), 33 samples; the colours of flows are Okabe a
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.colors import ListedColormap
 
 COLORS = 256
 FAINTEST = 0.1  # alpha of the lowest sequential value, before the reader's opacity
@@ -41,7 +48,8 @@ SEGMENTS = {
 }
 OTHER = "#dddddd"  # positions in no segment
 
-ONE_SIDED, TWO_SIDED = "viridis", "RdBu_r"  # matplotlib's names, for figures with a colour bar
+LUMINANCE = np.array([0.3, 0.59, 0.11])  # of red, green and blue
+DARK = 0.55  # of a ground: below it letters are white
 
 # -- scales of maps -------------------------------------------------------------------------
 
@@ -90,6 +98,18 @@ def palettes() -> dict[str, np.ndarray]:
 def colors_of(signed: bool, *, doubtful: bool = False) -> np.ndarray:
     """The colours of a map; grey where it is known not to beat random ones."""
     return grey(signed) if doubtful else diverging() if signed else sequential()
+
+
+def colormap(signed: bool) -> ListedColormap:
+    """The scale of `colors_of` without its alpha, for tables and colour bars; white where there is no number."""
+    from matplotlib.colors import ListedColormap
+
+    return ListedColormap(colors_of(signed)[:, :3] / 255.0).with_extremes(bad=PAPER)
+
+
+def ink_on(ground: Any) -> str:
+    """The colour of letters on a ground, RGB from 0 to 1."""
+    return PAPER if float(np.dot(ground[:3], LUMINANCE)) < DARK else INK
 
 
 def _with_alpha(samples: str, alpha: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ import numpy as np
 
 from llava_lab.errors import OptionError
 from llava_lab.plots.axes import AS_TEXT, figure_of, named_rows, new_axes, open_frame, panels
-from llava_lab.plots.palette import BAND, BLUE, GREY, LINES, RED
+from llava_lab.plots.palette import BAND, BLUE, GREY, LINES, RED, colormap, ink_on
 from llava_lab.results import Comparison, Faithfulness, FlowSweep, Leaderboard, Pruning, Sanity
 from llava_lab.results.scores import COST
 from llava_lab.stats import cluster_bootstrap, percentiles
@@ -42,6 +42,7 @@ WORDS = {
     "backward": "backward passes",
     "seconds": "seconds",
 }
+UNSURE = 0.45  # opacity of a number that is not told apart from random
 QUICKEST = 1e-3  # seconds; what is quicker is drawn here, since a logarithm needs an end
 
 
@@ -100,7 +101,7 @@ def leaderboard(
 
 
 def by_type(board: Leaderboard, measure: str = "gain", *, ax: Axes | None = None) -> Axes:
-    """Methods by types of question, each cell the mean; grey numbers where it does not differ from random.
+    """Methods by types of question, each cell the mean; pale numbers where it does not differ from random.
 
     >>> ax = plots.by_type(ll.shipped_leaderboard(lab), "pointing")
     >>> ax.get_title()
@@ -260,7 +261,8 @@ def sanity_maps(scores: Sequence[Sanity], *, target: int = 0, ax: Any = None) ->
         if len(score.questions):
             maps["another question"] = score.question_maps[-1, target]
         for panel, (title, values) in zip(row, maps.items(), strict=False):
-            panel.imshow(values, cmap="viridis")
+            low, high = float(values.min()), float(np.abs(values).max())
+            panel.imshow(values, cmap=colormap(low < 0), vmin=-high if low < 0 else low, vmax=high)
             panel.set_title(title, fontsize=9, **AS_TEXT)
         for panel in row:
             panel.axis("off")
@@ -317,15 +319,12 @@ def _reach(values: np.ndarray, measure: str) -> tuple[float, float]:
 def _matrix(
     ax: Axes, values: np.ndarray, rows: Sequence[str], columns: Sequence[str], scale: tuple[float, float], sure: np.ndarray
 ) -> None:
-    """Coloured cells with their numbers; `sure` says which numbers are printed dark."""
-    cmap = "RdBu" if scale[0] < 0 else "Blues"
-    ax.imshow(np.ma.masked_invalid(values), cmap=cmap, vmin=scale[0], vmax=scale[1], aspect="auto", alpha=0.8)
-    middle, half = (scale[0] + scale[1]) / 2, (scale[1] - scale[0]) / 2
+    """Coloured cells with their numbers; `sure` says which numbers are printed in full."""
+    shown = ax.imshow(np.ma.masked_invalid(values), colormap(scale[0] < 0), vmin=scale[0], vmax=scale[1], aspect="auto")
     for (row, column), value in np.ndenumerate(values):
         if value == value:
-            strong = abs(value - middle) > 0.7 * half if scale[0] < 0 else value > middle + 0.5 * half
-            color = "white" if strong else "0.1" if sure[row, column] else "0.6"
-            ax.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=6, color=color)
+            color, alpha = ink_on(shown.to_rgba(value)), 1 if sure[row, column] else UNSURE
+            ax.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=6, color=color, alpha=alpha)
     ax.set_xticks(range(len(columns)), list(columns), fontsize=7, rotation=60, ha="right", rotation_mode="anchor", **AS_TEXT)
     ax.set_yticks(range(len(rows)), list(rows), fontsize=7, **AS_TEXT)
     ax.tick_params(length=0)

@@ -21,13 +21,12 @@ import matplotlib
 import numpy as np
 from matplotlib import style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import Colormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from llava_lab.plots.palette import COLORS, INK, PAPER, SOFT, colors_of
+from llava_lab.plots.palette import COLORS, INK, LUMINANCE, PAPER, SOFT, colors_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,7 +42,6 @@ FONT = "DejaVu Sans"  # it comes with matplotlib, so the bytes are the same on e
 HEAD = 176  # longer side of the picture at the top
 OPACITY = 0.85  # as in the page
 PALER = 0.6  # how much of the picture's own colour gives way to the map's, as in the page
-LUMINANCE = np.array([0.3, 0.59, 0.11])
 UNSEEN = np.array([17, 20, 28], np.float64)
 
 Scale = tuple[float, float]
@@ -233,11 +231,6 @@ def quiet(ax: Axes) -> None:
     ax.tick_params(length=0, labelsize=8.5, labelcolor=SOFT)
     ax.set_axisbelow(True)
     ax.spines[:].set_visible(False)
-
-
-def colormap(table: np.ndarray) -> Colormap:
-    """A scale of the palette without its alpha; white where there is no number."""
-    return ListedColormap(table[:, :3] / 255.0).with_extremes(bad=PAPER)
 
 
 def in_font(text: str) -> str:

@@ -16,15 +16,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.figure import Figure
 
-from llava_lab.plots.palette import FLOWS, INK, LINES, PAPER, RULE, SOFT, WASH, diverging, sequential
+from llava_lab.plots.palette import FLOWS, INK, LINES, PAPER, RULE, SOFT, WASH, colormap, ink_on
 from llava_lab.plots.sheet import (
     GAP,
-    LUMINANCE,
     MARGIN,
     WIDTH,
     Scale,
     Sheet,
-    colormap,
     fit,
     in_font,
     overlay,
@@ -160,7 +158,7 @@ def head_maps(run: Run, heads: HeadMaps, targets: Sequence[int], *, rows: int = 
         text = "whole answer" if target.kind == "answer" else target.text
         sheet.title(f'"{text}": {share.mean():.1%} of its attention on the picture, mean over all heads')
         axes = sheet.axes(MARGIN + 34, sheet.top, count * cell, layers * cell)
-        axes.imshow(share, cmap=colormap(sequential()), vmin=0, vmax=top or 1, aspect="auto", interpolation="nearest")
+        axes.imshow(share, cmap=colormap(False), vmin=0, vmax=top or 1, aspect="auto", interpolation="nearest")
         step = max(1, 2 ** math.ceil(math.log2(14 / cell))) if cell < 14 else 1
         axes.set_yticks(range(0, layers, step), [str(layer) for layer in range(0, layers, step)])
         axes.set_xticks([])
@@ -338,11 +336,17 @@ def _words_of_patch(sheet: Sheet, lens: LogitLens, word: str, patch: tuple[int, 
 
 def _cutting(ax: Axes, sweep: FlowSweep, target: Target) -> None:
     """The change each flow's cut makes, a line per flow; a cross at the foot where nothing was measured."""
-    change = sweep.drawn[..., sweep.targets.index(target)]
+    at = sweep.targets.index(target)
+    change, floor = sweep.drawn[..., at], sweep.floors[at]
     ax.axhline(0, color="#767c88", linewidth=0.8)
     for number, (name, row) in enumerate(zip(sweep.flows, change, strict=True)):
         color, marker = FLOWS[number % len(FLOWS)], "os^D"[number % 4]
-        ax.plot(sweep.centres, row, color=color, marker=marker, markersize=5, linewidth=1.5, label=name.replace("->", "→"))
+        negligible = (row == 0) & (floor > 0)
+        style = {"color": color, "marker": marker, "markersize": 5}
+        told = {"markevery": np.flatnonzero(~negligible).tolist(), "label": name.replace("->", "→")}
+        ax.plot(sweep.centres, row, linewidth=1.5, **style, **told)
+        if negligible.any():
+            ax.plot(sweep.centres[negligible], row[negligible], linestyle="", markerfacecolor=PAPER, **style)
         unmeasured = sweep.centres[~np.isfinite(row)]
         ax.plot(unmeasured, np.full(len(unmeasured), 0.03), "x", color=color, markersize=5, transform=ax.get_xaxis_transform())
     first, last = int(sweep.windows.min()), int(sweep.windows.max()) - 1
@@ -360,9 +364,10 @@ def _cutting(ax: Axes, sweep: FlowSweep, target: Target) -> None:
 
 def _patching(ax: Axes, grid: PatchGrid, target: Target, component: int) -> None:
     """The share each place brings back, from blue (below 0) over grey (0) to orange (1); white where not measured."""
-    values = grid.drawn[component, ..., grid.targets.index(target)]
+    at = grid.targets.index(target)
+    values, floor = grid.drawn[component, ..., at], grid.floors[at]
     reach = float(min(2.0, max(1.0, np.nanmax(np.abs(values), initial=0.0))))
-    colors = colormap(diverging())
+    colors = colormap(True)
     shown = ax.imshow(np.ma.masked_invalid(values), cmap=colors, vmin=-reach, vmax=reach, aspect="auto", interpolation="nearest")
     rows, columns = values.shape
     windows = [str(start) if stop - start == 1 else f"{start}-{stop - 1}" for start, stop in grid.windows.tolist()]
@@ -372,9 +377,10 @@ def _patching(ax: Axes, grid: PatchGrid, target: Target, component: int) -> None
     if columns <= 12 and rows <= 14:
         for (row, column), value in np.ndenumerate(values):
             if np.isfinite(value):
-                dark = np.dot(colors((value / reach + 1) / 2)[:3], LUMINANCE) < 0.55
-                ax.text(column, row, f"{value:.2f}".replace("-0.00", "0.00"), color=PAPER if dark else INK, fontsize=8,
-                        ha="center", va="center")  # fmt: skip
+                color = ink_on(colors((value / reach + 1) / 2))
+                # a dot: nothing that can be told from rounding
+                text = "·" if value == 0 < floor else f"{value:.2f}".replace("-0.00", "0.00")
+                ax.text(column, row, text, color=color, fontsize=8, ha="center", va="center")
     quiet(ax)
     alone = all(stop - start == 1 for start, stop in grid.windows.tolist())
     ax.set_xlabel("layer patched" if alone else "layers patched together", fontsize=9, color=SOFT)

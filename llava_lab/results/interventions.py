@@ -17,7 +17,7 @@ from llava_lab.geometry import PictureMap
 from llava_lab.results.run import Target, above_noise
 from llava_lab.results.save import Saved
 from llava_lab.results.schema import filled
-from llava_lab.results.table import Table, figure, pairs, plain
+from llava_lab.results.table import NEGLIGIBLE, Table, figure, pairs, plain
 from llava_lab.stats import resampled_means, wilson
 
 
@@ -263,6 +263,9 @@ class PatchGrid(Noisy, Saved):
         """The values with 0 for what does not reach the noise floor, as figures and widgets draw them."""
         return above_noise(self.change, self.floors) / self._whole
 
+    def _share(self, value: float) -> str:
+        return NEGLIGIBLE if value == 0 < self.floors[0] else figure(value, ".2f")
+
     @property
     def _whole(self) -> np.ndarray:
         """What corrupting took, NaN where it is not more than the noise."""
@@ -274,7 +277,7 @@ class PatchGrid(Noisy, Saved):
         windows = [str(start) if stop - start == 1 else f"{start} to {stop - 1}" for start, stop in self.windows.tolist()]
         parts = []
         for component, block in zip(self.components, self.drawn[..., 0], strict=True):
-            rows = ((site, *(figure(float(value), ".2f") for value in row)) for site, row in zip(self.sites, block, strict=True))
+            rows = ((site, *(self._share(float(value)) for value in row)) for site, row in zip(self.sites, block, strict=True))
             parts.append(Table((component, *windows), tuple(rows), title=""))
         title = f"share of {self.targets[0].text!r} brought back, corrupted by {self.corruption}"
         return Table(title=title, below=tuple(parts), notes=(*self.notes, *self.noise_notes()))
@@ -389,8 +392,8 @@ class Pruning(Saved):
 
 
 def _told(change: float, floor: float) -> str:
-    """A change as a table writes it."""
-    return "below noise" if abs(change) < floor else f"{change:.3f}"
+    """A change as a table writes it: a word for what rounding alone may do."""
+    return NEGLIGIBLE if abs(change) < floor else f"{change:.3f}"
 
 
 def _index(name: str, names: tuple[str, ...]) -> int:

@@ -23,7 +23,7 @@ from llava_lab.geometry import PictureMap, View
 from llava_lab.results.pictures import map_row, thumbnail
 from llava_lab.results.save import Saved, shortened
 from llava_lab.results.schema import filled, within
-from llava_lab.results.table import Table, figure, pairs, plain
+from llava_lab.results.table import NEGLIGIBLE, Table, figure, pairs, plain
 
 Span = tuple[int, int]  # [start, stop) positions in the sequence
 # Words that say how and not what: how sure a model is of "The picture shows" depends on the ways of saying it that it knows.
@@ -444,7 +444,7 @@ class Relevance(Saved):
         rows = []
         for index, (target, floor) in enumerate(zip(self.targets, self.noise_floor, strict=True)):
             strong = [f"({row}, {col}) {value:.3g}" for row, col, value in self.top(3, index) if abs(value) >= floor]
-            rows.append((target.text, ", ".join(strong) or "nothing above the noise floor"))
+            rows.append((target.text, ", ".join(strong) or f"{NEGLIGIBLE}: nothing above the noise floor"))
         title = f"{self.method} ({pairs(self.options)}), {self.seconds:.2f} s; strongest patches (row, column):"
         notes = tuple(f"note: {note}" for note in self.notes)
         return Table(("target", "strongest patches"), tuple(rows), title=title, notes=notes, line="  {0}: {1}")

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from typing import Any
 
+NEGLIGIBLE = "negligible"  # what does not reach its noise floor; pale where colours can say so
+
 
 @dataclass(frozen=True)
 class Table:
@@ -37,12 +39,18 @@ class Table:
         parts = [f"<p><b>{html.escape(self.title.strip())}</b></p>"] if self.title and self.title.strip() else []
         if self.rows:
             head = "".join(f"<th>{html.escape(heading)}</th>" for heading in self.headings)
-            rows = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in self.rows)
+            rows = ("".join(_cell(cell) for cell in row) for row in self.rows)
             body = "".join(f"<tr>{row}</tr>" for row in rows)
             parts.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
         parts += [table._repr_html_() for table in self.below]
         parts += [f"<p>{html.escape(note)}</p>" for note in self.notes if note]
         return "".join(parts)
+
+
+def _cell(text: str) -> str:
+    """One cell as HTML, dimmed where it says that there is nothing to tell."""
+    dimmed = ' style="opacity: 0.5"' if text == NEGLIGIBLE else ""
+    return f"<td{dimmed}>{html.escape(text)}</td>"
 
 
 def aligned(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -9,7 +9,7 @@ import pytest
 from playwright.sync_api import Locator
 
 from tests.support.flow_examples import two
-from tests.support.widget_page import WidgetPage
+from tests.support.widget_page import WidgetPage, difference
 from widgets import FlowView
 
 CURVES, CELLS = "canvas.lab-flow-curves", "canvas.lab-flow-cells"
@@ -72,6 +72,22 @@ def test_pointing_at_a_mark_says_what_the_cut_did_and_python_hears_nothing(widge
     widget_page.settle()
     assert lines(shown)[0].startswith("Point at")
     assert widget_page.page.evaluate("() => window.test.saves()") == 0
+
+
+def test_what_does_not_reach_the_noise_floor_is_called_negligible_and_its_mark_is_empty(widget_page: WidgetPage) -> None:
+    run, sweep, grid = two()
+    shown = widget_page.mount(FlowView(run, replace(sweep, noise_floor=(1e-3, 1e-3)), replace(grid, noise_floor=(1.2, 1.2))))
+    at, (width, height) = mark(widget_page, 0, 3), size(shown.locator(CURVES))
+    empty = widget_page.pixels([(at["x"] / width, at["y"] / height)], shown.locator(CURVES))[0]
+    shown.locator(CURVES).hover(position=at)
+    widget_page.settle()
+    assert lines(shown)[0].startswith("Cutting image → question in layer 3 has a negligible effect on log p(red.)")
+    shown.locator(CELLS).hover(position=cell(widget_page, 1, 3))
+    widget_page.settle()
+    assert "brings back a negligible part of what log p(red.) lost" in lines(shown)[1]
+    widget_page.page.reload()
+    shown = widget_page.mount(FlowView(run, sweep, grid))  # where no floor was measured, nothing is
+    assert difference(widget_page.pixels([(at["x"] / width, at["y"] / height)], shown.locator(CURVES))[0], empty) > 60
 
 
 def test_the_window_under_the_pointer_is_a_band(widget_page: WidgetPage) -> None:

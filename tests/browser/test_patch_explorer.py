@@ -272,3 +272,16 @@ def test_export_saves_a_png_with_the_map_in_it(widget_page: WidgetPage) -> None:
     image = Image.open(BytesIO(Path(saved.path()).read_bytes())).convert("RGB")
     assert image.width >= 900
     assert len(image.getcolors(1 << 22) or []) > 1000
+
+
+def test_a_patch_below_the_noise_floor_is_called_negligible(widget_page: WidgetPage) -> None:
+    run = make_run()
+    values = np.full((4, 12, 12), 1e-3)
+    values[:, 5, 0] = 0.5
+    occlusion = make_relevance(run, values, extras={"noise_floor": [0.01] * 4})
+    shown = widget_page.mount(PatchExplorer(run, {"occlusion": occlusion, "other": make_relevance(run, values)}))
+    strong, *weak = shown.locator(".lab-top .lab-value").all_inner_texts()
+    assert (strong, set(weak)) == ("0.500", {"negligible"})
+    assert shown.locator(".lab-top .lab-negligible").count() == len(weak)
+    shown.get_by_role("radio", name="other").click()
+    assert set(shown.locator(".lab-top .lab-value").all_inner_texts()) == {"0.500", "0.001"}

@@ -188,7 +188,7 @@ def test_smooth_and_nearest_differ_and_both_draw() -> None:
     [
         ({"target": 5}, "targets run from 0 to 4, got 5"),
         ({"opacity": 0}, "opacity must be above 0"),
-        ({"cmap": "jetty"}, "cmap must be a matplotlib colour map such as 'viridis' or 'RdBu_r', got 'jetty'"),
+        ({"cmap": "jetty"}, "cmap must be None or a matplotlib colour map such as 'viridis' or 'gray', got 'jetty'"),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:

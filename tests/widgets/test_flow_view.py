@@ -105,6 +105,22 @@ def test_sentences_say_the_numbers_and_what_was_not_measured() -> None:
     assert '"red." (clean "red.", corrupted "blue.")' in patch_sentence(grid, target, 0, [0, 1])
 
 
+def test_what_does_not_reach_the_noise_floor_is_negligible_in_words_and_in_the_tables() -> None:
+    run, sweep, grid = two()
+    target = run.target("red.")
+    sweep, grid = replace(sweep, noise_floor=(0.45, 0.45)), replace(grid, noise_floor=(1.2, 1.2))  # a quarter of 4 is below
+    said = "Cutting image -> question in layers 2-3 has a negligible effect on log p(red.): less than the noise floor."
+    assert cut_sentence(sweep, target, [0, 2]) == said
+    assert "lowers log p(red.) by 0.50" in cut_sentence(sweep, target, [1, 3])
+    assert "brings back a negligible part (less than the noise floor) of what log p(red.) lost" in patch_sentence(
+        grid, target, 0, [1, 3]
+    )
+    assert "brings back 0.50" in patch_sentence(grid, target, 0, [0, 2])
+    assert [row[1] for row in sweep.table().rows] == ["negligible", "-1.300", "negligible", "negligible"]
+    assert grid.table().below[0].rows[1] == ("question", "negligible", "negligible", "1.50", "negligible")
+    assert '<td style="opacity: 0.5">negligible</td>' in grid.table()._repr_html_()
+
+
 def test_the_still_picture_shows_each_flow_in_its_colour_and_each_half_alone() -> None:
     run, sweep, grid = two()
     widget = FlowView(run, sweep, grid, selected={"flow": [0, 1], "cell": [0, 1]})

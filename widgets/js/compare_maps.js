@@ -12,7 +12,7 @@ import { blankCanvas, contextOf, groundsOf, paintHeat, paintLights, paintScene }
 import { make, setText } from "./shared/dom.js";
 import { patchUnder } from "./shared/gestures.js";
 import { clipToPicture, patchBox, patchName } from "./shared/grid.js";
-import { colorTable, findMap, formatNumber, formatValue, levelsOf, linearMap } from "./shared/maps.js";
+import { colorTable, findMap, formatNumber, levelsOf, linearMap, valueText } from "./shared/maps.js";
 import { position, rangeOf, strongest, valueOf } from "./shared/maps.js";
 import { chipText } from "./shared/parts.js";
 import { doubtful, paletteOf } from "./shared/view.js";
@@ -48,22 +48,24 @@ export function tilesOf(spec, maps, chip, display) {
     const doubt = doubtful(method, own);
     const signed = method.signed && !display.byRank;
     const palette = paletteOf(signed, doubt, display.spotlight);
-    const shown = own && shownAs(maps, method, own.index, display);
+    const shown = own && shownAs(maps, method, own, display);
     return { method, index, target: own ? own.target : -1, shown, palette, doubt };
   });
 }
 
-/** @param {Maps} maps @param {ScoredMethod} method @param {number} index @param {CompareDisplay} display @returns {Shown} */
-function shownAs(maps, method, index, { byRank, ownScale, range }) {
-  if (byRank) return rankedMap(maps, index, range);
+/** @param {Maps} maps @param {ScoredMethod} method @param {import("./shared/maps.js").Found} found
+ * @param {CompareDisplay} display @returns {Shown} */
+function shownAs(maps, method, { index, target }, { byRank, ownScale, range }) {
+  const floor = method.floors?.[target] ?? 0;
+  if (byRank) return rankedMap(maps, index, range, floor);
   const [lo, hi] = ownScale ? rangeOf(maps, index, method.signed) : [method.lo, method.hi];
-  if (method.signed) return linearMap(maps, index, lo * range, hi * range, true);
-  return linearMap(maps, index, lo, lo + range * (hi - lo), false);
+  if (method.signed) return linearMap(maps, index, lo * range, hi * range, true, floor);
+  return linearMap(maps, index, lo, lo + range * (hi - lo), false, floor);
 }
 
 /** A map by rank: colours begin above the weakest patches and spread over the strongest `share` of them.
- * @param {Maps} maps @param {number} index @param {number} share @returns {Shown} */
-export function rankedMap(maps, index, share) {
+ * @param {Maps} maps @param {number} index @param {number} share @param {number} [floor] @returns {Shown} */
+export function rankedMap(maps, index, share, floor = 0) {
   const levels = levelsOf(maps, index);
   const ranks = ranksOf(levels);
   const most = Math.max(1, Math.round(share * maps.cells));
@@ -72,6 +74,7 @@ export function rankedMap(maps, index, share) {
     levels,
     signed: false,
     fine: maps.scales[2 * index + 1],
+    floor,
     ends: [`${most} strongest of ${maps.cells} patches`, "", "the strongest"],
     value: (cell) => valueOf(maps, index, cell),
     at: (cell) => position(ranks[levels[cell]], 1 - share, 1),
@@ -143,7 +146,7 @@ export function shareOf(shown, selected) {
 export function lineOf(spec, tile, focus, selected, what) {
   const { shown, method } = tile;
   if (!shown) return `no map for “${what}”`;
-  if (focus >= 0) return `${formatValue(shown.value(focus), shown.fine)} here, rank ${rankOf(shown.levels, focus)}`;
+  if (focus >= 0) return `${valueText(shown, focus)} here, rank ${rankOf(shown.levels, focus)}`;
   if (selected.size) {
     const share = shareOf(shown, selected);
     return share === null ? "nothing anywhere" : `${Math.round(100 * share)}% in selection`;

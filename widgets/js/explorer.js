@@ -123,7 +123,7 @@ class Explorer extends MapPanel {
     return {
       ...{ map: spec.map, method, methodIndex, pickedMethod, word, chip, layer, display, focus, selected },
       ...{ busy: this.pending !== null, mean: this.surface.mean },
-      shown: found && linearMap(this.maps, found.index, lo, hi, method.signed),
+      shown: found && linearMap(this.maps, found.index, lo, hi, method.signed, method.floors?.[found.target] ?? 0),
       palette: paletteOf(method.signed, doubt, display.spotlight),
       title: [method.name, `“${what}”`, method.layers.length > 1 ? method.layers[layer] : ""].filter(Boolean).join(" · "),
       said: [missing(method, found, what), doubt ? DOUBT : ""].filter(Boolean).join(" "),

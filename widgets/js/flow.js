@@ -134,7 +134,8 @@ class FlowView extends Panel {
       const spot = this.over.cell ?? this.kept("cell");
       if (cells) {
         const { sites, windows } = grid;
-        paintCells(sheet, { rows: cells.rows, sites, windows, colors: this.colors }, this.over.cell, this.kept("cell"));
+        const shown = { rows: cells.rows, sites, windows, colors: this.colors, floor: cells.floor };
+        paintCells(sheet, shown, this.over.cell, this.kept("cell"));
         scale.update(Math.min(...cells.rows.flat().filter(Number.isFinite), 0), reachOf(cells.rows));
       }
       cards.update(at, spot, cells && spot ? cells.rows[spot[0]][spot[1]] : NaN);
@@ -197,7 +198,7 @@ class FlowView extends Panel {
     const title = relative ? `change of the probability, % of what it was` : `change of ${what}${plain ? ", nats" : ", logits"}`;
     const { centres, windows } = sweep;
     const [names, unit] = [sweep.flows.map(flowText), relative ? "%" : ""];
-    return { rows: curves.rows, open: this.own.open, names, centres, windows, title, unit, colors };
+    return { rows: curves.rows, open: this.own.open, names, centres, windows, title, unit, colors, floor: curves.floor };
   }
 
   /** @param {Spot | null} spot */

@@ -9,17 +9,17 @@ import { bytesOf, formatNumber, formatPercent } from "./shared/maps.js";
 
 /**
  * @typedef {{flows: string[], windows: [number, number][], centres: number[], count: number, targets: number[],
- *   logodds: boolean, notes: string[]}} SweepSpec
+ *   logodds: boolean, floors: number[], notes: string[]}} SweepSpec
  * @typedef {{components: string[], sites: string[], windows: [number, number][], count: number, targets: number[],
- *   corruption: string, answers: string[][][], clean: string, corrupt: string, notes: string[]}} GridSpec
+ *   corruption: string, floors: number[], answers: string[][][], clean: string, corrupt: string, notes: string[]}} GridSpec
  * @typedef {{text: string, kind: string, p: number | null, key: string, what: string, plain: boolean}} FlowTarget
  * @typedef {{question: string, answer: string, model: string, seed: number, chips: FlowTarget[],
  *   sweep: SweepSpec | null, grid: GridSpec | null, picture: string, diverging: string, colors: string[]}} FlowSpec
  * @typedef {{before: Float32Array, after: Float32Array, clean: Float32Array, corrupt: Float32Array,
  *   scores: Float32Array}} FlowData
  * @typedef {[number, number]} Spot row (flow or site), window
- * @typedef {{rows: number[][], before: number, after: number[][]}} Curves rows: what is drawn, flows x windows
- * @typedef {{rows: number[][], scores: number[][], clean: number, corrupt: number, whole: number}} Cells
+ * @typedef {{rows: number[][], before: number, after: number[][], floor: number}} Curves rows: what is drawn, flows x windows
+ * @typedef {{rows: number[][], scores: number[][], clean: number, corrupt: number, whole: number, floor: number}} Cells
  */
 
 const NOTHING = 1e-6; // of clean less corrupt: then there is nothing to bring back
@@ -48,7 +48,7 @@ export function curvesOf({ sweep }, data, target, relative) {
   const rise = (/** @type {number} */ score) =>
     sweep.logodds ? chanceOf(sweep, score) / chanceOf(sweep, before) - 1 : Math.expm1(score - before);
   const value = (/** @type {number} */ score) => (relative ? 100 * rise(score) : score - before);
-  return { rows: after.map((row) => row.map(value)), before, after };
+  return { rows: after.map((row) => row.map(value)), before, after, floor: sweep.floors[own] };
 }
 
 /** The probability that a score stands for, of one token or from its logarithm. @param {SweepSpec} sweep @param {number} score */
@@ -66,8 +66,9 @@ export function cellsOf({ grid }, data, target, component) {
   const whole = Math.abs(clean - corrupt) > NOTHING ? clean - corrupt : NaN;
   const score = (/** @type {number} */ s, /** @type {number} */ w) =>
     data.scores[((component * tall + s) * wide + w) * grid.count + own];
+  const floor = grid.floors[own]; // what is below it came as nothing brought back
   const scores = grid.sites.map((_, s) => grid.windows.map((_, w) => score(s, w)));
-  return { rows: scores.map((row) => row.map((one) => (one - corrupt) / whole)), scores, clean, corrupt, whole };
+  return { rows: scores.map((row) => row.map((one) => (one - corrupt) / whole)), scores, clean, corrupt, whole, floor };
 }
 
 /** @param {[number, number]} window layers [start, stop) */
@@ -96,6 +97,7 @@ export function cutSentence(spec, curves, [flow, window], target) {
   if (!Number.isFinite(after)) return `${cut}: not measured.`;
   const change = after - curves.before;
   const range = `${scoreText(curves.before)} to ${scoreText(after)}`;
+  if (change === 0 && curves.floor > 0) return `${cut} has a negligible effect on ${what}: less than the noise floor.`;
   if (Math.abs(change) < SMALL) return `${cut} leaves ${what} as it was, ${scoreText(curves.before)}.`;
   const [was, is] = [curves.before, after].map((score) => formatPercent(chanceOf(sweep, score)));
   const chance = plain ? `, the probability from ${was} to ${is}` : "";
@@ -113,6 +115,8 @@ export function patchSentence(spec, cells, [site, window], target, component) {
   const { what } = spec.chips[target];
   if (!Number.isFinite(cells.whole)) return `${put}: corrupting did not change ${what}, so there is nothing to bring back.`;
   const ends = `${scoreText(cells.corrupt)} corrupted, ${scoreText(score)} patched, ${scoreText(cells.clean)} clean`;
+  const negligible = score === cells.corrupt && cells.floor > 0;
+  if (negligible) return `${put}, brings back a negligible part of what ${what} lost: less than the noise floor.`;
   return `${put}, brings back ${scoreText(cells.rows[site][window])} of what ${what} lost: ${ends}.`;
 }
 

@@ -1,9 +1,10 @@
 // @ts-check
 /**
  * The two plots of FlowView. The sweep's curves: a line per flow, its name at its end, the zero line, the window under
- * the pointer as a band; marks differ in shape as well as in colour. The heat map of patching: a row per site, a column
- * per window of layers, each cell's share written in it where it fits; zero is grey, one deep orange, below zero blue,
- * and what was not measured is crossed out.
+ * the pointer as a band; marks differ in shape as well as in colour, and are empty where a change does not reach its
+ * noise floor. The heat map of patching: a row per site, a column per window of layers, each cell's share written in it
+ * where it fits, a dot where it does not reach the noise floor; zero is grey, one deep orange, below zero blue, and what
+ * was not measured is crossed out.
  */
 
 import { every, plotText } from "./shared/plot.js";
@@ -13,10 +14,11 @@ import { niceTicks, rangeWithZero, reachOf, scoreText } from "./flow_data.js";
  * @typedef {import("./flow_data.js").Spot} Spot
  * @typedef {import("./shared/plot.js").Sheet} Sheet
  * @typedef {{rows: number[][], open: boolean[], names: string[], centres: number[], windows: [number, number][],
- *   title: string, unit: string, colors: string[]}} CurveView
+ *   title: string, unit: string, colors: string[], floor: number}} CurveView
  * @typedef {{left: number, right: number, top: number, bottom: number, lo: number, hi: number, first: number,
  *   last: number}} Frame
- * @typedef {{rows: number[][], sites: string[], windows: [number, number][], colors: Uint8Array}} CellView
+ * @typedef {{rows: number[][], sites: string[], windows: [number, number][], colors: Uint8Array,
+ *   floor: number}} CellView
  * @typedef {{left: number, top: number, wide: number, high: number, rows: number, columns: number}} CellFrame
  */
 
@@ -152,7 +154,8 @@ function paintLine({ ctx, paper }, frame, view, flow, strong) {
   ctx.setLineDash([]);
   row.forEach((value, w) => {
     const x = layerX(frame, view.centres[w]);
-    if (Number.isFinite(value)) flowMark(ctx, color, flow, x, valueY(frame, value), paper);
+    const empty = value === 0 && view.floor > 0; // nothing that can be told from rounding
+    if (Number.isFinite(value)) flowMark(ctx, empty ? paper : color, flow, x, valueY(frame, value), empty ? color : paper);
     else flowCross(ctx, x + 7 * (flow % view.colors.length) - 7, frame.bottom - MISSING);
   });
 }
@@ -194,8 +197,8 @@ export function spreadOut(wanted, gap, low, high) {
 }
 
 /** @param {CanvasRenderingContext2D} ctx @param {string} color @param {number} flow @param {number} x
- * @param {number} y @param {string} paper */
-function flowMark(ctx, color, flow, x, y, paper) {
+ * @param {number} y @param {string} rim */
+function flowMark(ctx, color, flow, x, y, rim) {
   const r = 4.2;
   ctx.beginPath();
   const shape = flow % 4;
@@ -208,7 +211,7 @@ function flowMark(ctx, color, flow, x, y, paper) {
   }
   ctx.fillStyle = color;
   ctx.fill();
-  ctx.strokeStyle = paper;
+  ctx.strokeStyle = rim;
   ctx.lineWidth = 1.2;
   ctx.stroke();
 }
@@ -257,7 +260,7 @@ export function paintCells(sheet, view, hover, kept) {
   const frame = cellFrame(view.sites.length, view.windows.length, sheet.width);
   const reach = reachOf(view.rows);
   const color = (/** @type {number} */ value) => shareColor(view.colors, value, reach);
-  view.rows.forEach((row, s) => row.forEach((value, w) => paintCell(sheet, frame, [s, w], value, color(value))));
+  view.rows.forEach((row, s) => row.forEach((value, w) => paintCell(sheet, frame, [s, w], value, color(value), view.floor)));
   paintCellAxes(sheet, frame, view);
   for (const [spot, width] of /** @type {[Spot | null, number][]} */ ([[kept, 2.5], [hover, 1.5]])) {
     if (!spot) continue;
@@ -270,8 +273,9 @@ export function paintCells(sheet, view, hover, kept) {
   }
 }
 
-/** @param {Sheet} sheet @param {CellFrame} frame @param {Spot} spot @param {number} value @param {number[]} color */
-function paintCell(sheet, frame, [s, w], value, color) {
+/** @param {Sheet} sheet @param {CellFrame} frame @param {Spot} spot @param {number} value @param {number[]} color
+ * @param {number} floor */
+function paintCell(sheet, frame, [s, w], value, color, floor) {
   const { ctx } = sheet;
   const [x, y] = [frame.left + w * frame.wide, frame.top + s * frame.high];
   const [wide, high] = [frame.wide - (frame.wide > 9 ? 1 : 0), frame.high - (frame.high > 9 ? 1 : 0)];
@@ -281,7 +285,7 @@ function paintCell(sheet, frame, [s, w], value, color) {
   if (wide < FITS || high < 16) return;
   const dark = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] < 140;
   const how = /** @type {const} */ ({ align: "center", alpha: 1, color: dark ? "#ffffff" : "#16181d" });
-  plotText(sheet, scoreText(value), x + wide / 2, y + high / 2 + 0.5, how);
+  plotText(sheet, value === 0 && floor > 0 ? "·" : scoreText(value), x + wide / 2, y + high / 2 + 0.5, how);
 }
 
 /** @param {Sheet} sheet @param {number} x @param {number} y @param {number} wide @param {number} high */

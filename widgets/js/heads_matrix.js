@@ -75,6 +75,7 @@ export function headMap(all, word, at, top) {
     levels,
     signed: false,
     fine,
+    floor: 0,
     ends: ["0", "", formatValue(high, high / 255)],
     value: (cell) => values[cell],
     at: (cell) => position(values[cell], 0, high),

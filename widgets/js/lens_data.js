@@ -210,6 +210,7 @@ export function lensMap(lens, quantity, state, own) {
     levels: Uint8Array.from(row, (value) => Math.round(255 * position(value, lo, hi))),
     signed: false,
     fine: (hi - lo) / 255,
+    floor: 0,
     ends: [quantity.text(lo), "", hi > lo ? quantity.text(hi) : ""],
     value: (cell) => row[cell],
     at: (cell) => position(row[cell], lo, hi),

@@ -7,11 +7,12 @@
 /**
  * @typedef {{name: string, control: boolean, signed: boolean, lo: number, hi: number, first: number, targets: number,
  *   layers: string[], chips: number[], whole: number, caption: string, notes: string[],
- *   beats: (boolean | null)[]}} Method `beats` says of each target whether its map beats random ones; null: not known
+ *   beats: (boolean | null)[], floors?: number[]}} Method `beats` says of each target whether its map beats random ones;
+ *   null: not known. `floors`: what rounding alone may change in each target's score; what is below it came as 0
  * @typedef {{levels: Uint8Array, scales: Float32Array, cells: number}} Maps
  * @typedef {{index: number, target: number, own: boolean}} Found
  * @typedef {{key: string, levels: Uint8Array, signed: boolean, fine: number, ends: [string, string, string],
- *   value: (cell: number) => number, at: (cell: number) => number, table: (palette: Uint8Array) => Uint32Array}} Shown
+ *   floor: number, value: (cell: number) => number, at: (cell: number) => number, table: (palette: Uint8Array) => Uint32Array}} Shown
  *   one map as it is to be painted: its levels, the colour of each, its real values, and where each lies on the scale (0..1)
  */
 
@@ -99,9 +100,10 @@ export function colorTable(palette, offset, step, lo, hi) {
   return new Uint32Array(table.buffer);
 }
 
-/** A map under a range of values.
- * @param {Maps} maps @param {number} index @param {number} lo @param {number} hi @param {boolean} signed @returns {Shown} */
-export function linearMap(maps, index, lo, hi, signed) {
+/** A map under a range of values; `floor` is its noise floor.
+ * @param {Maps} maps @param {number} index @param {number} lo @param {number} hi @param {boolean} signed
+ * @param {number} [floor] @returns {Shown} */
+export function linearMap(maps, index, lo, hi, signed, floor = 0) {
   const [offset, step] = [maps.scales[2 * index], maps.scales[2 * index + 1]];
   const value = (/** @type {number} */ cell) => valueOf(maps, index, cell);
   return {
@@ -109,6 +111,7 @@ export function linearMap(maps, index, lo, hi, signed) {
     levels: levelsOf(maps, index),
     signed,
     fine: step,
+    floor,
     ends: [formatValue(lo, (hi - lo) / 255), signed ? "0" : "", formatValue(hi, (hi - lo) / 255)],
     value,
     at: (cell) => position(value(cell), lo, hi),
@@ -154,6 +157,13 @@ export function formatValue(value, step) {
   const decimals = Math.max(0, Math.round(-Math.log10(step)));
   if (Math.round(value / step) === 0) return "0";
   return decimals > 5 ? formatNumber(value) : value.toFixed(decimals).replace("-", "−");
+}
+
+/** What a map says of a cell: a number, or "negligible" where nothing reaches its noise floor.
+ * @param {Shown} shown @param {number} cell */
+export function valueText(shown, cell) {
+  const text = formatValue(shown.value(cell), shown.fine);
+  return shown.floor > 0 && text === "0" ? "negligible" : text;
 }
 
 /** @param {number | null} p */
