@@ -12,7 +12,7 @@ import { blankCanvas, contextOf, groundsOf, paintHeat, paintLights, paintScene }
 import { make, setText } from "./shared/dom.js";
 import { patchUnder } from "./shared/gestures.js";
 import { clipToPicture, patchBox, patchName } from "./shared/grid.js";
-import { colorTable, findMap, formatNumber, levelsOf, linearMap, valueText } from "./shared/maps.js";
+import { colorTable, findMap, formatNumber, levelsOf, linearMap, mapText } from "./shared/maps.js";
 import { position, rangeOf, strongest, valueOf } from "./shared/maps.js";
 import { chipText } from "./shared/parts.js";
 import { doubtful, paletteOf } from "./shared/view.js";
@@ -146,7 +146,7 @@ export function shareOf(shown, selected) {
 export function lineOf(spec, tile, focus, selected, what) {
   const { shown, method } = tile;
   if (!shown) return `no map for “${what}”`;
-  if (focus >= 0) return `${valueText(shown, focus)} here, rank ${rankOf(shown.levels, focus)}`;
+  if (focus >= 0) return `${mapText(shown, focus)} here, rank ${rankOf(shown.levels, focus)}`;
   if (selected.size) {
     const share = shareOf(shown, selected);
     return share === null ? "nothing anywhere" : `${Math.round(100 * share)}% in selection`;

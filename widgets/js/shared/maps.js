@@ -161,7 +161,7 @@ export function formatValue(value, step) {
 
 /** What a map says of a cell: a number, or "negligible" where nothing reaches its noise floor.
  * @param {Shown} shown @param {number} cell */
-export function valueText(shown, cell) {
+export function mapText(shown, cell) {
   const text = formatValue(shown.value(cell), shown.fine);
   return shown.floor > 0 && text === "0" ? "negligible" : text;
 }

@@ -8,7 +8,7 @@
 import { blankCanvas, contextOf, paintLegend } from "./canvas.js";
 import { choices, make, section, setText } from "./dom.js";
 import { clipToPicture, onPicture, patchBox, patchName } from "./grid.js";
-import { formatPercent, strongest, valueText } from "./maps.js";
+import { formatPercent, strongest, mapText } from "./maps.js";
 
 /**
  * @typedef {import("./view.js").MapView} MapView
@@ -74,7 +74,7 @@ export function readout() {
     update(view) {
       const on = view.focus >= 0;
       setText(place, on ? patchName(view.map, view.focus) : "Point at a patch to read it; click or drag to select.");
-      setText(value, on && view.shown ? valueText(view.shown, view.focus) : "");
+      setText(value, on && view.shown ? mapText(view.shown, view.focus) : "");
       setText(box, on ? boxText(view) : "");
     },
   };
@@ -110,7 +110,7 @@ export function topList(point, signal) {
         if (row.root.hidden || !shown) return;
         const along = shown.at(patches[i]);
         setText(row.place, patchName(view.map, patches[i]) + (onPicture(view.map, patches[i]) ? "" : " (padding)"));
-        setText(row.value, valueText(shown, patches[i]));
+        setText(row.value, mapText(shown, patches[i]));
         row.root.classList.toggle("lab-negligible", row.value.textContent === "negligible");
         row.fill.style.transform = `scaleX(${shown.signed ? Math.max(0, 2 * along - 1) : along})`; // costs no layout
       });

@@ -5,7 +5,7 @@
  */
 
 import { patchName } from "./grid.js";
-import { strongest, valueText } from "./maps.js";
+import { strongest, mapText } from "./maps.js";
 
 /**
  * @typedef {import("./grid.js").PictureMap} PictureMap
@@ -43,13 +43,13 @@ export function doubtful(method, found) {
 export function summary({ shown, title, said, map }) {
   if (!shown) return said;
   const best = strongest(shown.levels, 3);
-  const places = best.map((patch) => `${patchName(map, patch)}: ${valueText(shown, patch)}`);
+  const places = best.map((patch) => `${patchName(map, patch)}: ${mapText(shown, patch)}`);
   return `${title}. ${said} Strongest: ${places.join("; ")}.`;
 }
 
 /** One patch in words.
  * @param {MapView} view @param {number} patch */
 export function patchSummary({ shown, map, selected }, patch) {
-  const value = shown ? `, ${valueText(shown, patch)}` : "";
+  const value = shown ? `, ${mapText(shown, patch)}` : "";
   return patchName(map, patch) + value + (selected.has(patch) ? ", selected" : "");
 }
