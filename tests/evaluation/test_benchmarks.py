@@ -12,10 +12,18 @@ import pytest
 
 import llava_lab as ll
 from llava_lab.errors import DataError, OptionError
-from llava_lab.evaluation.benchmarks import BENCHMARKS, DIFFERENCES, PUBLISHED, benchmark, by_rule, load_questions, read_answers
+from llava_lab.evaluation.benchmarks import (
+    BENCHMARKS,
+    DIFFERENCES,
+    PUBLISHED,
+    benchmark,
+    by_rule,
+    load_questions,
+    read_answers,
+    shipped_scores,
+)
 from llava_lab.evaluation.benchmarks.benchmark import MC, SW
 from llava_lab.evaluation.benchmarks.run import score_benchmark
-from llava_lab.evaluation.benchmarks.ship import shipped
 from tests.support.benchmark_files import write
 
 TWELVE = [name for name in BENCHMARKS if name != "chair"]
@@ -239,11 +247,10 @@ def test_every_twin_runs(name: str, tiny) -> None:
 
 
 def test_what_ships_is_of_these_weights_with_intervals_and_controls(tiny) -> None:
-    kept = shipped("tiny")
+    kept = shipped_scores("tiny")
     assert kept["fingerprint"] == tiny.fingerprint
     assert kept["command"].endswith("ship tiny")
-    twins = {name for name, one in BENCHMARKS.items() if one.twin}
-    assert twins <= set(kept["scores"]) <= twins | {"hallucination"}
+    assert set(kept["scores"]) == {name for name, one in BENCHMARKS.items() if one.twin} | {"hallucination"}
     for name, scores in kept["scores"].items():
         for row in scores["measures"]:
             assert len(row["interval"]) == 2
@@ -252,4 +259,4 @@ def test_what_ships_is_of_these_weights_with_intervals_and_controls(tiny) -> Non
     shown = {row["measure"]: row["value"] for row in kept["scores"]["chair"]["measures"]}
     assert dict(zip(again.measures, again.values.tolist(), strict=True)) == pytest.approx(shown, abs=1e-3)
     with pytest.raises(DataError, match="no benchmark scores ship with 'large'"):
-        shipped("large")
+        shipped_scores("large")

@@ -11,7 +11,7 @@ import torch
 import llava_lab as ll
 from llava_lab.errors import OptionError
 from llava_lab.evaluation import Item, answer_all
-from llava_lab.evaluation.hallucination import _arms, _blindfold, _push, hallucination, noised
+from llava_lab.evaluation.hallucination import _arms, _blindfold, _push, grained, hallucination, noised
 from llava_lab.evaluation.scoring import Change
 from llava_lab.models.generation import Contrast
 from llava_lab.models.layout import language_layers
@@ -24,6 +24,11 @@ def items() -> list[Item]:
     rng = np.random.default_rng(0)
     draws = [partial(np.copy, rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)) for _ in range(3)]
     return [Item(str(i), draw, text, "", "", "all") for i, draw in enumerate(draws) for text in QUESTIONS]
+
+
+def _arms_of(lab, draws: int):
+    clear = torch.eye(lab.model.config.text_config.hidden_size)[0]
+    return _arms(lab, clear, alpha=1, beta=0.1, noise=5, push=0.1, seed=0, draws=draws)
 
 
 def test_a_contrast_by_hand() -> None:
@@ -99,19 +104,46 @@ def test_noise_takes_the_picture_away_step_by_step() -> None:
 
 def test_each_change_stands_beside_its_control(tiny_random) -> None:
     weights = tiny_random.fingerprint
-    scores = hallucination(tiny_random, n=2, progress=False)
-    assert scores.controls == tuple(name for arm in _arms(tiny_random, alpha=1, beta=0.1, noise=5, push=0.1, seed=0)
-                                    for name in (arm.name, arm.control))  # fmt: skip
-    assert len(scores.about["against"]) == 3 * len(scores.measures)
-    assert len(scores.notes) == 6
-    row = scores.about["against"][0]
-    change, control = (scores.at(row["measure"], row[side])["value"] for side in ("change", "control"))
-    assert row["difference"] == pytest.approx(change - control, nan_ok=True)
+    scores = hallucination(tiny_random, n=2, draws=2, grain=60, progress=False)
+    arms = _arms_of(tiny_random, draws=2)
+    assert scores.controls == tuple(dict.fromkeys(name for arm in arms for name in (arm.name, arm.control)))
+    assert [len(arm.controlled) for arm in arms] == [2, 1, 2, 2]
+    assert len(scores.about["against"]) == 4 * len(scores.measures)
+    assert len(scores.notes) == 8
+    for row in scores.about["against"]:
+        change, control = (scores.at(row["measure"], row[side])["value"] for side in ("change", "control"))
+        assert row["difference"] == pytest.approx(change - control, nan_ok=True)
+        assert np.mean(row["each"]) == pytest.approx(row["difference"], nan_ok=True)
+    assert set(scores.about["answers"]) == {"as it is", *scores.controls}
     assert tiny_random.fingerprint == weights
     assert str(scores.table())
 
 
+def test_controls_by_lot_differ_from_draw_to_draw(tiny_random) -> None:
+    *_, steering = _arms_of(tiny_random, draws=3)
+    units = [change.around.keywords["unit"] for change in steering.controlled]
+    assert [float(unit.norm()) for unit in units] == pytest.approx([1.0, 1.0, 1.0])
+    assert all(abs(float(one @ other)) < 0.9 for one, other in ((units[0], units[1]), (units[1], units[2])))
+    assert float(steering.change.around.keywords["unit"][0]) == 1.0  # the last arm steers along what it was given
+    contrast, *_ = _arms_of(tiny_random, draws=2)
+    pixels = torch.arange(3.0)[:, None, None, None].expand(3, 3, 2, 2)
+    others = [change.contrast(pixels).pixel_values[:, 0, 0, 0].tolist() for change in contrast.controlled]
+    assert others == [[2.0, 0.0, 1.0], [1.0, 2.0, 0.0]]
+
+
+def test_grain_is_noise_of_the_stated_size_and_the_same_for_every_question_about_a_picture(items) -> None:
+    grey = [Item(str(i), partial(np.full, (64, 64, 3), 128, np.uint8), text, "", "", "all") for i in (0, 1) for text in "ab"]
+    shown = grained(grey, 20, seed=1)
+    assert shown[0].draw is shown[1].draw
+    first, second = shown[0].draw().astype(float), shown[2].draw().astype(float)
+    assert first.std() == pytest.approx(20, rel=0.03)
+    assert first.mean() == pytest.approx(128, abs=1)
+    assert np.abs(first - second).mean() > 10
+    assert np.array_equal(first, grained(grey, 20, seed=1)[1].draw())
+    assert grained(items, 0) == items
+
+
 def test_what_makes_no_sense_is_refused(tiny_random) -> None:
-    for wrong in ({"noise": 1000}, {"beta": 0.0}, {"beta": 1.5}, {"alpha": -1.0}):
+    for wrong in ({"noise": 1000}, {"beta": 0.0}, {"beta": 1.5}, {"alpha": -1.0}, {"grain": -1.0}, {"draws": 0}):
         with pytest.raises(OptionError, match=next(iter(wrong))):
             hallucination(tiny_random, n=1, **wrong)

@@ -255,6 +255,32 @@ print(_json.dumps({
     "share": [_try(share, check_share) for share in (count / (lab.grid[0] * lab.grid[1]), 20, 144)],
 }))
 """,
+    "11_hallucination": TRY
+    + """
+def _chair(named, there):
+    return sum(len(words - truth) for words, truth in zip(named, there)) / sum(map(len, named))
+
+def _mean(named, there):
+    return np.mean([len(words - truth) / len(words) for words, truth in zip(named, there)])
+
+print(_json.dumps({
+    "vain": {grain: sorted(named(one.answer) - there) for grain, one in runs.items()},
+    "sure": {grain: one.confidence for grain, one in runs.items()},
+    "notes": grainy.notes[0],
+    "said": said,
+    "f1": [rows_of[f"F1 {name}"]["value"] for name in ("random", "popular", "adversarial")],
+    "blind": {name: row["controls"]["blind"]["value"] for name, row in rows_of.items()},
+    "commonest": counts[-1],
+    "rarest": counts[0],
+    "cuts": {name: [float(cut.change[0]), float(cut.control.min()), cut.answer_after] for name, cut in cuts.items()},
+    "contrast": {name: first for name, first in chosen.items()},
+    "against": trial["about"]["against"],
+    "as it is": {row["measure"]: row["value"] for row in trial["measures"]},
+    "exercise 1": [_try(yours, check_chair) for yours in (
+        _chair, _mean, lambda n, t: np.mean([bool(a - b) for a, b in zip(n, t)]), lambda n, t: 1 - _chair(n, t))],
+    "exercise 2": [_try(given, check_no) for given in ((50, 0), (50, 50), (0, 0))],
+}))
+""",
     "13_pruning": TRY
     + """
 _truth = run.map.mask_to_patches(scene.masks()[car])

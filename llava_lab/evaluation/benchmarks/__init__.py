@@ -4,7 +4,14 @@ from llava_lab.evaluation.benchmarks.benchmark import Benchmark, Judge, Measure,
 from llava_lab.evaluation.benchmarks.judged import by_rule
 from llava_lab.evaluation.benchmarks.published import DIFFERENCES, PUBLISHED
 from llava_lab.evaluation.benchmarks.registry import BENCHMARKS
-from llava_lab.evaluation.benchmarks.run import answer_benchmark, benchmark, load_questions, read_answers, score_benchmark
+from llava_lab.evaluation.benchmarks.run import (
+    answer_benchmark,
+    benchmark,
+    load_questions,
+    read_answers,
+    score_benchmark,
+    shipped_scores,
+)
 
 __all__ = [
     "BENCHMARKS",
@@ -20,4 +27,5 @@ __all__ = [
     "load_questions",
     "read_answers",
     "score_benchmark",
+    "shipped_scores",
 ]

@@ -10,6 +10,7 @@ are asked the same questions; the gap to each has its own interval, from the sam
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ from llava_lab.evaluation.benchmarks.published import DIFFERENCES, PUBLISHED
 from llava_lab.evaluation.benchmarks.registry import BENCHMARKS
 from llava_lab.evaluation.items import Item
 from llava_lab.evaluation.scoring import BATCH, LONGEST, answer_all, blinded, shuffled
+from llava_lab.models.folders import ASSETS
 from llava_lab.results import BenchmarkScores
 
 if TYPE_CHECKING:
@@ -230,6 +232,24 @@ def tabulate(
         gap_intervals=np.array(gaps, float).reshape(shape),
         **more,
     )
+
+
+def shipped_scores(name: str) -> dict[str, Any]:
+    """The scores that ship with a model, with command and date, by benchmark; `benchmarks.ship` made them.
+
+    >>> from llava_lab.evaluation import shipped_scores
+    >>> "pope" in shipped_scores("tiny")["scores"]
+    True
+    """
+    try:
+        return dict(json.loads(shipped_place(name).read_text("utf-8")))
+    except FileNotFoundError:
+        raise DataError(f"no benchmark scores ship with {name!r}; llava-lab evaluate --benchmark makes them") from None
+
+
+def shipped_place(name: str) -> Path:
+    """Where they are."""
+    return ASSETS / name / "benchmarks.json"
 
 
 # -- answers as files -----------------------------------------------------------------------
