@@ -64,8 +64,10 @@ if TYPE_CHECKING:
     from llava_lab.models import ForeignConnector as ForeignConnector
     from llava_lab.models import Lab as Lab
     from llava_lab.models import load as load
+    from llava_lab.probes import JacobianLens as JacobianLens
     from llava_lab.probes import TunedLens as TunedLens
     from llava_lab.probes import activation_map as activation_map
+    from llava_lab.probes import fit_jacobian as fit_jacobian
     from llava_lab.probes import hallucination_check as hallucination_check
     from llava_lab.probes import linear_probe as linear_probe
     from llava_lab.probes import logit_lens as logit_lens
@@ -139,6 +141,8 @@ _HOMES = {
     "naming_share": "llava_lab.probes",
     "train_lens": "llava_lab.probes",
     "TunedLens": "llava_lab.probes",
+    "JacobianLens": "llava_lab.probes",
+    "fit_jacobian": "llava_lab.probes",
     "nearest_words": "llava_lab.probes",
     "linear_probe": "llava_lab.probes",
     "token_geometry": "llava_lab.probes",

@@ -368,6 +368,7 @@ EXPECTED: Mapping[str, Kind] = MappingProxyType(
             lambda value: hasattr(value, "weight") and hasattr(value, "full"),
         ),
         "TunedLens": ("a tuned lens (ll.train_lens gives one)", lambda value: hasattr(value, "biases")),
+        "JacobianLens": ("a Jacobian lens (ll.fit_jacobian gives one)", lambda value: hasattr(value, "agreement")),
         "Scene": ("a scene of the picture book", lambda value: hasattr(value, "things")),
         "np.ndarray": ("an array", lambda value: is_list(value)),
         "bool": ("True or False", lambda value: isinstance(value, (Integral, np.bool_)) and value in (0, 1)),

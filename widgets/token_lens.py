@@ -2,16 +2,17 @@
 
 Pointing at a patch shows its likeliest words state by state, its nearest words and its norm; a typed word shows where
 and at which state it lights up. All of it is answered in the browser from one buffer. What comes back to Python is
-`word`, `state` and `selected` (the locked patch).
+`word`, `state`, `kind` (which of several lenses is shown) and `selected` (the locked patch).
 
 Tables travel in one buffer. Probabilities are uint16 square roots, ``p = (level / 65535) ** 2``: 1 is exact and a
 chance of one in a million keeps two figures, where bytes would make it zero. Entropies are uint16 steps up to the
-vocabulary's. Ids count into the pieces of both the lens and the nearest words, whose texts travel once. 7B's
+vocabulary's. Ids count into the pieces of all lenses and the nearest words, whose texts travel once. 7B's
 33 states x 576 patches x 5 words are 0.6 MB with their texts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,10 @@ ALIGNED = 4  # bytes; every part of the buffer starts on a multiple
 
 
 class TokenLens(PictureWidget):
-    """What the projected tokens say, to point at; `lens` is what `llava_lab.logit_lens` gives.
+    """What the projected tokens say, to point at; `lens` is what `llava_lab.logit_lens` gives, or several to choose from.
+
+    Several are the logit lens, a tuned and a Jacobian lens of one run, in any order, of the same states, words and `top`; `kind`
+    ("logit", "tuned", "jacobian") is shown first, by default the first of them.
 
     `near` adds each token's nearest words and its norm (`llava_lab.nearest_words`). `word` is looked for first: one of
     the words the lens was asked for is known everywhere, any other only where it is among the top words kept. `state`
@@ -46,22 +50,28 @@ class TokenLens(PictureWidget):
 
     word = traitlets.Unicode("").tag(sync=True)
     state = traitlets.Int(0).tag(sync=True)
+    kind = traitlets.Unicode("logit").tag(sync=True)
 
     def __init__(
         self,
         run: Run,
-        lens: LogitLens,
+        lens: LogitLens | Sequence[LogitLens],
         near: NearestWords | None = None,
         *,
         word: str = "",
         state: int | None = None,
         patch: Patch | None = None,
+        kind: str | None = None,
         opacity: float = 0.85,
         **unknown: Any,
     ) -> None:
         self.refuse(unknown)
-        packed = pack_lens(run, lens, near)
-        self.run, self.lens, self.near = run, lens, near
+        given = list(lens) if isinstance(lens, (list, tuple)) else [lens]
+        packed = pack_lens(run, given, near)
+        self.run, self.near = run, near
+        self.lenses = {lens.lens: lens for lens in given}
+        kind = self._known_kind(given[0].lens if kind is None else kind)
+        lens = self.lenses[kind]
         if state is None:
             state = lens.states[int(lens.probability_of(word).max(1).argmax()) if lens.knows(word) else -1]
         super().__init__(
@@ -70,6 +80,7 @@ class TokenLens(PictureWidget):
             maps=packed.data,
             word=word,
             state=state,
+            kind=kind,
             selected=[] if patch is None else [self._index(patch)],
         )
 
@@ -85,6 +96,11 @@ class TokenLens(PictureWidget):
         about = f"states {states[0]} to {states[-1]}, {self.run.map.rows} x {self.run.map.cols} patches"
         looking = f"; looking for {self.word!r}" if self.word else ""
         return f"TokenLens({self.run.question!r} → {self.run.answer_shown!r}; {about}{looking})"
+
+    @property
+    def lens(self) -> LogitLens:
+        """The lens that is shown."""
+        return self.lenses[self.kind]
 
     @property
     def values(self) -> np.ndarray:
@@ -115,6 +131,15 @@ class TokenLens(PictureWidget):
             raise traitlets.TraitError(f"word must be one line of at most {LONGEST_WORD} signs, got {word[:20]!r}…")
         return word
 
+    @traitlets.validate("kind")
+    def _valid_kind(self, proposal: dict) -> str:
+        return self._known_kind(proposal["value"])
+
+    def _known_kind(self, kind: str) -> str:
+        if kind not in self.lenses:
+            raise traitlets.TraitError(f"kind must be one of the lenses given, {', '.join(self.lenses)}; got {kind!r}")
+        return kind
+
     @traitlets.validate("state")
     def _valid_state(self, proposal: dict) -> int:
         states = self.lens.states
@@ -143,24 +168,29 @@ class PackedLens:
     data: bytes
 
 
-def pack_lens(run: Run, lens: LogitLens, near: NearestWords | None) -> PackedLens:
-    """Check that lens and nearest words are of this run, and pack them."""
-    check_lens(run, lens, near)
-    ids = lens.piece_ids if near is None else np.union1d(lens.piece_ids, near.piece_ids)
-    parts = {
-        "ids": whole(np.searchsorted(ids, lens.top_ids), lens.vocabulary),
-        "probs": root_levels(lens.top_probs),
-        "entropy": entropy_levels(lens.entropy, lens.vocabulary),
-        "word_probs": root_levels(lens.probs),
-        "word_ranks": whole(lens.ranks, lens.vocabulary),
-    }
+def pack_lens(run: Run, lenses: Sequence[LogitLens], near: NearestWords | None) -> PackedLens:
+    """Check that lenses and nearest words are of this run, and pack them; parts of all lenses but the first end in ``@kind``."""
+    if not lenses:
+        raise ValueError("expected at least one lens, what llava_lab.logit_lens gives, got none")
+    for each in lenses:
+        check_lens(run, each, near)
+    lens = lenses[0]
+    check_alike(lenses)
+    named = [*lenses, *([] if near is None else [near])]
+    texts = {piece: text for each in named for piece, text in zip(each.piece_ids.tolist(), each.pieces, strict=True)}
+    ids = np.array(sorted(texts))
+    parts = {}
+    for number, each in enumerate(lenses):
+        end = f"@{each.lens}" if number else ""
+        parts[f"ids{end}"] = whole(np.searchsorted(ids, each.top_ids), each.vocabulary)
+        parts[f"probs{end}"] = root_levels(each.top_probs)
+        parts[f"entropy{end}"] = entropy_levels(each.entropy, each.vocabulary)
+        parts[f"word_probs{end}"] = root_levels(each.probs)
+        parts[f"word_ranks{end}"] = whole(each.ranks, each.vocabulary)
     if near is not None:
         parts["near_ids"] = whole(np.searchsorted(ids, near.top_ids), lens.vocabulary)
         parts["cosines"] = np.rint(near.cosines * COSINE_STEPS).astype("<i2")
         parts["norms"] = near.norms.astype("<f4")
-    texts = dict(zip(lens.piece_ids.tolist(), lens.pieces, strict=True))
-    if near is not None:
-        texts |= dict(zip(near.piece_ids.tolist(), near.pieces, strict=True))
     picture, kind = encode_picture(run.picture)
     places, data = joined(parts)
     spec = {
@@ -168,16 +198,28 @@ def pack_lens(run: Run, lens: LogitLens, near: NearestWords | None) -> PackedLen
         "states": list(lens.states),
         "top": lens.top_ids.shape[2],
         "vocabulary": lens.vocabulary,
-        "tuned": lens.tuned,
+        "lenses": [each.lens for each in lenses],
         "words": list(lens.words),
         "pieces": [texts[piece] for piece in ids.tolist()],
         "near": None if near is None else {"top": near.top_ids.shape[1], "space": near.space, "centered": near.centered},
-        "notes": [*lens.notes, *(near.notes if near is not None else ())],
+        "notes": list(dict.fromkeys(note for each in named for note in each.notes)),
         "picture": kind,
         "palettes": palettes(),
         "parts": places,
     }
     return PackedLens(spec, picture, data)
+
+
+def check_alike(lenses: Sequence[LogitLens]) -> None:
+    """Refuse two lenses of one kind, and lenses that were not read of the same states with the same words and top."""
+    kinds = [lens.lens for lens in lenses]
+    if len(set(kinds)) < len(kinds):
+        raise ValueError(f"expected lenses of different kinds, got {', '.join(kinds)}")
+    for name in ("states", "words", "top"):
+        read = {lens.lens: lens.top_ids.shape[2] if name == "top" else getattr(lens, name) for lens in lenses}
+        if len(set(read.values())) > 1:
+            told = ", ".join(f"{kind} {value}" for kind, value in read.items())
+            raise ValueError(f"expected lenses with the same {name}, got {told}")
 
 
 def check_lens(run: Run, lens: Any, near: Any) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava_lab.cli import common
 from llava_lab.cli.common import Add, Reply, positive
-from llava_lab.errors import OptionError
+from llava_lab.errors import DataError, OptionError
 
 if TYPE_CHECKING:
     from llava_lab.results import Effect, FlowSweep, Relevance, Run
@@ -53,6 +53,7 @@ def add_commands(add: Add) -> None:
     command.add_argument("--top", type=positive, default=5, metavar="N", help="words kept per patch and state (default: 5)")
     command.add_argument("--space", default="input", help="nearest words by the input embeddings (default) or the output head")
     command.add_argument("--raw", action="store_true", help="nearest words by raw cosine instead of the centred one")
+    _add_lens(command)
     common.add_output(command, "--save", "keep the whole lens in one .npz file")
 
     about = "share of object patches whose top words name the thing or its colour, by layer, beside two controls"
@@ -61,6 +62,8 @@ def add_commands(add: Add) -> None:
     command.add_argument("--split", default="test", help="of the picture book (default: test)")
     command.add_argument("--pictures", metavar="FOLDER", help="photographs with outlines and classes.txt in its place")
     command.add_argument("--top", type=positive, default=5, metavar="N", help="words looked at per patch and state (default: 5)")
+    _add_lens(command)
+    common.add_output(command, "--save", "keep the shares in one .npz file")
 
     command = add("knockout", knockout, "cut attention between parts of the sequence, and see what happens to the answer")
     command.add_argument("picture", help="an image file")
@@ -75,6 +78,15 @@ def add_commands(add: Add) -> None:
     command.add_argument("--sweep", action="store_true", help="a window of layers moved up the model, for three flows")
     command.add_argument("--width", type=positive, help="layers in the window of --sweep (default: nine of 32, in proportion)")
     common.add_output(command, "--save", "keep the result in one .npz file")
+
+
+def _add_lens(command: argparse.ArgumentParser) -> None:
+    which = "logit (default), tuned or jacobian, fitted now on other pictures, or a file of --save-lens"
+    command.add_argument("--lens", default="logit", metavar="LENS", help=which)
+    command.add_argument("--prompts", type=positive, metavar="N", help="pictures it is fitted on (default: 40 tuned, 8 jacobian)")
+    reach = "whose derivative the jacobian lens takes: later text (default), or every later position"
+    command.add_argument("--targets", choices=("text", "later"), default="text", help=reach)
+    common.add_output(command, "--save-lens", "keep the fitted lens in one .npz file")
 
 
 # -- ask, explain ---------------------------------------------------------------------------
@@ -139,7 +151,7 @@ def lens(args: argparse.Namespace) -> Reply:
     if patch and not (patch[0] < lab.grid[0] and patch[1] < lab.grid[1]):
         raise OptionError(f"--patch lies in a {lab.grid[0]}x{lab.grid[1]} grid, counted from 0; got {args.patch!r}")
     run = common.ask(args, lab, picture, show=True)
-    result = logit_lens(lab, run, layers=layers, top=args.top, words=args.word)
+    result = logit_lens(lab, run, layers=layers, top=args.top, words=args.word, fitted=_fitted(args, lab))
     near = nearest_words(lab, run, space=args.space, centered=not args.raw, top=args.top, seed=args.seed)
     common.save(result, args.save)
     notes = [*run.notes, *result.notes, *near.notes]
@@ -154,8 +166,35 @@ def naming(args: argparse.Namespace) -> Reply:
     from llava_lab.probes import naming_share
 
     options = {"n": args.n, "split": args.split, "top": args.top, "seed": args.seed, "pictures": args.pictures}
-    result = naming_share(common.load(args), **options, progress=not args.json)
+    lab = common.load(args)
+    result = naming_share(lab, **options, fitted=_fitted(args, lab, args.pictures, args.n), progress=not args.json)
+    common.save(result, args.save)
     return Reply(result.to_dict(), str(result.table()))
+
+
+def _fitted(args: argparse.Namespace, lab: Any, pictures: str | None = None, after: int = 0) -> Any:
+    """The lens that ``--lens`` asks for, from its file or fitted now; None is the logit lens."""
+    from llava_lab.probes import JacobianLens, TunedLens
+    from llava_lab.probes.lens import lens_by_name
+
+    if args.lens.endswith(".npz"):
+        try:
+            return TunedLens.load(args.lens)
+        except DataError:
+            return JacobianLens.load(args.lens)
+    fitted = lens_by_name(
+        lab,
+        args.lens,
+        prompts=args.prompts,
+        targets=args.targets,
+        pictures=pictures,
+        after=after,
+        seed=args.seed,
+        progress=not args.json,
+    )
+    if fitted is not None:
+        common.save(fitted, args.save_lens)
+    return fitted
 
 
 def _read_states(text: str | None) -> Any:

@@ -198,7 +198,8 @@ def lens_states(
     shown = some_states(len(lens.states), 7, None if state is None else lens.states.index(state))
     tile = fit(run, min(220, (WIDTH - 2 * MARGIN + GAP) // len(shown) - GAP))
     scale = (0.0, float(values.max())) if known else range_over([values])
-    sheet.title(f'Probability of "{word}"' if known else "Entropy in nats: how undecided each patch is", scale)
+    by = {"logit": "", "tuned": ", by the tuned lens", "jacobian": ", by the Jacobian lens"}[lens.lens]
+    sheet.title((f'Probability of "{word}"' if known else "Entropy in nats: how undecided each patch is") + by, scale)
     for x, y, number in sheet.tiles(shown, len(shown), tile, caption=26):
         grid = values[number].reshape(run.map.rows, run.map.cols)
         sheet.tile(run, grid, scale, (x, y), tile)

@@ -7,12 +7,14 @@ normed; norming it again is the usual mistake). Norm statistics are each state's
 With a `TunedLens` each state first goes through its own trained affine, ``state + state A + b`` with A and b zero at first
 (which is the plain lens), trained on image tokens with Adam to lessen the Kullback-Leibler divergence from the final
 distribution. It reads what the plain lens cannot, in another basis; it may also learn what the model only works out later,
-so compare on pictures it was not trained on. Neither lens says that the model uses what it reads.
+so compare on pictures it was not trained on. A `JacobianLens` (`llava_lab.probes.jacobian`) carries each state
+to the end by the mean derivative instead. No lens says that the model uses what it reads.
 
 `naming_share` counts how often image tokens name what they show. A patch counts when one thing covers most of it
 (`patch_labels`); at every state its top words are looked up among the ways to spell the thing's kind and colour. Two controls
 stand beside it: patches that no thing touches, tried with the words of a random thing of the same picture, and the same
-object patches tried with the words of a thing in the next picture.
+object patches tried with the words of a thing in the next picture. Beside it stands the choice: whether of all kinds (of all
+colours) the likeliest is the thing's own, and how far the confidence in it is from how often it is right.
 
     lens = logit_lens(lab, run, words="red")
     lens.rank_of("red")[-1]
@@ -40,15 +42,16 @@ from tqdm.auto import tqdm
 
 from llava_lab.capture import undisturbed
 from llava_lab.capture.residual import watch_stream
-from llava_lab.checks import PATIENCE, Sweep, entry, number, whole_number
-from llava_lab.errors import CheckpointError, DataError, OptionError
+from llava_lab.checks import PATIENCE, Sweep, entry, number, one_of, whole_number
+from llava_lab.errors import DataError, OptionError
 from llava_lab.models.layout import language_layers
+from llava_lab.probes.jacobian import JacobianLens, check_lens, fit_jacobian
 from llava_lab.probes.linear import LEFT_OUT, QUESTION, patch_labels, read_stages, subset
 from llava_lab.replay.words import Reading, final_norm, output_head, read_words, state_window, token_texts, word_tokens
 from llava_lab.results import HallucinationCheck, LogitLens, NamingShare, Run, Saved, WordActivation
-from llava_lab.stats import RESAMPLES, cluster_bootstrap, percentiles, roc_auc
+from llava_lab.stats import RESAMPLES, calibration, cluster_bootstrap, percentiles, roc_auc
 from llava_lab.worlds.outlined import accepted, read_outlined
-from llava_lab.worlds.picturebook import scene
+from llava_lab.worlds.picturebook import ask_about, scene
 from llava_lab.worlds.scenes import COLOR_NAMES, KIND_NAMES
 
 if TYPE_CHECKING:
@@ -89,16 +92,17 @@ def logit_lens(
     layers: Any = None,
     top: int = 5,
     words: str | Sequence[str] = (),
-    tuned: TunedLens | None = None,
+    fitted: TunedLens | JacobianLens | None = None,
 ) -> LogitLens:
     """The top words of every image patch at every state, with entropy, and the rank of chosen `words`.
 
-    `layers`: None all states 0 .. L, a whole number that state alone, (start, stop) a window. A word of several
+    `fitted`: a lens that carries each state to the last layer first, from `train_lens` (tuned) or `fit_jacobian`; None reads
+    it as it is. `layers`: None all states 0 .. L, a whole number that state alone, (start, stop) a window. A word of several
     tokens is read as its first with a letter; the notes say which. One forward, and the output head at each patch and state; at
     7B width its memory stays below the forward's own peak (``llava-lab bench probes``).
 
-    Raises OptionError (a state out of range, `top` below 1 or above the vocabulary), CheckpointError (another
-    model's run or tuned lens), LabError (a quantised output head).
+    Raises OptionError (a state out of range or not fitted, `top` below 1 or above the vocabulary), CheckpointError
+    (another model's run or lens), LabError (a quantised output head).
 
     >>> lens = ll.logit_lens(lab, run, words="red")
     >>> lens.top_ids.shape, lens.rank_of("red").shape
@@ -109,7 +113,7 @@ def logit_lens(
     if whole_number("top", top, least=1) > vocabulary:
         raise OptionError(f"top must be at most the vocabulary's {vocabulary}, got {top}")
     names, ids, notes = word_tokens(lab, words)
-    states, read = _read(lab, run, layers, top, ids, tuned)
+    states, read = _read(lab, run, layers, top, ids, fitted)
     top_ids = np.stack([state.top_ids for state in read])
     piece_ids, pieces = token_texts(lab, top_ids)
     return LogitLens(
@@ -128,14 +132,14 @@ def logit_lens(
         model=run.model,
         fingerprint=run.fingerprint,
         seconds=time.perf_counter() - begin,
-        tuned=tuned is not None,
-        notes=(_note(states, tuned), *notes),
+        lens=_lens_name(fitted),
+        notes=(_note(states, fitted), *notes),
     )
 
 
 @entry
 def activation_map(
-    lab: Lab, run: Run, word: str | Sequence[str], *, layers: Any = None, tuned: TunedLens | None = None
+    lab: Lab, run: Run, word: str | Sequence[str], *, layers: Any = None, fitted: TunedLens | JacobianLens | None = None
 ) -> WordActivation:
     """How probable a word (or each of several) is at every patch and state; options and errors as `logit_lens`.
 
@@ -150,7 +154,7 @@ def activation_map(
     names, ids, notes = word_tokens(lab, word)
     if not names:
         raise OptionError("expected at least one word to look for, got none")
-    states, read = _read(lab, run, layers, 1, ids, tuned)
+    states, read = _read(lab, run, layers, 1, ids, fitted)
     values = np.stack([state.probs for state in read]).transpose(2, 0, 1)
     return WordActivation(
         values=np.ascontiguousarray(values).reshape(len(ids), len(states), run.map.rows, run.map.cols),
@@ -161,7 +165,7 @@ def activation_map(
         model=run.model,
         fingerprint=run.fingerprint,
         seconds=time.perf_counter() - begin,
-        notes=(_note(states, tuned), *notes),
+        notes=(_note(states, fitted), *notes),
     )
 
 
@@ -173,7 +177,7 @@ def hallucination_check(
     absent: Sequence[Sequence[str]],
     *,
     layers: Any = None,
-    tuned: TunedLens | None = None,
+    fitted: TunedLens | JacobianLens | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> HallucinationCheck:
@@ -197,7 +201,7 @@ def hallucination_check(
         for picture, run in enumerate(runs):
             asked = [*present[picture], *absent[picture]]
             if asked:
-                activation = activation_map(lab, run, asked, layers=layers, tuned=tuned)
+                activation = activation_map(lab, run, asked, layers=layers, fitted=fitted)
                 notes |= dict.fromkeys(activation.notes)
                 there = [True] * len(present[picture]) + [False] * len(absent[picture])
                 rows += zip(asked, [picture] * len(asked), there, activation.confidence.tolist(), strict=True)
@@ -228,19 +232,18 @@ def _separation(where: np.ndarray, there: np.ndarray, sure: np.ndarray, seed: in
 
 
 def _read(
-    lab: Lab, run: Run, layers: Any, top: int, ids: Sequence[int], tuned: TunedLens | None
+    lab: Lab, run: Run, layers: Any, top: int, ids: Sequence[int], fitted: TunedLens | JacobianLens | None
 ) -> tuple[tuple[int, ...], list[Reading]]:
     """One forward; each state of the window is read inside it, so that no two states are held at once."""
     stack = language_layers(lab.model)
     start, stop = state_window(layers, len(stack))
-    if tuned is not None and tuned.fingerprint != lab.fingerprint:
-        raise CheckpointError(f"this tuned lens was trained for {tuned.model!r} with other weights; train it with `train_lens`")
+    check_lens(lab, fitted)
     image, norm = slice(*run.segments["image"]), final_norm(lab)
     readings: list[Reading] = []
 
     def fold(number: int, state: Tensor) -> None:
         if start <= number < stop:
-            rows = state[0, image] if tuned is None else tuned.translate(number, state[0, image])
+            rows = state[0, image] if fitted is None else fitted.translate(number, state[0, image])
             readings.append(read_words(lab, norm(rows), top=top, ids=ids))
 
     with undisturbed(lab.model), watch_stream(stack, fold):
@@ -248,9 +251,17 @@ def _read(
     return tuple(range(start, stop)), readings
 
 
-def _note(states: tuple[int, ...], tuned: TunedLens | None) -> str:
+def _lens_name(fitted: TunedLens | JacobianLens | None) -> str:
+    return "logit" if fitted is None else "jacobian" if isinstance(fitted, JacobianLens) else "tuned"
+
+
+def _note(states: tuple[int, ...], fitted: TunedLens | JacobianLens | None) -> str:
     places = f"states {states[0]} to {states[-1]}" if len(states) > 1 else f"state {states[0]}"
-    how = "each state put through its own trained affine, then normed once" if tuned else "each state normed once"
+    how = {
+        "logit": "each state normed once",
+        "tuned": "each state put through its own trained affine, then normed once",
+        "jacobian": "each state carried to the end by the mean derivative, then normed once",
+    }[_lens_name(fitted)]
     return f"Image tokens at {places} read with the output head, {how}, with its own norm statistics."
 
 
@@ -275,8 +286,8 @@ def train_lens(
     Raises OptionError for no pictures, a negative rate or fewer than one step.
 
     >>> tuned = ll.train_lens(lab, [picture], steps=2, per_picture=16, progress=False)
-    >>> ll.logit_lens(lab, run, tuned=tuned).tuned
-    True
+    >>> ll.logit_lens(lab, run, fitted=tuned).lens
+    'tuned'
     """
     whole_number("steps", steps, least=1)
     number("rate", rate)
@@ -334,6 +345,44 @@ def _log_probs(lab: Lab, states: Tensor) -> Tensor:
     return head(normed).float().log_softmax(-1)
 
 
+LENS_PROMPTS = {"tuned": 40, "jacobian": 8}  # pictures a lens is fitted on where nothing else is said
+
+
+def lens_by_name(
+    lab: Lab,
+    name: str,
+    *,
+    prompts: int | None = None,
+    targets: str = "text",
+    pictures: str | os.PathLike | None = None,
+    after: int = 0,
+    seed: int = 0,
+    progress: bool = True,
+) -> TunedLens | JacobianLens | None:
+    """A lens of that name ("logit": none), fitted on pictures that no test shows.
+
+    These are of the picture book's training split, every other one described and the rest asked one question, or with
+    `pictures` the photographs of that folder behind the first `after`. Raises DataError where there are too few.
+    """
+    one_of("lens", name, ("logit", *LENS_PROMPTS))
+    if name == "logit":
+        return None
+    count = whole_number("prompts", LENS_PROMPTS[name] if prompts is None else prompts, least=1)
+    if pictures is None:
+        scenes = [scene("train", i, seed=seed) for i in range(count)]
+        asked = [ask_about(drawn, np.random.default_rng((seed, 7, i)), 1)[0].text for i, drawn in enumerate(scenes)]
+        asked[::2] = [ASKED] * len(asked[::2])
+        shown = [drawn.picture() for drawn in scenes]
+    else:
+        shown = [photo.picture() for photo in read_outlined(Path(pictures))[after : after + count]]
+        asked = [ASKED] * count
+        if len(shown) < count:
+            raise DataError(f"{pictures} has {len(shown)} photographs behind the first {after}; a lens on {count} needs more")
+    if name == "tuned":
+        return train_lens(lab, shown, question=ASKED, seed=seed, progress=progress)
+    return fit_jacobian(lab, lab.ask_many(shown, asked, progress=progress), targets=targets, progress=progress)
+
+
 # -- how often tokens name what they show --------------------------------------------------------
 
 
@@ -346,10 +395,13 @@ def naming_share(
     pictures: str | os.PathLike | None = None,
     top: int = 5,
     question: str = ASKED,
+    fitted: TunedLens | JacobianLens | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> NamingShare:
-    """Shares by state over the first `n` scenes of a split, with intervals that resample pictures.
+    """Shares by state over the first `n` scenes of a split, with intervals that resample pictures, and the choice among names.
+
+    `fitted`: a lens to read through, as in `logit_lens`; fit it on other pictures.
 
     With `pictures`, a folder of photographs with outlines (`worlds.outlined.read_outlined`), the scenes are its photographs: a
     token names its thing by any accepted word, and nothing is counted for colours. What no outline covers may still be a thing.
@@ -367,25 +419,30 @@ def naming_share(
     shown, names, notes = _drawn(lab, n, split, seed) if pictures is None else _photographed(lab, n, Path(pictures))
     n, split = len(shown), split if pictures is None else Path(pictures).name
     rng = np.random.default_rng((seed, n))
-    hits, counts = [], []
+    hits, counts, chosen = [], [], []
     states: tuple[int, ...] = ()
+    ids = sorted({int(token) for spelt in names.values() for tokens in spelt for token in tokens})
     for i, subject in enumerate(tqdm(shown, desc="naming", unit="picture", delay=PATIENCE, disable=not progress)):
         run = lab.ask(subject.picture(), question, max_new_tokens=1)
-        lens = logit_lens(lab, run, top=top)
-        states = lens.states
+        states, read = _read(lab, run, None, top, ids, fitted)
+        top_ids, probs = np.stack([each.top_ids for each in read]), np.stack([each.probs for each in read])
         there, blank = np.flatnonzero(subject.labels[0] >= 0), np.flatnonzero(subject.empty)
         groups = (
             (there, subject.labels[:, there]),
             (blank, subject.some(len(blank), rng)),
             (there, shown[(i + 1) % n].some(len(there), rng)),
         )
-        hits.append(np.stack([_named(lens.top_ids[:, where], names, labels) for where, labels in groups]))
+        hits.append(np.stack([_named(top_ids[:, where], names, labels) for where, labels in groups]))
+        chosen.append([_chosen(probs[:, where], ids, names, labels) for where, labels in groups])
         counts.append([len(where) for where, _ in groups])
     share, interval = _shares(np.stack(hits).astype(float), np.array(counts, float), seed)
+    choice, error = _choices([np.concatenate(of_group, 2) for of_group in zip(*chosen, strict=True)])
     return NamingShare(
         states=states,
         share=share,
         interval=interval,
+        choice=choice,
+        calibration_error=error,
         patches=tuple(int(x) for x in np.sum(counts, 0)),
         top=top,
         split=split,
@@ -393,6 +450,7 @@ def naming_share(
         model=lab.name,
         fingerprint=lab.fingerprint,
         seconds=time.perf_counter() - begin,
+        lens=_lens_name(fitted),
         notes=notes,
     )
 
@@ -474,6 +532,28 @@ def _named(top_ids: np.ndarray, names: Names, labels: np.ndarray) -> np.ndarray:
         for patch, label in enumerate(labels[row]):
             hit[row, :, patch] = np.isin(top_ids[:, patch], names[what][int(label)]).any(-1)
     return np.stack([*hit, hit.any(0)]).sum(-1)
+
+
+def _chosen(probs: np.ndarray, ids: Sequence[int], names: Names, labels: np.ndarray) -> np.ndarray:
+    """The likeliest kind and colour of all at each patch: (kind and color, S, P, confidence and whether right).
+
+    NaN where there are not two names to choose from.
+    `probs` (S, P, ids) are those of every token that names something; a thing's are added, and divided by all things'.
+    """
+    told = np.full((2, *probs.shape[:2], 2), np.nan)
+    for row, what in enumerate(("kind", "color")):
+        if len(names[what]) > 1:
+            each = np.stack([probs[..., np.isin(ids, tokens)].sum(-1, dtype=float) for tokens in names[what]], -1)
+            told[row, ..., 0] = each.max(-1) / np.maximum(each.sum(-1), 1e-300)
+            told[row, ..., 1] = each.argmax(-1) == labels[row]
+    return told
+
+
+def _choices(told: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """(2, S, P, 2) of each group -> share right (groups, 2, S), and the calibration error of the first group (2, S)."""
+    share = np.stack([group[..., 1].mean(-1) if group.shape[2] else np.full(group.shape[:2], np.nan) for group in told])
+    error = [[np.nan if np.isnan(at).any() else calibration(at[:, 0], at[:, 1] > 0)["error"] for at in what] for what in told[0]]
+    return share.astype(np.float32), np.array(error, np.float32)
 
 
 def _shares(hits: np.ndarray, counts: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:

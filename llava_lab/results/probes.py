@@ -21,10 +21,12 @@ from llava_lab.results.schema import filled, within
 from llava_lab.results.table import Table, figure, plain
 from llava_lab.stats import cluster_bootstrap, percentiles
 
+LENSES = ("logit", "tuned", "jacobian")
+
 
 @dataclass(frozen=True)
 class LogitLens(Saved):
-    """What each image token would say at each state, if the model stopped there."""
+    """What each image token would say at each state, if the model stopped there; by a fitted lens, where it leads."""
 
     KIND: ClassVar[str] = "logit lens"
 
@@ -43,11 +45,19 @@ class LogitLens(Saved):
     model: str
     fingerprint: str
     seconds: float
-    tuned: bool = False  # each state went through its own trained affine first
+    lens: str = "logit"  # of `LENSES`: what each state went through before it was read
     notes: tuple[str, ...] = ()
+
+    @classmethod
+    def upgraded(cls, header: dict[str, Any]) -> dict[str, Any]:
+        """Before there were three lenses a file said only whether it was the tuned one."""
+        tuned = header.pop("tuned", False)
+        return {"lens": "tuned" if tuned else "logit", **header}
 
     def check(self) -> None:
         filled(states=self.states, top=self.top_ids.ravel())
+        if self.lens not in LENSES:
+            raise DataError(f"lens must be one of {', '.join(LENSES)}, got {self.lens!r}")
         _check_pieces(self.top_ids, self.piece_ids)
         _same_length("words", self.words, self.word_ids)
 
@@ -204,13 +214,15 @@ class NamingShare(Saved):
     """How often image tokens name what they show, by state, beside two controls."""
 
     KIND: ClassVar[str] = "naming share"
-    GAPS: ClassVar[tuple[str, ...]] = ("share", "interval")
+    GAPS: ClassVar[tuple[str, ...]] = ("share", "interval", "choice", "calibration_error")
     GROUPS: ClassVar[tuple[str, ...]] = ("object", "background", "shuffled")
     WHAT: ClassVar[tuple[str, ...]] = ("kind", "color", "either")
 
     states: tuple[int, ...]  # S
     share: Float32[np.ndarray, "3 3 states"]  # 0 to 1, pooled over patches
     interval: Float32[np.ndarray, "3 3 states 2"]  # resampling pictures
+    choice: Float32[np.ndarray, "3 2 states"]  # share of patches where of all kinds, of all colours, the likeliest is right
+    calibration_error: Float32[np.ndarray, "2 states"]  # of its confidence at object patches, over ten bins; 0 is best
     patches: tuple[int, ...]  # of each group
     top: int  # words looked at
     split: str
@@ -218,6 +230,7 @@ class NamingShare(Saved):
     model: str
     fingerprint: str
     seconds: float
+    lens: str = "logit"  # of `LENSES`
     notes: tuple[str, ...] = ()
 
     def check(self) -> None:
@@ -230,16 +243,19 @@ class NamingShare(Saved):
         return self.share[self.GROUPS.index(group), self.WHAT.index(what)]
 
     def table(self) -> Table:
-        """A row for each state, objects beside background and shuffled pictures."""
+        """A row for each state: shares of object patches beside background and shuffled pictures, then the choice among kinds."""
         rows = []
         for i, state in enumerate(self.states):
             kind, color, either = self.share[0, :, i]
             low, high = self.interval[0, 2, i]
             interval = f"{either:.1%} ({low:.1%} to {high:.1%})"
             controls = f"{self.share[1, 2, i]:.1%}", f"{self.share[2, 2, i]:.1%}"
-            rows.append((str(state), f"{kind:.1%}", f"{color:.1%}", interval, *controls))
+            right, shuffled = (f"{self.choice[group, 0, i]:.1%}" for group in (0, 2))
+            choice = right, shuffled, f"{self.calibration_error[0, i]:.2f}"
+            rows.append((str(state), f"{kind:.1%}", f"{color:.1%}", interval, *controls, *choice))
         names = ("state", "kind of its thing", "its color", "either (95%)", "background", "shuffled")
-        return Table(names, tuple(rows), notes=self.notes)
+        names += ("likeliest kind is right", "shuffled", "calibration error")
+        return Table(names, tuple(rows), title=f"{self.lens} lens, top {self.top} words", notes=self.notes)
 
     def to_dict(self) -> dict[str, Any]:
         """What ``llava-lab naming --json`` prints."""
@@ -253,7 +269,11 @@ class NamingShare(Saved):
             }
             for g, group in enumerate(self.GROUPS)
         }
-        about = {name: getattr(self, name) for name in ("states", "top", "split", "pictures")}
+        about = {name: getattr(self, name) for name in ("lens", "states", "top", "split", "pictures")}
+        about["choice"] = {
+            group: {what: self.choice[g, w] for w, what in enumerate(self.WHAT[:2])} for g, group in enumerate(self.GROUPS)
+        }
+        about["calibration_error"] = dict(zip(self.WHAT[:2], self.calibration_error, strict=True))
         about |= {"patches": dict(zip(self.GROUPS, self.patches, strict=True)), "shares": shares}
         return plain(about | {"notes": self.notes, "model": self.model})
 

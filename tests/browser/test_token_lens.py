@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Locator
 
-from tests.support.lens_examples import CAR, ONCE, SPOT, STATES, example
+from tests.support.lens_examples import CAR, ONCE, SPOT, STATES, example, three
 from tests.support.widget_page import WidgetPage, center, difference
 from widgets import TokenLens
 
@@ -263,3 +263,27 @@ def test_one_state_needs_no_slider(widget_page: WidgetPage) -> None:
     shown = widget_page.mount(TokenLens(run, replace(lens, states=(2,), **cut), near, word="car"))
     assert not shown.get_by_role("slider", name="State").is_visible()
     assert shown.locator(".lab-legend-title").inner_text() == "“car” at state 2"
+
+
+def test_choosing_a_lens_changes_the_words_the_map_and_what_python_hears(widget_page: WidgetPage) -> None:
+    run, lenses, near = three()
+    shown = widget_page.mount(TokenLens(run, lenses, near, word="cup", patch=(8, 5)))
+    assert row(shown, 2)[:2] == ["car", "20%"]
+    assert shown.locator(".lab-lens-status > span").first.inner_text().startswith("“cup” is likeliest at state 0")
+    shown.get_by_role("radio", name="Jacobian lens").click()
+    widget_page.settle()
+    assert widget_page.get("kind") == "jacobian"
+    assert row(shown, 2)[:2] == ["cup", "95%"]
+    assert "95%, rank" in shown.locator(".lab-lens-status > span").first.inner_text()
+    assert (shown.locator(".lab-live").text_content() or "").startswith("Jacobian lens. State ")
+    assert lit(widget_page) == {SPOT}
+    find(widget_page, shown, "")
+    entropy = row(shown, 0)[-1]
+    widget_page.set("kind", "tuned")
+    assert shown.get_by_role("radio", name="Tuned lens").get_attribute("aria-checked") == "true"
+    assert row(shown, 0)[-1] != entropy
+    assert row(shown, 2)[:2] == ["car", "20%"]
+
+
+def test_one_lens_has_no_choice_of_lens(widget_page: WidgetPage) -> None:
+    assert mounted(widget_page).get_by_role("radiogroup", name="Lens").count() == 0

@@ -164,13 +164,13 @@ def test_tuned_lens_comes_nearer_to_the_end_and_leaves_the_last_state(tiny_rando
     assert (tuned.after < 0.7 * tuned.before).all()
     assert all(torch.equal(one, before[name]) for name, one in tiny_random.model.state_dict().items())
     assert all(parameter.grad is None for parameter in tiny_random.model.parameters())
-    plain, other = logit_lens(tiny_random, run), logit_lens(tiny_random, run, tuned=tuned)
+    plain, other = logit_lens(tiny_random, run), logit_lens(tiny_random, run, fitted=tuned)
     np.testing.assert_array_equal(plain.top_probs[-1], other.top_probs[-1])
     assert np.abs(plain.top_probs[0] - other.top_probs[0]).max() > 1e-3
     zero = replace(tuned, weights=0 * tuned.weights, biases=0 * tuned.biases)
-    np.testing.assert_array_equal(logit_lens(tiny_random, run, tuned=zero).top_probs, plain.top_probs)
-    with pytest.raises(CheckpointError, match="trained for .* with other weights"):
-        logit_lens(tiny_random, run, tuned=replace(tuned, fingerprint="other"))
+    np.testing.assert_array_equal(logit_lens(tiny_random, run, fitted=zero).top_probs, plain.top_probs)
+    with pytest.raises(CheckpointError, match="tuned lens was made for .* with other weights"):
+        logit_lens(tiny_random, run, fitted=replace(tuned, fingerprint="other"))
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -273,19 +273,19 @@ def plant_names(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """State 0 says nothing; state 1 says the kind of the thing at its patches; state 2 its colour everywhere it is."""
     scenes = iter([scene("test", i) for i in range(N)])
     nothing = lab.tokenizer.encode(",", add_special_tokens=False)[0]
-    real = lens.logit_lens
+    real = lens._read
 
-    def planted_lens(lab: Lab, run: Any, *, top: int) -> Any:
+    def planted(lab: Lab, run: Any, layers: Any, top: int, *given: Any) -> Any:
         shown = next(scenes)
-        found = real(lab, run, top=top, layers=(0, 3))
-        said = np.full_like(found.top_ids, nothing)
+        states, found = real(lab, run, (0, 3), top, *given)
+        said = np.full((3, *found[0].top_ids.shape), nothing)
         for state, what, names in ((1, "kind", KIND_NAMES), (2, "color", COLOR_NAMES)):
             for patch, number in enumerate(patch_labels(lab, [shown], what)[0].ravel()):
                 if number >= 0:
                     said[state, patch, -1] = token(lab, names[number])
-        return replace(found, top_ids=said)
+        return states, [replace(read, top_ids=ids) for read, ids in zip(found, said, strict=True)]
 
-    monkeypatch.setattr(lens, "logit_lens", planted_lens)
+    monkeypatch.setattr(lens, "_read", planted)
 
 
 def test_a_lens_that_names_everything_scores_one_and_its_background_nothing(tiny: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,7 +332,7 @@ def test_intervals_hold_the_share_and_the_file_gives_it_back(tiny: Lab, tmp_path
     back = NamingShare.load(found.save(tmp_path / "n.npz"))
     assert np.array_equal(back.share, found.share)
     assert back.table() == found.table()
-    assert len(str(found.table()).splitlines()) == len(found.states) + 1
+    assert len(str(found.table()).splitlines()) == len(found.states) + 2  # title and headings
 
 
 def test_bad_counts_and_splits_are_refused(tiny: Lab) -> None:
@@ -347,11 +347,14 @@ def test_bad_counts_and_splits_are_refused(tiny: Lab) -> None:
 def test_naming_on_photographs_counts_the_patches_of_their_outlines(
     tiny: Lab, outlined: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dog, real = token(tiny, "fish"), lens.logit_lens
+    dog, real = token(tiny, "fish"), lens._read
     monkeypatch.setattr(lens, "accepted", lambda name: ("fish",) if name == "dog" else ("star",))  # words that tiny has
-    monkeypatch.setattr(
-        lens, "logit_lens", lambda *given, **o: replace(found := real(*given, **o), top_ids=found.top_ids * 0 + dog)
-    )
+
+    def all_dogs(*given: Any) -> Any:
+        states, found = real(*given)
+        return states, [replace(read, top_ids=read.top_ids * 0 + dog) for read in found]
+
+    monkeypatch.setattr(lens, "_read", all_dogs)
     told = naming_share(tiny, pictures=outlined, progress=False)
     # the dog has the left half of its picture, the fruit three fifths of the other; both are twice as wide as high
     rows, columns = tiny.grid
@@ -371,3 +374,16 @@ def test_the_command_prints_what_the_function_finds(tiny: Lab, capsys: pytest.Ca
     found = naming_share(tiny, n=2, progress=False)
     assert [one["share"] for one in data["shares"]["object"]["either"]] == pytest.approx(found.of("object").tolist())
     assert data["patches"]["object"] == found.patches[0]
+
+
+def test_the_choice_adds_the_spellings_of_a_name_and_is_none_without_two_names() -> None:
+    names = {"kind": [np.array([3, 5]), np.array([7])], "color": [np.array([9])]}
+    probs = np.array([[[0.2, 0.2, 0.3, 0.1], [0.0, 0.1, 0.3, 0.1]]])  # one state, two patches, tokens 3, 5, 7 and 9
+    told = lens._chosen(probs, [3, 5, 7, 9], names, np.array([[0, 0], [0, 0]]))
+    np.testing.assert_allclose(told[0, 0], [[0.4 / 0.7, 1], [0.75, 0]])
+    assert np.isnan(told[1]).all()
+    share, error = lens._choices([told, told[:, :, :0]])
+    np.testing.assert_allclose(share[0, 0], [0.5])
+    assert np.isnan(share[1]).all()
+    np.testing.assert_allclose(error[0], [(1 - 0.4 / 0.7 + 0.75) / 2], atol=1e-4)
+    assert np.isnan(error[1]).all()

@@ -6,6 +6,7 @@ In `example` the patch `SPOT` says "car" more and more surely; every other patch
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,19 @@ def example() -> tuple[Run, LogitLens, NearestWords]:
     names = {"piece_ids": np.array([0, 1, 3, 4, 5, 6, 7], np.int32), "pieces": tuple(PIECES[i] for i in (0, 1, 3, 4, 5, 6, 7))}
     lens = lens_of(run, ids, probs, entropy=entropy.astype(np.float32), **asked, **names)
     return run, lens, near_of(run)
+
+
+def three() -> tuple[Run, list[LogitLens], NearestWords]:
+    """The example by three lenses: tuned is always as undecided as in the last state, Jacobian says "cup" at `SPOT`."""
+    run, lens, near = example()
+    tuned = replace(lens, lens="tuned", entropy=np.repeat(lens.entropy[-1:], STATES, 0))
+    ids, probs = lens.top_ids.copy(), lens.top_probs.copy()
+    ids[:, SPOT, 0], probs[:, SPOT, 0] = 2, 0.95
+    pieces = {"piece_ids": np.arange(8, dtype=np.int32), "pieces": PIECES}
+    asked = np.full_like(lens.probs, 0.001)
+    asked[:, SPOT] = 0.001, 0.95
+    jacobian = replace(lens, lens="jacobian", top_ids=ids, top_probs=probs, probs=asked, **pieces, notes=("Led to the end.",))
+    return run, [lens, tuned, jacobian], near
 
 
 def near_of(run: Run) -> NearestWords:

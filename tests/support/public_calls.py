@@ -116,11 +116,13 @@ def public_calls(lab: Any, folder: Path) -> dict[str, dict[str, Any]]:
         "shipped_ablation": {},
         "shipped_leaderboard": {"lab": lab},
         "shipped_pruning": {"lab": lab},
-        "logit_lens": {**asked, "layers": None, "top": 2, "words": (), "tuned": None},
-        "activation_map": {**asked, "word": "car", "layers": None, "tuned": None},
+        "logit_lens": {**asked, "layers": None, "top": 2, "words": (), "fitted": None},
+        "activation_map": {**asked, "word": "car", "layers": None, "fitted": None},
         "hallucination_check": {"lab": lab, "runs": [run], "present": [["car"]], "absent": [["dog"]], "layers": None}
-        | {"tuned": None, "seed": 0, "progress": False},
-        "naming_share": {"lab": lab, **drawn, "pictures": None, "top": 2, "question": "What?", "progress": False},
+        | {"fitted": None, "seed": 0, "progress": False},
+        "naming_share": {"lab": lab, **drawn, "pictures": None, "top": 2, "question": "What?"}
+        | {"fitted": None, "progress": False},
+        "fit_jacobian": {"lab": lab, "runs": [run], "targets": "text", "layers": None, "rows": 16, "progress": False},
         "train_lens": {**some, "question": "What?", "steps": 1, "rate": 1e-3, "per_picture": 4, "seed": 0, "progress": False},
         "nearest_words": {**asked, "space": "input", "centered": True, "top": 2, "draws": 2, "seed": 0},
         "linear_probe": {**some, "labels": [0, 1] * 3, "at": "after", "question": "What?", "folds": 2, "per_picture": 4}

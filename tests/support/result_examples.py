@@ -117,8 +117,9 @@ def _probes(run: results.Run) -> list[Saved]:
     check = results.HallucinationCheck(words * 2, np.array([0, 0, 1, 1], np.int32), present, sure, 0.75, 0.5, 1.0, **ABOUT)
     share = rng.random((3, 3, 2), np.float32)
     naming = results.NamingShare(
-        (0, 4), share, np.stack([share / 2, share], -1), (30, 60, 30), 5, "test", 6, seconds=0.1, **ABOUT
-    )
+        (0, 4), share, np.stack([share / 2, share], -1), share[:, :2], share[0, :2], (30, 60, 30), 5, "test", 6,
+        seconds=0.1, lens="jacobian", **ABOUT,
+    )  # fmt: skip
     scores = results.ProbeScores(
         stages=("before", "after"),
         right=rng.random((2, 2, 8), np.float32),

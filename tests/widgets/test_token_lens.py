@@ -11,7 +11,7 @@ import pytest
 import traitlets
 from PIL import Image
 
-from tests.support.lens_examples import CAR, ONCE, SPOT, STATES, VOCABULARY, big, example, lens_of
+from tests.support.lens_examples import CAR, ONCE, SPOT, STATES, VOCABULARY, big, example, lens_of, three
 from tests.support.widget_examples import make_run
 from widgets import TokenLens
 from widgets.token_lens import COSINE_STEPS, STEPS
@@ -165,3 +165,39 @@ def test_a_word_asked_for_is_known_everywhere_and_any_other_among_the_top_words_
     assert np.argwhere(lens.probability_of("red")).tolist() == [list(ONCE)]  # case alone does not hide a word
     assert not lens.knows("zebra")
     assert not lens.probability_of("zebra").any()
+
+
+def test_several_lenses_are_packed_each_and_the_one_chosen_is_shown() -> None:
+    run, lenses, near = three()
+    widget = TokenLens(run, lenses, near, word="cup")
+    assert widget.spec["lenses"] == ["logit", "tuned", "jacobian"]
+    known = dict(enumerate(widget.spec["pieces"]))
+    for end, lens in (("", lenses[0]), ("@tuned", lenses[1]), ("@jacobian", lenses[2])):
+        texts = dict(zip(lens.piece_ids.tolist(), lens.pieces, strict=True))
+        assert [known[i] for i in part(widget, f"ids{end}")] == [texts[i] for i in lens.top_ids.ravel().tolist()]
+        np.testing.assert_allclose((part(widget, f"word_probs{end}") / STEPS) ** 2, lens.probs.ravel(), atol=2e-5)
+    assert widget.spec["notes"].count("Made by hand.") == 1
+    assert "Led to the end." in widget.spec["notes"]
+    assert (widget.kind, widget.lens.lens) == ("logit", "logit")
+    plain, still = widget.values, widget.draw_png()
+    widget.kind = "jacobian"
+    assert widget.values[8, 5] == pytest.approx(0.95)
+    assert plain[8, 5] < 1e-3
+    assert widget.draw_png() != still
+    assert TokenLens(run, lenses, word="cup", kind="tuned").lens is lenses[1]
+    assert len(TokenLens(run, lenses[0]).maps) == len(TokenLens(run, lenses[:1]).maps)
+
+
+def test_lenses_that_cannot_stand_beside_each_other_are_refused() -> None:
+    run, (logit, tuned, _), _ = three()
+    with pytest.raises(ValueError, match="expected at least one lens"):
+        TokenLens(run, [])
+    with pytest.raises(ValueError, match="expected lenses of different kinds, got logit, logit"):
+        TokenLens(run, [logit, logit])
+    with pytest.raises(ValueError, match=r"expected lenses with the same top, got logit 4, tuned 2"):
+        TokenLens(run, [logit, replace(tuned, top_ids=tuned.top_ids[..., :2], top_probs=tuned.top_probs[..., :2])])
+    with pytest.raises(traitlets.TraitError, match="kind must be one of the lenses given, logit, tuned; got 'jacobian'"):
+        TokenLens(run, [logit, tuned], kind="jacobian")
+    widget = TokenLens(run, [logit, tuned])
+    with pytest.raises(traitlets.TraitError, match="kind must be one of the lenses given"):
+        widget.kind = "other"

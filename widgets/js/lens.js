@@ -4,7 +4,9 @@
  * undecided a patch is, with each patch's likeliest word on it where there is room; the table beside it holds the words
  * of the patch pointed at, or of the one that is locked. A press locks a patch or lets it go; arrows move the lock.
  *
- * All of it is in the page. Python hears of what is kept: `word`, `state`, `selected` (the locked patch).
+ * Of several lenses one is shown at a time; choosing another changes what is read in place, so that every part follows.
+ *
+ * All of it is in the page. Python hears of what is kept: `word`, `state`, `kind` (the lens), `selected` (the locked patch).
  */
 
 import { blankCanvas, contextOf } from "./shared/canvas.js";
@@ -13,7 +15,7 @@ import { ARROWS, pointerGestures } from "./shared/gestures.js";
 import { firstOnPicture, onPicture, patchBox, patchName, step } from "./shared/grid.js";
 import { MapPanel } from "./shared/map_panel.js";
 import { shows } from "./shared/panel.js";
-import { commonest, entropyQuantity, findWord, lensMap, readLens, rootProbability, spokenPatch } from "./lens_data.js";
+import { LENSES, commonest, entropyQuantity, findWord, lensMap, readLens, rootProbability, spokenPatch } from "./lens_data.js";
 import { spokenState, sureQuantity, topPieces, valueText, wordQuantity, wordStatus } from "./lens_data.js";
 import { LensCurve, lensTable, nearList, wordField } from "./lens_parts.js";
 
@@ -36,24 +38,29 @@ const FAINT = 0.6; // of a word that the model is not sure of at all
 class TokenLens extends MapPanel {
   /** @param {import("./shared/panel.js").Model} model @param {HTMLElement} el */
   constructor(model, el) {
-    super(model, ["word", "state"]);
-    this.lens = readLens(model.get("maps"), this.spec);
+    super(model, ["word", "state", "kind"]);
+    this.lens = readLens(model.get("maps"), this.spec, model.get("kind"));
     const { map, opacity } = this.spec;
     this.display = { opacity, smooth: false, spotlight: false, ownScale: false, words: true, color: BY_ENTROPY };
     this.peek = { state: -1 };
     this.typed = /** @type {string | null} */ (null); // not entered yet
     this.heardWord = /** @type {string | null} */ (null);
-    this.entropy = entropyQuantity(this.lens);
-    this.sure = sureQuantity(this.lens);
-    this.looked = this.lookUp("");
-    this.everywhere = this.lens.spec.states.map((_, state) => commonest(this.lens, state));
-    this.shown = /** @type {{key: string, map: import("./shared/maps.js").Shown | null}} */ ({ key: "", map: null });
+    this.derive();
     this.surface.canvas.setAttribute("aria-label", `The picture in ${map.rows} by ${map.cols} patches. ${KEYS}`);
     this.written = new PatchWords(this.lens);
     const pick = (/** @type {number} */ state) => this.pickState(state);
     const peek = (/** @type {number} */ state) => this.set(this.peek, { state });
     this.curve = new LensCurve(this.spec.states, pick, peek, this.refresh, this.stop.signal);
     this.open(this.build(pick, peek), el);
+  }
+
+  /** What is worked out once from the lens. */
+  derive() {
+    this.entropy = entropyQuantity(this.lens);
+    this.sure = sureQuantity(this.lens);
+    this.looked = this.find("");
+    this.everywhere = this.lens.spec.states.map((_, state) => commonest(this.lens, state));
+    this.shown = /** @type {{key: string, map: import("./shared/maps.js").Shown | null}} */ ({ key: "", map: null });
   }
 
   /** @param {(state: number) => void} pick @param {(state: number) => void} peek */
@@ -68,11 +75,25 @@ class TokenLens extends MapPanel {
     const words = [this.add(lensTable(lens, pick, peek, signal)), ...(near ? [this.add(near)] : [])];
     const right = make("div", "lab-side", [...words, this.add(this.controls())]);
     const notes = make("ul", "lab-notes", spec.notes.map((text) => make("li", "", [text])));
-    const kind = spec.tuned ? "tuned lens" : "logit lens";
-    const about = `${kind} · ${spec.states.length} states · ${this.patchesText}`;
+    const about = `${spec.lenses.map((kind) => LENSES[kind]).join(", ")} · ${spec.states.length} states · ${this.patchesText}`;
     const answer = make("span", "lab-lens-answer", [spec.answer]);
     const text = { class: "lab-lens", label: "Token lens", about, tail: [document.createTextNode(" "), answer] };
-    return this.card(text, [find, make("div", "lab-lens-body", [left, right]), notes]);
+    const choice = spec.lenses.length > 1 ? [this.add(this.lensChoice())] : [];
+    return this.card(text, [find, ...choice, make("div", "lab-lens-body", [left, right]), notes]);
+  }
+
+  /** Which of several lenses is shown. */
+  lensChoice() {
+    const { lenses } = this.spec;
+    const names = lenses.map((/** @type {string} */ kind) => LENSES[kind][0].toUpperCase() + LENSES[kind].slice(1));
+    const pick = (/** @type {number} */ i) => {
+      this.keep("kind", lenses[i]);
+      const { quantity, state } = this.view();
+      this.say(`${names[i]}. ${spokenState(this.lens, quantity, state)}`);
+    };
+    const choice = segmented("Lens", names, pick, this.stop.signal);
+    const root = make("div", "lab-lens-choice lab-lens-kinds", [make("span", "lab-label", ["Lens"]), choice.root]);
+    return { root, update: () => choice.show(lenses.indexOf(this.lens.kind), -1) };
   }
 
   /** What the picture is coloured by, on which scale, and whether words are written on it. */
@@ -172,17 +193,31 @@ class TokenLens extends MapPanel {
     this.typed = null;
   }
 
+  /** Python or the reader may have chosen another lens. */
+  hearKind() {
+    const kind = this.model.get("kind");
+    if (kind === this.lens.kind) return;
+    Object.assign(this.lens, readLens(this.model.get("maps"), this.spec, kind)); // every part holds this one object
+    this.written.key = "";
+    this.derive();
+  }
+
   /** A word as it is found, kept while it is the one looked for. @param {string} given */
   lookUp(given) {
     const word = given.trim();
-    if (this.looked?.word === word) return this.looked;
-    const found = /** @type {FoundWord | null} */ (word ? findWord(this.lens, word) : null);
-    const quantity = found && wordQuantity(this.lens, found);
-    this.looked = { word, found, quantity, status: wordStatus(this.lens, found) };
+    if (this.looked.word !== word) this.looked = this.find(word);
     return this.looked;
   }
 
+  /** @param {string} word */
+  find(word) {
+    const found = /** @type {FoundWord | null} */ (word ? findWord(this.lens, word) : null);
+    const quantity = found && wordQuantity(this.lens, found);
+    return { word, found, quantity, status: wordStatus(this.lens, found) };
+  }
+
   view() {
+    this.hearKind();
     this.hearWord();
     const { spec, lens, display, focus, locked, selected } = this;
     const looked = this.lookUp(this.typed ?? this.model.get("word"));
@@ -199,7 +234,7 @@ class TokenLens extends MapPanel {
       ...{ word: this.typed ?? looked.word, status: looked.status, partly: looked.found?.kind === "kept" },
       title: `${quantity.name} at state ${number}`,
       scaleSaid: display.ownScale ? "colours of this state alone" : "one colour scale for all states",
-      caption: `${spec.tuned ? "tuned" : "logit"} lens, state ${number}`,
+      caption: `${LENSES[lens.kind]}, state ${number}`,
       ...this.tableView(patch, looked.found),
       entropy: (/** @type {number} */ index) => this.entropyText(index, patch),
       curve: this.curveView(quantity, state, kept, patch),
@@ -214,7 +249,7 @@ class TokenLens extends MapPanel {
     const rows = () => (patch < 0 ? this.everywhere : spec.states.map((_, state) => topPieces(lens, state, patch)));
     const bars = patch < 0 ? "Bars: share of patches whose likeliest word it is; entropy is their mean." : "Bars: probability.";
     return {
-      key: `${patch} ${found?.word ?? ""}`,
+      key: `${lens.kind} ${patch} ${found?.word ?? ""}`,
       tableTitle: patch < 0 ? "Likeliest words, over all patches" : `Likeliest words at ${where}`,
       tableCaption: `${bars} ${STATES_SAID}`,
       rows,
@@ -235,7 +270,7 @@ class TokenLens extends MapPanel {
     const line = patch < 0 ? null : Float32Array.from({ length: lens.states }, (_, index) => at(index));
     const over = quantity.most ? "highest of all patches" : "mean over patches";
     return {
-      key: `${quantity.key} ${patch}`,
+      key: `${lens.kind} ${quantity.key} ${patch}`,
       ...{ curve: quantity.curve, line, state, kept },
       hi: quantity.most ? quantity.hi : Math.max(...quantity.curve, ...(line ?? [])),
       said: `${over}: ${quantity.text(quantity.curve[state])}`,

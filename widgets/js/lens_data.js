@@ -10,11 +10,11 @@ import { bytesOf, formatPercent, position } from "./shared/maps.js";
 /**
  * @typedef {import("./shared/maps.js").Shown} Shown
  * @typedef {{question: string, answer: string, model: string, seed: number, map: import("./shared/grid.js").PictureMap,
- *   states: number[], top: number, vocabulary: number, tuned: boolean, words: string[], pieces: string[],
+ *   states: number[], top: number, vocabulary: number, lenses: string[], words: string[], pieces: string[],
  *   near: {top: number, space: string, centered: boolean} | null, notes: string[], picture: string, opacity: number,
  *   palettes: Record<string, string>, parts: Record<string, [string, number, number]>}} LensSpec
  * @typedef {Uint16Array | Uint32Array} Whole
- * @typedef {{spec: LensSpec, states: number, cells: number, top: number, texts: string[], ids: Whole, probs: Uint16Array,
+ * @typedef {{spec: LensSpec, kind: string, states: number, cells: number, top: number, texts: string[], ids: Whole, probs: Uint16Array,
  *   entropy: Uint16Array, wordProbs: Uint16Array, wordRanks: Whole, nearIds: Whole, cosines: Int16Array,
  *   norms: Float32Array}} Lens tables row-major: state, patch, place among the top (or number of the word)
  * @typedef {{word: string, kind: "asked" | "kept" | "none", column: number, pieces: Set<number>, values: Float32Array,
@@ -31,18 +31,23 @@ const NUMBERS = { u2: Uint16Array, u4: Uint32Array, i2: Int16Array, f4: Float32A
 const SUGGESTED = 5;
 const SPOKEN = 3; // words of a patch that are read out
 
-/** @param {DataView | Uint8Array} data @param {LensSpec} spec @returns {Lens} */
-export function readLens(data, spec) {
+/** What a lens is called. @type {Record<string, string>} */
+export const LENSES = { logit: "logit lens", tuned: "tuned lens", jacobian: "Jacobian lens" };
+
+/** One of the lenses in the buffer, by default the first.
+ * @param {DataView | Uint8Array} data @param {LensSpec} spec @param {string} [kind] @returns {Lens} */
+export function readLens(data, spec, kind = spec.lenses[0]) {
   const { buffer } = bytesOf(data).slice(); // typed arrays must start on a multiple of their size
   const part = (/** @type {string} */ name) => {
     const [kind, start, count] = spec.parts[name] ?? ["u2", 0, 0];
     return new NUMBERS[kind](buffer, start, count);
   };
+  const own = (/** @type {string} */ name) => part(kind === spec.lenses[0] ? name : `${name}@${kind}`);
   return {
-    ...{ spec, states: spec.states.length, cells: spec.map.rows * spec.map.cols, top: spec.top },
+    ...{ spec, kind, states: spec.states.length, cells: spec.map.rows * spec.map.cols, top: spec.top },
     texts: spec.pieces.map(plainPiece),
-    ...{ ids: part("ids"), probs: part("probs"), entropy: part("entropy") },
-    ...{ wordProbs: part("word_probs"), wordRanks: part("word_ranks") },
+    ...{ ids: own("ids"), probs: own("probs"), entropy: own("entropy") },
+    ...{ wordProbs: own("word_probs"), wordRanks: own("word_ranks") },
     ...{ nearIds: part("near_ids"), cosines: part("cosines"), norms: part("norms") },
   };
 }
@@ -206,7 +211,7 @@ export function lensMap(lens, quantity, state, own) {
   let [lo, hi] = [quantity.lo, quantity.hi];
   if (own) [lo, hi] = [quantity.lo && Math.min(...row), Math.max(...row)];
   return {
-    key: [quantity.key, state, lo, hi].join(),
+    key: [lens.kind, quantity.key, state, lo, hi].join(),
     levels: Uint8Array.from(row, (value) => Math.round(255 * position(value, lo, hi))),
     signed: false,
     fine: (hi - lo) / 255,

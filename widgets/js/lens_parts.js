@@ -280,8 +280,13 @@ export function wordField(lens, type, enter, signal) {
   const input = /** @type {HTMLInputElement} */ (make("input", "lab-lens-input", [], { ...attributes, ...more }));
   input.addEventListener("input", () => type(input.value), { signal });
   input.addEventListener("change", () => enter(input.value), { signal });
-  const suggest = () => list.replaceChildren(...knownTexts(lens).map((text) => make("option", "", [], { value: text })));
-  input.addEventListener("focus", suggest, { signal, once: true }); // thousands at 7B size: not before they are needed
+  let listed = ""; // of which lens
+  const suggest = () => {
+    if (listed === lens.kind) return;
+    listed = lens.kind;
+    list.replaceChildren(...knownTexts(lens).map((text) => make("option", "", [], { value: text })));
+  };
+  input.addEventListener("focus", suggest, { signal }); // thousands at 7B size: not before they are needed
   const asked = lens.spec.words.map((word) => {
     const press = () => enter(node.getAttribute("aria-pressed") === "true" ? "" : word.trim());
     const node = button(word.trim(), press, signal, "lab-pills-item");
