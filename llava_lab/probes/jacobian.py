@@ -120,9 +120,9 @@ def fit_jacobian(
     Raises OptionError (no runs, unknown targets, a state out of range, a run without a picture), CheckpointError (another
     model's run).
 
-    >>> lens = ll.fit_jacobian(lab, [run], rows=64, progress=False)
-    >>> lens.image.shape, lens.states
-    ((6, 256, 256), (0, 1, 2, 3, 4, 5))
+    >>> lens = ll.fit_jacobian(lab, [run], layers=5, progress=False)
+    >>> lens.states, lens.image.shape
+    ((5,), (1, 256, 256))
     """
     begin = time.perf_counter()
     one_of("targets", targets, TARGETS)

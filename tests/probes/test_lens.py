@@ -217,6 +217,7 @@ def test_results_survive_the_disk(tiny_random: Lab, run: Run, tmp_path: Path) ->
     )  # fmt: skip
     np.testing.assert_array_equal(again.top_ids, found.top_ids)
     assert again.at(2, 1, 1) == found.at(2, 1, 1)
+    assert LogitLens.upgraded({"tuned": True}) == {"lens": "tuned"}  # before there were three
     light = activation_map(tiny_random, run, "red")
     np.testing.assert_array_equal(WordActivation.load(light.save(tmp_path / "a.npz")).values, light.values)
     check = hallucination_check(tiny_random, [run], [["red"]], [["blue"]], progress=False)
