@@ -4,13 +4,10 @@
 wanted anyway, `ask_and_attribute` takes it while the answer is made. The numbers are the same; what they cost is
 measured by ``llava-lab bench capture``. A method can be made this way where its card has `Method.streams`.
 
-`attention` needs the rows of the answer alone. `rollout` carries the prompt's product through its one forward
-(`StreamedRollout`) and puts each new token's row on top. `rollout.Flow` carries a whole ``S x S`` product and needs the
-finished sequence; here the product has only the columns that are asked for, the image's and one for each other segment
-of the prompt, and each layer's is kept for the rows of the answer, which come later: below the diagonal only, 0.7 MB a
-layer at 576 image tokens. For prompts over `EXACT` positions it is kept in half precision, 8.5 MB a layer at 2,916; that
-rounding reaches an answer's map once, so each number is right to one part in 2,000. The running product itself is always
-float32.
+`attention` needs the rows of the answer alone. `rollout` keeps the prompt's rows too, and when the answer is there it goes
+through them from the last layer to the first with one row for each token (`rolled_back`): ``S x S`` for a row and layer, where
+`rollout.Flow`, which goes upwards with the layers, multiplies whole matrices, ``S x S x S``. For long prompts the rows are
+kept in half precision (`AnswerRows`).
 
     run, relevance = ask_and_attribute(lab, "photo.jpg", "What color is the car?", target="words")
 """
@@ -18,7 +15,7 @@ float32.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,20 +27,18 @@ from llava_lab.attribution.attention import attention_notes
 from llava_lab.attribution.heads import choose_heads
 from llava_lab.attribution.method import Maps
 from llava_lab.attribution.registry import METHODS, result_of
-from llava_lab.attribution.rollout import BLOCK, FLOOR, TowerRollout, Weight, as_column, measured_residual, rollout_notes
-from llava_lab.capture import AnswerRows, Norms, watch_attention
+from llava_lab.attribution.rollout import FLOOR, TowerRollout, Weight, as_column, rollout_notes
+from llava_lab.capture import AnswerRows, watch_attention
 from llava_lab.checks import entry, known, layer_window
 from llava_lab.errors import LabError, OptionError
 from llava_lab.models.layout import language_layers
 from llava_lab.replay.targets import Targets, Wanted, image_values, resolve_targets, segment_mass, target_rows
-from llava_lab.results import Relevance, Run, Span
+from llava_lab.results import Relevance, Run
 
 if TYPE_CHECKING:
     from llava_lab.models import Lab
     from llava_lab.models.pictures import Shown
 
-EXACT = 1024  # positions of a prompt up to which what is kept is float32
-SCALE = 2.0**15  # shares are at most 1, half precision ends at 65,504 and loses digits below 6e-5
 LATER = "made by ll.attribute(lab, run, ...) after the answer"
 
 
@@ -82,7 +77,7 @@ def ask_and_attribute(
         raise OptionError(f"while answering, a question has one picture, got {held}; a map of several is {LATER}")
     forms = {name: asking[name] for name in ("prompt", "history") if name in asking}
     sequence = lab.sequence(question, **forms)
-    watching = WATCHING[method](lab, chosen, len(sequence.token_ids), sequence.segments)
+    watching = WATCHING[method](lab, chosen, len(sequence.token_ids))
     with watch_attention(watching.layers, watching.reducer, calls=None):
         run = lab.ask(picture, question, **asking)
     start = time.perf_counter()
@@ -102,7 +97,7 @@ def ask_and_attribute(
 class WatchedAttention:
     """`attention`, from the rows of the answer alone."""
 
-    def __init__(self, lab: Lab, options: dict[str, Any], prompt: int, segments: Mapping[str, Span]) -> None:
+    def __init__(self, lab: Lab, options: dict[str, Any], prompt: int) -> None:
         self._chosen = choose_heads(lab, options["layers"], None)
         self._fusion = options["fusion"]
         decoder = language_layers(lab.model)
@@ -111,7 +106,8 @@ class WatchedAttention:
 
     def maps(self, run: Run, targets: Targets, count: int) -> Maps:
         at = range(self.reducer.first, self.reducer.first + count)
-        parts = torch.stack([target_rows(self.reducer.picked(i, count), at, targets) for i in range(len(self.layers))])
+        kept = torch.cat([self.reducer.picked(i, count) for i in range(len(self.layers))], 1)
+        parts = target_rows(kept, at, targets).unflatten(1, (len(self.layers), -1)).transpose(0, 1)
         rows = torch.nn.functional.pad(parts.mean(0), (0, 1))  # the last token attends after everything was said
         shares = parts[..., slice(*run.segments["image"])].sum(-1)
         extras = {
@@ -123,136 +119,67 @@ class WatchedAttention:
 
 
 class WatchedRollout:
-    """`rollout`, its prompt's part folded while the prompt is read."""
+    """`rollout`, from the rows of the prompt and of the answer."""
 
-    def __init__(self, lab: Lab, options: dict[str, Any], prompt: int, segments: Mapping[str, Span]) -> None:
+    def __init__(self, lab: Lab, options: dict[str, Any], prompt: int) -> None:
         if options["fusion"] == "min":
             raise OptionError(f"while answering, fusion must be mean or max, got 'min'; that map is {LATER}")
         decoder = language_layers(lab.model)
         self._window = slice(*layer_window(options["layers"], len(decoder)))
         self.layers = decoder[self._window]
-        null = options["null"] == "causal"
-        self._tower = TowerRollout(causal=True, residual=options["residual"], null=null, fusion=options["fusion"])
-        self._stream = StreamedRollout(prompt, segments, null=null, device=lab.device)
+        self._null = options["null"] == "causal"
+        self._tower = TowerRollout(causal=True, residual=options["residual"], null=self._null, fusion=options["fusion"])
         measured = options["residual"] == "measured"
-        self.reducer = AnswerRows(prompt, fusion=options["fusion"], fold=self._fold, norms=measured)
+        self.reducer = AnswerRows(prompt, fusion=options["fusion"], whole=True, norms=measured)
 
     def maps(self, run: Run, targets: Targets, count: int) -> Maps:
-        def residual(layer: int) -> Weight:
-            if self._tower.residual != "measured":
-                return float(self._tower.residual)
-            return measured_residual(self.reducer.row_norms(layer, count))[0]
-
-        rows, uniform = self._stream.rows(count, lambda layer: self.reducer.picked(layer, count), residual)
-        at = range(self.reducer.first, self.reducer.first + count)
-        seen = target_rows(rows, at, targets)
-        values: Tensor = self._stream.image(seen)
-        extras: dict[str, Any] = {"mass": self._stream.mass(seen), "residual_by_layer": self._tower.kept}
-        if uniform is not None:
-            null = target_rows(uniform, at, targets)
-            extras["null_mass"] = self._stream.mass(null)
-            values = torch.log((values + FLOOR) / (self._stream.image(null) + FLOOR))
-        grid = values.cpu().numpy().reshape(len(targets), run.map.rows, run.map.cols)
-        return Maps(grid, {}, rollout_notes(self._window, self._tower, extras), extras)
-
-    def _fold(self, layer: int, attention: Tensor, norms: Norms | None) -> None:
-        self._stream.step(attention, self._tower.weight(norms))
+        first = self.reducer.first
+        weights = [
+            self._tower.weight(self.reducer.row_norms(layer, count) if self.reducer.norms else None)
+            for layer in range(len(self.layers))
+        ]
+        rows = rolled_back(self.reducer, weights, count)
+        at = range(first, first + count)
+        seen = torch.nn.functional.pad(target_rows(rows, at, targets), (0, 1))  # nothing reads the last token
+        values = seen
+        extras: dict[str, Any] = {"mass": segment_mass(seen, run), "residual_by_layer": self._tower.kept}
+        if self._null:
+            even = uniform_back(torch.eye(first + count, device=rows.device)[first:], weights)
+            null = torch.nn.functional.pad(target_rows(even, at, targets), (0, 1))
+            extras["null_mass"] = segment_mass(null, run)
+            values = torch.log((seen + FLOOR) / (null + FLOOR))
+        return Maps(image_values(values, run), {}, rollout_notes(self._window, self._tower, extras), extras)
 
 
 WATCHING: Mapping[str, Any] = {"attention": WatchedAttention, "rollout": WatchedRollout}
 
 
-class StreamedRollout:
-    """Feed it the prompt's layers in order (`step`), then the answer's rows of every layer (`rows`)."""
+def rolled_back(kept: AnswerRows, weights: Sequence[Weight], count: int) -> Float[Tensor, "N K"]:
+    """Rollout of the prompt's last position and of the `count` - 1 after it: their rows of ``A~_L ... A~_1``.
 
-    def __init__(self, prompt: int, segments: Mapping[str, Span], *, null: bool, device: torch.device | str = "cpu") -> None:
-        self.prompt, self._image = prompt, segments["image"]
-        self.others = [name for name in segments if name not in ("image", "answer")]
-        start, stop = self._image
-        columns = torch.zeros(prompt, len(self.others) + stop - start, device=device)
-        for number, name in enumerate(self.others):
-            columns[slice(*segments[name]), number] = 1.0
-        columns[range(start, stop), range(len(self.others), columns.shape[1])] = 1.0
-        self._spans = [segments[name] for name in self.others]
-        self.total: Float[Tensor, "S C"] = columns
-        self.uniform: Float[Tensor, "S C"] | None = columns.clone() if null else None
-        self._kept: list[list[tuple[slice, Tensor]]] = []  # a layer's input product, in blocks of rows; not the first's
-        self._sums: list[Float[Tensor, " C"]] = []  # column sums of the uniform product, a layer's input
-        self._precision = torch.float32 if prompt <= EXACT else torch.float16
-        self._layers = 0
+    ``A~ = (1 - weight) A + weight I`` with each layer's own weight; K is the prompt and the `count` - 1 tokens.
+    """
+    prompt = kept.first + 1
+    seen: Tensor | None = None
+    for layer, weight in reversed(list(enumerate(weights))):
+        answer = kept.picked(layer, count)
+        if seen is None:
+            seen = torch.eye(answer.shape[1], device=answer.device)[kept.first :]
+        keep = as_column(weight, seen[0]).T
+        mixed = seen * (1 - keep)
+        seen = seen * keep
+        seen += mixed[:, prompt:] @ answer[1:]
+        for rows, attention in kept.prompt(layer):
+            seen[:, : attention.shape[1]].addmm_(mixed[:, rows], attention)
+    assert seen is not None
+    return seen
 
-    def step(self, attention: Float[Tensor, "S S"], residual: Weight) -> None:
-        """Put one more layer on top of the prompt's rows."""
-        keep = as_column(residual, attention)
-        kept = []
-        for start in reversed(range(0, self.prompt, BLOCK)):  # a causal row only needs rows at or above it
-            stop = min(start + BLOCK, self.prompt)
-            rows, columns = slice(start, stop), self._columns(stop)
-            if self._layers:
-                kept.append((rows, (self.total[rows, :columns] * SCALE).to(self._precision)))
-            mixed = attention[rows, :stop] @ self.total[:stop, :columns]
-            self.total[rows, :columns] = torch.lerp(mixed, self.total[rows, :columns], keep[rows])
-        self._kept.append(kept)
-        if self.uniform is not None:
-            self._sums.append(self.uniform.sum(0))
-            above = torch.zeros_like(self.uniform[0])
-            for start in range(0, self.prompt, BLOCK):
-                rows = slice(start, min(start + BLOCK, self.prompt))
-                part = self.uniform[rows]
-                mixed = part.cumsum(0).add_(above)
-                above = mixed[-1].clone()
-                count = torch.arange(start + 1, rows.stop + 1, device=part.device)[:, None]
-                self.uniform[rows] = torch.lerp(mixed.div_(count), part, keep[rows])
-        self._layers += 1
 
-    def rows(
-        self, count: int, attention: Callable[[int], Float[Tensor, "N K"]], residual: Callable[[int], Weight]
-    ) -> tuple[Float[Tensor, "N E"], Float[Tensor, "N E"] | None]:
-        """Rollout of the prompt's last position and of the `count` - 1 after it, and of uniform attention.
-
-        ``attention(layer)`` and ``residual(layer)`` speak of those `count` rows. The last of their E columns is the answer's.
-        """
-        new = count - 1
-        seen = torch.zeros(new, self.total.shape[1] + 1, device=self.total.device)
-        seen[:, -1] = 1.0
-        even = seen.clone()
-        for layer in range(self._layers):
-            weights = attention(layer)[1:]
-            keep = as_column(residual(layer), seen.new_empty(count))[1:]
-            mixed = weights[:, self.prompt :] @ seen
-            mixed[:, :-1] += self._through_prompt(layer, weights[:, : self.prompt])
-            seen = torch.lerp(mixed, seen, keep)
-            if self.uniform is not None:
-                mixed = even.cumsum(0)
-                mixed[:, :-1] += self._sums[layer]
-                at = torch.arange(self.prompt + 1, self.prompt + count, device=even.device)[:, None]
-                even = torch.lerp(mixed / at, even, keep)
-        first = torch.nn.functional.pad(self.total[-1:], (0, 1))
-        if self.uniform is None:
-            return torch.cat([first, seen]), None
-        return torch.cat([first, seen]), torch.cat([torch.nn.functional.pad(self.uniform[-1:], (0, 1)), even])
-
-    def image(self, rows: Float[Tensor, "N E"]) -> Float[Tensor, "N P"]:
-        return rows[:, len(self.others) : -1]
-
-    def mass(self, rows: Float[Tensor, "N E"]) -> list[dict[str, float]]:
-        """Each row's share on each segment."""
-        shares = {name: rows[:, number] for number, name in enumerate(self.others)}
-        shares |= {"image": self.image(rows).sum(1), "answer": rows[:, -1]}
-        return [{name: float(column[row]) for name, column in shares.items()} for row in range(len(rows))]
-
-    def _columns(self, stop: int) -> int:
-        """How many columns rows before `stop` can have anything in: image columns follow the diagonal."""
-        start, end = self._image
-        return len(self.others) + min(max(stop - start, 0), end - start)
-
-    def _through_prompt(self, layer: int, weights: Float[Tensor, "N S"]) -> Float[Tensor, "N C"]:
-        out = weights.new_zeros(len(weights), self.total.shape[1])
-        if layer == 0:  # its input product is the identity
-            for number, span in enumerate(self._spans):
-                out[:, number] = weights[:, slice(*span)].sum(1)
-            out[:, len(self.others) :] = weights[:, slice(*self._image)]
-            return out
-        for rows, block in self._kept[layer]:
-            out[:, : block.shape[1]] += weights[:, rows] @ (block.float() / SCALE)
-        return out
+def uniform_back(rows: Float[Tensor, "N K"], weights: Sequence[Weight]) -> Float[Tensor, "N K"]:
+    """The same under uniform causal attention, from the identity's rows."""
+    count = torch.arange(1, rows.shape[1] + 1, device=rows.device)
+    for weight in reversed(weights):
+        keep = as_column(weight, rows[0]).T
+        mixed = rows * (1 - keep) / count
+        rows = rows * keep + mixed.flip(1).cumsum(1).flip(1)
+    return rows

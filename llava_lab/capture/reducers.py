@@ -1,21 +1,19 @@
 """Reducers: what is kept of each layer's attention while a forward runs. Each states its size.
 
 `AnswerRows` watches an answer being made, token by token, for next to nothing: a new token's attention is one row per head,
-so it is worked out beside the step's own and its head mean is kept, a few kB. On request the prompt's attention is handed over
-layer by layer while the first forward runs, as one head-fused ``S x S`` matrix that is dropped before the next. Memory is taken
-for `ROOM` rows at a time and no key is held on to: the cache makes new tensors every step, and small ones that stay between
-them, or old ones that stay a moment longer, leave holes larger than all the rows.
+so only its query is kept, a few kB, and the newest keys, which the model's cache holds anyway. The rows of `ROOM` tokens are
+worked out together: at each step of its own a row would cost more in calls than in numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from llava_lab.capture.watch import Norms, Reducer, attention_rows
+from llava_lab.capture.watch import Attention, Norms, Reducer, attention_rows
 from llava_lab.errors import LabError, OptionError
 
 FUSIONS = ("mean", "max", "min")
@@ -149,10 +147,10 @@ class LayerByLayer(Reducer):
         self._matrix: Tensor | None = None
         self._keys = 0
 
-    def take(self, layer: int, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, causal: bool) -> bool:
+    def take(self, layer: int, call: Attention) -> bool:
         self.allowed = None
-        if mask is not None:
-            part = mask[0, 0, :, : key.shape[2]]
+        if call.mask is not None:
+            part = call.mask[0, 0, :, : call.key.shape[2]]
             seen = part if part.dtype == torch.bool else part > torch.finfo(part.dtype).min / 2
             self.allowed = None if torch.equal(seen, torch.ones_like(seen).tril()) else seen
         return False
@@ -173,65 +171,72 @@ class LayerByLayer(Reducer):
         self._fold(layer, self._matrix, norms)
 
 
-ROOM = 64  # rows
-Fold = Callable[[int, Float[Tensor, "S S"], Norms | None], None]
+ROOM = 32  # rows that are worked out together
+EXACT = 1024  # positions of a prompt up to which what is kept of it is float32
+SCALE = 2.0**15  # attention is at most 1, half precision ends at 65,504 and loses digits below 6e-5
 
 
 class AnswerRows(Reducer):
     """Head-fused attention of the prompt's last position and of every new token, ``L x count x K``. Batch size 1.
 
-    Watch with ``calls=None`` around a whole generation whose prompt has `prompt` positions. ``fold(layer,
-    attention, norms)`` gets the prompt's matrix and must not keep it. With ``norms`` the new tokens' are kept too.
+    Watch with ``calls=None`` around a whole generation whose prompt has `prompt` positions. With ``whole`` the prompt's own
+    rows are kept too, below the diagonal only: 0.9 MB a layer at 576 image tokens, and for prompts over `EXACT` positions in
+    half precision, 9 MB a layer at 2,916. With ``norms`` the norms at all of these are kept.
     """
 
     def __init__(
-        self, prompt: int, *, fusion: str = "mean", heads: Sequence[int] | None = None, fold: Fold | None = None,
-        norms: bool = False,
-    ) -> None:  # fmt: skip
-        self.norms = norms
+        self, prompt: int, *, fusion: str = "mean", heads: Sequence[int] | None = None, whole: bool = False, norms: bool = False
+    ) -> None:
+        self.norms, self.mixes = norms, whole
         self.first = prompt - 1  # the position that predicts the first token
-        self._fusion, self._heads, self._fold = fusion, heads, fold
-        self._rows: dict[int, list[Float[Tensor, "R K"]]] = {}  # in blocks; beyond its own position a row holds anything
+        self._fusion, self._heads, self._whole = fusion, heads, whole
+        self._scaling = 1.0
+        self._waiting: dict[int, list[Float[Tensor, "1 H 1 D"]]] = {}  # queries of the newest tokens
+        self._keys: dict[int, Float[Tensor, "1 G K D"]] = {}  # of the newest token and all before it
+        self._rows: dict[int, list[Float[Tensor, "R K"]]] = {}
         self._count: dict[int, int] = {}
-        self._norms: dict[int, list[Float[Tensor, "R 2"]]] = {}
-        self._matrix: Tensor | None = None
+        self._norms: dict[int, list[Norms]] = {}  # of the prompt, then of each new token
+        self._prompt: dict[int, list[tuple[slice, Float[Tensor, "R K"]]]] = {}
 
-    def take(self, layer: int, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, causal: bool) -> bool:
-        """Keep the last row; fold the prompt's."""
+    def take(self, layer: int, call: Attention) -> bool:
+        """Keep the last position's query, and the newest keys until there are queries enough."""
         at = self._count.get(layer, 0)
-        prompt = at == 0
-        queries, keys = query.shape[2], key.shape[2]
-        expected = (self.first + 1,) * 2 if prompt else (1, self.first + 1 + at)
-        if (queries, keys) != expected or len(query) != 1 or mask is not None or not causal:
+        queries, keys = call.query.shape[2], call.key.shape[2]
+        expected = (self.first + 1,) * 2 if at == 0 else (1, self.first + 1 + at)
+        if (queries, keys) != expected or len(call.query) != 1 or call.mask is not None or not call.causal:
             raise LabError(
                 f"expected {expected[0]} query and {expected[1]} keys of one sequence, causal, without a mask, got {queries} and "
-                f"{keys} in a batch of {len(query)}{', with a mask' * (mask is not None)}; watch a forward of the finished answer"
+                f"{keys} in a batch of {len(call.query)}{', with a mask' * (call.mask is not None)}; watch a forward of the "
+                "finished answer"
             )
-        if prompt and self._fold is not None:
-            self._matrix = query.new_zeros(queries, queries, dtype=torch.float32)
-            for rows, attention in attention_rows(query, key, None, scaling, causal=True):
-                self._matrix[rows, : attention.shape[-1]] = fuse_heads(attention, self._fusion, self._heads)[0]
-            last = self._matrix[-1]
-        else:
-            (part,) = (part for _, part in attention_rows(query[:, :, -1:], key, None, scaling, causal=False))
-            last = fuse_heads(part, self._fusion, self._heads)[0, 0]
-        blocks = self._rows.setdefault(layer, [])
-        if at % ROOM == 0:
-            blocks.append(last.new_empty(ROOM, keys + ROOM))
-        blocks[-1][at % ROOM, :keys] = last
+        waiting = self._waiting.setdefault(layer, [])
+        if len(waiting) == ROOM:
+            self._rows.setdefault(layer, []).append(self._worked_out(layer))
+            waiting.clear()
+        waiting.append(call.query[:, :, -1:].clone() if at == 0 else call.query)  # of the prompt's not more than that
+        self._keys[layer], self._scaling = call.key, call.scaling
         self._count[layer] = at + 1
-        return True
+        return at > 0 or not self._whole
+
+    def open(self, layer: int, keys: int) -> None:
+        self._prompt[layer] = []
+
+    def add(self, layer: int, rows: slice | Tensor, attention: Tensor) -> None:
+        """The prompt's rows, with ``whole``."""
+        assert isinstance(rows, slice)
+        kept = fuse_heads(attention, self._fusion, self._heads)[0]
+        self._prompt[layer].append((rows, kept if self.first < EXACT else kept.mul_(SCALE).half()))
 
     def close(self, layer: int, norms: Norms | None) -> None:
         if norms is not None:
-            blocks, at = self._norms.setdefault(layer, []), self._count[layer] - 1
-            if at % ROOM == 0:
-                blocks.append(norms.branch.new_empty(ROOM, 2))
-            blocks[-1][at % ROOM, 0], blocks[-1][at % ROOM, 1] = norms.branch[0, -1], norms.stream[0, -1]
-        if self._matrix is not None:
-            assert self._fold is not None
-            matrix, self._matrix = self._matrix, None
-            self._fold(layer, matrix, norms)
+            self._norms.setdefault(layer, []).append(norms)
+
+    @torch.no_grad()
+    def _worked_out(self, layer: int) -> Float[Tensor, "R K"]:
+        """The rows that wait."""
+        query = torch.cat(self._waiting[layer], 2)
+        ((_, attention),) = attention_rows(query, self._keys[layer], None, self._scaling, causal=True, newest=True)
+        return fuse_heads(attention, self._fusion, self._heads)[0]
 
     def count(self, layers: int) -> int:
         """Rows that all `layers` have; a forward that was interrupted leaves some layers one more."""
@@ -239,13 +244,16 @@ class AnswerRows(Reducer):
 
     def picked(self, layer: int, count: int) -> Float[Tensor, "N K"]:
         """The first `count` rows of a layer, float32, over every position up to the last of them."""
-        out = self._rows[layer][0].new_zeros(count, self.first + count)
-        for at in range(count):
-            stop = self.first + 1 + at
-            out[at, :stop] = self._rows[layer][at // ROOM][at % ROOM, :stop]
-        return out
+        parts = [*self._rows.get(layer, []), self._worked_out(layer)]
+        size = self.first + count
+        return torch.cat([torch.nn.functional.pad(part, (0, size - part.shape[1])) for part in parts])[:count]
+
+    def prompt(self, layer: int) -> Iterator[tuple[slice, Float[Tensor, "R k"]]]:
+        """The prompt's rows in blocks, float32, without the columns after the last of a block; with ``whole``."""
+        for rows, kept in self._prompt[layer]:
+            yield rows, kept if kept.dtype == torch.float32 else kept.float() / SCALE
 
     def row_norms(self, layer: int, count: int) -> Norms:
-        """The norms of the same rows, ``1 x count``."""
-        branch, stream = torch.cat(self._norms[layer])[:count].T
-        return Norms(branch[None], stream[None])
+        """The norms at the prompt's positions and at those of the `count` - 1 tokens after it, ``1 x positions``."""
+        kept, stop = self._norms[layer], self.first + count
+        return Norms(torch.cat([one.branch for one in kept], 1)[:, :stop], torch.cat([one.stream for one in kept], 1)[:, :stop])

@@ -1,9 +1,11 @@
 """Watch attention while a forward runs, without changing the forward; and the few ways to touch a model that leave no trace.
 
-The layer's output still comes from sdpa, so logits stay what they were. Beside it the attention weights are computed again
-in float32, a few query rows at a time, and handed to a *reducer*, which keeps only its reduction: a sum, some rows, a running
-product. The full ``layers x heads x S x S`` never exists (1.6 GB at LLaVA-1.5-7B). Any layer with a ``self_attn`` that goes
-through transformers' attention interface can be watched: Llama and CLIP alike.
+The layer's output still comes from sdpa's own kernel, so logits stay what they were, bit for bit. Beside it the attention
+weights are computed again in float32, a few query rows at a time, with the kernel's log-sum-exp in place of a second softmax
+where it gives one (`fused`), and handed to a *reducer*, which keeps only its reduction: a sum, some rows, a running product.
+The full ``layers x heads x S x S`` never exists (1.6 GB at LLaVA-1.5-7B). Only a reducer that `mixes` has float32 outputs on
+the processor from the same rows: the same but for rounding, and the rows cost next to nothing. Any layer with a ``self_attn``
+that goes through transformers' attention interface can be watched: Llama and CLIP alike.
 
     reducer = PickedRows([-1 % length])
     with undisturbed(model), watch_attention(layers, reducer):
@@ -34,6 +36,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from llava_lab.capture.fused import Fused, attend_with_lse
 from llava_lab.checks import not_finite, undoing
 from llava_lab.errors import LabError
 
@@ -61,6 +64,7 @@ class Attention:
     mask: Tensor | None
     scaling: float
     causal: bool
+    dropout: float = 0.0
 
 
 Handler = Callable[[Attention, Callable[[], Tensor]], Tensor]  # given the call and what computes it, the output to go on with
@@ -77,13 +81,15 @@ class Norms:
 class Reducer:
     """What is kept of the attention. Override what you need; the default keeps nothing.
 
-    `rows` names the query positions wanted (None: all). `norms` asks for `Norms` in `close`.
+    `rows` names the query positions wanted (None: all). `norms` asks for `Norms` in `close`. `mixes` lets a layer's output be
+    mixed from the very rows that are reported, where that is quicker: the same but for rounding, and the rows are nearly free.
     """
 
     rows: tuple[int, ...] | None = None
     norms: bool = False
+    mixes: bool = False
 
-    def take(self, layer: int, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, causal: bool) -> bool:
+    def take(self, layer: int, call: Attention) -> bool:
         """What a layer is about to attend with. True: it was taken, and no rows are worked out for it here."""
         return False
 
@@ -110,28 +116,41 @@ class _Session:
     calls: list[int] = field(default_factory=list)
     streams: dict[int, Tensor] = field(default_factory=dict)  # layer -> the residual stream it was given, until it is used
     sums: dict[int, Tensor] = field(default_factory=dict)  # layer -> stream and branch, until the layer's own sum is seen
+    right: set[int] = field(default_factory=set)  # layers whose own sum was what was measured; how they add does not change
 
     def handle(self, call: Attention, attend: Callable[[], Tensor]) -> Tensor:
         """Report the weights of one layer to the reducer; the layer's own output is what it would have been."""
         layer = self.layers[call.module]
-        with torch.no_grad():
-            if not self.reducer.take(layer, call.query, call.key, call.mask, call.scaling, call.causal):
-                self.reducer.open(layer, call.key.shape[2])
-                self.reducer.values(layer, call.value)
-                for rows, attention in attention_rows(
-                    call.query,
-                    call.key,
-                    call.mask,
-                    call.scaling,
-                    causal=call.causal,
-                    rows=self.reducer.rows,
-                    chunk=self.chunk,
-                ):
-                    self.reducer.add(layer, rows, attention)
+        output = None if self.reducer.take(layer, call) else self._report(layer, call)
         self.calls[layer] += 1
         if not self.reducer.norms:
             self.reducer.close(layer, None)
-        return attend()
+        return attend() if output is None else output
+
+    @torch.no_grad()
+    def _report(self, layer: int, call: Attention) -> Tensor | None:
+        """Give the reducer its rows; the layer's output, where it was worked out on the way."""
+        fused = mixed = None
+        if self.reducer.mixes and _mixable(call):
+            mixed = call.query.new_empty(call.query.transpose(1, 2).shape)
+        elif self.reducer.rows is None:  # a few rows are cheap either way
+            fused = with_lse(call)
+        self.reducer.open(layer, call.key.shape[2])
+        self.reducer.values(layer, call.value)
+        for rows, attention in attention_rows(
+            call.query,
+            call.key,
+            call.mask,
+            call.scaling,
+            causal=call.causal,
+            rows=self.reducer.rows,
+            chunk=self.chunk,
+            lse=None if fused is None else fused.lse,
+        ):
+            if mixed is not None:  # before the reducer, who may keep what it is given
+                mixed[:, rows] = _mix(attention, call.value).transpose(1, 2)
+            self.reducer.add(layer, rows, attention)
+        return mixed if fused is None else fused.output.transpose(1, 2).contiguous()
 
     def before_layer(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         stream = args[0] if args else kwargs["hidden_states"]
@@ -140,17 +159,23 @@ class _Session:
     def after_attention(self, scale: float, module: nn.Module, args: tuple, output: Any) -> None:
         layer, stream = self.layers[module], self.streams.pop(self.layers[module])
         branch = (output[0] if isinstance(output, tuple) else output).detach()
-        self.sums[layer] = stream + branch * scale
-        self.reducer.close(layer, Norms(branch.float().norm(dim=-1) * scale, stream.float().norm(dim=-1)))
+        if layer not in self.right:
+            self.sums[layer] = stream + branch * scale
+        # quicker to call than Tensor.norm, which counts at one new token a step
+        norm = torch.linalg.vector_norm
+        self.reducer.close(layer, Norms(norm(branch.float(), dim=-1) * scale, norm(stream.float(), dim=-1)))
 
     def after_sum(self, layer: int, module: nn.Module, args: tuple) -> None:
         """What the layer goes on with must be what was measured: some norm the branch before they add it, or add it later."""
+        if layer in self.right:
+            return
         expected, own = self.sums.pop(layer), args[0].detach()
         far = float((own - expected).abs().max()) if own.shape == expected.shape else torch.inf
         if math.isnan(far):
             return  # numbers that are not finite are the forward's own to refuse
         if not far <= ADDED.get(own.dtype, ADDED_16) * float(expected.abs().max()):
             raise LabError(f"expected layers that add their attention's output to the stream as it is, got others; {NOT_ADDED}")
+        self.right.add(layer)
 
 
 AnyReducer = TypeVar("AnyReducer", bound=Reducer)
@@ -214,6 +239,28 @@ def _sees_sum(layer: nn.Module) -> nn.Module:
     raise LabError(f"expected a layer with a norm named {' or '.join(AFTER_SUM)}, got {type(layer).__name__}; {NOT_ADDED}")
 
 
+def _mixable(call: Attention) -> bool:
+    """Whether float32 rows on the processor give the output sooner than sdpa and the rows after one another."""
+    query, value = call.query, call.value
+    plain = query.dtype == torch.float32 and query.device.type == "cpu" and query.shape[-1] == value.shape[-1]
+    return plain and query.shape[2] > 1 and not call.dropout and not any(p.requires_grad for p in (query, call.key, value))
+
+
+def _mix(attention: Float[Tensor, "B H q k"], value: Float[Tensor, "B G K E"]) -> Float[Tensor, "B H q E"]:
+    """The values weighed by some rows; heads may share a group's."""
+    batch, heads, rows, keys = attention.shape
+    groups = value.shape[1]
+    grouped = attention.reshape(batch, groups, (heads // groups) * rows, keys)
+    return (grouped @ value[:, :, :keys]).reshape(batch, heads, rows, value.shape[3])
+
+
+def with_lse(call: Attention) -> Fused | None:
+    """What sdpa gives for this call and the log-sum-exp of its rows; None where there is no such thing, or one row alone."""
+    if call.query.shape[2] == 1 or call.dropout or any(part.requires_grad for part in (call.query, call.key, call.value)):
+        return None
+    return attend_with_lse(call.query, call.key, call.value, call.mask, call.scaling, causal=call.causal)
+
+
 def attention_rows(
     query: Float[Tensor, "B H Q D"],
     key: Float[Tensor, "B G K D"],
@@ -223,18 +270,25 @@ def attention_rows(
     causal: bool,
     rows: Sequence[int] | None = None,
     chunk: int = CHUNK,
+    lse: Float[Tensor, "B H Q"] | None = None,
+    newest: bool = False,
 ) -> Iterator[tuple[slice | Tensor, Float[Tensor, "B H q k"]]]:
     """Attention weights in float32, `chunk` query rows at a time, with the sequence positions of those rows.
 
     Keys of fewer heads than queries are shared by groups. With ``causal`` and no mask, columns after
     the last row of a chunk are zero and left off. While decoding, rows count from the cached length.
+    With the rows' log-sum-exp, as a fused kernel gives it, there is no softmax here. `newest` says that fewer queries than
+    keys, without a mask, are those of the last positions; a model that asks for this means something else.
     """
     queries, keys = query.shape[2], key.shape[2]
     first = keys - queries  # position of the first query row; 0 unless a cache holds earlier keys
     triangular = causal and mask is None and queries > 1
-    if triangular and first:
+    if triangular and first and not newest:
         raise LabError(f"expected a mask for {queries} new rows over {keys} keys, got none; pass an attention_mask")
     query32, key32 = query.float() * scaling, key.float()
+    if lse is not None:  # one more column takes it off every score inside the product
+        query32 = torch.cat([query32, -lse.float()[..., None]], -1)
+        key32 = torch.nn.functional.pad(key32, (0, 1), value=1.0)
     for where in _blocks(first, keys, rows, chunk, key.device):
         local = where if not first else _shifted(where, first)
         stop = int(where.stop if isinstance(where, slice) else where[-1] + 1) if triangular else keys
@@ -247,7 +301,7 @@ def attention_rows(
         elif mask is not None:
             part = mask[:, :, local, :keys]
             scores = scores.masked_fill_(~part, -torch.inf) if part.dtype == torch.bool else scores.add_(part)
-        weights = scores.softmax(dim=-1)
+        weights = scores.softmax(dim=-1) if lse is None else scores.exp_()
         # a row that may look nowhere (left padding) has no weights, where softmax would say NaN
         yield where, weights if mask is None else weights.nan_to_num_(0.0)
 
@@ -333,6 +387,7 @@ def _attend(
         attention_mask,
         scaling or query.shape[-1] ** -0.5,
         bool(getattr(module, "is_causal", True) if causal is None else causal),
+        float(kwargs.get("dropout") or 0.0),
     )
     return handler(call, lambda: plain(module, query, key, value, attention_mask, scaling=scaling, **kwargs)[0]), None
 

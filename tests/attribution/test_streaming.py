@@ -86,7 +86,9 @@ def test_answer_and_maps_are_those_of_ask_then_attribute(lab: Lab, method: str, 
     run, found = ask_and_attribute(lab, PICTURE, QUESTION, method=method, target=EVERY, options=options, max_new_tokens=NEW)
     alone = lab.ask(PICTURE, QUESTION, max_new_tokens=NEW)
     assert np.array_equal(run.token_ids, alone.token_ids)
-    assert np.array_equal(run.logprobs, alone.logprobs)
+    close(run.logprobs, alone.logprobs, terms=TERMS)  # rollout mixes the prompt's values by the rows it keeps
+    if method == "attention":
+        assert np.array_equal(run.logprobs, alone.logprobs)
     after = attribute(lab, alone, method=method, target=EVERY, **options)
     close(found.values, after.values, terms=TERMS)
     assert (found.method, found.options, found.targets) == (after.method, after.options, after.targets)
@@ -96,12 +98,12 @@ def test_answer_and_maps_are_those_of_ask_then_attribute(lab: Lab, method: str, 
     assert found.passes == {"forward": 0, "backward": 0}
 
 
-def test_a_long_prompt_is_kept_in_half_and_right_to_one_part_in_two_thousand(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llava_lab.attribution.streaming.EXACT", 0)
+def test_a_long_prompt_is_kept_in_half_and_right_to_one_part_in_a_thousand(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llava_lab.capture.reducers.EXACT", 0)
     run, found = ask_and_attribute(lab, PICTURE, QUESTION, target=EVERY, options=PLAIN, max_new_tokens=NEW)
     exact = attribute(lab, run, target=EVERY, **PLAIN).values
-    np.testing.assert_allclose(found.values, exact, rtol=5e-4)
-    assert np.abs(found.values - exact).max() > 1e-6  # it was half precision
+    np.testing.assert_allclose(found.values, exact, rtol=1e-3)  # eleven bits, once a layer
+    assert np.abs(found.values - exact).max() > 1e-7  # it was half precision
 
 
 def test_the_planted_cause_is_found_while_answering() -> None:
@@ -160,6 +162,24 @@ def test_a_long_answer_is_kept_in_several_blocks(lab: Lab, monkeypatch: pytest.M
     monkeypatch.setattr("llava_lab.capture.reducers.ROOM", 2)
     run, found = ask_and_attribute(lab, PICTURE, QUESTION, target=EVERY, max_new_tokens=NEW)
     close(found.values, attribute(lab, run, target=EVERY).values, terms=TERMS)
+
+
+@pytest.mark.parametrize("method", ["attention", "rollout"])
+def test_no_key_and_no_row_is_held_longer_than_it_is_needed(lab: Lab, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[AnswerRows] = []
+    make = AnswerRows.__init__
+
+    def made(self: AnswerRows, *args: Any, **options: Any) -> None:
+        make(self, *args, **options)
+        seen.append(self)
+
+    monkeypatch.setattr(AnswerRows, "__init__", made)
+    run, _ = ask_and_attribute(lab, PICTURE, QUESTION, method=method, max_new_tokens=NEW)
+    (rows,), size = seen, len(run.token_ids) - 1
+    assert [keys.shape[2] for keys in rows._keys.values()] == [size] * 3  # the newest alone
+    assert all(query.untyped_storage().nbytes() <= lab.model.config.text_config.hidden_size * 4 for query in rows._waiting[0])
+    below = sum(kept.numel() for _, kept in rows._prompt[0]) if method == "rollout" else 0
+    assert below <= (rows.first + 1) * (rows.first + 1 + 64) / 2
 
 
 def test_only_rows_that_every_layer_has_are_counted(lab: Lab) -> None:

@@ -12,7 +12,18 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from llava_lab.capture import FUSIONS, Full, HeadRows, LayerByLayer, PickedRows, Reducer, fuse_heads, undisturbed, watch_attention
+from llava_lab.capture import (
+    FUSIONS,
+    Full,
+    HeadRows,
+    LayerByLayer,
+    PickedRows,
+    Reducer,
+    fuse_heads,
+    undisturbed,
+    watch,
+    watch_attention,
+)
 from llava_lab.capture.watch import attention_rows
 from llava_lab.errors import LabError, OptionError
 from llava_lab.models import Lab
@@ -92,6 +103,33 @@ def test_logits_are_bitwise_the_same_while_watched(model: LlavaForConditionalGen
     with torch.no_grad():
         plain = model(**inputs).logits
     assert torch.equal(plain, _capture(model, inputs)[2])
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_output_mixed_from_the_reported_rows_is_sdpa_s_but_for_rounding(
+    model: LlavaForConditionalGeneration, padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Mixing(Full):
+        mixes = True
+
+    inputs = _inputs(model, batch=2)
+    if padded:
+        inputs["attention_mask"][1, :5] = 0
+    mixed: list[int] = []
+    mix = watch._mix
+    monkeypatch.setattr(watch, "_mix", lambda attention, value: (mixed.append(1), mix(attention, value))[1])
+    full, _, logits = _capture(model, inputs)
+    assert not mixed
+    with undisturbed(model), watch_attention(language_layers(model), Mixing()) as mixing:
+        same = model(**inputs).logits
+    assert len(mixed) == 3 * 3  # blocks of rows in three layers
+    close(same[inputs["attention_mask"].bool()], logits[inputs["attention_mask"].bool()], terms=TERMS)
+    for layer, attention in full.attention.items():
+        close(mixing.attention[layer], attention, terms=TERMS)
+    mixed.clear()
+    with in_dtype(model, torch.bfloat16), undisturbed(model), watch_attention(language_layers(model), Mixing()):
+        model(**inputs | {"pixel_values": inputs["pixel_values"].bfloat16()})
+    assert not mixed  # 16 bits keep sdpa's output
 
 
 def test_left_padding_gives_the_same_attention_and_padded_rows_none(model: LlavaForConditionalGeneration) -> None:
