@@ -96,7 +96,7 @@ def prepare(model: str, way: str) -> Call:
     return Call(setting.lab, (setting,), dtype=torch.bfloat16 if way == HALF else None, facts={"tokens": setting.tokens})
 
 
-def new_setting(model: str, *, half: bool = False) -> Setting:
+def new_setting(model: str | Lab, *, half: bool = False) -> Setting:
     """A batch of `BATCH` rows of equal length with noise for pictures, and fresh connectors that train."""
     import torch
 
@@ -105,7 +105,7 @@ def new_setting(model: str, *, half: bool = False) -> Setting:
     from llava_lab.training.text import IGNORE
     from llava_lab.training.together import LeanStep
 
-    lab, rng = bench_lab(model), np.random.default_rng(0)
+    lab, rng = bench_lab(model) if isinstance(model, str) else model, np.random.default_rng(0)
     lab.model.requires_grad_(False).eval()
     words = np.setdiff1d(np.arange(len(lab.tokenizer)), [lab.image_id])
     prompt, rows = rng.choice(words, BEFORE), []

@@ -58,6 +58,7 @@ BENCHES: Mapping[str, str] = MappingProxyType(
         "scale": "loading, answering and every method at LLaVA-1.5-7B's true widths, few layers",
         "serve": "requests a second of `llava-lab serve`, for 1, 8 and 64 clients, beside the same questions without it",
         "connectors": "a training step of four connectors beside frozen full forwards and the common mistake",
+        "gpu": "capture, relevancy, occlusion, lens and connectors at LLaVA-1.5-7B's shape, on the CUDA or MPS device here",
     }
 )
 
@@ -336,8 +337,18 @@ def bench_lab(name: str) -> Lab:
     return lab
 
 
-def random_lab(shape: Architecture, name: str, *, vocabulary: int | None = None, dtype: torch.dtype | None = None) -> Lab:
-    """A model of random weights; `vocabulary` is the rows of embedding and head where they are more than the tokenizer's."""
+def random_lab(
+    shape: Architecture,
+    name: str,
+    *,
+    vocabulary: int | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> Lab:
+    """A model of random weights, drawn where it is to live.
+
+    `vocabulary` is the rows of embedding and head where they are more than the tokenizer's.
+    """
     import torch
 
     from llava_lab.models import Lab
@@ -350,7 +361,8 @@ def random_lab(shape: Architecture, name: str, *, vocabulary: int | None = None,
     usual = torch.get_default_dtype()
     try:
         torch.set_default_dtype(dtype or usual)
-        model = build_model(config, seed=0).eval().requires_grad_(False)
+        with torch.device(device):
+            model = build_model(config, seed=0).eval().requires_grad_(False)
     finally:
         torch.set_default_dtype(usual)
     return Lab(model, build_processor(config, tokenizer), name=name)

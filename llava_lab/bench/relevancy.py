@@ -78,7 +78,7 @@ def _peer(lab: Lab, new: int) -> Maps:
             for attention in out.attentions:
                 attention.retain_grad()
             scores = out.logits[0, -1].float()
-            token = scores.detach().index_fill(0, torch.tensor([lab.image_id]), -torch.inf).argmax()
+            token = scores.detach().index_fill(0, torch.tensor([lab.image_id], device=scores.device), -torch.inf).argmax()
             steps.append((scores[token], out.attentions))
             inputs = {"input_ids": token.view(1, 1), "past_key_values": out.past_key_values}
         earlier: list[Tensor] = []

@@ -188,7 +188,10 @@ def bench(args: argparse.Namespace) -> Reply:
     from llava_lab.results.table import aligned
 
     result = run(args.name, model=args.model, quick=args.quick, layers=args.layers)
-    lines = [f"{args.name} on {result['device']}, {result['threads']} threads; floor: {result['floor']:.2f} s"]
+    if not result["rows"]:
+        return Reply(result, result["note"])
+    lines = [f"{args.name} on {result['device']}, {result['threads']} threads; floor: {_short(result['floor'])} s"]
+    lines += [result["note"]] if result.get("note") else []
     names = ["name", "seconds", "ratio_to_floor", "ratio_to_peer", "extra_mb", "max_error"]
     names += [key for row in result["rows"][:1] for key in row if key not in names]  # what only this benchmark has
     lines += aligned(names, [[_short(row.get(name)) for name in names] for row in result["rows"]])
