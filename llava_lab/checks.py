@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 PATIENCE = 2.0  # seconds before a progress bar appears
 TURN = 0.002  # seconds until a thread that waits for its turn looks again
+LARGEST = 2**63  # what torch and files keep a whole number in ends before it
 AUTOCAST = ("cpu", "cuda", "mps")  # kinds of device a caller may have set to another precision
 
 Given = ParamSpec("Given")
@@ -67,9 +68,13 @@ def known(kind: str, name: Any, names: Iterable[str]) -> Any:
 
 def whole_number(name: str, value: Any, *, least: int = 0) -> int:
     """`value` as an int of at least `least`. Raises OptionError."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise OptionError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= value < LARGEST:
+        raise OptionError(f"{name} must be a whole number of at least {least}{_too_large(value)}, got {value!r}")
     return int(value)
+
+
+def _too_large(value: Any) -> str:
+    return " and below 2**63" if isinstance(value, Integral) and value >= LARGEST else ""
 
 
 def number(name: str, value: Any, *, least: float = 0.0) -> float:
@@ -372,7 +377,7 @@ EXPECTED: Mapping[str, Kind] = MappingProxyType(
         "Scene": ("a scene of the picture book", lambda value: hasattr(value, "things")),
         "np.ndarray": ("an array", lambda value: is_list(value)),
         "bool": ("True or False", lambda value: isinstance(value, (Integral, np.bool_)) and value in (0, 1)),
-        "int": ("a whole number", lambda value: isinstance(value, Integral) and not isinstance(value, bool)),
+        "int": ("a whole number", lambda value: isinstance(value, Integral) and not isinstance(value, bool) and value < LARGEST),
         "float": ("a number", lambda value: isinstance(value, Real) and not isinstance(value, bool)),
         "str": ("text", lambda value: isinstance(value, str) and is_text(value)),
         "os.PathLike": ("a path", lambda value: isinstance(value, os.PathLike) and is_text(str(value))),
@@ -410,11 +415,13 @@ def _arguments_of(function: Callable[..., Any]) -> Callable[[Any, Any], Any]:
     order = [name for name, parameter in parameters.items() if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
 
     def checked(name: str, value: Any) -> Any:
-        if name not in kinds or kinds[name][1](value):
+        if name not in kinds:
             return value
+        if kinds[name][1](value):
+            return value.item() if isinstance(value, np.generic) and not isinstance(value, str) else value
         if value is None and name in defaults:
             return defaults[name]
-        raise OptionError(f"{name} must be {kinds[name][0]}, got {shown(value)}")
+        raise OptionError(f"{name} must be {kinds[name][0]}{_too_large(value)}, got {shown(value)}")
 
     def check(args: Any, options: Any) -> Any:
         return (

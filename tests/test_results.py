@@ -16,7 +16,7 @@ import pytest
 from llava_lab import results
 from llava_lab.errors import DataError, OptionError, TargetError
 from llava_lab.geometry import PictureMap
-from llava_lab.results import Relevance, Run, Saved, Table, Target, Word, load_npz, save_npz
+from llava_lab.results import Comparison, GroundTruth, Relevance, Run, Saved, Table, Target, Word, load_npz, save_npz
 from llava_lab.results.pictures import map_row, thumbnail
 from tests.support import damaged
 from tests.support.result_examples import NASTY, examples
@@ -326,6 +326,27 @@ def test_targets_are_the_positions_before_their_tokens(run: Run) -> None:
     assert run.target("answer") == run.target(None)
     assert [t.text for t in run.word_targets()] == ["The", "car", "is", "red."]
     assert run.image_positions.tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("kind", [Relevance, GroundTruth, Comparison])
+def test_a_result_s_target_is_meant_by_number_or_by_its_text(kind: type[Any]) -> None:
+    result: Any = EXAMPLES[kind]
+    calls: dict[type, Any] = {
+        Relevance: lambda target: (result.top(3, target=target), result.on_picture(target).tolist()),
+        GroundTruth: lambda target: result.value(result.measures[0], target),
+        Comparison: lambda target: (
+            result.rows(target),
+            result.greyed(target),
+            result.to_dict(target),
+            str(result.table(target)),
+        ),
+    }
+    last = len(result.targets) - 1
+    for target in (-1, np.int64(last), result.targets[last].text):
+        np.testing.assert_equal(calls[kind](target), calls[kind](last))
+    for wrong in (len(result.targets), "no such target", 0.5, None, True, [0], -len(result.targets) - 1):
+        with pytest.raises(TargetError, match="this result has .*; got"):
+            calls[kind](wrong)
 
 
 def test_confidence_is_the_least_certain_word_that_says_something(run: Run) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any, ClassVar
 
 import numpy as np
@@ -357,12 +358,13 @@ class Relevance(Saved):
         ]
         return (f"Noise floor, by rounding: {', '.join(parts)}. What does not reach it is drawn as nothing.",)
 
-    def on_picture(self, target: int = 0, *, smooth: bool = False, view: str | None = None) -> np.ndarray:
+    def on_picture(self, target: int | str = 0, *, smooth: bool = False, view: str | None = None) -> np.ndarray:
         """The map of one target painted on the original picture, float32 (height, width), NaN where unseen.
 
-        `view` names one of `views`, where the model looked several times, or at several pictures. Raises OptionError for one
-        that is not there.
+        `target` is a number or a target's text. `view` names one of `views`, where the model looked several times, or at
+        several pictures. Raises TargetError, OptionError for one that is not there.
         """
+        target = target_index(self.targets, target)
         if view is None:
             return self.map.project(self.drawn[target], smooth=smooth)
         names = [own.name for own in self.views]
@@ -372,10 +374,10 @@ class Relevance(Saved):
         values = above_noise(self.view_values[at][target], self.noise_floor[target])
         return self.views[at].map.project(values, smooth=smooth)
 
-    def top(self, k: int = 5, target: int = 0) -> list[tuple[int, int, float]]:
-        """The k strongest patches as (row, col, value), strongest first."""
-        flat = self.values[target].ravel()
-        best = np.argsort(-flat, kind="stable")[:k]
+    def top(self, k: int = 5, target: int | str = 0) -> list[tuple[int, int, float]]:
+        """The k strongest patches as (row, col, value), strongest first. Raises OptionError, TargetError."""
+        flat = self.values[target_index(self.targets, target)].ravel()
+        best = np.argsort(-flat, kind="stable")[: whole_number("k", k)]
         return [(int(i) // self.map.cols, int(i) % self.map.cols, float(flat[i])) for i in best]
 
     def pictured(self) -> str:
@@ -500,6 +502,16 @@ class HeadMaps(Saved):
                 layer, head = divmod(int(flat), share.shape[2])
                 rows.append((target.text, str(layer), str(head), f"{share[index, layer, head]:.1%}"))
         return Table(("target", "layer", "head", "on the picture"), tuple(rows), notes=self.notes)
+
+
+def target_index(targets: Sequence[Target], target: Any) -> int:
+    """Which of a result's targets is meant: by number, from the end where negative, or by its text. Raises TargetError."""
+    names = [own.text for own in targets]
+    if isinstance(target, str) and target in names:
+        return names.index(target)
+    if isinstance(target, Integral) and not isinstance(target, bool) and -len(names) <= target < len(names):
+        return int(target) % len(names)
+    raise TargetError(f"this result has {len(names)} target(s), {', '.join(map(repr, names))}; got {target!r}")
 
 
 def above_noise(values: np.ndarray, floor: np.ndarray | float) -> np.ndarray:

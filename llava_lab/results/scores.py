@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float32, Float64, Int64
 from llava_lab.errors import DataError, OptionError
 from llava_lab.geometry import PictureMap
 from llava_lab.results.pictures import map_row
-from llava_lab.results.run import Relevance, Target
+from llava_lab.results.run import Relevance, Target, target_index
 from llava_lab.results.save import Saved
 from llava_lab.results.schema import filled
 from llava_lab.results.table import Table, figure, plain
@@ -153,8 +153,8 @@ class GroundTruth(Saved):
     def check(self) -> None:
         filled(targets=self.targets, draws=self.random)
 
-    def value(self, measure: str, target: int = 0) -> float:
-        return float(self.values[target, _index("measure", measure, self.measures)])
+    def value(self, measure: str, target: int | str = 0) -> float:
+        return float(self.values[target_index(self.targets, target), _index("measure", measure, self.measures)])
 
     @property
     def expected(self) -> np.ndarray:
@@ -209,13 +209,14 @@ class Comparison(Saved):
     def targets(self) -> tuple[Target, ...]:
         return next(iter(self.maps.values())).targets
 
-    def greyed(self, target: int = 0) -> tuple[str, ...]:
+    def greyed(self, target: int | str = 0) -> tuple[str, ...]:
         """Methods whose map did not beat random maps on this target; a view shows them in grey."""
-        return tuple(name for name, score in self.faithfulness.items() if not score.beats_random[target])
+        at = target_index(self.targets, target)
+        return tuple(name for name, score in self.faithfulness.items() if not score.beats_random[at])
 
-    def rows(self, target: int = 0) -> list[dict[str, Any]]:
+    def rows(self, target: int | str = 0) -> list[dict[str, Any]]:
         """One plain dict per method, the highest gain first, NaN gains last."""
-        rows = [self._row(name, target) for name in self.methods]
+        rows = [self._row(name, target_index(self.targets, target)) for name in self.methods]
         return sorted(rows, key=lambda row: -row["gain"] if row["gain"] == row["gain"] else np.inf)
 
     def _row(self, name: str, target: int) -> dict[str, Any]:
@@ -230,7 +231,7 @@ class Comparison(Saved):
             row["truth"] = {measure: truth.value(measure, target) for measure in truth.measures}
         return row | {"passes": dict(rel.passes), "seconds": rel.seconds}
 
-    def table(self, target: int = 0) -> Table:
+    def table(self, target: int | str = 0) -> Table:
         """A row per method, the highest gain first."""
         names = ("method", "gain", "deletion", "insertion", "beats random", "passes", "seconds")
         rows = [
@@ -244,12 +245,18 @@ class Comparison(Saved):
             for row in self.rows(target)
         ]
         notes = (*_refusals(self.refused), *self.notes)
-        return Table(names, tuple(rows), title=f"explained: {self.targets[target].text!r}", notes=notes)
+        return Table(
+            names, tuple(rows), title=f"explained: {self.targets[target_index(self.targets, target)].text!r}", notes=notes
+        )
 
-    def to_dict(self, target: int = 0) -> dict[str, Any]:
+    def to_dict(self, target: int | str = 0) -> dict[str, Any]:
         """What ``llava-lab compare --json`` prints beside the answer and the model."""
         agreement = {"methods": self.methods, "spearman": self.spearman, "overlap": self.overlap, "top": self.top}
-        about = {"target": self.targets[target].text, "rows": self.rows(target), "refused": self.refused}
+        about = {
+            "target": self.targets[target_index(self.targets, target)].text,
+            "rows": self.rows(target),
+            "refused": self.refused,
+        }
         return plain(about | {"agreement": agreement, "notes": self.notes, "seconds": self.seconds})
 
 

@@ -22,6 +22,8 @@ WRONG: dict[str, Any] = {
     "below zero": -1,
     "a large number": 2**70,
     "a fraction": 1.5,
+    "a whole number of numpy's": np.int64(2),
+    "a fraction of numpy's": np.float32(0.5),
     "not a number": float("nan"),
     "an empty text": "",
     "some text": "nonsense\n",
