@@ -68,13 +68,13 @@ def known(kind: str, name: Any, names: Iterable[str]) -> Any:
 
 def whole_number(name: str, value: Any, *, least: int = 0) -> int:
     """`value` as an int of at least `least`. Raises OptionError."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= value < LARGEST:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) < LARGEST:
         raise OptionError(f"{name} must be a whole number of at least {least}{_too_large(value)}, got {value!r}")
     return int(value)
 
 
 def _too_large(value: Any) -> str:
-    return " and below 2**63" if isinstance(value, Integral) and value >= LARGEST else ""
+    return " and below 2**63" if isinstance(value, Integral) and int(value) >= LARGEST else ""
 
 
 def number(name: str, value: Any, *, least: float = 0.0) -> float:

@@ -509,7 +509,7 @@ def target_index(targets: Sequence[Target], target: Any) -> int:
     names = [own.text for own in targets]
     if isinstance(target, str) and target in names:
         return names.index(target)
-    if isinstance(target, Integral) and not isinstance(target, bool) and -len(names) <= target < len(names):
+    if isinstance(target, Integral) and not isinstance(target, bool) and -len(names) <= int(target) < len(names):
         return int(target) % len(names)
     raise TargetError(f"this result has {len(names)} target(s), {', '.join(map(repr, names))}; got {target!r}")
 
