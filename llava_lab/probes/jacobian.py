@@ -138,7 +138,7 @@ def fit_jacobian(
             half = halves[number % 2]
             half[:] = [half[0] + found] if half else [found]
             sweep.step()
-    total = sum(half[0] for half in halves if half) / sweep.count
+    total = np.sum([half[0] for half in halves if half], 0) / sweep.count
     return JacobianLens(
         states=tuple(range(start, stop)),
         image=total[0].astype(np.float32),

@@ -372,7 +372,7 @@ def lens_by_name(
         scenes = [scene("train", i, seed=seed) for i in range(count)]
         asked = [ask_about(drawn, np.random.default_rng((seed, 7, i)), 1)[0].text for i, drawn in enumerate(scenes)]
         asked[::2] = [ASKED] * len(asked[::2])
-        shown = [drawn.picture() for drawn in scenes]
+        shown: list[Any] = [drawn.picture() for drawn in scenes]
     else:
         shown = [photo.picture() for photo in read_outlined(Path(pictures))[after : after + count]]
         asked = [ASKED] * count

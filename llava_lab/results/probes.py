@@ -254,8 +254,8 @@ class NamingShare(Saved):
             choice = right, shuffled, f"{self.calibration_error[0, i]:.2f}"
             rows.append((str(state), f"{kind:.1%}", f"{color:.1%}", interval, *controls, *choice))
         names = ("state", "kind of its thing", "its color", "either (95%)", "background", "shuffled")
-        names += ("likeliest kind is right", "shuffled", "calibration error")
-        return Table(names, tuple(rows), title=f"{self.lens} lens, top {self.top} words", notes=self.notes)
+        choice_names = ("likeliest kind is right", "shuffled", "calibration error")
+        return Table((*names, *choice_names), tuple(rows), title=f"{self.lens} lens, top {self.top} words", notes=self.notes)
 
     def to_dict(self) -> dict[str, Any]:
         """What ``llava-lab naming --json`` prints."""
