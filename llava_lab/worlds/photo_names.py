@@ -63,10 +63,11 @@ class Category:
 
 @dataclass(frozen=True)
 class Photo:
-    """A photograph on disk and what it shows."""
+    """A photograph on disk, or a part of one, and what it shows; `box` is left, top, right, bottom as shares of its sides."""
 
     path: Path
     thing: Thing
+    box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
 
     @property
     def category(self) -> Category:

