@@ -66,6 +66,22 @@ def test_beside_its_features_the_tower_says_where_a_patch_lies_and_changes_nothi
         close(waves.T @ waves, 2.5 * torch.eye(4))
 
 
+def test_a_patch_takes_its_share_from_around_it() -> None:
+    features = torch.zeros(1, 1, 7, 7)
+    features[0, 0, 3, 3] = 81.0
+    near = efficientnet.blended(features, 1.0)[0, 0]
+    triangle = torch.tensor([0.0, 1, 2, 3, 2, 1, 0])  # a 3 x 3 mean, twice
+    close(near, torch.outer(triangle, triangle))
+    close(efficientnet.blended(features, 1 / 3)[0, 0], features[0, 0] * 2 / 3 + near / 3)
+    close(efficientnet.blended(torch.ones(1, 2, 5, 4), 1.0), torch.ones(1, 2, 5, 4))  # at the edge over what there is
+    plain, taking = efficientnet.read_tower(image_size=160), efficientnet.read_tower(image_size=160, around=0.5)
+    pixels = torch.randn(1, 3, 160, 160, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = efficientnet.blended(plain.features(pixels), 0.5).flatten(2).transpose(1, 2)
+        close(taking(pixels).last_hidden_state, wanted)
+        assert not torch.allclose(plain(pixels).last_hidden_state, wanted)
+
+
 def test_where_a_patch_lies_is_no_feature_of_gradcam(lab: Lab, picture: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     """With places a thousand times as large, and read a thousandth as strongly, the model and the map are what they were."""
     run = lab.ask(picture, "What?", max_new_tokens=2)

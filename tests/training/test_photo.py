@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,8 @@ from llava_lab.models.formats import photo, smol
 from llava_lab.training import loop
 from llava_lab.training.photo import make
 from llava_lab.training.photo.make import PHOTO, PhotoData, train_photo
+from llava_lab.training.smol.batches import Chat
+from llava_lab.worlds.photo_names import classes, read_photos
 from tests.support.little_language import llama, write_gguf
 
 RECIPE = replace(
@@ -115,6 +118,68 @@ def test_pictures_are_squared_as_the_processor_squares_them() -> None:
     )[0]
     square = torch.from_numpy(make.to_square(picture).copy()).permute(2, 0, 1).float()
     assert ((square - 127) / 128 - wanted).abs().max() < 2 / 128
+
+
+def test_how_many_patches_are_passed_on_says_nothing_of_what_is_shown(
+    language: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where lone photographs alone came with few patches, a whole one was described as a collage."""
+    _, processor = photo.assemble(language=language)
+    forms: list[str] = []
+    real = make.draw_scene
+
+    def draws(*args: Any, **options: Any) -> Any:
+        scene = real(*args, **options)
+        forms.append("alone" if options.get("form") == "alone" else "scene")
+        return scene
+
+    monkeypatch.setattr(make, "draw_scene", draws)
+    data = PhotoData(Chat(processor.tokenizer, 144), read_photos(pictures), stage=RECIPE.instruct, number=2, seed=0)
+    found = Counter()
+    for step in range(8):
+        forms.clear()
+        batch = data[step]
+        assert len(set(forms)) == 1
+        places = torch.arange(144) if batch.shown is None else batch.shown
+        assert (batch.ids[0] == data.form.image_id).sum() == len(places) == len(places.unique())
+        found[forms[0], len(places)] += 1
+    assert found == {(form, count): 2 if count == 36 else 1 for form in ("alone", "scene") for count in (36, 72, 144)}
+
+
+def test_a_share_of_a_picture_s_features_is_hidden_and_its_places_never(language: Path, pictures: Path) -> None:
+    _, processor = photo.assemble(language=language)
+    data = PhotoData(Chat(processor.tokenizer, 144), read_photos(pictures), stage=RECIPE.instruct, number=2, seed=0)
+    kept = data[0].kept
+    assert kept.shape == (8, 1, 1296)
+    assert kept.unique().tolist() == pytest.approx([0.0, 1.0, 1.25])
+    assert (kept[..., 1280:] == 1).all()
+    assert 0.18 < (kept[..., :1280] == 0).float().mean() < 0.22
+    assert not torch.equal(kept[0], kept[1])
+    assert not torch.equal(kept, data[4].kept)
+
+
+def test_cuts_are_named_as_the_tower_names_them_and_kept(language: Path, pictures: Path, tmp_path: Path) -> None:
+    model, _ = photo.assemble(language=language)
+    model.requires_grad_(False)
+    photos, names = read_photos(pictures), [thing for thing, _ in classes().values()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(make, "SURE", 0.0)
+        found = make.cuts(model, photos, tmp_path / "cuts.json", seed=0)
+    assert len(found) == make.CUTS * len(photos)
+    for cut in found[::5]:
+        left, top, right, bottom = cut.box
+        assert 0 <= left < right <= 1
+        assert 0 <= top < bottom <= 1
+        assert 0.09 < (right - left) * (bottom - top) < 0.51
+        with Image.open(cut.path) as file:
+            whole = file.convert("RGB")
+        part = whole.crop([round(s * n) for s, n in zip(cut.box, (*whole.size, *whole.size), strict=True)])
+        features = make.seen(model, torch.from_numpy(make.to_square(part)[None].copy()))
+        assert names[int(layout.vision_tower(model).classes(features).mean(1).argmax())] == cut.thing
+    assert make.cuts(model, photos, tmp_path / "cuts.json", seed=1) == found  # read, not made again
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(make, "SURE", 1.1)
+        assert make.cuts(model, photos, tmp_path / "none.json", seed=0) == []
 
 
 @pytest.mark.parametrize(

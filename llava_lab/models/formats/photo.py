@@ -22,8 +22,8 @@ NAME = "photo"
 PARAMETERS = 147_000_000  # about; the device is chosen before anything is read
 SIDE = 384
 PLACES = 16  # channels beside the tower's own 1,280 that say where a patch lies
-# Share of a patch's features from around it. Of the patches of training photographs in new cuts, 41% are called by the photograph's
-# name by the tower's classifier when they stand alone, 60% so (64% at a share of 1); in a collage's quarter 44% and 65%.
+# Share of a patch's features from around it. The tower's classifier calls 41% of the patches of training photographs in new cuts
+# by the photograph's name as they come and 60% so (64% at a share of 1); in a collage's quarter 44% and 65%.
 AROUND = 2 / 3
 
 

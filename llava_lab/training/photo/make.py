@@ -11,7 +11,7 @@ times the pictures (the idea of FLIP, Li et al. 2023, arXiv 2212.00794); a patch
 (`efficientnet.place_code`). How many are passed on says nothing of what is shown: photographs alone and scenes take turns.
 
 A thousand photographs are soon known by heart. So half of the pictures are small cuts, named by the tower's classifier where it
-is sure (`cuts`), and of each picture a fifth of the features is hidden: what is learned is to read the tower, not the photographs.
+is sure (`cuts`), and a fifth of each picture's features is hidden: what is learned is to read the tower, not the photographs.
 
     train_photo("photographs", "runs/photo")  # hours on a processor; runs/photo/weights is what ``ll.load`` reads
 
