@@ -36,7 +36,7 @@ def test_each_method_has_its_own_map_over_the_same_picture(widget_page: WidgetPa
 
 def test_a_patch_pointed_at_in_one_map_lights_in_all_and_is_read_in_all(widget_page: WidgetPage) -> None:
     shown = widget_page.mount(three())
-    edge = (3 / 12 + 0.004, 7.5 / 12)  # the left side of patch 87
+    edge = (3 / 12 + 0.008, 7.5 / 12)  # the left side of patch 87
     before = widget_page.pixels([edge])[0]
     lights = shown.locator(".lab-light")
     assert lights.evaluate_all("(nodes) => nodes.every((node) => getComputedStyle(node).visibility === 'hidden')")
@@ -238,7 +238,7 @@ def test_wide_pictures_keep_the_maps_aligned(widget_page: WidgetPage) -> None:
     boxes = [one.bounding_box() for one in shown.locator(".lab-tile-canvas").all()]
     assert all(box is not None and box["width"] / box["height"] == pytest.approx(2, abs=0.02) for box in boxes)
     assert len({round(box["width"]) for box in boxes if box}) == 1
-    assert len({round(box["x"]) for box in boxes if box}) == 3  # columns line up
+    assert len({round(box["x"]) for box in boxes if box}) == 2  # columns line up
     first = shown.locator(".lab-tile-canvas").first
     *unseen, seen = widget_page.pixels([*((0.04, 0.1 + 0.05 * i) for i in range(9)), (0.6, 0.6)], first)
     assert statistics.median(max(pixel[:3]) for pixel in unseen) < 140 < min(seen[:3])  # hatched, so not every pixel

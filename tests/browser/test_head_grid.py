@@ -126,7 +126,7 @@ def test_from_patches_back_to_heads_and_words(widget_page: WidgetPage) -> None:
     widget = HeadGrid(*one_patch_each(), word=0, layer=0, head=0)
     widget.selected = [patch_of(1, 1, 2)]
     shown = widget_page.mount(widget)
-    first = shown.locator(".lab-line").filter(has_text="layer 4, head 0").last
+    first = shown.locator(".lab-line").filter(has_text="layer 4, head 0").first
     first.hover()  # the head of "The" that looks there most
     assert patch_of(0, 4, 0) in lit(widget_page)
     first.click()

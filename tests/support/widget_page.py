@@ -7,6 +7,7 @@ model that records what the module does, and reads back pixels. Pure helpers are
 from __future__ import annotations
 
 import base64
+import os
 from typing import Any
 
 from playwright.sync_api import Browser, Locator, Page, Route
@@ -71,7 +72,7 @@ class WidgetPage:
         self.outside: list[str] = []
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.on("console", lambda line: self.errors.append(line.text) if line.type == "error" else None)
-        self.page.set_default_timeout(10_000)
+        self.page.set_default_timeout(int(os.environ.get("PW_MS", 10_000)))
         self.page.route("**/*", self._serve)
         self.page.goto(ADDRESS)
 

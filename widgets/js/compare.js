@@ -2,8 +2,8 @@
 /**
  * CompareView: which map to trust. Every method's map of the same target, over the same picture.
  *
- * The enlarged map with what made it, its scores beside those of the other methods, its likes; below it all maps, small
- * (``compare_maps.js``), in the order of any score. Maps arrive once; targets, order, colours and the enlarged map change
+ * All maps, small (``compare_maps.js``), in the order of any score; beside them the enlarged one with what made it, its
+ * scores beside those of the other methods, its likes. Maps arrive once; targets, order, colours and the enlarged map change
  * here and ask Python nothing. Python hears of what is kept: `target`, `method` (the enlarged one), `sort`, `selected`.
  */
 
@@ -12,7 +12,7 @@ import { choices, make, opacitySlider, section, segmented, setText, slider } fro
 import { MapPanel } from "./shared/map_panel.js";
 import { readMaps } from "./shared/maps.js";
 import { shows } from "./shared/panel.js";
-import { topList, wordChips } from "./shared/parts.js";
+import { readout, topList, wordChips } from "./shared/parts.js";
 import { saveCanvas } from "./shared/surface.js";
 import { summary } from "./shared/view.js";
 import { ALIKE, alikeText, formatScore, orderOf, scoreOf, Tiles, tilesOf, whatOf } from "./compare_maps.js";
@@ -26,6 +26,7 @@ import { ALIKE, alikeText, formatScore, orderOf, scoreOf, Tiles, tilesOf, whatOf
  * @typedef {{tiles: Tile[], stage: number}} StageView
  */
 
+const STAGE = 360; // CSS pixels: the enlarged map is seen beside what is chosen from
 const LEAST_RANGE = 5; // per cent
 const MOST_NOTES = 3; // shown without being asked for
 const KEY = "Bars are this map's scores, ticks the other methods', rings the controls'.";
@@ -56,13 +57,14 @@ class Compare extends MapPanel {
     const peek = (/** @type {number} */ target) => this.set(this.peek, { target });
     const chips = this.add(wordChips(/** @type {any} */ (spec), (i) => this.choose("target", i), peek, signal));
     chips.setAttribute("aria-label", "What is explained");
-    const figure = this.figure();
-    const side = [aboutMap(spec), scoreLines(spec), topList((hover) => this.point({ hover }), signal)];
-    const stage = make("div", "lab-stage", [figure, make("div", "lab-side", side.map((part) => this.add(part)))]);
+    const figure = this.figure([], readout(), STAGE);
+    const read = [aboutMap(spec), scoreLines(spec), topList((hover) => this.point({ hover }), signal)];
+    const side = make("div", "lab-side lab-scroll", read.map((part) => this.add(part)));
+    const maps = make("div", "lab-scroll lab-maps", [this.tiles.root, notesOf(spec)]);
     const bars = [this.add(this.orderBar()), this.add(this.colorBar())];
     const about = `${this.patchesText} · ${spec.methods.length} methods`;
-    const text = { class: "lab-compare", label: "Compare methods", about };
-    return this.card(text, [chips, stage, ...bars, this.tiles.root, notesOf(spec)]);
+    const text = { class: "lab-compare lab-screen", label: "Compare methods", about };
+    return this.card(text, [chips, ...bars, make("div", "lab-body", [maps, figure, side])]);
   }
 
   /** By which score the maps are ordered, and which end comes first. */

@@ -37,7 +37,7 @@ import { doubtful, paletteOf } from "./shared/view.js";
  */
 
 export const ALIKE = "agreement"; // the order by likeness to the enlarged map
-const SIDE = 166; // CSS pixels a square picture's map has at least
+const SIDE = 100; // CSS pixels a square picture's map has at least
 
 /** Every method's map of a target, in the order given.
  * @param {CompareSpec} spec @param {Maps} maps @param {number} chip @param {CompareDisplay} display @returns {Tile[]} */
@@ -355,7 +355,7 @@ export function nextTile(key, at, count, columns) {
 /** The least width of a small map: about the same area whatever the picture's shape.
  * @param {import("./shared/grid.js").PictureMap} map */
 export function tileWidth(map) {
-  return Math.round(Math.min(260, Math.max(104, SIDE * Math.sqrt(map.width / map.height))));
+  return Math.round(Math.min(190, Math.max(90, SIDE * Math.sqrt(map.width / map.height))));
 }
 
 /** @param {CompareSpec} spec @param {ScoredMethod} method @returns {Small} */

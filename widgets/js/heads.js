@@ -11,7 +11,7 @@ import { blankCanvas, contextOf } from "./shared/canvas.js";
 import { button, make, opacitySlider, segmented, setText } from "./shared/dom.js";
 import { MapPanel } from "./shared/map_panel.js";
 import { shows } from "./shared/panel.js";
-import { wordChips } from "./shared/parts.js";
+import { readout, wordChips } from "./shared/parts.js";
 import { headMap, headName, layerMeans, Matrix, onWhat, readHeads } from "./heads_matrix.js";
 import { shareText, spentOn, topHeads, wordName } from "./heads_matrix.js";
 
@@ -24,6 +24,7 @@ import { shareText, spentOn, topHeads, wordName } from "./heads_matrix.js";
  */
 
 const TOP_HEADS = 5;
+const STAGE = 360; // CSS pixels: the map is seen beside the matrix
 
 class HeadGrid extends MapPanel {
   /** @param {import("./shared/panel.js").Model} model @param {HTMLElement} el */
@@ -51,16 +52,15 @@ class HeadGrid extends MapPanel {
     const pickWord = (/** @type {number} */ i) => this.choose("word", i);
     const hoverHead = (/** @type {At | null} */ at) => this.set(this.peek, { at });
     const chips = this.add(wordChips(/** @type {any} */ (spec), pickWord, peekWord, signal));
-    const figure = this.figure();
+    const figure = this.figure([this.add(this.controls())], readout(), STAGE);
     const heads = this.add(headList(TOP_HEADS, hoverHead, (at) => this.pick(at), signal));
     const words = this.add(wordList(spec, peekWord, pickWord, signal));
     const grid = make("div", "lab-grid", [this.add(this.matrixHead()), this.matrix.canvas]);
-    const left = make("div", "lab-side", [grid, words]);
-    const right = make("div", "lab-side", [figure, this.add(this.controls()), heads]);
+    const lists = make("div", "lab-side lab-scroll lab-lists", [heads, words]);
     const notes = make("ul", "lab-notes", spec.notes.map((text) => make("li", "", [text])));
     const about = `${spec.layers} layers × ${spec.heads} heads · ${this.patchesText}`;
-    const text = { class: "lab-heads", label: "Attention heads", about };
-    return this.card(text, [chips, make("div", "lab-heads-body", [left, right]), notes]);
+    const text = { class: "lab-heads lab-screen", label: "Attention heads", about };
+    return this.card(text, [chips, make("div", "lab-body", [grid, figure, lists]), notes]);
   }
 
   /** What the matrix counts, and its colours. */

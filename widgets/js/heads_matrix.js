@@ -32,7 +32,7 @@ const ABOVE = 34; // for the heads' numbers and the titles
 const GAP = 8; // before the mean
 const AFTER = 12; // for its title, wider than a cell
 const LARGEST = 46; // side of a cell
-const MATRIX_TALLEST = 460;
+const MATRIX_TALLEST = 400;
 const MATRIX_HELP = "Arrow keys move over layers and heads; the last column is the mean of a layer's heads.";
 
 /** @param {DataView | Uint8Array} levels @param {DataView | Uint8Array} scales @param {HeadsSpec} spec @returns {Heads} */

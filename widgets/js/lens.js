@@ -10,7 +10,7 @@
  */
 
 import { blankCanvas, contextOf } from "./shared/canvas.js";
-import { button, make, opacitySlider, section, segmented, setText } from "./shared/dom.js";
+import { button, make, opacitySlider, segmented, setText } from "./shared/dom.js";
 import { ARROWS, pointerGestures } from "./shared/gestures.js";
 import { firstOnPicture, onPicture, patchBox, patchName, step } from "./shared/grid.js";
 import { MapPanel } from "./shared/map_panel.js";
@@ -32,6 +32,7 @@ const COLORS = ["Word", "Entropy", "Likeliest word"];
 const [BY_WORD, BY_ENTROPY] = [0, 1];
 const KEYS = "Arrow keys move, space locks a patch, escape unlocks it.";
 const STATES_SAID = "State 0 is what the connector gives; state l is the stream after l layers. Entropy in nats: 0 is decided.";
+const STAGE = 360; // CSS pixels: the picture is seen beside the states
 const ROOM = 26; // CSS pixels a patch must be wide for a word to be read on it
 const FAINT = 0.6; // of a word that the model is not sure of at all
 
@@ -70,16 +71,18 @@ class TokenLens extends MapPanel {
     const { signal } = this.stop;
     const type = (/** @type {string} */ text) => this.type(text);
     const find = this.add(wordField(lens, type, (word) => this.enter(word), signal));
-    const left = make("div", "lab-side", [this.figure([], lensReadout(lens)), this.curve.root]);
+    const figure = this.figure([], lensReadout(lens), STAGE);
     const near = nearList(lens);
     const words = [this.add(lensTable(lens, pick, peek, signal)), ...(near ? [this.add(near)] : [])];
-    const right = make("div", "lab-side", [...words, this.add(this.controls())]);
+    const said = make("div", "lab-side lab-scroll", words);
     const notes = make("ul", "lab-notes", spec.notes.map((text) => make("li", "", [text])));
     const about = `${spec.lenses.map((kind) => LENSES[kind]).join(", ")} · ${spec.states.length} states · ${this.patchesText}`;
     const answer = make("span", "lab-lens-answer", [spec.answer]);
-    const text = { class: "lab-lens", label: "Token lens", about, tail: [document.createTextNode(" "), answer] };
-    const choice = spec.lenses.length > 1 ? [this.add(this.lensChoice())] : [];
-    return this.card(text, [find, ...choice, make("div", "lab-lens-body", [left, right]), notes]);
+    const text = { class: "lab-lens lab-screen", label: "Token lens", about, tail: [document.createTextNode(" "), answer] };
+    const controls = this.add(this.controls());
+    if (spec.lenses.length > 1) controls.prepend(this.add(this.lensChoice()));
+    const body = make("div", "lab-body", [figure, this.curve.root, said]);
+    return this.card(text, [find, controls, body, notes]);
   }
 
   /** Which of several lenses is shown. */
@@ -109,7 +112,7 @@ class TokenLens extends MapPanel {
       make("div", "lab-lens-choice", [make("span", "lab-label", [["Colour", "Scale", "Write"][i]]), one.root]),
     );
     return {
-      root: section("Display", [...labelled, make("div", "lab-bar-row", [opacity.root, unlock])]),
+      root: make("div", "lab-bar-row", [...labelled, opacity.root, unlock]),
       update: (/** @type {LensState} */ { display, color: by, locked, written }) => {
         color.show(by, -1);
         /** @type {HTMLButtonElement} */ (color.buttons[BY_WORD]).disabled = !this.looked.found;

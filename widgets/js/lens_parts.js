@@ -20,7 +20,7 @@ import { chanceText, commonestNear, nearPieces, stateName } from "./lens_data.js
  * @typedef {{word: string, status: import("./lens_data.js").WordStatus, partly: boolean}} WordView
  */
 
-const HIGH = 84; // CSS pixels
+const HIGH = 60; // CSS pixels
 const EDGE = 8; // of the slider's thumb; the curve's ends lie over the slider's ends
 const MOST_COLUMNS = 6;
 let fields = 0; // ids of the lists of suggestions must differ within a page

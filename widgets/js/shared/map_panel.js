@@ -63,10 +63,11 @@ export class MapPanel extends Panel {
   }
 
   /** The picture with what is read below it.
-   * @param {Node[]} [below] @param {AnyPart} [line] the line on the patch pointed at */
-  figure(below = [], line = readout()) {
+   * @param {Node[]} [below] @param {AnyPart} [line] the line on the patch pointed at
+   * @param {number} [tallest] CSS pixels */
+  figure(below = [], line = readout(), tallest = undefined) {
     const node = make("div", "lab-figure", [this.surface.canvas, this.add(line), this.add(legend(this.palettes)), ...below]);
-    node.style.maxWidth = `${widest(this.spec.map)}px`;
+    node.style.maxWidth = `${widest(this.spec.map, tallest)}px`;
     return node;
   }
 

@@ -99,9 +99,9 @@ export class Surface {
 }
 
 /** How wide the picture may become, CSS pixels.
- * @param {import("./grid.js").PictureMap} map */
-export function widest(map) {
-  return Math.round((TALLEST * map.width) / map.height);
+ * @param {import("./grid.js").PictureMap} map @param {number} [tallest] */
+export function widest(map, tallest = TALLEST) {
+  return Math.round((tallest * map.width) / map.height);
 }
 
 /** Hand a drawing to the reader as a PNG file.
