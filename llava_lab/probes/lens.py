@@ -45,6 +45,7 @@ from llava_lab.capture.residual import watch_stream
 from llava_lab.checks import PATIENCE, Sweep, entry, number, one_of, whole_number
 from llava_lab.errors import DataError, OptionError
 from llava_lab.models.layout import language_layers
+from llava_lab.models.text import pieces
 from llava_lab.probes.jacobian import JacobianLens, check_lens, fit_jacobian
 from llava_lab.probes.linear import LEFT_OUT, QUESTION, patch_labels, read_stages, subset
 from llava_lab.replay.words import Reading, final_norm, output_head, read_words, state_window, token_texts, word_tokens
@@ -115,7 +116,7 @@ def logit_lens(
     names, ids, notes = word_tokens(lab, words)
     states, read = _read(lab, run, layers, top, ids, fitted)
     top_ids = np.stack([state.top_ids for state in read])
-    piece_ids, pieces = token_texts(lab, top_ids)
+    piece_ids, texts = token_texts(lab, top_ids)
     return LogitLens(
         states=states,
         top_ids=top_ids,
@@ -126,7 +127,7 @@ def logit_lens(
         ranks=np.stack([state.ranks for state in read]),
         probs=np.stack([state.probs for state in read]),
         piece_ids=piece_ids,
-        pieces=pieces,
+        pieces=texts,
         vocabulary=vocabulary,
         map=run.map,
         model=run.model,
@@ -134,6 +135,7 @@ def logit_lens(
         seconds=time.perf_counter() - begin,
         lens=_lens_name(fitted),
         notes=(_note(states, fitted), *notes),
+        read_as=tuple(pieces(lab.tokenizer, np.array(ids, np.int64))),
     )
 
 

@@ -173,7 +173,10 @@ def word_tokens(lab: Lab, words: Sequence[str]) -> tuple[tuple[str, ...], tuple[
                 ", ".join(map(repr, parts)),
                 "its first" if not first else f"{parts[first]!r}, its first with a letter",
             )
-            notes.append(f"{word!r} is {len(spelt)} tokens ({named}); it is read as {letters}.")
+            notes.append(
+                f"{word!r} is {len(spelt)} tokens ({named}); it is read as {letters}. What is said of it holds for that part "
+                "alone, in whatever word it stands; to look for a word, choose one that the model has as one token."
+            )
         ids.append(spelt[first])
     return wanted, tuple(ids), tuple(notes)
 

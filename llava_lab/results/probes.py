@@ -47,6 +47,7 @@ class LogitLens(Saved):
     seconds: float
     lens: str = "logit"  # of `LENSES`: what each state went through before it was read
     notes: tuple[str, ...] = ()
+    read_as: tuple[str, ...] = ()  # the text of the token each word is read as: of a word with several, a part of it
 
     @classmethod
     def upgraded(cls, header: dict[str, Any]) -> dict[str, Any]:
@@ -59,6 +60,8 @@ class LogitLens(Saved):
         if self.lens not in LENSES:
             raise DataError(f"lens must be one of {', '.join(LENSES)}, got {self.lens!r}")
         _check_pieces(self.top_ids, self.piece_ids)
+        if self.read_as:
+            _same_length("words", self.words, self.read_as)
         _same_length("words", self.words, self.word_ids)
 
     def at(self, state: int, row: int, col: int) -> list[tuple[str, float]]:
@@ -66,6 +69,14 @@ class LogitLens(Saved):
         number, patch = _state(self.states, state), _patch(self.map, row, col)
         places = np.searchsorted(self.piece_ids, self.top_ids[number, patch])
         return [(self.pieces[i], float(p)) for i, p in zip(places, self.top_probs[number, patch], strict=True)]
+
+    def _read_as(self, at: int) -> str:
+        return self.read_as[at] if self.read_as else self.words[at]
+
+    def _named(self, word: str) -> str:
+        """A chosen word as a table names it: only the part of it that was read, where the model has no token for the whole."""
+        part = self._read_as(self.words.index(word)).strip()
+        return repr(word) if part == word.strip() else f"{part!r} alone, a part of {word!r},"
 
     def rank_of(self, word: str) -> np.ndarray:
         """Rank of a chosen word, int32 (states, rows, cols)."""
@@ -106,7 +117,7 @@ class LogitLens(Saved):
             for row in about["states"]
         )  # fmt: skip
         words = tuple(
-            (repr(row["word"]), f"{row['probability']:.3f}", *(str(row[name]) for name in ("state", "row", "col", "rank")))
+            (self._named(row["word"]), f"{row['probability']:.3f}", *(str(row[name]) for name in ("state", "row", "col", "rank")))
             for row in about["words"]
         )
         sentence = f"{{0}}: {{1}} at state {{2}}, row {{3}}, column {{4}}, rank {{5}} of {self.vocabulary}"
@@ -133,7 +144,12 @@ class LogitLens(Saved):
         for at, word in enumerate(self.words):
             probability = self.probs[:, :, at]
             number, patch = divmod(int(probability.argmax()), probability.shape[1])
-            row = {"word": word, "token": self.word_ids[at], "probability": float(probability.max())}
+            row = {
+                "word": word,
+                "read_as": self._read_as(at),
+                "token": self.word_ids[at],
+                "probability": float(probability.max()),
+            }
             row |= {"state": self.states[number], "row": patch // grid[1], "col": patch % grid[1]}
             words.append(row | {"rank": int(self.ranks[number, patch, at]), "by_state": probability.max(1)})
         about = {"grid": grid, "vocabulary": self.vocabulary, "states": states, "words": words}

@@ -150,10 +150,13 @@ def test_a_word_of_several_tokens_is_read_as_its_first_with_a_letter_and_said(ti
     found = logit_lens(tiny_random, run, words=["xylophone", "blue"])
     (note,) = (note for note in found.notes if "'xylophone' is " in note)
     assert "(' ', 'x'" in note
-    assert note.endswith("it is read as 'x', its first with a letter.")
+    assert "it is read as 'x', its first with a letter. What is said of it holds for that part alone" in note
     assert tiny_random.tokenizer.decode([found.word_ids[0]]) == "x"
     assert not any("'blue'" in note for note in found.notes)
     assert found.probs.shape[2] == 2
+    said = [row[0] for row in found.table().below[0].rows]
+    assert said == ["'x' alone, a part of 'xylophone',", "'blue'"]
+    assert [word["read_as"].strip() for word in found.to_dict()["words"]] == ["x", "blue"]
 
 
 def test_tuned_lens_comes_nearer_to_the_end_and_leaves_the_last_state(tiny_random: Lab, run: Run) -> None:
