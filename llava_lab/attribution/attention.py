@@ -54,6 +54,8 @@ TINY = 1e-12  # far below any attention that can matter: keeps a share of nothin
 @method(
     truth="How much the positions that predict the target attend to each image token, averaged over layers and heads.",
     source="the usual head mean (Vaswani et al. 2017 weights; drawn by most viewers)",
+    equation=r"\frac{1}{LH}\sum_{l,h}A^{lh}_{pj}",
+    paper="https://arxiv.org/abs/1706.03762",
     cost="1 forward",
     blind_to="what the values carry, and everything that reached the answer through other positions",
     reach="tokens",
@@ -88,6 +90,8 @@ def attention_notes(chosen: Chosen, fusion: str) -> tuple[str]:
 @method(
     truth="How large a vector the positions that predict the target fetch from each image token: attention times value norm.",
     source="Kobayashi et al. 2020, norm-based analysis",
+    equation=r"\sum_{l,h}A^{lh}_{pj}\,\lVert v^{lh}_j\rVert",
+    paper="https://arxiv.org/abs/2004.10102",
     cost="1 forward",
     blind_to="whether what was fetched speaks for the target, and everything that reached it through other positions",
     needs="plain weights",
@@ -201,6 +205,8 @@ def head_weights(projection: nn.Module, value: Float[Tensor, "B G K d"]) -> Floa
 @method(
     truth="How much more the target's positions attend to each image token than they would under a neutral instruction.",
     source="Zhang et al. 2025, relative attention (mllms_know)",
+    equation=r"\bar A_{pj}\,/\,\bar A^{\mathrm{neutral}}_{pj}",
+    paper="https://arxiv.org/abs/2502.17422",
     cost="2 forwards",
     blind_to="what any instruction would look at, what the values carry, and which word is predicted at a position",
     contrast=False,

@@ -53,6 +53,8 @@ if TYPE_CHECKING:
 @method(
     truth="How much the target's logit would lose if a patch were taken away and the model were linear.",
     source="Shrikumar et al. 2016; with a fill, the first-order form of occlusion",
+    equation=r"\sum_d x_{jd}\,\frac{\partial y}{\partial x_{jd}}",
+    paper="https://arxiv.org/abs/1605.01713",
     cost="1 forward, 1 backward (each further target adds its own reverse pass over the same graph)",
     blind_to="everything beyond first order: saturation, and patches that stand in for one another",
     needs="gradients",
@@ -79,6 +81,8 @@ def gradient_input(
 @method(
     truth="What each patch adds to the target's logit, summed along the straight line from a filled picture to the picture.",
     source="Sundararajan et al. 2017, by captum's IntegratedGradients",
+    equation=r"\sum_d (x-x')_{jd}\int_0^1\frac{\partial y(x'+\alpha(x-x'))}{\partial x_{jd}}\,d\alpha",
+    paper="https://arxiv.org/abs/1703.01365",
     cost="one forward and one backward per step, plus 3 forwards at most",
     blind_to="every way there but the straight one, and what the fill itself says",
     needs="gradients",
@@ -131,6 +135,8 @@ def noise_share(name: str, value: Any) -> float:
 @method(
     truth="Gradient times input, averaged over noisy copies of the picture so that what only one of them shows is lost.",
     source="Smilkov et al. 2017, with the noise of captum's NoiseTunnel",
+    equation=r"\frac{1}{n}\sum_{i=1}^{n}(x_j+\varepsilon_{ij})\cdot\nabla_{\!j}\,y(x+\varepsilon_i)",
+    paper="https://arxiv.org/abs/1706.03825",
     cost="one forward and one backward per copy, plus 1 forward",
     blind_to="what lies further away than the noise reaches",
     needs="gradients",
@@ -180,6 +186,8 @@ def smoothgrad(
 @method(
     truth="Where the vision tower holds the features that, over the whole picture, raise the target's logit.",
     source="Selvaraju et al. 2017, on the tower layer that LLaVA reads",
+    equation=r"\Big(\sum_d f_{jd}\,\frac{1}{N}\sum_i\frac{\partial y}{\partial f_{id}}\Big)^{+}",
+    paper="https://arxiv.org/abs/1610.02391",
     cost="1 forward, 1 backward (each further target adds its own reverse pass over the same graph)",
     blind_to="which patches the language model looked at: a channel's weight is the same everywhere",
     needs="gradients",

@@ -208,6 +208,8 @@ class HeadScore:
 @method(
     truth="Where the few heads look whose attention goes to the picture and forms one region.",
     source="Kang et al. 2025, localisation heads, without their program's threshold of 0.001 above the mean",
+    equation=r"\sum_{(l,h)\in K}\big(G_\sigma * A^{lh}_{p}\big)_j",
+    paper="https://arxiv.org/abs/2503.06287",
     cost="1 forward",
     blind_to="what the values carry, every other head, and whether the region pointed at is the right one",
     contrast=False,

@@ -65,6 +65,8 @@ TOP_HEADS = 8  # named in the extras
 @method(
     truth="How much each image token wrote, through attention heads, directly into the target's logit.",
     source="direct logit attribution (Elhage et al. 2021; Wang et al. 2022, arXiv 2211.00593), split by source position",
+    equation=r"\sum_{l,h}A^{lh}_{pj}\,\big(v^{lh}_j W^{lh}_O\big)\cdot\frac{\gamma\odot u_t}{\lVert h_p\rVert_{\mathrm{rms}}}",
+    paper="https://arxiv.org/abs/2211.00593",
     cost="1 forward",
     blind_to="what image tokens said by way of text positions, other image tokens or feed-forward layers",
     needs="plain weights",
@@ -122,6 +124,8 @@ def _direct_notes(centre: bool, chosen: Chosen, whole: bool, parts: list[dict[st
 @method(
     truth="How probable the target word is when each image token's intermediate state is read as if it were the last one.",
     source="logit lens (nostalgebraist 2020) on image tokens (Jiang et al. 2025, arXiv 2410.02762)",
+    equation=r"\max_l\ \mathrm{softmax}\big(U\,\mathrm{norm}(h^{l}_j)\big)_t",
+    paper="https://arxiv.org/abs/2410.02762",
     cost="1 forward, and the output head at each image token and state read",
     blind_to="the question, whether the answer ever read these positions, and anything not written in the output head's basis",
     needs="plain weights",

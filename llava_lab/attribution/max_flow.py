@@ -44,6 +44,8 @@ LIMIT = 200_000_000  # edges over all flows; some minutes on one core
 @method(
     truth="The most that could flow from each image token to the predicting positions if attention weights were pipes.",
     source="Abnar & Zuidema 2020, attention flow",
+    equation=r"\mathrm{maxflow}(j\to p)\ \mathrm{with\ capacities}\ \bar A^{l}",
+    paper="https://arxiv.org/abs/2005.00928",
     cost="1 forward, then one maximum flow per patch and position on the processor",
     blind_to="values, feed-forward layers, how patches compete for the same pipes, and which word is predicted",
     contrast=False,

@@ -96,9 +96,16 @@ class Method:
     reach: Reach = "inside"
     contrast: bool = True  # whether it can tell two words apart that are predicted at one position
     control: bool = False  # a map to compare with, not an explanation
+    equation: str = ""  # LaTeX; the symbols are those of lesson 02. Controls have none
+    paper: str = ""  # its address
     economy: Mapping[str, Any] = field(default_factory=dict)  # cheaper options, where a map is one of hundreds
     mass: Mapping[str, Any] | None = None  # options under which its `mass` by segment is a share to be read; None: it has none
     streams: Mapping[str, Any] | None = None  # options that must keep this value to be made while answering; None: it cannot
+
+    @property
+    def link(self) -> str:
+        """The name in Markdown, linked to the paper where there is one."""
+        return f"[`{self.name}`]({self.paper})" if self.paper else f"`{self.name}`"
 
     @property
     def fill_options(self) -> tuple[str, ...]:
@@ -161,6 +168,8 @@ def method(
     reach: Reach = "inside",
     contrast: bool = True,
     control: bool = False,
+    equation: str = "",
+    paper: str = "",
     economy: Mapping[str, Any] | None = None,
     mass: Mapping[str, Any] | None = None,
     streams: Mapping[str, Any] | None = None,
@@ -182,6 +191,8 @@ def method(
             reach=reach,
             contrast=contrast,
             control=control,
+            equation=equation,
+            paper=paper,
             economy=MappingProxyType(dict(economy or {})),
             mass=mass,
             streams=streams,

@@ -67,6 +67,8 @@ SAME = 1e-6  # what a blocked token may still change, relative above 1: it shoul
 @method(
     truth="How much less likely the target becomes when the patch is covered and nothing else is changed.",
     source="Zeiler & Fergus 2014, section 4.2",
+    equation=r"s(x)-s(x_{\setminus j})",
+    paper="https://arxiv.org/abs/1311.2901",
     cost="one forward per block, plus one; behind the vision tower about half a forward of the language model per block",
     blind_to="patches that stand in for one another, and what the fill itself says",
     reach="pixels",
@@ -158,6 +160,8 @@ def spread(drops: np.ndarray, blocks: Sequence[Block], grid: tuple[int, int]) ->
 @method(
     truth="How much less likely the target becomes when a block is covered, blocks getting finer where the answer changed most.",
     source="Zeiler & Fergus 2014, searched from coarse to fine",
+    equation=r"s(x)-s(x_{\setminus B}),\ j\in B",
+    paper="https://arxiv.org/abs/1311.2901",
     cost="some tens of forwards",
     blind_to="patches whose block did not stand out, patches that stand in for one another, and what the fill itself says",
     reach="tokens",
@@ -251,6 +255,8 @@ def shown_share(name: str, value: Any) -> float:
 @method(
     truth="How much likelier the target is on average under random masks that show the patch than under all of them.",
     source="Petsiuk et al. 2018, on centred log-probabilities, masks cut from (cells + 1)^2 cells",
+    equation=r"\mathbb{E}\,[\,s(x\odot m)\mid m_j=1\,]-\mathbb{E}\,[\,s(x\odot m)\,]",
+    paper="https://arxiv.org/abs/1806.07421",
     cost="one forward per mask",
     blind_to="anything finer than a mask's cells, and differences within its own noise",
     reach="pixels",
@@ -352,6 +358,8 @@ def weighed(
 @method(
     truth="How much less likely the target becomes when the answer may not attend to the image token, in any layer.",
     source="attention knockout, Geva et al. 2023; all patches in one shared cache added here",
+    equation=r"s-s_{\,A^{lh}_{pj}=0\ \mathrm{for\ all}\ l,h}",
+    paper="https://arxiv.org/abs/2304.14767",
     cost="about five forwards for all patches",
     blind_to="what reached the answer through the question's words or other image tokens, and tokens that replace each other",
 )

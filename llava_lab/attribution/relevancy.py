@@ -68,6 +68,8 @@ Seen = Callable[[slice, Rows, Float[Tensor, "N H q k"]], None]  # streams, query
 @method(
     truth="How much each image token reaches the target through attention that would raise its logit if there were more of it.",
     source="Chefer, Gur & Wolf 2021, rules 5 and 6",
+    equation=r"R\leftarrow R+\overline{(\nabla A^{l}\odot A^{l})^{+}}\,R",
+    paper="https://arxiv.org/abs/2103.15679",
     cost="2 forwards, 1 backward (each further target adds its own way back through the same layers)",
     blind_to="what attention does not carry, everything that lowers the logit, and the residual's own share",
     needs="gradients",

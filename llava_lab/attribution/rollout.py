@@ -75,6 +75,8 @@ def residual_weight(name: str, value: Any) -> float | str:
 @method(
     truth="How the predicting positions are mixed from the image tokens, if only attention and residuals carried anything.",
     source="Abnar & Zuidema 2020; measured residual and causal null added here",
+    equation=r"\Big[\prod_{l=L}^{1}\big(r_l I+(1-r_l)\bar A^{l}\big)\Big]_{pj}",
+    paper="https://arxiv.org/abs/2005.00928",
     cost="1 forward (2 when sinks are removed)",
     blind_to="values, feed-forward layers, the sign of an effect, and which word is predicted at a position",
     reach="tokens",

@@ -56,6 +56,8 @@ PLACE = 0.5  # weight of a whole side of the grid beside a colour channel of the
 @method(
     truth="What the region adds to the target's log-probability, averaged over random orders of uncovering the picture.",
     source="Castro et al. 2009, captum's ShapleyValueSampling over superpixels",
+    equation=r"\frac{1}{n}\sum_{\pi}\big[s(S_{\pi,j}\cup j)-s(S_{\pi,j})\big]",
+    paper="https://doi.org/10.1016/j.cor.2008.04.004",
     cost="one forward per region and order, at most",
     blind_to="anything finer than a region, and what the fill itself says",
     reach="pixels",
@@ -90,6 +92,8 @@ def shapley(
 @method(
     truth="What the region adds to the target's log-probability, from a linear fit over random coalitions of regions.",
     source="Lundberg & Lee 2017, captum's KernelShap over superpixels",
+    equation=r"\arg\min_\phi\sum_S w_S\big(s(S)-\phi_0-\sum_{i\in S}\phi_i\big)^2",
+    paper="https://arxiv.org/abs/1705.07874",
     cost="one forward per coalition, at most",
     blind_to="anything finer than a region, and what the fill itself says",
     reach="pixels",
@@ -208,6 +212,8 @@ class LeastSquares:
 @method(
     truth="Regions in the order in which they best make the answer likely alone and unlikely when they are gone.",
     source="the objective of EAGLE (RuoyuChen10/EAGLE), insight and necessity over superpixels",
+    equation=r"\arg\max_j\ s(S\cup j)-s(\overline{S\cup j})",
+    paper="https://arxiv.org/abs/2509.22496",
     cost="about as many forwards as the number of regions squared, for each target",
     blind_to="anything finer than a region, and combinations that no single step leads to",
     reach="tokens",

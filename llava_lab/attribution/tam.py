@@ -48,6 +48,8 @@ SHOWN = 5  # earlier tokens named in the extras
 @method(
     truth="How strongly each image token's own last state asks for the target word, beyond what earlier words' maps explain.",
     source="Li et al. 2025 (arXiv 2506.23270), token activation map; the question's first token read like the others",
+    equation=r"\big(u_t\cdot h_j-\sum_{w\lt t}\beta_w\,u_w\cdot h_j\big)^{+}",
+    paper="https://arxiv.org/abs/2506.23270",
     cost="1 forward",
     blind_to="the question before correction, whether the answer ever read these positions, and a word below logit 0",
     needs="plain weights",

@@ -177,7 +177,7 @@ def methods(args: argparse.Namespace) -> Reply:
     import llava_lab as ll
     from llava_lab.results.table import pairs
 
-    fields = ("name", "truth", "source", "cost", "blind_to", "options")
+    fields = ("name", "truth", "equation", "source", "paper", "cost", "blind_to", "options")
     rows = [{field: getattr(method, field) for field in fields} for method in ll.METHODS.values()]
     text = [f"{row['name']}\n    {row['truth']}\n    options: {pairs(row['options'])}" for row in rows]
     return Reply({"methods": rows}, "\n".join(text))

@@ -4,7 +4,7 @@ This is agreement with the world. A model may rightly answer from something else
 low here and high in `faithfulness`: the two are never averaged. A patch counts as part of the deciding things
 when they cover at least `INSIDE` of it (on a grid too coarse for that, half of what they cover of their fullest patch).
 
-``pointing``: whether the highest patch is theirs (ties by lot). ``mass``: their share of the positive part of
+``pointing``: whether the highest patch is theirs (ties at random). ``mass``: their share of the positive part of
 the map, by area; a map with no positive part has 0. ``auc``: chance that a patch of theirs is higher than another
 patch. ``iou``: intersection over union with as many of the highest patches as they have.
 

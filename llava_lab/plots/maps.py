@@ -5,7 +5,7 @@ Every function takes ``ax=``; single panels return their Axes, panels side by si
     overlay(run, relevance, target=2)  # one map on the picture
     words_figure(run, relevance)  # every word's map, on one colour scale
 
-Colours are those of the widgets (`llava_lab.plots.palette`): one-sided maps run from dark and clear to bright, maps with
+Colours are those of the widgets (`llava_lab.plots.palette`): one-sided maps run from clear to bright, maps with
 negative values are centred on 0 (orange more, blue less, clear nothing). The colour bar shows the same blend.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from llava_lab.errors import OptionError
 from llava_lab.plots.axes import AS_TEXT, figure_of, new_axes, open_frame, panels
-from llava_lab.plots.palette import OTHER, SEGMENTS, colormap, colors_of
+from llava_lab.plots.palette import OTHER, SEGMENTS, colormap
 from llava_lab.results import Relevance, Run
 
 if TYPE_CHECKING:
@@ -191,15 +191,17 @@ def _check(run: Run, rel: Relevance, target: int) -> None:
 
 
 def _colors(scale: Scale, cmap: str | None, opacity: float) -> tuple[Colormap, Normalize]:
-    """A colour map that fades where there is little to show, so that the picture shows."""
+    """A colour map that fades to clear at 0, so that the picture shows where there is nothing to show."""
     import matplotlib
     from matplotlib.colors import ListedColormap, Normalize
 
     two_sided = scale[0] < 0
     if cmap is not None and cmap not in matplotlib.colormaps:
         raise OptionError(f"cmap must be None or a matplotlib colour map such as 'viridis' or 'gray', got {cmap!r}")
-    table = (colormap(two_sided) if cmap is None else matplotlib.colormaps[cmap])(np.linspace(0, 1, 256))
-    table[:, 3] = opacity * colors_of(two_sided)[:, 3] / 255.0
+    at = np.linspace(0, 1, 256)
+    table = (colormap(two_sided) if cmap is None else matplotlib.colormaps[cmap])(at)
+    strength = np.abs(2 * at - 1) if two_sided else at
+    table[:, 3] = opacity * np.sqrt(strength)  # the root keeps weak values visible
     return ListedColormap(table), Normalize(*scale, clip=True)
 
 

@@ -69,6 +69,9 @@ def says_what_it_is(bench: Bench, name: str) -> None:
     entry = METHODS[name]
     assert entry.name == name
     assert all((entry.truth, entry.source, entry.cost, entry.blind_to))
+    assert entry.control or (entry.equation and entry.paper.startswith("https://"))
+    assert entry.equation.count("{") == entry.equation.count("}")
+    assert "|" not in entry.equation  # it stands in tables
     assert entry.truth.endswith(".")
     assert entry.reach in ("pixels", "tokens", "inside")
     assert entry.with_defaults({}) == dict(entry.options)

@@ -75,6 +75,21 @@ def test_a_widgets_random_view_gives_way_to_its_picture_and_text() -> None:
     assert sorted(cleaned.cells[0].outputs[0].data) == ["image/png", "text/plain"]
 
 
+def test_large_pictures_are_stored_in_fewer_shades_and_stay_as_they_are_the_second_time() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3)).astype(np.uint8)
+    noise[:2] = [[[0]], [[255]]]
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "PNG")
+    large = base64.b64encode(buffer.getvalue()).decode("ascii")
+    cell = new_code_cell("w", outputs=[new_output("display_data", {"image/png": large, "text/plain": "figure"})])
+    once = execute._clean(new_notebook(cells=[cell])).cells[0].outputs[0].data["image/png"]
+    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(once))), int)
+    assert len(once) < len(large)
+    assert np.abs(shown - noise).max() <= 2
+    assert (shown[:2] == noise[:2]).all()  # black and white
+    assert execute._lighter(once) == once
+
+
 def test_a_lesson_that_fails_is_one_line_and_not_stored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = _lesson(tmp_path / "broken.ipynb", "x = 1", "raise ValueError('first\\nsecond')")
     before = path.read_bytes()

@@ -48,7 +48,7 @@ def test_a_second_norm_changes_a_few_words_only(found: dict[str, Any]) -> None:
 
 
 def test_the_lenses_read_the_kind_late_and_the_color_hardly(found: dict[str, Any]) -> None:
-    """Section 4, and that another patch's colour is oftener among the five than the patch's own."""
+    """Section 4, and that another patch's colour is more often among the five than the patch's own."""
     plain, tuned = (found["lenses"][f"{name} kind its own"] for name in ("plain lens", "tuned lens"))
     assert max(plain[:4]) < 0.02
     assert 0.35 < plain[-1] < 0.65

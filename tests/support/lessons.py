@@ -98,7 +98,7 @@ _under = {name: float(np.trapezoid(fall, taken)) for name, fall in falls.items()
 print(_json.dumps({
     "answer": run.answer,
     "under": _under,
-    "under by lot": [float(np.trapezoid(fall, taken)) for fall in lots],
+    "under by chance": [float(np.trapezoid(fall, taken)) for fall in chance],
     "beats random": bool(score.beats_random[0]),
     "needed and marked": [int(needs.argmax()), int(marks.argmax()), car],
     "sanity": {check.method: check.verdict for check in checks},
