@@ -115,6 +115,9 @@ def test_occlusion_gives_captum_s_numbers(facts: Facts) -> None:
     for way in ("captum FeatureAblation at the pixels, 16 at once", "ours: occlusion at the pixels"):
         close(values[way], pixels, of=30, terms=TERMS)
     assert 0 < facts["occlusion"][occlusion.EXACT]["peak_flops_fraction"] < 1
+    half = values[occlusion.HALF]
+    assert 1e-5 < np.abs(half - tokens).max() < 2, "products in 16 bits, and no others"
+    assert not torch.is_autocast_enabled("cpu")
 
 
 def test_a_sweep_of_some_patches_is_scaled_to_all(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,6 +133,7 @@ def test_stand_ins_are_ranked_by_the_exact_sweep(tiny_random: Lab, monkeypatch: 
     monkeypatch.setattr(occlusion, "STAND_INS", {"occlusion": {"at": "projector", "fill": "mean"}, "center": {}})
     ranks = occlusion.measure_ranks("tiny", 2)
     assert ranks["occlusion"] == pytest.approx(1)
+    assert 0 < ranks[occlusion.HALF.removeprefix("ours: ")] < 1
     assert abs(ranks["center"]) < 1
 
 
