@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 MOST_LISTED = 20  # likeliest tokens at each place, as at OpenAI
 TOKENS = 256  # of an answer, where the request names no limit
-LARGEST_SEED = 2**63 - 1
 MOST_MESSAGES = 1000
 FINISH = MappingProxyType({"eos": "stop", "length": "length"})
 
@@ -199,8 +198,6 @@ def _asking(data: dict[str, Any], *, seed: int) -> dict[str, Any]:
     if temperature > 2:
         raise OptionError(f"temperature must be from 0 to 2, got {temperature:g}")
     given = whole_number("seed", data.pop("seed", seed))
-    if given > LARGEST_SEED:
-        raise OptionError(f"seed must be at most {LARGEST_SEED}, got {given}")
     limit = whole_number("max_tokens", limits[0] if limits else TOKENS, least=1)
     return {"max_new_tokens": limit, "temperature": temperature, "seed": given}
 

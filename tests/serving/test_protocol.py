@@ -76,7 +76,7 @@ FIELDS = [
     ({"temperature": 2.5}, "from 0 to 2", "temperature"),
     ({"temperature": "warm"}, "temperature must be", "temperature"),
     ({"max_tokens": 0}, "at least 1", "max_tokens"),
-    ({"seed": 2**64}, "at most", "seed"),
+    ({"seed": 2**64}, "below 2\\*\\*63", "seed"),
     ({"top_logprobs": 5}, "belongs to logprobs", "top_logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "at most 20", "top_logprobs"),
     ({"logprobs": 5}, "true or false", "logprobs"),
