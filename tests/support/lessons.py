@@ -255,6 +255,19 @@ print(_json.dumps({
     "share": [_try(share, check_share) for share in (count / (lab.grid[0] * lab.grid[1]), 20, 144)],
 }))
 """,
+    "10_instruction_data": TRY
+    + """
+print(_json.dumps({
+    "boxes": len(context.boxes),
+    "lies": {name: [false_sentences(question, answer, facts) for question, answer in rows] for name, rows in turns.items()},
+    "rows": [result.rows for result in made.values()],
+    "false": shares,
+    "passing": [int(result.passing.sum()) for result in made.values()],
+    "asked": asked,
+    "exercise 1": [_try(yours, check_share) for yours in (
+        lambda rate, n: 1 - (1 - rate) ** n, lambda rate, n: rate * n, lambda rate, n: rate**n, lambda rate, n: (1 - rate) ** n)],
+}))
+""",
     "11_hallucination": TRY
     + """
 def _chair(named, there):
