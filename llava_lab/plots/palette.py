@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from matplotlib.colors import ListedColormap
+    from matplotlib.colors import Colormap
 
 COLORS = 256
 FAINTEST = 0.1  # alpha of the lowest sequential value, before the reader's opacity
@@ -100,7 +100,7 @@ def colors_of(signed: bool, *, doubtful: bool = False) -> np.ndarray:
     return grey(signed) if doubtful else diverging() if signed else sequential()
 
 
-def colormap(signed: bool) -> ListedColormap:
+def colormap(signed: bool) -> Colormap:
     """The scale of `colors_of` without its alpha, for tables and colour bars; white where there is no number."""
     from matplotlib.colors import ListedColormap
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -343,8 +343,8 @@ def _cutting(ax: Axes, sweep: FlowSweep, target: Target) -> None:
     for number, (name, row) in enumerate(zip(sweep.flows, change, strict=True)):
         color, marker = FLOWS[number % len(FLOWS)], "os^D"[number % 4]
         negligible = (row == 0) & (floor > 0)
-        style = {"color": color, "marker": marker, "markersize": 5}
-        told = {"markevery": np.flatnonzero(~negligible).tolist(), "label": name.replace("->", "→")}
+        style: dict[str, Any] = {"color": color, "marker": marker, "markersize": 5}
+        told: dict[str, Any] = {"markevery": np.flatnonzero(~negligible).tolist(), "label": name.replace("->", "→")}
         ax.plot(sweep.centres, row, linewidth=1.5, **style, **told)
         if negligible.any():
             ax.plot(sweep.centres[negligible], row[negligible], linestyle="", markerfacecolor=PAPER, **style)

@@ -106,8 +106,8 @@ def opened(photo: Photo) -> Image.Image:
         across, down = (part[1] - part[0] for part in (photo.box[::2], photo.box[1::2]))
         file.draft("RGB", (round(SIDE / across), round(SIDE / down)))
         picture = ImageOps.exif_transpose(file).convert("RGB")
-    sides = (picture.width, picture.height) * 2
-    return picture.crop([round(share * side) for share, side in zip(photo.box, sides, strict=True)])
+    left, top, right, bottom = (round(share * side) for share, side in zip(photo.box, picture.size * 2, strict=True))
+    return picture.crop((left, top, right, bottom))
 
 
 def _varied(photo: Photo, rng: np.random.Generator, *, smallest: float) -> Image.Image:
