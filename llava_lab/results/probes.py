@@ -76,7 +76,7 @@ class LogitLens(Saved):
     def _named(self, word: str) -> str:
         """A chosen word as a table names it: only the part of it that was read, where the model has no token for the whole."""
         part = self._read_as(self.words.index(word)).strip()
-        return repr(word) if part == word.strip() else f"{part!r} alone, a part of {word!r},"
+        return repr(word) if part == word.strip() else f"{part!r} alone, a part of {word!r}"
 
     def rank_of(self, word: str) -> np.ndarray:
         """Rank of a chosen word, int32 (states, rows, cols)."""

@@ -37,7 +37,7 @@ def lab(monkeypatch: pytest.MonkeyPatch, here: Path) -> StandIn:
                 raise OptionError(f"no option {name!r}")
         return {**method.options, **options}
 
-    about = {"name": "rollout", "truth": "t", "source": "s", "cost": "1", "blind_to": "b"}
+    about = {"name": "rollout", "truth": "t", "source": "s", "cost": "1", "blind_to": "b", "equation": "e", "paper": "p"}
     options = {"residual": 0.5, "seed": 0}
     method = SimpleNamespace(**about, options=options, with_defaults=with_defaults, refuse=lambda lab, targets: None)
     monkeypatch.setitem(ll.__dict__, "load", stand_in.load)

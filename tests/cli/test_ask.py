@@ -186,7 +186,7 @@ def test_lens_json_holds_what_the_lens_finds(lens: list[str], printed: Printed) 
 def test_lens_gives_a_person_a_table(lens: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*lens, "--layers", "1:3", "--word", "red", "--patch", "0,0"]) == 0
     text = capsys.readouterr().out
-    for part in ("said by most patches", "'red': ", "patch row 0, column 0:", "for random vectors"):
+    for part in ("said by most patches", "'re' alone, a part of 'red': ", "patch row 0, column 0:", "for random vectors"):
         assert part in text
 
 

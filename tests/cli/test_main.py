@@ -193,7 +193,7 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
 
 def test_methods_lists_each_with_its_truth(lab: StandIn, printed: Printed, capsys: pytest.CaptureFixture[str]) -> None:
     rows = printed("methods")["methods"]
-    assert [sorted(row) for row in rows] == [["blind_to", "cost", "name", "options", "source", "truth"]]
+    assert [sorted(row) for row in rows] == [["blind_to", "cost", "equation", "name", "options", "paper", "source", "truth"]]
     assert cli.main(["methods"]) == 0
     assert "residual=0.5" in capsys.readouterr().out
 

@@ -155,7 +155,7 @@ def test_a_word_of_several_tokens_is_read_as_its_first_with_a_letter_and_said(ti
     assert not any("'blue'" in note for note in found.notes)
     assert found.probs.shape[2] == 2
     said = [row[0] for row in found.table().below[0].rows]
-    assert said == ["'x' alone, a part of 'xylophone',", "'blue'"]
+    assert said == ["'x' alone, a part of 'xylophone'", "'blue'"]
     assert [word["read_as"].strip() for word in found.to_dict()["words"]] == ["x", "blue"]
 
 
