@@ -9,7 +9,7 @@
 
 import { blankCanvas, contextOf, groundsOf, paintHeat, paintScene, write } from "./shared/canvas.js";
 import { choices, make, opacitySlider, section, segmented, setText, slider } from "./shared/dom.js";
-import { MapPanel } from "./shared/map_panel.js";
+import { MapPanel, STAGE } from "./shared/map_panel.js";
 import { readMaps } from "./shared/maps.js";
 import { shows } from "./shared/panel.js";
 import { readout, topList, wordChips } from "./shared/parts.js";
@@ -26,7 +26,6 @@ import { ALIKE, alikeText, formatScore, orderOf, scoreOf, Tiles, tilesOf, whatOf
  * @typedef {{tiles: Tile[], stage: number}} StageView
  */
 
-const COMPARE_STAGE = 360; // CSS pixels: the enlarged map is seen beside what is chosen from
 const LEAST_RANGE = 5; // per cent
 const MOST_NOTES = 3; // shown without being asked for
 const KEY = "Bars are this map's scores, ticks the other methods', rings the controls'.";
@@ -57,7 +56,7 @@ class Compare extends MapPanel {
     const peek = (/** @type {number} */ target) => this.set(this.peek, { target });
     const chips = this.add(wordChips(/** @type {any} */ (spec), (i) => this.choose("target", i), peek, signal));
     chips.setAttribute("aria-label", "What is explained");
-    const figure = this.figure([], readout(), COMPARE_STAGE);
+    const figure = this.figure([], readout(), STAGE);
     const read = [aboutMap(spec), scoreLines(spec), topList((hover) => this.point({ hover }), signal)];
     const side = make("div", "lab-side lab-scroll", read.map((part) => this.add(part)));
     const maps = make("div", "lab-scroll lab-maps", [this.tiles.root, notesOf(spec)]);

@@ -9,7 +9,7 @@
 
 import { blankCanvas, contextOf } from "./shared/canvas.js";
 import { button, make, opacitySlider, segmented, setText } from "./shared/dom.js";
-import { MapPanel } from "./shared/map_panel.js";
+import { MapPanel, STAGE } from "./shared/map_panel.js";
 import { shows } from "./shared/panel.js";
 import { readout, wordChips } from "./shared/parts.js";
 import { headMap, headName, layerMeans, Matrix, onWhat, readHeads } from "./heads_matrix.js";
@@ -24,7 +24,6 @@ import { shareText, spentOn, topHeads, wordName } from "./heads_matrix.js";
  */
 
 const TOP_HEADS = 5;
-const HEADS_STAGE = 360; // CSS pixels: the map is seen beside the matrix
 
 class HeadGrid extends MapPanel {
   /** @param {import("./shared/panel.js").Model} model @param {HTMLElement} el */
@@ -52,7 +51,7 @@ class HeadGrid extends MapPanel {
     const pickWord = (/** @type {number} */ i) => this.choose("word", i);
     const hoverHead = (/** @type {At | null} */ at) => this.set(this.peek, { at });
     const chips = this.add(wordChips(/** @type {any} */ (spec), pickWord, peekWord, signal));
-    const figure = this.figure([this.add(this.controls())], readout(), HEADS_STAGE);
+    const figure = this.figure([this.add(this.controls())], readout(), STAGE);
     const heads = this.add(headList(TOP_HEADS, hoverHead, (at) => this.pick(at), signal));
     const words = this.add(wordList(spec, peekWord, pickWord, signal));
     const grid = make("div", "lab-grid", [this.add(this.matrixHead()), this.matrix.canvas]);

@@ -13,7 +13,7 @@ import { blankCanvas, contextOf } from "./shared/canvas.js";
 import { button, make, opacitySlider, segmented, setText } from "./shared/dom.js";
 import { ARROWS, pointerGestures } from "./shared/gestures.js";
 import { firstOnPicture, onPicture, patchBox, patchName, step } from "./shared/grid.js";
-import { MapPanel } from "./shared/map_panel.js";
+import { MapPanel, STAGE } from "./shared/map_panel.js";
 import { shows } from "./shared/panel.js";
 import { LENSES, commonest, entropyQuantity, findWord, lensMap, readLens, rootProbability, spokenPatch } from "./lens_data.js";
 import { spokenState, sureQuantity, topPieces, valueText, wordQuantity, wordStatus } from "./lens_data.js";
@@ -32,7 +32,6 @@ const COLORS = ["Word", "Entropy", "Likeliest word"];
 const [BY_WORD, BY_ENTROPY] = [0, 1];
 const KEYS = "Arrow keys move, space locks a patch, escape unlocks it.";
 const STATES_SAID = "State 0 is what the connector gives; state l is the stream after l layers. Entropy in nats: 0 is decided.";
-const LENS_STAGE = 360; // CSS pixels: the picture is seen beside the states
 const ROOM = 26; // CSS pixels a patch must be wide for a word to be read on it
 const FAINT = 0.6; // of a word that the model is not sure of at all
 
@@ -71,7 +70,7 @@ class TokenLens extends MapPanel {
     const { signal } = this.stop;
     const type = (/** @type {string} */ text) => this.type(text);
     const find = this.add(wordField(lens, type, (word) => this.enter(word), signal));
-    const figure = this.figure([], lensReadout(lens), LENS_STAGE);
+    const figure = this.figure([], lensReadout(lens), STAGE);
     const near = nearList(lens);
     const words = [this.add(lensTable(lens, pick, peek, signal)), ...(near ? [this.add(near)] : [])];
     const said = make("div", "lab-side lab-scroll", words);

@@ -17,6 +17,8 @@ import { patchSummary, summary } from "./view.js";
  * @typedef {{class: string, label: string, about: string, tail?: Node[]}} CardText
  */
 
+export const STAGE = 360; // CSS pixels of an enlarged picture: it is seen beside what is chosen from
+
 export class MapPanel extends Panel {
   /** @param {import("./panel.js").Model} model @param {string[]} names what of the model is shown */
   constructor(model, names) {
