@@ -234,7 +234,14 @@ def _separation(where: np.ndarray, there: np.ndarray, sure: np.ndarray, seed: in
 
 
 def _read(
-    lab: Lab, run: Run, layers: Any, top: int, ids: Sequence[int], fitted: TunedLens | JacobianLens | None
+    lab: Lab,
+    run: Run,
+    layers: Any,
+    top: int,
+    ids: Sequence[int],
+    fitted: TunedLens | JacobianLens | None,
+    *,
+    ranked: bool = True,
 ) -> tuple[tuple[int, ...], list[Reading]]:
     """One forward; each state of the window is read inside it, so that no two states are held at once."""
     stack = language_layers(lab.model)
@@ -246,7 +253,7 @@ def _read(
     def fold(number: int, state: Tensor) -> None:
         if start <= number < stop:
             rows = state[0, image] if fitted is None else fitted.translate(number, state[0, image])
-            readings.append(read_words(lab, norm(rows), top=top, ids=ids))
+            readings.append(read_words(lab, norm(rows), top=top, ids=ids, ranked=ranked))
 
     with undisturbed(lab.model), watch_stream(stack, fold):
         lab.model(**lab.inputs(run), use_cache=False, logits_to_keep=1)
@@ -426,7 +433,7 @@ def naming_share(
     ids = sorted({int(token) for spelt in names.values() for tokens in spelt for token in tokens})
     for i, subject in enumerate(tqdm(shown, desc="naming", unit="picture", delay=PATIENCE, disable=not progress)):
         run = lab.ask(subject.picture(), question, max_new_tokens=1)
-        states, read = _read(lab, run, None, top, ids, fitted)
+        states, read = _read(lab, run, None, top, ids, fitted, ranked=False)
         top_ids, probs = np.stack([each.top_ids for each in read]), np.stack([each.probs for each in read])
         there, blank = np.flatnonzero(subject.labels[0] >= 0), np.flatnonzero(subject.empty)
         groups = (

@@ -112,8 +112,11 @@ class Reading:
     probs: np.ndarray  # float32 (P, N)
 
 
-def read_words(lab: Lab, normed: Float[Tensor, "P W"], *, top: int, ids: Sequence[int]) -> Reading:
-    """The words that states say which have been through the final norm already."""
+def read_words(lab: Lab, normed: Float[Tensor, "P W"], *, top: int, ids: Sequence[int], ranked: bool = True) -> Reading:
+    """The words that states say which have been through the final norm already.
+
+    A rank is a pass over the vocabulary for each of `ids`; without `ranked` all are 1 and hundreds of words cost what one does.
+    """
     head = output_head(lab)
     states = normed.to(head.weight.device).float()
     vocabulary, count = len(head.weight), len(states)
@@ -127,7 +130,7 @@ def read_words(lab: Lab, normed: Float[Tensor, "P W"], *, top: int, ids: Sequenc
         logits = states @ head.weight.detach()[first : first + COLUMNS].float().T
         if head.bias is not None:
             logits += head.bias.detach()[first : first + COLUMNS].float()
-        for number, token in enumerate(ids):
+        for number, token in enumerate(ids if ranked else ()):
             higher = logits > own[:, number, None]
             if first <= token < first + logits.shape[1]:
                 higher[:, token - first] = False  # a word is not above itself, whatever the last bit says

@@ -89,6 +89,15 @@ def test_bfloat16_agrees_with_its_own_naive_lens(tiny_folder: Path, picture: np.
     check_against_naive(lab, scripted_run(lab, picture, "It is red."), 5e-2)  # naive logits carry 8 bits
 
 
+def test_without_ranks_everything_else_is_the_same(tiny_random: Lab) -> None:
+    states = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))[:, : vocabulary.output_head(tiny_random).in_features]
+    full, quick = (vocabulary.read_words(tiny_random, states, top=3, ids=(5, 9), ranked=ranked) for ranked in (True, False))
+    for name in ("top_ids", "top_probs", "entropy", "probs"):
+        assert np.array_equal(getattr(full, name), getattr(quick, name))
+    assert full.ranks.max() > 1
+    assert (quick.ranks == 1).all()
+
+
 def test_576_patches_and_a_large_vocabulary(llava15_folder: Path, picture: np.ndarray) -> None:
     lab = load(str(llava15_folder))
     run = scripted_run(lab, picture, "red")
@@ -354,8 +363,8 @@ def test_naming_on_photographs_counts_the_patches_of_their_outlines(
     dog, real = token(tiny, "fish"), lens._read
     monkeypatch.setattr(lens, "accepted", lambda name: ("fish",) if name == "dog" else ("star",))  # words that tiny has
 
-    def all_dogs(*given: Any) -> Any:
-        states, found = real(*given)
+    def all_dogs(*given: Any, **options: Any) -> Any:
+        states, found = real(*given, **options)
         return states, [replace(read, top_ids=read.top_ids * 0 + dog) for read in found]
 
     monkeypatch.setattr(lens, "_read", all_dogs)
