@@ -288,9 +288,9 @@ def plant_names(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     nothing = lab.tokenizer.encode(",", add_special_tokens=False)[0]
     real = lens._read
 
-    def planted(lab: Lab, run: Any, layers: Any, top: int, *given: Any) -> Any:
+    def planted(lab: Lab, run: Any, layers: Any, top: int, *given: Any, **options: Any) -> Any:
         shown = next(scenes)
-        states, found = real(lab, run, (0, 3), top, *given)
+        states, found = real(lab, run, (0, 3), top, *given, **options)
         said = np.full((3, *found[0].top_ids.shape), nothing)
         for state, what, names in ((1, "kind", KIND_NAMES), (2, "color", COLOR_NAMES)):
             for patch, number in enumerate(patch_labels(lab, [shown], what)[0].ravel()):
