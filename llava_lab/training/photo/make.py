@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from llava_lab.capture import random_states_kept
-from llava_lab.errors import OptionError
+from llava_lab.errors import OptionError, one_line
 from llava_lab.models import layout
 from llava_lab.models.formats import efficientnet, photo
 from llava_lab.results import only_writer, whole_file
@@ -202,22 +202,33 @@ def patch_pool(model: Any, photos: Sequence[Photo], *, seed: int, pictures: int)
 
 @torch.no_grad()
 def cuts(model: Any, photos: Sequence[Photo], file: Path, *, seed: int) -> list[Photo]:
-    """Small parts of the photographs that the tower's classifier is sure of, with its names; kept in `file` for a resumed run."""
-    if file.exists():
-        rows = json.loads(file.read_text())
-    else:
-        names, rows = list(classes()), []
-        for number, whole in enumerate(photos):
-            rng = np.random.default_rng((seed, 50, number))
-            tried = [replace(whole, box=_small_box(rng)) for _ in range(CUTS)]
-            squares = np.stack([to_square(opened(part)) for part in tried])
-            logits = layout.vision_tower(model).classes(seen(model, torch.from_numpy(squares)).mean(1))
-            for part, sure, at in zip(tried, *(found.tolist() for found in logits.softmax(-1).max(-1)), strict=True):
-                if sure >= SURE:
-                    rows.append([number, names[at], part.box])
-        with whole_file(file) as temporary:
-            temporary.write_text(json.dumps(rows))
-    return [Photo(photos[number].path, classes()[wnid][0], tuple(box)) for number, wnid, box in rows]
+    """Small parts of the photographs that the tower's classifier is sure of, with its names.
+
+    They are kept in `file` for a resumed run, and made anew where it is damaged or of other photographs.
+    """
+    of = [photo.path.name for photo in photos]
+    try:
+        kept = json.loads(file.read_text())
+        if kept["photographs"] == of and kept["seed"] == seed:
+            return [Photo(photos[number].path, classes()[wnid][0], tuple(box)) for number, wnid, box in kept["cuts"]]
+        log.warning("%s is of other photographs and is written anew", file)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        log.warning("%s is damaged and is written anew (%s)", file, one_line(error))
+    names, rows, found = list(classes()), [], []
+    for number, whole in enumerate(photos):
+        rng = np.random.default_rng((seed, 50, number))
+        tried = [replace(whole, box=_small_box(rng)) for _ in range(CUTS)]
+        squares = np.stack([to_square(opened(part)) for part in tried])
+        logits = layout.vision_tower(model).classes(seen(model, torch.from_numpy(squares)).mean(1))
+        for part, sure, at in zip(tried, *(best.tolist() for best in logits.softmax(-1).max(-1)), strict=True):
+            if sure >= SURE:
+                rows.append([number, names[at], part.box])
+                found.append(replace(part, thing=classes()[names[at]][0]))
+    with whole_file(file) as temporary:
+        temporary.write_text(json.dumps({"photographs": of, "seed": seed, "cuts": rows}))
+    return found
 
 
 def _small_box(rng: np.random.Generator) -> tuple[float, float, float, float]:
@@ -368,8 +379,8 @@ def train_photo(
             small = cuts(model, photos, folder / "cuts.json", seed=recipe.seed)
             if fused:
                 compiled(language)
-            parts_too = [*photos] * max(1, round(len(small) / len(photos))) + small
-            data = PhotoData(form, parts_too, stage=stage, number=number, seed=recipe.seed, blind=blind)
+            shown = [*photos] * max(1, round(len(small) / len(photos))) + small  # about half of them whole
+            data = PhotoData(form, shown, stage=stage, number=number, seed=recipe.seed, blind=blind)
             stage_loss = partial(loss_of, model, image_id=form.image_id, see=passed_on)
             if "lora" in stage.trains:
                 # the model as it was before any training
