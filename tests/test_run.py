@@ -281,9 +281,13 @@ def test_jupyter_gets_its_own_folders_no_reports_and_no_news(checkout: Path) -> 
     assert file.read_text("utf-8") == "{}"  # a choice made in JupyterLab stays
 
 
-def test_our_kernels_say_of_their_language_what_lessons_are_stored_with(tmp_path: Path) -> None:
+def test_our_kernels_say_of_their_language_what_lessons_are_stored_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run._write_settings(tmp_path)
-    manager, client = start_new_kernel(env={**os.environ, "IPYTHONDIR": str(tmp_path / "ipythondir")})
+    for name in run.JUPYTER_FOLDERS.split():  # of the test too: those of a tested checkout may be read-only
+        monkeypatch.setenv(name, str(tmp_path / name.lower()))
+    manager, client = start_new_kernel()
     try:
         said = client.kernel_info(reply=True, timeout=60)["content"]["language_info"]
     finally:
