@@ -281,9 +281,7 @@ def test_jupyter_gets_its_own_folders_no_reports_and_no_news(checkout: Path) -> 
     assert file.read_text("utf-8") == "{}"  # a choice made in JupyterLab stays
 
 
-def test_our_kernels_say_of_their_language_what_lessons_are_stored_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_our_kernels_say_of_their_language_what_lessons_are_stored_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run._write_settings(tmp_path)
     for name in run.JUPYTER_FOLDERS.split():  # of the test too: those of a tested checkout may be read-only
         monkeypatch.setenv(name, str(tmp_path / name.lower()))
