@@ -25,7 +25,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import isfinite
@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeGuard, TypeVar, cast
 import numpy as np
 from tqdm.auto import tqdm
 
-from llava_lab.errors import CheckpointError, DataError, LabError, OptionError, foreign_line, one_line, readable
+from llava_lab.errors import CheckpointError, DataError, LabError, OptionError, foreign_line, one_line
 
 if TYPE_CHECKING:
     from llava_lab.results import Run
@@ -52,24 +52,54 @@ Answer = TypeVar("Answer")
 
 
 def one_of(name: str, value: Any, choices: Sequence[Any]) -> Any:
-    """`value` if it is one of `choices`. Raises OptionError with the list of them."""
-    if value not in choices:
-        raise OptionError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-    return value
+    """The one of `choices` that `value` is. Raises OptionError with the list of them."""
+    for choice in _equal(value, choices):
+        return choice
+    raise OptionError(f"{name} must be one of {', '.join(map(repr, choices))}, got {shown(value)}")
 
 
 def known(kind: str, name: Any, names: Iterable[str]) -> Any:
     """`name` if it is one of `names`. Raises OptionError: "no method 'x'; the methods are a, b"."""
     names = tuple(names)
-    if name not in names:
-        raise OptionError(f"no {kind} {name!r}; the {kind}s are {', '.join(names)}")
-    return name
+    for one in _equal(name, names):
+        return one
+    raise OptionError(f"no {kind} {shown(name)}; the {kind}s are {', '.join(names)}")
+
+
+def _equal(value: Any, choices: Iterable[Any]) -> list[Any]:
+    """Those of `choices` that `value` is; an array, which is compared value by value, is none."""
+    return [] if getattr(value, "ndim", 0) else [choice for choice in choices if choice is value or choice == value]
+
+
+def as_python(value: Any) -> Any:
+    """Numbers and text of a class of their own as Python's own, which torch and files take; anything else as it is.
+
+    A single value of numpy's or torch's, a member of an Enum, a Fraction.
+
+    >>> from fractions import Fraction
+    >>> from llava_lab.checks import as_python
+    >>> as_python(Fraction(1, 2))
+    0.5
+    """
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
+def is_whole(value: Any) -> bool:
+    """Whether it is a whole number, of any class; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def whole_number(name: str, value: Any, *, least: int = 0) -> int:
     """`value` as an int of at least `least`. Raises OptionError."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) < LARGEST:
-        raise OptionError(f"{name} must be a whole number of at least {least}{_too_large(value)}, got {value!r}")
+    value = as_python(value)
+    if not is_whole(value) or not least <= value < LARGEST:
+        raise OptionError(f"{name} must be a whole number of at least {least}{_too_large(value)}, got {shown(value)}")
     return int(value)
 
 
@@ -79,19 +109,63 @@ def _too_large(value: Any) -> str:
 
 def number(name: str, value: Any, *, least: float = 0.0) -> float:
     """`value` as a finite float of at least `least`. Raises OptionError."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not least <= float(value) < float("inf"):
-        raise OptionError(f"{name} must be a number of at least {least:g}, got {value!r}")
+    value = as_python(value)
+    if not _is_real(value) or value < least:
+        raise OptionError(f"{name} must be a number of at least {least:g}, got {shown(value)}")
     return float(value)
+
+
+def _is_real(value: Any) -> bool:
+    """Whether it is a finite number that a float can hold."""
+    return (isinstance(value, float) or is_whole(value)) and abs(value) <= sys.float_info.max
 
 
 def layer_window(layers: Any, count: int) -> tuple[int, int]:
     """``(start, stop)`` within a model of `count` layers; None is all of them. Raises OptionError."""
     if layers is None:
         return 0, count
-    fine = isinstance(layers, Sequence) and len(layers) == 2 and all(isinstance(end, Integral) for end in layers)
+    # range(2, 4) has two values too, and means another window than they say
+    fine = is_list(layers) and not isinstance(layers, range) and len(layers) == 2 and all(map(is_whole, layers))
     if not fine or not 0 <= layers[0] < layers[1] <= count:
-        raise OptionError(f"layers must be (start, stop) with 0 <= start < stop <= {count}, or None for all; got {layers!r}")
+        raise OptionError(f"layers must be (start, stop) with 0 <= start < stop <= {count}, or None for all; got {shown(layers)}")
     return int(layers[0]), int(layers[1])
+
+
+def patches_of(name: str, patches: Any, rows: int, cols: int) -> list[tuple[int, int]]:
+    """Patches of a grid from (row, col) pairs in a list, a set or an array, or from a bool grid; in the order given.
+
+    Raises OptionError for anything else, and for a patch outside the grid.
+    """
+    listed = patches.tolist() if hasattr(patches, "tolist") else patches
+    if str(getattr(patches, "dtype", "")).endswith("bool"):
+        if tuple(patches.shape) != (rows, cols):
+            raise OptionError(f"{name} as a grid must be {rows}x{cols} bool, got shape {tuple(patches.shape)}")
+        return [(row, col) for row in range(rows) for col in range(cols) if listed[row][col]]
+    if not is_list(listed) and not isinstance(listed, (Set, Iterator)):
+        raise OptionError(f"{name} must be a list of patches (row, col), or a bool grid of {rows}x{cols}; got {shown(patches)}")
+    found = []
+    for cell in listed:
+        if not is_list(cell) or len(cell) != 2 or not all(map(is_whole, cell)):
+            raise OptionError(f"{name}: a patch is (row, col), two whole numbers; got {shown(cell)}")
+        if not (0 <= cell[0] < rows and 0 <= cell[1] < cols):
+            raise OptionError(
+                f"{name}: a patch is (row, col) with rows 0 to {rows - 1} and columns 0 to {cols - 1}, got {shown(cell)}"
+            )
+        found.append((int(cell[0]), int(cell[1])))
+    return found
+
+
+def array_of(name: str, value: Any, error: type[LabError] = OptionError) -> np.ndarray:
+    """The values of an array, of a tensor wherever and however it is laid out, or of lists. Raises `error` for what has none."""
+    try:
+        if hasattr(value, "detach"):
+            value = value.detach().cpu().resolve_conj().resolve_neg()
+            if value.is_floating_point() and value.element_size() not in (4, 8):
+                value = value.float()  # numpy knows no bfloat16
+            value = value.numpy()
+        return np.asarray(value)
+    except Exception as reason:  # without values (meta), sparse, quantised, nested, of another library: each raises its own
+        raise error(f"{name} has no plain values to read ({one_line(reason)}); give a numpy array") from None
 
 
 def regular_file(path: str | os.PathLike, error: type[LabError] = DataError) -> Path:
@@ -99,9 +173,11 @@ def regular_file(path: str | os.PathLike, error: type[LabError] = DataError) -> 
 
     Raises `error` for anything else that is there, FileNotFoundError where nothing is.
     """
-    path = Path(path)
     try:
+        path = Path(path)
         mode = path.stat().st_mode
+    except TypeError:
+        raise error(f"expected the path of a file, got {shown(path)}") from None
     except ValueError:
         raise error(f"{str(path)!r} is no name a file can have") from None
     if not stat.S_ISREG(mode):
@@ -304,14 +380,13 @@ def _guard(name: str) -> Iterator[None]:
                     yield
             else:
                 yield
-        except LabError as error:
-            error.args = (readable(str(error)), *error.args[1:])
+        except LabError:
             raise
         except Exception as error:
             line = foreign_line(error)
             if line is None:
                 raise
-            raise LabError(readable(f"{name}: {line}")) from error
+            raise LabError(f"{name}: {line}") from error
 
 
 @contextmanager
@@ -377,8 +452,8 @@ EXPECTED: Mapping[str, Kind] = MappingProxyType(
         "Scene": ("a scene of the picture book", lambda value: hasattr(value, "things")),
         "np.ndarray": ("an array", lambda value: is_list(value)),
         "bool": ("True or False", lambda value: isinstance(value, (Integral, np.bool_)) and value in (0, 1)),
-        "int": ("a whole number", lambda value: isinstance(value, Integral) and not isinstance(value, bool) and value < LARGEST),
-        "float": ("a number", lambda value: isinstance(value, Real) and not isinstance(value, bool)),
+        "int": ("a whole number", lambda value: is_whole(value) and value < LARGEST),
+        "float": ("a finite number", lambda value: _is_real(as_python(value))),
         "str": ("text", lambda value: isinstance(value, str) and is_text(value)),
         "os.PathLike": ("a path", lambda value: isinstance(value, os.PathLike) and is_text(str(value))),
         "Mapping": ("a dictionary", lambda value: isinstance(value, Mapping)),
@@ -417,11 +492,13 @@ def _arguments_of(function: Callable[..., Any]) -> Callable[[Any, Any], Any]:
     def checked(name: str, value: Any) -> Any:
         if name not in kinds:
             return value
+        value = as_python(value)
         if kinds[name][1](value):
-            return value.item() if isinstance(value, np.generic) and not isinstance(value, str) else value
+            return value
         if value is None and name in defaults:
             return defaults[name]
-        raise OptionError(f"{name} must be {kinds[name][0]}{_too_large(value)}, got {shown(value)}")
+        more = _too_large(value) if "whole" in kinds[name][0] else ""
+        raise OptionError(f"{name} must be {kinds[name][0]}{more}, got {shown(value)}")
 
     def check(args: Any, options: Any) -> Any:
         return (

@@ -28,7 +28,10 @@ _ENDLESS = re.compile(r"\S{200,}")  # no word, but a file or a picture taken for
 
 
 class LabError(ValueError):
-    """Base of every mistake a user can make and mend."""
+    """Base of every mistake a user can make and mend. Its text is one printable line, whatever names and values stand in it."""
+
+    def __str__(self) -> str:
+        return readable(super().__str__())
 
 
 class PictureError(LabError):

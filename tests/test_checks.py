@@ -3,6 +3,7 @@ take turns."""
 
 from __future__ import annotations
 
+import enum
 import inspect
 import io
 import itertools
@@ -15,6 +16,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from decimal import Decimal
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from types import FunctionType, SimpleNamespace
@@ -29,8 +32,20 @@ from PIL import Image
 
 import llava_lab as ll
 from llava_lab.capture import undisturbed
-from llava_lab.checks import Turn, entry, is_text
-from llava_lab.errors import LabError
+from llava_lab.checks import (
+    Turn,
+    array_of,
+    as_python,
+    entry,
+    is_text,
+    known,
+    layer_window,
+    number,
+    one_of,
+    patches_of,
+    whole_number,
+)
+from llava_lab.errors import LabError, OptionError, PictureError, WriteError
 from llava_lab.training import LLAVA_15_7B, Running
 from tests.support.leftovers import interrupted_at, state_of, torch_settings
 from tests.support.public_calls import LONG, WRONG, public_calls
@@ -269,6 +284,262 @@ def test_every_entry_has_a_call_that_works_to_be_spoilt(calls: dict[str, Any]) -
         many = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
         named = [parameter.name for parameter in parameters.values() if parameter.kind not in many]
         assert [option for option in named if option not in calls[name] and option != "recipe"] == [], name
+
+
+# -- values of other libraries' kinds ---------------------------------------------------------
+
+PLAIN: dict[str, tuple[Any, Any]] = {
+    "a whole number of numpy's": (np.uint8(3), 3),
+    "an array of one value": (np.array(3), 3),
+    "a tensor of one value": (torch.tensor(3), 3),
+    "a bfloat16 of torch's": (torch.tensor(0.5, dtype=torch.bfloat16), 0.5),
+    "a float of numpy's": (np.float32(0.5), 0.5),
+    "a long float": (np.longdouble(0.5), 0.5),
+    "a Fraction": (Fraction(1, 2), 0.5),
+    "a member of an IntEnum": (enum.IntEnum("Sizes", "one two").two, 2),
+    "a member of a StrEnum": (enum.StrEnum("Fits", {"pad": "pad"}).pad, "pad"),
+    "text of numpy's": (np.str_("pad"), "pad"),
+    "an array of one text": (np.array("pad"), "pad"),
+    "True of numpy's": (np.True_, True),
+    "True of torch's": (torch.tensor(True), True),
+    "minus zero": (np.float32(-0.0), -0.0),
+    "a whole number without end": (10**400, 10**400),
+}
+AS_THEY_ARE: list[Any] = [None, 3, 0.5, "pad", True, b"x", (1, 2), Path("a"), Decimal(1), 3j, object(), str]
+
+
+@pytest.mark.parametrize("what", PLAIN)
+def test_a_number_or_text_of_a_class_of_its_own_becomes_python_s(what: str) -> None:
+    given, wanted = PLAIN[what]
+    got = as_python(given)
+    assert (got, type(got)) == (wanted, type(wanted))
+
+
+@pytest.mark.parametrize("value", AS_THEY_ARE)
+def test_anything_else_is_left_as_it_is(value: Any) -> None:
+    assert as_python(value) is value
+
+
+@pytest.mark.parametrize("value", [np.int8(2), np.array(2), torch.tensor(2), enum.IntEnum("Sizes", "one two").two, 2])
+def test_a_whole_number_of_any_kind_is_taken(value: Any) -> None:
+    assert type(whole_number("k", value)) is int
+    assert type(number("k", value)) is float
+    assert one_of("k", value, (1, 2)) == 2
+
+
+WRONG_NUMBERS = [
+    True,
+    np.True_,
+    10**400,
+    -(10**400),
+    float("nan"),
+    float("inf"),
+    Decimal(1),
+    1j,
+    "1",
+    b"1",
+    [1],
+    np.ones(2),
+    None,
+]
+
+
+@pytest.mark.parametrize("value", [*WRONG_NUMBERS, torch.ones(2)])
+def test_what_is_no_finite_number_is_refused_in_a_short_line(value: Any) -> None:
+    for check in (whole_number, number):
+        with pytest.raises(OptionError, match="^k must be a (whole )?number of at least 0.*, got ") as error:
+            check("k", value)
+        assert len(str(error.value)) < 200
+
+
+def test_a_number_of_an_entry_is_finite() -> None:
+    @entry
+    def look(share: float) -> float:
+        return share
+
+    assert [look(value) for value in (1, 0.5, Fraction(1, 2), np.float32(0.5), torch.tensor(0.5))] == [1, 0.5, 0.5, 0.5, 0.5]
+    for value in (*WRONG_NUMBERS, torch.ones(2)):
+        with pytest.raises(OptionError, match=r"share must be a finite number, got "):
+            look(value)
+
+
+NO_CHOICES: list[Any] = [np.array(["a", "b"]), np.array(["a"]), torch.ones(2), ["a"], {}, "A", " a", None, np.nan, b"a", object()]
+
+
+@pytest.mark.parametrize("value", NO_CHOICES)
+def test_a_choice_is_one_of_them_and_never_compared_value_by_value(value: Any) -> None:
+    with pytest.raises(OptionError, match="^k must be one of 'a', True, got "):
+        one_of("k", value, ("a", True))
+    with pytest.raises(OptionError, match="^no method .*; the methods are a, b"):
+        known("method", value, ("a", "b"))
+
+
+def test_a_choice_comes_back_as_it_is_written() -> None:
+    assert type(one_of("k", np.str_("a"), ("a", "b"))) is str
+    assert type(known("k", enum.StrEnum("K", {"a": "a"}).a, ("a",))) is str
+    assert one_of("k", np.True_, (False, True)) is True
+    assert one_of("k", 1, (False, True)) is True
+
+
+@pytest.mark.parametrize("layers", [(1, 3), [1, 3], np.array([1, 3]), (np.int64(1), np.int8(3)), np.array([1, 3], np.uint8)])
+def test_a_window_of_layers_is_two_whole_numbers(layers: Any) -> None:
+    assert layer_window(layers, 4) == (1, 3)
+    assert [type(end) for end in layer_window(layers, 4)] == [int, int]
+
+
+NO_WINDOWS: list[Any] = [
+    range(1, 3),
+    slice(1, 3),
+    (False, True),
+    (True, 3),
+    b"\1\3",
+    "13",
+    {1, 3},
+    {1: 1, 3: 3},
+    (1.0, 3.0),
+    2,
+    (2,),
+    (),
+]
+NO_WINDOWS += [
+    (1, 2, 3),
+    (-2, -1),
+    (3, 1),
+    (1, 1),
+    (0, 5),
+    (0, 2**70),
+    (None, 3),
+    [[1, 3]],
+    np.array([True, False]),
+    np.eye(2),
+    "1:3",
+]
+
+
+@pytest.mark.parametrize("layers", NO_WINDOWS)
+def test_what_is_no_window_of_layers_is_refused(layers: Any) -> None:
+    """Among them `range(1, 3)`: its two values are the layers 1 and 2, and as a window they would be layer 1 alone."""
+    with pytest.raises(OptionError, match=r"layers must be \(start, stop\) with 0 <= start < stop <= 4"):
+        layer_window(layers, 4)
+
+
+GRID = np.array([[False, True, False], [False, False, True]])
+PATCHES: dict[str, Any] = {
+    "pairs": [(0, 1), (1, 2)],
+    "lists": [[0, 1], [1, 2]],
+    "a tuple": ((0, 1), (1, 2)),
+    "an array": np.array([[0, 1], [1, 2]]),
+    "an array of bytes": np.array([[0, 1], [1, 2]], np.uint8),
+    "a tensor": torch.tensor([[0, 1], [1, 2]]),
+    "numbers of numpy's": [(np.int64(0), np.int8(1)), (np.int64(1), np.int64(2))],
+    "arrays": [np.array([0, 1]), np.array([1, 2])],
+    "a generator": "made anew",
+    "a dictionary's keys": {(0, 1): "a", (1, 2): "b"}.keys(),
+    "a grid": GRID,
+    "a grid of torch's": torch.from_numpy(GRID),
+    "a grid seen from behind": GRID[::-1, ::-1][::-1, ::-1],
+}
+NO_PATCHES: list[Any] = [
+    (0, 1),
+    [0, 1],
+    [(0, 1, 2)],
+    [(0,)],
+    ["01"],
+    [b"01"],
+    [(0.0, 1.0)],
+    [(True, False)],
+    [(None, 0)],
+    [(0, float("nan"))],
+]
+NO_PATCHES += [
+    [(-1, 0)],
+    [(2, 0)],
+    [(0, 3)],
+    [(0, 2**70)],
+    None,
+    3,
+    "00",
+    {"a": 1},
+    np.eye(3, dtype=bool),
+    np.eye(2),
+    GRID.tolist(),
+    [[]],
+]
+NO_PATCHES += [np.array([True]), torch.tensor(3), object()]
+
+
+@pytest.mark.parametrize("form", PATCHES)
+def test_patches_are_read_from_pairs_and_grids(form: str) -> None:
+    given = (cell for cell in [(0, 1), (1, 2)]) if form == "a generator" else PATCHES[form]
+    found = patches_of("patches", given, 2, 3)
+    assert found == [(0, 1), (1, 2)]
+    assert {type(end) for cell in found for end in cell} == {int}
+
+
+@pytest.mark.parametrize("given", NO_PATCHES)
+def test_what_is_no_patch_of_the_grid_is_refused_in_one_line(given: Any) -> None:
+    with pytest.raises(OptionError, match="^patches") as error:
+        patches_of("patches", given, 2, 3)
+    assert len(str(error.value)) < 300
+
+
+TABLE = np.array([[0.0, 0.5], [1.0, 0.25]])
+LAID_OUT: dict[str, Any] = {
+    "lists": TABLE.tolist(),
+    "a tensor": torch.from_numpy(TABLE),
+    "with a gradient": torch.from_numpy(TABLE).requires_grad_(),
+    "a parameter": torch.nn.Parameter(torch.from_numpy(TABLE)),
+    "bfloat16": torch.from_numpy(TABLE).bfloat16(),
+    "float16": torch.from_numpy(TABLE).half(),
+    "float8": torch.from_numpy(TABLE).to(torch.float8_e4m3fn),
+    "conjugate": torch.from_numpy(TABLE).to(torch.complex64).conj().real,
+    "negative": -torch.from_numpy(-TABLE),
+    "negative, not yet carried out": torch.from_numpy(TABLE * -1j).conj().imag,
+    "transposed": torch.from_numpy(TABLE.T.copy()).T,
+    "expanded": torch.from_numpy(TABLE)[None].expand(3, 2, 2)[1],
+    "backwards": TABLE[::-1][::-1],
+    "another byte order": TABLE.astype(">f4"),
+    "by columns": np.asfortranarray(TABLE),
+    "masked": np.ma.masked_array(TABLE, mask=TABLE > 9),
+}
+NO_VALUES: dict[str, Callable[[], Any]] = {
+    "meta": lambda: torch.empty(2, 2, device="meta"),
+    "sparse": lambda: torch.eye(2).to_sparse(),
+    "sparse by rows": lambda: torch.eye(2).to_sparse_csr(),
+    "quantised": lambda: torch.quantize_per_tensor(torch.rand(2, 2), 0.1, 0, torch.quint8),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    "rows of two lengths": lambda: [[1], [2, 3]],
+}
+
+
+@pytest.mark.parametrize("layout", LAID_OUT)
+def test_values_are_read_however_they_are_laid_out(layout: str) -> None:
+    got = array_of("k", LAID_OUT[layout])
+    assert type(got) is np.ndarray
+    assert np.array_equal(got, TABLE)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's of what it means to drop
+@pytest.mark.parametrize("layout", NO_VALUES)
+def test_what_has_no_plain_values_is_one_line(layout: str) -> None:
+    with pytest.raises(PictureError, match="^k has no plain values to read .*; give a numpy array$"):
+        array_of("k", NO_VALUES[layout](), PictureError)
+
+
+@pytest.mark.parametrize(
+    "name", ["\ud800", "a\nb", "\x1b[31mred", "\u202eevil", "a" * 5000, "\x00", "\r", "\x9b2J", "tab\t", "é", "📷", "\u2066"]
+)
+def test_every_error_of_ours_is_one_printable_line_whoever_raises_it(name: str) -> None:
+    for error in (
+        LabError(f"no such file: {name}"),
+        WriteError(f"cannot write {name}"),
+        WriteError.of(name, OSError(28, "full")),
+    ):
+        text = str(error)
+        assert "\n" not in text
+        assert len(text) < 200
+        assert text.encode()
+        assert text.replace("\t", "").isprintable()
 
 
 # -- several threads on one lab -------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 
 from llava_lab.attribution.method import REGISTERED, Maps, Seed, method
+from llava_lab.checks import shown
 from llava_lab.errors import OptionError
 from llava_lab.replay.targets import Targets
 from llava_lab.results import Run
@@ -80,15 +81,15 @@ def edge_strength(picture: np.ndarray) -> np.ndarray:
 def other_method(name: str, value: Any) -> str:
     """The option `of`, checked."""
     known = [entry for entry in REGISTERED if entry != "inverse"]
-    if value not in known:
-        raise OptionError(f"{name} must be the name of another method, one of {', '.join(known)}; got {value!r}")
+    if not isinstance(value, str) or value not in known:
+        raise OptionError(f"{name} must be the name of another method, one of {', '.join(known)}; got {shown(value)}")
     return value
 
 
 def options_by_name(name: str, value: Any) -> Mapping[str, Any] | None:
     """The option `options`, checked; what is in it the other method checks itself."""
     if value is not None and not isinstance(value, Mapping):
-        raise OptionError(f"{name} must be the other method's options by name, or None; got {value!r}")
+        raise OptionError(f"{name} must be the other method's options by name, or None; got {shown(value)}")
     return value
 
 

@@ -28,7 +28,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from numbers import Integral
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -39,7 +38,7 @@ from torch import Tensor
 from llava_lab.attribution.method import Count, Heads, Maps, Window, at_least, method, refuse_contrast
 from llava_lab.capture import HeadRows, PickedRows, fuse_heads, undisturbed, watch_attention
 from llava_lab.capture.watch import attention_module
-from llava_lab.checks import Sweep, entry, layer_window, same_model, whole_number
+from llava_lab.checks import Sweep, entry, is_list, is_whole, layer_window, same_model, shown, whole_number
 from llava_lab.errors import OptionError
 from llava_lab.models.layout import language_layers
 from llava_lab.replay.targets import Targets, Wanted, predicting_rows, resolve_targets
@@ -90,14 +89,13 @@ def choose_heads(lab: Lab, layers: Window, heads: Heads) -> Chosen:
     count = int(config.num_attention_heads)
 
     def is_head(value: Any) -> bool:
-        return isinstance(value, Integral) and not isinstance(value, bool) and 0 <= int(value) < count
+        return is_whole(value) and 0 <= int(value) < count
 
     def is_pair(value: Any) -> bool:
-        whole = isinstance(value, Sequence) and all(isinstance(end, Integral) and not isinstance(end, bool) for end in value)
-        return whole and len(value) == 2
+        return is_list(value) and len(value) == 2 and all(map(is_whole, value))
 
-    several: Sequence[Any] = heads if isinstance(heads, Sequence) and not isinstance(heads, str) else (heads,)
-    if several and all(map(is_pair, several)):
+    several: Sequence[Any] = heads if is_list(heads) else (heads,)
+    if len(several) and all(map(is_pair, several)):
         if layers is not None:
             raise OptionError(f"(layer, head) pairs name their layers already; leave layers=None, got {layers!r}")
         pairs = tuple(dict.fromkeys((int(layer), int(head)) for layer, head in several))
@@ -106,11 +104,11 @@ def choose_heads(lab: Lab, layers: Window, heads: Heads) -> Chosen:
     window = tuple(range(*layer_window(layers, len(decoder))))
     if heads is None:
         return Chosen(window)
-    if several and all(map(is_head, several)):
+    if len(several) and all(map(is_head, several)):
         return Chosen(window, tuple(int(head) for head in several))
     raise OptionError(
         f"heads must be numbers from 0 to {count - 1}, or None for all, or (layer, head) pairs like "
-        f"((0, 1), (2, 3)) with layers from 0 to {len(decoder) - 1}; got {heads!r}"
+        f"((0, 1), (2, 3)) with layers from 0 to {len(decoder) - 1}; got {shown(heads)}"
     )
 
 

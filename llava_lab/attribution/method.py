@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import numpy as np
 
-from llava_lab.checks import number, one_of, whole_number
+from llava_lab.checks import as_python, number, one_of, whole_number
 from llava_lab.errors import LabError, OptionError, TargetError
 from llava_lab.models import layout
 from llava_lab.replay.fills import EVERY_FILL, FILLS, SQUARES
@@ -121,6 +121,7 @@ class Method:
         if unknown:
             known = ", ".join(f"{name}={default!r}" for name, default in self.options.items()) or "none"
             raise OptionError(f"method {self.name!r} has no option {unknown[0]!r}; its options are {known}")
+        given = {name: as_python(value) for name, value in given.items()}
         every = {**self.options, **{name: value for name, value in given.items() if not self._left_open(name, value)}}
         return {name: self.checks[name](name, value) if name in self.checks else value for name, value in every.items()}
 

@@ -32,7 +32,7 @@ from llava_lab.attribution import (
 )
 from llava_lab.attribution.method import REGISTERED, Maps, Method
 from llava_lab.capture.watch import MEND
-from llava_lab.checks import entry, known, same_model
+from llava_lab.checks import as_python, entry, is_list, known, same_model
 from llava_lab.errors import LabError, OptionError
 from llava_lab.models import connectors
 from llava_lab.replay.targets import Targets, Wanted, resolve_targets
@@ -177,5 +177,7 @@ def in_views(run: Run, apart: bool) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Tuples as lists, also inside: what a saved result gives back."""
-    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
+    """Tuples, ranges and arrays as lists, numbers as Python's own, also inside: what a saved result gives back."""
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if is_list(value) else as_python(value)

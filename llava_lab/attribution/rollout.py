@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from llava_lab.attribution.method import Fusion, Maps, Window, method
 from llava_lab.capture import LayerByLayer, Norms, undisturbed, watch_attention
-from llava_lab.checks import layer_window
+from llava_lab.checks import layer_window, shown
 from llava_lab.errors import LabError, OptionError
 from llava_lab.models.layout import (
     language_layers,
@@ -66,9 +66,10 @@ Weight = float | Float[Tensor, " S"]  # of the identity, for all positions or fo
 
 def residual_weight(name: str, value: Any) -> float | str:
     """The option `residual`, checked."""
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if value != "measured" and not (number and 0 <= float(value) <= 1):
-        raise OptionError(f"{name} is the weight of the identity, 0 to 1, or 'measured'; got {value!r}")
+    if isinstance(value, str) and value == "measured":
+        return value
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
+        raise OptionError(f"{name} is the weight of the identity, 0 to 1, or 'measured'; got {shown(value)}")
     return value
 
 

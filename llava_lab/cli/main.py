@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 
 from llava_lab.cli import app, ask, chat, generate, inside, judge, page, serve, train
 from llava_lab.cli.common import Add, Reply, Uses, positive, refuse_overwriting, say
-from llava_lab.errors import LabError, OptionError, foreign_line, is_out_of_memory, one_line, printable
+from llava_lab.errors import LabError, OptionError, foreign_line, is_out_of_memory, one_line, printable, readable
 from llava_lab.shipped import MODELS
 
 DEFAULT_MODEL = "tiny"
@@ -103,7 +103,7 @@ class _Parser(argparse.ArgumentParser):
         return super().format_help()
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, printable(f"llava-lab: {message}; see `{self.prog} --help`\n"))
+        self.exit(2, f"{readable(f'llava-lab: {message}; see `{self.prog} --help`')}\n")
 
 
 def build_parser() -> argparse.ArgumentParser:

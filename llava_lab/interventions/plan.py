@@ -14,10 +14,9 @@ decoding step by step is treated like the whole sequence.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,7 +25,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from llava_lab.capture import undisturbed
-from llava_lab.checks import Sweep, one_of, shown
+from llava_lab.checks import Sweep, is_list, is_whole, one_of, patches_of, shown
 from llava_lab.errors import LabError, OptionError
 from llava_lab.models.generation import generate, log_probs
 from llava_lab.models.text import decode
@@ -77,48 +76,34 @@ def positions_of(run: Run, what: Any, *, option: str) -> Positions:
         if not inside:
             raise OptionError(f"{option}: the segment {what!r} of this run is empty; choose another of {choices}")
         return Positions(what, tuple(inside), length, what in OPEN)
-    if isinstance(what, np.ndarray) and what.dtype == bool:
-        if what.shape != (run.map.rows, run.map.cols):
-            raise OptionError(f"{option} as a grid must be {run.map.rows}x{run.map.cols} bool, got shape {what.shape}")
-        what = [tuple(cell) for cell in np.argwhere(what).tolist()]
-    items = [int(item) if isinstance(item, Integral) else item for item in what] if _is_list(what) else []
+    if is_list(what) and str(getattr(what, "dtype", "")).endswith("bool"):
+        return positions_of_patches(run, what, option=option)
+    listed = what.tolist() if is_list(what) and hasattr(what, "tolist") else what
+    items = list(listed) if is_list(listed) or isinstance(listed, Set) else []
     if not items:
-        raise OptionError(f"{option} must be {choices}, patches [(row, col), ...] or positions, none empty; got {what!r}")
-    if not all(isinstance(item, int) for item in items):
+        raise OptionError(f"{option} must be {choices}, patches [(row, col), ...] or positions, none empty; got {shown(what)}")
+    if not all(map(is_whole, items)):
         return positions_of_patches(run, items, option=option)
     wrong = [item for item in items if not 0 <= item < length]
     if wrong:
         raise OptionError(f"{option}: positions run from 0 to {length - 1}, got {wrong[0]}")
-    unique = tuple(sorted(set(items)))
+    unique = tuple(sorted(set(map(int, items))))
     return Positions(f"{len(unique)} position{'s' * (len(unique) > 1)}", unique, length)
 
 
 def positions_of_patches(run: Run, patches: Any, *, option: str = "patches") -> Positions:
     """Patches [(row, col), ...] or a bool grid, as the positions of their image tokens."""
-    if isinstance(patches, np.ndarray) and patches.dtype == bool:
-        return positions_of(run, patches, option=option)
     start, cols = run.segments["image"][0], run.map.cols
     inside = {start + row * cols + col for row, col in read_patches(run, patches, option=option)}
     return Positions(f"{len(inside)} patch{'es' * (len(inside) > 1)}", tuple(sorted(inside)), len(run.token_ids))
 
 
 def read_patches(run: Run, patches: Any, *, option: str = "patches") -> list[tuple[int, int]]:
-    """Patches [(row, col), ...] within the run's grid, at least one. Raises OptionError."""
-    rows, cols, cells = run.map.rows, run.map.cols, []
-    for cell in patches if _is_list(patches) or isinstance(patches, Iterator) else ():
-        is_pair = isinstance(cell, Sequence | np.ndarray) and len(cell) == 2 and all(isinstance(v, Integral) for v in cell)
-        if not is_pair or not (0 <= cell[0] < rows and 0 <= cell[1] < cols):
-            raise OptionError(
-                f"{option}: a patch is (row, col) with rows 0 to {rows - 1} and columns 0 to {cols - 1}, got {shown(cell)}"
-            )
-        cells.append((int(cell[0]), int(cell[1])))
+    """Patches within the run's grid, as `patches_of` takes them, at least one. Raises OptionError."""
+    cells = patches_of(option, patches, run.map.rows, run.map.cols)
     if not cells:
         raise OptionError(f"{option}: expected at least one patch (row, col), got {shown(patches)}")
     return cells
-
-
-def _is_list(what: Any) -> bool:
-    return isinstance(what, Sequence | range | set | frozenset | np.ndarray) and len(what) > 0
 
 
 # -- what and how -----------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llava_lab.capture import undisturbed
-from llava_lab.checks import entry, layer_window, number, whole_number
+from llava_lab.checks import array_of, entry, layer_window, number, shown, whole_number
 from llava_lab.errors import LabError, OptionError
 from llava_lab.interventions.plan import DRAWS, Enter, Plan, Positions, answer_under, carry_out, positions_of
 from llava_lab.interventions.states import Changes, changing, parts, states_before
@@ -147,10 +147,11 @@ def find_direction(lab: Lab, direction: Any) -> tuple[Float[Tensor, " D"], str]:
         (plus, first), (minus, second) = (_word_row(lab, word) for word in direction)
         row, name = plus - minus, f"{first} minus {second}"
     else:
-        try:
-            row = torch.as_tensor(np.asarray(direction, np.float32)).to(lab.device)
-        except (TypeError, ValueError):
-            raise OptionError(f"direction must be a word, two words or {width} numbers, got {direction!r}") from None
+        numbers = array_of("direction", direction)
+        if numbers.dtype.kind not in "fiub":
+            raise OptionError(f"direction must be a word, two words or {width} numbers, got {shown(direction)}")
+        with np.errstate(over="ignore"):  # what float32 cannot hold is refused below
+            row = torch.from_numpy(numbers.astype(np.float32)).to(lab.device)
         name = "a given direction"
         if row.shape != (width,):
             raise OptionError(

@@ -43,7 +43,7 @@ import torch
 
 from llava_lab.attribution.controls import center_bump
 from llava_lab.attribution.registry import METHODS
-from llava_lab.checks import entry, one_of, whole_number
+from llava_lab.checks import array_of, entry, one_of, whole_number
 from llava_lab.errors import OptionError
 from llava_lab.replay.alter import open_altered, within_budget
 from llava_lab.replay.fills import EVERY_FILL, SQUARES
@@ -310,7 +310,7 @@ class Judge:
 
 def check_masks(run: Run, masks: Any, what: str = "things") -> np.ndarray:
     """Masks bool (things, height, width) of the run's picture, none of them empty; one mask alone is taken too."""
-    found = np.asarray(masks)
+    found = array_of(what, masks)
     found = found[None] if found.ndim == 2 else found
     if found.dtype != bool or found.shape[1:] != run.picture.shape[:2]:
         height, width = run.picture.shape[:2]

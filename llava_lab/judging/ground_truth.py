@@ -17,7 +17,7 @@ from __future__ import annotations
 import numpy as np
 
 from llava_lab.attribution.controls import center_bump
-from llava_lab.checks import entry, whole_number
+from llava_lab.checks import array_of, entry, whole_number
 from llava_lab.errors import OptionError
 from llava_lab.judging.faithfulness import check_masks
 from llava_lab.results import GroundTruth, Relevance, Run
@@ -66,7 +66,7 @@ def ground_truth(run: Run, rel: Relevance, deciding: np.ndarray, *, seeds: int =
 
 def deciding_share(run: Run, deciding: np.ndarray) -> np.ndarray:
     """Share of each patch that any deciding thing covers, float32 (rows, cols)."""
-    if not len(np.asarray(deciding)):
+    if not array_of("deciding", deciding).size:
         raise OptionError("nothing in the picture decides this question (an absence does), so there is no place to compare with")
     share = run.map.mask_to_patches(np.any(check_masks(run, deciding, "deciding"), axis=0))
     if share.max() < SEEN:

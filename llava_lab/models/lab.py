@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import html
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -38,6 +38,7 @@ from llava_lab.results import Run, cut_notes
 logger = logging.getLogger(__name__)
 
 Question = str  # one; `ask_many` takes several
+COLDEST = 1e-6  # temperature; logits divided by less may be no finite numbers
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ class Lab:
         Interrupting (KeyboardInterrupt) gives the answer so far, with ``options["stopped"] == "interrupted"``.
         """
         _check_asking(max_new_tokens, temperature)
-        prompt = prompt or self.prompt
+        prompt = self.prompt if prompt is None else prompt
         asked = self._asked(read_pictures(picture), question, prompt, history, max_new_tokens)
         stream = _Stream(self.tokenizer, on_token) if on_token else None
 
@@ -225,7 +226,7 @@ class Lab:
         """
         _check_asking(max_new_tokens, temperature)
         whole_number("batch", batch, least=1)
-        prompt = prompt or self.prompt
+        prompt = self.prompt if prompt is None else prompt
         options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "prompt": prompt}
         options |= {"fit": self.preprocessing.mode(fit)}
         todo = self._read_all(*_paired(pictures, questions), prompt, max_new_tokens)
@@ -253,7 +254,7 @@ class Lab:
 
         `picture` matters only where the number of image tokens depends on its shape; `pictures` says how many there are.
         """
-        prompt = prompt or self.prompt
+        prompt = self.prompt if prompt is None else prompt
         text.check_form(prompt)
         question, history = self.read_as(question), self._read_history(history)
         turns = text.turns(question, history)
@@ -506,8 +507,8 @@ class Lab:
 
 def _check_asking(max_new_tokens: int, temperature: float) -> None:
     whole_number("max_new_tokens", max_new_tokens, least=1)
-    if not 0 <= temperature < float("inf"):
-        raise OptionError(f"temperature must be 0 (greedy) or a positive number, got {temperature!r}")
+    if temperature != 0 and temperature < COLDEST:
+        raise OptionError(f"temperature must be 0 (greedy) or a positive number of at least {COLDEST:g}, got {temperature!r}")
 
 
 def _paired(pictures: Any, questions: Any) -> tuple[list[Any], list[Any]]:
@@ -517,6 +518,8 @@ def _paired(pictures: Any, questions: Any) -> tuple[list[Any], list[Any]]:
     several = not one and (isinstance(pictures, Sequence | Iterator) or getattr(pictures, "ndim", 0) in (1, 4))
     each = list(pictures) if several else None
     try:
+        if isinstance(questions, bytes | Mapping | Set):  # numbers, names, and what has no order
+            raise TypeError
         asked = [questions] if isinstance(questions, str) else list(questions)
     except TypeError:
         raise OptionError(f"questions must be a list of text, got {type(questions).__name__}") from None

@@ -38,7 +38,7 @@ from tqdm.auto import tqdm
 
 from llava_lab.capture import hooked, undisturbed
 from llava_lab.capture.residual import watch_stream
-from llava_lab.checks import PATIENCE, Sweep, entry, is_list, number, one_of, whole_number
+from llava_lab.checks import PATIENCE, Sweep, array_of, entry, is_list, number, one_of, whole_number
 from llava_lab.errors import CheckpointError, OptionError
 from llava_lab.models.layout import connector_of, language_layers, require_patch_tokens
 from llava_lab.models.pictures import read_picture
@@ -174,7 +174,7 @@ def _classes(labels: Any, count: int, grid: tuple[int, int]) -> tuple[np.ndarray
             raise OptionError(f"labels must be an array, 'row' or 'column', got {labels!r}")
         place = np.indices(grid)[PLACES.index(labels)]
         return np.broadcast_to(place, (count, rows, cols)), tuple(str(i) for i in range(grid[PLACES.index(labels)]))
-    array = np.asarray(labels)
+    array = array_of("labels", labels)
     if array.shape not in ((count,), (count, rows, cols)):
         raise OptionError(
             f"expected labels ({count},), one per picture, or ({count}, {rows}, {cols}), one per patch; got {array.shape}"

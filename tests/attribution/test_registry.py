@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
@@ -20,7 +22,7 @@ from llava_lab.interventions.cover import ask_without
 from llava_lab.judging import compare, faithfulness
 from llava_lab.models import Lab, load
 from llava_lab.replay import fill_pixels
-from llava_lab.results import Run
+from llava_lab.results import Relevance, Run
 from tests.support.closeness import close
 from tests.support.planted import scripted_run
 
@@ -185,6 +187,42 @@ def test_a_value_the_annotation_excludes_is_refused(mine: str, option: str, valu
     with pytest.raises(OptionError) as error:
         METHODS[mine].with_defaults({option: value})
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "kept"),
+    [
+        ("attention", {"layers": (np.int64(0), np.int8(2))}, [0, 2]),
+        ("attention", {"layers": np.array([0, 2])}, [0, 2]),
+        ("attention", {"heads": np.int64(1)}, 1),
+        ("attention", {"heads": torch.tensor(1)}, 1),
+        ("attention", {"heads": range(2)}, [0, 1]),
+        ("attention", {"heads": [np.int64(1)]}, [1]),
+        ("attention", {"heads": np.array([[0, 1]])}, [[0, 1]]),
+        ("attention", {"fusion": np.str_("max")}, "max"),
+        ("rollout", {"residual": Fraction(1, 2)}, 0.5),
+        ("rollout", {"residual": np.float32(0.5)}, 0.5),
+        ("rollout", {"residual": torch.tensor(0.5)}, 0.5),
+        ("rollout", {"through_vision": np.False_}, False),
+        ("rollout", {"through_vision": 0}, False),
+        ("inverse", {"options": {"layers": (np.int64(0), 2)}}, {"layers": [0, 2]}),
+    ],
+)
+def test_options_of_other_libraries_kinds_are_kept_as_python_s_and_saved(
+    tiny_random: Lab, run: Run, tmp_path: Path, method: str, options: dict[str, Any], kept: Any
+) -> None:
+    relevance = attribute(tiny_random, run, method=method, **options)
+    (name,) = options
+    assert (relevance.options[name], type(relevance.options[name])) == (kept, type(kept))
+    assert Relevance.load(relevance.save(tmp_path / "map.npz")).options == relevance.options
+
+
+@pytest.mark.parametrize("value", [np.array([1, 2]), torch.ones(2), np.array(["grey"]), [1, 2], {}, object(), b"x", 3j])
+def test_no_option_of_any_method_fails_on_an_array_or_an_object(value: Any) -> None:
+    for card in METHODS.values():
+        for name in card.options:
+            with suppress(OptionError):
+                card.with_defaults({name: value})
 
 
 def test_an_option_without_a_default_is_a_mistake_of_who_wrote_it() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -484,3 +486,37 @@ def test_logits_that_are_not_finite_are_no_answer(
     with pytest.raises(LabError, match="expected finite logits, got NaN or infinity in .*dtype='float32'"):
         lab.ask(picture, "What?", max_new_tokens=3, temperature=temperature)
     assert state_of(lab) == before
+
+
+@pytest.mark.parametrize(
+    "questions", [{"a": "What?"}, {"What?", "Why?"}, frozenset({"What?"}), b"What?", 3, None, lambda: "What?"]
+)
+def test_questions_without_an_order_are_refused(tiny_random: Lab, picture: np.ndarray, questions: Any) -> None:
+    """Of a dictionary its names would be asked, of a set the questions in any order."""
+    with pytest.raises(OptionError, match="questions must be a list of text, got "):
+        tiny_random.ask_many(picture, questions, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(
+            ("temperature", value)
+            for value in (1e-300, 1e-7, -1e-9, -1, float("nan"), float("inf"), 10**400, True, "1", Decimal(1))
+        ),
+        *(("prompt", value) for value in ("", " hf", "HF", False, ["hf"])),
+        *(("fit", value) for value in ("", " pad", "PAD", False, np.array(["pad", "crop"]))),
+    ],
+)
+def test_an_odd_value_of_an_option_is_refused_and_never_taken_for_the_default(
+    tiny_random: Lab, picture: np.ndarray, option: str, value: Any
+) -> None:
+    with pytest.raises(OptionError, match=f"^{option} must be "):
+        tiny_random.ask(picture, QUESTION, max_new_tokens=1, **{option: value})
+
+
+@pytest.mark.parametrize("value", [Fraction(1, 2), np.float16(0.5), np.array(0.5), torch.tensor(0.5), np.longdouble(0.5)])
+def test_a_temperature_of_another_kind_is_the_same_number(tiny_random: Lab, picture: np.ndarray, value: Any) -> None:
+    wanted, got = (tiny_random.ask(picture, QUESTION, max_new_tokens=3, temperature=one, seed=1) for one in (0.5, value))
+    assert got.options == wanted.options
+    assert got.logprobs.tobytes() == wanted.logprobs.tobytes()
