@@ -17,6 +17,7 @@ How. One rule per kind of picture:
 - grey becomes three equal channels; palette, CMYK, YCbCr and the like are converted by Pillow;
 - whole numbers wider than 8 bits are taken as they are where they stay within 0..255 in 32 bits or more, else as 16 bits, scaled
   by 1/257; 16 bits that would come out next to black are refused, because they are hardly ever meant so;
+- 16-bit colours in a file are decoded to 8 by Pillow, and refused the same way where nothing but black is left;
 - floating point must lie in 0..1, half a step of 8 bits over at most, and is scaled by 255;
 - above `MAX_PIXELS` a JPEG is decoded at a half, a quarter or an eighth of its size, and what is in memory is reduced; other
   files are refused before their pixels are decoded.
@@ -57,6 +58,7 @@ from jaxtyping import Float
 from PIL import Image, ImageFile, ImageOps, JpegImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
+from llava_lab.checks import array_of
 from llava_lab.errors import CheckpointError, LabError, OptionError, PictureError, one_line
 from llava_lab.geometry import MODES, Mode, PictureMap
 
@@ -80,9 +82,10 @@ FORMATS = (
 )
 CHANNELS = (1, 3, 4)
 WIDE_GREY = {"I", "I;16", "I;16L", "I;16B", "I;16N"}  # Pillow's modes for 16-bit (and 32-bit) grey
+WIDE_COLOR = re.compile(r"(RGB|RGBA|RGBX|LA);16")  # how Pillow names the layout of 16-bit colours in a file
 BLACK = 4096  # 16-bit values that stay below become 0 to 15 of 255
 HAIR = 0.5 / 255  # what floating point may lie outside 0..1: less than 8 bits can show
-ADDRESS = re.compile(r"(data|file):|[a-z][a-z0-9+.-]+://", re.IGNORECASE)  # one letter is a drive
+ADDRESS = re.compile(r"\s*((data|file):|[a-z][a-z0-9+.-]+://)", re.IGNORECASE)  # one letter is a drive
 JPEG = b"\xff\xd8\xff"  # how one begins
 # How the base64 of PNG, JPEG, GIF, WebP, BMP, TIFF, AVIF begins; and the least that holds a picture.
 BASE64 = (b"iVBORw0KGgo", b"/9j/", b"R0lGOD", b"UklGR", b"Qk", b"SUkq", b"TU0AK", b"AAAA")
@@ -107,17 +110,18 @@ def read_picture(source: PictureLike) -> np.ndarray:
     if isinstance(source, Image.Image):
         return _from_image(source)
     if isinstance(source, str) and ADDRESS.match(source):
-        return _from_address(source)
+        return _from_address(source.strip())
     if isinstance(source, str | os.PathLike):
-        return _from_path(os.fsdecode(source))
+        return _from_path(_path_of(source))
     if isinstance(source, bytes | bytearray | memoryview):
-        data = bytes(source)
+        data = _held(source)
         return _from_bytes(_from_base64(data) or data, "the picture's bytes")
     if hasattr(source, "read"):
         data = _bytes_of(source)
         return _from_bytes(_from_base64(data) or data, "the file object's picture")
     if hasattr(source, "__array__"):
-        return _from_array(_numbers(source), f"the {type(source).__name__}")
+        name = f"the {type(source).__name__}"
+        return _from_array(array_of(name, source, PictureError), name)
     raise PictureError(f"a picture is {KINDS}; got {type(source).__name__}")
 
 
@@ -180,6 +184,21 @@ def _from_path(text: str) -> np.ndarray:
         if isinstance(error, FileNotFoundError | NotADirectoryError | ValueError):
             raise PictureError(f"no such picture: {name}") from None
         raise PictureError(f"the picture {name} cannot be read ({_reason(error)})") from None
+
+
+def _path_of(source: str | os.PathLike) -> str:
+    """A path as text; what stands for one may be of anybody's making."""
+    try:
+        return os.fsdecode(source)
+    except Exception as error:
+        raise PictureError(f"the {type(source).__name__} gives no path ({one_line(error)}); give the path as text") from None
+
+
+def _held(source: bytes | bytearray | memoryview) -> bytes:
+    try:
+        return bytes(source)
+    except ValueError as error:  # a view that was released
+        raise PictureError(f"the {type(source).__name__} cannot be read ({one_line(error)}); give the picture's bytes") from None
 
 
 def _bytes_of(source: Any) -> bytes:
@@ -291,15 +310,24 @@ def _from_image(image: Image.Image) -> np.ndarray:
 
 def _to_rgb(image: Image.Image, name: str, *, most: int | None = None) -> np.ndarray:
     _check_size(image.width, image.height, name, most)
+    wide_color = WIDE_COLOR.search(str(getattr(image, "tile", "")))  # known before it is decoded, to 8 bits, and not after
     image.load()
     upright = ImageOps.exif_transpose(image)
     if upright.mode in WIDE_GREY or upright.mode == "F":
         _check_size(image.width, image.height, name)
-        return _grey_to_rgb(_to_8_bit(np.asarray(upright), name)[..., None])
+        values = np.asarray(upright)
+        grey = _to_8_bit(values, name)
+        if isinstance(clear := upright.info.get("transparency"), int):
+            grey[values == clear] = 255
+        return _grey_to_rgb(grey[..., None])
     if upright.has_transparency_data:
         layer = upright.convert("RGBA")
         upright = Image.alpha_composite(Image.new("RGBA", layer.size, (255, 255, 255, 255)), layer)
     plain = upright.convert("RGB")
+    if wide_color and max(high for _, high in plain.getextrema()) < BLACK // 256:
+        raise PictureError(
+            f"{name} has 16 bits a colour and is black, or next to it; if its values are meant as 0..255, save it with 8 bits"
+        )
     if plain.width * plain.height > MAX_PIXELS:
         plain = plain.reduce(math.ceil(math.sqrt(plain.width * plain.height / MAX_PIXELS)))
         _say_smaller(name, upright.size, plain.size)
@@ -316,35 +344,22 @@ def _say_smaller(name: str, before: tuple[int, int], after: tuple[int, int]) -> 
 
 def _from_tensor(tensor: Tensor) -> np.ndarray:
     """Channels first, as torchvision has them, or last."""
-    shape = "x".join(map(str, tensor.shape))
-    if tensor.ndim == 4 and len(tensor) == 1:
+    array = array_of("the Tensor", tensor, PictureError)
+    shape = "x".join(map(str, array.shape))
+    if array.ndim == 4 and len(array) == 1:
         raise PictureError(f"the tensor is a batch of one picture, {shape}; give picture[0]")
-    if tensor.ndim == 3 and tensor.shape[0] in CHANNELS:
-        if tensor.shape[2] in CHANNELS:
+    if array.ndim == 3 and array.shape[0] in CHANNELS:
+        if array.shape[2] in CHANNELS:
             raise PictureError(
                 f"a tensor of {shape} may have its channels first or last; give it as a numpy array, channels last"
             )
-        tensor = tensor.permute(1, 2, 0)
-    return _from_array(_numbers(tensor), "the tensor")
-
-
-def _numbers(source: Any) -> np.ndarray:
-    """The values of a tensor, or of what numpy can make an array of."""
-    try:
-        if isinstance(source, Tensor):
-            source = source.detach().cpu()
-            if source.is_floating_point() and source.dtype not in (torch.float16, torch.float32, torch.float64):
-                source = source.float()  # numpy knows no bfloat16
-            source = source.numpy()
-        return np.asarray(source)
-    except Exception as error:  # without values (meta), sparse, quantised, of another library: each raises its own
-        kind = type(source).__name__
-        raise PictureError(f"the {kind} has no plain values to read ({one_line(error)}); give a numpy array") from None
+        array = array.transpose(1, 2, 0)
+    return _from_array(array, "the tensor")
 
 
 def _from_array(array: np.ndarray, name: str) -> np.ndarray:
     array = np.asarray(array)  # without a mask or a class of its own
-    shape = "x".join(map(str, array.shape))
+    shape = "x".join(map(str, array.shape)) or "a single value"
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3 or array.shape[2] not in CHANNELS:
@@ -366,7 +381,7 @@ def _to_8_bit(values: np.ndarray, name: str) -> np.ndarray:
         return values.astype(np.uint8) * 255
     if np.issubdtype(values.dtype, np.floating):
         return _from_float(values, name)
-    if np.issubdtype(values.dtype, np.integer):
+    if values.dtype.kind in "iu":  # numpy counts a span of time among the whole numbers
         return _from_whole(values, name)
     raise PictureError(f"{name} must be uint8, uint16 or floating point in 0..1, got {values.dtype}")
 

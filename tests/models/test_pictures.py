@@ -4,7 +4,9 @@ transformers' own processing to the pixel, and the map says truly where it went.
 from __future__ import annotations
 
 import base64
+import gzip
 import io
+import mmap
 import os
 import struct
 import subprocess
@@ -70,12 +72,40 @@ def channels_first(path: Path) -> torch.Tensor:
     return torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
 
 
+class AsBytes(os.PathLike):
+    """A path whose name is bytes, as systems hold it; or whatever else."""
+
+    def __init__(self, path: Any) -> None:
+        self.name = os.fsencode(path) if isinstance(path, Path) else path
+
+    def __fspath__(self) -> Any:
+        return self.name
+
+
+def released() -> memoryview:
+    view = memoryview(b"x")
+    view.release()
+    return view
+
+
 SOURCES: dict[str, Callable[[Path], Any]] = {
     "path": lambda path: path,
     "text": str,
     "file address": Path.as_uri,
     "file address of this machine": lambda path: path.as_uri().replace("file://", "FILE://localhost"),
     "data address": lambda path: f"data:image/png;base64,{encoded(path)}",
+    "address after white space": lambda path: f"\n {path.as_uri()}\n",
+    "text of numpy's": lambda path: np.str_(path),
+    "path that is bytes": lambda path: AsBytes(path),
+    "view of every second byte": lambda path: memoryview(bytes(b for byte in path.read_bytes() for b in (byte, 0)))[::2],
+    "mapped into memory": lambda path: mmap.mmap(os.open(path, os.O_RDONLY), 0, access=mmap.ACCESS_READ),
+    "unpacked on the way": lambda path: gzip.GzipFile(fileobj=io.BytesIO(gzip.compress(path.read_bytes()))),
+    "recarray": lambda path: np.array(Image.open(path)).view(np.recarray),
+    "array by columns": lambda path: np.asfortranarray(Image.open(path)),
+    "tensor of one byte order after another": lambda path: channels_first(path).contiguous(memory_format=torch.contiguous_format),
+    "tensor, channels last in memory": lambda path: channels_first(path)[None].contiguous(memory_format=torch.channels_last)[0],
+    "tensor, negative not yet carried out": lambda path: torch.complex(torch.zeros(()), channels_first(path) / -255).conj().imag,
+    "parameter": lambda path: torch.nn.Parameter(channels_first(path) / 255),
     "data address, quoted": lambda path: f"DATA:;name=a.png;Base64,{encoded(path).replace('+', '%2B').replace('=', '%3D')}",
     "base64": encoded,
     "base64 in lines": lambda path: base64.encodebytes(path.read_bytes()).decode(),
@@ -164,6 +194,44 @@ def test_wide_grey_within_8_bits_looks_the_same_however_it_is_given(tmp_path: Pa
             read_picture(source)
     else:
         assert np.array_equal(read_picture(source), np.repeat(grey[..., None], 3, 2))
+
+
+def wide_png(kind: int, values: list[int]) -> bytes:
+    """A PNG of one pixel with 16 bits a colour; `kind` 2 is RGB, 4 grey and opacity, 6 RGB and opacity."""
+    data = zlib.compress(b"\0" + struct.pack(f">{len(values)}H", *values))
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, kind, 0, 0, 0)), (b"IDAT", data), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in parts
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "color"),
+    [
+        (2, [0, 257 * 100, 65535], [0, 100, 255]),
+        (2, [4096, 0, 0], [16, 0, 0]),
+        (6, [65535, 0, 0, 65535], [255, 0, 0]),
+        (6, [0, 0, 0, 0], [255, 255, 255]),
+        (4, [257 * 50, 65535], [50, 50, 50]),
+        (4, [0, 0], [255, 255, 255]),
+    ],
+)
+def test_16_bit_colours_are_scaled(kind: int, values: list[int], color: list[int]) -> None:
+    assert read_picture(wide_png(kind, values)).tolist() == [[color]]
+
+
+@pytest.mark.parametrize("values", [[255, 200, 30], [4095, 0, 0], [0, 0, 0], [1, 1, 1]])
+@pytest.mark.parametrize("kind", ["RGB", "RGB and opacity", "PIL"])
+def test_16_bit_colours_that_come_out_black_are_refused(kind: str, values: list[int]) -> None:
+    data = wide_png(6, [*values, 65535]) if "opacity" in kind else wide_png(2, values)
+    with pytest.raises(PictureError, match="16 bits a colour .* save it with 8 bits"):
+        read_picture(Image.open(io.BytesIO(data)) if kind == "PIL" else data)
+
+
+def test_the_transparent_value_of_16_bit_grey_is_laid_on_white(tmp_path: Path) -> None:
+    values = np.array([[0, 257 * 7, 65535]], np.uint16)
+    path = saved(Image.fromarray(values), tmp_path / "a.png", transparency=0)
+    assert read_picture(path)[0, :, 0].tolist() == [255, 7, 255]
 
 
 def test_16_bit_png_file_is_scaled(tmp_path: Path) -> None:
@@ -285,9 +353,22 @@ UNSOUND: dict[str, tuple[Callable[[Path], Any], str]] = {
     "number": (lambda folder: 3, "int"),
     "nothing": (lambda folder: None, "NoneType"),
     "dict": (lambda folder: {"bytes": b""}, "dict"),
+    "path that is none": (lambda folder: AsBytes(5), "gives no path"),
+    "released view": (lambda folder: released(), "cannot be read"),
+    "nested tensor": (lambda folder: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "no plain values"),
+    "span of time": (lambda folder: np.zeros((2, 2), "m8[s]"), "timedelta64"),
+    "time": (lambda folder: np.zeros((2, 2), "M8[s]"), "datetime64"),
+    "records": (lambda folder: np.zeros((2, 2), [("r", "u1")]), "floating point in 0..1"),
+    "one value": (lambda folder: np.array(3), "got a single value"),
+    "one value of torch's": (lambda folder: torch.tensor(3.0), "got a single value"),
+    "web address after white space": (lambda folder: " https://example.org/a.png", "download"),
+    "class": (lambda folder: Image.Image, "type"),
+    "lists": (lambda folder: [[1, 2]], "list"),
+    "packed": (lambda folder: gzip.compress(b"x"), "not a picture"),
 }
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("kind", UNSOUND)
 def test_what_is_no_picture_is_refused_in_one_line(tmp_path: Path, kind: str) -> None:
     make, words = UNSOUND[kind]
