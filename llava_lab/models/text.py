@@ -15,7 +15,8 @@ and stands where the first would.
 Words. Byte-level BPE (``Ġred``) and SentencePiece (``▁red``) mark word starts differently, and both may spread one character over
 several tokens. So nothing is read off the pieces: every prefix of the answer is decoded, which tells the characters each token
 completed; words are then cut in the decoded text. A word is a run of letters and digits (with inner apostrophes, hyphens,
-points), a run of other signs, or one character of a script written without spaces.
+points, and with the marks that belong to a letter: accents written apart, the vowels of Hindi), a run of other signs, or one
+character of a script written without spaces.
 
 Source: haotian-liu/LLaVA @ c121f04 ``llava/conversation.py`` (``conv_vicuna_v1``).
 """
@@ -23,6 +24,7 @@ Source: haotian-liu/LLaVA @ c121f04 ``llava/conversation.py`` (``conv_vicuna_v1`
 from __future__ import annotations
 
 import re
+import unicodedata
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -63,6 +65,7 @@ UNFINISHED = "\ufffd"  # what decoding shows for bytes that are not a whole char
 HALF = re.compile("[\ud800-\udfff]")  # surrogates, which JSON can hold and no text is
 
 _SPACELESS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # kana and Han
+JOINERS = "\u200c\u200d"  # join, or keep apart, the letters on both sides
 _LETTER = rf"[^\W{_SPACELESS}]"
 _WORD = re.compile(rf"[{_SPACELESS}]|{_LETTER}+(?:['’.,:-]{_LETTER}+)*|[^\w\s]+")
 
@@ -176,7 +179,7 @@ def _content(content: Any, where: str, name: str) -> tuple[str, int]:
     parts = content if is_list(content) else [content]
     texts, pictures = [], 0
     for part in parts:
-        kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
+        kind = _name(part.get("type", "text")) if isinstance(part, Mapping) else "text"
         text = part.get("text") if isinstance(part, Mapping) else part
         if kind in PICTURE_PARTS:
             pictures += 1
@@ -238,8 +241,13 @@ def _picture_of(row: Mapping[str, Any], messages: list[Message]) -> str | None:
     return names[0]
 
 
-def _writer(message: Mapping[str, Any]) -> Any:
-    return next((message[name] for name in WRITERS if name in message), None)
+def _writer(message: Mapping[str, Any]) -> str | None:
+    return _name(next((message[name] for name in WRITERS if name in message), None))
+
+
+def _name(value: Any) -> str | None:
+    """What should be a name, as text that can be compared with names: an array would be compared value by value."""
+    return value if value is None or isinstance(value, str) else shown(value)
 
 
 def read_history(history: Any) -> list[tuple[Any, Any]]:
@@ -371,7 +379,7 @@ def group_words(tokenizer: Decoder, token_ids: Sequence[int], start: int = 0) ->
     """
     text = decode(tokenizer, token_ids)
     ends = token_ends(tokenizer, token_ids)
-    spans = [match.span() for match in _WORD.finditer(text)]
+    spans = _word_spans(text)
     begins = [0, *ends][:-1]  # where the character a token writes, or begins to write, stands
     stops = [stop for _, stop in spans]
     owned: dict[int, list[int]] = {}
@@ -389,9 +397,19 @@ def group_words(tokenizer: Decoder, token_ids: Sequence[int], start: int = 0) ->
     return tuple(words)
 
 
+def _word_spans(text: str) -> list[Span]:
+    """Where the words of a text are. A mark that belongs to a letter is read as that letter once more."""
+    read = list(text)
+    for i in range(1, 0 if text.isascii() else len(text)):
+        is_mark = text[i] in JOINERS or unicodedata.category(text[i]).startswith("M")
+        if is_mark and re.match(_LETTER, read[i - 1]):
+            read[i] = read[i - 1]
+    return [match.span() for match in _WORD.finditer("".join(read))]
+
+
 def cut(text: str) -> list[bytes]:
     """A text without tokens, cut before each word: pieces that spell it and can stand in for tokens."""
-    begins = [match.start() for match in _WORD.finditer(text)][1:]
+    begins = [start for start, _ in _word_spans(text)][1:]
     begins = [len(text[:at].rstrip()) for at in begins]  # the space belongs to the word that follows
     edges = [0, *begins, len(text)]
     return [text[lo:hi].encode() for lo, hi in pairwise(edges) if hi > lo]

@@ -50,11 +50,10 @@ from llava_lab.remote.replies import Reply, token_id
 from llava_lab.replay.alter import Done, InPicture, open_altered, within_budget
 from llava_lab.replay.score import LOGPROB
 from llava_lab.replay.targets import Targets, contrast, resolve_targets
-from llava_lab.results import Run, Target
+from llava_lab.results import Run, Target, bare, spelling
 
 logger = logging.getLogger(__name__)
 
-MARKS = ".,!?;:\"'"
 SAME = 1.0  # of a token's log-probability, when the same picture is asked about in two ways
 REPEATED = 1.0  # temperature of repeated answers; at 0 they would all be one
 
@@ -122,13 +121,12 @@ def _counted(lab: BlackBox, run: Run, work: Callable[[Any], Any]) -> Estimate:
 def _(lab: BlackBox, run: Run, said: str, instead: str) -> Target:
     """`said` in the answer against `instead` at the same place; both must be one token there."""
     word = run.word(said)
-    piece = run.tokens[word.start]
-    at = piece.casefold().find(said.casefold())
-    if word.stop - word.start != 1 or at < 0 or said.casefold() == instead.casefold():
+    piece, spelt, instead = run.tokens[word.start], spelling(word.text), instead.strip()
+    at = piece.find(spelt)
+    if word.stop - word.start != 1 or at < 0 or not instead or bare(said) == bare(instead):
         raise TargetError(f"a closed model compares two words of one token each; {said!r} is not one here, explain it alone")
-    spelt = piece[at : at + len(said)]
     instead = instead[:1].upper() + instead[1:] if spelt[:1].isupper() else instead
-    other = token_id((piece[:at] + instead + piece[at + len(said) :]).encode())
+    other = token_id((piece[:at] + instead + piece[at + len(spelt) :]).encode())
     return Target("contrast", f"{spelt}, not {instead}", (word.start - 1,), (int(run.token_ids[word.start]),), (other,))
 
 
@@ -304,7 +302,7 @@ def _agreement(replies: Sequence[Reply], run: Run, target: Target) -> float:
 
     def log_share(word: str, times: int) -> float:
         """The log of the share of answers that hold `word` at least `times` times, half a count added to either side."""
-        holding = sum(answer.count(_bare(word)) >= times for answer in answers)
+        holding = sum(answer.count(bare(word)) >= times for answer in answers)
         return math.log((holding + 0.5) / (len(answers) + 1))
 
     if target.against_ids:
@@ -313,15 +311,11 @@ def _agreement(replies: Sequence[Reply], run: Run, target: Target) -> float:
     first, last = target.positions[0] + 1, target.positions[-1] + 2
     inside = [i for i, word in enumerate(run.words) if word.start < last and word.stop > first]
     spoken = [i for i in inside if any(letter.isalnum() for letter in run.words[i].text)] or inside
-    bare = [_bare(word.text) for word in run.words]
-    return sum(log_share(bare[i], bare[: i + 1].count(bare[i])) for i in spoken)
+    every = [bare(word.text) for word in run.words]
+    return sum(log_share(every[i], every[: i + 1].count(every[i])) for i in spoken)
 
 
 def _words(text: str) -> list[str]:
     """A text's words without case and marks."""
     pieces = cut(text)
-    return [_bare(word.text) for word in Spelt(dict(enumerate(pieces))).words(range(len(pieces)), 0)]
-
-
-def _bare(text: str) -> str:
-    return text.strip().strip(MARKS).casefold() or text.strip()
+    return [bare(word.text) for word in Spelt(dict(enumerate(pieces))).words(range(len(pieces)), 0)]

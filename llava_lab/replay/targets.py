@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import singledispatch
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llava_lab.errors import TargetError
-from llava_lab.models.text import decode
-from llava_lab.results import Run, Target, Word
+from llava_lab.models.text import decode, refuse_special_text
+from llava_lab.results import Run, Target, Word, bare, spelling
 
 Targets = tuple[Target, ...]
 Wanted = str | int | Word | Target | tuple[str, str] | Sequence[Any] | None
@@ -40,8 +39,7 @@ def resolve_targets(lab: Any, run: Run, target: Wanted = None) -> Targets:
     elif isinstance(target, (list, tuple)):
         found = tuple(one for item in target for one in resolve_targets(lab, run, item))
     else:
-        plain = int(target) if isinstance(target, Integral) and not isinstance(target, bool) else target
-        found = (run.target(plain),)  # type: ignore[arg-type]
+        found = (run.target(target),)  # type: ignore[arg-type]
     if not found or any(not one.positions for one in found):
         raise TargetError("expected something to explain, got an empty answer or an empty list of targets")
     start, stop = run.segments["answer"]
@@ -88,19 +86,21 @@ def _is_pair(target: Any) -> bool:
 def contrast(lab: Any, run: Run, said: str, instead: str) -> Target:
     """The first token where the answer with `said` and the answer with `instead` part ways; dispatched on the lab's class."""
     word = run.word(said)
-    if not instead.strip():
+    instead = instead.strip()
+    if not instead:
         raise TargetError(f"a contrast needs another word beside {said!r}, got {instead!r}")
-    if said.casefold() == instead.casefold():
+    if bare(said) == bare(instead):
         raise TargetError(f"a contrast needs two different words, got {said!r} twice")
     tokenizer = lab.tokenizer
+    refuse_special_text(tokenizer, instead)
     start, stop = run.segments["answer"]
     ids = [int(i) for i in run.token_ids[start:stop]]
     text, before = decode(tokenizer, ids), decode(tokenizer, ids[: word.start - start])
-    at = text.casefold().find(said.casefold(), len(before.rstrip()))
-    spelt = text[at : at + len(said)] if at >= 0 else said
+    spelt = spelling(word.text)
+    at = text.find(spelt, len(before.rstrip()))
     if spelt[:1].isupper() and instead[:1].islower():
         instead = instead[:1].upper() + instead[1:]
-    changed = text[:at] + instead + text[at + len(said) :]
+    changed = text[:at] + instead + text[at + len(spelt) :]
     kept, other = (tokenizer.encode(one, add_special_tokens=False) for one in (text, changed))
     first = next((i for i, (one, two) in enumerate(zip(kept, other, strict=False)) if one != two), None)
     if at < 0 or first is None or kept[: first + 1] != ids[: first + 1]:

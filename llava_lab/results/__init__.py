@@ -14,7 +14,7 @@ from llava_lab.results.probes import (
     TokenGeometry,
     WordActivation,
 )
-from llava_lab.results.run import HeadMaps, Relevance, Run, Span, Target, Word, cut_notes
+from llava_lab.results.run import HeadMaps, Relevance, Run, Span, Target, Word, bare, cut_notes, spelling
 from llava_lab.results.save import FORMAT, Result, Saved, file_hash, join, load_npz, only_writer, save_npz, split, whole_file
 from llava_lab.results.scores import (
     SAME,
@@ -75,6 +75,7 @@ __all__ = [
     "WordActivation",
     "aligned",
     "area",
+    "bare",
     "cut_notes",
     "in_words",
     "file_hash",
@@ -84,6 +85,7 @@ __all__ = [
     "only_writer",
     "plain",
     "save_npz",
+    "spelling",
     "split",
     "trapezoid",
     "whole_file",

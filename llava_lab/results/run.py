@@ -10,6 +10,7 @@ and `widgets` draw it.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
@@ -18,7 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Float16, Float32, Float64, Int64, UInt8
 
-from llava_lab.checks import whole_number
+from llava_lab.checks import as_python, is_whole, patches_of, shown, whole_number
 from llava_lab.errors import DataError, OptionError, TargetError
 from llava_lab.geometry import PictureMap, View
 from llava_lab.results.pictures import map_row, thumbnail
@@ -190,13 +191,11 @@ class Run(Saved):
     def positions(self, patches: Sequence[tuple[int, int]]) -> np.ndarray:
         """Positions in the sequence of patches' image tokens, int64, in the order given; `map.patches` finds patches.
 
-        Raises OptionError for a patch outside the grid.
+        `patches`: (row, col) pairs, or a bool grid. Raises OptionError for anything else, and for a patch outside the grid.
         """
         grid = self.views[0].positions if self.views else self.image_positions.reshape(self.map.rows, self.map.cols)
-        for row, col in patches:
-            if not (0 <= row < self.map.rows and 0 <= col < self.map.cols):
-                raise OptionError(f"a patch is (row, col) in a grid of {self.map.rows}x{self.map.cols}, got ({row}, {col})")
-        return np.array([grid[row, col] for row, col in patches], np.int64)
+        cells = patches_of("patches", patches, self.map.rows, self.map.cols)
+        return np.array([grid[row, col] for row, col in cells], np.int64)
 
     def patch(self, position: int) -> tuple[int, int] | None:
         """The patch (row, col) whose token stands at a position; None where that is no patch of `picture`."""
@@ -209,12 +208,11 @@ class Run(Saved):
         return np.arange(*self.segments["answer"])
 
     def word(self, text: str, occurrence: int = 0) -> Word:
-        """The answer's word `text` (case and final punctuation do not matter)."""
-        want = _bare(text)
-        if want:
-            matches = [w for w in self.words if _bare(w.text) == want]
-        else:  # signs alone are meant as they stand, and nothing is no word
-            matches = [w for w in self.words if w.text.strip() == text.strip()]
+        """The answer's word `text`; case, the signs around it, and how an accent is written do not matter. Raises TargetError."""
+        text, occurrence = as_python(text), whole_number("occurrence", occurrence)
+        if not isinstance(text, str):
+            raise TargetError(f"a word of the answer is text, got {shown(text)}")
+        matches = [word for word in self.words if bare(text) == bare(word.text) != ""]
         if len(matches) <= occurrence:
             words = ", ".join(repr(w.text) for w in self.words) or "no words"
             raise TargetError(f"the answer has no word {text!r} (occurrence {occurrence}); it has {words}")
@@ -227,11 +225,12 @@ class Run(Saved):
         (`llava_lab.attribution.resolve_targets`).
         """
         start, stop = self.segments["answer"]
+        what = as_python(what)
         if isinstance(what, Target):
             return what
         if what is None or (isinstance(what, str) and what == "answer"):
             return self._target("answer", self.answer, start, stop)
-        if isinstance(what, int):
+        if is_whole(what):
             if not 0 <= what < stop - start:
                 raise TargetError(f"answer tokens run from 0 to {stop - start - 1}, got {what}")
             return self._target("token", self.tokens[start + what], start + what, start + what + 1)
@@ -239,7 +238,7 @@ class Run(Saved):
             what = self.word(what)
         if isinstance(what, Word):
             return self._target("word", what.text, what.start, what.stop)
-        raise TargetError(f"a target is None, an answer token number, a word, or a pair of words; got {what!r}")
+        raise TargetError(f"a target is None, an answer token number, a word, or a pair of words; got {shown(what)}")
 
     def word_targets(self) -> tuple[Target, ...]:
         """One target per word of the answer, in order."""
@@ -541,7 +540,7 @@ def word_probabilities(words: Sequence[Word], logprobs: np.ndarray, start: int) 
 
 def least_certain(words: Sequence[Word], probabilities: np.ndarray) -> float:
     """The smallest of the probabilities of words that are not `PLAIN`, or of all where every one is."""
-    telling = [chance for word, chance in zip(words, probabilities, strict=True) if _bare(word.text) not in PLAIN]
+    telling = [chance for word, chance in zip(words, probabilities, strict=True) if bare(word.text) not in PLAIN]
     return float(np.min(telling or probabilities)) if len(words) else float("nan")
 
 
@@ -554,5 +553,15 @@ def cut_notes(options: Mapping[str, Any]) -> tuple[str, ...]:
     return ("The answer was stopped before its end.",) if stopped in CUT else ()
 
 
-def _bare(text: str) -> str:
-    return text.strip().strip(".,!?;:\"'").casefold()
+def spelling(text: str) -> str:
+    """A word without the signs around it, as it is spelt; signs alone stay."""
+    return text.strip().strip(".,!?;:\"'") or text.strip()
+
+
+def bare(text: str) -> str:
+    """A word as words are compared: without the signs around it, without case, and one way to write an accent (NFC).
+
+    >>> bare("Caf\u00e9!") == bare("cafe\u0301")
+    True
+    """
+    return unicodedata.normalize("NFC", spelling(text).casefold())

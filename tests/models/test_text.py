@@ -3,6 +3,7 @@ the same way for both kinds of tokenizer."""
 
 from __future__ import annotations
 
+from collections import deque
 from itertools import pairwise
 from typing import Any
 
@@ -23,6 +24,16 @@ ANSWERS = [
     ("It's a well-known café: 3.5 m!", ["It's", "a", "well-known", "café", ":", "3.5", "m", "!"]),
     ("naïve Ωmega 🦊🦊 ok", ["naïve", "Ωmega", "🦊🦊", "ok"]),
     ("赤い車。 red", ["赤", "い", "車", "。", "red"]),
+    ("the cafe\u0301 is blue", ["the", "cafe\u0301", "is", "blue"]),  # accents written apart
+    ("हिन्दी में लाल", ["हिन्दी", "में", "लाल"]),
+    ("क्\u200dष है", ["क्\u200dष", "है"]),
+    ("สีแดง red", ["สีแดง", "red"]),
+    ("كِتَاب red", ["كِتَاب", "red"]),
+    ("שָׁלוֹם, red", ["שָׁלוֹם", ",", "red"]),
+    ("o\u0308's", ["o\u0308's"]),
+    ("a ❤\ufe0f b", ["a", "❤\ufe0f", "b"]),
+    ("\u0301 red", ["\u0301", "red"]),
+    ("👩\u200d👩 ok", ["👩\u200d👩", "ok"]),
     ("two\nlines  here", ["two", "lines", "here"]),
     ("...", ["..."]),
     ("x", ["x"]),
@@ -172,6 +183,11 @@ HISTORIES: dict[str, Any] = {
     "a mark in the text": [{"from": "human", "value": "<image>\nIs it red?"}, {"from": "gpt", "value": "Yes."}],
     "under messages": {"messages": [USER, ASSISTANT]},
     "a row": {"id": "1", "conversations": [{"from": "human", "value": "Is it red?"}, {"from": "gpt", "value": "Yes."}]},
+    "text of numpy's": [(np.str_("Is it red?"), np.str_("Yes."))],
+    "an array of messages": np.array([USER, ASSISTANT], object),
+    "a row of a deque": deque([("Is it red?", "Yes.")]),
+    "one part alone": [{"role": "user", "content": PART}, ASSISTANT],
+    "parts that are text": [{"role": "user", "content": ["Is it red?"]}, ASSISTANT],
     "from and content": [{"from": "user", "content": "Is it red?"}, {"from": "assistant", "content": "Yes."}],
 }
 NO_HISTORIES: dict[str, Any] = {
@@ -195,6 +211,16 @@ NO_HISTORIES: dict[str, Any] = {
     "messages and pairs": [USER, ("a", "b")],
     "half a character": [("\ud800", "b")],
     "an empty answer": [("a", " ")],
+    "an array for a role": [{"role": np.array([1, 2]), "content": "a"}, ASSISTANT],
+    "a list for a role": [{"role": ["user"], "content": "a"}, ASSISTANT],
+    "an array for a type": [{"role": "user", "content": [{"type": np.array([1, 2]), "text": "a"}]}, ASSISTANT],
+    "a list for a type": [{"role": "user", "content": [{"type": ["text"], "text": "a"}]}, ASSISTANT],
+    "a call of a tool": [USER, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}],
+    "a refusal": [USER, {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}],
+    "messages in a list of lists": [[USER, ASSISTANT]],
+    "columns": {"question": ["a"], "answer": ["b"]},
+    "an iterator": iter([USER, ASSISTANT]),
+    "a pair of bytes": [(b"a", b"b")],
     "an object": object(),
     "an unknown object": {"a": 1},
 }

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llava_lab.errors import TargetError
+from llava_lab.errors import LabError, TargetError
 from llava_lab.models import Lab
 from llava_lab.replay import resolve_targets
 from llava_lab.results import Run
@@ -44,6 +44,48 @@ def test_a_contrast_differs_at_the_first_token_that_would(tiny_random: Lab, run:
     (yes,) = resolve_targets(tiny_random, run, ("yes", "no"))
     assert (yes.text, yes.positions[0] >= start - 1) == ("Yes, not No", True)
     assert tokenizer.decode(list(yes.against_ids)).strip()[0] == "N"
+
+
+@pytest.mark.parametrize(
+    ("answer", "said", "instead"),
+    [
+        ("Straße, the car is blue.", "blue", "green"),  # small letters of the first word are more than its letters
+        ("ŉ ßßß İİ the car is blue.", "blue", "green"),
+        ("Straße", "STRASSE", "green"),
+        ("the ﬁsh is blue.", "fish", "green"),
+        ("the café is blue.", "cafe\u0301", "green"),
+        ("the cafe\u0301 is blue.", "café", "green"),
+        ("the car is blue.", " blue ", " green "),
+        ("the car is blue.", "Blue!", "green"),
+        ("the car is blue.", np.str_("blue"), np.str_("green")),
+        ("blue, the car is blue.", "blue", "green"),
+        ("the car is 🦊 blue.", "blue", "green"),
+        ("the car is 🦊 blue.", "🦊", "green"),
+        ("赤い車", "い", "green"),
+    ],
+)
+def test_a_contrast_puts_the_other_word_where_the_first_stands(
+    tiny_random: Lab, run: Run, answer: str, said: str, instead: str
+) -> None:
+    told = scripted_run(tiny_random, run.picture, answer)
+    word, start, tokenizer = told.word(said), told.segments["answer"][0], tiny_random.tokenizer
+    (target,) = resolve_targets(tiny_random, told, (said, instead))
+    ids = [int(i) for i in told.token_ids[start:]]
+    whole = tokenizer.decode(ids, skip_special_tokens=True)
+    stands = whole.index(word.text.rstrip(".!"), len(tokenizer.decode(ids[: word.start - start]).rstrip()))
+    capital = "Green" if word.text[0].isupper() else "green"
+    other = tokenizer.encode(whole[:stands] + capital + whole[stands + len(word.text.rstrip(".!")) :], add_special_tokens=False)
+    at = target.positions[0] + 1 - start
+    assert word.start <= target.positions[0] + 1 < word.stop
+    assert ids[:at] == other[:at]
+    assert (target.token_ids, target.against_ids) == ((ids[at],), (other[at],))
+    assert "  " not in target.text
+
+
+@pytest.mark.parametrize("instead", ["</s>", "<s>", "<image>", "a <image>", "", " ", "\n", "BLUE", "blue.", " blue "])
+def test_a_contrast_with_a_special_token_nothing_or_the_same_word_is_refused(tiny_random: Lab, run: Run, instead: str) -> None:
+    with pytest.raises(LabError, match=r"special token|two different words|needs another word"):
+        resolve_targets(tiny_random, run, ("blue", instead))
 
 
 def test_a_contrast_within_a_word_compares_where_it_parts(tiny_random: Lab, run: Run) -> None:

@@ -14,7 +14,7 @@ const SPACE = "\\t\\n\\v\\f\\r \\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u
 const PRE = new RegExp(`'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^${SPACE}\\p{L}\\p{N}]+|[${SPACE}]+(?![^${SPACE}])|[${SPACE}]+`, "gu");
 const ENDS = new RegExp(`^[${SPACE}\\x1c-\\x1f]+|[${SPACE}\\x1c-\\x1f]+$`, "gu"); // what Python's str.strip takes away
 const SPACELESS = "\\u3040-\\u30ff\\u3400-\\u4dbf\\u4e00-\\u9fff\\uf900-\\ufaff"; // kana and Han
-const LETTER = `(?:(?![${SPACELESS}])[\\p{L}\\p{N}_])`;
+const LETTER = `(?:(?![${SPACELESS}])[\\p{L}\\p{N}_][\\p{M}\\u200c\\u200d]*)`; // with the marks that belong to it
 const WORD = new RegExp(`[${SPACELESS}]|${LETTER}+(?:['’.,:-]${LETTER}+)*|[^\\p{L}\\p{N}_${SPACE}]+`, "gu");
 const UNFINISHED = "\ufffd"; // what decoding shows for bytes that are not a whole character yet
 
