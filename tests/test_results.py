@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from llava_lab import results
-from llava_lab.errors import DataError, OptionError, TargetError
+from llava_lab.errors import DataError, OptionError, TargetError, WriteError
 from llava_lab.geometry import PictureMap
 from llava_lab.results import Comparison, GroundTruth, Relevance, Run, Saved, Table, Target, Word, load_npz, save_npz
 from llava_lab.results.pictures import map_row, thumbnail
@@ -360,8 +360,88 @@ def test_confidence_is_the_least_certain_word_that_says_something(run: Run) -> N
 def test_patches_and_positions_are_each_others(run: Run) -> None:
     assert run.positions([(0, 0), (1, 1), (0, 1)]).tolist() == [1, 4, 2]
     assert [run.patch(position) for position in (0, 1, 4, 5)] == [None, (0, 0), (1, 1), None]
-    with pytest.raises(OptionError, match="2x2"):
-        run.positions([(2, 0)])
+    assert run.positions([]).tolist() == []
+    assert run.positions(np.array([[False, True], [False, False]])).tolist() == [2]
+    for wrong in ([(2, 0)], [(-1, 0)], [(True, False)], [(0.0, 1.0)], [0, 1], (0, 1), ["00"], None, np.eye(3, dtype=bool)):
+        with pytest.raises(OptionError, match="^patches"):
+            run.positions(wrong)
+
+
+WORDS = {  # how a word of an answer may be asked for, whatever form it is in there
+    "café": ["café", "cafe\u0301", "CAFÉ", "CAFE\u0301", " café ", "café.", '"café"', "Café!", np.str_("café")],
+    "cafe\u0301": ["café", "cafe\u0301", "Café?"],
+    "Straße": ["straße", "STRASSE", "strasse", "Straße,"],
+    "İt": ["i\u0307t", "İT"],
+    "ﬁsh": ["fish", "ﬁsh", "FISH"],
+    ".": [".", " . "],
+    "...": ["..."],
+    "赤": ["赤"],
+    "🦊": ["🦊", "🦊!"],
+}
+
+
+@pytest.mark.parametrize(("said", "asked"), [(said, asked) for said in WORDS for asked in WORDS[said]])
+def test_a_word_is_found_without_case_signs_and_ways_to_write_an_accent(run: Run, said: str, asked: str) -> None:
+    told = replace(run, words=(Word("The", 8, 9), Word(said, 9, 10)))
+    assert told.word(asked) == told.words[1]
+
+
+@pytest.mark.parametrize("asked", ["", " ", "!", "ca", "re", "car is", 3, None, b"car", ["car"], 1.5, "\ud800", True, "cär"])
+def test_what_is_no_word_of_the_answer_is_refused_in_one_line(run: Run, asked: Any) -> None:
+    with pytest.raises(TargetError, match="word") as error:
+        run.word(asked)
+    assert len(str(error.value)) < 200
+    with pytest.raises(OptionError, match="occurrence must be a whole number"):
+        run.word("car", occurrence=-1)
+
+
+@pytest.mark.parametrize("what", [True, np.True_, 1.0, -1, 5, 2**70, b"red", range(2), {1}, str, 1j, np.arange(2), "", "re"])
+def test_what_is_no_target_is_refused_in_one_line(run: Run, what: Any) -> None:
+    with pytest.raises(TargetError) as error:
+        run.target(what)
+    assert len(str(error.value)) < 200
+    assert run.target(np.array(1)) == run.target(np.int8(1)) == run.target(1)
+
+
+ODD: dict[str, dict[str, Any]] = {
+    "a set": {"options": {"a": {1}}},
+    "an array among options": {"options": {"a": np.arange(3)}},
+    "a number of numpy's": {"options": {"a": np.int64(3)}},
+    "a path": {"options": {"a": Path("a")}},
+    "bytes": {"options": {"a": b"x"}},
+    "a complex number": {"options": {"a": 1j}},
+    "a pair for a name": {"options": {(1, 2): 3}},
+    "a circle": {"options": (circle := {})},
+    "a list too deep": {"options": {"a": json.loads("[" * 40 + "]" * 40)}},
+    "half a character": {"answer": "\ud800"},
+    "no answer": {"answer": None},
+    "a number for text": {"model": 3},
+    "a seed beyond 64 bits": {"seed": 2**70},
+    "a seed of numpy's": {"seed": np.int64(3)},
+    "segments of text": {"segments": {"image": "x"}},
+    "a picture of floats": {"picture": np.zeros((4, 6, 3))},
+    "a picture of another size": {"picture": np.zeros((5, 6, 3), np.uint8)},
+    "an array of objects": {"token_ids": np.full(13, 3, object)},
+    "lists for an array": {"token_ids": list(range(13))},
+    "too few probabilities": {"logprobs": np.zeros(2, np.float32)},
+}
+circle["a"] = circle
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_what_could_not_be_loaded_again_is_not_saved(run: Run, tmp_path: Path, what: str) -> None:
+    with pytest.raises(DataError, match="^this run cannot be saved") as error:
+        replace(run, **ODD[what]).save(tmp_path / "run.npz")
+    assert len(str(error.value)) < 400
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("path", [None, 3, b"run.npz", ["run.npz"], object(), 1.5])
+def test_what_is_no_path_is_refused_in_one_line(run: Run, path: Any) -> None:
+    with pytest.raises(WriteError, match="expected the path of a file to write, got "):
+        run.save(path)
+    with pytest.raises(DataError, match="expected the path of a file, got "):
+        Run.load(path)
 
 
 def test_maps_are_subtracted_averaged_and_masked(relevance: Relevance) -> None:

@@ -39,9 +39,9 @@ from typing import Any, ClassVar, Self, TypeVar
 import numpy as np
 from filelock import FileLock, Timeout
 
-from llava_lab.checks import regular_file
+from llava_lab.checks import regular_file, shown
 from llava_lab.errors import DataError, OptionError, WriteError, one_line
-from llava_lab.results.schema import check_arrays, check_finite, from_json, hints_of, is_array, is_arrays
+from llava_lab.results.schema import check_arrays, from_json, hints_of, is_array, is_arrays
 from llava_lab.results.table import Table, plain
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
         with whole_file("scores.json") as temporary:
             temporary.write_text("{}")
     """
-    path = Path(path)
+    path = _place(path)
     temporary = _new_beside(path)
     try:
         yield temporary
@@ -79,6 +79,13 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
         raise WriteError.of(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _place(path: Any) -> Path:
+    try:
+        return Path(path)
+    except TypeError:
+        raise WriteError(f"expected the path of a file to write, got {shown(path)}") from None
 
 
 def _new_beside(path: Path) -> Path:
@@ -201,10 +208,17 @@ class Saved:
     def save(self, path: str | os.PathLike) -> Path:
         """Write to one ``.npz`` file, whole or not at all; `load` gives it back exactly, without the model.
 
-        Raises DataError for numbers that are not finite where they must be, WriteError where the disk does not allow it.
+        Raises DataError for what `load` would refuse, as numbers that are not finite where they must be, WriteError where
+        the disk does not allow it.
         """
-        check_finite(self)
-        return save_npz(path, self.KIND, *split(self))
+        header, arrays = split(self)
+        try:
+            join(type(self), json.loads(json.dumps(header)), arrays)  # what `load` would refuse is not written
+        except DataError as error:
+            raise DataError(f"this {self.KIND} cannot be saved: {error}") from None
+        except (TypeError, ValueError, RecursionError) as error:  # a set or an array among options, a circle
+            raise DataError(f"this {self.KIND} cannot be saved ({one_line(error)})") from None
+        return save_npz(path, self.KIND, header, arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Self:
@@ -257,10 +271,10 @@ class Saved:
 
 def save_npz(path: str | os.PathLike, kind: str, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Path:
     """Write one result to `path`, whole or not at all."""
-    path = Path(path)
     text = json.dumps({"llava_lab": FORMAT, "kind": kind, **header}, ensure_ascii=False)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, header=np.frombuffer(text.encode(), np.uint8), **arrays)  # type: ignore[arg-type]
+    path = _place(path)
     with whole_file(path) as temporary:
         temporary.write_bytes(buffer.getvalue())
     return path
