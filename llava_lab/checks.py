@@ -90,7 +90,7 @@ def as_python(value: Any) -> Any:
     return int(value) if isinstance(value, Integral) else float(value)
 
 
-def is_whole(value: Any) -> bool:
+def is_whole(value: Any) -> TypeGuard[int]:
     """Whether it is a whole number, of any class; True and False are none."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 

@@ -28,7 +28,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
@@ -68,7 +67,7 @@ def residual_weight(name: str, value: Any) -> float | str:
     """The option `residual`, checked."""
     if isinstance(value, str) and value == "measured":
         return value
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
         raise OptionError(f"{name} is the weight of the identity, 0 to 1, or 'measured'; got {shown(value)}")
     return value
 

@@ -324,7 +324,7 @@ def _to_rgb(image: Image.Image, name: str, *, most: int | None = None) -> np.nda
         layer = upright.convert("RGBA")
         upright = Image.alpha_composite(Image.new("RGBA", layer.size, (255, 255, 255, 255)), layer)
     plain = upright.convert("RGB")
-    if wide_color and max(high for _, high in plain.getextrema()) < BLACK // 256:
+    if wide_color and np.asarray(plain).max() < BLACK // 256:
         raise PictureError(
             f"{name} has 16 bits a colour and is black, or next to it; if its values are meant as 0..255, save it with 8 bits"
         )
