@@ -72,7 +72,8 @@ def whole(run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 def test_the_first_stage_learns_what_the_tower_would_call_each_patch(whole: Path) -> None:
     losses = torch.load(whole.parent / "words.pt", weights_only=True)["losses"]
-    assert np.mean(losses[-5:]) < 0.7 * losses[0]
+    assert losses[0] < 1  # it starts from a closed form
+    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
 
 
 def test_what_is_written_loads_and_holds_no_part_of_the_packages(whole: Path, language: Path) -> None:
