@@ -2,8 +2,8 @@
 
 In the drawn world the tower was taught the answers patch by patch, so a line is enough there by construction. Here nothing was
 made for anything: the tower of `photo` saw ImageNet, its language model read text (`models.formats.photo`). Every connector
-starts the same way (its first layers as drawn, reading standardised features; its last layer in closed form, `words`' target),
-then learns in two stages: `words`, the embeddings of what the tower's classifier calls each patch, without the language model;
+starts as `photo`'s own does (hidden units at the classifier's rows, the last layer in closed form: `training.photo.make`), then
+learns in two stages: `words`, the embeddings of what the tower's classifier calls each patch, without the language model;
 and `instruct`, connector and LoRA on questions about photographs. Rates are chosen by the loss on training photographs in other
 cuts; runs are examined on photographs that no training saw, with the questions of ``llava-lab evaluate --data photos``.
 
@@ -111,7 +111,7 @@ class PhotoMaterial(Material):
     photos: tuple[Photo, ...] = ()
     embeddings: Tensor | None = None  # (1000, D), of the classes' names
     directions: Tensor | None = None  # (2, D), of places
-    centre: tuple[Tensor, Tensor] = (torch.zeros(0), torch.zeros(0))  # mean and spread of the pool's features
+    some: Tensor | None = None  # patches of the pool, which hidden units take their thresholds from
 
     DATA = PHOTOS
     CYCLE = (1, 4)
@@ -128,11 +128,11 @@ class PhotoMaterial(Material):
 
     @torch.no_grad()
     def _begin(self, connector: Any, seed: int) -> None:
-        """First layers as drawn, on standardised features; the last one in closed form."""
-        mean, spread = self.centre
+        """The first layer at the classifier's rows, where it is not the only one; the last one in closed form."""
         if connector.count > 1:
-            connector.linear_1.weight.div_(spread)
-            connector.linear_1.bias.sub_(connector.linear_1.weight @ mean)
+            assert self.embeddings is not None
+            assert self.some is not None
+            make.start_at_classes(connector, layout.vision_tower(self.start.lab.model), self.embeddings, self.some)
         patches = self.batches(self.stages[0], seed)
         hidden, wanted = (torch.cat(rows) for rows in zip(*(patches[FIT + i] for i in range(16)), strict=True))
         for number in range(1, connector.count):
@@ -207,7 +207,6 @@ def prepare(
     start = load_photo_start(recipe, parts)
     model, tokenizer = start.lab.model, start.lab.tokenizer
     pool = make.patch_pool(model, photos, seed=recipe.seed, pictures=recipe.pictures)
-    some = pool[:: max(1, len(pool) // 5000)].float()
     items = photo_items(unseen, test, recipe.seed)
     names = {name: number for number, name in enumerate(dict.fromkeys(item.picture for item in items))}
     asked = np.array([names[item.picture] for item in items])
@@ -228,7 +227,7 @@ def prepare(
         photos=tuple(photos),
         embeddings=make.class_embeddings(model, tokenizer),
         directions=make.place_directions(model, tokenizer),
-        centre=(some.mean(0), some.std(0).clamp_min(1e-3)),
+        some=pool[:: max(1, len(pool) // 5000)].float(),
     )
 
 

@@ -74,11 +74,16 @@ def first_loss(material: PhotoMaterial, connector: str) -> float:
 
 
 def test_every_connector_starts_at_its_best_last_layer(material: PhotoMaterial) -> None:
-    features, wanted = (torch.cat(rows) for rows in zip(*(material.batches(FEW.align, 0)[i] for i in range(16)), strict=True))
-    ones = torch.cat([features, torch.ones(len(features), 1)], 1)
-    best = ones @ torch.linalg.lstsq(ones, wanted, driver="gelsd").solution
-    floor = float(((best - wanted) ** 2).mean() / wanted.var(0).mean())
-    assert first_loss(material, "linear") == pytest.approx(floor, abs=0.05)
+    """The linear one's is the ridge solution, here by least squares with a row for each weight."""
+    batches = material.batches(FEW.align, 0)
+    read, wanted = (torch.cat(rows).double() for rows in zip(*(batches[photos.FIT + i] for i in range(16)), strict=True))
+    centre, mean = read.mean(0), wanted.mean(0)
+    small = (1e-2 * ((read - centre) ** 2).sum(0).mean()).sqrt() * torch.eye(read.shape[1], dtype=torch.float64)
+    rows, goals = torch.cat([read - centre, small]), torch.cat([wanted - mean, torch.zeros(len(small), wanted.shape[1])])
+    best = torch.linalg.lstsq(rows, goals, driver="gelsd").solution
+    features, asked = (torch.cat(rows).double() for rows in zip(*(batches[i] for i in range(16)), strict=True))
+    floor = float((((features - centre) @ best + mean - asked) ** 2).mean() / asked.var(0).mean())
+    assert first_loss(material, "linear") == pytest.approx(floor, abs=1e-3)
     assert first_loss(material, "linear") == first_loss(material, CLOSED_FORM)
     assert first_loss(material, "mlp2x_gelu") < 0.9
 
@@ -121,6 +126,11 @@ def test_a_whole_comparison_on_photographs(little: None, folders: dict[str, Path
     assert result.row("mlp2x_gelu", "linear", budget="samples", stage1=True)["verdict"]
     again = ll.compare_connectors([CLOSED_FORM, "linear", "mlp2x_gelu"], "photos", **options)  # nothing is trained twice
     assert np.array_equal(again.right, result.right)
+
+
+def test_a_connector_too_narrow_for_the_classes_is_refused_in_a_line(material: PhotoMaterial) -> None:
+    with pytest.raises(OptionError, match="wants 32 hidden units or more, got 3"):
+        material.fresh("bottleneck:parameters=5000", 0)
 
 
 @pytest.mark.parametrize(

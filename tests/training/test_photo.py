@@ -159,6 +159,80 @@ def test_a_share_of_a_picture_s_features_is_hidden_and_its_places_never(language
     assert not torch.equal(kept, data[4].kept)
 
 
+@pytest.fixture(scope="module")
+def assembled(language: Path) -> Any:
+    return photo.assemble(language=language)
+
+
+def _patches(assembled: Any, batch: int) -> make.Patches:
+    model, processor = assembled
+    pool = torch.randn(500, 1296, generator=torch.Generator().manual_seed(3)).abs().to(torch.bfloat16)
+    words, places = make.class_embeddings(model, processor.tokenizer), make.place_directions(model, processor.tokenizer)
+    return make.Patches(model, pool, words, places, batch=batch, seed=0)
+
+
+def test_patches_are_mixed_and_moved_and_wanted_is_what_the_classifier_then_says(assembled: Any) -> None:
+    tower, patches = layout.vision_tower(assembled[0]), _patches(assembled, 400)
+    features, wanted = patches[0]
+    pool, head = patches.pool.float(), 1280
+    rows = np.random.default_rng((0, 48, 0)).integers(500, size=(2, 400))
+    own, other = pool[rows[0]], pool[rows[1]]
+    assert torch.equal(features[:, head:], own[:, head:])  # where a patch lies stays
+    changed = (features[:, :head] != own[:, :head]).float().mean(1)
+    assert 0.15 < (changed == 0).float().mean() < 0.35  # a quarter neither mixed nor moved
+    mixed = ((features == own) | (features == other))[:, :head].all(1)
+    assert 0.4 < mixed.float().mean() < 0.6
+    steps = (features - own)[:, :head][~mixed & (changed == 1)]
+    alone = [step for step in steps if (step / step.norm() @ patches.towards.T).max() > 0.999]
+    assert len(alone) > 40
+    assert max(float(step.norm()) for step in alone) < make.MOVED
+    said = (make.SHARP * tower.classes(features)).softmax(-1) @ patches.embeddings
+    mean = patches.embeddings.mean(0)
+    expected = mean + make.STRETCH * (said - mean) + make.PLACE * features[:, list(make.AXES)] @ patches.directions
+    torch.testing.assert_close(wanted, expected)
+    assert torch.equal(patches[0][0], features)
+    assert not torch.equal(patches[1][0], features)
+
+
+def test_a_hidden_unit_starts_with_the_rows_of_classes_alike(assembled: Any) -> None:
+    model, _ = assembled
+    tower, patches = layout.vision_tower(model), _patches(assembled, 8)
+    connector = layout.connector_of(model)
+    kept = {name: value.clone() for name, value in connector.state_dict().items()}
+    some = patches.pool.float()
+    make.start_at_classes(connector, tower, patches.embeddings, some)
+    layer = connector.linear_1
+    units = layer.out_features - 16
+    found = layer(some)
+    assert torch.equal(found[:, units:], some[:, 1280:])  # a patch's place
+    answering = (found[:, :units] > 0).float().mean(0)
+    assert answering.tolist() == pytest.approx([0.05] * units, abs=0.011)
+    said = tower.classes(some)
+    for unit in range(units):  # each is the mean of the classes that are its own
+        share = torch.linalg.lstsq(tower.head.weight.T, layer.weight[unit, :1280, None]).solution[:, 0]
+        own = share > 1e-4
+        assert share[own].tolist() == pytest.approx([1 / int(own.sum())] * int(own.sum()), abs=1e-3)
+        assert np.corrcoef(said[:, own].mean(1).detach().numpy(), found[:, unit].detach().numpy())[0, 1] > 0.999
+    connector.load_state_dict(kept)
+
+
+def test_every_step_of_the_later_stages_reads_patches_too(assembled: Any, pictures: Path) -> None:
+    model, processor = assembled
+    data = PhotoData(Chat(processor.tokenizer, 144), read_photos(pictures), stage=RECIPE.instruct, number=2, seed=0)
+    data.texts, data.patches = TEXTS, _patches(assembled, 8)
+    connector = layout.connector_of(model).requires_grad_(True)
+    batch, text = data[0], data[make.TEXT_EVERY - 1]
+    given = torch.zeros((), requires_grad=True)
+    alone, _ = make.words_loss(connector, batch.patches, spread=torch.tensor(2.0))
+    both, facts = make.anchored(lambda batch: (given + 1, {"tokens": 3}), connector, torch.tensor(2.0), batch)
+    torch.testing.assert_close(both, alone + 1)
+    assert facts == {"tokens": 3, "words": pytest.approx(alone.item(), abs=1e-5)}
+    both.backward()
+    assert connector.linear_1.weight.grad.abs().sum() > 0
+    connector.requires_grad_(False).zero_grad()
+    assert make.anchored(lambda batch: (given, {}), connector, torch.tensor(2.0), text) == (given, {})
+
+
 def test_cuts_are_named_as_the_tower_names_them_and_kept(language: Path, pictures: Path, tmp_path: Path) -> None:
     model, _ = photo.assemble(language=language)
     model.requires_grad_(False)

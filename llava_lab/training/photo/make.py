@@ -288,9 +288,11 @@ def start_at_classes(connector: Any, tower: Any, embeddings: Tensor, features: T
     """The first layer reads `features` (N, W) with the classifier's own rows; units that are left over stay as drawn.
 
     Each unit answers to one group of classes, alike in weights and in names (Ward's method), where they are likelier than in most
-    patches (`RARE`); the last ones pass on where a patch lies.
+    patches (`RARE`); the last ones pass on where a patch lies. Raises OptionError for a first layer without room for both.
     """
     layer, weight = connector.linear_1, tower.head.weight
+    if layer.out_features < 2 * photo.PLACES:
+        raise OptionError(f"a connector of photographs wants {2 * photo.PLACES} hidden units or more, got {layer.out_features}")
     alike = torch.cat([F.normalize(embeddings - embeddings.mean(0)), F.normalize(weight)], 1)
     units = layer.out_features - photo.PLACES
     group = torch.from_numpy(hierarchy.fcluster(hierarchy.linkage(alike.numpy(), "ward"), units, "maxclust")) - 1
