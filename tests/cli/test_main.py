@@ -170,7 +170,8 @@ def test_a_figure_is_written_whole_or_one_line_says_why(
         assert cli.main(command) == 0
         assert (here / place).read_bytes().startswith(b"\x89PNG")
     else:
-        assert refused(*command).startswith(f"llava-lab: cannot write {place}: ")
+        beginning = place if len(place) < 100 else place[:60]  # a name of pages is shortened
+        assert refused(*command).startswith(f"llava-lab: cannot write {beginning}")
     assert not list(here.rglob("*.part"))
 
 

@@ -183,7 +183,7 @@ def test_an_effect_comes_back_from_its_file(tiny_random: Lab, run: Run, tmp_path
         ({"source": "picture", "target": "last"}, "source: no segment 'picture'; there is system, image, question, cue, answer"),
         ({"source": [], "target": "last"}, "source must be system, image.*none empty; got \\[\\]"),
         ({"source": [(0, 4)], "target": "last"}, "columns 0 to 3, got \\(0, 4\\)"),
-        ({"source": np.zeros((4, 4), bool), "target": "last"}, "source must be"),
+        ({"source": np.zeros((4, 4), bool), "target": "last"}, "source: expected at least one patch"),
         ({"source": [9999], "target": "last"}, "positions run from 0 to"),
         ({"source": "image", "target": "last", "layers": (0, 4)}, "layers must be .* <= 3.*got \\(0, 4\\)"),
         ({"source": "all", "target": "all", "keep_self": False}, "position 0 with every key blocked"),

@@ -1,4 +1,4 @@
-"""Lesson 09 says what is so: the cat is named, grey gets a name with more confidence, and no fifth of the picture is needed.
+"""Lesson 09 says what is so: the cat is named, noise gets a name with more confidence, and no fifth of the picture is needed.
 
 Other weights or libraries may turn some of these round; then the prose under the figures must change, not this test alone.
 """
@@ -14,12 +14,12 @@ def test_it_runs_and_what_is_stored_is_what_it_shows(lesson: Lesson) -> None:
     lesson.check()
 
 
-def test_the_cat_is_named_and_grey_gets_a_name_with_more_confidence(found: dict[str, Any]) -> None:
+def test_the_cat_is_named_and_noise_gets_a_name_with_more_confidence(found: dict[str, Any]) -> None:
     assert "cat" in found["answer"]
     assert found["patches"] == [12, 12]
     sure = {name: confidence for name, (_, confidence) in found["told"].items()}
-    assert sure["grey"] > sure["your picture"]
-    assert "coffee pot" in found["told"]["a cup of coffee"][0]
+    assert sure["noise"] > sure["your picture"] > max(sure["grey"], sure["a drawing"])
+    assert "coffee maker" in found["told"]["a cup of coffee"][0]
     assert "missile" in found["told"]["a rocket"][0]
     assert all(said.endswith(".") for said, _ in found["told"].values())
 
@@ -27,7 +27,6 @@ def test_the_cat_is_named_and_grey_gets_a_name_with_more_confidence(found: dict[
 def test_no_fifth_of_the_picture_was_needed_for_the_name(found: dict[str, Any]) -> None:
     assert list(found["asked again"]) == ["attention", "gradcam", "occlusion", "random"]
     assert all("cat" in said for said in found["asked again"].values())
-    assert "Siamese" in found["asked again"]["random"]
 
 
 def test_the_exercise_takes_the_right_answer_and_says_what_is_wrong_with_others(found: dict[str, Any]) -> None:
