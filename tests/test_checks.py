@@ -288,6 +288,16 @@ def test_every_entry_has_a_call_that_works_to_be_spoilt(calls: dict[str, Any]) -
 
 # -- values of other libraries' kinds ---------------------------------------------------------
 
+
+class Sizes(enum.IntEnum):
+    ONE = 1
+    TWO = 2
+
+
+class Fits(enum.StrEnum):
+    PAD = "pad"
+
+
 PLAIN: dict[str, tuple[Any, Any]] = {
     "a whole number of numpy's": (np.uint8(3), 3),
     "an array of one value": (np.array(3), 3),
@@ -296,8 +306,8 @@ PLAIN: dict[str, tuple[Any, Any]] = {
     "a float of numpy's": (np.float32(0.5), 0.5),
     "a long float": (np.longdouble(0.5), 0.5),
     "a Fraction": (Fraction(1, 2), 0.5),
-    "a member of an IntEnum": (enum.IntEnum("Sizes", "one two").two, 2),
-    "a member of a StrEnum": (enum.StrEnum("Fits", {"pad": "pad"}).pad, "pad"),
+    "a member of an IntEnum": (Sizes.TWO, 2),
+    "a member of a StrEnum": (Fits.PAD, "pad"),
     "text of numpy's": (np.str_("pad"), "pad"),
     "an array of one text": (np.array("pad"), "pad"),
     "True of numpy's": (np.True_, True),
@@ -320,7 +330,7 @@ def test_anything_else_is_left_as_it_is(value: Any) -> None:
     assert as_python(value) is value
 
 
-@pytest.mark.parametrize("value", [np.int8(2), np.array(2), torch.tensor(2), enum.IntEnum("Sizes", "one two").two, 2])
+@pytest.mark.parametrize("value", [np.int8(2), np.array(2), torch.tensor(2), Sizes.TWO, 2])
 def test_a_whole_number_of_any_kind_is_taken(value: Any) -> None:
     assert type(whole_number("k", value)) is int
     assert type(number("k", value)) is float
@@ -357,8 +367,10 @@ def test_a_number_of_an_entry_is_finite() -> None:
     def look(share: float) -> float:
         return share
 
-    assert [look(value) for value in (1, 0.5, Fraction(1, 2), np.float32(0.5), torch.tensor(0.5))] == [1, 0.5, 0.5, 0.5, 0.5]
-    for value in (*WRONG_NUMBERS, torch.ones(2)):
+    numbers: list[Any] = [1, 0.5, Fraction(1, 2), np.float32(0.5), torch.tensor(0.5)]
+    assert [look(value) for value in numbers] == [1, 0.5, 0.5, 0.5, 0.5]
+    wrong: list[Any] = [*WRONG_NUMBERS, torch.ones(2)]
+    for value in wrong:
         with pytest.raises(OptionError, match=r"share must be a finite number, got "):
             look(value)
 
@@ -376,7 +388,7 @@ def test_a_choice_is_one_of_them_and_never_compared_value_by_value(value: Any) -
 
 def test_a_choice_comes_back_as_it_is_written() -> None:
     assert type(one_of("k", np.str_("a"), ("a", "b"))) is str
-    assert type(known("k", enum.StrEnum("K", {"a": "a"}).a, ("a",))) is str
+    assert type(known("k", Fits.PAD, ("pad",))) is str
     assert one_of("k", np.True_, (False, True)) is True
     assert one_of("k", 1, (False, True)) is True
 

@@ -361,7 +361,9 @@ def test_patches_and_positions_are_each_others(run: Run) -> None:
     assert run.positions([(0, 0), (1, 1), (0, 1)]).tolist() == [1, 4, 2]
     assert [run.patch(position) for position in (0, 1, 4, 5)] == [None, (0, 0), (1, 1), None]
     assert run.positions([]).tolist() == []
-    assert run.positions(np.array([[False, True], [False, False]])).tolist() == [2]
+    mask: Any = np.array([[False, True], [False, False]])
+    assert run.positions(mask).tolist() == [2]
+    wrong: Any
     for wrong in ([(2, 0)], [(-1, 0)], [(True, False)], [(0.0, 1.0)], [0, 1], (0, 1), ["00"], None, np.eye(3, dtype=bool)):
         with pytest.raises(OptionError, match="^patches"):
             run.positions(wrong)
@@ -400,9 +402,11 @@ def test_what_is_no_target_is_refused_in_one_line(run: Run, what: Any) -> None:
     with pytest.raises(TargetError) as error:
         run.target(what)
     assert len(str(error.value)) < 200
-    assert run.target(np.array(1)) == run.target(np.int8(1)) == run.target(1)
+    ones: list[Any] = [np.array(1), np.int8(1)]
+    assert [run.target(one) for one in ones] == [run.target(1)] * 2
 
 
+CIRCLE: dict[str, Any] = {}
 ODD: dict[str, dict[str, Any]] = {
     "a set": {"options": {"a": {1}}},
     "an array among options": {"options": {"a": np.arange(3)}},
@@ -411,7 +415,7 @@ ODD: dict[str, dict[str, Any]] = {
     "bytes": {"options": {"a": b"x"}},
     "a complex number": {"options": {"a": 1j}},
     "a pair for a name": {"options": {(1, 2): 3}},
-    "a circle": {"options": (circle := {})},
+    "a circle": {"options": CIRCLE},
     "a list too deep": {"options": {"a": json.loads("[" * 40 + "]" * 40)}},
     "half a character": {"answer": "\ud800"},
     "no answer": {"answer": None},
@@ -425,7 +429,7 @@ ODD: dict[str, dict[str, Any]] = {
     "lists for an array": {"token_ids": list(range(13))},
     "too few probabilities": {"logprobs": np.zeros(2, np.float32)},
 }
-circle["a"] = circle
+CIRCLE["a"] = CIRCLE
 
 
 @pytest.mark.parametrize("what", ODD)

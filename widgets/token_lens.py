@@ -66,14 +66,14 @@ class TokenLens(PictureWidget):
         **unknown: Any,
     ) -> None:
         self.refuse(unknown)
-        given = list(lens) if isinstance(lens, (list, tuple)) else [lens]
+        given: list[Any] = list(lens) if isinstance(lens, (list, tuple)) else [lens]
         packed = pack_lens(run, given, near)
         self.run, self.near = run, near
-        self.lenses = {lens.lens: lens for lens in given}
+        self.lenses: dict[str, LogitLens] = {each.lens: each for each in given}
         kind = self._known_kind(given[0].lens if kind is None else kind)
-        lens = self.lenses[kind]
+        shown = self.lenses[kind]
         if state is None:
-            state = lens.states[int(lens.probability_of(word).max(1).argmax()) if lens.knows(word) else -1]
+            state = shown.states[int(shown.probability_of(word).max(1).argmax()) if shown.knows(word) else -1]
         super().__init__(
             spec={**packed.spec, "opacity": checked_opacity(opacity)},
             picture=packed.picture,
@@ -176,7 +176,7 @@ def pack_lens(run: Run, lenses: Sequence[LogitLens], near: NearestWords | None) 
         check_lens(run, each, near)
     lens = lenses[0]
     check_alike(lenses)
-    named = [*lenses, *([] if near is None else [near])]
+    named: list[LogitLens | NearestWords] = [*lenses, *([] if near is None else [near])]
     texts = {piece: text for each in named for piece, text in zip(each.piece_ids.tolist(), each.pieces, strict=True)}
     ids = np.array(sorted(texts))
     parts = {}

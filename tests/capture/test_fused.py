@@ -70,9 +70,9 @@ def test_what_it_cannot_do_is_none() -> None:
     assert attend_with_lse(query, key, value, torch.zeros(1, 1, LENGTH, LENGTH), SCALING, causal=True) is None
     assert attend_with_lse(query[:, :, -3:], key, value, None, SCALING, causal=True) is None
     assert attend_with_lse(query, key, value[..., :7], None, SCALING, causal=True) is None  # sdpa takes another kernel
-    assert attend_with_lse(*_parts(torch.float64), None, SCALING, causal=True) is None
-    meta = [part.to("meta") for part in (query, key, value)]
-    assert attend_with_lse(*meta, None, SCALING, causal=True) is None
+    for moved in ({"dtype": torch.float64}, {"device": "meta"}):
+        q, k, v = (part.to(**moved) for part in (query, key, value))
+        assert attend_with_lse(q, k, v, None, SCALING, causal=True) is None
 
 
 def _watched(lab: Lab, inputs: dict[str, Tensor]) -> tuple[list[Tensor], Tensor]:

@@ -251,9 +251,12 @@ def test_the_command_reads_through_the_lens_of_a_file(tmp_path: Path, capsys: py
 def test_a_lens_by_name_is_fitted_on_pictures_no_test_shows(tiny_random: Lab, outlined: Path) -> None:
     assert lens_by_name(tiny_random, "logit") is None
     lens = lens_by_name(tiny_random, "jacobian", prompts=1, progress=False)
+    assert isinstance(lens, JacobianLens)
     run = tiny_random.ask(scene("train", 0).picture(), "What do you see?")
     np.testing.assert_allclose(lens.image, fit_jacobian(tiny_random, [run], progress=False).image, atol=1e-6)
-    assert lens_by_name(tiny_random, "tuned", prompts=1, pictures=outlined, after=1, progress=False).KIND == "tuned lens"
+    tuned = lens_by_name(tiny_random, "tuned", prompts=1, pictures=outlined, after=1, progress=False)
+    assert tuned is not None
+    assert tuned.KIND == "tuned lens"
     with pytest.raises(DataError, match="has 1 photographs behind the first 1; a lens on 2 needs more"):
         lens_by_name(tiny_random, "tuned", prompts=2, pictures=outlined, after=1)
 
@@ -268,7 +271,7 @@ def test_on_the_shipped_model_image_tokens_say_what_they_show_before_the_logit_l
     hits = []
     for fitted in (None, lens):
         read = logit_lens(lab, run, layers=(4, 6), fitted=fitted)
-        said = [[read.at(4, *divmod(i, lab.grid[1])), COLOR_NAMES[labels[i]]] for i in np.flatnonzero(labels >= 0)]
+        said = [[read.at(4, *divmod(i, lab.grid[1])), COLOR_NAMES[labels[i]]] for i in np.flatnonzero(labels >= 0).tolist()]
         hits.append(np.mean([name in [text.strip().lower() for text, _ in words] for words, name in said]))
     assert hits[0] < 0.1
     assert hits[1] > 0.8

@@ -67,7 +67,7 @@ def three() -> tuple[Run, list[LogitLens], NearestWords]:
     tuned = replace(lens, lens="tuned", entropy=np.repeat(lens.entropy[-1:], STATES, 0))
     ids, probs = lens.top_ids.copy(), lens.top_probs.copy()
     ids[:, SPOT, 0], probs[:, SPOT, 0] = 2, 0.95
-    pieces = {"piece_ids": np.arange(8, dtype=np.int32), "pieces": PIECES}
+    pieces: dict[str, Any] = {"piece_ids": np.arange(8, dtype=np.int32), "pieces": PIECES}
     asked = np.full_like(lens.probs, 0.001)
     asked[:, SPOT] = 0.001, 0.95
     jacobian = replace(lens, lens="jacobian", top_ids=ids, top_probs=probs, probs=asked, **pieces, notes=("Led to the end.",))

@@ -136,10 +136,11 @@ def test_how_many_patches_are_passed_on_says_nothing_of_what_is_shown(
 
     monkeypatch.setattr(make, "draw_scene", draws)
     data = PhotoData(Chat(processor.tokenizer, 144), read_photos(pictures), stage=RECIPE.instruct, number=2, seed=0)
-    found = Counter()
+    found: Counter[tuple[str, int]] = Counter()
     for step in range(8):
         forms.clear()
         batch = data[step]
+        assert isinstance(batch, make.PhotoBatch)
         assert len(set(forms)) == 1
         places = torch.arange(144) if batch.shown is None else batch.shown
         assert (batch.ids[0] == data.form.image_id).sum() == len(places) == len(places.unique())
@@ -150,13 +151,15 @@ def test_how_many_patches_are_passed_on_says_nothing_of_what_is_shown(
 def test_a_share_of_a_picture_s_features_is_hidden_and_its_places_never(language: Path, pictures: Path) -> None:
     _, processor = photo.assemble(language=language)
     data = PhotoData(Chat(processor.tokenizer, 144), read_photos(pictures), stage=RECIPE.instruct, number=2, seed=0)
-    kept = data[0].kept
+    kept, later = (getattr(data[step], "kept", None) for step in (0, 4))
+    assert kept is not None
+    assert later is not None
     assert kept.shape == (8, 1, 1296)
     assert kept.unique().tolist() == pytest.approx([0.0, 1.0, 1.25])
     assert (kept[..., 1280:] == 1).all()
     assert 0.18 < (kept[..., :1280] == 0).float().mean() < 0.22
     assert not torch.equal(kept[0], kept[1])
-    assert not torch.equal(kept, data[4].kept)
+    assert not torch.equal(kept, later)
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +225,8 @@ def test_every_step_of_the_later_stages_reads_patches_too(assembled: Any, pictur
     data.texts, data.patches = TEXTS, _patches(assembled, 8)
     connector = layout.connector_of(model).requires_grad_(True)
     batch, text = data[0], data[make.TEXT_EVERY - 1]
+    assert isinstance(batch, make.PhotoBatch)
+    assert batch.patches is not None
     given = torch.zeros((), requires_grad=True)
     alone, _ = make.words_loss(connector, batch.patches, spread=torch.tensor(2.0))
     both, facts = make.anchored(lambda batch: (given + 1, {"tokens": 3}), connector, torch.tensor(2.0), batch)
@@ -247,8 +252,9 @@ def test_cuts_are_named_as_the_tower_names_them_and_kept(language: Path, picture
         assert 0 <= top < bottom <= 1
         assert 0.09 < (right - left) * (bottom - top) < 0.51
         with Image.open(cut.path) as file:
-            whole = file.convert("RGB")
-        part = whole.crop([round(s * n) for s, n in zip(cut.box, (*whole.size, *whole.size), strict=True)])
+            picture = file.convert("RGB")
+        wide, high = picture.size
+        part = picture.crop((round(left * wide), round(top * high), round(right * wide), round(bottom * high)))
         features = make.seen(model, torch.from_numpy(make.to_square(part)[None].copy()))
         assert names[int(layout.vision_tower(model).classes(features).mean(1).argmax())] == cut.thing
     assert make.cuts(model, photos, tmp_path / "cuts.json", seed=0) == found  # read: made again, none would be sure enough

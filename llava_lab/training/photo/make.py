@@ -168,7 +168,7 @@ class PhotoData(Dataset):
         kept = np.ones((count, 1, efficientnet.HEAD + photo.PLACES), np.float32)
         kept[..., : efficientnet.HEAD] = (rng.random((count, 1, efficientnet.HEAD)) >= HIDDEN) / (1 - HIDDEN)
         read = batch.ids, batch.labels, batch.block, batch.position, batch.pictures
-        return PhotoBatch(*read, places, torch.from_numpy(kept), self.patches and self.patches[step])
+        return PhotoBatch(*read, places, torch.from_numpy(kept), None if self.patches is None else self.patches[step])
 
 
 # -- the start: what the tower would call each patch ----------------------------------------
