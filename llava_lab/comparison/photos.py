@@ -44,7 +44,7 @@ CLOSED_FORM = "closed_form"
 FIT = 10_000  # the first of the batches that the closed form is fitted on; training never gets so far
 POOL = 800  # training pictures whose patches `words` learns from
 ALIGN = replace(make.WORDS, steps=200, batch=1024, trains=("multi_modal_projector",))
-INSTRUCT = replace(make.INSTRUCT, steps=40, trains=("multi_modal_projector", "lora_A", "lora_B"))
+INSTRUCT = replace(make.INSTRUCT, steps=40, batch=1, trains=("multi_modal_projector", "lora_A", "lora_B"))
 
 
 @dataclass(frozen=True)
