@@ -15,6 +15,7 @@ from types import MappingProxyType
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 ABLATION = ASSETS / "ablation"  # the shipped comparison of connectors and its models
+PHOTO_COMPARISON = ASSETS / "ablation-photos"  # the same on photographs: numbers alone
 
 DRAWN = "drawn pictures of one to four things (12 kinds, 8 colors, 2 sizes)"
 ASKED = "color, kind, size, place, number, whether something is there, and how two things stand or compare"

@@ -7,6 +7,7 @@ The controls (mean vector, shuffled tokens, random map, identity) say how bad it
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -47,12 +48,15 @@ def linear_effect(
     seed: int = 0,
     prompt: str | None = None,
     progress: bool = True,
+    pictures: str | os.PathLike | None = None,
 ) -> LinearEffect:
     """Answer the questions about `n` pictures with the connector and with `fit` in its place.
 
+    `data`, `split` and `pictures` (the folder of named photographs that ``data="photos"`` asks about) are `evaluate`'s.
     `ranks` adds the fit cut to each rank. KL, in nats, is of the next-token distributions where the original's own
     answer and what comes after it are predicted, their mean; an answer is flipped when its text differs; accuracy is
-    exact match. The lab is left as it was. Raises DataError for unknown data, OptionError for a rank the fit does not have.
+    exact match, or an accepted word where the data has some. The lab is left as it was.
+    Raises DataError for unknown data, OptionError for a rank the fit does not have.
 
     >>> from llava_lab.worlds import picturebook
     >>> fit = ll.linearize(lab, [picturebook.scene("train", i).picture() for i in range(8)])
@@ -62,7 +66,7 @@ def linear_effect(
     """
     began = time.perf_counter()
     names = variants(fit, ranks, controls)
-    items = load_items(data, split=split, n=n, seed=seed)
+    items = load_items(data, split=split, n=n, seed=seed, pictures=pictures)
     if not items:
         raise DataError(f"{data} split {split} gave no questions; ask for more pictures")
     own_answers = answer_all(lab, items, prompt=prompt, label="original", progress=progress)
@@ -152,7 +156,7 @@ def _read(
 
 
 def _right(items: list[Item], answers: list[str]) -> np.ndarray:
-    return np.array([exact_match(answer, item.answer) for answer, item in zip(answers, items, strict=True)], float)
+    return np.array([item.right(answer, exact_match) for answer, item in zip(answers, items, strict=True)], float)
 
 
 def _table(

@@ -3,9 +3,11 @@
 `ship_ablation` reads a finished comparison and trains nothing. It takes the first seed, with stage 1, at equal samples;
 keeps it as a compact folder (`pack`); and measures what keeping it so has changed, on test questions that the result has
 answers to: a folder that answers otherwise than the result says is another run's, and is refused. The cards say what was
-run, every arm's score, every verdict and the limits, from the result alone.
+run, every arm's score, every verdict and the limits, from the result alone. Of a comparison on photographs `ship_photos`
+writes the numbers and a card, and no model.
 
     ship_ablation("runs/ablation")  # writes llava_lab/assets/ablation
+    ship_photos("runs/photos/ablation.npz")  # writes llava_lab/assets/ablation-photos
 """
 
 from __future__ import annotations
@@ -21,15 +23,17 @@ import numpy as np
 import torch
 
 from llava_lab.comparison import pack
+from llava_lab.comparison.photos import PHOTO_ABLATION
 from llava_lab.comparison.plan import ABLATION as RECIPE
 from llava_lab.comparison.plan import BUDGETS
 from llava_lab.comparison.run import Finished, Job
 from llava_lab.errors import CheckpointError, DataError, OptionError
 from llava_lab.evaluation import answer_all, load_items
+from llava_lab.evaluation.items import PHOTOS
 from llava_lab.models import Lab, folders, load
 from llava_lab.models.folders import ABLATE
-from llava_lab.results import MANY, Ablation
-from llava_lab.shipped import ABLATION
+from llava_lab.results import ALL, MANY, Ablation
+from llava_lab.shipped import ABLATION, PHOTO_COMPARISON
 
 CONNECTORS = ("linear", "mlp2x_gelu")  # whose first seed ships
 SHIPPED_AS = {"linear": "tiny-linear", "mlp2x_gelu": "tiny-mlp"}
@@ -85,17 +89,14 @@ def ship_ablation(
         if not path.is_file():
             raise DataError(f"{path} is missing; make it with: {ABLATE}")
         result = Ablation.load(path)
-    if assets.exists() and any(assets.iterdir()) and not (assets / RESULT).is_file():
-        raise OptionError(f"{assets} holds something that is not a shipped comparison; remove it or give another folder")
+    _refuse_strange(assets)
     result = replace(result, model=start)
     jobs = {name: first_job(result, name) for name in CONNECTORS}
     for job in jobs.values():
         if not (out / "models" / job.id / "config.json").is_file():
             raise CheckpointError(f"{out / 'models' / job.id} is missing; run {ABLATE} without --no-keep")
     with folders.whole_folder(assets) as part:
-        size = result.save(part / RESULT).stat().st_size
-        if size > LARGEST:
-            raise DataError(f"the result takes {size:,} bytes and at most {LARGEST:,} ship; test on fewer pictures")
+        _save_small(result, part)
         changes = {}
         for name, job in jobs.items():
             pack.write(out / "models" / job.id, part / name)
@@ -106,6 +107,37 @@ def ship_ablation(
         fused = run.is_file() and bool(Finished.load(run).setup.get("fused"))
         (part / CARD).write_text(of_result(result, words, fused=fused), encoding="utf-8")
     return changes
+
+
+def ship_photos(result: Ablation | str | os.PathLike, assets: str | os.PathLike = PHOTO_COMPARISON) -> Path:
+    """Write folder `assets` (``ablation.npz``, ``README.md``) of a comparison on photographs; returns it.
+
+    Nothing is trained and no photograph is opened. Written beside `assets` first and then renamed. Raises DataError for a result
+    that is missing, of other data or larger than 2 MB, OptionError where `assets` holds something else.
+    """
+    assets = Path(assets)
+    if not isinstance(result, Ablation):
+        if not Path(result).is_file():
+            raise DataError(f"{result} is missing; make it with: {photo_command(None)}")
+        result = Ablation.load(result)
+    if result.data != PHOTOS:
+        raise DataError(f"a comparison on {PHOTOS} ships here, got one on {result.data}; use ship_ablation")
+    _refuse_strange(assets)
+    with folders.whole_folder(assets) as part:
+        _save_small(result, part)
+        (part / CARD).write_text(of_photos(result), encoding="utf-8")
+    return assets
+
+
+def _refuse_strange(assets: Path) -> None:
+    if assets.exists() and any(assets.iterdir()) and not (assets / RESULT).is_file():
+        raise OptionError(f"{assets} holds something that is not a shipped comparison; remove it or give another folder")
+
+
+def _save_small(result: Ablation, folder: Path) -> None:
+    size = result.save(folder / RESULT).stat().st_size
+    if size > LARGEST:
+        raise DataError(f"the result takes {size:,} bytes and at most {LARGEST:,} ship; test on fewer pictures")
 
 
 def first_job(result: Ablation, connector: str) -> Job:
@@ -209,18 +241,7 @@ def of_result(result: Ablation, changes: dict[str, str], *, fused: bool) -> str:
         "## How it was made\n",
         "".join(f"    {line}\n" for line in commands(result, fused=fused)),
         *_made(result),
-        "## Scores\n",
-        "Percent right; 95% intervals resample pictures; the spread is the standard deviation over seeds.\n",
-        *(text for split in result.splits for text in (f"### {split}\n", _scores(result, split))),
-        "## Verdicts\n",
-        "The second minus the first, in points: the mean over seeds, its 95% interval over seeds (what a repetition would "
-        "give) and over pictures (of these very models). How many seeds would find a true difference of so many points four "
-        "times in five is counted from the spread over seeds, at the level after Holm's correction, and not from the difference "
-        "seen.\n",
-        *(text for split in result.splits for text in (f"### {split}\n", _verdicts(result, split))),
-        "## The rates\n",
-        "Validation loss, nats per labelled token; the chosen rate is bold.\n",
-        _sweep(result),
+        *_measured(result),
         "## What keeping the models as bytes changed\n",
         "Matrices are int8 with a scale per row, the tower is `tiny`'s (the run's own, rounded to bfloat16: the same bits). "
         f"Measured on questions of the {result.splits[0]} split, beside the folders as trained:\n",
@@ -233,17 +254,97 @@ def of_result(result: Ablation, changes: dict[str, str], *, fused: bool) -> str:
     return "\n".join(parts)
 
 
+def _measured(result: Ablation) -> list[str]:
+    """Scores, verdicts and rates."""
+    return [
+        "## Scores\n",
+        "Percent right; 95% intervals resample pictures; the spread is the standard deviation over seeds.\n",
+        *(text for split in result.splits for text in (f"### {split}\n", _scores(result, split))),
+        "## Verdicts\n",
+        "The second minus the first, in points: the mean over seeds, its 95% interval over seeds (what a repetition would "
+        "give) and over pictures (of these very models). How many seeds would find a true difference of so many points four "
+        "times in five is counted from the spread over seeds, at the level after Holm's correction, and not from the difference "
+        "seen.\n",
+        *(text for split in result.splits for text in (f"### {split}\n", _verdicts(result, split))),
+        "## The rates\n",
+        "Validation loss, nats per labelled token; the chosen rate is bold.\n",
+        _sweep(result),
+    ]
+
+
+PHOTO_HEAD = """---
+license: apache-2.0
+language: en
+---
+"""
+PHOTO_LIMITS = (
+    "One tower, one language model of 135 million parameters, a thousand photographs. What holds here may not hold for a 7B.",
+    "The training is short: a few dozen steps of instruction tuning, in which the language model learns by adapters alone. Which "
+    "connector would be ahead after longer training, these runs cannot say.",
+    "Connectors with two layers start at what the tower's classifier knows (its rows are their hidden units), the linear one at "
+    "the best line onto the same words. `linear2x` has the MLP's start, size and layers, and no bend.",
+    "A verdict other than *not distinguishable* needs an adjusted p below 5% over seeds (paired t test, Holm within a "
+    "budget and stage setting) and an interval over pictures on the same side of 0.",
+)
+
+
+def of_photos(result: Ablation) -> str:
+    """The card of a comparison on photographs: what was run, scores by type of question, verdicts by type, rates, limits."""
+    kinds = [text for name in result.types[1:] for text in (f"### {name}\n", _verdicts(result, result.splits[0], type=name))]
+    parts = [
+        PHOTO_HEAD,
+        "# The connector, compared on photographs\n",
+        f"{len(dict.fromkeys(result.connectors))} connectors between a tower that saw ImageNet and a language model that read "
+        f"text, both as others made them: {', '.join(dict.fromkeys(result.connectors))}. `closed_form` is the best line, "
+        "solved for and not trained. Each of the others has its own rate, chosen on training photographs in other cuts; then "
+        f"{len(result.seeds)} seeds ({', '.join(map(str, result.seeds))}), all on the same batches in the same order.\n",
+        '`ll.shipped_ablation(data="photos")` opens the numbers. No model of it ships.\n',
+        "## How it was made\n",
+        f"    {photo_command(result)}\n",
+        *_made(result),
+        *_measured(result),
+        "## Verdicts by type of question\n",
+        *kinds,
+        "## Limits\n",
+        _bullets((*PHOTO_LIMITS, *result.notes)),
+        "## Licence\n",
+        "Apache-2.0. The photographs are not part of this project; the numbers are.\n",
+    ]
+    return "\n".join(parts)
+
+
+def photo_command(result: Ablation | None) -> str:
+    """What made a result on photographs; None stands for the defaults."""
+    line = f"llava-lab ablate --data {PHOTOS} --pictures train --test-pictures everyday --out runs/photos"
+    if result is not None:
+        line += "".join(f" --connector {name}" for name in dict.fromkeys(result.connectors))
+        line += f" --rates {','.join(f'{rate:g}' for rate in result.sweep_rates)} --seeds {len(result.seeds)}"
+        line += f" --stage1 {_stages(result)} --budget {_budget(result)}"
+        line += f" --validation {result.pictures[1]} --test {result.pictures[2]} --seed {result.seed}"
+        scale = result.recipe["instruct"]["steps"] / PHOTO_ABLATION.instruct.steps
+        line += f" --steps-scale {scale:g}" if scale != 1 else ""
+    return f"{line} --save runs/photos/{RESULT}"
+
+
+def _stages(result: Ablation) -> str:
+    stages = {bool(aligned) for aligned in result.stage1}
+    return "both" if len(stages) == 2 else "with" if True in stages else "without"
+
+
+def _budget(result: Ablation) -> str:
+    return "both" if set(result.budgets) == set(BUDGETS) else result.budgets[0]
+
+
 def commands(result: Ablation, *, fused: bool) -> list[str]:
     """What made the result, and what made the shipped folder of it."""
     out = "runs/ablation"
     connectors = "".join(f" --connector {name}" for name in dict.fromkeys(result.connectors))
-    stages = {bool(aligned) for aligned in result.stage1}
-    stage = "both" if len(stages) == 2 else "with" if True in stages else "without"
-    budget = "both" if set(result.budgets) == set(BUDGETS) else result.budgets[0]
     scale = result.recipe["instruct"]["steps"] / RECIPE.instruct.steps
     rates = ",".join(f"{rate:g}" for rate in result.sweep_rates)
     line = f"llava-lab ablate --start {result.model} --out {out}{connectors} --rates {rates} --seeds {len(result.seeds)}"
-    line += f" --stage1 {stage} --budget {budget} --validation {result.pictures[1]} --test {result.pictures[2]}"
+    line += (
+        f" --stage1 {_stages(result)} --budget {_budget(result)} --validation {result.pictures[1]} --test {result.pictures[2]}"
+    )
     line += f" --seed {result.seed}" + (f" --steps-scale {scale:g}" if scale != 1 else "") + (" --compile" if fused else "")
     name = f"{out}/ablation.npz"
     ship = f"python -c \"from llava_lab.comparison.ship import ship_ablation as ship; ship('{out}')\""
@@ -289,7 +390,7 @@ def _scores(result: Ablation, split: str) -> str:
     return _table(names, rows)
 
 
-def _verdicts(result: Ablation, split: str) -> str:
+def _verdicts(result: Ablation, split: str, type: str = ALL) -> str:  # noqa: A002
     names = ("second", "first", "points", "over seeds (95%)", "over pictures (95%)", "p, adjusted", "verdict", _told(result))
     rows = [
         (
@@ -302,7 +403,7 @@ def _verdicts(result: Ablation, split: str) -> str:
             f"**{row['verdict']}**" if row["verdict"] in ("better", "worse") else row["verdict"],
             _seeds(row),
         )
-        for row in result.rows(split=split)
+        for row in result.rows(split=split, type=type)
     ]
     return _table(names, rows)
 

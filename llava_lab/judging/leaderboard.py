@@ -48,7 +48,7 @@ from llava_lab.judging.faithfulness import BATCH, FEWEST_FILLS, SCALES, Judge, a
 from llava_lab.models.folders import ABLATE, NAMES, SHIP
 from llava_lab.results import Ablation, Comparison, Faithfulness, Leaderboard, Run, Target, area, mean_of_known, only_writer
 from llava_lab.results.scores import COST, DIGITS, FAITHFUL, TRUE
-from llava_lab.shipped import ABLATION
+from llava_lab.shipped import ABLATION, PHOTO_COMPARISON
 from llava_lab.stats import cluster_bootstrap, exact_match, percentiles, wilson
 from llava_lab.worlds import picturebook
 from llava_lab.worlds.outlined import Outlined, accepted, read_outlined
@@ -550,15 +550,21 @@ def shipped_leaderboard(lab: Lab) -> Leaderboard:
 
 
 @entry
-def shipped_ablation() -> Ablation:
+def shipped_ablation(data: str = "picturebook") -> Ablation:
     """The comparison of connectors as it ships: linear, MLP and their controls, every answer of every seed.
 
-    The models of its first seed are ``load("tiny-linear")`` and ``load("tiny-mlp")``. Raises DataError with the command
-    that makes one when none ships.
+    `data` is "picturebook", the drawn world, or "photos", between `photo`'s pretrained parts. The models of the drawn world's
+    first seed are ``load("tiny-linear")`` and ``load("tiny-mlp")``. Raises OptionError for other data, DataError with the
+    command that makes one when none ships.
 
     >>> sorted(set(ll.shipped_ablation().connectors))
     ['bottleneck', 'linear', 'linear2x', 'mlp2x_gelu']
     """
-    if not COMPARISON.is_file():
-        raise DataError(f"no comparison of connectors ships at {COMPARISON}; make one with: {ABLATE}; then {SHIP}")
-    return Ablation.load(COMPARISON)
+    if data not in ("picturebook", "photos"):
+        raise OptionError(f"comparisons of connectors ship for data picturebook and photos, got {data!r}")
+    path, again = COMPARISON, f"make one with: {ABLATE}; then {SHIP}"
+    if data == "photos":
+        path, again = PHOTO_COMPARISON / COMPARISON.name, "make one with llava-lab ablate --data photos and its two folders"
+    if not path.is_file():
+        raise DataError(f"no comparison of connectors ships at {path}; {again}")
+    return Ablation.load(path)

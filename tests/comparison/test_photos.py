@@ -16,7 +16,8 @@ import llava_lab as ll
 from llava_lab.comparison import photos
 from llava_lab.comparison.photos import CLOSED_FORM, PHOTO_ABLATION, PhotoMaterial
 from llava_lab.comparison.run import Job, train_run
-from llava_lab.errors import OptionError
+from llava_lab.errors import DataError, OptionError
+from llava_lab.models import Lab
 from llava_lab.models.formats import photo, smol
 from llava_lab.training.photo import make
 from tests.support.little_language import llama, write_gguf
@@ -159,3 +160,19 @@ def test_a_test_photograph_that_was_trained_on_is_refused(little: None, folders:
 def test_a_connector_that_mixes_patches_is_refused(material: PhotoMaterial) -> None:
     with pytest.raises(OptionError, match="gives each patch a token of its own"):
         material.fresh("c_abstractor", 0)
+
+
+def test_the_best_line_is_asked_about_photographs_too(parts: dict[str, Any], folders: dict[str, Path]) -> None:
+    lab = Lab(*photo.assemble(**parts), name="photo")
+    lab.swap(ll.new_connector(lab, "linear", seed=1))
+    fit = ll.linearize(lab, sorted(folders["pictures"].iterdir()), ridge=0)
+    asked: dict[str, Any] = {"data": "photos", "pictures": folders["test_pictures"], "n": 4, "progress": False}
+    effect = ll.linear_effect(lab, fit, **asked)
+    assert effect.types == ("all", "collage: place", "collage: presence", "naming", "presence")
+    assert effect.pictures == 5, "four photographs and their collage"
+    assert not effect.flipped[0].any(), "the connector is a line"
+    assert effect.row("random")["kl"] > effect.row("linear")["kl"]
+    with pytest.raises(DataError, match="pictures, a folder of named photographs, goes with data='photos'"):
+        ll.linear_effect(lab, fit, data="photos", progress=False)
+    with pytest.raises(DataError, match="pictures, a folder of named photographs, goes with data='photos'"):
+        ll.linear_effect(lab, fit, pictures=folders["test_pictures"], progress=False)

@@ -157,6 +157,44 @@ def test_the_card_has_command_scores_verdicts_rates_and_limits() -> None:
     assert card.startswith("---\nlicense: apache-2.0\n")
 
 
+def on_photos(**changes: Any) -> Ablation:
+    """The example as if it were of photographs."""
+    recipe = {"name": "photo ablation", "align": {"steps": 200, "batch": 1024}, "instruct": {"steps": 20, "batch": 1}}
+    return replace(example_ablation(), data="photos", pictures=(1000, 32, 3, 3), recipe=recipe, **changes)
+
+
+def test_a_comparison_on_photographs_ships_as_numbers_and_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assets = tmp_path / "assets"
+    monkeypatch.setattr(shipped, "PHOTO_COMPARISON", assets)
+    with pytest.raises(DataError, match="no comparison of connectors ships at .*ablate --data photos"):
+        ll.shipped_ablation(data="photos")
+    with pytest.raises(OptionError, match="picturebook and photos, got 'cats'"):
+        ll.shipped_ablation(data="cats")
+    with pytest.raises(DataError, match=r"nothing.npz is missing; make it with: llava-lab ablate --data photos --pictures"):
+        ablation_ship.ship_photos(tmp_path / "nothing.npz", assets)
+    with pytest.raises(DataError, match="a comparison on photos ships here, got one on picturebook"):
+        ablation_ship.ship_photos(example_ablation(), assets)
+    path = on_photos().save(tmp_path / "ablation.npz")
+    assert ablation_ship.ship_photos(path, assets) == assets
+    assert sorted(file.name for file in assets.iterdir()) == ["README.md", "ablation.npz"]
+    assert ll.shipped_ablation(data="photos").rows() == on_photos().rows()
+    (assets / "ablation.npz").unlink()
+    with pytest.raises(OptionError, match="holds something that is not a shipped comparison"):
+        ablation_ship.ship_photos(path, assets)
+
+
+def test_the_card_on_photographs_has_its_command_and_verdicts_by_type() -> None:
+    card = ablation_card.of_photos(on_photos())
+    command = "llava-lab ablate --data photos --pictures train --test-pictures everyday --out runs/photos"
+    command += " --connector linear --connector mlp2x_gelu --connector bottleneck --rates 0.001,0.003,0.01 --seeds 5"
+    command += " --stage1 both --budget samples --validation 32 --test 3 --seed 0 --steps-scale 0.5"
+    assert f"    {command} --save runs/photos/ablation.npz\n" in card
+    scores, verdicts = card.split("## Verdicts by type of question")
+    assert "| +10.00 | +7.00 to +13.00 | +9.00 to +11.00 | 0.004 | **better** | 40 |" in scores
+    assert "better" not in verdicts.split("## Limits")[0], "only over all types is a pair told apart"
+    assert verdicts.index("### color") < verdicts.index("### count") < verdicts.index("- a note to read")
+
+
 def test_a_models_card_says_which_run_it_is() -> None:
     result = example_ablation()
     text = ablation_card.of_model(result, first_job(result, "mlp2x_gelu"))
