@@ -171,7 +171,8 @@ def test_the_best_line_is_asked_about_photographs_too(parts: dict[str, Any], fol
     assert effect.types == ("all", "collage: place", "collage: presence", "naming", "presence")
     assert effect.pictures == 5, "four photographs and their collage"
     assert not effect.flipped[0].any(), "the connector is a line"
-    assert effect.row("random")["kl"] > effect.row("linear")["kl"]
+    kl = dict(zip(effect.variants, effect.kl[:, 0], strict=True))
+    assert kl["random"] > kl["linear"]
     with pytest.raises(DataError, match="pictures, a folder of named photographs, goes with data='photos'"):
         ll.linear_effect(lab, fit, data="photos", progress=False)
     with pytest.raises(DataError, match="pictures, a folder of named photographs, goes with data='photos'"):
