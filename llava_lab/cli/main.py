@@ -1,6 +1,6 @@
 """``llava-lab``: the public functions from a terminal.
 
-Parses, calls, prints; every decision is made in the functions it calls. `ask`, `chat`, `judge` and `train` beside this file
+Parses, calls, prints; every decision is made in the functions it calls. `ask`, `judge`, `train` and `serve` beside this file
 hold most commands; those that need no model of the user's are here. The shapes of the data are promised to scripts and tested.
 A command has the options that act in it and no others; a file that is there is written over with ``--force`` alone.
 
@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from llava_lab.cli import app, ask, chat, generate, inside, judge, page, serve, train
+from llava_lab.cli import ask, judge, serve, train
 from llava_lab.cli.common import Add, Reply, Uses, positive, refuse_overwriting, say
 from llava_lab.errors import LabError, OptionError, foreign_line, is_out_of_memory, one_line, printable, readable
 from llava_lab.shipped import MODELS
@@ -118,14 +118,12 @@ def build_parser() -> argparse.ArgumentParser:
         return command
 
     ask.add_commands(add)
-    chat.add_commands(add)
-    app.add_commands(add)
+    serve.add_app(add)
     judge.add_commands(add)
-    inside.add_commands(add)
+    ask.add_inside(add)
     train.add_commands(add)
-    generate.add_commands(add)
-    serve.add_commands(add)
-    page.add_commands(add)
+    serve.add_serve(add)
+    serve.add_page(add)
     _add_commands(add)
     return parser
 

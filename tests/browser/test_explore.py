@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
-from llava_lab.cli import app
+from llava_lab.cli import serve
 from tests.support.all_widgets import ATTACK
 from tests.support.widget_page import WidgetPage
 from widgets.picture_picker import LONGEST, CodeBox, PicturePicker, read_upload
@@ -97,11 +97,11 @@ PATIENCE = 240_000  # milliseconds; a kernel starts, imports torch and loads a m
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[str]:
     """The address of ``llava-lab app``."""
-    command, environment = app.prepare(tmp_path, "tiny", port := app.free_port(), "secret")
+    command, environment = serve.prepare(tmp_path, "tiny", port := serve.free_port(), "secret")
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     with subprocess.Popen(command, env=environment, stdout=sys.stderr, stderr=subprocess.STDOUT) as server:
         try:
-            app.wait_for(server, port)
+            serve.wait_for(server, port)
             yield f"http://127.0.0.1:{port}/?token=secret"
         finally:
             server.terminate()

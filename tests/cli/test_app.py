@@ -11,11 +11,11 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from llava_lab.cli import app
+from llava_lab.cli import serve
 
 
 def test_the_page_is_for_this_machine_alone_and_asks_for_its_token(tmp_path: Path) -> None:
-    command, environment = app.prepare(tmp_path, "smol", 8899, "secret")
+    command, environment = serve.prepare(tmp_path, "smol", 8899, "secret")
     told = json.loads((tmp_path / "voila.json").read_text("utf-8"))
     assert (told["Voila"]["ip"], told["Voila"]["port"], told["Voila"]["token"]) == ("127.0.0.1", 8899, "secret")
     assert told["Voila"]["tornado_settings"]["allow_remote_access"] is False
@@ -30,7 +30,7 @@ def test_the_page_is_for_this_machine_alone_and_asks_for_its_token(tmp_path: Pat
 
 
 def test_the_notebook_is_one_that_can_be_read(tmp_path: Path) -> None:
-    app.prepare(tmp_path, "a 'folder'", 8899, "secret")
+    serve.prepare(tmp_path, "a 'folder'", 8899, "secret")
     notebook = nbformat.read(tmp_path / "explore.ipynb", as_version=4)
     nbformat.validate(notebook)
     compile(notebook.cells[0].source, "cell", "exec")
@@ -39,5 +39,5 @@ def test_the_notebook_is_one_that_can_be_read(tmp_path: Path) -> None:
 
 def test_what_is_missing_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]) -> None:
     assert "leave --json out" in refused("app", "--json")
-    monkeypatch.setattr("llava_lab.cli.app.importlib.util.find_spec", lambda name: None if name == "voila" else name)
+    monkeypatch.setattr("llava_lab.cli.serve.importlib.util.find_spec", lambda name: None if name == "voila" else name)
     assert "pip install 'llava-lab[lab,app]'" in refused("app")
