@@ -17,7 +17,7 @@ from llava_lab import results
 from llava_lab.errors import DataError, OptionError, TargetError, WriteError
 from llava_lab.geometry import PictureMap
 from llava_lab.results import Comparison, GroundTruth, Relevance, Run, Saved, Table, Target, Word, load_npz, save_npz
-from llava_lab.results.pictures import map_row, thumbnail
+from llava_lab.results.table import map_row, thumbnail
 from tests.support import damaged
 from tests.support.result_examples import NASTY, examples
 

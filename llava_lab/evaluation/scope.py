@@ -36,8 +36,8 @@ from llava_lab.results import whole_file
 from llava_lab.shipped import MODELS
 from llava_lab.stats import cluster_interval, same_answer, wilson
 from llava_lab.worlds import easy_vqa
+from llava_lab.worlds.paraphrases import WAYS, ask_in
 from llava_lab.worlds.picturebook import REQUESTS, SHORT, TYPES, ask_about, scene
-from llava_lab.worlds.wordings import WAYS, ask_in
 
 FIT, CHOOSE, JUDGE = 600, 1000, 1000  # pictures
 QUANTILE = 0.99  # of validation pictures that lie within the threshold

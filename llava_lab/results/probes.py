@@ -15,10 +15,9 @@ from jaxtyping import Bool, Float32, Int32
 
 from llava_lab.errors import DataError, OptionError
 from llava_lab.geometry import PictureMap
-from llava_lab.results.pictures import map_row
 from llava_lab.results.save import Saved
 from llava_lab.results.schema import filled, within
-from llava_lab.results.table import Table, figure, plain
+from llava_lab.results.table import Table, figure, map_row, plain
 from llava_lab.stats import cluster_bootstrap, percentiles
 
 LENSES = ("logit", "tuned", "jacobian")

@@ -22,10 +22,9 @@ from jaxtyping import Float16, Float32, Float64, Int64, UInt8
 from llava_lab.checks import as_python, is_whole, patches_of, shown, whole_number
 from llava_lab.errors import DataError, OptionError, TargetError
 from llava_lab.geometry import PictureMap, View
-from llava_lab.results.pictures import map_row, thumbnail
 from llava_lab.results.save import Saved, shortened
 from llava_lab.results.schema import filled, within
-from llava_lab.results.table import NEGLIGIBLE, Table, figure, pairs, plain
+from llava_lab.results.table import NEGLIGIBLE, Table, figure, map_row, pairs, plain, thumbnail
 
 Span = tuple[int, int]  # [start, stop) positions in the sequence
 # Words that say how and not what: how sure a model is of "The picture shows" depends on the ways of saying it that it knows.

@@ -265,7 +265,7 @@ class Saved:
         return f"<p><code>{html.escape(repr(self))}</code></p>{self.pictured()}{self.table()._repr_html_()}"
 
     def pictured(self) -> str:
-        """The result as small pictures above its table, finished HTML (`llava_lab.results.pictures`); nothing for most."""
+        """The result as small pictures above its table, finished HTML (`llava_lab.results.table`); nothing for most."""
         return ""
 
 

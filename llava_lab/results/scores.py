@@ -19,11 +19,10 @@ from jaxtyping import Bool, Float32, Float64, Int64
 
 from llava_lab.errors import DataError, OptionError
 from llava_lab.geometry import PictureMap
-from llava_lab.results.pictures import map_row
 from llava_lab.results.run import Relevance, Target, target_index
 from llava_lab.results.save import Saved
 from llava_lab.results.schema import filled
-from llava_lab.results.table import Table, figure, plain
+from llava_lab.results.table import Table, figure, map_row, plain
 
 # What is measured of a map: faithful to the model, true to the picture, and the cost. `better` is the share of pictures
 # on which the map beats random ones.

@@ -14,7 +14,7 @@ from llava_lab.models.layout import vision_tower
 from llava_lab.models.scope import Familiar, read_features
 from llava_lab.shipped import MODELS
 from llava_lab.worlds import picturebook
-from llava_lab.worlds.wordings import WAYS, ask_in
+from llava_lab.worlds.paraphrases import WAYS, ask_in
 
 KNOWN = Familiar.load(MODELS["tiny"].folder / "scope.npz")
 

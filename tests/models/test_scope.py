@@ -12,8 +12,8 @@ import torch
 import llava_lab as ll
 from llava_lab.evaluation.scope import photographs
 from llava_lab.models import layout
+from llava_lab.models import scope as scopes
 from llava_lab.models.scope import Familiar, fold, scope_of, words_of
-from llava_lab.models.scope import scope as scopes
 from llava_lab.results import Run
 from llava_lab.shipped import MODELS
 from llava_lab.worlds import picturebook

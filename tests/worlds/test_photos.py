@@ -11,8 +11,18 @@ from PIL import Image
 
 from llava_lab.errors import DataError
 from llava_lab.worlds.photo_names import Thing, classes, everyday, read_photos, thing_named, with_article
-from llava_lab.worlds.photo_questions import NUMBERS, WHICH_COULD, absent, describe, present, talk_about
-from llava_lab.worlds.photo_scenes import FORMS, QUARTERS, collage, draw_scene
+from llava_lab.worlds.photo_scenes import (
+    FORMS,
+    NUMBERS,
+    QUARTERS,
+    WHICH_COULD,
+    absent,
+    collage,
+    describe,
+    draw_scene,
+    present,
+    talk_about,
+)
 
 COLOURS = {
     "cat": (200, 30, 30),

@@ -2,8 +2,7 @@
 
 from llava_lab.evaluation.benchmarks.benchmark import Benchmark, Judge, Measure, Question
 from llava_lab.evaluation.benchmarks.judged import by_rule
-from llava_lab.evaluation.benchmarks.published import DIFFERENCES, PUBLISHED
-from llava_lab.evaluation.benchmarks.registry import BENCHMARKS
+from llava_lab.evaluation.benchmarks.registry import BENCHMARKS, DIFFERENCES, PUBLISHED
 from llava_lab.evaluation.benchmarks.run import (
     answer_benchmark,
     benchmark,

@@ -26,8 +26,7 @@ from llava_lab.errors import DataError, OptionError
 from llava_lab.evaluation.benchmarks.benchmark import Benchmark, Judge, Measure, Question, interval, resampled, values_of
 from llava_lab.evaluation.benchmarks.files import read_lines, write_json
 from llava_lab.evaluation.benchmarks.judged import by_rule
-from llava_lab.evaluation.benchmarks.published import DIFFERENCES, PUBLISHED
-from llava_lab.evaluation.benchmarks.registry import BENCHMARKS
+from llava_lab.evaluation.benchmarks.registry import BENCHMARKS, DIFFERENCES, PUBLISHED
 from llava_lab.evaluation.items import Item
 from llava_lab.evaluation.scoring import BATCH, LONGEST, answer_all, blinded, shuffled
 from llava_lab.models.folders import ASSETS

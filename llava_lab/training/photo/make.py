@@ -52,8 +52,7 @@ from llava_lab.training.smol.batches import Batch, Chat, texts_batch
 from llava_lab.training.smol.make import adapt, answered, compiled, distance, loss_of, quick_numbers, write_weights
 from llava_lab.training.smol.own_texts import many_texts
 from llava_lab.worlds.photo_names import Photo, classes, read_photos
-from llava_lab.worlds.photo_questions import absent, present, talk_about
-from llava_lab.worlds.photo_scenes import draw_scene, opened
+from llava_lab.worlds.photo_scenes import absent, draw_scene, opened, present, talk_about
 
 log = logging.getLogger(__name__)
 
