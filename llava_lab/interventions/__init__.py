@@ -1,8 +1,7 @@
 """Change the model to see what an answer rests on; each intervention proves that it took effect."""
 
-from llava_lab.interventions.ablate import ablate_tokens, ablated
+from llava_lab.interventions.ablate import ablate_tokens, ablated, ask_without
 from llava_lab.interventions.circuit import circuit
-from llava_lab.interventions.cover import ask_without
 from llava_lab.interventions.knockout import knocked_out, knockout, knockout_sweep
 from llava_lab.interventions.nodes import attribution_patch, patch_nodes
 from llava_lab.interventions.patching import patch, patched

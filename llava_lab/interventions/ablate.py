@@ -1,10 +1,17 @@
-"""Take patches' tokens away, at the connector's output or between layers, beside equally many random patches.
+"""Take patches away: their tokens, at the connector's output or between layers, or what they show in the picture itself.
 
-What is put in a token's place is a choice with consequences: zero lies far from anything the model has seen, the mean
-does not; ``drop`` puts nothing there. Each fill keeps the other tokens as they were at that layer, and what earlier
-layers had already passed on stays in them.
+What `ablate_tokens` puts in a token's place is a choice with consequences: zero lies far from anything the model has seen, the
+mean does not; ``drop`` puts nothing there. Each fill keeps the other tokens as they were at that layer, and what earlier
+layers had already passed on stays in them. Beside the effect stand equally many random patches.
 
     effect = ablate_tokens(lab, run, [(2, 3), (2, 4)], fill="mean")
+
+`ask_without` covers the patches in the picture and lets the model answer anew. Where `occlusion` gives the model its own words
+back and reads one number, this lets it say something else. The picture of the new run is the covered one, so what you see is
+what was asked about. Patches are covered in the picture's pixels; the resize that follows blurs their edges by less than a pixel
+of the model's square.
+
+    without = ask_without(lab, run, [(4, 2), (4, 3)])
 
 Sources: Neo et al. 2024 (arXiv 2410.07149) for mean ablation of object tokens; Chen et al. 2024 (arXiv 2403.06764) for
 dropping tokens after a layer.
@@ -12,7 +19,7 @@ dropping tokens after a layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from numbers import Integral
@@ -21,16 +28,27 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from jaxtyping import Float
+from PIL import Image, ImageFilter
 from torch import Tensor
 
 from llava_lab.capture import undisturbed
-from llava_lab.checks import entry, one_of, whole_number
+from llava_lab.checks import entry, one_of, same_model, whole_number
 from llava_lab.errors import LabError, OptionError
 from llava_lab.interventions.knockout import Cut, cutting, proving
-from llava_lab.interventions.plan import DRAWS, Plan, Positions, carry_out, positions_of_patches
-from llava_lab.interventions.states import entering, states_before
+from llava_lab.interventions.plan import (
+    DRAWS,
+    Plan,
+    Positions,
+    carry_out,
+    entering,
+    positions_of_patches,
+    read_patches,
+    states_before,
+)
 from llava_lab.models import read_picture
 from llava_lab.models.layout import language_layers
+from llava_lab.replay.fills import BLUR
+from llava_lab.replay.fills import FILLS as COVERS
 from llava_lab.replay.prefix import image_tokens
 from llava_lab.replay.score import LOGODDS
 from llava_lab.replay.targets import Wanted, resolve_targets
@@ -39,6 +57,7 @@ from llava_lab.worlds import picturebook
 
 if TYPE_CHECKING:
     from llava_lab.models import Lab
+    from llava_lab.remote import BlackBox
 
 FILLS = ("mean", "zero", "noise", "shuffle", "other", "drop")
 MEAN_PICTURES = 16  # of the picture book, when none are given
@@ -225,3 +244,50 @@ def token_layer(lab: Lab, at: Any) -> int:
     if isinstance(at, bool) or not isinstance(at, Integral) or not 0 <= int(at) < count:
         raise OptionError(f"at must be 'projector' or a layer from 0 to {count - 1}, got {at!r}")
     return int(at)
+
+
+# -- in the picture -------------------------------------------------------------------------
+
+GREY = 128
+ASKED = ("max_new_tokens", "temperature", "prompt", "fit")  # a run's options that are arguments of `Lab.ask`
+
+Patches = Iterable[tuple[int, int]]
+
+
+@entry
+def ask_without(lab: Lab | BlackBox, run: Run, patches: Patches, *, fill: str = COVERS[0], history: Any = ()) -> Run:
+    """The same question, asked the same way, about the run's picture with `patches` (row, col) covered.
+
+    `fill`: ``grey``, ``mean`` (the picture's own mean colour) or ``blur``. A run that came with earlier turns
+    needs them again as `history`. Raises OptionError (no patch, one outside the grid, missing turns),
+    CheckpointError (the run was made by another checkpoint).
+
+    >>> everything = [(row, col) for row in range(12) for col in range(12)]
+    >>> ll.ask_without(lab, run, everything).answer == run.answer
+    False
+    """
+    same_model(lab, run)
+    if "history" in run.segments and not history:
+        raise OptionError("this run had earlier turns, which it keeps only as prompt text; give them again as history=")
+    options = {name: run.options[name] for name in ASKED if name in run.options}
+    covered = cover(run, patches, fill=fill)
+    if not run.others:
+        return lab.ask(covered, run.question, seed=run.seed, history=history, **options)
+    shown = [covered if own is run.picture else own for own in run.pictures]
+    return lab.ask(shown, run.question, seed=run.seed, history=history, **options).about(run.number)
+
+
+def cover(run: Run, patches: Patches, *, fill: str = COVERS[0]) -> np.ndarray:
+    """The run's picture, uint8 (height, width, 3), with `patches` filled; a new array."""
+    one_of("fill", fill, COVERS)
+    rows, cols = run.map.rows, run.map.cols
+    grid = np.zeros((rows, cols), np.float32)
+    for cell in read_patches(run, patches):
+        grid[cell] = 1
+    covered = run.map.project(grid) == 1  # not a number, so never equal, where the model does not look
+    if fill == "blur":
+        radius = BLUR * max(run.picture.shape[:2])
+        filling = np.asarray(Image.fromarray(run.picture).filter(ImageFilter.GaussianBlur(radius)))
+    else:
+        filling = (np.full(3, GREY) if fill == "grey" else run.picture.mean((0, 1)).round()).astype(np.uint8)
+    return np.where(covered[:, :, None], filling, run.picture)

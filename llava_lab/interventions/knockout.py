@@ -33,7 +33,7 @@ from llava_lab.capture import Reducer, hooked, undisturbed, watch_attention
 from llava_lab.capture.watch import NAME, attention_module
 from llava_lab.checks import Sweep, entry, layer_window, one_of, whole_number
 from llava_lab.errors import LabError, OptionError
-from llava_lab.interventions.plan import DRAWS, Plan, Positions, carry_out, positions_of
+from llava_lab.interventions.plan import DRAWS, Plan, Positions, carry_out, first_position, positions_of
 from llava_lab.models.layout import language_layers
 from llava_lab.replay.prefix import Prefix
 from llava_lab.replay.score import LOGODDS, LOGPROB, NAMES, SCORES, Reader
@@ -160,12 +160,6 @@ def check_attention(lab: Lab) -> None:
         raise LabError(
             f"expected attention by {' or '.join(KNOWN)}, got {_implementation(lab)!r}; load the model with one of them"
         )
-
-
-def first_position(module: Any, kwargs: dict[str, Any]) -> int:
-    """The position of a call's first row: how much the cache held for this layer before it."""
-    cache = kwargs.get("past_key_values")
-    return 0 if cache is None else int(cache.get_seq_length(module.layer_idx))
 
 
 def _implementation(lab: Lab) -> str:

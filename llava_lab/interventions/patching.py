@@ -24,8 +24,7 @@ from llava_lab.capture import hooked, undisturbed
 from llava_lab.checks import Sweep, entry, one_of, whole_number
 from llava_lab.errors import LabError, OptionError
 from llava_lab.interventions.knockout import windows_around
-from llava_lab.interventions.plan import Positions, positions_of
-from llava_lab.interventions.states import COMPONENTS, Change, changing, parts
+from llava_lab.interventions.plan import COMPONENTS, Change, Positions, changing, parts, positions_of
 from llava_lab.models import read_picture
 from llava_lab.models.layout import language_layers
 from llava_lab.replay.fills import fill_pixels

@@ -27,8 +27,19 @@ from torch import Tensor
 from llava_lab.capture import undisturbed
 from llava_lab.checks import array_of, entry, layer_window, number, shown, whole_number
 from llava_lab.errors import LabError, OptionError
-from llava_lab.interventions.plan import DRAWS, Enter, Plan, Positions, answer_under, carry_out, positions_of
-from llava_lab.interventions.states import Changes, changing, parts, states_before
+from llava_lab.interventions.plan import (
+    DRAWS,
+    Changes,
+    Enter,
+    Plan,
+    Positions,
+    answer_under,
+    carry_out,
+    changing,
+    parts,
+    positions_of,
+    states_before,
+)
 from llava_lab.models.layout import language_layers
 from llava_lab.replay.score import LOGODDS, read_scores
 from llava_lab.replay.targets import Wanted, resolve_targets

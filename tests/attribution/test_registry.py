@@ -18,7 +18,7 @@ from llava_lab.attribution import METHODS, Maps, attribute
 from llava_lab.attribution.method import REGISTERED, AtLeast, Count, Fill, Fusion, Heads, Window, method
 from llava_lab.attribution.registry import works_at
 from llava_lab.errors import OptionError
-from llava_lab.interventions.cover import ask_without
+from llava_lab.interventions.ablate import ask_without
 from llava_lab.judging import compare, faithfulness
 from llava_lab.models import Lab, load
 from llava_lab.replay import fill_pixels

@@ -12,7 +12,7 @@ from llava_lab.capture import hooked, undisturbed
 from llava_lab.errors import OptionError
 from llava_lab.interventions import ablate_tokens, ablated
 from llava_lab.interventions.ablate import FILLS, shuffled
-from llava_lab.interventions.states import states_before
+from llava_lab.interventions.plan import states_before
 from llava_lab.models import Lab
 from llava_lab.models.layout import connector_of
 from llava_lab.replay.prefix import embedded, image_tokens

@@ -13,9 +13,8 @@ import llava_lab as ll
 from llava_lab.capture import hooked, undisturbed
 from llava_lab.cli import main as cli
 from llava_lab.errors import LabError, OptionError
-from llava_lab.interventions.edges import Graph, Shape
+from llava_lab.interventions.circuit import Graph, Pair, Shape
 from llava_lab.interventions.nodes import reading_nodes
-from llava_lab.interventions.pairs import Pair
 from llava_lab.interventions.patching import corrupted_pixels
 from llava_lab.models import Lab
 from llava_lab.models.layout import language_layers

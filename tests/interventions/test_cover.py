@@ -10,7 +10,7 @@ import pytest
 
 import llava_lab as ll
 from llava_lab.errors import CheckpointError, OptionError
-from llava_lab.interventions.cover import cover
+from llava_lab.interventions.ablate import cover
 from llava_lab.models import Lab
 from llava_lab.replay.fills import FILLS
 from tests.support.planted import planted_lab, red_picture
