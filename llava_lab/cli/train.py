@@ -278,7 +278,7 @@ def _read_rates(text: str) -> tuple[float, ...]:
 
 def convert(args: argparse.Namespace) -> Reply:
     """Convert, and say what was written."""
-    from llava_lab.models.convert import convert as write
+    from llava_lab.models.load import convert as write
 
     made = write(args.folder, args.out, vision=args.vision, base=args.base)
     return Reply({**asdict(made), "folder": str(made.folder)}, f"wrote {made.folder}\nfrom {made.source}")

@@ -3,10 +3,13 @@
     lab = load("tiny")
     lab = load("llava-hf/llava-1.5-7b-hf", dtype="bfloat16")
     lab = load("checkpoints/llava-v1.5-7b", vision="openai/clip-vit-large-patch14-336")  # in the original's format
+    convert("llava-v1.5-7b", "llava-v1.5-7b-hf", vision="openai/clip-vit-large-patch14-336")  # written as transformers' folder
 
 The concrete classes are used rather than the Auto ones, and the processor is put together from its parts: starting is mostly
 importing. Nothing that comes with a checkpoint is executed: there is no ``trust_remote_code``, safetensors is preferred, and
 ``.bin`` is read with ``weights_only``. Missing, unexpected and misshapen weights are errors; transformers itself only warns.
+
+`convert`, behind ``llava-lab convert``, writes any LLaVA that can be read here as a transformers folder.
 """
 
 from __future__ import annotations
@@ -33,8 +36,9 @@ from transformers.utils import logging as transformers_logging
 from llava_lab.checks import entry, shown, undoing
 from llava_lab.errors import CheckpointError, OptionError, one_line
 from llava_lab.models import connectors, folders, layout
-from llava_lab.models.card import make_card
+from llava_lab.models.card import connector_name, make_card
 from llava_lab.models.formats import compact, foreign, original
+from llava_lab.models.formats.original import Place
 from llava_lab.models.lab import Lab
 from llava_lab.models.placement import Placement, choose_device
 from llava_lab.models.scope import scope_of
@@ -417,3 +421,55 @@ def quiet() -> Iterator[None]:
 def _some(names: list[str]) -> str:
     shown = ", ".join(sorted(names)[:_LISTED])
     return shown if len(names) <= _LISTED else f"{shown} and {len(names) - _LISTED} more"
+
+
+# -- written in transformers' format --------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was written, and from what."""
+
+    folder: Path
+    source: str
+    parameters: int
+    connector: str
+    vocabulary: int
+    image_token_id: int
+    pad_token_id: int
+    dtype: str
+
+
+def convert(name: str | os.PathLike, out: str | os.PathLike, *, vision: Place = None, base: Place = None) -> Converted:
+    """Write the original LLaVA folder `name` to `out` in transformers' format, in the precision it is stored in.
+
+    The folder appears under its name only when it is whole. `vision` and `base` as for `llava_lab.load`. Raises
+    OptionError (`out` is not empty, or nothing is to be converted), CheckpointError (it cannot be read exactly).
+    """
+    out = Path(out).expanduser()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OptionError(f"{out} exists and is not an empty folder; choose another name")
+    folder = folders.find(name).path
+    if not original.is_original(folders.read_json(folder / "config.json")):
+        raise OptionError(f"{folder} is not in the original LLaVA format; there is nothing to convert")
+    with folders.one_line_of(folder):
+        parts = original.assemble(folder, vision=vision, base=base)
+    text: Any = parts.config.text_config
+    with quiet(), folders.whole_folder(out) as part, folders.one_line_of(folder):
+        stored = Placement(torch.device("cpu"), parts.dtype, "as stored")
+        model = build(folder, parts.config, stored, "sdpa", weights=parts.weights, held=parts.parameters)
+        model.generation_config = GenerationConfig(
+            bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id
+        )
+        model.save_pretrained(part)
+        parts.processor.save_pretrained(part)
+    return Converted(
+        folder=out,
+        source=parts.source,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        connector=connector_name(model),
+        vocabulary=text.vocab_size,
+        image_token_id=parts.config.image_token_index,
+        pad_token_id=parts.config.pad_token_id,
+        dtype=str(parts.dtype).removeprefix("torch."),
+    )
