@@ -16,7 +16,7 @@ import numpy as np
 from llava_lab.errors import OptionError
 from llava_lab.plots.axes import AS_TEXT, named_rows, new_axes, open_frame
 from llava_lab.plots.palette import BLUE, LINES, MARKERS, ORANGE, VERDICTS
-from llava_lab.results import MANY, WORDS, Ablation
+from llava_lab.results import ALL, MANY, WORDS, Ablation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,20 +28,20 @@ _APART, _WITHIN = 0.17, 0.07  # rows: between the two stage settings, and betwee
 _GAP = 0.9  # rows between two groups of differences
 
 
-def accuracies(result: Ablation, *, split: str | None = None, ax: Axes | None = None) -> Axes:
+def accuracies(result: Ablation, *, split: str | None = None, type: str = ALL, ax: Axes | None = None) -> Axes:  # noqa: A002
     """Percent right of every connector, with and without stage 1 side by side, at the result's first budget.
 
     A pale dot per seed; the mean over seeds with its 95% interval (resampling pictures) below them. The first connector is
-    at the top. Raises OptionError for a split that was not tested.
+    at the top. `type` is a type of question ("all" for every one). Raises OptionError for a split or type that was not tested.
 
     >>> plots.accuracies(ll.shipped_ablation()).get_title()
     'test, equal samples'
     """
-    x, arms = _split(result, split), _arms(result)
+    (x, y), arms = _cell(result, split, type), _arms(result)
     names = list(dict.fromkeys(result.connectors[arm] for arm in arms))
     both = len({bool(result.stage1[arm]) for arm in arms}) == 2
     ax = ax if ax is not None else new_axes((6.2, 1.1 + 0.62 * len(names)))
-    asked = result.question_split == x
+    asked = (result.question_split == x) & ((y == 0) | (result.question_type == y))
     labelled: set[bool] = set()
     for arm in arms:
         aligned = bool(result.stage1[arm])
@@ -49,27 +49,27 @@ def accuracies(result: Ablation, *, split: str | None = None, ax: Axes | None = 
         height = names.index(result.connectors[arm]) + (_APART * (-1 if aligned else 1) if both else 0)
         seeds = 100 * result.right[arm][:, asked].mean(1)
         ax.plot(seeds, np.full(len(seeds), height - _WITHIN), marker, color=color, alpha=0.35, markersize=5, markeredgewidth=0)
-        low, high = 100 * result.accuracy_interval[arm, x, 0]
+        low, high = 100 * result.accuracy_interval[arm, x, y]
         ax.plot([low, high], [height + _WITHIN] * 2, color=color, linewidth=2, solid_capstyle="round")
-        mean = 100 * result.accuracy[arm, x, 0]
+        mean = 100 * result.accuracy[arm, x, y]
         legend = None if aligned in labelled else label
         ax.plot(mean, height + _WITHIN, marker, color=color, markersize=7, markeredgecolor="white", label=legend)
         labelled.add(aligned)
     ax.set_yticks(range(len(names)), names, fontsize=9, **AS_TEXT)
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.set_xlabel(
-        f"right, % of {int(result.questions[x, 0]):,} questions\npale: each of {len(result.seeds)} seeds    "
+        f"right, % of {int(result.questions[x, y]):,} questions\npale: each of {len(result.seeds)} seeds    "
         "strong: their mean, 95% over pictures",
         fontsize=8,
     )
-    ax.set_title(f"{result.splits[x]}, equal {result.budgets[arms[0]]}", fontsize=10, **AS_TEXT)
+    ax.set_title(f"{_asked(result, x, y)}, equal {result.budgets[arms[0]]}", fontsize=10, **AS_TEXT)
     named_rows(ax)
     ax.tick_params(axis="y", length=0)
     ax.legend(fontsize=8, framealpha=0.9, edgecolor="none", loc="best")
     return ax
 
 
-def differences(result: Ablation, *, split: str | None = None, ax: Axes | None = None) -> Axes:
+def differences(result: Ablation, *, split: str | None = None, type: str = ALL, ax: Axes | None = None) -> Axes:  # noqa: A002
     """Every two connectors under the same stages: second minus first in percent points, at the result's first budget.
 
     Thick: the effect with its 95% interval over seeds, what a repetition would give; thin, below it: over pictures, of
@@ -80,7 +80,7 @@ def differences(result: Ablation, *, split: str | None = None, ax: Axes | None =
     >>> ax.get_xlabel().splitlines()[0]
     'difference of what is right, percent points'
     """
-    x, arms = _split(result, split), set(_arms(result))
+    (x, y), arms = _cell(result, split, type), set(_arms(result))
     groups = [
         (
             aligned,
@@ -102,7 +102,7 @@ def differences(result: Ablation, *, split: str | None = None, ax: Axes | None =
         heads.append(len(names) - 1)
         height += _GAP
         for pair in pairs:
-            _difference(ax, result, pair, x, height)
+            _difference(ax, result, (pair, x, y), height)
             first, second = (result.connectors[arm] for arm in result.pairs[pair])
             places.append(height)
             names.append(f"{second} {MINUS} {first}")
@@ -115,7 +115,7 @@ def differences(result: Ablation, *, split: str | None = None, ax: Axes | None =
         "difference of what is right, percent points\nthick: 95% over seeds    thin: 95% over pictures    grey: not told apart",
         fontsize=8,
     )
-    ax.set_title(f"{result.splits[x]}, equal {result.budgets[min(arms)]}, {len(result.seeds)} seeds", fontsize=10, **AS_TEXT)
+    ax.set_title(f"{_asked(result, x, y)}, equal {result.budgets[min(arms)]}, {len(result.seeds)} seeds", fontsize=10, **AS_TEXT)
     named_rows(ax)
     ax.tick_params(axis="y", length=0)
     return ax
@@ -158,15 +158,15 @@ def sweep(result: Ablation, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def _difference(ax: Axes, result: Ablation, pair: int, x: int, height: float) -> None:
-    verdict = int(result.verdict[pair, x, 0])
+def _difference(ax: Axes, result: Ablation, cell: tuple[int, int, int], height: float) -> None:
+    verdict = int(result.verdict[cell])
     color = VERDICTS[verdict]
-    of_seeds, of_pictures = (100 * values[pair, x, 0] for values in (result.seed_interval, result.picture_interval))
+    of_seeds, of_pictures = (100 * values[cell] for values in (result.seed_interval, result.picture_interval))
     ax.plot(of_seeds, [height - 0.08] * 2, color=color, linewidth=3.2, solid_capstyle="round")
     ax.plot(of_pictures, [height + 0.22] * 2, color=color, linewidth=1, solid_capstyle="butt")
-    ax.plot(100 * result.effect[pair, x, 0], height - 0.08, "o", color=color, markersize=6.5, markeredgecolor="white")
+    ax.plot(100 * result.effect[cell], height - 0.08, "o", color=color, markersize=6.5, markeredgecolor="white")
     text = WORDS[verdict]
-    needed = float(result.seeds_needed[pair, x, 0])
+    needed = float(result.seeds_needed[cell])
     if verdict == 0 and result.stated:
         text += f"; {_seeds(needed, len(result.seeds), result.stated)}"
     ax.text(
@@ -205,7 +205,14 @@ def _arms(result: Ablation) -> list[int]:
     return [arm for arm, budget in enumerate(result.budgets) if budget == result.budgets[0]]
 
 
-def _split(result: Ablation, split: str | None) -> int:
+def _cell(result: Ablation, split: str | None, type: str) -> tuple[int, int]:  # noqa: A002
+    """Numbers of a split and a type of question. Raises OptionError for one that was not tested."""
     if split is not None and split not in result.splits:
         raise OptionError(f"split must be one of {', '.join(result.splits)}, got {split!r}")
-    return 0 if split is None else result.splits.index(split)
+    if type not in result.types:
+        raise OptionError(f"type must be one of {', '.join(result.types)}, got {type!r}")
+    return (0 if split is None else result.splits.index(split)), result.types.index(type)
+
+
+def _asked(result: Ablation, x: int, y: int) -> str:
+    return result.splits[x] if y == 0 else f"{result.splits[x]}, {result.types[y]}"

@@ -62,6 +62,20 @@ def test_another_split_is_drawn_from_its_own_questions() -> None:
             draw(example_ablation(), split="validation")
 
 
+def test_one_type_of_question_is_drawn_from_its_own_cells() -> None:
+    result = example_ablation()
+    ax = plots.accuracies(result, type="color")
+    dots = [line for line in ax.lines if len(_xy(line)[0]) == 5]
+    np.testing.assert_allclose(_xy(dots[0])[0], np.array([2, 3, 2, 3, 2]) / 6 * 100)  # of 4 or 5 right every second is of color
+    assert ("6 questions" in ax.get_xlabel(), ax.get_title()) == (True, "test, color, equal samples")
+    ax = plots.differences(result, type="color")
+    assert {text.get_text() for text in ax.texts} == {"not distinguishable; 2 points: 40 seeds"}
+    assert ax.get_title() == "test, color, equal samples, 5 seeds"
+    for draw in (plots.accuracies, plots.differences):
+        with pytest.raises(OptionError, match="type must be one of all, color, count, got 'kind'"):
+            draw(result, type="kind")
+
+
 def test_a_difference_has_its_verdict_in_colour_and_in_words() -> None:
     ax = plots.differences(example_ablation())
     assert _names(ax)[:4] == ["with stage 1", "mlp2x_gelu − linear", "bottleneck − linear", "bottleneck − mlp2x_gelu"]
