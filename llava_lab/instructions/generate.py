@@ -43,10 +43,9 @@ from llava_lab.checks import PATIENCE, entry, shown
 from llava_lab.errors import DataError, OptionError
 from llava_lab.instructions.card import data_card
 from llava_lab.instructions.claims import TYPES, read_claims, sentences
-from llava_lab.instructions.context import Context
+from llava_lab.instructions.context import TAUGHT, Context, Kind, read_kinds
 from llava_lab.instructions.facts import Facts
 from llava_lab.instructions.filters import REASONS, Turn, judge, parse, plain, yes_or_no
-from llava_lab.instructions.kinds import TAUGHT, Kind, read_kinds
 from llava_lab.instructions.readers import Contexts
 from llava_lab.instructions.teachers import Teacher, Told, request_key
 from llava_lab.remote.replies import Reply, ReplyCache

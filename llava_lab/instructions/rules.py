@@ -21,9 +21,8 @@ from dataclasses import replace
 import numpy as np
 
 from llava_lab.errors import OptionError
-from llava_lab.instructions.context import Context
+from llava_lab.instructions.context import KINDS, Context, Kind
 from llava_lab.instructions.facts import at_place
-from llava_lab.instructions.kinds import KINDS, Kind
 from llava_lab.instructions.teachers import Told
 from llava_lab.worlds.photo_names import with_article
 from llava_lab.worlds.picturebook import Question, Scene, Thing, ask_about

@@ -25,8 +25,7 @@ from typing import Any, Protocol
 
 from llava_lab.checks import number, whole_number
 from llava_lab.errors import CheckpointError, OptionError, one_line
-from llava_lab.instructions.context import Context
-from llava_lab.instructions.kinds import Kind
+from llava_lab.instructions.context import Context, Kind
 from llava_lab.remote.client import Endpoint
 
 UNKNOWN_TERMS = (

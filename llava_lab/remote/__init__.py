@@ -1,8 +1,7 @@
 """Closed models behind a server: asked and explained within a budget. Imported when a server is named."""
 
-from llava_lab.remote.black_box import BlackBox, open_black_box
+from llava_lab.remote.black_box import BlackBox, open_black_box, open_judge
 from llava_lab.remote.explain import estimate
-from llava_lab.remote.judge import open_judge
 
 __all__ = [
     "BlackBox",

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from llava_lab.evaluation.benchmarks import choice, judged, short, twins, yes_no
+from llava_lab.evaluation.benchmarks import choice, judged, short, twins
 from llava_lab.evaluation.benchmarks.benchmark import MC, SW, Question, interval, question, resampled, values_of
 from llava_lab.evaluation.benchmarks.run import tabulate
 
@@ -104,7 +104,7 @@ def test_vizwiz_takes_unanswerable_as_an_answer() -> None:
     ],
 )
 def test_pope_reads_an_answer_as_its_script(answer: str, read: str) -> None:
-    assert yes_no.parse_pope(answer) == read
+    assert choice.parse_pope(answer) == read
 
 
 def test_pope_counts_by_hand() -> None:
@@ -113,7 +113,7 @@ def test_pope_counts_by_hand() -> None:
     said = ["Yes"] * 3 + ["No"] + ["Yes"] * 2 + ["No"] * 2
     asked = [ask(f"r{i}", label, kind="random") for i, label in enumerate(truth)]
     asked += [ask(f"p{i}", label, kind="popular") for i, label in enumerate(truth)]
-    measures = yes_no.score_pope(asked, said + [label.capitalize() for label in truth])
+    measures = choice.score_pope(asked, said + [label.capitalize() for label in truth])
     names = ("F1 random", "accuracy random", "precision random", "recall random", "yes ratio random")
     assert [value(measures, name, 16) for name in names] == pytest.approx([200 / 3, 62.5, 60, 75, 62.5])
     assert value(measures, "F1", 16) == pytest.approx((200 / 3 + 100) / 2)
@@ -122,7 +122,7 @@ def test_pope_counts_by_hand() -> None:
 
 def test_pope_that_never_says_yes_has_no_precision_and_no_crash() -> None:
     asked = [ask("1", "yes", kind="random"), ask("2", "no", kind="random")]
-    measures = yes_no.score_pope(asked, ["No", "No"])
+    measures = choice.score_pope(asked, ["No", "No"])
     assert value(measures, "F1 random", 2) == 0
     assert np.isnan(value(measures, "precision random", 2))
 
@@ -132,7 +132,7 @@ def test_pope_that_never_says_yes_has_no_precision_and_no_crash() -> None:
     [("Yes", "yes"), ("no.", "no"), (" yes", "yes"), ("Not", "no"), ("It is no", "other"), ("", "other"), ("The yes", "other")],
 )
 def test_mme_looks_at_four_characters(answer: str, read: str) -> None:
-    assert yes_no.parse_mme(answer) == read
+    assert choice.parse_mme(answer) == read
 
 
 def test_mme_adds_single_answers_and_pairs() -> None:
@@ -144,7 +144,7 @@ def test_mme_adds_single_answers_and_pairs() -> None:
             name = f"{subtask}/{i // 2}"
             asked.append(ask(f"{name}#{i % 2}", ("yes", "no")[i % 2], picture=name, kind=subtask, group=name))
             answers.append(answer)
-    measures = yes_no.score_mme(asked, answers)
+    measures = choice.score_mme(asked, answers)
     assert value(measures, "existence", 4) == pytest.approx(125)
     assert value(measures, "perception", 4) == pytest.approx(175)
     assert value(measures, "cognition", 4) == pytest.approx(200)
@@ -302,11 +302,11 @@ def test_chair_counts_what_is_named_in_vain() -> None:
 def test_pope_on_drawn_scenes_samples_as_pope_does() -> None:
     asked = twins.pope("test", 12, 0)
     alone, together = twins.frequencies()
-    for name in yes_no.SPLITS:
+    for name in choice.SPLITS:
         rows = [one for one in asked if one.kind == name]
         assert [one.accepted[0] for one in rows].count("yes") * 2 == len(rows)
     questions = {
-        name: [one.item.question for one in asked if one.kind == name and one.accepted == ("yes",)] for name in yes_no.SPLITS
+        name: [one.item.question for one in asked if one.kind == name and one.accepted == ("yes",)] for name in choice.SPLITS
     }
     assert questions["random"] == questions["popular"] == questions["adversarial"]
 

@@ -10,8 +10,8 @@ import pytest
 
 from llava_lab.errors import DataError, OptionError
 from llava_lab.instructions import KINDS, TAUGHT, Box, Context, read_kinds
+from llava_lab.instructions.context import FOLDER
 from llava_lab.instructions.filters import gives_away, judge, parse, yes_or_no
-from llava_lab.instructions.kinds import FOLDER
 
 CONTEXT = Context(("A brown dog catches a yellow frisbee in a park.",), (Box("dog", 0, 0, 1, 1),))
 TURNS = read_kinds(KINDS)["conversation"]

@@ -12,8 +12,7 @@ from llava_lab.capture.reducers import Full
 from llava_lab.errors import OptionError
 from llava_lab.models import Lab
 from llava_lab.models.layout import language_layers
-from llava_lab.page.check import Answer, agreement, ask, engine, torch_engine
-from llava_lab.page.graphs import Read, check_model, export, in_16_bits
+from llava_lab.page.graphs import Answer, Read, agreement, ask, check_model, engine, export, in_16_bits, torch_engine
 from llava_lab.results import Run
 from llava_lab.worlds.picturebook import scene
 

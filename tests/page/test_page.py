@@ -13,8 +13,8 @@ from playwright.sync_api import Browser, Page
 import llava_lab as ll
 from llava_lab.cli import main as cli
 from llava_lab.errors import DataError, LabError
-from llava_lab.page import build, runtime
-from llava_lab.page.runtime import as_object, cache_folder
+from llava_lab.page import build
+from llava_lab.page.build import as_object, cache_folder
 from widgets import demo
 
 SLOW = 240_000  # ms: the machine may be busy with other tests
@@ -25,12 +25,12 @@ def test_a_package_of_other_bytes_and_a_machine_without_npm_are_one_line(tmp_pat
     other = tmp_path / "other.tgz"
     other.write_bytes(b"not the package")
     with pytest.raises(DataError, match="is not onnxruntime-web"):
-        runtime.runtime(other)
+        build.runtime(other)
     monkeypatch.setenv("LLAVA_LAB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(runtime.shutil, "which", lambda name: None)
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
     assert cache_folder() == tmp_path / "cache"
     with pytest.raises(LabError, match="no npm to fetch it"):
-        runtime.tarball()
+        build.tarball()
 
 
 def test_a_module_becomes_one_object_with_what_it_exports() -> None:
@@ -41,7 +41,7 @@ def test_a_module_becomes_one_object_with_what_it_exports() -> None:
 
 
 def test_graphs_that_answer_otherwise_are_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llava_lab.page.check import Agreement
+    from llava_lab.page.graphs import Agreement
 
     monkeypatch.setattr(build, "offered", lambda *given: demo.write)
     monkeypatch.setattr(build, "runtime", lambda package: {"script": "", "wasm": b"", "licence": ""})
@@ -65,7 +65,7 @@ def test_the_command_wants_a_page_s_name(capsys: pytest.CaptureFixture[str]) -> 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The whole page by the command itself; `run.py test --all` fetches its runtime before the suite starts."""
-    assert (cache_folder() / f"{runtime.PACKAGE}-{runtime.VERSION}.tgz").is_file(), "`python3 run.py test --all` fetches it"
+    assert (cache_folder() / f"{build.PACKAGE}-{build.VERSION}.tgz").is_file(), "`python3 run.py test --all` fetches it"
     path = tmp_path_factory.mktemp("page") / "demo.html"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "offered", lambda *given: demo.write)  # the checkout's own, whatever is installed

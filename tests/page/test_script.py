@@ -18,7 +18,7 @@ from llava_lab.models import Lab
 from llava_lab.models.scope import fold
 from llava_lab.models.text import decode, group_words
 from llava_lab.page.build import SCRIPTS, SIDES, shares, spec, words, world
-from llava_lab.page.check import Answer, ask, torch_engine
+from llava_lab.page.graphs import Answer, ask, torch_engine
 from llava_lab.results import Run
 from llava_lab.worlds.drawing import KINDS, PAPERS
 from llava_lab.worlds.picturebook import ask_about, scene

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from functools import partial
 from types import MappingProxyType
 
-from llava_lab.evaluation.benchmarks import choice, judged, short, twins, yes_no
+from llava_lab.evaluation.benchmarks import choice, judged, short, twins
 from llava_lab.evaluation.benchmarks.benchmark import Benchmark
 
 LLAVA = "haotian-liu/LLaVA @ c121f04"
@@ -84,8 +84,8 @@ _ALL = (
         "is there a thing in the picture; F1, mean over random, popular and adversarial absent things",
         "coco_pope_random.json, coco_pope_popular.json, coco_pope_adversarial.json, val2014/",
         f"{LLAVA} llava/eval/eval_pope.py",
-        yes_no.score_pope,
-        read=yes_no.read_pope,
+        choice.score_pope,
+        read=choice.read_pope,
         twin=twins.pope,
     ),
     Benchmark(
@@ -94,10 +94,10 @@ _ALL = (
         "two questions about each picture, one yes and one no; points for single answers and for both",
         "MME_Benchmark_release_version/ with a folder for each subtask",
         f"{LLAVA} scripts/v1_5/eval/mme.sh and MME's eval_tool/calculation.py",
-        yes_no.score_mme,
-        read=yes_no.read_mme,
+        choice.score_mme,
+        read=choice.read_mme,
         twin=twins.mme,
-        submit=yes_no.submit_mme,
+        submit=choice.submit_mme,
     ),
     Benchmark(
         "mmbench",

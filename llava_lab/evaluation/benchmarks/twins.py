@@ -25,10 +25,9 @@ from itertools import combinations
 import numpy as np
 
 from llava_lab.evaluation.benchmarks.benchmark import SW, Measure, Question, Tally, question
-from llava_lab.evaluation.benchmarks.choice import APART, mmbench_prompt, scienceqa_prompt
+from llava_lab.evaluation.benchmarks.choice import APART, SPLITS, mmbench_prompt, scienceqa_prompt
 from llava_lab.evaluation.benchmarks.judged import VET_TASK, WILD_TASK
 from llava_lab.evaluation.benchmarks.short import UNANSWERABLE, normalise
-from llava_lab.evaluation.benchmarks.yes_no import SPLITS
 from llava_lab.worlds import picturebook
 from llava_lab.worlds.drawing import COLORS, KINDS
 from llava_lab.worlds.questions import DIRECTIONS, MARGIN, NUMBERS, OPPOSITE, PLACES, article, names_for, plural

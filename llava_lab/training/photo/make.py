@@ -48,9 +48,8 @@ from llava_lab.models.formats import efficientnet, photo
 from llava_lab.results import only_writer, whole_file
 from llava_lab.training import loop
 from llava_lab.training.recipe import Stage
-from llava_lab.training.smol.batches import Batch, Chat, texts_batch
+from llava_lab.training.smol.batches import Batch, Chat, many_texts, texts_batch
 from llava_lab.training.smol.make import adapt, answered, compiled, distance, loss_of, quick_numbers, write_weights
-from llava_lab.training.smol.own_texts import many_texts
 from llava_lab.worlds.photo_names import Photo, classes, read_photos
 from llava_lab.worlds.photo_scenes import absent, draw_scene, opened, present, talk_about
 

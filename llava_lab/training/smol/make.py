@@ -39,8 +39,7 @@ from llava_lab.results import only_writer, whole_file
 from llava_lab.training import loop
 from llava_lab.training.features import tower_features
 from llava_lab.training.recipe import Stage
-from llava_lab.training.smol.batches import Batch, Chat, SmolData, asked_blocks, draw
-from llava_lab.training.smol.own_texts import many_texts, own_texts
+from llava_lab.training.smol.batches import Batch, Chat, SmolData, asked_blocks, draw, many_texts, own_texts
 from llava_lab.training.text import IGNORE
 from llava_lab.training.tiny.tower import normalise
 from llava_lab.worlds.picturebook import scene
