@@ -89,13 +89,7 @@ class ServerTeacher:
         """
         if not isinstance(model, str) or not model.strip():
             raise OptionError(f"a teacher behind a server needs the name it has there, got {model!r}")
-        self.endpoint = Endpoint(
-            base_url,
-            max_requests=whole_number("max_requests", max_requests, least=1),
-            key_variable=key_variable,
-            timeout=number("timeout", timeout, least=0.001),
-            retries=whole_number("retries", retries),
-        )
+        self.endpoint = Endpoint(base_url, max_requests=max_requests, key_variable=key_variable, timeout=timeout, retries=retries)
         self.model, self.name, self.price = model, model, price
         self.temperature = number("temperature", temperature)
         self.terms = terms or UNKNOWN_TERMS.format(f"{model} and of whoever runs {self.endpoint.base_url}")

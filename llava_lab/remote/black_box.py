@@ -54,7 +54,6 @@ PREFIX = "openai:"
 SCORINGS = ("auto", "top", "prefill", "agreement")
 MOST_LISTED = 20  # tokens OpenAI and vLLM list at each place
 LARGEST_GRID = 64  # cells a side
-LONGEST_WAIT = 86_400  # seconds for one reply
 INSIDE = frozenset(  # what a Lab has and a closed model has not
     {
         "model",
@@ -159,16 +158,8 @@ class BlackBox:
         self.longest, self.price = whole_number("longest", longest, least=1), _price(price)
         if not -1000 <= self.floor < 0:
             raise OptionError(f"floor is the log-probability of what is not listed, below 0; got {floor!r}")
-        if not 0 < number("timeout", timeout) <= LONGEST_WAIT:
-            raise OptionError(f"timeout must be seconds above 0 and at most {LONGEST_WAIT:,}, got {timeout!r}")
         self.system, self.detail = system, detail
-        self.endpoint = Endpoint(
-            base_url,
-            max_requests=whole_number("max_requests", max_requests, least=1),
-            key_variable=key_variable,
-            timeout=timeout,
-            retries=whole_number("retries", retries),
-        )
+        self.endpoint = Endpoint(base_url, max_requests=max_requests, key_variable=key_variable, timeout=timeout, retries=retries)
         self.cache = ReplyCache(cache_folder(cache))
         self.used = (0, 0)  # tokens read and written by requests sent
         self._lock = threading.Lock()
@@ -195,14 +186,13 @@ class BlackBox:
 
     @max_requests.setter
     def max_requests(self, number: int) -> None:
-        self.endpoint.max_requests = number
+        self.endpoint.max_requests = whole_number("max_requests", number, least=1)
 
     @property
     def cost(self) -> float | None:
         """What the requests sent so far cost at `price`, by the server's own count of tokens."""
         return self._cost(self.used)
 
-    @entry
     @entry
     def ask(
         self,

@@ -41,10 +41,12 @@ from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from email.message import Message
+from itertools import islice
 from typing import Any
 from urllib.parse import SplitResult, unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+from llava_lab.checks import number, whole_number
 from llava_lab.errors import BudgetError, EndpointError, OptionError, printable
 from llava_lab.remote.replies import LARGEST, MOST_CHARACTERS, Hide, Reply, read_reply, short
 
@@ -56,6 +58,7 @@ NOT_TAKEN = (400, 403, 405, 415, 422, 501)  # may be about an option
 NO_CREDIT = ("insufficient_quota", "billing_hard_limit_reached", "insufficient_credits")
 FIRST_PAUSE = 0.5  # seconds, doubled each time
 LONGEST_PAUSE = 60.0  # seconds; a server that asks for more is not waited for
+LONGEST_WAIT = 86_400  # seconds for one reply
 SHORTEST_SECRET = 8  # characters; what is shorter ("EMPTY", "x") is no secret and may be part of any text
 THREAD = "llava-lab request"
 EXAMPLE = "http://127.0.0.1:8000/v1"
@@ -72,6 +75,7 @@ OPTIONS = {
 }
 LISTED = ("top_logprobs", "logprobs")
 FEWER = (5, 0)  # likeliest tokens at each place that a server may still list where it refuses more
+MOST_TOLD = 1000  # texts of an error that are read; one of a real server has a dozen
 FIELDS = ("param", "loc", "field", "parameter")  # of an error: where it is
 ECHOES = ("input", "body", "request", "ctx")  # of an error: what was sent, which names everything
 
@@ -114,11 +118,14 @@ class Endpoint:
     def __init__(
         self, base_url: str, *, max_requests: int, key_variable: str | None = None, timeout: float = 60.0, retries: int = 4
     ) -> None:
+        """What is no address, no number of requests or no time to wait is refused here (OptionError), for whoever asks."""
         self.base_url = _checked(base_url)
         self.key_variable = key_variable or KEY_VARIABLE
         self.key_is_named = key_variable is not None
-        self.timeout, self.retries = timeout, retries
-        self.max_requests = max_requests
+        self.timeout, self.retries = number("timeout", timeout), whole_number("retries", retries)
+        if not 0 < self.timeout <= LONGEST_WAIT:
+            raise OptionError(f"timeout must be seconds above 0 and at most {LONGEST_WAIT:,}, got {timeout!r}")
+        self.max_requests = whole_number("max_requests", max_requests, least=1)
         self.requests = 0  # sent so far
         self.left_out: tuple[str, ...] = ()  # of `OPTIONS`, what this server refused
         self.most_listed: int | None = None  # likeliest tokens at each place, where it refused more
@@ -245,7 +252,7 @@ class Endpoint:
             # sent after the work had begun, when the status had gone out
             status = code if isinstance(code, int) and 400 <= code < 600 else 200
         said = text if data is None else data
-        reason, told = short(_reason(said), hide), list(_told(said))
+        reason, told = short(_reason(said), hide), list(islice(_told(said), MOST_TOLD))
         where = f"{answered} {status}" + (f" ({reason})" if reason else "")
         if status == 200:
             return Failure(f"{answered} with an error ({reason})")
@@ -315,17 +322,20 @@ class Endpoint:
 def hiding(key: str) -> Hide:
     """A function that cuts `key` out of a text, in whatever spelling a header, an address, HTML or JSON may hold it.
 
-    Upper or lower case; with JSON's, percent and HTML escapes; with blanks or what is not shown between its letters. Half
-    of it, as a server may leave where it cuts a text, is cut out too.
+    Upper or lower case; with JSON's, percent and HTML escapes; with blanks, backslashes or what is not shown between its
+    letters. Half of it, as a server may leave where it cuts a text, is cut out too. One pass, whatever the text: while a
+    search runs no other thread does, and nobody could leave a server that slows it down.
     """
-    if len(key) < SHORTEST_SECRET:
+    # its own backslashes are passed over like those that JSON writes before a letter
+    codes = [(re.escape(letter), ord(letter)) for letter in key if letter != "\\"]
+    if len(key) < SHORTEST_SECRET or not codes:
         return str
-    codes = [(re.escape(letter), ord(letter)) for letter in key]
-    letters = [rf"\\*(?:{own}|u00{n:02x}|x{n:02x}|%(?:25)*{n:02x}|&#(?:0*{n}|x0*{n:x});)" for own, n in codes]
+    letters = [rf"(?:{own}|u00{n:02x}|x{n:02x}|%(?:25)*{n:02x}|&#(?:0*{n}|x0*{n:x});)" for own, n in codes]
     half = (len(letters) + 1) // 2
     parts = [letters] if half < SHORTEST_SECRET else [letters, [*letters[:half], r"[\w.~+/=%&#;\\-]*"], letters[-half:]]
-    blank = "[^!-~]*"  # is never part of a letter, so that the search takes one pass
-    pattern = re.compile("|".join(map(blank.join, parts)), re.IGNORECASE | re.ASCII)
+    # possessive: what stands between two letters is passed once and never tried again in parts
+    between = r"[^!-\[\]-~]*+"
+    pattern = re.compile("|".join(between.join(part) for part in parts), re.IGNORECASE | re.ASCII)
     return lambda text: pattern.sub("[key]", text)
 
 

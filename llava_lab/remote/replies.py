@@ -30,6 +30,7 @@ LARGEST = 16 * 2**20  # bytes of a reply or of its file; an answer has a few tho
 MOST_CHARACTERS = 100_000
 MOST_TOKENS = 4096  # and words; an answer about a picture has a few hundred
 MOST_TOP = 64  # likeliest tokens read at one place
+MOST_PIECE = 1000  # bytes of a token; the longest of real tokenizers are runs of a hundred blanks
 MOST_END_MARKS = 8  # tokens after the text, as "</s>"
 MOST_USED = 10**9  # tokens that a count may claim
 LONGEST_REASON = 200  # characters of a server's own words in a message of ours
@@ -190,6 +191,8 @@ def _piece(token: Any, hide: Hide) -> tuple[bytes, float]:
     numbers = token.get("bytes")
     # as a list, for `bytes` of one number would be that many zeros
     piece = bytes(list(numbers)) if numbers else _whole(token["token"]).encode()
+    if len(piece) > MOST_PIECE:
+        raise ValueError("more than a token")
     logprob = float(token["logprob"])
     shown = hide(piece.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
     return shown, logprob if math.isfinite(logprob) else UNLIKELY

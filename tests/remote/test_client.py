@@ -252,6 +252,7 @@ INFINITE, HALF = 1e999, "\ud83d"
     (completed("a", tokens=[token("b")] * 20_000), "a", False),
     (completed("a", tokens=[token("a"), *[token("")] * 20_000]), "a", False),
     (completed("a", tokens=[token("a"), token("</s>"), token("")]), "a", True),
+    (completed("a" * 1500, tokens=[token("a" * 1500)]), "a" * 1500, False),  # no token is that long
 ])  # fmt: skip
 def test_strange_numbers_beside_an_answer_do_not_spoil_it(tmp_path: Path, reply: Answered, answer: str, listed: bool) -> None:
     with serving(lambda asked: reply) as server:

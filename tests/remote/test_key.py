@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ import pytest
 
 import llava_lab as ll
 from llava_lab.errors import EndpointError, OptionError
-from llava_lab.remote.client import Endpoint
+from llava_lab.instructions import ServerTeacher
+from llava_lab.remote import open_judge
+from llava_lab.remote.client import Endpoint, hiding
 from tests.support.endpoint_server import PLAIN, QUESTION, Answered, Asked, closed, open_box, says, serving
 
 KEY = "sk-very-secret-0123456789"
@@ -130,6 +133,28 @@ def test_a_key_in_pieces_is_in_no_answer_and_no_file(tmp_path: Path, content: An
         assert [fragment for fragment in FRAGMENTS if fragment.encode() in stored] == []
 
 
+@pytest.mark.parametrize("part", [
+    "\\", "s\\", "s \\", " ", "s ", "%25", "s%25", "&#0", "\\u00", "s\u200b", "sk-very-secret-", KEY[:12] + "\\" * 40, "a",
+])  # fmt: skip
+def test_no_text_slows_the_search_for_the_key_down(part: str) -> None:
+    """While a pattern is searched no other thread runs, so no deadline would hold: 8,000 backslashes once took minutes."""
+    hide, text = hiding(KEY), (part * 8000)[:8000]
+    start = time.process_time()
+    hidden = hide(text)
+    assert time.process_time() - start < 3
+    assert hide(f"{text}{KEY}").endswith("[key]")
+    assert (hidden == text) == (KEY[:13] not in text)
+
+
+@pytest.mark.parametrize(
+    "key", ["sk-ab\\cd\\\\ef0123", "\\\\server\\secret", "%41%42-secret", "u0073u0074-x41", "&#65;secret", "ssssssssss"]
+)
+@pytest.mark.parametrize("spelt", [str, json.dumps, lambda key: json.dumps(json.dumps(key)), lambda key: " ".join(key)])
+def test_a_key_of_strange_letters_is_found_too(key: str, spelt: Any) -> None:
+    assert "[key]" in hiding(key)(f"no {spelt(key)}!")
+    assert hiding("\\" * 9)("a text") == "a text"
+
+
 def test_a_proxy_is_used_where_the_environment_names_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(lambda asked: says("yes")) as server:
         monkeypatch.setenv("http_proxy", server.base_url.replace("http://", "http://me:p%40ss@"))
@@ -152,6 +177,28 @@ def test_an_odd_address_is_refused_before_anything_is_sent(base_url: Any) -> Non
     with pytest.raises(OptionError) as raised:
         Endpoint(base_url, max_requests=1)
     assert "\n" not in str(raised.value)
+
+
+NOT_TAKEN = [
+    *(("timeout", value) for value in (float("nan"), float("inf"), -1, 0, 1e300, 86_401, "5", True)),
+    *(("retries", value) for value in (-1, 1.5, "2")),
+    *(("max_requests", value) for value in (0, -1, "5", 2**70)),
+]
+
+
+@pytest.mark.parametrize(("option", "value"), NOT_TAKEN)
+def test_whoever_opens_a_server_is_told_of_an_option_that_is_none(option: str, value: Any) -> None:
+    at = "http://127.0.0.1:1/v1"
+    for opening in (
+        lambda **options: ll.load("openai:m", base_url=at, cache=False, **options),
+        lambda **options: open_judge("m", at, cache=False, **options),
+        lambda **options: ServerTeacher("m", at, **{"max_requests": 1, **options}),
+    ):
+        with pytest.raises(OptionError, match=f"^{option} must be"):
+            opening(**{option: value})
+    box = ll.load("openai:m", base_url=at, cache=False)
+    with pytest.raises(OptionError, match="max_requests must be"):
+        box.max_requests = 0
 
 
 def test_no_redirect_carries_the_key_anywhere(tmp_path: Path) -> None:
