@@ -110,16 +110,42 @@ class Sheet:
         return all(self.measure(text[:end], size) <= room for end in ends)
 
     def write(
-        self, x: float, y: float, text: str, size: float = 13, color: str = INK, *, room: float | None = None, ha: str = "left"
+        self,
+        x: float,
+        y: float,
+        text: str,
+        size: float = 13,
+        color: str = INK,
+        *,
+        room: float | None = None,
+        ha: str = "left",
+        end: str = "",
     ) -> None:
-        """One line of text, its top at `y`, shortened to `room` units."""
+        """One line of text, its top at `y`, shortened to `room` units; `end`, a number say, is written whole."""
+        shown = self.shortened(text, size, room, end=end)
+        self.ax.text(x, y, shown, fontsize=size * 0.72, color=color, ha=ha, va="top", parse_math=False)
+
+    def shortened(self, text: str, size: float, room: float | None, *, end: str = "") -> str:
+        """A text on one line, as much of it as `room` units hold beside the whole `end`."""
         shown = in_font(" ".join(text.split()))
-        if room is not None and len(shown) > 1 and not self.fits(shown, size, room):
+        if room is not None and len(shown) > 1 and not self.fits(shown + end, size, room):
             too_long = bisect.bisect_left(
-                range(len(shown) - 1), True, key=lambda end: not self.fits(_cut(shown, end), size, room)
+                range(len(shown) - 1), True, key=lambda at: not self.fits(_cut(shown, at) + end, size, room)
             )
             shown = _cut(shown, max(0, too_long - 1))
-        self.ax.text(x, y, shown, fontsize=size * 0.72, color=color, ha=ha, va="top", parse_math=False)
+        return shown + end
+
+    def wrapped(self, text: str, size: float, room: float, most: int = 3) -> list[str]:
+        """The lines a text takes when it is set at most `room` wide; the last of `most` has what is left."""
+        lines, words = [""], in_font(text).split()
+        for place, word in enumerate(words):
+            if not lines[-1] or self.fits(f"{lines[-1]} {word}", size, room):
+                lines[-1] = f"{lines[-1]} {word}".strip()
+            elif len(lines) < most:
+                lines.append(word)
+            else:
+                return [*lines[:-1], " ".join([lines[-1], *words[place:]])]
+        return lines
 
     def box(self, x: float, y: float, width: float, height: float, **how: Any) -> None:
         self.ax.add_patch(Rectangle((x, y), width, height, **{"linewidth": 0, **how}))
@@ -146,13 +172,16 @@ class Sheet:
         self.top += math.ceil(count / per_line) * (size[1] + caption)
 
     def line(self, text: str) -> None:
-        """A footnote over the whole width."""
-        self.write(MARGIN, self.top + 6, text, 13, SOFT, room=WIDTH - 2 * MARGIN)
-        self.top += 26
+        """A footnote over the whole width, in as many as three lines."""
+        room = WIDTH - 2 * MARGIN
+        lines = self.wrapped(text, 13, room)
+        for place, line in enumerate(lines):
+            self.write(MARGIN, self.top + 6 + 18 * place, line, 13, SOFT, room=room)
+        self.top += 26 + 18 * (len(lines) - 1)
 
-    def title(self, text: str, scale: Scale | None = None) -> None:
+    def title(self, text: str, scale: Scale | None = None, *, end: str = "") -> None:
         """A block's title, and its colour strip with real numbers at the right."""
-        self.write(MARGIN, self.top + 12, text, 16, room=WIDTH - 2 * MARGIN if scale is None else 560)
+        self.write(MARGIN, self.top + 12, text, 16, room=WIDTH - 2 * MARGIN if scale is None else 560, end=end)
         if scale is not None:
             color = colors_of(scale[0] < 0).astype(np.float64)
             alpha = color[:, 3:] / 255
@@ -173,16 +202,7 @@ class Sheet:
         self.write(left, self.top, run.question, 18, SOFT, room=room)
         answer = in_font(" ".join(run.answer_shown.split()))
         height = 30 if self.fits(answer, 30, room) else 20
-        lines, words = [""], answer.split()
-        for place, word in enumerate(words):
-            if self.fits(f"{lines[-1]} {word}", height, room):
-                lines[-1] = f"{lines[-1]} {word}".strip()
-            elif len(lines) < 3:
-                lines.append(word)
-            else:
-                lines[-1] = " ".join([lines[-1], *words[place:]])  # the last of three lines is shortened
-                break
-        for line in lines:
+        for line in self.wrapped(answer, height, room):
             self.write(left, bottom, line, height, room=room)
             bottom += round(1.3 * height)
         about = f"{run.model}, seed {run.seed}, {run.map.rows} × {run.map.cols} patches"
@@ -222,9 +242,12 @@ def fit(run: Run, side: int) -> Size:
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-def titled(ax: Axes, title: str, about: str) -> None:
-    ax.text(0, 1.14, in_font(title), transform=ax.transAxes, fontsize=11.5, color=INK, parse_math=False)
-    ax.text(0, 1.04, in_font(about), transform=ax.transAxes, fontsize=9, color=SOFT, parse_math=False)
+def titled(ax: Axes, title: str, *about: str) -> None:
+    """A title above the axes, and under it a line or two of what is drawn."""
+    for place, line in enumerate(reversed(about)):
+        ax.text(0, 1.04 + 0.07 * place, in_font(line), transform=ax.transAxes, fontsize=9, color=SOFT, parse_math=False)
+    above = 1.07 + 0.07 * len(about)
+    ax.text(0, above, in_font(title), transform=ax.transAxes, fontsize=11.5, color=INK, parse_math=False)
 
 
 def quiet(ax: Axes) -> None:

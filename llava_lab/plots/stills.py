@@ -24,7 +24,6 @@ from llava_lab.plots.sheet import (
     Scale,
     Sheet,
     fit,
-    in_font,
     overlay,
     plain_style,
     png,
@@ -80,19 +79,21 @@ def word_maps(
     fitting = (WIDTH - 2 * MARGIN + GAP) // (116 + GAP)
     columns = _strongest(every, next(iter(shown.values())), MOST_WORDS if len(shown) == 1 else fitting)
     per_line = min(len(columns), fitting)
-    tile = fit(run, min(190, (WIDTH - 2 * MARGIN + GAP) // per_line - GAP))
+    side = min(190, (WIDTH - 2 * MARGIN + GAP) // per_line - GAP)
+    tile = fit(run, side)
     for name, rel in shown.items():
         scale = (scales or {}).get(name) or range_over([rel.values])
         better = (beats or {}).get(name, ())
         sheet.title(f"{name} (control)" if name in controls else name, scale)
-        for x, y, target in sheet.tiles(columns, per_line, tile, caption=26):
+        for x, y, target in sheet.tiles(columns, per_line, (side, tile[1]), caption=26):
             if target in rel.targets:
                 index = rel.targets.index(target)
                 sheet.tile(run, rel.drawn[index], scale, (x, y), tile, doubtful=bool(better) and better[index] is False)
             else:
                 sheet.box(x, y, *tile, facecolor=WASH)
                 sheet.write(x + 10, y + tile[1] / 2 - 8, "no map", color=SOFT)
-            sheet.write(x, y + tile[1] + 4, _with_probability(run, target), 14, room=tile[0])
+            text, likely = _with_probability(run, target)
+            sheet.write(x, y + tile[1] + 4, text, 14, room=side, end=likely)
     left_out = [f"{len(columns)} of {len(every)} words, those with the highest peaks"] if len(columns) < len(every) else []
     left_out += [f"{len(shown)} of {len(maps)} methods"] if len(shown) < len(maps) else []
     left_out += [note] if note else []
@@ -121,17 +122,20 @@ def method_maps(
         sheet.line(about)
     side = (WIDTH - 2 * MARGIN + GAP) // columns - GAP
     tile, shown = fit(run, side), list(maps.items())[:MOST_TILES]
-    for x, y, (name, values) in sheet.tiles(shown, columns, (side, tile[1]), caption=38):
+    said = {name: "" if score is None else f"{score:.3g}" for name, score in (scores or {}).items()}
+    below = any(sheet.measure(name, 14) + sheet.measure(said.get(name, ""), 14) > side - 8 for name, _ in shown)
+    for x, y, (name, values) in sheet.tiles(shown, columns, (side, tile[1]), caption=54 if below else 38):
         if values is None:
             sheet.box(x, y, *tile, facecolor=WASH)
             sheet.write(x + 10, y + tile[1] / 2 - 8, "no map for this", color=SOFT)
         else:
             sheet.tile(run, values, range_over([values]), (x, y), tile, doubtful=name in doubtful)
-        score = (scores or {}).get(name)
-        text = "" if score is None else f"{score:.3g}"
-        color = SOFT if values is None or name in doubtful else INK
-        sheet.write(x, y + tile[1] + 5, name, 14, color, room=tile[0] - sheet.measure(text, 14) - 8)
-        sheet.write(x + tile[0], y + tile[1] + 5, text, 14, color, ha="right")
+        text, color = said.get(name, ""), SOFT if values is None or name in doubtful else INK
+        sheet.write(x, y + tile[1] + 5, name, 14, color, room=side if below else side - sheet.measure(text, 14) - 8)
+        if below:
+            sheet.write(x, y + tile[1] + 24, text, 14, color)
+        else:
+            sheet.write(x + side, y + tile[1] + 5, text, 14, color, ha="right")
     if any(name in doubtful for name, _ in shown):
         sheet.line("Grey: not shown to beat random maps.")
     if len(shown) < len(maps):
@@ -152,11 +156,12 @@ def head_maps(run: Run, heads: HeadMaps, targets: Sequence[int], *, rows: int = 
     shown, (layers, count) = targets[-rows:], shares.shape[1:]
     cell = max(2, 250 // max(layers, count))
     first = MARGIN + 34 + count * cell + 3 * GAP
-    tile = fit(run, min(250, (WIDTH - MARGIN - first + GAP) // best - GAP))
+    side = min(250, (WIDTH - MARGIN - first + GAP) // best - GAP)
+    tile = fit(run, side)
     for index in shown:
         share, target = shares[index], heads.targets[index]
         text = "whole answer" if target.kind == "answer" else target.text
-        sheet.title(f'"{text}": {share.mean():.1%} of its attention on the picture, mean over all heads')
+        sheet.title(f'"{text}"', end=f": {share.mean():.1%} of its attention on the picture, mean over all heads")
         axes = sheet.axes(MARGIN + 34, sheet.top, count * cell, layers * cell)
         axes.imshow(share, cmap=colormap(False), vmin=0, vmax=top or 1, aspect="auto", interpolation="nearest")
         step = max(1, 2 ** math.ceil(math.log2(14 / cell))) if cell < 14 else 1
@@ -165,10 +170,10 @@ def head_maps(run: Run, heads: HeadMaps, targets: Sequence[int], *, rows: int = 
         quiet(axes)
         for place, flat in enumerate(np.argsort(-share, axis=None, kind="stable")[:best]):
             layer, head = divmod(int(flat), count)
-            x, values = first + place * (tile[0] + GAP), heads.values[index, layer, head].astype(np.float32)
+            x, values = first + place * (side + GAP), heads.values[index, layer, head].astype(np.float32)
             sheet.tile(run, values, (0.0, float(values.max())), (x, sheet.top), tile)
             caption = f"layer {layer}, head {head}: {share[layer, head]:.0%}"
-            sheet.write(x, sheet.top + tile[1] + 5, caption, 14, room=tile[0])
+            sheet.write(x, sheet.top + tile[1] + 5, caption, 14, room=side)
         sheet.top += max(layers * cell, tile[1] + 26) + GAP
     if len(shown) < len(heads.targets):
         sheet.line(f"Shown here: {len(shown)} of {len(heads.targets)} words.")
@@ -196,16 +201,27 @@ def lens_states(
     if patch is None:
         patch = int(values.max(0).argmax()) if known else int(lens.top_probs[-1, :, 0].argmax())
     shown = some_states(len(lens.states), 7, None if state is None else lens.states.index(state))
-    tile = fit(run, min(220, (WIDTH - 2 * MARGIN + GAP) // len(shown) - GAP))
+    side = min(220, (WIDTH - 2 * MARGIN + GAP) // len(shown) - GAP)
+    tile = fit(run, side)
     scale = (0.0, float(values.max())) if known else range_over([values])
     by = {"logit": "", "tuned": ", by the tuned lens", "jacobian": ", by the Jacobian lens"}[lens.lens]
-    sheet.title((f'Probability of "{word}"' if known else "Entropy in nats: how undecided each patch is") + by, scale)
-    for x, y, number in sheet.tiles(shown, len(shown), tile, caption=26):
-        grid = values[number].reshape(run.map.rows, run.map.cols)
+    if known:
+        sheet.title(f'Probability of "{word}', scale, end=f'"{by}')
+    else:
+        sheet.title("Entropy in nats: how undecided each patch is", scale, end=by)
+    grids = [values[number].reshape(run.map.rows, run.map.cols) for number in shown]
+    names = [f"state {lens.states[number]}" for number in shown]
+    numbers = [f"at most {grid.max():.0%}" if known else f"mean {grid.mean():.2f}" for grid in grids]
+    size = 13 if len(shown) < 6 else 11
+    below = any(sheet.measure(f"{name}: {number}", size) > side for name, number in zip(names, numbers, strict=True))
+    tiles = sheet.tiles(zip(grids, names, numbers, strict=True), len(shown), (side, tile[1]), caption=42 if below else 26)
+    for x, y, (grid, name, number) in tiles:
         sheet.tile(run, grid, scale, (x, y), tile)
-        most = f"at most {grid.max():.0%}" if known else f"mean {grid.mean():.2f}"
-        size = 13 if len(shown) < 6 else 11
-        sheet.write(x, y + tile[1] + 4, f"state {lens.states[number]}: {most}", size, room=tile[0])
+        if below:
+            sheet.write(x, y + tile[1] + 4, name, 13, room=side)
+            sheet.write(x, y + tile[1] + 21, number, 13, room=side)
+        else:
+            sheet.write(x, y + tile[1] + 4, f"{name}: {number}", size, room=side)
     _words_of_patch(sheet, lens, word, divmod(patch, run.map.cols))
     if near is not None:
         words = ", ".join(f"{_readable(text)} {cosine:.2f}" for text, cosine in near.at(*divmod(patch, run.map.cols)))
@@ -225,12 +241,13 @@ def connector_maps(run: Run, first: tuple[str, str, np.ndarray], second: tuple[s
     sheet.top += 8
     difference = second[2] - first[2]
     reach, scale = float(np.abs(difference).max()), range_over([first[2], second[2]])
-    tile = fit(run, (WIDTH - 2 * MARGIN - 2 * GAP) // 3)
+    side = (WIDTH - 2 * MARGIN - 2 * GAP) // 3
+    tile = fit(run, side)
     last = (f"{second[0]} − {first[0]}", f"orange: more, blue: less, full at {reach:.3g}", difference)
-    for x, y, (name, text, values) in sheet.tiles((first, second, last), 3, tile, caption=52):
+    for x, y, (name, text, values) in sheet.tiles((first, second, last), 3, (side, tile[1]), caption=52):
         sheet.tile(run, values, (-reach, reach) if values is difference else scale, (x, y), tile)
-        sheet.write(x, y + tile[1] + 6, name, 15, room=tile[0])
-        sheet.write(x, y + tile[1] + 27, text, 13, SOFT, room=tile[0])
+        sheet.write(x, y + tile[1] + 6, name, 15, room=side)
+        sheet.write(x, y + tile[1] + 27, text, 13, SOFT, room=side)
     return sheet.done()
 
 
@@ -249,14 +266,21 @@ def flow_and_patching(
     A half that is None, or that was not measured for the target, is left out. `notes` are written below.
     """
     sheet = Sheet(run)
-    halves: list[Callable[[Axes], None]] = []
+    halves: list[tuple[Callable[[Axes, Sequence[str]], None], str]] = []
     if sweep is not None and target in sweep.targets:
-        halves.append(lambda ax: _cutting(ax, sweep, target))
+        unit = "logits" if target.against_ids else "nats"
+        about = f"change of {target.scored_as(sweep.score)}, {unit}"
+        halves.append((lambda ax, lines: _cutting(ax, sweep, target, lines), about))
     if grid is not None and target in grid.targets:
-        halves.append(lambda ax: _patching(ax, grid, target, component))
+        sites = [sheet.shortened(site, 12, 58) for site in grid.sites]
+        about = f"share of clean {target.scored_as(grid.score)}, corrupted by {grid.corruption}"
+        halves.append((lambda ax, lines: _patching(ax, grid, target, component, sites, lines), about))
     room = (WIDTH - 2 * MARGIN) / len(halves)
-    for place, half in enumerate(halves):
-        half(sheet.axes(MARGIN + place * room + 64, sheet.top + 56, min(room, 640) - 84, 236))
+    wide = min(room, 640) - 84
+    said = [sheet.wrapped(about, 12.5, wide, 2) for _, about in halves]
+    sheet.top += 16 * (max(map(len, said)) - 1)
+    for place, ((half, _), lines) in enumerate(zip(halves, said, strict=True)):
+        half(sheet.axes(MARGIN + place * room + 64, sheet.top + 56, wide, 236), lines)
     sheet.top += 420 if grid is not None and target in grid.targets else 360
     for note in notes:
         sheet.line(note)
@@ -271,10 +295,14 @@ def losses(curves: Mapping[str, Sequence[tuple[float, float]]], *, log: bool = F
     if not any(points.values()):
         sheet.line("No step was logged yet. The curve appears here while the training runs.")
         return sheet.done()
-    ax = sheet.axes(MARGIN + 44, sheet.top + 34, WIDTH - 2 * MARGIN - 54, 260)
-    for place, (name, rows) in enumerate(points.items()):
+    wide = WIDTH - 2 * MARGIN - 54
+    ends = {name: f" {rows[-1][1]:.3f}" if rows else "" for name, rows in points.items()}
+    labels = [sheet.shortened(name, 14, wide - 60, end=end) for name, end in ends.items()]
+    across = max(1, min(4, int(wide / (max(sheet.measure(label, 14) for label in labels) + 60))))
+    sheet.top += 20 * (math.ceil(len(labels) / across) - 1)  # of the legend's lines
+    ax = sheet.axes(MARGIN + 44, sheet.top + 34, wide, 260)
+    for place, (rows, label) in enumerate(zip(points.values(), labels, strict=True)):
         steps, values = zip(*rows, strict=True) if rows else ((), ())
-        label = f"{name} {values[-1]:.3f}" if rows else name
         ax.plot(steps, values, color=LINES[place % len(LINES)], linewidth=1.5, label=label)
     if log:
         ax.set_yscale("log")
@@ -284,7 +312,7 @@ def losses(curves: Mapping[str, Sequence[tuple[float, float]]], *, log: bool = F
     quiet(ax)
     ax.grid(color=RULE)
     ax.set_xlabel("step", fontsize=9, color=SOFT)
-    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, fontsize=10)
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=across, frameon=False, fontsize=10)
     sheet.top += 346
     return sheet.done()
 
@@ -303,15 +331,15 @@ def _strongest(columns: list[Target], rel: Relevance, most: int) -> list[Target]
     return [columns[i] for i in sorted(np.argsort(-np.array(peaks), kind="stable")[:most])]
 
 
-def _with_probability(run: Run, target: Target) -> str:
-    """A word with its probability."""
+def _with_probability(run: Run, target: Target) -> tuple[str, str]:
+    """A word, and how likely it was where that is known."""
     if target.kind == "answer":
-        return "whole answer"
+        return "whole answer", ""
     if target.kind != "word":
-        return f"{target.kind} {target.text}"
+        return f"{target.kind} {target.text}", ""
     start = run.segments["answer"][0]
     known = run.logprobs[target.positions[0] + 1 - start : target.positions[-1] + 2 - start]
-    return f"{target.text}  {math.exp(float(known.sum())):.0%}" if len(known) == len(target.positions) else target.text
+    return target.text, f" {math.exp(float(known.sum())):.0%}" if len(known) == len(target.positions) else ""
 
 
 def _words_of_patch(sheet: Sheet, lens: LogitLens, word: str, patch: tuple[int, int]) -> None:
@@ -335,7 +363,7 @@ def _words_of_patch(sheet: Sheet, lens: LogitLens, word: str, patch: tuple[int, 
     sheet.top += GAP
 
 
-def _cutting(ax: Axes, sweep: FlowSweep, target: Target) -> None:
+def _cutting(ax: Axes, sweep: FlowSweep, target: Target, about: Sequence[str]) -> None:
     """The change each flow's cut makes, a line per flow; a cross at the foot where nothing was measured."""
     at = sweep.targets.index(target)
     change, floor = sweep.drawn[..., at], sweep.floors[at]
@@ -358,12 +386,11 @@ def _cutting(ax: Axes, sweep: FlowSweep, target: Target) -> None:
     ax.grid(axis="y", color=RULE)
     quiet(ax)
     ax.set_xlabel("layer (centre of the window that is cut)", fontsize=9, color=SOFT)
-    unit = "logits" if target.against_ids else "nats"
-    titled(ax, "What cutting costs", f"change of {target.scored_as(sweep.score)}, {unit}")
+    titled(ax, "What cutting costs", *about)
     ax.legend(fontsize=8, framealpha=0.8, edgecolor="none", loc="best", prop={"size": 8})
 
 
-def _patching(ax: Axes, grid: PatchGrid, target: Target, component: int) -> None:
+def _patching(ax: Axes, grid: PatchGrid, target: Target, component: int, sites: Sequence[str], about: Sequence[str]) -> None:
     """The share each place brings back, from blue (below 0) over grey (0) to orange (1); white where not measured."""
     at = grid.targets.index(target)
     values, floor = grid.drawn[component, ..., at], grid.floors[at]
@@ -374,7 +401,7 @@ def _patching(ax: Axes, grid: PatchGrid, target: Target, component: int) -> None
     windows = [str(start) if stop - start == 1 else f"{start}-{stop - 1}" for start, stop in grid.windows.tolist()]
     across, down = math.ceil(columns * (0.6 + 0.4 * max(map(len, windows))) / 16), math.ceil(rows / 18)
     ax.set_xticks(range(0, columns, across), windows[::across])
-    ax.set_yticks(range(0, rows, down), [in_font(site) for site in grid.sites[::down]], parse_math=False)
+    ax.set_yticks(range(0, rows, down), sites[::down], parse_math=False)
     if columns <= 12 and rows <= 14:
         for (row, column), value in np.ndenumerate(values):
             if np.isfinite(value):
@@ -385,8 +412,7 @@ def _patching(ax: Axes, grid: PatchGrid, target: Target, component: int) -> None
     quiet(ax)
     alone = all(stop - start == 1 for start, stop in grid.windows.tolist())
     ax.set_xlabel("layer patched" if alone else "layers patched together", fontsize=9, color=SOFT)
-    about = f"share of clean {target.scored_as(grid.score)}, corrupted by {grid.corruption}"
-    titled(ax, f"What patching brings back: {grid.components[component]}", about)
+    titled(ax, f"What patching brings back: {grid.components[component]}", *about)
     bar = ax.figure.colorbar(shown, cax=ax.inset_axes((0, -0.36, 0.45, 0.05)), orientation="horizontal", ticks=[0, 1])
     bar.ax.set_xlim(min(0.0, float(np.nanmin(values, initial=0))), reach)
     bar.ax.set_xticks([0, 1], ["0 as corrupted", "1 as clean"], fontsize=8, color=SOFT)

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from llava_lab.geometry import Mode
 from llava_lab.plots import palette, sheet, stills
+from llava_lab.results import Run
 from tests.support import flow_examples, lens_examples
 from tests.support.compare_examples import heads_example
 from tests.support.widget_examples import car_picture, example, make_relevance, make_run, spots
@@ -37,9 +41,61 @@ DRAWN: dict[str, Callable[[], Figure]] = {
 }
 
 
+PICTURES = {"wide": (400, 260), "square": (288, 288), "upright": (180, 400)}
+LONG = {"integrated_gradients": -0.0358, "localization_heads": 0.00314, "token_knockout": 0.904}
+
+
 def texts(figure: Figure) -> list[str]:
     """Everything written, axes by axes."""
     return [text.get_text() for ax in figure.axes for text in ax.texts]
+
+
+def crowded(run: Run) -> dict[str, Callable[[], Figure]]:
+    """Each still with the longest labels it has for a picture: surest words, most states, lowest scores."""
+    wide = run.map.rows * run.map.cols
+    sure = np.full((31, wide, 1), 1e-6, np.float32)
+    sure[0, 5], sure[30, 5] = 1, 0.25
+    known = {"words": ("car",), "word_ids": (1,), "probs": sure, "ranks": np.ones(sure.shape, np.int32)}
+    ids = np.tile(np.array([1, 3, 4]), (31, wide, 1))
+    lens = lens_examples.lens_of(run, ids, np.full(ids.shape, 0.3), **known, lens="jacobian")
+    _, few = heads_example()
+    every = np.full((1, 28, 32, 12, 12), 1 / 144, np.float16)
+    heads = dataclasses.replace(few, map=run.map, targets=few.targets[:1], values=every)
+    grid = dataclasses.replace(
+        GRID, corruption="another picture of the same place", sites=("question", "the whole picture", "last")
+    )
+    hidden = {f"{name} of the connector in stage {stage}": CURVE for stage in range(5) for name in ("loss", "best")}
+    return {
+        "word_maps": lambda: stills.word_maps(run, {"rollout": make_relevance(run, spots(run))}, note="a word. " * 30),
+        "method_maps": lambda: stills.method_maps(run, {n: spots(run)[0] for n in LONG}, scores=LONG, about="Maps. " * 40),
+        "head_maps": lambda: stills.head_maps(run, heads, targets=[0]),
+        "lens_states": lambda: stills.lens_states(run, lens, word="car"),
+        "connector_maps": lambda: stills.connector_maps(
+            run, ("mlp", "The car is red.", spots(run)[1] / 997), ("linear fit", "The car is blue.", spots(run, seed=2)[3] / 997)
+        ),
+        "flow_and_patching": lambda: stills.flow_and_patching(run, SWEEP, grid, SWEEP.targets[1]),
+        "losses": lambda: stills.losses(hidden),
+    }
+
+
+@pytest.mark.parametrize("shape", PICTURES)
+@pytest.mark.parametrize("name", DRAWN)
+def test_every_label_is_whole_on_the_page_and_beside_the_others(name: str, shape: str) -> None:
+    figure = crowded(make_run(picture=car_picture(*PICTURES[shape])))[name]()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    found = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
+    boxes = [(text.get_text(), text.get_window_extent(canvas.get_renderer())) for text in found]
+    for said, box in boxes:
+        assert not said.endswith("…") or said == "the wh…", said
+        assert box.x0 >= 0, said
+        assert box.x1 <= figure.bbox.width, said
+        assert box.y0 >= 0, said
+        assert box.y1 <= figure.bbox.height, said
+    for (one, first), (other, second) in itertools.combinations(boxes, 2):
+        across = min(first.x1, second.x1) - max(first.x0, second.x0)
+        down = min(first.y1, second.y1) - max(first.y0, second.y0)
+        assert across < 1 or down < 3, (one, other)
 
 
 @pytest.mark.parametrize("name", DRAWN)
