@@ -55,7 +55,7 @@ def add_commands(add: Add) -> None:
         metavar="WHAT",
         help="words (default), answer, a word of the answer, RED/BLUE for a contrast, or #N for an answer token; repeatable",
     )
-    common.add_output(command, "--out", "draw the map on the picture (.png, .svg, .pdf)")
+    common.add_output(command, "--out", "draw the map on the picture (.png, .svg, .pdf; .gif moves from word to word)")
     common.add_output(command, "--save", "keep the map in one .npz file")
 
     command = add("lens", lens, "what each image token would say at each layer, and the words nearest to it")
@@ -137,6 +137,11 @@ def explain(args: argparse.Namespace) -> Reply:
 
 
 def _draw(run: Run, relevance: Relevance, path: str) -> None:
+    if Path(path).suffix.lower() == ".gif":
+        from llava_lab.plots.moving import moving_words
+
+        common.write_bytes(moving_words(run, relevance), path)
+        return
     from matplotlib.figure import Figure  # no pyplot: a command line has no windows
 
     from llava_lab.plots import maps as plots
@@ -146,7 +151,7 @@ def _draw(run: Run, relevance: Relevance, path: str) -> None:
         plots.overlay(run, relevance, ax=figure.subplots())
     else:
         figure = plots.words_figure(run, relevance)
-    endings = figure.canvas.get_supported_filetypes()
+    endings = sorted({*figure.canvas.get_supported_filetypes(), "gif"})
     if Path(path).suffix.lstrip(".").lower() not in endings:
         raise OptionError(f"--out must end in one of {', '.join('.' + ending for ending in endings)}, got {path!r}")
     common.save_figure(figure, path, bbox_inches="tight")

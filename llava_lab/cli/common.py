@@ -261,6 +261,14 @@ def save(result: Any, path: str | None) -> None:
         write(result.save, path)
 
 
+def write_bytes(data: bytes, path: str) -> None:
+    """Write a file, whole or not at all; folders on the way are made."""
+    from llava_lab.results import whole_file
+
+    with whole_file(path) as temporary:
+        Path(temporary).write_bytes(data)
+
+
 def save_figure(figure: Any, path: str, **options: Any) -> None:
     """Write a figure, whole or not at all; folders on the way are made."""
     from llava_lab.results import whole_file

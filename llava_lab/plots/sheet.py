@@ -137,7 +137,7 @@ class Sheet:
 
     def wrapped(self, text: str, size: float, room: float, most: int = 3) -> list[str]:
         """The lines a text takes when it is set at most `room` wide; the last of `most` has what is left."""
-        lines, words = [""], in_font(text).split()
+        lines, words = [""], in_font(" ".join(text.split())).split()
         for place, word in enumerate(words):
             if not lines[-1] or self.fits(f"{lines[-1]} {word}", size, room):
                 lines[-1] = f"{lines[-1]} {word}".strip()
@@ -183,14 +183,18 @@ class Sheet:
         """A block's title, and its colour strip with real numbers at the right."""
         self.write(MARGIN, self.top + 12, text, 16, room=WIDTH - 2 * MARGIN if scale is None else 560, end=end)
         if scale is not None:
-            color = colors_of(scale[0] < 0).astype(np.float64)
-            alpha = color[:, 3:] / 255
-            strip = (color[:, :3] * alpha + 225 * (1 - alpha)).round().astype(np.uint8)
-            self.image(np.repeat(strip[None], 2, 0), WIDTH - MARGIN - 220, self.top + 17, 150, 10)
-            low, high = (_figures(value, scale) for value in scale)
-            self.write(WIDTH - MARGIN - 228, self.top + 13, low, 13, SOFT, ha="right")
-            self.write(WIDTH - MARGIN - 62, self.top + 13, high, 13, SOFT)
+            self.strip(scale, WIDTH - MARGIN - 220, self.top + 17)
         self.top += 40
+
+    def strip(self, scale: Scale, x: float, y: float) -> None:
+        """A scale's colours, 150 units wide, between its real numbers."""
+        color = colors_of(scale[0] < 0).astype(np.float64)
+        alpha = color[:, 3:] / 255
+        strip = (color[:, :3] * alpha + 225 * (1 - alpha)).round().astype(np.uint8)
+        self.image(np.repeat(strip[None], 2, 0), x, y, 150, 10)
+        low, high = (_figures(value, scale) for value in scale)
+        self.write(x - 8, y - 4, low, 13, SOFT, ha="right")
+        self.write(x + 158, y - 4, high, 13, SOFT)
 
     def _heading(self, run: Run) -> None:
         """The picture, and beside it the question, the answer, and what answered."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from llava_lab.cli import main as cli
 from llava_lab.cli.ask import read_layers, read_place
@@ -86,6 +87,15 @@ def test_out_draws_one_map_or_one_for_each_word(lab: StandIn, here: Path, target
     out = here / "new" / "map.svg"
     assert cli.main(["explain", "car.png", "what?", "--target", target, "--out", str(out)]) == 0
     assert out.read_text("utf-8").count('<g id="axes_') == panels + 1  # and one for the colour bar
+
+
+def test_a_gif_moves_from_word_to_word_and_is_whole(lab: StandIn, here: Path) -> None:
+    argv = ["explain", "car.png", "what?", "--target", "words", "--out", str(here / "new" / "map.GIF")]
+    assert cli.main(argv) == 0
+    with Image.open(here / "new" / "map.GIF") as image:
+        assert image.format == "GIF"
+        assert getattr(image, "n_frames", 1) > 10
+    assert cli.main(argv) == 2  # it is there already
 
 
 def test_saved_results_load_again(lab: StandIn) -> None:
