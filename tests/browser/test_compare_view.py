@@ -105,6 +105,27 @@ def test_what_is_not_better_than_random_is_grey_small_and_large(widget_page: Wid
     assert shown.locator(".lab-stage-verdict").inner_text() == "beats random"
 
 
+def test_a_map_below_its_noise_floor_is_dim_and_called_negligible(widget_page: WidgetPage) -> None:
+    run, flat = make_run(picture=GREY), np.full((4, 12, 12), 1e-3)
+    floors = {"noise_floor": [0.01] * 4}
+    spot = flat + np.eye(12)[None] * 0.5
+    maps = {"weak": make_relevance(run, flat, extras=floors), "strong": make_relevance(run, spot, extras=floors)}
+    shown = widget_page.mount(CompareView(run, {**maps, "unknown": make_relevance(run, flat)}))
+    lines = {name: tile(shown, name).locator(".lab-tile-line").inner_text() for name in ("weak", "strong", "unknown")}
+    assert lines == {"weak": "negligible everywhere", "strong": "", "unknown": ""}
+    colors = {
+        name: tile(shown, name).locator(".lab-tile-name").evaluate("(node) => getComputedStyle(node).color") for name in lines
+    }
+    assert colors["weak"] != colors["strong"] == colors["unknown"]
+    assert "negligible everywhere" in (tile(shown, "weak").get_attribute("aria-label") or "")
+    assert shown.locator(".lab-legend-scale").inner_text() == "negligible everywhere"  # the enlarged one is the first
+    box = tile(shown, "strong").locator("canvas").bounding_box()
+    assert box is not None
+    shown.page.mouse.move(box["x"] + 7.5 / 12 * box["width"], box["y"] + 2.5 / 12 * box["height"])
+    read = [tile(shown, name).locator(".lab-tile-line").inner_text() for name in ("weak", "strong")]
+    assert read == ["negligible here", "negligible here"]
+
+
 def test_a_click_enlarges_and_says_what_made_the_map(widget_page: WidgetPage) -> None:
     shown = widget_page.mount(three())
     tile(shown, "three").click()

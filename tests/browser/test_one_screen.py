@@ -11,11 +11,12 @@ from tests.support.widget_page import WidgetPage
 HIGH = 780  # CSS pixels: a laptop's browser without its bars
 WIDE = (1440, 1024)
 NARROW = (620, 420, 320)
-SEEN = ("CompareView", "HeadGrid", "TokenLens")
+SEEN = ("CompareView", "HeadGrid", "PatchExplorer", "TokenLens")
 OUTPUT = 0.84  # of the window's width that JupyterLab leaves to an output
 # What is chosen by, and what it changes
 TOGETHER = {
     "CompareView": (".lab-pills", ".lab-tile >> nth=0", "canvas.lab-canvas", ".lab-stage-name"),
+    "PatchExplorer": (".lab-chip >> nth=0", "canvas.lab-canvas", ".lab-legend", ".lab-selection button >> nth=0"),
     "HeadGrid": ("canvas.lab-matrix", "canvas.lab-canvas", ".lab-line >> nth=0"),
     "TokenLens": (".lab-lens-input", ".lab-range >> nth=0", "canvas.lab-canvas", ".lab-lens-row >> nth=0"),
 }

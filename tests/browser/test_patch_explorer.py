@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from playwright.sync_api import expect
 
 from tests.support.widget_examples import car_picture, example, make_relevance, make_run, single_cell, spots
 from tests.support.widget_page import WidgetPage, center, difference
@@ -283,5 +284,26 @@ def test_a_patch_below_the_noise_floor_is_called_negligible(widget_page: WidgetP
     strong, *weak = shown.locator(".lab-top .lab-value").all_inner_texts()
     assert (strong, set(weak)) == ("0.500", {"negligible"})
     assert shown.locator(".lab-top .lab-negligible").count() == len(weak)
+    assert "negligible" not in shown.inner_text().split("Strongest patches")[0]
+    soft = shown.locator(".lab-top .lab-place").first.evaluate("(node) => getComputedStyle(node).color")
+    box = shown.locator("canvas.lab-canvas").bounding_box()
+    assert box is not None
+    for (row, column), text, faint in (((5, 0), "0.500", False), ((2, 7), "negligible", True)):
+        shown.page.mouse.move(box["x"] + (column + 0.5) / 12 * box["width"], box["y"] + (row + 0.5) / 12 * box["height"])
+        value = shown.locator(".lab-readout .lab-value")
+        expect(value).to_have_text(text)
+        assert (value.evaluate("(node) => getComputedStyle(node).color") == soft) == faint
     shown.get_by_role("radio", name="other").click()
     assert set(shown.locator(".lab-top .lab-value").all_inner_texts()) == {"0.500", "0.001"}
+
+
+def test_a_map_that_lies_below_its_noise_floor_says_that_it_is_negligible(widget_page: WidgetPage) -> None:
+    run = make_run()
+    values = np.zeros((4, 12, 12))
+    values[1:, 5, 0] = 0.5
+    shown = widget_page.mount(PatchExplorer(run, {"occlusion": make_relevance(run, values, extras={"noise_floor": [0.01] * 4})}))
+    said = "No patch here reaches the noise floor: the effect is negligible."
+    shown.locator(".lab-chip").nth(0).click()
+    expect(shown).to_contain_text(said)
+    shown.locator(".lab-chip").nth(1).click()
+    expect(shown).not_to_contain_text(said)

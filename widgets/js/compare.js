@@ -10,7 +10,7 @@
 import { blankCanvas, contextOf, groundsOf, paintHeat, paintScene, write } from "./shared/canvas.js";
 import { choices, make, opacitySlider, section, segmented, setText, slider } from "./shared/dom.js";
 import { MapPanel, STAGE } from "./shared/map_panel.js";
-import { readMaps } from "./shared/maps.js";
+import { isNegligible, NEGLIGIBLE, readMaps } from "./shared/maps.js";
 import { shows } from "./shared/panel.js";
 import { readout, topList, wordChips } from "./shared/parts.js";
 import { saveCanvas } from "./shared/surface.js";
@@ -144,8 +144,8 @@ class Compare extends MapPanel {
       selected: this.selected,
       mean: this.surface.mean,
       title: `${method.name} · “${what}”`,
-      said: shown ? "" : `${method.name} has no map for “${what}”.`,
-      scaleSaid: shown ? scaleText(display) : `no map for “${what}”`,
+      said: !shown ? `${method.name} has no map for “${what}”.` : isNegligible(shown) ? NEGLIGIBLE : "",
+      scaleSaid: !shown ? `no map for “${what}”` : isNegligible(shown) ? "negligible everywhere" : scaleText(display),
       caption: method.caption,
     };
   }

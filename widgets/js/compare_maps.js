@@ -12,7 +12,7 @@ import { blankCanvas, contextOf, groundsOf, paintHeat, paintLights, paintScene }
 import { make, setText } from "./shared/dom.js";
 import { patchUnder } from "./shared/gestures.js";
 import { clipToPicture, patchBox, patchName } from "./shared/grid.js";
-import { colorTable, findMap, formatNumber, levelsOf, linearMap, mapText } from "./shared/maps.js";
+import { colorTable, findMap, formatNumber, isNegligible, levelsOf, linearMap, mapText } from "./shared/maps.js";
 import { position, rangeOf, strongest, valueOf } from "./shared/maps.js";
 import { chipText } from "./shared/parts.js";
 import { doubtful, paletteOf } from "./shared/view.js";
@@ -146,7 +146,11 @@ export function shareOf(shown, selected) {
 export function lineOf(spec, tile, focus, selected, what) {
   const { shown, method } = tile;
   if (!shown) return `no map for “${what}”`;
-  if (focus >= 0) return `${mapText(shown, focus)} here, rank ${rankOf(shown.levels, focus)}`;
+  if (focus >= 0) {
+    const text = mapText(shown, focus);
+    return text === "negligible" ? "negligible here" : `${text} here, rank ${rankOf(shown.levels, focus)}`;
+  }
+  if (isNegligible(shown)) return "negligible everywhere";
   if (selected.size) {
     const share = shareOf(shown, selected);
     return share === null ? "nothing anywhere" : `${Math.round(100 * share)}% in selection`;
@@ -167,10 +171,12 @@ export function rankOf(levels, patch) {
  * @param {CompareSpec} spec @param {Tile} tile @param {string} sort @param {number} stage @param {string} what */
 export function tileName(spec, tile, sort, stage, what) {
   const score = sort ? scoreOf(spec, tile, sort, stage) : null;
-  const best = tile.shown ? strongest(tile.shown.levels, 1).map((patch) => `strongest ${patchName(spec.map, patch)}`) : [];
+  const nothing = isNegligible(tile.shown);
+  const [first] = tile.shown && !nothing ? strongest(tile.shown.levels, 1) : [];
+  const best = nothing ? "negligible everywhere" : first === undefined ? "" : `strongest ${patchName(spec.map, first)}`;
   const said = [tile.method.name, tile.method.control ? "control" : "", score === null ? "" : `${sort} ${formatScore(score)}`];
   const doubt = tile.doubt ? "not shown to beat random" : "";
-  return [...said, doubt, tile.shown ? "" : `no map for ${what}`, ...best].filter(Boolean).join(", ");
+  return [...said, doubt, tile.shown ? "" : `no map for ${what}`, best].filter(Boolean).join(", ");
 }
 
 /** The methods most and least like one, in words; "" where that was not measured.
@@ -319,7 +325,8 @@ export class Tiles {
     const score = view.sort ? scoreOf(this.spec, tile, view.sort, view.stage) : null;
     setText(one.score, view.sort ? formatScore(score) : "");
     setText(one.line, lineOf(this.spec, tile, view.focus, view.selected, view.what));
-    const marks = [tile.index === view.stage, tile.doubt, !tile.shown, tile.index === this.current].map(Number).join("");
+    const faint = isNegligible(tile.shown);
+    const marks = [tile.index === view.stage, tile.doubt, faint, !tile.shown, tile.index === this.current].map(Number).join("");
     const name = `${marks} ${view.sort} ${score} ${view.what}`;
     if (name === one.name) return;
     one.name = name;
@@ -327,6 +334,7 @@ export class Tiles {
     one.root.setAttribute("aria-label", tileName(this.spec, tile, view.sort, view.stage, view.what));
     one.root.tabIndex = tile.index === this.current ? 0 : -1;
     one.root.classList.toggle("lab-doubt", tile.doubt);
+    one.root.classList.toggle("lab-negligible", faint);
     one.root.classList.toggle("lab-nothing", !tile.shown);
   }
 

@@ -12,9 +12,9 @@
 import { button, make, opacitySlider, section, segmented, setText, slider } from "./shared/dom.js";
 import { onPicture, sorted } from "./shared/grid.js";
 import { MapPanel } from "./shared/map_panel.js";
-import { findMap, formatPercent, linearMap, rangeOf, readMaps, strongest } from "./shared/maps.js";
+import { findMap, formatPercent, isNegligible, linearMap, NEGLIGIBLE, rangeOf, readMaps, strongest } from "./shared/maps.js";
 import { shows } from "./shared/panel.js";
-import { chipText, methodList, topList, wordChips, wordContent } from "./shared/parts.js";
+import { chipText, methodList, readout, topList, wordChips, wordContent } from "./shared/parts.js";
 import { doubtful, paletteOf } from "./shared/view.js";
 
 /**
@@ -28,6 +28,7 @@ import { doubtful, paletteOf } from "./shared/view.js";
  * @typedef {import("./shared/parts.js").Word} Word
  */
 
+const PICTURE = 410; // CSS pixels: words, picture and what asks again are on one screen
 const DOUBT = "Grey: this map was not shown to beat random ones.";
 const QUICK = 0.1; // of all patches, for the two quick selections
 
@@ -60,7 +61,7 @@ class Explorer extends MapPanel {
     const top = this.add(topList((hover) => this.point({ hover }), signal));
     const bar = this.add(selectionBar(spec.can_ask, quick, this.selectionActions(quick), signal));
     const side = make("div", "lab-side", [methods, layer, display, top]);
-    const body = make("div", "lab-body", [this.figure([this.fallback]), side]);
+    const body = make("div", "lab-body", [this.figure([this.fallback], readout(), PICTURE), side]);
     const text = { class: "lab-explorer", label: "Patch explorer", about: this.patchesText };
     return this.card(text, [words, body, bar, this.answers.root]);
   }
@@ -120,13 +121,14 @@ class Explorer extends MapPanel {
     const [lo, hi] = found && display.ownScale ? rangeOf(this.maps, found.index, method.signed) : [method.lo, method.hi];
     const what = chipText(spec.chips[chip]);
     const doubt = doubtful(method, found);
+    const shown = found && linearMap(this.maps, found.index, lo, hi, method.signed, method.floors?.[found.target] ?? 0);
     return {
       ...{ map: spec.map, method, methodIndex, pickedMethod, word, chip, layer, display, focus, selected },
       ...{ busy: this.pending !== null, mean: this.surface.mean },
-      shown: found && linearMap(this.maps, found.index, lo, hi, method.signed, method.floors?.[found.target] ?? 0),
+      shown,
       palette: paletteOf(method.signed, doubt, display.spotlight),
       title: [method.name, `“${what}”`, method.layers.length > 1 ? method.layers[layer] : ""].filter(Boolean).join(" · "),
-      said: [missing(method, found, what), doubt ? DOUBT : ""].filter(Boolean).join(" "),
+      said: [missing(method, found, what), doubt ? DOUBT : "", isNegligible(shown) ? NEGLIGIBLE : ""].filter(Boolean).join(" "),
       scaleSaid: display.ownScale ? "colours of this map alone" : "one colour scale for all words",
       caption: method.caption,
     };

@@ -43,7 +43,7 @@ class Picker extends Panel {
     const zone = make("div", "lab-drop", [open, make("span", "lab-drop-hint", ["or drop or paste a picture here"]), this.file]);
     const items = spec.gallery.map(({ name, image }) => ({
       name,
-      content: [make("img", "lab-thumb", [], { src: image, alt: "" }), make("span", "lab-thumb-name", [name])],
+      content: [make("img", "lab-thumb", [], { src: image, alt: "" }), make("span", "lab-thumb-name", [name], { title: name })],
     }));
     const pick = (/** @type {number} */ index) => this.choose(index);
     this.gallery = choices({ label: "Pictures to try", className: "lab-gallery", items, pick, signal });

@@ -166,6 +166,14 @@ export function mapText(shown, cell) {
   return shown.floor > 0 && text === "0" ? "negligible" : text;
 }
 
+export const NEGLIGIBLE = "No patch here reaches the noise floor: the effect is negligible.";
+
+/** Whether no cell of a map reaches its noise floor, so that there is nothing to see in it.
+ * @param {Shown | null} shown */
+export function isNegligible(shown) {
+  return shown !== null && shown.floor > 0 && shown.levels.every((_, cell) => mapText(shown, cell) === "negligible");
+}
+
 /** @param {number | null} p */
 export function formatPercent(p) {
   if (p === null || p === undefined) return "";

@@ -73,8 +73,10 @@ export function readout() {
     root: make("div", "lab-readout", [place, value, box]),
     update(view) {
       const on = view.focus >= 0;
-      setText(place, on ? patchName(view.map, view.focus) : "Point at a patch to read it; click or drag to select.");
-      setText(value, on && view.shown ? mapText(view.shown, view.focus) : "");
+      setText(place, on ? patchName(view.map, view.focus) : "Point at a patch; click or drag to select.");
+      const text = on && view.shown ? mapText(view.shown, view.focus) : "";
+      setText(value, text);
+      value.classList.toggle("lab-negligible", text === "negligible");
       setText(box, on ? boxText(view) : "");
     },
   };

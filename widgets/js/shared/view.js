@@ -5,7 +5,7 @@
  */
 
 import { patchName } from "./grid.js";
-import { strongest, mapText } from "./maps.js";
+import { isNegligible, mapText, strongest } from "./maps.js";
 
 /**
  * @typedef {import("./grid.js").PictureMap} PictureMap
@@ -42,6 +42,7 @@ export function doubtful(method, found) {
  * @param {MapView} view */
 export function summary({ shown, title, said, map }) {
   if (!shown) return said;
+  if (isNegligible(shown)) return `${title}. ${said}`;
   const best = strongest(shown.levels, 3);
   const places = best.map((patch) => `${patchName(map, patch)}: ${mapText(shown, patch)}`);
   return `${title}. ${said} Strongest: ${places.join("; ")}.`;
