@@ -65,7 +65,7 @@ class Session:
         self.chosen = tuple(name for name in CHOSEN if name in self.methods)
 
     def gallery(self) -> list[Shown]:
-        """Drawn pictures, which the shipped models were made for, then photographs, for which `tiny` and `smol` were not."""
+        """Drawn pictures and photographs; those that the model was made for stand first (`photo` was made for no drawn ones)."""
         drawn = []
         for index in SCENES:
             scene = picturebook.scene("lesson", index)
@@ -73,7 +73,8 @@ class Session:
             asked = picturebook.ask_about(scene, np.random.default_rng(index), 3)
             code = f'picturebook.scene("lesson", {index}).picture()'
             drawn.append(Shown(things, np.asarray(scene.picture()), code, tuple(question.text for question in asked)))
-        return drawn + _photographs()
+        # where it was measured which pictures a model was trained on, they were drawn ones
+        return drawn + _photographs() if self.lab.scope is not None else _photographs() + drawn
 
     def given(self, picture: PictureLike) -> Shown:
         """A picture of the user's."""

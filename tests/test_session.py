@@ -29,6 +29,15 @@ def test_the_gallery_has_pictures_with_questions_that_the_model_answers(session:
     assert len({shown.name for shown in gallery}) == len(gallery)
 
 
+def test_what_the_model_was_made_for_stands_first(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert session.gallery()[0].code.startswith("picturebook")
+    monkeypatch.setattr(session.lab, "scope", None)  # as of `photo`
+    pytest.importorskip("skimage")
+    first, *rest = session.gallery()
+    assert first.code.startswith("data.")
+    assert any(shown.code.startswith("picturebook") for shown in rest)
+
+
 def test_the_code_does_what_was_done(session: Session) -> None:
     shown = session.gallery()[1]
     first = session.ask(shown.picture, "What color is the car?")
