@@ -16,7 +16,7 @@ OUTPUT = 0.84  # of the window's width that JupyterLab leaves to an output
 # What is chosen by, and what it changes
 TOGETHER = {
     "CompareView": (".lab-pills", ".lab-tile >> nth=0", "canvas.lab-canvas", ".lab-stage-name"),
-    "PatchExplorer": (".lab-chip >> nth=0", "canvas.lab-canvas", ".lab-legend", ".lab-selection button >> nth=0"),
+    "PatchExplorer": (".lab-chips button >> nth=0", "canvas.lab-canvas", ".lab-legend", ".lab-selection button >> nth=0"),
     "HeadGrid": ("canvas.lab-matrix", "canvas.lab-canvas", ".lab-line >> nth=0"),
     "TokenLens": (".lab-lens-input", ".lab-range >> nth=0", "canvas.lab-canvas", ".lab-lens-row >> nth=0"),
 }
