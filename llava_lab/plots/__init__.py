@@ -3,7 +3,6 @@
 from llava_lab.plots.ablation import accuracies, differences, sweep
 from llava_lab.plots.diagrams import Box, circuit, journey, mark_sinks, matrices, patch_mosaic, sinks
 from llava_lab.plots.maps import Scale, color_scale, compare_figure, overlay, segment_bars, words_figure
-from llava_lab.plots.moving import moving_words
 from llava_lab.plots.scores import (
     agreement,
     by_type,
@@ -41,7 +40,6 @@ __all__ = [
     "mark_sinks",
     "matrices",
     "mean_sweep",
-    "moving_words",
     "overlay",
     "patch_mosaic",
     "pruning",

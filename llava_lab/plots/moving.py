@@ -34,8 +34,8 @@ def moving_words(run: Run, rel: Relevance) -> bytes:
     A full stop answers nothing and is left out. Of what is no word, an answer or a contrast, the whole answer stands beside it.
     Raises OptionError where the map is of another run.
 
-    >>> relevance = ll.attribute(lab, run, method="attention", target="words")
-    >>> plots.moving_words(run, relevance)[:6]
+    >>> from llava_lab.plots.moving import moving_words
+    >>> moving_words(run, ll.attribute(lab, run, method="attention", target="words"))[:6]
     b'GIF89a'
     """
     if rel.map != run.map or rel.fingerprint != run.fingerprint:

@@ -192,14 +192,16 @@ def lens_states(
 ) -> Figure:
     """Maps over states, then one patch's likeliest words at them: the still of `TokenLens`.
 
-    Entropy where no `word` is looked for or none is known. `patch` counts row by row; by default it is where the word is
-    likeliest, else the one the last state is surest of.
+    Entropy where no `word` is looked for or none is known. `patch` counts row by row; by default it is where on the picture
+    the word is likeliest, else the one the last state is surest of, the first of those that are as likely in whole per cent.
     """
     sheet = Sheet(run)
     known = lens.knows(word)
     values = lens.probability_of(word) if known else lens.entropy.astype(np.float64)
     if patch is None:
-        patch = int(values.max(0).argmax()) if known else int(lens.top_probs[-1, :, 0].argmax())
+        sure = values.max(0) if known else lens.top_probs[-1, :, 0]
+        # in per cent, as it is written: among patches that are as sure, rounding in the last bit shall not choose
+        patch = int(np.where(lens.map.coverage().ravel() > 0, np.round(100 * sure), -1).argmax())
     shown = some_states(len(lens.states), 7, None if state is None else lens.states.index(state))
     side = min(220, (WIDTH - 2 * MARGIN + GAP) // len(shown) - GAP)
     tile = fit(run, side)

@@ -209,6 +209,16 @@ def test_a_lens_without_the_word_shows_entropy_and_says_so() -> None:
     assert '"horse" is never among the top 4 words kept; the maps show entropy.' in said
 
 
+def test_of_patches_that_are_as_sure_the_first_on_the_picture_is_read() -> None:
+    run = make_run(picture=car_picture(400, 260))
+    assert (run.map.coverage()[0] == 0).all()  # padding
+    probs = np.full((5, 144, 1), 0.1, np.float32)
+    probs[4, [3, 60, 61, 90]] = [[1.0], [0.9991], [0.9999], [1.0]]
+    known = {"words": ("car",), "word_ids": (1,), "probs": probs, "ranks": np.ones(probs.shape, np.int32)}
+    lens = lens_examples.lens_of(run, np.tile(np.array([1, 3]), (5, 144, 1)), np.full((5, 144, 2), 0.3), **known)
+    assert "Likeliest words at row 5, column 0" in texts(stills.lens_states(run, lens, word="car"))
+
+
 def test_some_states_are_spread_with_both_ends_and_the_one_wanted() -> None:
     assert stills.some_states(5, 7) == [0, 1, 2, 3, 4]
     assert stills.some_states(33, 5) == [0, 8, 16, 24, 32]
