@@ -1,9 +1,9 @@
 """Every method on many pictures whose truth is known: is it faithful, does it find the thing, what does it cost?
 
-The pictures are the picture book's, or photographs with outlines (`worlds.outlined`). One question is asked about each, its type
-in turn, and one the model answers right: the map of a wrong answer has no right place to be. What is explained is the word that
-answers ("red", "Yes", "top left", "dog"), since function words need no picture; a question that the model answers without the
-picture too (filling all of it hardly lowers the probability) is passed over, for there is nothing to explain.
+The pictures are the picture book's, or photographs with outlines (`worlds.photo_names`). One question is asked about each, its
+type in turn, and one the model answers right: the map of a wrong answer has no right place to be. What is explained is the word
+that answers ("red", "Yes", "top left", "dog"), since function words need no picture; a question that the model answers without
+the picture too (filling all of it hardly lowers the probability) is passed over, for there is nothing to explain.
 
 Each finished picture is one JSON line in `out`; asking again with the same settings goes on where the file
 ends. Pictures can be shared between processes (`spread`), since a small model's passes are too short to share between
@@ -51,8 +51,7 @@ from llava_lab.results.scores import COST, DIGITS, FAITHFUL, TRUE
 from llava_lab.shipped import ABLATION, PHOTO_COMPARISON
 from llava_lab.stats import cluster_bootstrap, exact_match, percentiles, wilson
 from llava_lab.worlds import picturebook
-from llava_lab.worlds.outlined import Outlined, accepted, read_outlined
-from llava_lab.worlds.photo_names import with_article
+from llava_lab.worlds.photo_names import Outlined, accepted, read_outlined, with_article
 
 if TYPE_CHECKING:
     from llava_lab.models import Lab
@@ -95,7 +94,7 @@ def leaderboard(
     """Score `methods` on `n` pictures. Ctrl-C gives the table of the pictures finished so far.
 
     ``data="photos"`` takes the photographs of the folder `pictures`, which has an outline of every object in them
-    (`worlds.outlined.read_outlined`): what is in the picture, where an accepted word of the answer is explained, and whether
+    (`worlds.photo_names.read_outlined`): what is in the picture, where an accepted word of the answer is explained, and whether
     there is one of the things that are there.
     `options` are per method and come before its `Method.economy`: a leaderboard asks the same hundreds of times, and about a
     thousand passes a picture in all, scoring included, is what it may spend. Each picture has its own seed, so random maps

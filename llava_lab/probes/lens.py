@@ -51,7 +51,7 @@ from llava_lab.probes.linear import LEFT_OUT, QUESTION, patch_labels, read_stage
 from llava_lab.replay.words import Reading, final_norm, output_head, read_words, state_window, token_texts, word_tokens
 from llava_lab.results import HallucinationCheck, LogitLens, NamingShare, Run, Saved, WordActivation
 from llava_lab.stats import RESAMPLES, calibration, cluster_bootstrap, percentiles, roc_auc
-from llava_lab.worlds.outlined import accepted, read_outlined
+from llava_lab.worlds.photo_names import accepted, read_outlined
 from llava_lab.worlds.picturebook import ask_about, scene
 from llava_lab.worlds.scenes import COLOR_NAMES, KIND_NAMES
 
@@ -412,7 +412,7 @@ def naming_share(
 
     `fitted`: a lens to read through, as in `logit_lens`; fit it on other pictures.
 
-    With `pictures`, a folder of photographs with outlines (`worlds.outlined.read_outlined`), the scenes are its photographs: a
+    With `pictures`, a folder of photographs with outlines (`worlds.photo_names.read_outlined`), the scenes are its photographs: a
     token names its thing by any accepted word, and nothing is counted for colours. What no outline covers may still be a thing.
 
     One answer and one forward a picture. A word of several tokens counts by its first (the notes list them).

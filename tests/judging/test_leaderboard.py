@@ -22,7 +22,7 @@ from llava_lab.results import Leaderboard
 from llava_lab.results.scores import COST, FAITHFUL, TRUE
 from llava_lab.stats import wilson
 from llava_lab.worlds import picturebook
-from llava_lab.worlds.outlined import read_outlined
+from llava_lab.worlds.photo_names import read_outlined
 from tests.support.additive import HOME as JUDGING
 from tests.support.additive import everything_tells
 from tests.support.closeness import TERMS, close

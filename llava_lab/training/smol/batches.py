@@ -36,6 +36,8 @@ from llava_lab.worlds.questions import Question
 from llava_lab.worlds.scenes import Scene
 from llava_lab.worlds.small_talk import DESCRIBE, account, chat
 
+log = logging.getLogger(__name__)
+
 Block = list[tuple[str, str]]  # one first question, or the turns of one conversation
 
 EVENLY = (*TYPES, "unequal", "same color", "different color")
@@ -204,8 +206,6 @@ def _pick(rng: np.random.Generator, options: Sequence[str]) -> str:
 
 
 # -- plain texts ----------------------------------------------------------------------------
-
-log = logging.getLogger(__name__)
 
 ASKED = (
     *("What is the capital of Italy?", "Write two sentences about the sea.", "How do I boil an egg?", "Tell me a short joke."),
