@@ -232,9 +232,11 @@ def whole_folder(out: Path, *, replace: bool = True, keep: bool = False) -> Iter
 
     An `out` that is there gives way only then; with ``replace=False`` it stays, because another process was first. With
     ``keep=True`` it keeps what it holds, and the new files take their places one by one. Raises WriteError where the
-    disk does not allow it.
+    disk does not allow it, and where `out` is a file, a device or a pipe, which is left as it is.
     """
     try:
+        if out.exists() and not out.is_dir():
+            raise OSError("it is there and is no folder")
         out.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     except (OSError, ValueError) as error:

@@ -39,7 +39,7 @@ import numpy as np
 from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
 
-from llava_lab.checks import shown
+from llava_lab.checks import is_list, number, shown
 from llava_lab.errors import DataError, OptionError, PictureError, one_line
 from llava_lab.models.pictures import read_picture
 from llava_lab.models.text import read_row
@@ -140,10 +140,13 @@ class Source:
     suffix: str = "none"
 
     def __post_init__(self) -> None:
-        if self.suffix not in FORMATS:
+        if not isinstance(self.suffix, str) or self.suffix not in FORMATS:
             raise OptionError(f"suffix must be one of {', '.join(FORMATS)}, got {self.suffix!r}")
-        if not 0 < self.weight < math.inf:
+        if not number("weight", self.weight) > 0:
             raise OptionError(f"weight must be above 0, got {self.weight}")
+        for name, value in (("file", self.file), ("images", self.images)):
+            if not isinstance(value, (str, os.PathLike)) and (value is not None or name == "file"):
+                raise OptionError(f"{name} of a source must be a path, got {shown(value)}")
 
     @property
     def path(self) -> Path:
@@ -155,11 +158,14 @@ class Source:
 
 
 def as_sources(data: str | os.PathLike | Source | Sequence[Source]) -> list[Source]:
-    """What an entry takes as data, as sources. Raises OptionError when there is none."""
-    sources = [data] if isinstance(data, Source) else [Source(data)] if isinstance(data, (str, os.PathLike)) else list(data)
-    if not sources:
+    """What an entry takes as data, as sources. Raises OptionError when there is none, and for anything else."""
+    given: list[Any] = list(data) if is_list(data) else [data]
+    if not given:
         raise OptionError("no data: give at least one file in LLaVA's format")
-    return sources
+    for one in given:
+        if not isinstance(one, (Source, str, os.PathLike)):
+            raise OptionError(f"data must be a file in LLaVA's format, a Source, or a list of these; got {shown(one)}")
+    return [one if isinstance(one, Source) else Source(one) for one in given]
 
 
 @dataclass(frozen=True)

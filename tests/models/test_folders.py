@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from transformers import LlavaConfig, LlavaProcessor, MistralConfig, Qwen2Config
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 import llava_lab as ll
-from llava_lab.errors import CheckpointError, LabError, OptionError
+from llava_lab.errors import CheckpointError, LabError, OptionError, WriteError
 from llava_lab.models import Lab, folders, layout, load
 from llava_lab.models.folders import FAMILIES
 from tests.support.answers import probabilities_check_out
@@ -246,3 +247,22 @@ def test_its_pictures_are_padded_and_its_answers_check_out(siglip: Lab, picture:
     run = siglip.ask(picture, "What color is the car?", prompt="chat", max_new_tokens=6)
     assert (run.map.mode, len(run.image_positions)) == ("pad", 9)
     probabilities_check_out(siglip, run)
+
+
+@pytest.mark.parametrize("kind", ["file", "pipe", "socket", "link to a file", "link to a pipe"])
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_folder_does_not_take_the_place_of_what_is_none(tmp_path: Path, kind: str, keep: bool) -> None:
+    """A model saved to /dev/null by root once put a folder there."""
+    place, real = tmp_path / "out", tmp_path / "real"
+    at = real if kind.startswith("link") else place
+    if kind.endswith("file"):
+        at.write_text("mine", "utf-8")
+    else:
+        os.mkfifo(at) if kind.endswith("pipe") else os.mknod(at, stat.S_IFSOCK | 0o600)
+    if at is real:
+        place.symlink_to(real)
+    before = place.lstat()
+    with pytest.raises(WriteError, match="is no folder"), folders.whole_folder(place, keep=keep) as part:
+        (part / "config.json").write_text("{}", "utf-8")
+    assert (place.lstat().st_ino, place.lstat().st_mode) == (before.st_ino, before.st_mode)
+    assert sorted(path.name for path in tmp_path.iterdir()) == (["out", "real"] if at is real else ["out"])

@@ -15,7 +15,17 @@ import pytest
 from llava_lab.errors import DataError, OptionError
 from llava_lab.models import Lab, layout
 from llava_lab.training import rows as json_rows
-from llava_lab.training.rows import LlavaData, Order, Problems, Source, Text, build_index, epoch_rows, group_by_modality
+from llava_lab.training.rows import (
+    LlavaData,
+    Order,
+    Problems,
+    Source,
+    Text,
+    as_sources,
+    build_index,
+    epoch_rows,
+    group_by_modality,
+)
 from tests.support.training_rows import turn, write_json, write_rows
 
 IGNORE = -100
@@ -287,3 +297,26 @@ def test_memory_stays_flat_with_the_number_of_rows(tmp_path: Path, tiny_folder: 
     print(f"grown by {grown:.0f} bytes a row")
     # an order is 8 bytes a row, computed with a few copies; parsed rows would be over 500 bytes each
     assert grown < 120
+
+
+@pytest.mark.parametrize(
+    "data", [5, None, {}, {"file": "a.json"}, [], [5], [None], [["a.json"]], b"a.json", True, 1.5, object(), np.zeros(3)]
+)
+def test_data_that_is_no_file_is_refused_in_one_line(data: Any) -> None:
+    with pytest.raises(OptionError, match="no data|data must be a file in LLaVA's format"):
+        as_sources(data)
+
+
+@pytest.mark.parametrize("data", ["a.json", Path("a.json"), Source("a.json"), ["a.json"], [Source("a.json")], (Path("a.json"),)])
+def test_a_file_a_source_and_lists_of_them_are_data(data: Any) -> None:
+    assert [str(source.path) for source in as_sources(data)] == ["a.json"]
+
+
+@pytest.mark.parametrize("options", [
+    {"file": 5}, {"file": None}, {"file": b"a"}, {"images": 5}, {"images": ["a"]}, {"weight": "x"}, {"weight": None},
+    {"weight": 0}, {"weight": -1}, {"weight": float("nan")}, {"weight": float("inf")},
+    {"suffix": []}, {"suffix": None}, {"suffix": "x"},
+])  # fmt: skip
+def test_a_source_of_odd_parts_is_refused_in_one_line(options: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match=f"{next(iter(options))}.* must be"):
+        Source(**{"file": "a.json", **options})
