@@ -115,7 +115,7 @@ def public_calls(lab: Any, folder: Path) -> dict[str, dict[str, Any]]:
             "answer": False,
         },
         "prune_sweep": {"lab": lab, **drawn, "keeps": [5], "by": ["random"], "at": 1, "draws": 1, "progress": False},
-        "shipped_ablation": {},
+        "shipped_ablation": {"data": "picturebook"},
         "shipped_leaderboard": {"lab": lab},
         "shipped_pruning": {"lab": lab},
         "logit_lens": {**asked, "layers": None, "top": 2, "words": (), "fitted": None},
@@ -161,7 +161,7 @@ def public_calls(lab: Any, folder: Path) -> dict[str, dict[str, Any]]:
         "write_projector": {"lab": lab, "path": "projector.bin"},
         "save": {"lab": lab, "folder": "saved"},
         "export": {"lab": lab, "folder": "exported"},
-        "linear_effect": {"lab": lab, "fit": fit, "data": "nothing", **drawn, "ranks": (), "controls": False}
+        "linear_effect": {"lab": lab, "fit": fit, "data": "nothing", **drawn, "pictures": None, "ranks": (), "controls": False}
         | {"prompt": None, "progress": False},
         "compare_connectors": {
             "pictures": None,

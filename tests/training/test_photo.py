@@ -22,7 +22,7 @@ from llava_lab.training import loop
 from llava_lab.training.photo import make
 from llava_lab.training.photo.make import PHOTO, PhotoData, train_photo
 from llava_lab.training.smol.batches import Chat
-from llava_lab.worlds.photo_names import classes, read_photos
+from llava_lab.worlds.photo_names import Photo, Thing, classes, read_photos
 from tests.support.little_language import llama, write_gguf
 
 RECIPE = replace(
@@ -298,3 +298,10 @@ def test_the_command_wants_a_folder_of_named_photographs(tmp_path: Path, capsys:
     assert cli.main(["train", "tiny", "--pictures", "x", "--out", str(tmp_path / "a")]) == 2
     with pytest.raises(DataError, match="no folder"):
         train_photo(tmp_path / "none", tmp_path / "b")
+
+
+def test_what_photographs_show_stands_in_one_order_in_every_process() -> None:
+    """Sets of words have another order in each process; things of one name are told apart by what else they are called."""
+    kinds = [f"kind {number}" for number in range(40)]
+    photos = [Photo(Path(f"{kind}.png"), Thing("crane", "", kind)) for kind in kinds]
+    assert [thing.kind for thing in make.things_of(photos[::-1] + photos)] == sorted(kinds)

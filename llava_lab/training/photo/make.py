@@ -50,7 +50,7 @@ from llava_lab.training import loop
 from llava_lab.training.recipe import Stage
 from llava_lab.training.smol.batches import Batch, Chat, many_texts, texts_batch
 from llava_lab.training.smol.make import adapt, answered, compiled, distance, loss_of, quick_numbers, write_weights
-from llava_lab.worlds.photo_names import Photo, classes, read_photos
+from llava_lab.worlds.photo_names import Photo, Thing, classes, read_photos
 from llava_lab.worlds.photo_scenes import absent, draw_scene, opened, present, talk_about
 
 log = logging.getLogger(__name__)
@@ -98,6 +98,12 @@ class PhotoRecipe:
 PHOTO = PhotoRecipe()
 
 
+def things_of(photos: Sequence[Photo]) -> list[Thing]:
+    """What the photographs show, once each. Two things of one name (a crane that flies, one that lifts) stand in an order of
+    their own too, so that every process asks the same questions."""
+    return sorted({photo.thing for photo in photos}, key=lambda thing: (thing.name, thing.basic, thing.kind))
+
+
 # -- pictures ------------------------------------------------------------------------------
 
 
@@ -143,7 +149,7 @@ class PhotoData(Dataset):
         self.form, self.photos, self.stage, self.number, self.seed = form, photos, stage, number, seed
         self.texts, self.blind = texts, blind
         self.patches: Patches | None = None
-        self.things = sorted({p.thing for p in photos}, key=lambda thing: thing.name)
+        self.things = things_of(photos)
         self.brief = {shown: Chat(form.tokenizer, shown) for shown in BLOCKS}
 
     def __getitem__(self, step: int) -> Batch:
@@ -354,7 +360,7 @@ class Check:
 def check_batches(form: Chat, photos: Sequence[Photo], scenes: int) -> tuple[Batch, ...]:
     """`scenes` scenes no step draws and five questions about each, in batches of 8."""
     batches = []
-    things = sorted({p.thing for p in photos}, key=lambda thing: thing.name)
+    things = things_of(photos)
     for first in range(0, scenes, 8):
         rng = np.random.default_rng((9, 49, first))
         drawn = [draw_scene(photos, rng) for _ in range(min(8, scenes - first))]
