@@ -136,7 +136,7 @@ def compare_connectors(
             by_seed = [job for of_seed in zip(*final, strict=True) for job in of_seed]  # a stop leaves whole seeds
             runs.finish(by_seed, keep=folder / "models" if keep and drawn else None, keep_seed=seed)
         check_same_batches(runs.done)
-        return _result(material, arms, swept, final, runs.done, stated)
+        return _result(material, arms, several, swept, final, runs.done, stated)
 
 
 def _scaled(recipe: Recipe | PhotoRecipe, scale: float, seed: int) -> Recipe | PhotoRecipe:
@@ -220,6 +220,7 @@ def _questions(material: Material, splits: Sequence[str]) -> tuple[stats.Questio
 def _result(
     material: Material,
     arms: list[Arm],
+    rates: list[float],
     swept: list[list[Job]],
     final: list[list[Job]],
     done: dict[Job, Finished],
@@ -241,7 +242,7 @@ def _result(
         rate=np.array([jobs[0].rate for jobs in final]),
         parameters=np.array([done[jobs[0]].parameters for jobs in final]),
         flops=np.array([arm.flops for arm in arms]),
-        sweep_rates=np.array([job.rate for job in swept[0]]),
+        sweep_rates=np.array(rates),  # an arm that does not learn has one run for all of them
         sweep_loss=np.array([[done[job].loss[0] for job in jobs] for jobs in swept]),
         sweep_accuracy=np.array([[done[job].right.mean() for job in jobs] for jobs in swept]),
         seeds=seeds,

@@ -121,6 +121,7 @@ def test_a_whole_comparison_on_photographs(little: None, folders: dict[str, Path
     assert result.data == "photos"
     assert set(result.types) >= {"naming", "presence", "collage: place", "collage: presence"}
     assert result.steps.tolist() == [[0, 2], [3, 2], [3, 2]]
+    assert result.sweep_rates.tolist() == [3e-4, 1e-3, 3e-3]
     assert len(set(result.sweep_loss[0])) == 1  # what does not learn has no rate to choose
     assert len(set(result.sweep_loss[1])) == 3
     assert len(list((tmp_path / "out" / "runs").glob("*.npz"))) == 1 + 3 + 3 + 3 * 2
