@@ -140,7 +140,7 @@ def _draw(run: Run, relevance: Relevance, path: str) -> None:
     if Path(path).suffix.lower() == ".gif":
         from llava_lab.plots.moving import moving_words
 
-        common.write_bytes(moving_words(run, relevance), path)
+        common.save_bytes(moving_words(run, relevance), path)
         return
     from matplotlib.figure import Figure  # no pyplot: a command line has no windows
 

@@ -261,7 +261,7 @@ def save(result: Any, path: str | None) -> None:
         write(result.save, path)
 
 
-def write_bytes(data: bytes, path: str) -> None:
+def save_bytes(data: bytes, path: str) -> None:
     """Write a file, whole or not at all; folders on the way are made."""
     from llava_lab.results import whole_file
 

@@ -14,6 +14,19 @@ def test_it_runs_and_what_is_stored_is_what_it_shows(lesson: Lesson) -> None:
     lesson.check()
 
 
+def test_on_photographs_the_bend_names_and_neither_line_nor_size_does(found: dict[str, Any]) -> None:
+    naming = {name: round(100 * kinds["naming"]) for name, kinds in found["photos"].items()}
+    assert naming == {"mlp2x_gelu": 37, "bottleneck": 34, "closed_form": 12, "linear": 6, "linear2x": 0}
+    told = found["photos told apart"]
+    assert told.pop("bottleneck") == "not distinguishable"
+    assert set(told.values()) == {"better"}
+    (edge,) = found["photos at the edge"]
+    assert edge.startswith("linear (samples")
+    assert all(0.4 < kinds["presence"] < 0.6 for kinds in found["photos"].values()), "near what guessing gives"
+    assert all(0.4 < kinds["collage: presence"] < 0.6 for kinds in found["photos"].values())
+    assert all(kinds["collage: place"] < 0.1 for kinds in found["photos"].values())
+
+
 def test_a_line_of_rank_32_keeps_every_answer_and_the_controls_do_not(found: dict[str, Any]) -> None:
     flipped = found["flipped"]
     assert found["r2"][0] > 0.9

@@ -183,6 +183,10 @@ print(_json.dumps({
     + """
 _row = {stage1: result.row("mlp2x_gelu", "linear", budget="samples", stage1=stage1) for stage1 in (True, False)}
 print(_json.dumps({
+    "photos": {row["connector"]: row["by_type"] for row in photos.scores()},
+    "photos told apart": {first: photos.row("mlp2x_gelu", first, type="naming")["verdict"] for first in (
+        "linear", "closed_form", "linear2x", "bottleneck")},
+    "photos at the edge": [one for one in photos.notes if "sweep's edge" in one],
     "r2": [fit.r2, dict(zip(fit.variants, fit.variant_r2.tolist()))],
     "flipped": {name: effect.row(name)["flipped"] for name in effect.variants},
     "local": [float(local.cosine.mean()), float(local.random_cosine.mean()), local.bent_share, local.straight_units],
