@@ -283,8 +283,7 @@ PHOTO_LIMITS = (
     "connector would be ahead after longer training, these runs cannot say.",
     "Connectors with two layers start at what the tower's classifier knows (its rows are their hidden units), the linear one at "
     "the best line onto the same words. `linear2x` has the MLP's start, size and layers, and no bend.",
-    "`closed_form` is also what `linear` comes to at a rate of 0: where a smaller rate than those swept would suit the line "
-    "better, the truth lies between the two.",
+    "`closed_form` is also what `linear` comes to at a rate of 0. A rate between that and the smallest one swept was not tried.",
     "A verdict other than *not distinguishable* needs an adjusted p below 5% over seeds (paired t test, Holm within a "
     "budget and stage setting) and an interval over pictures on the same side of 0.",
 )
