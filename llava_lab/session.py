@@ -166,5 +166,5 @@ def _photographs() -> list[Shown]:
     folder, found = Path(package.origin).parent / "data", []
     for name in PHOTOGRAPHS:
         files = [folder / f"{name}.{ending}" for ending in ("png", "jpg")]
-        found += [Shown(f"photograph: {name}", read_picture(file), f"data.{name}()") for file in files if file.is_file()]
+        found += [Shown(f"{name} (photo)", read_picture(file), f"data.{name}()") for file in files if file.is_file()]
     return found
