@@ -294,6 +294,7 @@ def test_a_patch_below_the_noise_floor_is_called_negligible(widget_page: WidgetP
         expect(value).to_have_text(text)
         assert (value.evaluate("(node) => getComputedStyle(node).color") == soft) == faint
     shown.get_by_role("radio", name="other").click()
+    expect(shown.locator(".lab-top .lab-negligible")).to_have_count(0)
     assert set(shown.locator(".lab-top .lab-value").all_inner_texts()) == {"0.500", "0.001"}
 
 
