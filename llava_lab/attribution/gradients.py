@@ -1,7 +1,7 @@
 """Gradient methods: what would change the target's logit, at the pixels, at the tower's output, or at the image tokens.
 
 They explain the *logit* of what was said, summed over the target's tokens (for a contrast, the difference of the two
-words' logits), not its log-probability: the softmax would mix in every other word. At the projector's output a patch is
+words' logits), not its log-probability: the softmax would mix in every other word. At the connector's output a patch is
 its image token, into which the vision tower has already mixed its neighbours; at the pixels it is what was in the picture
 there, and the mixing is part of what is explained. Places and fills are occlusion's own, so that a gradient times a step
 is comparable with the real step.
@@ -237,7 +237,7 @@ class Point:
 
 
 def open_point(lab: Lab, run: Run, targets: Targets, *, at: str, fill: str | None = None) -> Point:
-    """The run at ``pixels``, ``vision`` (what the projector reads) or ``projector`` (the image tokens it gives).
+    """The run at ``pixels``, ``vision`` (what the connector reads) or ``projector`` (the image tokens it gives).
 
     `fill` is one of `FILLS`; without it `Point.fill` is zero. Call it, and its `scores`, inside `capture.undisturbed`.
     """

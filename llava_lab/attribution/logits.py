@@ -15,7 +15,7 @@ One forward. Beside it, for one layer at a time, stand its values in float32 (11
 heads), 0.2 MB. The peak of the process does not rise above a plain forward's.
 
 ``logit_lens_map``: how probable the target word is when a patch's state is read as if it were the last one. State 0 is
-what the projector gives, state l the stream after l layers. Every state goes through the final norm exactly once and then
+what the connector gives, state l the stream after l layers. Every state goes through the final norm exactly once and then
 through the output head. (transformers' ``hidden_states[-1]`` is already normed; norming it again is the usual mistake.
 Here all states are taken before the norm, the last one too.) Read several states and the strongest (or the mean) is
 shown. vl-interp's internal confidence is the maximum over states and patches of such a reading, but it takes no final norm
@@ -181,7 +181,7 @@ def _states(layers: Any, count: int) -> tuple[int, int]:
     if isinstance(layers, Integral) and not isinstance(layers, bool):
         state = int(layers)
         if not 0 <= state <= count:
-            raise OptionError(f"layers must be a state from 0 (projector output) to {count} (last layer), got {state}")
+            raise OptionError(f"layers must be a state from 0 (connector output) to {count} (last layer), got {state}")
         return state, state + 1
     return layer_window(layers, count + 1)
 

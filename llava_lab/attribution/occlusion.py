@@ -3,7 +3,7 @@
 It touches what the model is given, so it can claim a cause; what it claims is about this fill, this block size and the
 place where the patch is taken away. Patches that back each other up can each look unimportant.
 
-- ``occlusion`` covers a block of patches after the other, at the pixels, at the vision tower's or at the projector's output
+- ``occlusion`` covers a block of patches after the other, at the pixels, at the vision tower's or at the connector's output
   (`replay.alter`). The value is the drop of the answer's log-odds, or with ``score="logprob"`` of its log-probability.
 - ``occlusion_coarse`` covers large blocks first, and only those that mattered most are looked at closer: a few tens of
   passes stand in for one per patch. What is never looked at closer keeps its block's drop, shared out over the block's

@@ -221,7 +221,7 @@ def _through_vision(
 
 
 def _at_features(connector: Call, gradient: Float[Tensor, "N P D"]) -> Float[Tensor, "N P F"]:
-    """N gradients at the projector's output -> at the features it reads."""
+    """N gradients at the connector's output -> at the features it reads."""
     with torch.enable_grad():
         features = connector.x.detach().requires_grad_()
         out = connector.module(features, *connector.args, **connector.kwargs)

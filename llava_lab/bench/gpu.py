@@ -225,7 +225,7 @@ def _occlusion(lab: Lab) -> Group:
     total = run.map.rows * run.map.cols
     plain = partial(ways[occlusion.FLOOR], lab, run, np.zeros(0))
     forwards = SWEEP / _measured(lab.device, plain, 1).get("seconds", SWEEP)
-    # behind the projector a patch costs half a forward
+    # behind the connector a patch costs half a forward
     counts = {occlusion.EXACT: 2 * forwards, "ours: occlusion at the pixels": min(forwards, SOME), KNOCKOUT: total}
     works, scales, notes = {occlusion.FLOOR: plain}, {}, {}
     for way, most in counts.items():

@@ -37,9 +37,9 @@ PATCHES = 144  # a sweep measures at most so many
 PICTURES = 8  # that ranks are compared on
 FLOOR = "plain forward"
 PIXELS = "captum FeatureAblation at the pixels, one by one"
-TOKENS = "captum LayerFeatureAblation at the projector, one by one"
-EXACT = "ours: exact at the projector"
-HALF = "ours: exact at the projector, products in bfloat16"
+TOKENS = "captum LayerFeatureAblation at the connector, one by one"
+EXACT = "ours: exact at the connector"
+HALF = "ours: exact at the connector, products in bfloat16"
 # Methods that stand in for the exact sweep, with the options they are compared under.
 STAND_INS: Mapping[str, dict[str, Any]] = MappingProxyType(
     {
@@ -136,7 +136,7 @@ def _captum_pixels(at_once: int) -> Callable[[Lab, Run, np.ndarray], Values]:
     return way
 
 
-def _captum_projector(lab: Lab, run: Run, chosen: np.ndarray) -> Values:
+def _captum_connector(lab: Lab, run: Run, chosen: np.ndarray) -> Values:
     from captum.attr import LayerFeatureAblation
 
     from llava_lab.capture import undisturbed
@@ -209,7 +209,7 @@ SWEEPS: Mapping[str, Callable[[Lab, Run, np.ndarray], Values]] = MappingProxyTyp
         PIXELS: _captum_pixels(1),
         "captum FeatureAblation at the pixels, 16 at once": _captum_pixels(16),
         "ours: occlusion at the pixels": _ours("pixels"),
-        TOKENS: _captum_projector,
+        TOKENS: _captum_connector,
         "captum FeatureAblation of the tokens, the tower run once": _captum_tokens,
         EXACT: _ours("projector"),
         HALF: _ours("projector", half=True),

@@ -6,7 +6,7 @@
 How a connector is checked and what follows it is written in `llava_lab.models.swap`; the architectures are in
 `llava_lab.models.connectors`.
 
-A new connector has LLaVA's first weights or transformers'. They differ: LLaVA leaves its projector as torch's ``nn.Linear`` makes
+A new connector has LLaVA's first weights or transformers'. They differ: LLaVA leaves its connector as torch's ``nn.Linear`` makes
 it, transformers draws every layer anew from N(0, initializer_range) with biases 0. For 1024 -> 4096 -> 4096 the second layer
 starts 2.2 times larger in transformers, which is a second change in what is meant as a comparison of connectors.
 """

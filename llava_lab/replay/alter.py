@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from llava_lab.models import Lab
 
 LEVELS = ("pixels", "vision", "projector")
-PLACES = {"pixels": "the pixels", "vision": "the vision tower's output", "projector": "the projector's output"}
+PLACES = {"pixels": "the pixels", "vision": "the vision tower's output", "projector": "the connector's output"}
 PATIENCE = 2.0  # seconds before a progress bar appears
 
 Result = TypeVar("Result")

@@ -196,7 +196,7 @@ def state_window(layers: Any, count: int) -> tuple[int, int]:
     """``[start, stop)`` of the states 0 .. count: None is all, a whole number that state alone."""
     if isinstance(layers, Integral) and not isinstance(layers, bool):
         if not 0 <= int(layers) <= count:
-            raise OptionError(f"layers must be a state from 0 (projector output) to {count} (last layer), got {layers}")
+            raise OptionError(f"layers must be a state from 0 (connector output) to {count} (last layer), got {layers}")
         return int(layers), int(layers) + 1
     return layer_window(layers, count + 1)
 

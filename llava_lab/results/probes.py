@@ -1,6 +1,6 @@
 """What the probes find, as frozen dataclasses over numpy arrays; each is one ``.npz`` file and loads without a model.
 
-A state l is the residual stream after l language layers; state 0 is what the projector gives.
+A state l is the residual stream after l language layers; state 0 is what the connector gives.
 """
 
 from __future__ import annotations
@@ -303,7 +303,7 @@ class NearestWords(Saved):
     cosines: Float32[np.ndarray, "patches top"]  # -1 to 1
     piece_ids: Int32[np.ndarray, " pieces"]  # every token of `top_ids`, sorted
     pieces: tuple[str, ...]
-    norms: Float32[np.ndarray, " patches"]  # of the token as the projector gives it
+    norms: Float32[np.ndarray, " patches"]  # of the token as the connector gives it
     readable: Bool[np.ndarray, " patches"]  # whether the nearest token is a whole word
     random_shares: Float32[np.ndarray, " draws"]  # the same share for random vectors of the same entries
     random_cosines: Float32[np.ndarray, " draws"]  # their mean nearest cosine

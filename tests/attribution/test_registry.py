@@ -257,7 +257,7 @@ def test_an_option_without_a_default_is_a_mistake_of_who_wrote_it() -> None:
         ("relevancy", {"variant": "chfer"}, "variant must be one of 'chefer', 'lvlm-interpret', got 'chfer'"),
         ("direct_logit", {"layers": (2, 9)}, "layers must be .start, stop. with 0 <= start < stop <= 3"),
         ("direct_logit", {"heads": 4}, "heads must be numbers from 0 to 3"),
-        ("logit_lens_map", {"layers": 4}, "layers must be a state from 0 .projector output. to 3 .last layer., got 4"),
+        ("logit_lens_map", {"layers": 4}, "layers must be a state from 0 .connector output. to 3 .last layer., got 4"),
         ("logit_lens_map", {"layers": (0, 5)}, "layers must be .start, stop. with 0 <= start < stop <= 4"),
         ("tam", {"filter": 2}, "filter must be None or an odd window from 1 to 4 patches, got 2"),
         ("tam", {"filter": 7}, "filter must be None or an odd window from 1 to 4"),

@@ -167,7 +167,7 @@ def test_methods_run_on_shared_keys(mistral: Lab, picture: np.ndarray, method: s
     assert rel.values.std() > 0
 
 
-def test_occlusion_behind_the_projector_uses_kept_keys_only_where_they_are_kept(mistral: Lab, picture: np.ndarray) -> None:
+def test_occlusion_behind_the_connector_uses_kept_keys_only_where_they_are_kept(mistral: Lab, picture: np.ndarray) -> None:
     """A cache that slides forgets the beginning; its shortcut is found out and refused."""
     run = mistral.ask(picture, QUESTION, max_new_tokens=3)
     if mistral.model.config.text_config.sliding_window:

@@ -214,7 +214,7 @@ def test_a_mask_that_leaks_is_refused(tiny_random: Lab, run: Run, monkeypatch: p
         attribute(tiny_random, run, method="occlusion", at="projector")
 
 
-def test_a_projector_that_mixes_patches_is_refused(tiny_random: Lab, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_connector_that_mixes_patches_is_refused(tiny_random: Lab, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     part = connector_of(tiny_random.model)
     forward = part.forward
     monkeypatch.setattr(part, "forward", lambda states: forward(states + 3 * states.mean(1, keepdim=True)))

@@ -49,7 +49,7 @@ def logit(lab: Any, run: Run, target: Target, *, at: str, value: Tensor) -> Tens
 
 
 def stands_at(lab: Any, at: str, pixels: Tensor) -> Tensor:
-    """What `pixels` become at a place: themselves, or (1, P, D) before or after the projector."""
+    """What `pixels` become at a place: themselves, or (1, P, D) before or after the connector."""
     if at == "pixels":
         return pixels
     seen: list[Tensor] = []

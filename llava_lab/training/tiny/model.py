@@ -126,8 +126,8 @@ def build_model(config: LlavaConfig, *, seed: int) -> LlavaForConditionalGenerat
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(config)
-        projector = model.model.multi_modal_projector
-        for layer in (projector.linear_1, projector.linear_2):
+        connector = model.model.multi_modal_projector
+        for layer in (connector.linear_1, connector.linear_2):
             layer.reset_parameters()
         torch.nn.init.normal_(model.model.language_model.embed_tokens.weight, std=EMBEDDING_SCALE)
         for layer in model.model.language_model.layers:
