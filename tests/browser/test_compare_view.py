@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Locator
+from playwright.sync_api import Locator, expect
 
 from tests.support.compare_examples import CELLS, GREY, comparison_example, methods_example, three
 from tests.support.widget_examples import make_relevance, make_run, single_cell
@@ -102,7 +102,7 @@ def test_what_is_not_better_than_random_is_grey_small_and_large(widget_page: Wid
     assert shown.locator(".lab-stage-verdict").inner_text() == "not shown to beat random"
     shown.get_by_role("radio", name="car, ").click()  # it beats random there
     assert colour(tile(shown, "rollout").locator("canvas")) > 80
-    assert shown.locator(".lab-stage-verdict").inner_text() == "beats random"
+    expect(shown.locator(".lab-stage-verdict")).to_have_text("beats random")
 
 
 def test_a_map_below_its_noise_floor_is_dim_and_called_negligible(widget_page: WidgetPage) -> None:
@@ -122,8 +122,8 @@ def test_a_map_below_its_noise_floor_is_dim_and_called_negligible(widget_page: W
     box = tile(shown, "strong").locator("canvas").bounding_box()
     assert box is not None
     shown.page.mouse.move(box["x"] + 7.5 / 12 * box["width"], box["y"] + 2.5 / 12 * box["height"])
-    read = [tile(shown, name).locator(".lab-tile-line").inner_text() for name in ("weak", "strong")]
-    assert read == ["negligible here", "negligible here"]
+    for name in ("weak", "strong"):
+        expect(tile(shown, name).locator(".lab-tile-line")).to_have_text("negligible here")
 
 
 def test_a_click_enlarges_and_says_what_made_the_map(widget_page: WidgetPage) -> None:
@@ -150,8 +150,8 @@ def test_what_has_no_map_says_why_and_long_notes_are_folded(widget_page: WidgetP
     shown = widget_page.mount(CompareView(run, replace(comparison, notes=tuple("abcdef"))))
     assert shown.locator(".lab-remarks li").first.is_hidden()
     shown.locator(".lab-remarks summary").click()
-    assert shown.locator(".lab-remarks li").count() == 7
-    assert shown.locator(".lab-remarks li").first.is_visible()
+    expect(shown.locator(".lab-remarks li")).to_have_count(7)
+    expect(shown.locator(".lab-remarks li").first).to_be_visible()
 
 
 def test_the_contrast_shows_who_can_answer_it(widget_page: WidgetPage) -> None:
@@ -282,7 +282,7 @@ def test_maps_are_reached_and_enlarged_by_keyboard(widget_page: WidgetPage) -> N
     for key in ("ArrowRight", "ArrowDown", " "):
         keyboard.press(key)
     assert widget_page.get("selected") == [12]
-    assert "row 1, column 0" in (shown.locator(".lab-live").text_content() or "")
+    expect(shown.locator(".lab-live")).to_contain_text("row 1, column 0")
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,7 @@ def test_keys_do_not_leave_the_widget_and_closing_leaves_nothing_behind(widget_p
     for place in FOCUSED[name]:
         shown.locator(place).first.focus()
         page.keyboard.type("abdd")
+    widget_page.settle()
     assert page.evaluate("() => window.leaked") == 0
     before = widget_page.get("selected")
     assert page.evaluate("() => window.test.listeners()") > 0

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Browser, Page, expect
 
 from tests.support.compare_examples import comparison_example, heads_example
 from tests.support.widget_examples import example, make_relevance, make_run, spots
-from tests.support.widget_page import CONTRAST
+from tests.support.widget_page import CONTRAST, SETTLE, come_late
 from widgets import PatchExplorer, report
 
 ATTACK = "</script><img src=x onerror=window.attacked=1><!--<script>window.attacked=1</script>"
@@ -36,6 +36,7 @@ class Opened:
         self.page.on("request", lambda request: self.asked.append(request.url))
         self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
         self.page.on("console", lambda line: self.wrong.append(line.text) if line.type in ("error", "warning") else None)
+        come_late(self.page)
         self.page.goto(path.as_uri())
 
     def painted(self) -> Opened:
@@ -47,7 +48,7 @@ class Opened:
         return self
 
     def settle(self) -> None:
-        self.page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        self.page.evaluate(SETTLE)
 
     @property
     def outside(self) -> list[str]:
@@ -144,7 +145,7 @@ def test_scores_options_and_versions_can_be_read(opened: Opened) -> None:
     for said in ("fingerprint of its weights", "0" * 16, "288 × 288 px", "llava-lab", "0.1.0", "numpy"):
         assert said in made
     page.get_by_text("Scores of the maps of the whole answer").click()
-    assert page.locator("#scores details").last.locator("tbody").is_visible()
+    expect(page.locator("#scores details").last.locator("tbody")).to_be_visible()
 
 
 def test_attack_strings_stay_text(chromium: Browser, tmp_path: Path) -> None:

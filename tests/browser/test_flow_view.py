@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from playwright.sync_api import Locator
+from playwright.sync_api import Locator, expect
 
 from tests.support.flow_examples import two
 from tests.support.widget_page import WidgetPage, difference
@@ -180,7 +181,7 @@ def test_keys_move_through_marks_and_cells_and_speak(widget_page: WidgetPage) ->
     for key in ("ArrowRight", "ArrowRight", "ArrowDown"):
         widget_page.page.keyboard.press(key)
     assert widget_page.get("selected") == {"cell": [1, 1]}
-    assert (shown.locator(".lab-live").text_content() or "").startswith("Clean residual at question, layer 1, brings back 0.00")
+    expect(shown.locator(".lab-live")).to_have_text(re.compile("^Clean residual at question, layer 1, brings back 0.00"))
     shown.get_by_role("button", name="question → last").click()
     shown.locator(CURVES).focus()
     for key in ("ArrowRight", "ArrowDown", "End"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from playwright.sync_api import Locator
+from playwright.sync_api import Locator, expect
 
 from tests.support.compare_examples import HEADS, LAYERS, heads_example, one_patch_each, patch_of
 from tests.support.widget_page import WidgetPage, center, difference
@@ -104,6 +104,7 @@ def test_selected_patches_tell_which_heads_and_words_look_at_them(widget_page: W
     bright = np.abs(cell_colors(widget_page) - cell_colors(widget_page)[0, 0]).sum(-1) > 20
     assert np.argwhere(bright[:, :HEADS]).tolist() == [[4, 0]]  # of the word shown, "The"
     shown.get_by_role("radio", name="car, ").click()
+    widget_page.settle()
     bright = np.abs(cell_colors(widget_page) - cell_colors(widget_page)[0, 0]).sum(-1) > 20
     assert np.argwhere(bright[:, :HEADS]).tolist() == [[1, 2]]
     assert shown.locator(".lab-matrix-head .lab-legend-title").inner_text() == "“car” on the selected patch"
@@ -185,6 +186,7 @@ def test_the_matrix_works_from_the_keyboard_and_speaks(widget_page: WidgetPage) 
     for key in ("ArrowDown", "ArrowRight"):
         widget_page.page.keyboard.press(key)
     assert (widget_page.get("layer"), widget_page.get("head")) == (1, 1)
+    expect(shown.locator(".lab-live")).to_contain_text("layer 1, head 1 · “The”")
     said = shown.locator(".lab-live").text_content() or ""
     assert said.startswith("layer 1, head 1 · “The”")
     assert "Strongest: row 0, column 5: 0.90;" in said
@@ -194,7 +196,7 @@ def test_the_matrix_works_from_the_keyboard_and_speaks(widget_page: WidgetPage) 
     assert widget_page.get("head") == 3
     shown.locator("canvas.lab-canvas").focus()
     widget_page.page.keyboard.press("ArrowRight")
-    assert "Attention on this patch, mean over all heads: The" in (shown.locator(".lab-live").text_content() or "")
+    expect(shown.locator(".lab-live")).to_contain_text("Attention on this patch, mean over all heads: The")
 
 
 @pytest.mark.parametrize(

@@ -244,8 +244,8 @@ def test_the_picture_works_from_the_keyboard_and_speaks(widget_page: WidgetPage)
     for key in ("ArrowRight", "ArrowRight", "ArrowDown", " "):
         keyboard.press(key)
     assert widget_page.get("selected") == [13]
-    assert "row 1, column 1" in (shown.locator(".lab-live").text_content() or "")
-    assert "selected" in (shown.locator(".lab-live").text_content() or "")
+    expect(shown.locator(".lab-live")).to_contain_text("row 1, column 1")
+    expect(shown.locator(".lab-live")).to_contain_text("selected")
     keyboard.press("Shift+ArrowRight")
     keyboard.press("Shift+ArrowDown")
     assert widget_page.get("selected") == [13, 14, 25, 26]
@@ -258,10 +258,24 @@ def test_choosing_a_word_says_its_strongest_patches(widget_page: WidgetPage) -> 
     rel = single_cell(run, [17, 60, 101, 130], value=0.5)
     shown = widget_page.mount(PatchExplorer(run, {"rollout": rel}))
     shown.get_by_role("radio", name="car").click()
-    assert "rollout · “car”" in (shown.locator(".lab-live").text_content() or "")
-    assert "Strongest: row 5, column 0: 0.500" in (shown.locator(".lab-live").text_content() or "")
+    expect(shown.locator(".lab-live")).to_contain_text("rollout · “car”")
+    expect(shown.locator(".lab-live")).to_contain_text("Strongest: row 5, column 0: 0.500")
+    widget_page.settle()
     row, col, value = rel.top(1, target=1)[0]
     assert shown.get_by_role("listitem").first.inner_text().split("\n") == [f"row {row}, column {col}", f"{value:.3f}"]
+
+
+def test_the_strongest_patches_are_of_the_picture_and_padding_is_counted(widget_page: WidgetPage) -> None:
+    run = make_run(picture=car_picture(400, 200), mode="pad")
+    values = np.zeros((4, 12, 12))
+    values[:, 0, 0], values[:, 1, 5], values[:, 6, 3], values[:, 7, 7] = 0.9, 0.8, 0.7, 0.6  # the first two are padding
+    values[3, :2] = 0
+    shown = widget_page.mount(PatchExplorer(run, {"rollout": make_relevance(run, values)}, word="car"))
+    assert shown.locator(".lab-top .lab-place").all_inner_texts()[:2] == ["row 6, column 3", "row 7, column 7"]
+    expect(shown.locator(".lab-side")).to_contain_text("Stronger still: 2 patches of padding.")
+    shown.get_by_role("radio", name="red.").click()
+    expect(shown.locator(".lab-live")).to_contain_text("Strongest: row 6, column 3: 0.70; row 7, column 7: 0.60")
+    expect(shown.get_by_text("Stronger still")).to_be_hidden()
 
 
 def test_export_saves_a_png_with_the_map_in_it(widget_page: WidgetPage) -> None:

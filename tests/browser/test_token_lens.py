@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from playwright.sync_api import Locator
+from playwright.sync_api import Locator, expect
 
 from tests.support.lens_examples import CAR, ONCE, SPOT, STATES, example, three
 from tests.support.widget_page import WidgetPage, center, difference
@@ -172,8 +172,7 @@ def test_arrows_move_the_cursor_and_then_the_lock(widget_page: WidgetPage) -> No
     assert widget_page.get("selected") == [13]
     widget_page.page.keyboard.press("ArrowDown")
     assert widget_page.get("selected") == [25]
-    said = shown.locator(".lab-live").text_content() or ""
-    assert said == "row 2, column 1, locked. State 4: grass 40%, sky 20%, of 10%. Norm 1.2."
+    expect(shown.locator(".lab-live")).to_have_text("row 2, column 1, locked. State 4: grass 40%, sky 20%, of 10%. Norm 1.2.")
 
 
 def test_a_row_of_the_table_previews_its_state_and_a_click_keeps_it(widget_page: WidgetPage) -> None:
@@ -198,7 +197,7 @@ def test_a_click_on_the_curve_and_the_slider_go_to_a_state(widget_page: WidgetPa
     shown.get_by_role("slider", name="State").focus()
     widget_page.page.keyboard.press("ArrowRight")
     assert widget_page.get("state") == 2
-    assert (shown.locator(".lab-live").text_content() or "") == "State 2, after 2 layers. “car”: highest 20%."
+    expect(shown.locator(".lab-live")).to_have_text("State 2, after 2 layers. “car”: highest 20%.")
 
 
 @pytest.mark.parametrize(("x", "expected"), [(0, 0), (8, 0), (108, 2), (70, 1), (208, 4), (900, 4)])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Browser, Page, expect
 
 import llava_lab as ll
 from llava_lab.cli import main as cli
@@ -124,8 +125,8 @@ def test_answers_about_own_pictures_are_the_model_s_and_quick(page: Page, tmp_pa
         for question in [*(one.text for one in ask_about(drawn, np.random.default_rng(index), 2)), "Describe the picture."]:
             run = lab.ask(np.asarray(drawn.picture()), question)
             assert ask(page, question) == run.answer.strip()
-            shown = page.locator(".lab-explorer .lab-chips-item:not(.lab-other) .lab-word").all_inner_texts()
-            assert shown == [word.text for word in run.words]
+            shown = page.locator(".lab-explorer .lab-chips-item:not(.lab-other) .lab-word")
+            expect(shown).to_have_text([word.text for word in run.words])
             milliseconds.append(float(page.locator(".lab-state").inner_text().split("then ")[1].split(" ms")[0]))
     print(f"median of {len(milliseconds)} answers' medians: {np.median(milliseconds):.0f} ms a token")
     assert np.median(milliseconds) < PER_TOKEN
@@ -178,20 +179,20 @@ def test_selecting_patches_measures_them_beside_random_ones_and_reads_one(page: 
 @pytest.mark.long
 def test_a_scene_is_drawn_with_the_keyboard_alone(page: Page) -> None:
     page.get_by_role("button", name="Clear", exact=True).first.click()
-    assert page.locator(".lab-thing").count() == 0
+    expect(page.locator(".lab-thing")).to_have_count(0)
     page.get_by_role("button", name="Add a car").press("Enter")
     page.get_by_role("radio", name="blue").press("Enter")
     thing = page.locator(".lab-thing")
-    assert thing.get_attribute("aria-label").startswith("large blue car, middle")  # type: ignore[union-attr]
+    expect(thing).to_have_attribute("aria-label", re.compile("^large blue car, middle"))
     thing.focus()
     for _ in range(8):
         page.keyboard.press("Shift+ArrowLeft")
-    assert "large blue car, left" in str(thing.get_attribute("aria-label"))
+    expect(thing).to_have_attribute("aria-label", re.compile("large blue car, left"))
     assert ask(page, "What color is the car?") == "The car is blue."
     assert ask(page, "Where is the car?") == "The car is on the left."
     thing.focus()
     page.keyboard.press("Delete")
-    assert page.locator(".lab-thing").count() == 0
+    expect(page.locator(".lab-thing")).to_have_count(0)
 
 
 @pytest.mark.long
@@ -202,6 +203,7 @@ def test_what_lies_outside_is_said(page: Page, tmp_path: Path) -> None:
     page.locator(".lab-photo").wait_for()
     ask(page, "whats the colour of the dog")
     run = ll.load("tiny").ask(noise, "whats the colour of the dog", max_new_tokens=1)
+    page.locator(".lab-talk .lab-told li").first.wait_for()
     told = page.locator(".lab-talk .lab-told li").all_inner_texts()
     assert [line.split("(")[0].replace("“", "'").replace("”", "'") for line in told] == [
         line.split("(")[0] for line in run.notes if "cut at" not in line

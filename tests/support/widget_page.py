@@ -43,7 +43,31 @@ MOUNT = """async ({ state, data, css }) => {
   window.test = { model, values, sent, close, saves: () => saves,
     listeners: () => Object.values(heard).reduce((sum, calls) => sum + calls.size, 0) };
 }"""
-FRAMES = "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
+# A machine too busy to draw: with LAB_LATE_MS=80 in the environment frames come so many milliseconds late, and a test that reads
+# before the redraw fails here as it would on a slow machine. `window.settled()` draws at once what waits.
+LATE_MS = int(os.environ.get("LAB_LATE_MS", "0"))
+LATE = """(ms) => {
+  const [ask, drop] = [window.requestAnimationFrame.bind(window), window.cancelAnimationFrame.bind(window)];
+  const waiting = new Map();
+  const draw = (id, now) => { const call = waiting.get(id); if (waiting.delete(id)) call(now); };
+  let last = 0;
+  window.requestAnimationFrame = (call) => {
+    const id = (last -= 1);
+    waiting.set(id, call);
+    setTimeout(() => ask((now) => draw(id, now)), ms);
+    return id;
+  };
+  window.cancelAnimationFrame = (id) => (id < 0 ? waiting.delete(id) : drop(id));
+  const frame = () => new Promise((done) => ask((now) => { [...waiting.keys()].forEach((id) => draw(id, now)); done(); }));
+  window.settled = async () => {  // until two frames in turn drew nothing: a redraw may change a size, and be asked for again
+    for (let left = 30, idle = 0; left > 0 && idle < 2; left--) {
+      const drawn = waiting.size;
+      await frame();
+      idle = drawn ? 0 : idle + 1;
+    }
+  };
+}"""
+SETTLE = "() => window.settled?.() ?? new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
 PIXELS = """(canvas, points) => {
   const ctx = canvas.getContext('2d');
   return points.map(([x, y]) => [...ctx.getImageData(x * canvas.width, y * canvas.height, 1, 1).data]);
@@ -73,6 +97,7 @@ class WidgetPage:
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.on("console", lambda line: self.errors.append(line.text) if line.type == "error" else None)
         self.page.set_default_timeout(int(os.environ.get("PW_MS", 10_000)))
+        come_late(self.page)
         self.page.route("**/*", self._serve)
         self.page.goto(ADDRESS)
 
@@ -98,8 +123,8 @@ class WidgetPage:
         return self.page.locator(".lab-widget")
 
     def settle(self) -> None:
-        """Let the next frame be painted."""
-        self.page.evaluate(FRAMES)
+        """Let what waits for the next frame be painted."""
+        self.page.evaluate(SETTLE)
 
     def call(self, name: str, *args: Any) -> Any:
         """One of the module's pure helpers; arrays travel as lists."""
@@ -140,6 +165,12 @@ class WidgetPage:
 
     def close(self) -> None:
         self.context.close()
+
+
+def come_late(page: Page) -> None:
+    """Let a page's frames be late, where LAB_LATE_MS asks for that."""
+    if LATE_MS:
+        page.add_init_script(f"({LATE})({LATE_MS})")
 
 
 def center(patch: int, cols: int = 12) -> tuple[float, float]:
