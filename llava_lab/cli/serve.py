@@ -28,6 +28,7 @@ import importlib.util
 import json
 import os
 import secrets
+import signal
 import socket
 import stat
 import subprocess
@@ -38,6 +39,8 @@ import time
 import urllib.error
 import urllib.request
 import webbrowser
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +135,29 @@ def read_token(path: str | None) -> str | None:
 SECONDS = 120  # a server that is silent for two minutes is broken
 IDLE = 600  # seconds after which a page that was left loses its kernel
 MESSAGE = 10_000_000  # bytes of one message from the page
+DARK = "(prefers-color-scheme: dark)"
+# Voila's page in the colours of the reader's system: its dark theme beside the light one, and over it wherever a script puts that
+# (so `:root` twice); the body says which is seen
+TEMPLATE = f"""{{%- extends 'voila/templates/lab/index.html.j2' -%}}
+{{%- block notebook_css -%}}
+{{{{ super() }}}}
+<style media="{DARK}">
+{{%- filter replace(":root", ":root:root") -%}}{{%- include "static/theme-dark.css" -%}}{{%- endfilter -%}}
+</style>
+<style>:root {{ color-scheme: light dark; }} body {{ background: var(--jp-layout-color0); }}</style>
+{{%- endblock notebook_css -%}}
+{{%- block body_header -%}}
+{{{{ super() }}}}
+<script>
+(() => {{
+  const dark = matchMedia("{DARK}");
+  const named = () => {{ document.body.dataset.jpThemeLight = String(!dark.matches); }};
+  dark.addEventListener("change", named);
+  named();
+}})();
+</script>
+{{%- endblock body_header -%}}
+"""
 ALLOWED = ("anywidget", "@voila-dashboards/widgets-manager8", "@jupyter-widgets/jupyterlab-manager")
 POLICY = (
     "default-src 'none'; script-src 'self' 'unsafe-inline' blob:; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
@@ -158,7 +184,7 @@ def app(args: argparse.Namespace) -> Reply:
     address = f"http://127.0.0.1:{port}/?token={token}"
     with tempfile.TemporaryDirectory(prefix="llava-lab-app-") as temporary:
         command, environment = prepare(Path(temporary), args.model, port, token)
-        with subprocess.Popen(command, env=environment) as server:
+        with subprocess.Popen(command, env=environment) as server, _ended_with(server):
             try:
                 wait_for(server, port)
                 say(f"open {address}\nCtrl-C ends it")
@@ -167,6 +193,19 @@ def app(args: argparse.Namespace) -> Reply:
                 return Reply(None, code=server.wait())
             finally:
                 server.terminate()
+
+
+@contextmanager
+def _ended_with(server: subprocess.Popen[bytes]) -> Iterator[None]:
+    """A SIGTERM ends the server too, which would stay behind otherwise; only the main thread can hear one."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: server.terminate())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def prepare(folder: Path, model: str, port: int, token: str) -> tuple[list[str], dict[str, str]]:
@@ -179,8 +218,13 @@ def prepare(folder: Path, model: str, port: int, token: str) -> tuple[list[str],
         with os.fdopen(os.open(folder / name, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
             json.dump(content, file)
     command = [sys.executable, "-m", "voila", str(folder / "explore.ipynb"), "--no-browser"]
+    template = folder / "share" / "voila" / "templates" / "system"
+    template.mkdir(parents=True)
+    (template / "conf.json").write_text('{"base_template": "lab"}', encoding="utf-8")
+    (template / "index.html.j2").write_text(TEMPLATE, encoding="utf-8")
     names = ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")  # the user's own settings stay out of it
     private = {name: str(folder / name.lower()) for name in names}
+    private["JUPYTER_PATH"] = os.pathsep.join(filter(None, (str(folder / "share"), os.environ.get("JUPYTER_PATH"))))
     return [*command, f"--Voila.config_file_paths={folder}"], {**os.environ, **private}
 
 
@@ -198,6 +242,7 @@ def settings(port: int, token: str) -> dict[str, Any]:
             "tornado_settings": {**server, "websocket_max_message_size": MESSAGE},
         },
         "VoilaConfiguration": {
+            "template": "system",
             "strip_sources": True,
             "show_tracebacks": False,
             "file_allowlist": ["$^"],

@@ -123,6 +123,13 @@ def test_somebody_asks_without_code_sees_a_map_and_takes_the_code(served: str, c
     expect(page.get_by_role("log")).to_contain_text("The car is green.")
     expect(page.get_by_role("log")).to_contain_text("Read as 'What color is the car?'.")
     expect(page.locator(".lab-code")).to_contain_text('picturebook.scene("lesson", 1)', timeout=PATIENCE)
+    for scheme, low, high in (("dark", 0, 60), ("light", 220, 255)):  # as the reader's system is
+        page.emulate_media(color_scheme=scheme)
+        for part in ("body", ".lab-explorer .lab-card", ".lab-code-card"):
+            ground = page.locator(part).first.evaluate(
+                "(node) => getComputedStyle(node).backgroundColor.match(/\\d+/g).map(Number)"
+            )
+            assert all(low <= channel <= high for channel in ground[:3]), (scheme, part, ground)
     _ask(page, "Where is it?")
     expect(page.locator(".lab-code")).to_contain_text("history=", timeout=PATIENCE)
     page.locator("input[type=file]").set_input_files({"name": "noise.png", "mimeType": "image/png", "buffer": _noise()})

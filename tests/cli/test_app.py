@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import signal
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +31,30 @@ def test_the_page_is_for_this_machine_alone_and_asks_for_its_token(tmp_path: Pat
     assert "secret" not in " ".join(command)  # others see command lines
     assert command[3] == str(tmp_path / "explore.ipynb")  # one notebook, never a folder
     assert environment["JUPYTER_CONFIG_DIR"].startswith(str(tmp_path))
+
+
+def test_the_page_follows_the_reader_s_system_in_dark(tmp_path: Path) -> None:
+    voila, paths = pytest.importorskip("voila.exporter"), pytest.importorskip("voila.paths")
+    _, environment = serve.prepare(tmp_path, "tiny", 8899, "secret")
+    assert json.loads((tmp_path / "voila.json").read_text("utf-8"))["VoilaConfiguration"]["template"] == "system"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JUPYTER_PATH", environment["JUPYTER_PATH"])
+        found = paths.collect_template_paths(["voila", "nbconvert"], "system", prune=True)
+    exporter = voila.VoilaExporter(template_paths=found, template_name="system", theme="light", base_url="/")
+    own = serve.TEMPLATE.split("-%}", 1)[1].replace("{{ super() }}", "")  # without the page of Voila's that it adds to
+    page = asyncio.run(exporter.environment.from_string(own).render_async())
+    dark = page.split('<style media="(prefers-color-scheme: dark)">')[1].split("</style>")[0]
+    assert ":root:root {" in dark  # over the light theme wherever it stands
+    assert "--jp-layout-color0: #111;" in dark
+
+
+def test_a_page_that_is_told_to_end_takes_its_server_along(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as server:
+        before = signal.getsignal(signal.SIGTERM)
+        with serve._ended_with(server):
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert server.wait(20) != 0
+        assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_the_notebook_is_one_that_can_be_read(tmp_path: Path) -> None:
