@@ -95,16 +95,18 @@ class CompareView(PictureWidget):
         from llava_lab.plots import stills
 
         sort, methods = self.sort if self.sort != ALIKE else "", self.spec["methods"]
-        maps, scores, doubtful = {}, {}, []
+        maps, scores, floors, doubtful = {}, {}, {}, []
         for at in in_order(methods, sort, self.target):
             name, target = methods[at]["name"], methods[at]["chips"][self.target]
-            maps[name] = as_layers(name, self.data.maps[name])[-1][1].drawn[target] if target >= 0 else None
+            rel = as_layers(name, self.data.maps[name])[-1][1]
+            maps[name] = rel.drawn[target] if target >= 0 else None
+            floors[name] = float(rel.noise_floor[target]) if target >= 0 else 0.0
             scores[name] = score_of(methods[at], sort, self.target)
             doubtful += [name] if target >= 0 and methods[at]["beats"][target] is False else []
         chip = self.spec["chips"][self.target]
         what = "the whole answer" if chip["kind"] == "answer" else f"“{chip['text']}”"
         about = f"Maps of {what}{f', sorted by {sort}, the best first' if sort else ''}."
-        return stills.png(stills.method_maps(self.run, maps, about=about, scores=scores, doubtful=doubtful))
+        return stills.png(stills.method_maps(self.run, maps, about=about, scores=scores, doubtful=doubtful, floors=floors))
 
     def __repr__(self) -> str:
         return f"CompareView({self.run.question!r} → {self.run.answer_shown!r}; {', '.join(self.data.maps)})"

@@ -26,13 +26,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Seen:
-    """One connector's view: `values` (rows, cols) is its map, `words` what lies nearest to each patch, best first."""
+    """One connector's view: `values` (rows, cols) is its map, `words` what lies nearest to each patch, best first.
+
+    `floor` is the map's noise floor, 0 where its method has none: what does not reach it is 0 in `values`, and negligible.
+    """
 
     name: str
     run: Run
     values: np.ndarray
     words: tuple[tuple[tuple[str, float], ...], ...] = ()  # per patch: word and cosine
     r2: float | None = None  # of a linear fit, on held-out pictures
+    floor: float = 0.0
 
 
 def seen(
@@ -51,7 +55,8 @@ def seen(
     if not -len(relevance.values) <= target < len(relevance.values):
         raise ValueError(f"target must be one of the {len(relevance.values)} maps of {name!r}, got {target}")
     near = tuple(tuple((str(word), float(cosine)) for word, cosine in patch) for patch in pairs_of(words))
-    return Seen(name, run, np.asarray(relevance.drawn[target], np.float32), near, None if r2 is None else float(r2))
+    values, floor = np.asarray(relevance.drawn[target], np.float32), float(relevance.noise_floor[target])
+    return Seen(name, run, values, near, None if r2 is None else float(r2), floor)
 
 
 def pairs_of(words: Any) -> Sequence[Any]:
@@ -101,7 +106,7 @@ class ConnectorBench(PictureWidget):
         from llava_lab.plots import stills
 
         sides = [(side.name, side.run.answer_shown, side.values) for side in (self.one, self.shown)]
-        return stills.png(stills.connector_maps(self.run, *sides))
+        return stills.png(stills.connector_maps(self.run, *sides, floors=(self.one.floor, self.shown.floor)))
 
     @property
     def shown(self) -> Seen:
@@ -172,4 +177,5 @@ def side_of(side: Seen) -> dict[str, Any]:
         "p": whole_probability(side.run),
         "near": [[[word, round(cosine, 3)] for word, cosine in patch] for patch in side.words],
         "r2": side.r2,
+        "floor": side.floor,
     }

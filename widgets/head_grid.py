@@ -7,7 +7,8 @@ are in the page; Python hears of `word`, `layer`, `head` and `selected`.
 A map travels with one byte per value, so that 7B's 32 x 32 heads take 0.6 MB per word. A level is the square root of
 a value beside its map's peak: ``value = peak * (level / 255) ** 2``. Attention has high peaks on low ground; under a
 linear scale the ground would be all zeros. The heads' shares on the whole picture travel exactly. Where there is no
-room for all words, those that look at the picture most are kept.
+room for all words, those that look at the picture most are kept. Attention is read off the forward pass, not an effect on
+a score, so it has no noise floor and nothing here is called negligible.
 """
 
 from __future__ import annotations

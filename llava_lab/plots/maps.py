@@ -20,6 +20,7 @@ from llava_lab.errors import OptionError
 from llava_lab.plots.axes import AS_TEXT, figure_of, new_axes, open_frame, panels
 from llava_lab.plots.palette import OTHER, SEGMENTS, colormap
 from llava_lab.results import Relevance, Run
+from llava_lab.results.table import NEGLIGIBLE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -251,10 +252,13 @@ def _padding_note(rel: Relevance, target: int) -> str:
 
 
 def _noise_note(rel: Relevance, target: int) -> str:
-    """How many patches are not drawn because nothing can be told of them."""
+    """How many patches are not drawn because nothing can be told of them; that it is all of them, where it is."""
     inside = rel.map.coverage() > 0
     below = int((np.abs(rel.values[target][inside]) < rel.noise_floor[target]).sum())
-    return f"{below} patches negligible (noise floor {rel.noise_floor[target]:.1g}), not drawn" if below else ""
+    floor = f"noise floor {rel.noise_floor[target]:.1g}"
+    if below and below == inside.sum():
+        return f"{NEGLIGIBLE} everywhere: no patch reaches the {floor}"
+    return f"{below} patches {NEGLIGIBLE} ({floor}), not drawn" if below else ""
 
 
 def _axes(ax: Axes | None, run: Run) -> Axes:

@@ -18,6 +18,7 @@ from llava_lab.errors import OptionError
 from llava_lab.plots.palette import COLORS, INK, ORANGE, SOFT
 from llava_lab.plots.sheet import MARGIN, Scale, Sheet, fit, overlay, plain_style, range_over
 from llava_lab.results import Relevance, Run, Target
+from llava_lab.results.table import NEGLIGIBLE
 
 ACROSS = 720  # units of the page that are shown
 SIDE, LOWEST = 300, 240  # units; longer side of the picture, and how high the page is at least
@@ -110,7 +111,8 @@ def _page(
         said, top = said + len("".join(line.split())), top + 56
     if target is not None:
         text = f'where "{target.text}" came from' if target.kind == "word" else f"{target.kind}: {target.text}"
-        sheet.write(left, bottom - 84, text, 18, INK, room=room)
+        nothing = rel.noise_floor[rel.targets.index(target)] > 0 and not rel.drawn[rel.targets.index(target)].any()
+        sheet.write(left, bottom - 84, text, 18, INK, room=room, end=f": {NEGLIGIBLE}" if nothing else "")
     sheet.write(
         left, bottom - 50, f"{run.model}, {run.map.rows} × {run.map.cols} patches, map by {rel.method}", 14, SOFT, room=room
     )

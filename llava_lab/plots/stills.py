@@ -31,10 +31,13 @@ from llava_lab.plots.sheet import (
     range_over,
     titled,
 )
+from llava_lab.results.run import above_noise
+from llava_lab.results.table import NEGLIGIBLE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from llava_lab.geometry import PictureMap
     from llava_lab.results import FlowSweep, HeadMaps, LogitLens, NearestWords, PatchGrid, Relevance, Run, Target
 
 __all__ = [
@@ -85,6 +88,13 @@ def word_maps(
         scale = (scales or {}).get(name) or range_over([rel.values])
         better = (beats or {}).get(name, ())
         sheet.title(f"{name} (control)" if name in controls else name, scale)
+        below = {t: _below(rel.drawn[i], run.map, rel.noise_floor[i]) for i, t in enumerate(rel.targets) if t in columns}
+        nothing = {target for target, (count, whole) in below.items() if count == whole}
+        said = _said_below([below[target] for target in below if target not in nothing])
+        left = MARGIN + sheet.measure(name, 16) + (80 if name in controls else 0) + 16
+        beside = sheet.fits(said, 13, WIDTH - MARGIN - 320 - left)  # the colours' numbers and strip
+        if said and beside:
+            sheet.write(left, sheet.top - 25, said, 13, SOFT)
         for x, y, target in sheet.tiles(columns, per_line, (side, tile[1]), caption=26):
             if target in rel.targets:
                 index = rel.targets.index(target)
@@ -93,7 +103,11 @@ def word_maps(
                 sheet.box(x, y, *tile, facecolor=WASH)
                 sheet.write(x + 10, y + tile[1] / 2 - 8, "no map", color=SOFT)
             text, likely = _with_probability(run, target)
-            sheet.write(x, y + tile[1] + 4, text, 14, room=side, end=likely)
+            sheet.write(x, y + tile[1] + 4, text, 14, SOFT if target in nothing else INK, room=side, end=likely)
+            if target in nothing:
+                _tag(sheet, x, y + tile[1])
+        if said and not beside:
+            sheet.line(said)
     left_out = [f"{len(columns)} of {len(every)} words, those with the highest peaks"] if len(columns) < len(every) else []
     left_out += [f"{len(shown)} of {len(maps)} methods"] if len(shown) < len(maps) else []
     left_out += [note] if note else []
@@ -110,12 +124,14 @@ def method_maps(
     about: str = "",
     scores: Mapping[str, float | None] | None = None,
     doubtful: Collection[str] = (),
+    floors: Mapping[str, float] | None = None,
     columns: int = 5,
 ) -> Figure:
     """One small map per method, in the order given, with its score: the still of `CompareView`.
 
     `maps` are (rows, cols), None where a method has no map of this target. Each has the colours of its own range; those
-    named in `doubtful` were not shown to beat random maps and are grey. `about` is the sentence above them.
+    named in `doubtful` were not shown to beat random maps and are grey. `floors` are the noise floors of the maps that have
+    one: what does not reach it is 0 in the map and negligible. `about` is the sentence above them.
     """
     sheet = Sheet(run)
     if about:
@@ -123,6 +139,8 @@ def method_maps(
     side = (WIDTH - 2 * MARGIN + GAP) // columns - GAP
     tile, shown = fit(run, side), list(maps.items())[:MOST_TILES]
     said = {name: "" if score is None else f"{score:.3g}" for name, score in (scores or {}).items()}
+    under = {name: _below(values, run.map, (floors or {}).get(name, 0.0)) for name, values in shown if values is not None}
+    nothing = {name for name, (count, whole) in under.items() if count == whole}
     below = any(sheet.measure(name, 14) + sheet.measure(said.get(name, ""), 14) > side - 8 for name, _ in shown)
     for x, y, (name, values) in sheet.tiles(shown, columns, (side, tile[1]), caption=54 if below else 38):
         if values is None:
@@ -130,14 +148,18 @@ def method_maps(
             sheet.write(x + 10, y + tile[1] / 2 - 8, "no map for this", color=SOFT)
         else:
             sheet.tile(run, values, range_over([values]), (x, y), tile, doubtful=name in doubtful)
-        text, color = said.get(name, ""), SOFT if values is None or name in doubtful else INK
+            if name in nothing:
+                _tag(sheet, x, y + tile[1])
+        text, color = said.get(name, ""), SOFT if values is None or name in doubtful or name in nothing else INK
         sheet.write(x, y + tile[1] + 5, name, 14, color, room=side if below else side - sheet.measure(text, 14) - 8)
         if below:
             sheet.write(x, y + tile[1] + 24, text, 14, color)
         else:
             sheet.write(x + side, y + tile[1] + 5, text, 14, color, ha="right")
-    if any(name in doubtful for name, _ in shown):
-        sheet.line("Grey: not shown to beat random maps.")
+    notes = ["Grey: not shown to beat random maps."] if any(name in doubtful for name, _ in shown) else []
+    notes.append(_said_below([counts for name, counts in under.items() if name not in nothing]))
+    if any(notes):
+        sheet.line(" ".join(filter(None, notes)))
     if len(shown) < len(maps):
         sheet.line(f"Shown here: {len(shown)} of {len(maps)} methods.")
     return sheet.done()
@@ -148,6 +170,7 @@ def head_maps(run: Run, heads: HeadMaps, targets: Sequence[int], *, rows: int = 
     """Per word its layers-by-heads matrix and the maps of the heads that look most: the still of `HeadGrid`.
 
     One colour scale for all matrices; each map has the colours of its own range. The last `rows` of `targets` are drawn.
+    Attention is read off, not an effect on a score, so it has no noise floor.
     """
     sheet = Sheet(run)
     shares = heads.image_share
@@ -234,22 +257,38 @@ def lens_states(
 
 
 @plain_style
-def connector_maps(run: Run, first: tuple[str, str, np.ndarray], second: tuple[str, str, np.ndarray]) -> Figure:
+def connector_maps(
+    run: Run,
+    first: tuple[str, str, np.ndarray],
+    second: tuple[str, str, np.ndarray],
+    *,
+    floors: tuple[float, float] = (0.0, 0.0),
+) -> Figure:
     """Two connectors' maps on one scale, and what the second has more of: the still of `ConnectorBench`.
 
-    Each side is (name, answer, map (rows, cols)).
+    Each side is (name, answer, map (rows, cols)). `floors` are the maps' noise floors, 0 where there is none; what the
+    difference of two maps must reach is both taken together.
     """
     sheet = Sheet(run)
     sheet.top += 8
-    difference = second[2] - first[2]
+    together = float(np.hypot(*floors))
+    difference = above_noise(second[2] - first[2], together)
     reach, scale = float(np.abs(difference).max()), range_over([first[2], second[2]])
     side = (WIDTH - 2 * MARGIN - 2 * GAP) // 3
     tile = fit(run, side)
     last = (f"{second[0]} − {first[0]}", f"orange: more, blue: less, full at {reach:.3g}", difference)
-    for x, y, (name, text, values) in sheet.tiles((first, second, last), 3, (side, tile[1]), caption=52):
+    sides = (first, second, last)
+    below = [_below(values, run.map, floor) for (_, _, values), floor in zip(sides, (*floors, together), strict=True)]
+    nothing = [count == whole for count, whole in below]
+    tiles = sheet.tiles(zip(sides, nothing, strict=True), 3, (side, tile[1]), caption=52)
+    for x, y, ((name, text, values), flat) in tiles:
         sheet.tile(run, values, (-reach, reach) if values is difference else scale, (x, y), tile)
         sheet.write(x, y + tile[1] + 6, name, 15, room=side)
+        if flat:
+            _tag(sheet, x, y + tile[1])
         sheet.write(x, y + tile[1] + 27, text, 13, SOFT, room=side)
+    if said := _said_below([counts for counts, flat in zip(below, nothing, strict=True) if not flat]):
+        sheet.line(said)
     return sheet.done()
 
 
@@ -380,6 +419,9 @@ def _cutting(ax: Axes, sweep: FlowSweep, target: Target, about: Sequence[str]) -
             ax.plot(sweep.centres[negligible], row[negligible], linestyle="", markerfacecolor=PAPER, **style)
         unmeasured = sweep.centres[~np.isfinite(row)]
         ax.plot(unmeasured, np.full(len(unmeasured), 0.03), "x", color=color, markersize=5, transform=ax.get_xaxis_transform())
+    if floor > 0 and (change == 0).any():
+        label = f"{NEGLIGIBLE} (below the noise floor)"
+        ax.plot([], [], "o", color=SOFT, markerfacecolor=PAPER, markersize=5, label=label)
     first, last = int(sweep.windows.min()), int(sweep.windows.max()) - 1
     layers = range(first, last + 1)
     ax.set_xticks(layers[:: math.ceil(len(layers) / 16)])
@@ -411,6 +453,8 @@ def _patching(ax: Axes, grid: PatchGrid, target: Target, component: int, sites: 
                 # a dot: nothing that can be told from rounding
                 text = "·" if value == 0 < floor else f"{value:.2f}".replace("-0.00", "0.00")
                 ax.text(column, row, text, color=color, fontsize=8, ha="center", va="center")
+        if ((values == 0) & (floor > 0)).any():
+            ax.text(1, -0.4, f"·  {NEGLIGIBLE}", transform=ax.transAxes, fontsize=8, color=SOFT, ha="right", va="bottom")
     quiet(ax)
     alone = all(stop - start == 1 for start, stop in grid.windows.tolist())
     ax.set_xlabel("layer patched" if alone else "layers patched together", fontsize=9, color=SOFT)
@@ -419,6 +463,25 @@ def _patching(ax: Axes, grid: PatchGrid, target: Target, component: int, sites: 
     bar.ax.set_xlim(min(0.0, float(np.nanmin(values, initial=0))), reach)
     bar.ax.set_xticks([0, 1], ["0 as corrupted", "1 as clean"], fontsize=8, color=SOFT)
     bar.outline.set_visible(False)
+
+
+def _below(drawn: np.ndarray, where: PictureMap, floor: float) -> tuple[int, int]:
+    """How many of the patches on the picture do not reach a map's noise floor, which `drawn` holds as 0, and of how many."""
+    inside = drawn[where.coverage() > 0]
+    return (int((inside == 0).sum()) if floor > 0 else 0, inside.size)
+
+
+def _said_below(counts: Sequence[tuple[int, int]]) -> str:
+    """How many patches are not drawn because nothing can be told of them; empty where there are none."""
+    some = sorted(count for count, _ in counts if count)
+    many = f"{some[0]}" if len(set(some)) == 1 else f"{some[0]} to {some[-1]}" if some else ""
+    return f"{NEGLIGIBLE.capitalize()} (below the noise floor), not drawn: {many} of {counts[0][1]} patches." if some else ""
+
+
+def _tag(sheet: Sheet, x: float, bottom: float) -> None:
+    """The word in the lower left corner of a map that has nothing to show."""
+    sheet.box(x, bottom - 19, sheet.measure(NEGLIGIBLE, 12) + 10, 19, facecolor=PAPER)
+    sheet.write(x + 5, bottom - 16, NEGLIGIBLE, 12, SOFT)
 
 
 def _readable(piece: str) -> str:

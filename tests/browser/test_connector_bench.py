@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from playwright.sync_api import expect
 
@@ -28,6 +30,27 @@ def test_the_rank_slider_is_answered_in_the_page(widget_page: WidgetPage) -> Non
     assert max(difference(a, b) for a, b in zip(before, after, strict=True)) > 40
     assert widget_page.get("rank") == 1
     assert widget_page.sent() == []
+
+
+def test_what_lies_below_the_noise_floor_is_called_negligible(widget_page: WidgetPage) -> None:
+    one, two, _ = bench_example()
+    lit, flat = np.zeros_like(one.values), np.zeros_like(one.values)
+    lit[0, 1] = 0.5
+    shown = widget_page.mount(ConnectorBench(replace(one, values=flat, floor=0.01), replace(two, values=lit, floor=0.01)))
+    canvas, lines = shown.locator("canvas").nth(1), shown.locator(".lab-bench-line")
+    expect(lines.nth(0)).to_have_text("No patch here reaches the noise floor: the effect is negligible.")
+    expect(lines.nth(1)).to_have_text("Point at a patch.")
+    canvas.focus()
+    canvas.press("ArrowRight")
+    for place, said in enumerate(("negligible · near", "negligible · near", "difference negligible")):
+        expect(lines.nth(place)).to_contain_text(said)
+    canvas.press("ArrowRight")
+    for place, said in enumerate(("negligible · near", "0.5 · near", "difference 0.5")):
+        expect(lines.nth(place)).to_contain_text(said)
+    canvas.press("Escape")
+    widget_page.page.reload()
+    shown = widget_page.mount(ConnectorBench(replace(one, values=flat), replace(two, values=lit)))
+    expect(shown.locator(".lab-bench-line").nth(0)).to_have_text("Point at a patch.")  # no floor was measured
 
 
 def test_pointing_at_one_map_reads_all_three(widget_page: WidgetPage) -> None:

@@ -102,6 +102,22 @@ def test_padding_is_named_with_its_share() -> None:
     assert label == f"{4 * rows} patches are padding, not drawn;\nthey hold {rows / 4:.0%} of the map"
 
 
+@pytest.mark.parametrize(
+    ("top", "said"),
+    [
+        (0.5, "15 patches negligible (noise floor 0.01), not drawn"),
+        (0.0, "negligible everywhere: no patch reaches the noise floor 0.01"),
+    ],
+)
+def test_what_does_not_reach_the_noise_floor_is_called_negligible(top: float, said: str) -> None:
+    run = make_run(60, 60)
+    values = np.full((5, 4, 4), 1e-3, np.float32)
+    values[:, 1, 2] += top
+    rel = make_map(run, values, extras={"noise_floor": [0.01] * 5})
+    assert plots.overlay(run, rel, target=3).get_xlabel() == said
+    assert plots.overlay(run, make_map(run, values), target=3).get_xlabel() == ""
+
+
 def test_negative_values_centre_the_colours_on_zero() -> None:
     run = make_run(60, 60)
     signed = np.full((1, 4, 4), -0.5, np.float32)

@@ -62,18 +62,34 @@ def crowded(run: Run) -> dict[str, Callable[[], Figure]]:
     every = np.full((1, 28, 32, 12, 12), 1 / 144, np.float16)
     heads = dataclasses.replace(few, map=run.map, targets=few.targets[:1], values=every)
     grid = dataclasses.replace(
-        GRID, corruption="another picture of the same place", sites=("question", "the whole picture", "last")
+        GRID,
+        corruption="another picture of the same place",
+        sites=("question", "the whole picture", "last"),
+        noise_floor=(1.2, 1.2),
     )
+    unsure = dataclasses.replace(SWEEP, noise_floor=(1e-3, 1e-3))
+    faint = make_relevance(run, partly(run), extras={"noise_floor": [0.01] * len(run.words)})
     hidden = {f"{name} of the connector in stage {stage}": CURVE for stage in range(5) for name in ("loss", "best")}
     return {
-        "word_maps": lambda: stills.word_maps(run, {"rollout": make_relevance(run, spots(run))}, note="a word. " * 30),
-        "method_maps": lambda: stills.method_maps(run, {n: spots(run)[0] for n in LONG}, scores=LONG, about="Maps. " * 40),
+        "word_maps": lambda: stills.word_maps(
+            run, {"rollout": make_relevance(run, spots(run)), "occlusion": faint}, note="a word. " * 30
+        ),
+        "method_maps": lambda: stills.method_maps(
+            run,
+            {n: faint.drawn[place % 2] for place, n in enumerate(LONG)},
+            scores=LONG,
+            floors=dict.fromkeys(LONG, 0.01),
+            about="Maps. " * 40,
+        ),
         "head_maps": lambda: stills.head_maps(run, heads, targets=[0]),
         "lens_states": lambda: stills.lens_states(run, lens, word="car"),
         "connector_maps": lambda: stills.connector_maps(
-            run, ("mlp", "The car is red.", spots(run)[1] / 997), ("linear fit", "The car is blue.", spots(run, seed=2)[3] / 997)
+            run,
+            ("mlp", "The car is red.", faint.drawn[0]),
+            ("linear fit", "The car is blue.", spots(run, seed=2)[3] / 997),
+            floors=(0.01, 1e-4),
         ),
-        "flow_and_patching": lambda: stills.flow_and_patching(run, SWEEP, grid, SWEEP.targets[1]),
+        "flow_and_patching": lambda: stills.flow_and_patching(run, unsure, grid, SWEEP.targets[1]),
         "losses": lambda: stills.losses(hidden),
     }
 
@@ -258,6 +274,46 @@ def test_the_difference_of_two_connectors_is_second_minus_first() -> None:
     said = texts(DRAWN["connector_maps"]())
     reach = float(np.abs(TWO[2] - ONE[2]).max())
     assert ["linear − mlp", f"orange: more, blue: less, full at {reach:.3g}"] == said[-2:]
+
+
+def partly(run: Run) -> np.ndarray:
+    """(words, rows, cols): nothing of the first word, one patch of each other, and everywhere less than 0.01."""
+    values = np.full((len(run.words), 12, 12), 1e-3, np.float32)
+    values[1:, 5, 4] = 0.5
+    return values
+
+
+def test_what_lies_below_the_noise_floor_is_called_negligible_and_counted() -> None:
+    floor = {"noise_floor": [0.01] * len(RUN.words)}
+    rel = make_relevance(RUN, partly(RUN), extras=floor)
+    said = texts(stills.word_maps(RUN, {"occlusion": rel, "rollout": LAST["rollout"]}))
+    assert said.count("negligible") == 1  # under "The"
+    on_picture = int((rel.map.coverage() > 0).sum())
+    counted = f"Negligible (below the noise floor), not drawn: {on_picture - 1} of {on_picture} patches."
+    assert said.count(counted) == 1
+    faint = {"weak": rel.drawn[0], "strong": rel.drawn[1], "unknown": rel.drawn[0]}
+    said = texts(stills.method_maps(RUN, faint, scores={"weak": 0.25}, floors={"weak": 0.01, "strong": 0.01}))
+    assert said.count("negligible") == 1  # on the weak one; where no floor was measured, nothing is
+    assert said[said.index("weak") + 1] == "0.25"
+    assert said[-1] == counted
+    sides = [(name, "The car is red.", rel.drawn[word]) for name, word in (("mlp", 0), ("linear", 1))]
+    said = texts(stills.connector_maps(RUN, *sides, floors=(0.01, 0.01)))
+    assert said.count("negligible") == 1  # on the first
+    assert said.count(counted) == 1  # of the second and of the difference
+    said = texts(stills.connector_maps(RUN, sides[1], ("linear", "The car is red.", sides[1][2] + 0.012), floors=(0.01, 0.01)))
+    assert said.count("negligible") == 1  # the difference: 0.012 is less than both floors together
+    said = texts(stills.connector_maps(RUN, *sides))
+    assert not any("egligible" in text for text in said)
+
+
+def test_a_cut_or_a_patching_below_the_noise_floor_is_explained_where_it_is_drawn() -> None:
+    sweep, grid = (dataclasses.replace(one, noise_floor=(floor, floor)) for one, floor in ((SWEEP, 1e-3), (GRID, 1.2)))
+    figure = stills.flow_and_patching(FLOW_RUN, sweep, grid, SWEEP.targets[0])
+    labels = [text.get_text() for ax in figure.axes if ax.get_legend() for text in ax.get_legend().get_texts()]
+    assert labels[-1] == "negligible (below the noise floor)"
+    assert "·  negligible" in texts(figure)
+    plain = DRAWN["flow_and_patching"]()
+    assert not any("negligible" in text for text in texts(plain))
 
 
 def test_large_stills_have_fewer_colours(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,8 @@ import traitlets
 from PIL import Image
 
 from tests.support.bench_examples import bench_example, one_seen
-from widgets import ConnectorBench
+from tests.support.widget_examples import make_relevance
+from widgets import ConnectorBench, seen
 
 
 def test_the_maps_of_every_rank_are_in_the_page_before_the_slider_moves() -> None:
@@ -23,6 +24,14 @@ def test_the_maps_of_every_rank_are_in_the_page_before_the_slider_moves() -> Non
         np.testing.assert_allclose(offset + step * level, given.values, atol=step * 0.51)
     assert [side["answer"] for side in widget.spec["sides"]][1:3] == ["The house is blue.", "The car is blue."]
     assert widget.spec["ranks"] == [1, 4, 16]
+
+
+def test_a_map_s_noise_floor_travels_with_it() -> None:
+    run, flat = one_seen().run, np.full((4, 12, 12), 1e-3)
+    floors = {"noise_floor": [0.01, 0.02, 0.03, 0.04]}
+    sides = [seen(name, run, make_relevance(run, flat, extras=extras), target=1) for name, extras in (("a", floors), ("b", {}))]
+    assert [side["floor"] for side in ConnectorBench(*sides).spec["sides"]] == [0.02, 0.0]
+    assert sides[0].values.max() == 0 < sides[1].values.max()
 
 
 def test_what_is_shown_and_its_picture_follow_the_rank() -> None:

@@ -8,13 +8,23 @@ import { blankCanvas, contextOf, groundsOf, paintHeat, paintScene } from "./shar
 import { make, segmented, setText, slider } from "./shared/dom.js";
 import { ARROWS, patchUnder } from "./shared/gestures.js";
 import { patchName } from "./shared/grid.js";
-import { bytesOf, colorTable, formatNumber, formatPercent, levelsOf, readMaps, readPalettes, valueOf } from "./shared/maps.js";
+import {
+  NEGLIGIBLE,
+  bytesOf,
+  colorTable,
+  formatNumber,
+  formatPercent,
+  levelsOf,
+  readMaps,
+  readPalettes,
+  valueOf,
+} from "./shared/maps.js";
 import { Panel, shows } from "./shared/panel.js";
 import { told } from "./shared/parts.js";
 
 /**
  * @typedef {{name: string, answer: string, words: {text: string, p: number | null}[], p: number | null,
- *   near: [string, number][][], r2: number | null}} BenchSide
+ *   near: [string, number][][], r2: number | null, floor: number}} BenchSide
  * @typedef {{question: string, model: string, seed: number, map: import("./shared/grid.js").PictureMap, sides: BenchSide[],
  *   second: boolean, ranks: number[], lo: number, hi: number, picture: string, palettes: Record<string, string>}} BenchSpec
  * @typedef {{root: HTMLElement, name: HTMLElement, canvas: HTMLCanvasElement, said: HTMLElement, line: HTMLElement,
@@ -30,10 +40,11 @@ export function sideAt(spec, rank) {
   return rank ? 1 + Number(spec.second) + spec.ranks.indexOf(rank) : 1;
 }
 
-/** One map less another: levels around the middle, and the largest difference either way.
- * @param {import("./shared/maps.js").Maps} maps @param {number} one @param {number} two */
-export function differenceOf(maps, one, two) {
-  const values = Float32Array.from({ length: maps.cells }, (_, cell) => valueOf(maps, two, cell) - valueOf(maps, one, cell));
+/** One map less another: levels around the middle, and the largest difference either way; 0 where `floor` is not reached.
+ * @param {import("./shared/maps.js").Maps} maps @param {number} one @param {number} two @param {number} [floor] */
+export function differenceOf(maps, one, two, floor = 0) {
+  const change = (/** @type {number} */ cell) => valueOf(maps, two, cell) - valueOf(maps, one, cell);
+  const values = Float32Array.from({ length: maps.cells }, (_, cell) => (Math.abs(change(cell)) < floor ? 0 : change(cell)));
   const reach = values.reduce((most, value) => Math.max(most, Math.abs(value)), 0);
   const levels = Uint8Array.from(values, (value) => MIDDLE + (reach ? Math.round((127 * value) / reach) : 0));
   return { values, reach, levels };
@@ -168,7 +179,9 @@ class Bench extends Panel {
       setText(this.range.output, `${this.rank}`);
     }
     if (this.sentence) setText(this.sentence, benchSentence(one, two));
-    if (!this.change || this.change.right !== right) this.change = { right, ...differenceOf(this.maps, 0, right) };
+    if (!this.change || this.change.right !== right) {
+      this.change = { right, ...differenceOf(this.maps, 0, right, this.floorOf(2)) };
+    }
     this.tiles.forEach((tile, place) => this.paintTile(tile, place));
   }
 
@@ -188,7 +201,9 @@ class Bench extends Panel {
       );
       tile.said.replaceChildren(...words, make("small", "lab-bench-fit", [fit]));
     }
-    setText(tile.line, hover < 0 ? "Point at a patch." : this.lineAt(place, hover));
+    const nothing = this.maps.cells > 0 && Array.from({ length: this.maps.cells }).every((_, cell) => this.negligible(place, cell));
+    const hint = !nothing ? "Point at a patch." : place < 2 ? NEGLIGIBLE : "The maps differ by less than the noise floor.";
+    setText(tile.line, hover < 0 ? hint : this.lineAt(place, hover));
     const key = [place && right, hover, this.base.width].join();
     if (!this.picture || key === tile.key) return;
     tile.key = key;
@@ -212,12 +227,30 @@ class Bench extends Panel {
     return [levelsOf(this.maps, index), colorTable(palette, offset, step, lo, hi)];
   }
 
+  /** What a map, or the difference of both, must reach to be more than rounding; 0 where nobody knows it.
+   * @param {number} place */
+  floorOf(place) {
+    const [one, two] = [this.spec.sides[0].floor, this.spec.sides[this.right()].floor];
+    return [one, two, Math.hypot(one, two)][place];
+  }
+
+  /** Whether a patch's value, or change, is below its noise floor. @param {number} place @param {number} patch */
+  negligible(place, patch) {
+    const floor = this.floorOf(place);
+    if (!(floor > 0)) return false;
+    if (place === 2) return this.change?.values[patch] === 0;
+    const index = place ? this.right() : 0;
+    return Math.abs(valueOf(this.maps, index, patch)) < Math.max(floor, this.maps.scales[2 * index + 1] / 2); // a level holds 0
+  }
+
   /** A patch's value and nearest words. @param {number} place @param {number} patch */
   lineAt(place, patch) {
-    if (place === 2) return this.change ? `difference ${formatNumber(this.change.values[patch])}` : "";
+    const faint = this.negligible(place, patch);
+    if (place === 2) return this.change ? `difference ${faint ? "negligible" : formatNumber(this.change.values[patch])}` : "";
     const index = place ? this.right() : 0;
     const near = (this.spec.sides[index].near[patch] ?? []).map(([word, cosine]) => `${word} ${cosine.toFixed(2)}`);
-    return [formatNumber(valueOf(this.maps, index, patch)), ...(near.length ? [`near ${near.join(", ")}`] : [])].join(" · ");
+    const value = faint ? "negligible" : formatNumber(valueOf(this.maps, index, patch));
+    return [value, ...(near.length ? [`near ${near.join(", ")}`] : [])].join(" · ");
   }
 
   close() {
