@@ -74,7 +74,8 @@ class Session:
             code = f'picturebook.scene("lesson", {index}).picture()'
             drawn.append(Shown(things, np.asarray(scene.picture()), code, tuple(question.text for question in asked)))
         # where it was measured which pictures a model was trained on, they were drawn ones
-        return drawn + _photographs() if self.lab.scope is not None else _photographs() + drawn
+        measured = self.lab.scope is not None and self.lab.scope.pictures is not None
+        return drawn + _photographs() if measured else _photographs() + drawn
 
     def given(self, picture: PictureLike) -> Shown:
         """A picture of the user's."""

@@ -10,6 +10,7 @@ import pytest
 import llava_lab as ll
 from llava_lab import bridge
 from llava_lab.errors import LabError
+from llava_lab.models.scope import scope_of
 from llava_lab.session import Session
 
 
@@ -29,13 +30,18 @@ def test_the_gallery_has_pictures_with_questions_that_the_model_answers(session:
     assert len({shown.name for shown in gallery}) == len(gallery)
 
 
-def test_what_the_model_was_made_for_stands_first(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert session.gallery()[0].code.startswith("picturebook")
-    monkeypatch.setattr(session.lab, "scope", None)  # as of `photo`
+@pytest.mark.parametrize(
+    ("name", "first"), [("tiny", "picturebook"), ("smol", "picturebook"), ("photo", "data."), ("own", "data.")]
+)
+def test_what_the_model_was_made_for_stands_first(
+    session: Session, monkeypatch: pytest.MonkeyPatch, name: str, first: str
+) -> None:
     pytest.importorskip("skimage")
-    first, *rest = session.gallery()
-    assert first.code.startswith("data.")
-    assert any(shown.code.startswith("picturebook") for shown in rest)
+    monkeypatch.setattr(session.lab, "scope", scope_of(name))
+    gallery = [shown.code.startswith(first) for shown in session.gallery()]
+    assert gallery[0]
+    assert gallery == sorted(gallery, reverse=True)  # one kind, then the other
+    assert not gallery[-1]
 
 
 def test_the_code_does_what_was_done(session: Session) -> None:

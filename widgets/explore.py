@@ -164,8 +164,14 @@ class Explore(ipw.VBox):
         telling = [i for i, word in enumerate(run.words) if any(map(str.isalnum, word.text))]
         first = telling[-1] if telling else None
         shown = replace(run, knows="")  # that stands at the head of the page already
-        self.view = PatchExplorer(shown, self.maps, word=first, ask=lambda patches: self.session.without(run, patches, before))
+        maps = {name: self._with_truth(name, rel) for name, rel in self.maps.items()}
+        self.view = PatchExplorer(shown, maps, word=first, ask=lambda patches: self.session.without(run, patches, before))
         self._stage.children = [self.view]
+
+    def _with_truth(self, name: str, rel: Relevance) -> Relevance:
+        """The map with what its method does and what its colours mean as the first thing to read beside it."""
+        colours = "Orange is more, blue is less, clear is nothing." if (rel.values < 0).any() else "The brighter, the more."
+        return replace(rel, notes=(f"{self.session.methods[name]} {colours}", *rel.notes))
 
     # -- the page ---------------------------------------------------------------------------------
 

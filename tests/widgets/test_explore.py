@@ -75,6 +75,25 @@ def widget(session: Session) -> Explore:
     return made
 
 
+def test_what_a_map_means_is_said_beside_it(widget: Explore, session: Session) -> None:
+    made = session.explain
+
+    def explain(run: Any, method: str) -> Any:
+        rel = made(run, method)
+        return rel if method == "random" else replace(rel, values=-rel.values, notes=("measured",))
+
+    session.explain = explain  # type: ignore[method-assign]
+    widget._boxes["random"].value = True
+    widget.ask("What is it?")
+    widget.join()
+    assert widget.view is not None
+    notes = {method["name"]: method["notes"] for method in widget.view.spec["methods"]}
+    first, last = f"{session.methods['rollout']} Orange is more, blue is less, clear is nothing.", "measured"
+    assert notes["rollout"] == [first, last]
+    assert notes["random"] == [f"{session.methods['random']} The brighter, the more."]
+    assert widget.maps["rollout"].notes == ("measured",)  # the result itself stays as it was
+
+
 def test_a_question_is_answered_explained_and_remembered(widget: Explore, session: Session) -> None:
     for question in ("What is it?", "And now?"):
         widget.ask(question)

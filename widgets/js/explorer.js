@@ -60,7 +60,7 @@ class Explorer extends MapPanel {
     const display = this.add(displayControls(this.display, (change) => this.set(this.display, change), signal));
     const top = this.add(topList((hover) => this.point({ hover }), signal));
     const bar = this.add(selectionBar(spec.can_ask, quick, this.selectionActions(quick), signal));
-    const side = make("div", "lab-side", [methods, layer, display, top]);
+    const side = make("div", "lab-side", [methods, layer, top, display]);
     const body = make("div", "lab-body", [this.figure([this.fallback], readout(), PICTURE), side]);
     const text = { class: "lab-explorer", label: "Patch explorer", about: this.patchesText };
     return this.card(text, [words, body, bar, this.answers.root]);

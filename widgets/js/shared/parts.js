@@ -102,16 +102,22 @@ export function topList(point, signal) {
     { signal },
   );
   list.addEventListener("pointerleave", () => point(-1), { signal });
+  const outside = make("p", "lab-caption");
   return {
-    root: section("Strongest patches", [list]),
+    root: section("Strongest patches", [list, outside]),
     update(view) {
       const { shown } = view;
-      patches = shown ? strongest(shown.levels, TOP) : [];
+      const order = shown ? strongest(shown.levels, shown.levels.length) : [];
+      patches = order.filter((patch) => onPicture(view.map, patch)).slice(0, TOP);
+      // what lies outside the picture cannot be pointed at, but that a map is strongest there is worth knowing
+      const stronger = order.indexOf(patches[0]);
+      outside.hidden = !(stronger > 0);
+      if (!outside.hidden) setText(outside, `Stronger still: ${stronger} ${stronger > 1 ? "patches" : "patch"} of padding.`);
       rows.forEach((row, i) => {
         row.root.hidden = i >= patches.length;
         if (row.root.hidden || !shown) return;
         const along = shown.at(patches[i]);
-        setText(row.place, patchName(view.map, patches[i]) + (onPicture(view.map, patches[i]) ? "" : " (padding)"));
+        setText(row.place, patchName(view.map, patches[i]));
         setText(row.value, mapText(shown, patches[i]));
         row.root.classList.toggle("lab-negligible", row.value.textContent === "negligible");
         row.fill.style.transform = `scaleX(${shown.signed ? Math.max(0, 2 * along - 1) : along})`; // costs no layout

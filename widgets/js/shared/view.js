@@ -4,7 +4,7 @@
  * live here.
  */
 
-import { patchName } from "./grid.js";
+import { onPicture, patchName } from "./grid.js";
 import { isNegligible, mapText, strongest } from "./maps.js";
 
 /**
@@ -43,7 +43,7 @@ export function doubtful(method, found) {
 export function summary({ shown, title, said, map }) {
   if (!shown) return said;
   if (isNegligible(shown)) return `${title}. ${said}`;
-  const best = strongest(shown.levels, 3);
+  const best = strongest(shown.levels, shown.levels.length).filter((patch) => onPicture(map, patch)).slice(0, 3);
   const places = best.map((patch) => `${patchName(map, patch)}: ${mapText(shown, patch)}`);
   return `${title}. ${said} Strongest: ${places.join("; ")}.`;
 }
