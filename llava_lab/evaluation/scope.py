@@ -85,12 +85,15 @@ def photographs() -> list[np.ndarray]:
 def measure_wordings(lab: Lab, *, per_way: int = PER_WAY, progress: bool = True) -> dict[str, Any]:
     """Shares of right answers in the trained wording and in twenty other ways, by question type, on unseen pictures.
 
+    What is read alike (`Lab.read_as`) about one picture is asked once.
+
     >>> from llava_lab.evaluation.scope import measure_wordings
     >>> sorted(measure_wordings(lab, per_way=1, progress=False)["by_type"])[:2]
     ['color', 'comparison']
     """
     asked = {type_: list(_questions(type_, per_way)) for type_ in WAYS}
-    trained = {type_: _right(lab, rows, [item for item, _ in rows], progress, type_) for type_, rows in asked.items()}
+    known: dict[tuple[str, str], str] = {}
+    trained = {type_: _right(lab, rows, [item for item, _ in rows], known, progress, type_) for type_, rows in asked.items()}
     table: dict[str, dict[str, Any]] = {}
     every: list[tuple[str, bool, bool]] = []
     for type_, rows in asked.items():
@@ -98,7 +101,7 @@ def measure_wordings(lab: Lab, *, per_way: int = PER_WAY, progress: bool = True)
         for way in range(sum(map(len, WAYS[type_]))):
             chosen = [i for i, (_, question) in enumerate(rows) if ask_in(question, way)][:per_way]
             told = [Item(**{**vars(rows[i][0]), "question": ask_in(rows[i][1], way)}) for i in chosen]
-            right = _right(lab, [rows[i] for i in chosen], told, progress, f"{type_} {way + 1}")
+            right = _right(lab, [rows[i] for i in chosen], told, known, progress, f"{type_} {way + 1}")
             own = trained[type_][chosen]
             ways.append({"example": told[0].question, "right": float(right.mean()), "trained": float(own.mean()), "n": len(told)})
             every += [
@@ -139,9 +142,20 @@ def _questions(type_: str, per_way: int) -> Iterable[tuple[Item, Any]]:
         index += 1
 
 
-def _right(lab: Lab, rows: Sequence[tuple[Item, Any]], told: Sequence[Item], progress: bool, label: str) -> np.ndarray:
-    answers = answer_all(lab, told, label=label, progress=progress)
-    return np.array([same_answer(answer, item.answer) for answer, (item, _) in zip(answers, rows, strict=True)])
+def _right(
+    lab: Lab,
+    rows: Sequence[tuple[Item, Any]],
+    told: Sequence[Item],
+    known: dict[tuple[str, str], str],
+    progress: bool,
+    label: str,
+) -> np.ndarray:
+    """Whether each question as `told` is answered as its row's; `known` are the answers by picture and question as read."""
+    keys = [(item.picture, lab.read_as(item.question)) for item in told]
+    new = {key: item for key, item in zip(keys, told, strict=True) if key not in known}
+    if new:
+        known.update(zip(new, answer_all(lab, list(new.values()), label=label, progress=progress), strict=True))
+    return np.array([same_answer(known[key], item.answer) for key, (item, _) in zip(keys, rows, strict=True)])
 
 
 def _picture(index: int) -> np.ndarray:

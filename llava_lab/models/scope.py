@@ -139,6 +139,8 @@ _MEANS = {
     "umbrella": "parasol",
 }
 _SAME = {word: meant for meant, words in _MEANS.items() for word in words.split()}
+_SIDE = "(?:left of|right of|above|below)"
+_WHETHER = "(?:(?:can|could) you )?(?:would you say|do you think|is it true|(?:tell me|say) (?:whether|if))"
 _PHRASES = (
     (r"\bto the (left|right) of\b", r"\1 of"),
     (r"\bon the (left|right)(?: hand)? side\b(?! of)", r"on the \1"),
@@ -147,6 +149,29 @@ _PHRASES = (
     (r"\blarge or small\b", "small or large"),
     (r"\bi\b", "I"),
     (r"\ban (picture|thing|car)\b", r"a \1"),
+    # sentences of another build, put as the picture book asks them
+    (rf"^{_WHETHER}(?: that)? (the .+?|there) is (.+)$", r"is \1 \2"),
+    (rf"^(the .+?) is ({_SIDE} .+)$", r"is \1 \2"),
+    (rf"^(?:do you see|can you find) (the .+? {_SIDE} .+)$", r"can you see \1"),
+    (r"^there is (an? .+)$", r"is there \1"),
+    (r"^(.+?) is what$", r"what is \1"),
+    (r"^(.+?) is where$", r"where is \1"),
+    (r"^(.+?) is what (color|size)$", r"what \2 is \1"),
+    (rf"^(?:tell me what (?:is|you see|you find|stands)|what can you see|what stands) ({_SIDE}|at|in|on) ", r"what is \1 "),
+    (rf"^(?:name|which is) the thing ({_SIDE}|at|in|on) ", r"what is \1 "),
+    (r"^what color would you (?:call|say) (the .+?)(?: is)?$", r"what color is \1"),
+    (r"^how large\b", "how big"),
+    (r"^in what part\b", "in which part"),
+    (r"^can you find (the .+?)(?: in the picture)?$", r"where can I find \1"),
+    (r"^can you see (an? .+)$", r"do you see \1"),
+    (r"^can you count the (.+)$", r"how many \1 are there"),
+    (r"^do you see (.+?),? and how many$", r"how many \1 do you see"),
+    (r"^how many (.+?) (?:are in the picture|does the picture have|can you count)$", r"how many \1 are there"),
+    (r"^(?:does the picture have )?more (.+?) than (.+)$", r"are there more \1 than \2"),
+    (r"^(?:is|between) (the .+?) (?:or|and) (the .+?)(?:,? which(?: one)? is)? (?:bigger|larger)$", r"which is bigger, \1 or \2"),
+    (r"^(the .+?) or (the .+?),? which(?: one)? is (?:bigger|larger)$", r"which is bigger, \1 or \2"),
+    (r"^is (the .+?) the same color as (the .+)$", r"are \1 and \2 the same color"),
+    (r"^do (the .+?) and (the .+?) (?:have one|match in) color$", r"do \1 and \2 have the same color"),
 )
 _BEFORE = re.compile(r"^(?:hey|hi|hello|please|pls|ok|okay|so|well|um|excuse me)\b[,!.]?\s+")
 _AFTER = re.compile(r"[,\s]+(?:please|pls|thanks|thank you)$")

@@ -9,9 +9,10 @@ left:
 
     asked = ask_in(question, 3)  # the same question in its type's fourth other wording, None where that does not fit it
 
-They were written before the folding of `llava_lab.models.scope` was measured, by the authors of that folding: people will find
-others. About half are trained wordings as people type them (spelling, contractions, signs, capitals, politeness), the others are
-sentences of another build. Each keeps the meaning, so that the answer stays the world's own.
+They were written before the folding of `llava_lab.models.scope` was measured, by the authors of that folding, and what failed
+then was folded afterwards: they say nothing of wordings that nobody here thought of. About half are trained wordings as people
+type them (spelling, contractions, signs, capitals, politeness), the others are sentences of another build. Each keeps the
+meaning, so that the answer stays the world's own.
 """
 
 from __future__ import annotations
