@@ -6,6 +6,7 @@
   carries it only if its variable was named. Redirects are never followed.
 - **Time.** `timeout` is for the whole request, from the search for the address to the last byte. Who asks waits that
   long and then shuts the connection, whatever is dripped into it; that works where a time limit on each read does not.
+  No other thread runs while Python reads plain JSON, so a reply has a limit of values, and objects let others run.
 - **Budget.** Every request that leaves counts, retries too, for a retry may be charged as well.
 - **Retries.** 408, 429, 5xx, time-outs, broken connections and damaged JSON, with doubling pauses or the server's
   own ``Retry-After``. Everything else is the user's to mend and is said at once.
@@ -48,7 +49,7 @@ from urllib.request import getproxies, proxy_bypass
 
 from llava_lab.checks import number, whole_number
 from llava_lab.errors import BudgetError, EndpointError, OptionError, printable
-from llava_lab.remote.replies import LARGEST, MOST_CHARACTERS, Hide, Reply, read_reply, short
+from llava_lab.remote.replies import LARGEST, MOST_CHARACTERS, Hide, Reply, read_json, read_reply, short
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +105,12 @@ class _Line:
             if self._shut:
                 raise TimeoutError
             self._socket = connected
+
+    def still(self, value: dict[str, Any]) -> dict[str, Any]:
+        """`value`, while somebody waits for it: as a function of Python's it lets other threads run between two objects."""
+        if self._shut:
+            raise TimeoutError
+        return value
 
     def shut(self) -> None:
         with self._lock, suppress(OSError):
@@ -206,7 +213,8 @@ class Endpoint:
         try:
             key = self.key()
             hide = hiding(key)
-            outcome = self._judge(*self._talk(key, data, line), key, hide)
+            status, headers, text = self._talk(key, data, line)
+            outcome = self._judge(status, headers, text, read_json(text, line.still), key, hide)
         except Exception as error:  # of the client, the connection, or a reply that nobody thought of
             outcome = self._unreached(error)
         return replace(outcome, message=printable(hide(outcome.message))) if isinstance(outcome, Failure) else outcome
@@ -230,11 +238,7 @@ class Endpoint:
                     raise EndpointError(f"a reply of more than {LARGEST:,} bytes is no answer")
             return reply.status, reply.headers, body.decode("utf-8-sig", "replace")
 
-    def _judge(self, status: int, headers: Message, text: str, key: str, hide: Hide) -> Reply | Failure:
-        try:
-            data = json.loads(text)
-        except (ValueError, RecursionError):
-            data = None
+    def _judge(self, status: int, headers: Message, text: str, data: Any, key: str, hide: Hide) -> Reply | Failure:
         answered = f"{self.base_url} answered"
         if 200 <= status < 300:
             if text.lstrip().startswith("data:") or headers.get_content_type() == "text/event-stream":

@@ -28,6 +28,7 @@ from llava_lab.results.save import whole_file
 FORMAT = 1  # of the files in the folder
 LARGEST = 16 * 2**20  # bytes of a reply or of its file; an answer has a few thousand
 MOST_CHARACTERS = 100_000
+MOST_VALUES = 1_000_000  # of its JSON, counted by commas: 4,096 tokens with the twenty likeliest and their bytes have 700,000
 MOST_TOKENS = 4096  # and words; an answer about a picture has a few hundred
 MOST_TOP = 64  # likeliest tokens read at one place
 MOST_PIECE = 1000  # bytes of a token; the longest of real tokenizers are runs of a hundred blanks
@@ -100,6 +101,19 @@ def token_id(piece: bytes) -> int:
 
 
 # -- a server's JSON ------------------------------------------------------------------------
+
+
+def read_json(text: str, each: Callable[[dict[str, Any]], Any]) -> Any:
+    """A server's JSON, each of its objects through `each`, which may stop it; None for what is none.
+
+    Raises EndpointError for more values than an answer can have, before any is read.
+    """
+    if (count := text.count(",")) > MOST_VALUES:
+        raise EndpointError(f"got a reply of {count:,} values, expected at most {MOST_VALUES:,}; ask for a shorter answer")
+    try:
+        return json.loads(text, object_hook=each)
+    except (ValueError, RecursionError):
+        return None
 
 
 def read_reply(data: Any, hide: Hide = str) -> Reply:

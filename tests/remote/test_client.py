@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from email.message import Message
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import llava_lab as ll
 from llava_lab.errors import EndpointError
 from llava_lab.remote import client
 from llava_lab.remote.client import retry_after
+from llava_lab.remote.replies import read_json
 from tests.support.endpoint_server import (
     PLAIN,
     QUESTION,
@@ -198,6 +200,44 @@ def test_a_server_that_drips_is_left_after_the_time_allowed(tmp_path: Path, firs
         while any(thread.name == client.THREAD for thread in threading.enumerate()):
             assert time.monotonic() - start < 8, "the request goes on behind our back"
             time.sleep(0.01)
+
+
+MANY = json.dumps({"choices": [{"message": {"content": "a"}}] * 300_000})
+
+
+def test_a_reply_of_many_objects_is_left_when_nobody_waits_any_more() -> None:
+    """While Python reads plain JSON no other thread runs, and 300,000 choices outlasted every deadline."""
+    line, objects = client._Line(), []
+
+    def each(value: dict[str, Any]) -> Any:
+        objects.append(value)
+        if len(objects) == 10:
+            line.shut()
+        return line.still(value)
+
+    with pytest.raises(TimeoutError):
+        read_json(MANY, each)
+    assert len(objects) == 10
+
+
+def test_a_reply_of_300_000_choices_is_read_or_left_in_time(tmp_path: Path) -> None:
+    with serving(lambda asked: Answered(raw=MANY.encode())) as server:
+        box, start = open_box(server, tmp_path, timeout=0.2, retries=0), time.monotonic()
+        with suppress(EndpointError):
+            box.ask(PLAIN, QUESTION)
+        assert time.monotonic() - start < 4
+        while any(thread.name == client.THREAD for thread in threading.enumerate()):
+            assert time.monotonic() - start < 8, "it is read behind our back"
+            time.sleep(0.01)
+
+
+@pytest.mark.parametrize("value", ["0", "[]", '""', "null", "{}", "[[]]"])
+def test_a_reply_of_more_values_than_an_answer_has_is_refused_unread(value: str) -> None:
+    def never(given: Any) -> Any:
+        raise AssertionError
+
+    with pytest.raises(EndpointError, match=r"^got a reply of 1,000,001 values, expected at most 1,000,000; ask for a shorter"):
+        read_json(f"[{','.join([value] * 1_000_002)}]", never)
 
 
 def completed(content: Any, *, tokens: Any = None, **more: Any) -> Answered:
