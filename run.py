@@ -81,6 +81,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     rest = argv[1:] if argv[:1] == ["test"] else []  # pytest reads these, argparse must not
     args = _parser().parse_args(argv[: len(argv) - len(rest)])
+    ends = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # a closed terminal is an end too
+    previous = [signal.signal(end, signal.default_int_handler) for end in ends]  # what we started must not outlive us
     try:
         return test(rest) if args.command == "test" else args.run(args) or 0
     except Failure as failure:
@@ -88,6 +90,9 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    finally:
+        for end, handler in zip(ends, previous, strict=True):
+            signal.signal(end, handler)
 
 
 # -- set-up ---------------------------------------------------------------------------------
@@ -207,16 +212,12 @@ def _server(port: int | None) -> Iterator[tuple[subprocess.Popen, str]]:
         options: dict = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out, "env": environment}
         options["start_new_session"] = os.name != "nt"  # Ctrl-C reaches us alone, and we stop the server in order
         process = subprocess.Popen(command, cwd=ROOT, **options)
-    ends = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # a closed terminal is an end too
-    previous = [signal.signal(end, signal.default_int_handler) for end in ends]
     try:
         url = f"http://127.0.0.1:{port}/lab/tree/{FIRST}?token={urllib.parse.quote(token, safe='')}"
         _wait_until_it_answers(process, url, log)
         yield process, url
     finally:
         _stop(process)
-        for end, handler in zip(ends, previous, strict=True):
-            signal.signal(end, handler)
 
 
 def _environment() -> dict[str, str]:

@@ -13,6 +13,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -366,6 +367,35 @@ def test_ctrl_c_and_a_closed_terminal_stop_the_server_and_end_in_order(name: str
             process.kill()  # a test that fails must not wait for ever
     with pytest.raises(OSError, match="refused"):
         urllib.request.urlopen(url, timeout=5)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_command_that_is_ended_ends_what_it_started(tmp_path: Path, name: str) -> None:
+    note = tmp_path / "pid"
+    child = f"import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    code = f"import run, subprocess, sys; run.lint = lambda _: subprocess.run([sys.executable, '-c', {child!r}]).returncode; "
+    code += "sys.exit(run.main(['lint']))"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=SOURCE.parent) as process:
+        try:
+            until = time.monotonic() + 60
+            while not (note.exists() and note.read_text()):
+                assert time.monotonic() < until
+                time.sleep(0.02)
+            process.send_signal(getattr(signal, name))
+            assert process.wait(60) == 130
+        finally:
+            process.kill()
+    while _runs(int(note.read_text())):  # it was killed, and nobody waited for it
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_a_server_that_cannot_start_is_one_line_with_its_log(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,12 @@ import ast
 import json
 import os
 import re
+import signal
+import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TextIO, TypeVar
@@ -42,8 +46,39 @@ class Add(Protocol):
 
 Written = TypeVar("Written")
 CLOSED = "openai:"
+PATIENCE = 20.0  # seconds that a program we started has to end in order
 SERVER_OPTIONS = ("base_url", "max_requests", "key_variable", "price")
 FIGURES = (".png", ".svg", ".pdf")
+
+
+@contextmanager
+def program(command: Sequence[str], environment: dict[str, str] | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    """A program of its own, which does not outlive the block: inside, SIGTERM and a closed terminal (SIGHUP) are Ctrl-C."""
+    from llava_lab.checks import undoing
+
+    ends = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        ends = []  # signals are the main thread's
+    before = {end: signal.getsignal(end) for end in ends}
+    started: list[subprocess.Popen[bytes]] = []
+
+    def end() -> None:
+        for process in started:
+            if process.poll() is None:
+                process.terminate()
+                try:
+                    process.wait(PATIENCE)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    with undoing(end):
+        for number in ends:
+            signal.signal(number, signal.default_int_handler)
+        started.append(subprocess.Popen(command, env=environment))
+        yield started[0]
 
 
 @dataclass(frozen=True)

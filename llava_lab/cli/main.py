@@ -5,7 +5,8 @@ hold most commands; those that need no model of the user's are here. The shapes 
 A command has the options that act in it and no others; a file that is there is written over with ``--force`` alone.
 
 With ``--json`` standard output holds exactly one JSON object and everything else goes to standard
-error. Exit codes: 0 done, 2 a mistake the user can mend (one line on standard error), 130 Ctrl-C.
+error. Exit codes: 0 done, 2 a mistake the user can mend (one line on standard error), 130 Ctrl-C
+(in `app` and `lab` also SIGTERM and a closed terminal).
 
     llava-lab ask car.png "What color is the car?" --json
 """
@@ -18,14 +19,13 @@ import importlib.util
 import json
 import logging
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from llava_lab.cli import ask, judge, serve, train
-from llava_lab.cli.common import Add, Reply, Uses, positive, refuse_overwriting, say
+from llava_lab.cli.common import Add, Reply, Uses, positive, program, refuse_overwriting, say
 from llava_lab.errors import LabError, OptionError, foreign_line, is_out_of_memory, one_line, printable, readable
 from llava_lab.shipped import MODELS
 
@@ -221,7 +221,8 @@ def lab(args: argparse.Namespace) -> Reply:
     else:
         port = [f"--ServerApp.port={args.port}"] if args.port else []
         command = [sys.executable, "-m", "jupyterlab", "--ServerApp.ip=127.0.0.1", *port, *(["--no-browser"] * args.no_browser)]
-    return Reply(None, code=subprocess.call(command))
+    with program(command) as server:
+        return Reply(None, code=server.wait())
 
 
 def _short(value: Any) -> str:

@@ -28,7 +28,6 @@ import importlib.util
 import json
 import os
 import secrets
-import signal
 import socket
 import stat
 import subprocess
@@ -39,8 +38,6 @@ import time
 import urllib.error
 import urllib.request
 import webbrowser
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +171,7 @@ def add_app(add: Add) -> None:
 
 
 def app(args: argparse.Namespace) -> Reply:
-    """Serve until Ctrl-C. Raises LabError where Voila is not installed or does not start."""
+    """Serve until Ctrl-C, SIGTERM or a closed terminal. Raises LabError where Voila is not installed or does not start."""
     for package in ("voila", "ipywidgets"):
         if importlib.util.find_spec(package) is None:
             raise LabError(f"the page needs {package}, which is not installed; `pip install 'llava-lab[lab,app]'` brings it")
@@ -184,28 +181,12 @@ def app(args: argparse.Namespace) -> Reply:
     address = f"http://127.0.0.1:{port}/?token={token}"
     with tempfile.TemporaryDirectory(prefix="llava-lab-app-") as temporary:
         command, environment = prepare(Path(temporary), args.model, port, token)
-        with subprocess.Popen(command, env=environment) as server, _ended_with(server):
-            try:
-                wait_for(server, port)
-                say(f"open {address}\nCtrl-C ends it")
-                if not args.no_browser:
-                    threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
-                return Reply(None, code=server.wait())
-            finally:
-                server.terminate()
-
-
-@contextmanager
-def _ended_with(server: subprocess.Popen[bytes]) -> Iterator[None]:
-    """A SIGTERM ends the server too, which would stay behind otherwise; only the main thread can hear one."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: server.terminate())
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        with common.program(command, environment) as server:
+            wait_for(server, port)
+            say(f"open {address}\nCtrl-C ends it")
+            if not args.no_browser:
+                threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
+            return Reply(None, code=server.wait())
 
 
 def prepare(folder: Path, model: str, port: int, token: str) -> tuple[list[str], dict[str, str]]:

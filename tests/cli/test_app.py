@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,21 +49,50 @@ def test_the_page_follows_the_reader_s_system_in_dark(tmp_path: Path) -> None:
     assert "--jp-layout-color0: #111;" in dark
 
 
-def test_a_page_that_is_told_to_end_takes_its_server_along(tmp_path: Path) -> None:
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as server:
-        before = signal.getsignal(signal.SIGTERM)
-        with serve._ended_with(server):
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert server.wait(20) != 0
-        assert signal.getsignal(signal.SIGTERM) is before
-
-
 def test_the_notebook_is_one_that_can_be_read(tmp_path: Path) -> None:
     serve.prepare(tmp_path, "a 'folder'", 8899, "secret")
     notebook = nbformat.read(tmp_path / "explore.ipynb", as_version=4)
     nbformat.validate(notebook)
     compile(notebook.cells[0].source, "cell", "exec")
     assert "ll.explore(model=\"a 'folder'\")" in notebook.cells[0].source
+
+
+@pytest.mark.parametrize(
+    ("command", "end"),
+    [
+        ("app", "SIGTERM"),
+        ("lab", "SIGHUP"),
+        pytest.param("app", "SIGHUP", marks=pytest.mark.long),
+        pytest.param("lab", "SIGTERM", marks=pytest.mark.long),
+    ],
+)
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_the_server_ends_with_the_command_however_that_is_ended(tmp_path: Path, command: str, end: str) -> None:
+    server, note = tmp_path / "server.py", tmp_path / "server.py.pid"
+    server.write_text("import os, sys, time\nopen(sys.argv[0] + '.pid', 'w').write(str(os.getpid()))\ntime.sleep(600)\n")
+    code = f"""
+import sys
+from pathlib import Path
+from llava_lab.cli import serve
+from llava_lab.cli.main import main
+sys.modules["llava_lab.cli.main"].RUN_PY = Path({str(server)!r})
+serve.prepare = lambda *given: ([sys.executable, {str(server)!r}], None)
+serve.wait_for = lambda *given: None
+sys.exit(main([{command!r}, "--no-browser"]))
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL) as process:
+        try:
+            until = time.monotonic() + 60
+            while not (note.exists() and note.read_text()):
+                assert time.monotonic() < until
+                assert process.poll() is None
+                time.sleep(0.02)
+            process.send_signal(getattr(signal, end))
+            assert process.wait(60) == 130
+        finally:
+            process.kill()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(note.read_text()), 0)
 
 
 def test_what_is_missing_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]) -> None:
