@@ -274,7 +274,7 @@ def test_the_strongest_patches_are_of_the_picture_and_padding_is_counted(widget_
     assert shown.locator(".lab-top .lab-place").all_inner_texts()[:2] == ["row 6, column 3", "row 7, column 7"]
     expect(shown.locator(".lab-side")).to_contain_text("Stronger still: 2 patches of padding.")
     shown.get_by_role("radio", name="red.").click()
-    expect(shown.locator(".lab-live")).to_contain_text("Strongest: row 6, column 3: 0.70; row 7, column 7: 0.60")
+    expect(shown.locator(".lab-live")).to_contain_text("Strongest: row 6, column 3: 0.700; row 7, column 7: 0.601")
     expect(shown.get_by_text("Stronger still")).to_be_hidden()
 
 
