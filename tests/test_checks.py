@@ -47,6 +47,7 @@ from llava_lab.checks import (
 )
 from llava_lab.errors import LabError, OptionError, PictureError, WriteError
 from llava_lab.training import LLAVA_15_7B, Running
+from tests.support.defaults import PROMISED, defaults
 from tests.support.leftovers import interrupted_at, state_of, torch_settings
 from tests.support.public_calls import LONG, WRONG, public_calls
 from tests.support.training_rows import write_rows
@@ -284,6 +285,13 @@ def test_every_entry_has_a_call_that_works_to_be_spoilt(calls: dict[str, Any]) -
         many = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
         named = [parameter.name for parameter in parameters.values() if parameter.kind not in many]
         assert [option for option in named if option not in calls[name] and option != "recipe"] == [], name
+
+
+def test_every_default_is_the_promised_one() -> None:
+    """Of public functions and commands; what each method's are is written in `tests/attribution/test_registry.py`."""
+    promised, now = json.loads(PROMISED.read_text("utf-8")), defaults()
+    changed = [name for name in promised if now.get(name) != promised[name]]
+    assert changed + [name for name in now if name not in promised] == [], "is it meant? python -m tests.support.defaults"
 
 
 # -- values of other libraries' kinds ---------------------------------------------------------

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import doctest
+import functools
 import inspect
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from PIL import Image
 
 import llava_lab as ll
 from llava_lab import plots
+from llava_lab.results import Saved
 from tests.support.leftovers import interrupted_at, state_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,16 +47,31 @@ def test_every_public_function_has_an_example() -> None:
     assert bare == []
 
 
+def noting(function: Callable[..., Any], given: list[Any]) -> Callable[..., Any]:
+    """`function`, which notes what it gave."""
+
+    @functools.wraps(function)
+    def noted(*args: Any, **options: Any) -> Any:
+        given.append(function(*args, **options))
+        return given[-1]
+
+    return noted
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_the_example_is_true(name: str, names: dict[str, Any], tmp_path: Path) -> None:
+def test_the_example_is_true(name: str, names: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what it gives names the weights it was made with."""
     text = inspect.getdoc(FUNCTIONS[name]) or ""
-    weights = names["lab"].fingerprint
+    weights, given = names["lab"].fingerprint, []
+    function = FUNCTIONS[name]
+    monkeypatch.setattr(plots if "." in name else ll, name.split(".")[-1], noting(function, given))
     test = doctest.DocTestParser().get_doctest(text, {**names, "tmp": tmp_path}, name, None, 0)
     report: list[str] = []
     outcome = doctest.DocTestRunner(optionflags=FLAGS).run(test, out=report.append)
     assert outcome.failed == 0, "".join(report)
     assert outcome.attempted > 0, f"{name} has no example"
     assert names["lab"].fingerprint == weights, "the example changed the model"
+    assert {result.fingerprint for result in given if isinstance(result, Saved) and hasattr(result, "fingerprint")} <= {weights}
     pyplot.close("all")
 
 

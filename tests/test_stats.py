@@ -259,3 +259,17 @@ def test_calibration_by_hand() -> None:
     assert told["confidence"] == round((0.95 + 0.92 + 0.55 + 0.05) / 4, 4)
     assert stats.calibration(sure[:1], right[:1])["auroc"] is None
     assert stats.calibration(np.array([]), np.array([], bool))["confidence"] is None
+
+
+def test_comparisons_and_accuracies_resample_pictures_and_not_questions() -> None:
+    """Eight questions about a picture that are right together say no more than one."""
+    pictures, right = np.arange(12), np.random.default_rng(0).random((2, 3, 12)) < 0.6
+    zero = np.zeros(12, np.int64)
+    once = stats.compare(right, [(0, 1)], pictures)
+    often = stats.compare(np.repeat(right, 8, 2), [(0, 1)], np.repeat(pictures, 8))
+    for name in ("picture_interval", "pictures_needed"):
+        np.testing.assert_allclose(often[name], once[name])
+    asked = stats.Questions(zero, zero + 1, pictures, 1, 2)
+    again = stats.Questions(np.repeat(zero, 8), np.repeat(zero + 1, 8), np.repeat(pictures, 8), 1, 2)
+    known, found = stats.accuracies(right, asked), stats.accuracies(np.repeat(right, 8, 2), again)
+    np.testing.assert_allclose(found["accuracy_interval"], known["accuracy_interval"])

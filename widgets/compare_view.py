@@ -7,6 +7,8 @@ were not shown to beat random ones are grey. All of it is answered in the browse
 Takes maps by name, or an object with the fields of ``llava_lab.results.Comparison`` (recognised by its shape, never
 imported). Scores that say whether a map is faithful to the model, whether it is true to the picture, and what it
 costs are kept in groups of their own.
+
+    CompareView(run, ll.compare(lab, run, ["rollout", "occlusion"]))
 """
 
 from __future__ import annotations

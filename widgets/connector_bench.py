@@ -6,6 +6,8 @@ in all maps. The rank slider is answered in the browser from maps and answers th
 
 Every connector and every rank of the linear fit is a `Seen`, made by `seen`: its run, its map, its nearest words. All
 travel at once in one buffer of quantised maps.
+
+    ConnectorBench(seen("trained", run, relevance), seen("linear", other, its_relevance))
 """
 
 from __future__ import annotations

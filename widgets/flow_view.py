@@ -6,6 +6,8 @@ brings back when it is put into a corrupted one. Either may be missing. All numb
 
 The scores are few (a 7B sweep is 3 flows x 32 windows), so they travel as they are, float32, NaN where nothing was
 measured. What was measured on another checkpoint or answer is refused, as are tables that do not fit their names.
+
+    FlowView(run, ll.knockout_sweep(lab, run), ll.patch(lab, run, corrupt="grey"))
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ a value beside its map's peak: ``value = peak * (level / 255) ** 2``. Attention 
 linear scale the ground would be all zeros. The heads' shares on the whole picture travel exactly. Where there is no
 room for all words, those that look at the picture most are kept. Attention is read off the forward pass, not an effect on
 a score, so it has no noise floor and nothing here is called negligible.
+
+    HeadGrid(run, ll.head_maps(lab, run), word="red")
 """
 
 from __future__ import annotations

@@ -4,6 +4,9 @@
 ``seconds``; ``epoch`` says how far the schedule is where no `total` was given, ``ended`` that this step is the last. A
 cell that trains keeps the kernel busy, so no click can be heard: there the plot shows no button and names the notebook's own (■),
 which works either way. With `start` the training runs beside the kernel, and Stop is heard.
+
+    plot = LossPlot(total=200)
+    ll.train_stage(lab, "rows.json", "align", "out", told=plot.told)
 """
 
 from __future__ import annotations

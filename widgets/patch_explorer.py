@@ -4,6 +4,8 @@ The maps go to the browser once; hovering and arrowing repaint there. What comes
 `selected` (flat patch indices), the kept `word`, `method` and `layer`, and the request to ask again.
 
 The page's part is in ``widgets/js`` (the map, pure helpers, one file per idea) and ``explorer.css``.
+
+    PatchExplorer(run, {"rollout": ll.attribute(lab, run, target="words")})
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 Both are parts of `widgets.explore`. What the page sends is a stranger's file until it was read: its kind, its size and its number
 of pixels are checked before anything is drawn.
+
+    PicturePicker([("a car", picture)], on_pick=lambda name, picture: print(name, picture.shape))
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ Tables travel in one buffer. Probabilities are uint16 square roots, ``p = (level
 chance of one in a million keeps two figures, where bytes would make it zero. Entropies are uint16 steps up to the
 vocabulary's. Ids count into the pieces of all lenses and the nearest words, whose texts travel once. 7B's
 33 states x 576 patches x 5 words are 0.6 MB with their texts.
+
+    TokenLens(run, ll.logit_lens(lab, run), ll.nearest_words(lab, run))
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 A map that does no better than these has shown nothing. ``inverse`` runs the method whose map it reverses; the others
 run no model.
+
+    attribute(lab, run, method="center")
 """
 
 from __future__ import annotations

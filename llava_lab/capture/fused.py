@@ -6,6 +6,9 @@ sdpa must be about to take that very kernel for this call, and on a small exampl
 bit and a softmax that is the softmax. Where anything of this fails, and for masks that are not bool, there is None, and the
 caller works the rows out with a softmax of its own.
 
+    fused = attend_with_lse(query, key, value, None, scaling, causal=True)
+    fused.output, fused.lse  # or fused is None
+
 Sources: torch ``aten/src/ATen/native/transformers`` (`_fused_sdp_choice` and the kernels it names), torch 2.13.
 """
 

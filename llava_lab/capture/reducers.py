@@ -3,6 +3,9 @@
 `AnswerRows` watches an answer being made, token by token, for next to nothing: a new token's attention is one row per head,
 so only its query is kept, a few kB, and the newest keys, which the model's cache holds anyway. The rows of `ROOM` tokens are
 worked out together: at each step of its own a row would cost more in calls than in numbers.
+
+    with undisturbed(model), watch_attention(layers, LayerByLayer(fold)):
+        model(**inputs)
 """
 
 from __future__ import annotations

@@ -3,6 +3,9 @@
 A fit may explain nearly all of the connector's output and still flip answers, or miss a third of it and flip none.
 Original and stand-in answer the same questions about the same pictures; differences are paired, pictures are resampled.
 The controls (mean vector, shuffled tokens, random map, identity) say how bad it could be.
+
+    effect = linear_effect(lab, linearize(lab, pictures), n=50)
+    effect.row("random")["kl_interval"]
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 The fair start is a language model that has read, but has never seen a picture: one that learnt beside a connector
 favours that connector's kind. It comes from our own recipe's folder (``tower.pt``, ``language.pt``), or as the language
 model of any checkpoint. What is given is read and copied, never changed.
+
+    begun = load_start("runs/tiny")  # or load_start("tiny", language="folder of a language model")
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ Drawn pictures, whose truth is exact. What helps POPE by saying no more often sh
 naming less shows in the recall. On clear pictures of its own world a model may make up nothing, and then nothing can be
 changed; `grain` shows them as through a bad camera, and what it cannot see it has to deny or to invent.
 
+    print(hallucination(lab, n=100, grain=0.5).table())
+
 Source of the noise: DAMO-NLP-SG/VCD ``vcd_add_noise.py`` (1,000 steps, sigmoid schedule); of the decoding: `models.generation`.
 """
 

@@ -1,6 +1,9 @@
 """What is asked: pictures with questions and their expected answers, from a world or from LLaVA's JSON.
 
 Pictures are made or opened only when asked for, so thousands of items cost nothing to list.
+
+    items = load_items("picturebook", split="test", n=100)
+    items[0].question, items[0].answer, items[0].drawn()
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ when they cover at least `INSIDE` of it (on a grid too coarse for that, half of 
 the map, by area; a map with no positive part has 0. ``auc``: chance that a patch of theirs is higher than another
 patch. ``iou``: intersection over union with as many of the highest patches as they have.
 
+    truth = ground_truth(run, attribute(lab, run), deciding)  # a mask of the picture's height and width
+
 Source: the pointing game, Zhang et al. 2016 (arXiv 1608.00507); masks as ground truth of a drawn world as in
 Arras et al. 2022 (arXiv 2003.07258), whose relevance mass is ``mass``.
 """

@@ -2,6 +2,9 @@
 
 Maps compare small differences, so a small model runs in float32; a large one takes half the memory
 in a 16-bit type, which every large checkpoint was made for. Nothing here changes torch's settings.
+
+    where = choose_device(None, None, parameters=7_000_000_000)
+    where.device, where.dtype
 """
 
 from __future__ import annotations

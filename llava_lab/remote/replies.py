@@ -7,6 +7,8 @@ are compared by their bytes, since a server gives no numbers for them; `token_id
 
 Whatever a server sends is held against the same limits as a file of the cache: see `Reply` and `Token`.
 
+    reply = read_reply(json.loads(body))
+
 Source: OpenAI's chat completions (``choices[].message.content``, ``choices[].logprobs.content[].top_logprobs``), and
 where others differ: ``reasoning_content`` (llama.cpp, LM Studio), ``reasoning`` (vLLM, Ollama, OpenRouter), end marks
 among the tokens (vLLM), a choice with an ``error`` (OpenRouter).

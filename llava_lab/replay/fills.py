@@ -5,6 +5,8 @@
 own (normalised) pixel space, for the whole square at once; `inpaint`, `mean_fill` and `noise_fill` work
 on any grid of values, and so on the picture's tokens too.
 
+    grey = fill_pixels(lab, lab.pixels(picture), "grey", run.map)
+
 Source of the neighbours' fill: the pull-push scheme of Gortler et al. 1996 (The Lumigraph), section 3.4.
 """
 

@@ -3,6 +3,9 @@
 A contrast ("red" and not "blue") needs the tokenizer: the word in the answer is replaced, and the
 first token that differs is where the model chose. `Run.target` resolves everything else without a model.
 The small readers below cut each target's rows, and the image's columns, out of what was recorded.
+
+    (target,) = resolve_targets(lab, run, ("red", "blue"))
+    predicting_rows((target,))
 """
 
 from __future__ import annotations

@@ -1,6 +1,9 @@
 """What goes on inside: `Sinks` draw attention for what they are, `NodeScores` are of heads, `Circuit` of edges; with controls.
 
 Frozen dataclasses over numpy arrays; each saves to one ``.npz`` file and loads again without torch or the model.
+
+    found = sinks(lab, runs)
+    Sinks.load(found.save("sinks.npz")).table()
 """
 
 from __future__ import annotations

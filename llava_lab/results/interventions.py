@@ -2,6 +2,9 @@
 
 Frozen dataclasses over numpy arrays; each saves to one ``.npz`` file and loads again without torch or the
 model. `llava_lab.interventions` measures them; nothing here runs a model.
+
+    effect = knockout(lab, run, source="image", target="last")
+    Effect.load(effect.save("effect.npz")).table()
 """
 
 from __future__ import annotations

@@ -1,6 +1,9 @@
 """What the probes find, as frozen dataclasses over numpy arrays; each is one ``.npz`` file and loads without a model.
 
 A state l is the residual stream after l language layers; state 0 is what the connector gives.
+
+    lens = logit_lens(lab, run)
+    LogitLens.load(lens.save("lens.npz")).at(2, 0, 0)
 """
 
 from __future__ import annotations

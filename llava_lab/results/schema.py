@@ -8,6 +8,8 @@ kind of number is taken (float64 for float32). ``Shaped`` is text.
 A field whose floats may be missing or infinite is named in the class's ``GAPS``; all others are finite.
 
 What no annotation can say, a dataclass says in its method ``check``, which is asked when it was read from a file.
+
+    check_arrays(result)  # DataError where an array is not what its annotation says
 """
 
 from __future__ import annotations

@@ -32,9 +32,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from llava_lab.capture import random_states_kept
 from llava_lab.checks import not_finite, undoing
 from llava_lab.errors import CheckpointError, LabError, OptionError, one_line
-from llava_lab.results import whole_file
+from llava_lab.results import only_writer, whole_file
 from llava_lab.training.recipe import Stage
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,24 @@ class Diverged(LabError):
     def __init__(self, message: str, step: int, losses: Sequence[float]) -> None:
         super().__init__(message)
         self.step, self.losses = step, list(losses)
+
+
+@contextmanager
+def own_folder(
+    folder: Path, names: Sequence[str], *, chosen: Sequence[str] | None, steps_scale: float, resume: bool
+) -> Iterator[None]:
+    """A recipe's run in `folder`, whose stages are `names`: nobody else writes there, and random states come back.
+
+    Raises OptionError when `chosen` names another stage, for no steps, or when the folder holds a run that is not resumed.
+    """
+    if unknown := set(chosen or ()) - set(names):
+        raise OptionError(f"stages are {', '.join(names)}; got {', '.join(sorted(unknown))}")
+    if steps_scale <= 0:
+        raise OptionError(f"steps_scale must be above 0, got {steps_scale}")
+    with only_writer(folder), random_states_kept():
+        if not resume and any((folder / f"{name}.pt").exists() for name in names):
+            raise OptionError(f"{folder} holds a run already; add --resume to go on with it, or choose another folder")
+        yield
 
 
 def refuse_diverged(

@@ -4,6 +4,8 @@
 first, each on its own, then stage 1 (connector only, captions) and stage 2 (connector and
 language model, conversations). Sources: LLaVA-1.5, arXiv 2310.03744, section 3 and Table 9;
 haotian-liu/LLaVA @ c121f04 ``scripts/v1_5``. Sizes and rates are our own, for two CPU cores.
+
+    short = replace(TINY, align=replace(TINY.align, steps=100))
 """
 
 from __future__ import annotations

@@ -32,6 +32,8 @@ def _small(layers: int = 3, repeats: int = 1) -> dict[str, Any]:
 def made() -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu, "NEW_TOKENS", 3)
+        # collecting a whole test run's garbage before every way would take most of the time
+        patch.setattr(gpu, "gc", SimpleNamespace(collect=lambda: 0))
         return _small()
 
 

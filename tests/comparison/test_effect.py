@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import llava_lab as ll
+from llava_lab.comparison import effect as of_effects
 from llava_lab.comparison.effect import plugged
 from llava_lab.errors import OptionError
 from llava_lab.evaluation.items import load_items
@@ -61,3 +62,15 @@ def test_kl_is_over_every_position_that_predicts_the_answer_and_its_end(tiny_fol
     kl = [(np.exp(a) * (a - b)).sum(-1).mean() for a, b in zip(own, said, strict=True)]
     assert len(own[0]) > 1
     assert effect.row("mean")["kl"] == pytest.approx(np.mean(kl), rel=1e-3)
+
+
+def test_intervals_are_over_pictures_and_not_questions() -> None:
+    """Eight questions about a picture that go the same way say no more than one."""
+    rng, pictures = np.random.default_rng(0), np.arange(12)
+    rows = [tuple(rng.normal(size=(3, 12))) for _ in range(2)]
+    often = [tuple(np.repeat(values, 8) for values in row) for row in rows]
+    masks = [np.ones(12, bool), pictures < 7]
+    once = of_effects._table(rows, masks, pictures, 0)
+    again = of_effects._table(often, [np.repeat(mask, 8) for mask in masks], np.repeat(pictures, 8), 0)
+    for name, values in once.items():
+        np.testing.assert_allclose(again[name], values, err_msg=name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 
 from llava_lab.errors import DataError
 from llava_lab.evaluation import Item, answer_all, evaluate, load_items
-from llava_lab.evaluation.scoring import _generated, _majority, _score, blinded, shuffled
+from llava_lab.evaluation.scoring import _generated, _majority, _scores, blinded, shuffled
 
 
 def test_batched_answers_equal_single_questions(tiny_random) -> None:
@@ -69,9 +70,14 @@ def test_the_confidence_of_a_batch_is_that_of_the_run(tiny_random) -> None:
 
 def test_intervals_resample_pictures_and_not_questions() -> None:
     """Eight questions about a picture that are right together say no more than one: 40 pictures, not 320 questions."""
-    pictures = np.arange(40)
     right = np.random.default_rng(0).random(40) < 0.5
-    once, often = _score(right, pictures)["interval"], _score(np.repeat(right, 8), np.repeat(pictures, 8))["interval"]
+
+    def scores(questions: int) -> dict[str, Any]:
+        items = [Item(str(picture), partial(np.zeros, 3), "", "", "", "color") for picture in range(40) for _ in range(questions)]
+        return _scores(items, np.repeat(right, questions))
+
+    assert scores(8)["by_type"]["color"]["interval"] == scores(1)["by_type"]["color"]["interval"]
+    once, often = scores(1)["interval"], scores(8)["interval"]
     assert often == once
     assert often[1] - often[0] > 0.25
 

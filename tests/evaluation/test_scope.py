@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from llava_lab.models.card import fingerprint
 from llava_lab.models.layout import vision_tower
 from llava_lab.models.scope import Familiar, read_features
 from llava_lab.shipped import MODELS
+from llava_lab.stats import cluster_interval
 from llava_lab.worlds import picturebook
 from llava_lab.worlds.paraphrases import WAYS, ask_in
 
@@ -66,6 +69,24 @@ def test_what_is_stored_of_the_wordings_is_of_the_shipped_model() -> None:
     assert told["ways"] == 160
     assert told["as_good"] == sum(row["as_good"] for row in told["by_type"].values())
     assert told["trained"][0] > 0.9
+
+
+def test_intervals_of_wordings_are_over_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One picture is asked about in many ways; what goes wrong with it goes wrong in each."""
+    asked: list[tuple[str, bool]] = []
+
+    def judged(lab: object, rows: list, told: list, progress: bool, label: str) -> np.ndarray:
+        right = np.array([zlib.crc32(item.picture.encode()) % 3 > 0 for item in told])
+        if label not in WAYS:
+            asked.extend(zip((item.picture for item in told), right, strict=True))
+        return right
+
+    monkeypatch.setattr(scope, "_right", judged)
+    told = scope.measure_wordings(SimpleNamespace(name="m", fingerprint="f"), per_way=1, progress=False)  # type: ignore[arg-type]
+    pictures, right = (np.array(column) for column in zip(*asked, strict=True))
+    assert len(set(pictures)) < len(pictures) == 160
+    expected = pytest.approx(cluster_interval(right, pictures), abs=1e-4)
+    assert tuple(told["right"][1:]) == tuple(told["trained"][1:]) == expected
 
 
 @pytest.mark.long

@@ -132,7 +132,8 @@ def test_it_is_a_stock_llava_that_sees_the_whole_picture(lab: Lab, picture: np.n
 @pytest.mark.parametrize("method", ["attention", "rollout", "gradcam", "occlusion", "relevancy", "direct_logit"])
 def test_methods_that_do_not_look_inside_the_tower_work(lab: Lab, picture: np.ndarray, method: str) -> None:
     run = lab.ask(picture, "What?", max_new_tokens=2)
-    maps = ll.attribute(lab, run, method=method, target="answer")
+    coarse = {"block": 4} if method == "occlusion" else {}  # nine pictures through the tower instead of 144
+    maps = ll.attribute(lab, run, method=method, target="answer", **coarse)
     assert maps.values.shape[1:] == (12, 12)
     assert np.isfinite(maps.values).all()
     assert np.ptp(maps.values) > 0

@@ -185,6 +185,13 @@ def test_tuned_lens_comes_nearer_to_the_end_and_leaves_the_last_state(tiny_rando
         logit_lens(tiny_random, run, fitted=replace(tuned, fingerprint="other"))
 
 
+def test_the_divergence_a_lens_is_trained_from_is_the_naive_lens_s(tiny_random: Lab, run: Run) -> None:
+    """One norm per state here too, for what is read and for what it should come to."""
+    read = naive(tiny_random, run)
+    tuned = train_lens(tiny_random, [run.picture], steps=1, per_picture=read.shape[1], progress=False)
+    np.testing.assert_allclose(tuned.before, (read[-1] * (read[-1] / read[:-1]).log()).sum(-1).mean(-1), rtol=1e-3)
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_nothing_is_left_behind_even_when_stopped(
     tiny_random: Lab, run: Run, error: type[BaseException], monkeypatch: pytest.MonkeyPatch

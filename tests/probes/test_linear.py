@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from llava_lab import stats
 from llava_lab.errors import OptionError
 from llava_lab.models import Lab
 from llava_lab.models.layout import connector_of
@@ -84,6 +86,15 @@ def test_no_held_out_label_is_ever_seen(monkeypatch: pytest.MonkeyPatch) -> None
     other[:, test] = 1 - other[:, test]
     again = held_out_classes(rows, other, where, fold_of, 2, (6, 3), 0)
     np.testing.assert_array_equal(said[:, :, test], again[:, :, test])
+
+
+def test_an_interval_resamples_pictures_with_all_their_labels(places: ProbeScores) -> None:
+    rng, counts = np.random.default_rng(1), np.arange(1, COUNT + 1)
+    right = rng.random(places.right.shape).astype(np.float32)
+    times = np.random.default_rng(places.seed).multinomial(COUNT, np.full(COUNT, 1 / COUNT), stats.RESAMPLES) * counts
+    by_hand = np.quantile(right @ times.T / times.sum(1), stats.EDGES, axis=-1)
+    found = replace(places, right=right, counts=counts).interval
+    np.testing.assert_allclose(found, np.moveaxis(by_hand, 0, -1), rtol=1e-5)
 
 
 def test_rows_are_read_off_patches_and_shuffled_labels_are_not(places: ProbeScores) -> None:

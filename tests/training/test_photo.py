@@ -258,7 +258,11 @@ def test_cuts_are_named_as_the_tower_names_them_and_kept(language: Path, picture
         features = make.seen(model, torch.from_numpy(make.to_square(part)[None].copy()))
         assert names[int(layout.vision_tower(model).classes(features).mean(1).argmax())] == cut.thing
     assert make.cuts(model, photos, tmp_path / "cuts.json", seed=0) == found  # read: made again, none would be sure enough
-    whole = (tmp_path / "cuts.json").read_text()
+    cat = [photo for photo in photos if photo.path.name == "cat_1.png"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(make, "SURE", 0.0)
+        alone = make.cuts(model, cat, tmp_path / "cat.json", seed=0)
+    whole = (tmp_path / "cat.json").read_text()
     for damaged in (
         whole[:-9],
         "[]",
@@ -267,14 +271,14 @@ def test_cuts_are_named_as_the_tower_names_them_and_kept(language: Path, picture
         whole.replace("cat_1.png", "dog_1.png"),
         whole.replace("n0", "x0"),
     ):
-        (tmp_path / "cuts.json").write_text(damaged)
+        (tmp_path / "cat.json").write_text(damaged)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(make, "SURE", 0.0)
-            assert make.cuts(model, photos, tmp_path / "cuts.json", seed=0) == found
-        assert (tmp_path / "cuts.json").read_text() == whole
+            assert make.cuts(model, cat, tmp_path / "cat.json", seed=0) == alone
+        assert (tmp_path / "cat.json").read_text() == whole
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(make, "SURE", 1.1)
-        assert make.cuts(model, photos, tmp_path / "none.json", seed=0) == []
+        assert make.cuts(model, cat, tmp_path / "none.json", seed=0) == []
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ Four layouts: a whole checkpoint, with the vision tower inside (a DeepSpeed run)
 LoRA folder; a projector alone. A name that is not understood is an error; nothing is filled with chance except the rows of
 new words, which are drawn from the mean and covariance of the old ones as the official conversion does, from a fixed seed.
 
+    weights = renamed(read_folder(folder), folder)
+
 Sources: haotian-liu/LLaVA @ c121f04 ``llava/model/builder.py``, ``llava_arch.py``; transformers
 ``convert_llava_weights_to_hf.py`` (new rows: the mean of the embeddings and 1e-5 of their covariance).
 """

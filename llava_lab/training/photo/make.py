@@ -41,11 +41,10 @@ from scipy.cluster import hierarchy
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from llava_lab.capture import random_states_kept
 from llava_lab.errors import OptionError, one_line
 from llava_lab.models import layout
 from llava_lab.models.formats import efficientnet, photo
-from llava_lab.results import only_writer, whole_file
+from llava_lab.results import whole_file
 from llava_lab.training import loop
 from llava_lab.training.recipe import Stage
 from llava_lab.training.smol.batches import Batch, Chat, many_texts, texts_batch
@@ -391,13 +390,7 @@ def train_photo(
     """
     folder, photos = Path(out), read_photos(Path(pictures))
     names = [stage.name for stage in recipe.stages]
-    if unknown := set(stages or ()) - set(names):
-        raise OptionError(f"stages are {', '.join(names)}; got {', '.join(sorted(unknown))}")
-    if steps_scale <= 0:
-        raise OptionError(f"steps_scale must be above 0, got {steps_scale}")
-    with only_writer(folder), random_states_kept():
-        if not resume and any((folder / f"{name}.pt").exists() for name in names):
-            raise OptionError(f"{folder} holds a run already; add --resume to go on with it, or choose another folder")
+    with loop.own_folder(folder, names, chosen=stages, steps_scale=steps_scale, resume=resume):
         log.info("%d photographs of %d things in %s", len(photos), len({p.thing.name for p in photos}), pictures)
         model, processor = photo.assemble(**(parts or {}))
         model.requires_grad_(False)

@@ -31,11 +31,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from llava_lab.capture import random_states_kept
 from llava_lab.errors import OptionError
 from llava_lab.models import layout
 from llava_lab.models.formats import smol
-from llava_lab.results import only_writer, whole_file
+from llava_lab.results import whole_file
 from llava_lab.training import loop
 from llava_lab.training.features import tower_features
 from llava_lab.training.recipe import Stage
@@ -249,13 +248,7 @@ def train_smol(
     """
     folder = Path(out)
     names = [stage.name for stage in recipe.stages]
-    if unknown := set(stages or ()) - set(names):
-        raise OptionError(f"stages are {', '.join(names)}; got {', '.join(sorted(unknown))}")
-    if steps_scale <= 0:
-        raise OptionError(f"steps_scale must be above 0, got {steps_scale}")
-    with only_writer(folder), random_states_kept():
-        if not resume and any((folder / f"{name}.pt").exists() for name in names):
-            raise OptionError(f"{folder} holds a run already; add --resume to go on with it, or choose another folder")
+    with loop.own_folder(folder, names, chosen=stages, steps_scale=steps_scale, resume=resume):
         model, processor = smol.assemble(**(parts or {}))
         model.requires_grad_(False)
         quick_numbers(layout.language_model(model))

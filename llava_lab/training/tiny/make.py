@@ -21,10 +21,8 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from llava_lab.capture import random_states_kept
 from llava_lab.errors import OptionError
 from llava_lab.models.folders import whole_folder
-from llava_lab.results import only_writer
 from llava_lab.training import loop
 from llava_lab.training.recipe import TINY, Recipe, Stage
 from llava_lab.training.tiny import streams
@@ -63,16 +61,11 @@ def train(
         if name not in RECIPES:
             raise OptionError(f"recipe must be one of {', '.join(RECIPES)}, got {name!r}")
         recipe = RECIPES[name]
-    if unknown := set(stages or ()) - set(STAGES):
-        raise OptionError(f"stages are {', '.join(STAGES)}; got {', '.join(sorted(unknown))}")
-    if steps_scale <= 0:
-        raise OptionError(f"steps_scale must be above 0, got {steps_scale}")
     folder = Path(out)
     if seed is not None:
         recipe = replace(recipe, seed=seed)
-    with only_writer(folder), random_states_kept(), streams.fused(fused):
-        if not resume and any((folder / f"{stage}.pt").exists() for stage in STAGES):
-            raise OptionError(f"{folder} holds a run already; add --resume to go on with it, or choose another folder")
+    own = loop.own_folder(folder, STAGES, chosen=stages, steps_scale=steps_scale, resume=resume)
+    with own, streams.fused(fused):
         work = _Work(recipe, folder, steps_scale)
         for stage in recipe.stages:
             if stages is None or stage.name in stages:
