@@ -75,7 +75,7 @@ def test_intervals_of_wordings_are_over_pictures(monkeypatch: pytest.MonkeyPatch
     """One picture is asked about in many ways; what goes wrong with it goes wrong in each."""
     asked: list[tuple[str, bool]] = []
 
-    def judged(lab: object, rows: list, told: list, progress: bool, label: str) -> np.ndarray:
+    def judged(lab: object, rows: list, told: list, known: dict, progress: bool, label: str) -> np.ndarray:
         right = np.array([zlib.crc32(item.picture.encode()) % 3 > 0 for item in told])
         if label not in WAYS:
             asked.extend(zip((item.picture for item in told), right, strict=True))
