@@ -86,7 +86,7 @@ def linear_probe(
     One forward per picture. Ctrl-C while reading probes the pictures read so far, if they fill the folds.
 
     Raises OptionError: labels that do not match the pictures, measured numbers, fewer than two classes, fewer pictures
-    than folds, an unknown stage.
+    than folds, fewer than two labels beside a fold, an unknown stage.
 
     >>> scores = ll.linear_probe(lab, [picture, picture], "row", at="after", folds=2, shuffles=1, per_picture=8, progress=False)
     >>> scores.stages, scores.counts.tolist()
@@ -149,7 +149,9 @@ def _features(
     rng = np.random.default_rng((seed, 0))
     rows: dict[Stage, list[np.ndarray]] = {stage: [] for stage in wanted}
     chosen: list[np.ndarray] = []
-    with Sweep("tokens", total=len(pictures), unit="picture", least=folds, show=progress) as sweep:
+    # of two folds with one row a picture, one must leave two rows: one to learn from, one to choose the penalty by
+    least = 4 if folds == 2 and (table.ndim == 1 or most == 1) else folds
+    with Sweep("tokens", total=len(pictures), unit="picture", least=least, show=progress) as sweep:
         for index, picture in enumerate(pictures):
             tokens = read_stages(lab, picture, wanted, question=question)
             if table.ndim == 1:
@@ -373,6 +375,10 @@ def held_out_classes(
         test = folds == fold
         train = ~test
         back = _kept_back(pictures[train], np.random.default_rng((seed, int(fold))))
+        if back.all():
+            raise OptionError(
+                f"expected at least two labels to learn from beside each fold, got {len(back)}; give more pictures or more folds"
+            )
         inner, outer = Ridge(rows[train][~back]), Ridge(rows[train])
         learnt, expected, tried = labels[:, train][:, ~back], labels[:, train][:, back], rows[train][back]
         for column, width in enumerate(widths):
