@@ -24,6 +24,7 @@ import stat
 import sys
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
@@ -230,26 +231,74 @@ def one_picture(run: Run) -> None:
 # -- cleaning up -------------------------------------------------------------------------
 
 
+@dataclass
+class _Step:
+    """What one `undoing` has to undo, and whether that is done."""
+
+    undo: Callable[[], Any]
+    done: bool = False
+
+    def run(self) -> None:
+        if not self.done:
+            self.undo()
+            self.done = True
+
+
 @contextmanager
 def undoing(undo: Callable[[], Any]) -> Iterator[None]:
     """However the block is left, `undo` has run to its end: where an interrupt cuts it short, it runs anew before that goes on.
 
-    Enter it before the first change, with an `undo` that may begin anew after any of its lines.
+    Enter it before the first change, with an `undo` that may begin anew after any of its lines. An interrupt may also come
+    between the block and this function, inside an ExitStack or contextlib; then the `entry` it is in undoes it (`settle`).
     """
-    done = False
+    step, steps = _Step(undo), [] if _inside.steps is None else _inside.steps
     try:
+        steps.append(step)
         try:
             yield
         finally:
-            undo()
-            done = True
+            step.run()
     finally:
-        while not done:
+        while not step.done:
             try:
-                undo()
-                done = True
+                step.run()
             except KeyboardInterrupt:  # the first one is on its way
                 continue
+        while steps and steps[-1].done:
+            steps.pop()
+
+
+def settle(steps: list[_Step], first: int = 0) -> None:
+    """Undo what a block was left without undoing, the last first, and everything around it once more, in its order."""
+    if not all(step.done for step in steps[first:]):
+        for step in reversed(steps[first:]):
+            step.undo()
+            step.done = True
+    del steps[first:]
+
+
+class _Inside(threading.local):
+    """How many entries this thread is in (only the outermost sets torch), and what the innermost has to undo."""
+
+    depth = 0
+    steps: list[_Step] | None = None
+
+
+_inside = _Inside()
+
+
+@contextmanager
+def warnings_kept() -> Iterator[None]:
+    """What Python warns of may be set inside the block; on leaving it is as the caller had it, also after an interrupt."""
+    block, filters = warnings.catch_warnings(), warnings.filters
+
+    def undo() -> None:
+        if warnings.filters is not filters:
+            block.__exit__(None, None, None)
+
+    with undoing(undo):
+        block.__enter__()
+        yield
 
 
 # -- one thread at a time on a model --------------------------------------------------------
@@ -333,19 +382,45 @@ def entry(function: Callable[Given, Answer]) -> Callable[Given, Answer]:
 
         @functools.wraps(function)
         def opened(*args: Given.args, **options: Given.kwargs) -> Any:
-            with _turn(*args, *options.values()), ExitStack() as block:
-                with _guard(name):
-                    args, options = checked(args, options)
-                    value = block.enter_context(opening(*args, **options))
-                yield value
+            outer = _inside.steps
+            steps: list[_Step] = []
+            try:
+                _inside.steps = steps
+                with _turn(*args, *options.values()):
+                    first = len(steps)
+                    try:
+                        with ExitStack() as block:
+                            with _guard(name):
+                                args, options = checked(args, options)
+                                value = block.enter_context(opening(*args, **options))
+                            _inside.steps = outer
+                            yield value
+                    finally:
+                        settle(steps, first)
+            finally:
+                if _inside.steps is steps:
+                    _inside.steps = outer
+                settle(steps)
 
         return opened
 
     @functools.wraps(function)
     def guarded(*args: Given.args, **options: Given.kwargs) -> Answer:
-        with _turn(*args, *options.values()), _guard(name):
-            args, options = checked(args, options)
-            return function(*args, **options)
+        outer = _inside.steps
+        steps: list[_Step] = []
+        try:
+            _inside.steps = steps
+            with _turn(*args, *options.values()):
+                first = len(steps)
+                try:
+                    with _guard(name):
+                        args, options = checked(args, options)
+                        return function(*args, **options)
+                finally:
+                    settle(steps, first)
+        finally:
+            _inside.steps = outer
+            settle(steps)
 
     return guarded
 
@@ -358,15 +433,6 @@ def _turn(*given: Any) -> Iterator[None]:
         for key in sorted(turns):
             stack.enter_context(turns[key].taken())
         yield
-
-
-class _Inside(threading.local):
-    """How many entries this thread is in: only the outermost sets torch."""
-
-    depth = 0
-
-
-_inside = _Inside()
 
 
 @contextmanager
@@ -401,10 +467,12 @@ def _plain_torch() -> Iterator[None]:
     grad, dtype, device = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()
     lower = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in AUTOCAST]
     cached, nested = torch.is_autocast_cache_enabled(), _autocast_depth()
-    recording = ExitStack()
+    recording = torch.inference_mode(False)
+    inference = torch.is_inference_mode_enabled()
 
     def undo() -> None:
-        recording.close()
+        if torch.is_inference_mode_enabled() != inference:
+            recording.__exit__(None, None, None)
         while torch.get_default_device() != device:
             torch.device("cpu").__exit__(None, None, None)  # takes the uppermost off torch's stack, whichever it is
         while _autocast_depth() > nested:
@@ -418,8 +486,8 @@ def _plain_torch() -> Iterator[None]:
         torch.set_grad_enabled(grad)
 
     with undoing(undo):
-        if torch.is_inference_mode_enabled():
-            recording.enter_context(torch.inference_mode(False))
+        if inference:
+            recording.__enter__()
         torch.set_grad_enabled(True)
         for kind in AUTOCAST:
             torch.set_autocast_enabled(kind, False)

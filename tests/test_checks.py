@@ -14,7 +14,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
@@ -233,6 +233,72 @@ def calls(tiny_random: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 
 SPOILT = [*ENTRIES, "Lab.ask", "Lab.sequence", "Lab.inputs", "Lab.swap"]
+ON_A_LAB = [name for name in SPOILT if name.startswith("Lab.") or "lab" in inspect.signature(getattr(ll, name)).parameters]
+# what the quick call leaves at a refusal, for the wrong values' sake
+REAL: dict[str, dict[str, Any]] = {
+    "leaderboard": {"data": "picturebook", "n": 1},
+    "linear_effect": {"data": "picturebook", "n": 1},
+    "positive_control": {"n": 1},
+    "prune_sweep": {"n": 1},
+    "sanity": {"groups": 1},
+    "train_stage": {"stage": "align", "steps": 1, "running": Running(progress=False)},
+}
+
+# a second of work each: with the long tests alone
+SLOW = ("leaderboard", "linear_effect", "positive_control", "prune_sweep", "sanity")
+
+
+def _called(lab: Any, name: str, call: dict[str, Any], asked: dict[str, Any], place: Path) -> Any:
+    """What a public call gives; of a block, what the model answers inside."""
+    places = {option: place for option in ("out", "folder") if isinstance(call.get(option), str)}
+    opened = (getattr(lab, name[4:]) if name.startswith("Lab.") else getattr(ll, name))(**{**call, **places})
+    if not isinstance(opened, AbstractContextManager) or isinstance(opened, Path):
+        return opened
+    with opened:
+        return lab.ask(**{**asked, "max_new_tokens": 1})
+
+
+def _interrupted(lab: Any, name: str, calls: dict[str, dict[str, Any]], folder: Path, lines: int) -> None:
+    """A public call cut short at random lines, the same in every run: the lab and all that torch holds are as before."""
+    call = {**calls[name], **REAL.get(name, {})}
+    rng, before = random.Random(name), state_of(lab)
+    weights = {key: value.clone() for key, value in lab.model.state_dict().items()}
+
+    def work(attempt: int) -> None:
+        _called(lab, name, call, calls["Lab.ask"], folder / f"{attempt}")
+
+    with suppress(LabError), interrupted_at(0) as count:
+        work(0)
+    lab.model.load_state_dict(weights)  # a training was whole this once
+    for attempt, line in enumerate(sorted(rng.randint(1, count[0]) for _ in range(lines)), 1):
+        with suppress(KeyboardInterrupt, LabError), interrupted_at(line):
+            work(attempt)
+        if name == "train_stage":  # the part that trains is what it is when the interrupt comes
+            trained = {key: value for key, value in weights.items() if "multi_modal_projector" in key}
+            lab.model.load_state_dict({**lab.model.state_dict(), **trained})
+        now = state_of(lab)
+        assert [key for key in before if now[key] != before[key]] == [], f"{name} interrupted at line {line} of {count[0]}"
+
+
+@pytest.mark.parametrize("name", [name for name in ON_A_LAB if name not in SLOW])
+def test_a_call_interrupted_at_random_lines_leaves_everything_as_it_was(
+    tiny_random: Any, calls: dict[str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys.modules["llava_lab.interventions.positive_control"], "exact_match", lambda *given: True)
+    _interrupted(tiny_random, name, calls, tmp_path, lines=2)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ON_A_LAB)
+def test_a_call_interrupted_at_fifty_lines_leaves_everything_as_it_was(
+    tiny_random: Any, calls: dict[str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys.modules["llava_lab.interventions.positive_control"], "exact_match", lambda *given: True)
+    _interrupted(tiny_random, name, calls, tmp_path, lines=50)
+
+
 STRIDE = 7  # not a divisor of the wrong values' number, so that every one of them comes to some argument of some entry
 
 

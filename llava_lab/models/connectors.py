@@ -37,6 +37,7 @@ from torch.nn import functional
 from transformers import LlavaConfig, monkey_patching
 from transformers.models.llava import modeling_llava
 
+from llava_lab.checks import undoing
 from llava_lab.errors import OptionError
 
 TYPE, OPTIONS = "mm_projector_type", "mm_projector_options"  # in config.json; the first is LLaVA's own key, the second ours
@@ -361,18 +362,21 @@ def patched() -> Iterator[None]:
     with _LOCK:
         before = monkey_patching.get_patch_mapping().get(_PATTERN)
         own = modeling_llava.LlavaMultiModalProjector
-        monkey_patching.register_patch_mapping({_PATTERN: FromConfig}, overwrite=True)
-        try:
-            with monkey_patching.apply_patches():
-                yield
-        finally:
-            monkey_patching.unregister_patch_mapping([_PATTERN])
+
+        def undo() -> None:
             if before is not None:
-                monkey_patching.register_patch_mapping({_PATTERN: before})
+                monkey_patching.register_patch_mapping({_PATTERN: before}, overwrite=True)
+            elif _PATTERN in monkey_patching.get_patch_mapping():
+                monkey_patching.unregister_patch_mapping([_PATTERN])
             # apply_patches leaves its class behind when an exception passes it
             for module in list(sys.modules.values()):
                 if getattr(module, "__name__", "").startswith("transformers") and vars(module).get(STOCK.__name__) is FromConfig:
                     setattr(module, STOCK.__name__, own)
+
+        with undoing(undo):
+            monkey_patching.register_patch_mapping({_PATTERN: FromConfig}, overwrite=True)
+            with monkey_patching.apply_patches():
+                yield
 
 
 def _side(sizes: Sizes, options: Mapping[str, Any]) -> Grid:

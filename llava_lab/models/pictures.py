@@ -58,7 +58,7 @@ from jaxtyping import Float
 from PIL import Image, ImageFile, ImageOps, JpegImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from llava_lab.checks import array_of
+from llava_lab.checks import array_of, undoing, warnings_kept
 from llava_lab.errors import CheckpointError, LabError, OptionError, PictureError, one_line
 from llava_lab.geometry import MODES, Mode, PictureMap
 
@@ -260,8 +260,8 @@ def _sound_decoding(name: str) -> Iterator[None]:
     with _DECODING:
         lenient = ImageFile.LOAD_TRUNCATED_IMAGES  # other libraries switch this on for the whole process
         try:
-            ImageFile.LOAD_TRUNCATED_IMAGES = False
-            with warnings.catch_warnings():
+            with undoing(lambda: setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", lenient)), warnings_kept():
+                ImageFile.LOAD_TRUNCATED_IMAGES = False
                 warnings.simplefilter("ignore")  # odd metadata (a phone's EXIF) does not make a picture unsound
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 yield
@@ -275,8 +275,6 @@ def _sound_decoding(name: str) -> Iterator[None]:
             raise PictureError(
                 f"{name} is damaged or cut short, or was closed too early ({one_line(error)}); open or save it again"
             ) from None
-        finally:
-            ImageFile.LOAD_TRUNCATED_IMAGES = lenient
 
 
 def _opened(file: BinaryIO, name: str) -> Image.Image:

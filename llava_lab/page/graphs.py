@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llava_lab.capture import undisturbed
+from llava_lab.checks import undoing, warnings_kept
 from llava_lab.errors import LabError, OptionError
 from llava_lab.models.card import fingerprint
 from llava_lab.models.layout import (
@@ -219,17 +220,19 @@ def _quiet() -> Iterator[None]:
     """torch's exporter logs and warns about itself; errors are raised all the same."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     before = [log.level for log in loggers]
+
+    def undo() -> None:
+        for log, level in zip(loggers, before, strict=True):
+            log.setLevel(level)
+
     try:
-        for log in loggers:
-            log.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
+        with undoing(undo), warnings_kept():
+            for log in loggers:
+                log.setLevel(logging.ERROR)
             warnings.simplefilter("ignore")
             yield
     except ImportError as error:
         raise LabError(f"{NEEDS} ({error})") from None
-    finally:
-        for log, level in zip(loggers, before, strict=True):
-            log.setLevel(level)
 
 
 def in_16_bits(model: Any) -> bytes:

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_lab.capture import random_states_kept
-from llava_lab.checks import entry, undoing
+from llava_lab.checks import entry, undoing, warnings_kept
 from llava_lab.errors import CheckpointError, DataError, OptionError
 from llava_lab.models import layout
 from llava_lab.models.card import fingerprint
@@ -452,7 +452,7 @@ def adapters(model: Any, lora: Lora | None, *, seed: int = 0) -> Iterator[Any]:
     names = [f"{prefix}.{name}" for name in linears]
     options: dict[str, Any] = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "bias": "none"}
     with undoing(unwrap):
-        with random_states_kept(), warnings.catch_warnings():  # peft asks transformers by a name that is on its way out
+        with random_states_kept(), warnings_kept():  # peft asks transformers by a name that is on its way out
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             torch.manual_seed(seed)
             with_adapters = get_peft_model(model, LoraConfig(target_modules=names, **options))

@@ -68,8 +68,8 @@ def torch_settings() -> dict[str, Any]:
 
 
 @contextmanager
-def interrupted_at(line: int) -> Iterator[list[int]]:
-    """Ctrl-C at the line of the package that is run as number `line`, 0: never; gives how many lines were run."""
+def interrupted_at(line: int, *files: str) -> Iterator[list[int]]:
+    """Ctrl-C at the line of the package, or of `files`, that is run as number `line`, 0: never; gives how many were run."""
     count = [0]
 
     def at_line(frame: FrameType, event: str, argument: Any) -> Callable[..., Any]:
@@ -80,7 +80,7 @@ def interrupted_at(line: int) -> Iterator[list[int]]:
         return at_line
 
     def at_call(frame: FrameType, event: str, argument: Any) -> Callable[..., Any] | None:
-        return at_line if frame.f_code.co_filename.startswith(PACKAGE) else None
+        return at_line if frame.f_code.co_filename.startswith(files or PACKAGE) else None
 
     before = sys.gettrace()
     sys.settrace(at_call)
