@@ -300,10 +300,8 @@ def test_a_patch_below_the_noise_floor_is_called_negligible(widget_page: WidgetP
     assert shown.locator(".lab-top .lab-negligible").count() == len(weak)
     assert "negligible" not in shown.inner_text().split("Strongest patches")[0]
     soft = shown.locator(".lab-top .lab-place").first.evaluate("(node) => getComputedStyle(node).color")
-    box = shown.locator("canvas.lab-canvas").bounding_box()
-    assert box is not None
     for (row, column), text, faint in (((5, 0), "0.500", False), ((2, 7), "negligible", True)):
-        shown.page.mouse.move(box["x"] + (column + 0.5) / 12 * box["width"], box["y"] + (row + 0.5) / 12 * box["height"])
+        widget_page.move(*center(12 * row + column))
         value = shown.locator(".lab-readout .lab-value")
         expect(value).to_have_text(text)
         assert (value.evaluate("(node) => getComputedStyle(node).color") == soft) == faint
