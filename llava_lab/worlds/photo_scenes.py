@@ -225,7 +225,7 @@ def talk_about(scene: PhotoScene, things: Sequence[Thing], rng: np.random.Genera
     """About ten blocks on one scene; `things` are what the no's are chosen from, `short` the share asked in a single word."""
     one = len(scene.items) == 1
     placed = [scene.items[int(i)] for i in rng.permutation(len(scene.items)) if scene.items[int(i)].place]
-    blocks = [_what(scene, rng)] if one else [_place(scene, item, rng) for item in placed]
+    blocks = [_what(scene, rng)] if one else [_place(scene, item, rng) for item in placed * 2]
     blocks += [_what(scene, rng)]
     blocks += [present(scene, rng), present(scene, rng), absent(scene, things, rng), absent(scene, things, rng)]
     if one:

@@ -9,7 +9,8 @@ read texts the untouched model wrote and stay near what it expects next, so that
 
 What a step costs is the length of its sequences. So most steps pass on a random quarter or half of the patches of two or four
 times the pictures (the idea of FLIP, Li et al. 2023, arXiv 2212.00794); a patch says itself where it lies
-(`efficientnet.place_code`). How many are passed on says nothing of what is shown: photographs alone and scenes take turns.
+(`efficientnet.place_code`) and keeps its position in the sequence (`spread_out`). How many are passed on says nothing of what is
+shown: photographs alone and scenes take turns.
 
 A thousand photographs are soon known by heart. So half of the pictures are small cuts, named by the tower's classifier where it
 is sure (`cuts`), and a fifth of each picture's features is hidden: what is learned is to read the tower, not the photographs. The
@@ -54,7 +55,7 @@ from llava_lab.worlds.photo_scenes import absent, draw_scene, opened, present, t
 
 log = logging.getLogger(__name__)
 
-POOL = 2000  # pictures whose patches `words` learns from, every third a collage
+POOL = 2400  # pictures whose patches `words` learns from, every other one a collage
 # How sure the classifier is made of each patch, and how far its names stand from the mean of all. As they come (1 and 1), the
 # untouched language model tells a picture's name from another's by 0.20 nats a token; so by 0.41 (zero-shot, 48 photographs).
 SHARP, STRETCH = 2.0, 3.0
@@ -71,9 +72,9 @@ CUTS, SURE = 4, 0.1  # cuts tried of each photograph, and how sure the classifie
 TEXT_EVERY, TEXTS, AGAIN = 8, 12, 4  # of so many steps of `instruct` one reads plain texts; how many; texts to each beginning
 CHECKED, CHECK_EVERY = 16, 80
 
-WORDS = Stage("words", ("connector",), steps=1000, batch=2048, rate=1e-3, matrix_rate=0.03, warmup=0.05)
+WORDS = Stage("words", ("connector",), steps=2000, batch=2048, rate=1e-3, matrix_rate=0.03, warmup=0.05)
 ALIGN = Stage("align", ("connector",), steps=60, batch=2, rate=3e-4, warmup=0.1)
-INSTRUCT = Stage("instruct", ("connector", "lora"), steps=900, batch=2, rate=1e-3)
+INSTRUCT = Stage("instruct", ("connector", "lora"), steps=1000, batch=2, rate=1e-3)
 ANCHOR = 256  # patches of `words` in every step of the later stages
 CONNECTOR_RATE = 1e-4  # of `instruct`: what `words` learned of a thousand classes is not to be forgotten
 
@@ -139,6 +140,19 @@ def seen(model: Any, pictures: Tensor) -> Tensor:
         return layout.vision_tower(model)(pixels.contiguous(memory_format=torch.channels_last)).last_hidden_state.float()
 
 
+def spread_out(batch: Batch, places: Tensor, patches: int, image_id: int) -> Batch:
+    """The batch with every patch at the position it has among all `patches`, and the text after the last of them.
+
+    Some patches of a picture then stand where all of them will: passed on side by side, the patches of the top left would end
+    where, among all, the first row is not over, and what was learned of places is wrong for whole pictures.
+    """
+    first = int(batch.ids[0].eq(image_id).nonzero()[0])
+    position = batch.position.clone()
+    position[:, first : first + len(places)] = first + places
+    position[:, first + len(places) :] += patches - len(places)
+    return replace(batch, position=position)
+
+
 class PhotoData(Dataset):
     """Step number -> batch: photographs alone or scenes, with what is asked; `blind` shows grey, `texts` are plain ones."""
 
@@ -168,6 +182,8 @@ class PhotoData(Dataset):
         batch = self.brief.get(shown, self.form).batch(rows, squares)
         patches = (photo.SIDE // efficientnet.STRIDE) ** 2
         places = torch.from_numpy(np.sort(rng.permutation(patches)[:shown])) if shown else None
+        if places is not None:
+            batch = spread_out(batch, places, patches, self.form.image_id)
         kept = np.ones((count, 1, efficientnet.HEAD + photo.PLACES), np.float32)
         kept[..., : efficientnet.HEAD] = (rng.random((count, 1, efficientnet.HEAD)) >= HIDDEN) / (1 - HIDDEN)
         read = batch.ids, batch.labels, batch.block, batch.position, batch.pictures
@@ -205,7 +221,7 @@ def patch_pool(model: Any, photos: Sequence[Photo], *, seed: int, pictures: int)
         rng = np.random.default_rng((seed, 46, first))
         turn = [photos[i % len(photos)] for i in range(first, min(first + 8, pictures))]
         scenes = [
-            draw_scene(photos, rng, form="quarters") if i % 3 == 2 else draw_scene([one], rng, form="alone")
+            draw_scene(photos, rng, form="quarters") if i % 2 else draw_scene([one], rng, form="alone")
             for i, one in enumerate(turn)
         ]
         squares = np.stack([to_square(scene.picture) for scene in scenes])
