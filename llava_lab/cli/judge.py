@@ -236,12 +236,12 @@ def evaluate(args: argparse.Namespace) -> Reply:
     data = score(common.load(args), data=args.data, split=args.split, n=args.n or PICTURES, seed=args.seed, **options)
     controls = {f"control: {name}": row for name, row in data.get("controls", {}).items()}
     lines = []
-    ceiling = {"the tower alone": data["ceiling"]} if "ceiling" in data else {}
+    ceiling = {f"tower alone: {name}": row for name, row in data.get("ceiling", {}).get("by_type", {}).items()}
     for name, row in {"all": data, **data["by_type"], **ceiling, **controls}.items():
         low, high = row["interval"]
         sure = row.get("calibration", {}).get("confidence")
         told = "" if sure is None else f"  confidence {sure:.0%}"
-        lines.append(f"{name:<22} {row['accuracy']:6.1%}  [{low:.1%}, {high:.1%}]  n {row['n']}{told}")
+        lines.append(f"{name:<27} {row['accuracy']:6.1%}  [{low:.1%}, {high:.1%}]  n {row['n']}{told}")
     return Reply(data, "\n".join(lines))
 
 

@@ -42,6 +42,7 @@ class Item:
     type: str
     accepted: tuple[str, ...] = ()  # where not empty: words one of which makes the answer right
     begins: bool = False  # it must be the answer's first word (yes, no); else it may stand anywhere
+    quarter: tuple[int, int] | None = None  # (row, column) of the quarter asked about, in a collage of four
 
     def drawn(self) -> np.ndarray:
         """The picture of an item that has one, uint8 (H, W, 3)."""
@@ -129,9 +130,10 @@ def photo_items(photos: Sequence[Photo], n: int, seed: int) -> list[Item]:
     for first in range(0, len(chosen) - 3, 4):
         four = [mixed[i] for i in range(first, first + 4)]
         draw, place = partial(_collage, tuple(four)), "collage of " + ", ".join(photo.path.name for photo in four)
-        for photo, where in zip(four, QUARTERS, strict=True):
-            word = photo.category
-            items.append(Item(place, draw, f"What is at the {where}?", word.name, word.name, "collage: place", word.accepted))
+        for number, (photo, where) in enumerate(zip(four, QUARTERS, strict=True)):
+            word, quarter = photo.category, divmod(number, 2)
+            asked = f"What is at the {where}?"
+            items.append(Item(place, draw, asked, word.name, word.name, "collage: place", word.accepted, quarter=quarter))
         items += _presence(place, draw, [photo.category for photo in four], known, rng, "collage: presence")
     return items
 

@@ -12,6 +12,7 @@ Only the answers and how sure they are is kept; for positions and every probabil
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import Counter, defaultdict
@@ -71,7 +72,8 @@ def evaluate(
 
     With `normalise` answers are compared after `stats.normalised`, else as they are.
     ``data="photos"`` asks about the named photographs in the folder `pictures` (`items.photo_items`); a name is right when an
-    accepted word stands in the answer, and `ceiling` says how often the tower's own classifier names such a word.
+    accepted word stands in the answer, and `ceiling` says by type of question how often the tower's own classifier names such a
+    word, from the whole picture's features or, in a collage, from those of the quarter asked about.
     Each score's `calibration` sets the model's confidence in its answers (`Run.confidence`) beside how often they are right
     (`stats.calibration`); a control's says how sure it is where it cannot know.
     Returns the object that ``llava-lab evaluate --json`` prints. Intervals resample pictures.
@@ -94,7 +96,9 @@ def evaluate(
             "majority": _scores(items, _majority(items, data, seed)),
         }
     if data == PHOTOS and hasattr(layout.vision_tower(lab.model), "head"):
-        result["ceiling"] = _scores(*_tower_names(lab, [item for item in items if item.type == "naming"]))
+        named = [item for item in items if item.type == "naming" or item.quarter is not None]
+        ceiling = _scores(named, _tower_names(lab, named))["by_type"]
+        result["ceiling"] = ceiling["naming"] | {"by_type": ceiling}
     about = {"model": lab.name, "data": data, "split": split, "seed": seed, "pictures": n, "prompt": prompt}
     about |= {"normalised": True} if normalise else {}
     return result | about | {"seconds": round(time.perf_counter() - began, 1)}
@@ -186,15 +190,20 @@ def _answered(
 
 
 @torch.inference_mode()
-def _tower_names(lab: Lab, items: list[Item]) -> tuple[list[Item], np.ndarray]:
+def _tower_names(lab: Lab, items: list[Item]) -> np.ndarray:
     """Whether the likeliest class of the tower's own classifier is called by an accepted word: what a connector can pass on."""
     tower, named = layout.vision_tower(lab.model), list(classes().values())
     right = []
     for item in items:
-        features = tower(lab.pixels(item.drawn(), None)).last_hidden_state.mean(1)
-        thing, others = named[int(tower.classes(features).argmax())]
+        features = tower(lab.pixels(item.drawn(), None)).last_hidden_state
+        side = math.isqrt(features.shape[1])
+        grid = features.reshape(side, side, -1)
+        if item.quarter is not None:
+            row, column = item.quarter
+            grid = grid.chunk(2, 0)[row].chunk(2, 1)[column]
+        thing, others = named[int(tower.classes(grid.flatten(0, 1).mean(0, keepdim=True)).argmax())]
         right.append(item.right(", ".join((*thing.words[:2], *others)), exact_match))
-    return items, np.array(right)
+    return np.array(right)
 
 
 def _scores(items: list[Item], right: np.ndarray) -> dict[str, Any]:

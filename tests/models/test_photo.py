@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +12,12 @@ from PIL import Image
 
 import llava_lab as ll
 from llava_lab.errors import CheckpointError, OptionError
+from llava_lab.evaluation import scoring
+from llava_lab.evaluation.items import Item
 from llava_lab.models import Lab, layout
 from llava_lab.models.card import make_card
 from llava_lab.models.formats import efficientnet, photo, smol
+from llava_lab.worlds.photo_names import classes
 from tests.support.closeness import close
 from tests.support.little_language import llama, write_gguf
 
@@ -181,3 +185,23 @@ def test_it_answers_in_bfloat16_too() -> None:
     from skimage import data
 
     assert "cat" in ll.load("photo", dtype="bfloat16").ask(data.chelsea(), "Is this a cat or a dog?").answer
+
+
+def test_the_ceiling_of_a_place_is_what_the_tower_says_of_that_quarter(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grey features but for one class's own row in each quarter; whatever the order of rows and columns, each names its own."""
+    tower, names = layout.vision_tower(lab.model), list(classes().values())
+    rows = [1, 250, 402, 954]  # goldfish, husky, acoustic guitar, banana
+    features = torch.zeros(1, 12, 12, tower.config.hidden_size)
+    for number, row in enumerate(rows):
+        down, across = divmod(number, 2)
+        features[:, 6 * down : 6 * down + 6, 6 * across : 6 * across + 6, : efficientnet.HEAD] = 50 * tower.head.weight[row]
+    given = SimpleNamespace(last_hidden_state=features.flatten(1, 2))
+    monkeypatch.setattr(type(tower), "forward", lambda self, pixels: given)
+    grey = np.full((8, 8, 3), 127, np.uint8)
+
+    def asked(place: int, shown: int) -> Item:
+        words = tuple(names[rows[shown]][0].words[:1])
+        return Item("collage", lambda: grey, "", "", "", "collage: place", words, quarter=divmod(place, 2))
+
+    right = scoring._tower_names(lab, [asked(place, shown) for place in range(4) for shown in range(4)])
+    assert np.array_equal(right.reshape(4, 4), np.eye(4, dtype=bool))

@@ -109,6 +109,25 @@ def test_a_run_stopped_in_any_stage_goes_on_to_the_same_bits(
     assert all(torch.equal(value, found[name]) for name, value in load_file(whole / "photo.safetensors").items())
 
 
+def test_some_patches_stand_where_all_of_them_will(language: Path, pictures: Path) -> None:
+    """With 36 of 144 passed on, a patch's position and the text's are those they have when the whole picture is asked about."""
+    _, processor = photo.assemble(language=language)
+    rows = [[[("what", "a cat")]], [[("what", "a cat")], [("is it", "yes"), ("why", "so")]]]
+    squares = np.zeros((2, 8, 8, 3), np.uint8)
+    every = Chat(processor.tokenizer, 144).batch(rows, squares)
+    places = torch.from_numpy(np.sort(np.random.default_rng(0).permutation(144)[:36]))
+    some = Chat(processor.tokenizer, 36)
+    found = make.spread_out(some.batch(rows, squares), places, 144, some.image_id)
+    for row in range(2):
+        image = every.ids[row] == some.image_id
+        kept = ~image
+        kept[image.nonzero()[:, 0][places]] = True
+        kept &= every.block[row] >= 0
+        there = found.block[row] >= 0
+        assert torch.equal(found.ids[row][there], every.ids[row][kept])
+        assert torch.equal(found.position[row][there], every.position[row][kept])
+
+
 def test_pictures_are_squared_as_the_processor_squares_them() -> None:
     from llava_lab.models.pictures import Preprocessing
 
