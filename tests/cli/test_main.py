@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import FunctionType
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -223,7 +224,13 @@ def test_doctor_reports_the_machine_or_how_a_model_differs(
 def test_lab_starts_run_py_in_a_checkout(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.RUN_PY.is_file()
     calls: list[list[str]] = []
-    monkeypatch.setattr(cli.subprocess, "call", lambda command: calls.append(command) or 5)
+
+    @contextlib.contextmanager
+    def program(command: list[str]) -> Iterator[Any]:
+        calls.append(command)
+        yield SimpleNamespace(wait=lambda: 5)
+
+    monkeypatch.setattr(cli, "program", program)
     assert cli.main(["lab", "--port", "8899", "--no-browser", "--json"]) == 5
     assert calls[0][1:] == [str(cli.RUN_PY), "lab", "--port=8899", "--no-browser", "--json"]
     assert capsys.readouterr().out == ""  # run.py prints the one object
