@@ -27,7 +27,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from math import isfinite
 from numbers import Integral, Real
@@ -294,7 +294,9 @@ def warnings_kept() -> Iterator[None]:
 
     def undo() -> None:
         if warnings.filters is not filters:
-            block.__exit__(None, None, None)
+            # cut short on its way in, the block has changed the filters only, and puts them back first
+            with suppress(AttributeError):
+                block.__exit__(None, None, None)
 
     with undoing(undo):
         block.__enter__()

@@ -195,14 +195,14 @@ def prepare(folder: Path, model: str, port: int, token: str) -> tuple[list[str],
     source = f"import llava_lab as ll\n\nll.explore(model={model!r})"
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     notebook = {"cells": [{**cell, "source": source}], "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
-    for name, content in (("explore.ipynb", notebook), ("voila.json", settings(port, token))):
+    template = Path("share", "voila", "templates", "system")
+    (folder / template).mkdir(parents=True)
+    texts = {"explore.ipynb": json.dumps(notebook), "voila.json": json.dumps(settings(port, token))}
+    texts |= {str(template / "conf.json"): json.dumps({"base_template": "lab"}), str(template / "index.html.j2"): TEMPLATE}
+    for name, text in texts.items():
         with os.fdopen(os.open(folder / name, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-            json.dump(content, file)
+            file.write(text)
     command = [sys.executable, "-m", "voila", str(folder / "explore.ipynb"), "--no-browser"]
-    template = folder / "share" / "voila" / "templates" / "system"
-    template.mkdir(parents=True)
-    (template / "conf.json").write_text('{"base_template": "lab"}', encoding="utf-8")
-    (template / "index.html.j2").write_text(TEMPLATE, encoding="utf-8")
     names = ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")  # the user's own settings stay out of it
     private = {name: str(folder / name.lower()) for name in names}
     private["JUPYTER_PATH"] = os.pathsep.join(filter(None, (str(folder / "share"), os.environ.get("JUPYTER_PATH"))))

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -43,7 +44,9 @@ def test_the_page_follows_the_reader_s_system_in_dark(tmp_path: Path) -> None:
         found = paths.collect_template_paths(["voila", "nbconvert"], "system", prune=True)
     exporter = voila.VoilaExporter(template_paths=found, template_name="system", theme="light", base_url="/")
     own = serve.TEMPLATE.split("-%}", 1)[1].replace("{{ super() }}", "")  # without the page of Voila's that it adds to
-    page = asyncio.run(exporter.environment.from_string(own).render_async())
+    template = exporter.environment.from_string(own)
+    with ThreadPoolExecutor(1) as thread:  # this one may have a loop of Chromium's that is running
+        page = thread.submit(lambda: asyncio.run(template.render_async())).result()
     dark = page.split('<style media="(prefers-color-scheme: dark)">')[1].split("</style>")[0]
     assert ":root:root {" in dark  # over the light theme wherever it stands
     assert "--jp-layout-color0: #111;" in dark
