@@ -288,6 +288,22 @@ _inside = _Inside()
 
 
 @contextmanager
+def held(lock: Any) -> Iterator[None]:
+    """Inside, this thread has `lock`, a `threading.RLock`; also an interrupt gives it back.
+
+    ``with lock`` in a context manager of one's own does not: an interrupt inside contextlib leaves it closed to other threads.
+    """
+
+    def undo() -> None:
+        with suppress(RuntimeError):  # this thread does not have it
+            lock.release()
+
+    with undoing(undo):
+        lock.acquire()
+        yield
+
+
+@contextmanager
 def warnings_kept() -> Iterator[None]:
     """What Python warns of may be set inside the block; on leaving it is as the caller had it, also after an interrupt."""
     block, filters = warnings.catch_warnings(), warnings.filters

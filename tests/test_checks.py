@@ -50,6 +50,7 @@ from llava_lab.checks import (
     whole_number,
 )
 from llava_lab.errors import LabError, OptionError, PictureError, WriteError
+from llava_lab.models import pictures
 from llava_lab.models.pictures import read_picture
 from llava_lab.training import LLAVA_15_7B, Running
 from tests.support.leftovers import PACKAGE, interrupted_at, state_of, torch_settings
@@ -213,6 +214,9 @@ def test_an_interrupt_at_any_line_leaves_what_python_warns_of_and_how_pictures_a
         now = (warnings.filters, list(warnings.filters), ImageFile.LOAD_TRUNCATED_IMAGES)
         assert now[0] is before[0], f"line {line} of {count[0]}: {error.value!r}"
         assert now == before
+        with ThreadPoolExecutor(1) as other:  # no lock stays closed to another thread
+            assert other.submit(pictures._DECODING.acquire, timeout=5).result(), f"line {line} of {count[0]}: {error.value!r}"
+            other.submit(pictures._DECODING.release).result()
     assert count[0] > 50
 
 

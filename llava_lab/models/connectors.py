@@ -37,7 +37,7 @@ from torch.nn import functional
 from transformers import LlavaConfig, monkey_patching
 from transformers.models.llava import modeling_llava
 
-from llava_lab.checks import undoing
+from llava_lab.checks import held, undoing
 from llava_lab.errors import OptionError
 
 TYPE, OPTIONS = "mm_projector_type", "mm_projector_options"  # in config.json; the first is LLaVA's own key, the second ours
@@ -359,7 +359,7 @@ def patched() -> Iterator[None]:
 
     Afterwards transformers' mapping and classes are what they were, also after an exception.
     """
-    with _LOCK:
+    with held(_LOCK):
         before = monkey_patching.get_patch_mapping().get(_PATTERN)
         own = modeling_llava.LlavaMultiModalProjector
 

@@ -45,7 +45,7 @@ import stat
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -58,7 +58,7 @@ from jaxtyping import Float
 from PIL import Image, ImageFile, ImageOps, JpegImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from llava_lab.checks import array_of, undoing, warnings_kept
+from llava_lab.checks import array_of, held, undoing, warnings_kept
 from llava_lab.errors import CheckpointError, LabError, OptionError, PictureError, one_line
 from llava_lab.geometry import MODES, Mode, PictureMap
 
@@ -254,17 +254,10 @@ def _reason(error: Exception) -> str:
 # -- decoding ---------------------------------------------------------------------------
 
 
-def _end_decoding() -> None:
-    """Give the lock back where this thread has it: one whose `with` is left by an interrupt would stay closed to all others."""
-    with suppress(RuntimeError):
-        _DECODING.release()
-
-
 @contextmanager
 def _sound_decoding(name: str) -> Iterator[None]:
     """Pillow's warnings and decoder errors become one PictureError; damage is never read over."""
-    with undoing(_end_decoding):
-        _DECODING.acquire()
+    with held(_DECODING):
         lenient = ImageFile.LOAD_TRUNCATED_IMAGES  # other libraries switch this on for the whole process
         try:
             with undoing(lambda: setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", lenient)), warnings_kept():
