@@ -62,7 +62,8 @@ def noting(function: Callable[..., Any], given: list[Any]) -> Callable[..., Any]
 def test_the_example_is_true(name: str, names: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And what it gives names the weights it was made with."""
     text = inspect.getdoc(FUNCTIONS[name]) or ""
-    weights, given = names["lab"].fingerprint, []
+    weights = names["lab"].fingerprint
+    given: list[Any] = []
     function = FUNCTIONS[name]
     monkeypatch.setattr(plots if "." in name else ll, name.split(".")[-1], noting(function, given))
     test = doctest.DocTestParser().get_doctest(text, {**names, "tmp": tmp_path}, name, None, 0)
