@@ -289,7 +289,7 @@ _inside = _Inside()
 
 @contextmanager
 def held(lock: Any) -> Iterator[None]:
-    """Inside, this thread has `lock`, a `threading.RLock`; also an interrupt gives it back.
+    """Inside, this thread has `lock`, a `threading.RLock`; also an interrupt gives it back. Not to be entered again inside.
 
     ``with lock`` in a context manager of one's own does not: an interrupt inside contextlib leaves it closed to other threads.
     """

@@ -362,23 +362,19 @@ def _interrupted(lab: Any, name: str, calls: dict[str, dict[str, Any]], folder: 
         assert [key for key in before if now[key] != before[key]] == [], f"{name} interrupted at line {line} of {count[0]}"
 
 
-@pytest.mark.parametrize("name", [name for name in ON_A_LAB if name not in SLOW])
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        *((name, 2) for name in ON_A_LAB if name not in SLOW),
+        *(pytest.param(name, 50, marks=pytest.mark.long) for name in ON_A_LAB),
+    ],
+)
 def test_a_call_interrupted_at_random_lines_leaves_everything_as_it_was(
-    tiny_random: Any, calls: dict[str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    tiny_random: Any, calls: dict[str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, lines: int
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys.modules["llava_lab.interventions.positive_control"], "exact_match", lambda *given: True)
-    _interrupted(tiny_random, name, calls, tmp_path, lines=2)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("name", ON_A_LAB)
-def test_a_call_interrupted_at_fifty_lines_leaves_everything_as_it_was(
-    tiny_random: Any, calls: dict[str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys.modules["llava_lab.interventions.positive_control"], "exact_match", lambda *given: True)
-    _interrupted(tiny_random, name, calls, tmp_path, lines=50)
+    _interrupted(tiny_random, name, calls, tmp_path, lines=lines)
 
 
 STRIDE = 7  # not a divisor of the wrong values' number, so that every one of them comes to some argument of some entry
