@@ -222,7 +222,10 @@ PLURALS |= {
 
 
 def talk_about(scene: PhotoScene, things: Sequence[Thing], rng: np.random.Generator, *, short: float = 0.2) -> list[Block]:
-    """Ten to fifteen blocks on one scene, each place of a collage asked twice; `things` are what the no's are chosen from, `short` the share asked in a single word."""
+    """Ten to fifteen blocks on one scene; each place of a collage is asked about twice.
+
+    `things` are what the no's are chosen from, `short` the share asked in a single word.
+    """
     one = len(scene.items) == 1
     placed = [scene.items[int(i)] for i in rng.permutation(len(scene.items)) if scene.items[int(i)].place]
     blocks = [_what(scene, rng)] if one else [_place(scene, item, rng) for item in placed * 2]
