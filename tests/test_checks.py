@@ -53,6 +53,7 @@ from llava_lab.errors import LabError, OptionError, PictureError, WriteError
 from llava_lab.models import pictures
 from llava_lab.models.pictures import read_picture
 from llava_lab.training import LLAVA_15_7B, Running
+from tests.support.defaults import PROMISED, defaults
 from tests.support.leftovers import PACKAGE, interrupted_at, state_of, torch_settings
 from tests.support.public_calls import LONG, WRONG, public_calls
 from tests.support.training_rows import write_rows
@@ -420,6 +421,13 @@ def test_every_wrong_argument_is_refused_in_one_line_or_taken(
     monkeypatch.chdir(tmp_path)
     faults = _spoilt(tiny_random, name, calls[name], slice(None))
     assert faults == [], "\n".join(faults)
+
+
+def test_every_default_is_the_promised_one() -> None:
+    """Of public functions and commands; what each method's are is written in `tests/attribution/test_registry.py`."""
+    promised, now = json.loads(PROMISED.read_text("utf-8")), defaults()
+    changed = [name for name in promised if now.get(name) != promised[name]]
+    assert changed + [name for name in now if name not in promised] == [], "is it meant? python -m tests.support.defaults"
 
 
 def test_every_entry_has_a_call_that_works_to_be_spoilt(calls: dict[str, Any]) -> None:

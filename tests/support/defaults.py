@@ -32,8 +32,10 @@ def of_function(function: object) -> dict[str, str]:
 
 def of_commands() -> dict[str, dict[str, str]]:
     choices = next(a.choices for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
-    return {f"llava-lab {name}": {a.dest: repr(a.default) for a in command._actions if a.option_strings and a.dest != "help"}
-            for name, command in choices.items()}  # fmt: skip
+    return {
+        f"llava-lab {name}": {a.dest: repr(a.default) for a in command._actions if a.option_strings and a.dest != "help"}
+        for name, command in choices.items()
+    }
 
 
 if __name__ == "__main__":
