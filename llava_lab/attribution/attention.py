@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -36,15 +36,14 @@ from torch import Tensor, nn
 
 from llava_lab.attribution.heads import Chosen, choose_heads, read_rows
 from llava_lab.attribution.method import Fusion, Heads, Maps, Window, at_least, method
-from llava_lab.capture import CHUNK, Reducer, undisturbed, watch_attention
+from llava_lab.capture import CHUNK, undisturbed, watch_attention
+from llava_lab.capture.reducers import Collected
 from llava_lab.capture.watch import attention_module
 from llava_lab.errors import LabError, OptionError
+from llava_lab.models import Lab
 from llava_lab.models.layout import language_layers
 from llava_lab.replay.targets import Targets, image_values, predicting_rows, segment_mass, target_rows, view_values
 from llava_lab.results import Run, Target
-
-if TYPE_CHECKING:
-    from llava_lab.models import Lab
 
 NEUTRAL = "Describe the picture."
 OUT_PATHS = ("o_proj", "out_proj")  # Llama and most decoders; CLIP and OPT
@@ -127,7 +126,7 @@ def value_attention(
     return Maps(image_values(rows, run), {"forward": 1}, notes, extras, view_values(rows, run))
 
 
-class ValueRows(Reducer):
+class ValueRows(Collected):
     """Norm-weighted attention of a few rows, joined over the chosen heads, ``layers x Q x K``.
 
     Beside that one layer's output projection in float32 (67 MB at LLaVA-1.5-7B) and the projected values
@@ -135,17 +134,13 @@ class ValueRows(Reducer):
     """
 
     def __init__(self, rows: Sequence[int], layers: Sequence[nn.Module], chosen: Chosen, *, join: str) -> None:
+        super().__init__()
         self.rows = tuple(rows)
         self.layers: dict[int, Float[Tensor, "Q K"]] = {}
         self._projections = [output_projection(layer) for layer in layers]
         self._heads = [chosen.of(layer) for layer in chosen.layers]
         self._join = join
         self._weights: Tensor | None = None  # H K lengths, or K H H products of the heads' vectors
-        self._parts: list[Tensor] = []
-        self._keys = 0
-
-    def open(self, layer: int, keys: int) -> None:
-        self._parts, self._keys = [], keys
 
     def values(self, layer: int, value: Float[Tensor, "B G K d"]) -> None:
         assert len(value) == 1, f"one sequence at a time, got {len(value)}"
@@ -169,7 +164,7 @@ class ValueRows(Reducer):
         else:  # the length of a sum, from the products of its terms
             squared = torch.einsum("hqk,khg,gqk->qk", part, self._weights[:keys], part)
             joined = squared.clamp_min(0).sqrt()
-        self._parts.append(nn.functional.pad(joined, (0, self._keys - keys)))
+        self._parts.append(self._whole(joined))
 
     def close(self, layer: int, norms: object) -> None:
         self.layers[layer] = torch.cat(self._parts)

@@ -9,18 +9,16 @@ run no model.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import numpy as np
 
 from llava_lab.attribution.method import REGISTERED, Maps, Seed, method
 from llava_lab.checks import shown
 from llava_lab.errors import OptionError
+from llava_lab.models import Lab
 from llava_lab.replay.targets import Targets
 from llava_lab.results import Run
-
-if TYPE_CHECKING:
-    from llava_lab.models import Lab
 
 SPREAD = 0.25  # standard deviation of the centre bump, as a share of the grid
 

@@ -29,7 +29,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -39,15 +39,13 @@ from llava_lab.attribution.method import At, Count, FillOf, Maps, PlainFill, See
 from llava_lab.capture import undisturbed
 from llava_lab.checks import Sweep
 from llava_lab.errors import OptionError
+from llava_lab.models import Lab
 from llava_lab.replay.alter import PLACES, InModel, Tokens, open_altered
 from llava_lab.replay.fills import FILLS
 from llava_lab.replay.prefix import embedded
 from llava_lab.replay.score import read_scores
 from llava_lab.replay.targets import Targets, predicting_rows
 from llava_lab.results import Run
-
-if TYPE_CHECKING:
-    from llava_lab.models import Lab
 
 
 @method(

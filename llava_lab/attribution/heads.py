@@ -28,7 +28,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -40,12 +40,10 @@ from llava_lab.capture import HeadRows, PickedRows, fuse_heads, undisturbed, wat
 from llava_lab.capture.watch import attention_module
 from llava_lab.checks import Sweep, entry, is_list, is_whole, layer_window, same_model, shown, whole_number
 from llava_lab.errors import OptionError
+from llava_lab.models import Lab
 from llava_lab.models.layout import language_layers
 from llava_lab.replay.targets import Targets, Wanted, predicting_rows, resolve_targets
 from llava_lab.results import HeadMaps, Run
-
-if TYPE_CHECKING:
-    from llava_lab.models import Lab
 
 EARLY = 2  # layers left out at the bottom
 DEEP = 4  # of a model with more layers than this

@@ -28,7 +28,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,13 +40,11 @@ from llava_lab.attribution.shapley import Game
 from llava_lab.capture import undisturbed
 from llava_lab.checks import Sweep, entry, one_of, same_model, whole_number
 from llava_lab.errors import LabError, OptionError, TargetError
+from llava_lab.models import Lab
 from llava_lab.replay.fills import FILLS, fill_pixels
 from llava_lab.replay.score import divergence, read_scores
 from llava_lab.replay.targets import Targets, Wanted, predicting_rows, resolve_targets
 from llava_lab.results import Run, Target
-
-if TYPE_CHECKING:
-    from llava_lab.models import Lab
 
 REMOVED = "removed"  # the way that takes the image tokens out of the sequence
 LEVEL = 0.95  # of the interval

@@ -33,8 +33,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -45,16 +44,13 @@ from llava_lab.attribution.heads import Chosen, choose_heads
 from llava_lab.attribution.method import Heads, Maps, Window, method
 from llava_lab.capture import undisturbed, watch_attention
 from llava_lab.capture.residual import HeadSources, joined_by, seen_by_heads, watch_outputs, watch_stream
-from llava_lab.checks import layer_window
-from llava_lab.errors import LabError, OptionError
+from llava_lab.errors import LabError
+from llava_lab.models import Lab
 from llava_lab.models.generation import precise
 from llava_lab.models.layout import language_layers
+from llava_lab.replay import words
 from llava_lab.replay.targets import Targets
-from llava_lab.replay.words import final_norm, log_total, norm_gain, norm_scale, output_head, token_logits, word_rows
 from llava_lab.results import Run
-
-if TYPE_CHECKING:
-    from llava_lab.models import Lab
 
 LEFT_OVER = {torch.float32: 1e-3, torch.float64: 1e-6}  # share of the parts' sizes that rounding may explain
 LEFT_OVER_16 = 5e-2  # the same for 16-bit types
@@ -140,16 +136,18 @@ def logit_lens_map(
     reduce: Literal["max", "mean"] = "max",
 ) -> Maps:
     decoder = language_layers(lab.model)
-    start, stop = _states(layers, len(decoder))
+    start, stop = words.state_window(layers, len(decoder))
     ids = sorted({i for target in targets for i in (*target.token_ids, *target.against_ids)})
     image = slice(*run.segments["image"])
     read: list[Tensor] = []  # one (P, N) table per state
 
     def fold(number: int, state: Tensor) -> None:
         if start <= number < stop:
-            normed = final_norm(lab)(state[0, image])
-            logits = token_logits(lab, normed, ids)
-            read.append((logits if value == "logit" else (precise(logits) - log_total(lab, normed)[:, None]).exp().float()).cpu())
+            normed = words.final_norm(lab)(state[0, image])
+            logits = words.token_logits(lab, normed, ids)
+            if value == "probability":
+                logits = (precise(logits) - words.log_total(lab, normed)[:, None]).exp().float()
+            read.append(logits.cpu())
 
     with undisturbed(lab.model), watch_stream(decoder, fold):
         lab.model(**lab.inputs(run), use_cache=False, logits_to_keep=1)
@@ -174,16 +172,6 @@ def logit_lens_map(
     )
     extras = {"states": list(range(start, stop)), "strongest_patch_by_state": by_state, "strongest_state": best}
     return Maps(np.stack(values).astype(np.float32), {"forward": 1}, (note,), extras)
-
-
-def _states(layers: Any, count: int) -> tuple[int, int]:
-    """``[start, stop)`` of the states 0 .. count; a whole number is that state alone."""
-    if isinstance(layers, Integral) and not isinstance(layers, bool):
-        state = int(layers)
-        if not 0 <= state <= count:
-            raise OptionError(f"layers must be a state from 0 (connector output) to {count} (last layer), got {state}")
-        return state, state + 1
-    return layer_window(layers, count + 1)
 
 
 # -- one logit taken apart --------------------------------------------------------------------
@@ -219,8 +207,8 @@ def split_logits(lab: Lab, run: Run, readings: Sequence[Reading], chosen: Chosen
     row = torch.tensor([at.index(reading.position) for reading in readings])
     with undisturbed(lab.model):
         rows, offsets = _directions(lab, readings, centre)
-        norm = final_norm(lab)
-        books = _Books(rows * norm_gain(norm, rows.shape[1]).to(rows.device), row, run.segments, chosen, len(layers))
+        norm = words.final_norm(lab)
+        books = _Books(rows * words.norm_gain(norm, rows.shape[1]).to(rows.device), row, run.segments, chosen, len(layers))
     keep = torch.tensor(at, device=lab.device)
     with (
         undisturbed(lab.model),
@@ -231,7 +219,7 @@ def split_logits(lab: Lab, run: Run, readings: Sequence[Reading], chosen: Chosen
         logits = lab.model(**lab.inputs(run), use_cache=False, logits_to_keep=keep).logits[0].float().cpu()
     assert books.last is not None
     with undisturbed(lab.model):
-        scale = norm_scale(norm, books.last).cpu()[row]
+        scale = words.norm_scale(norm, books.last).cpu()[row]
     return books.closed(scale, _said(logits[row], readings, centre), offsets.cpu(), books.last.dtype)
 
 
@@ -295,16 +283,16 @@ class _Books:
 
 def _directions(lab: Lab, readings: Sequence[Reading], centre: bool) -> tuple[Float[Tensor, "N W"], Float[Tensor, " N"]]:
     """The direction of the normed state that each reading reads, and the output head's bias in it."""
-    rows, offsets = word_rows(lab, [reading.said for reading in readings])
+    rows, offsets = words.word_rows(lab, [reading.said for reading in readings])
     pairs = [(i, reading.against) for i, reading in enumerate(readings) if reading.against is not None]
     if pairs:
         where, against = [i for i, _ in pairs], [token for _, token in pairs]
-        less, less_offset = word_rows(lab, against)
+        less, less_offset = words.word_rows(lab, against)
         rows[where] -= less
         offsets[where] -= less_offset
     plain = [i for i, reading in enumerate(readings) if reading.against is None]
     if centre and plain:
-        head = output_head(lab)
+        head = words.output_head(lab)
         total = torch.stack([part.float().sum(0) for part in head.weight.detach().split(VOCABULARY)]).sum(0)
         rows[plain] -= total / len(head.weight)
         offsets[plain] -= 0.0 if head.bias is None else head.bias.detach().float().mean()

@@ -18,7 +18,6 @@ Source: Abnar & Zuidema 2020 (arXiv 2005.00928), section 4; ``scipy.sparse.csgra
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -30,12 +29,10 @@ from llava_lab.attribution.rollout import whole_rows
 from llava_lab.capture import LayerByLayer, Norms, undisturbed, watch_attention
 from llava_lab.checks import Sweep, layer_window
 from llava_lab.errors import OptionError
+from llava_lab.models import Lab
 from llava_lab.models.layout import language_layers
 from llava_lab.replay.targets import Targets, predicting_rows
 from llava_lab.results import Run
-
-if TYPE_CHECKING:
-    from llava_lab.models import Lab
 
 UNIT = 2.0**-30  # of capacity; a row of weights stays below the solver's largest whole number, 2^31 - 1
 LIMIT = 200_000_000  # edges over all flows; some minutes on one core

@@ -34,7 +34,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -46,14 +46,12 @@ from llava_lab.attribution.method import At, Count, Fill, Maps, Scored, Seed, Sq
 from llava_lab.capture import undisturbed
 from llava_lab.checks import Sweep
 from llava_lab.errors import LabError, OptionError
+from llava_lab.models import Lab
 from llava_lab.replay.alter import Altered, Tokens, open_altered
 from llava_lab.replay.fills import SQUARES
 from llava_lab.replay.prefix import ROWS, Prefix, agree
 from llava_lab.replay.targets import Targets
 from llava_lab.results import Run
-
-if TYPE_CHECKING:
-    from llava_lab.models import Lab
 
 Block = tuple[slice, slice]  # rows and columns of the patch grid
 

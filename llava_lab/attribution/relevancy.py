@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -38,23 +38,10 @@ from llava_lab.capture import undisturbed
 from llava_lab.capture.open_layer import Call, OpenLayer, keep_calls, open_layer
 from llava_lab.capture.watch import attention_rows
 from llava_lab.errors import LabError, OptionError, TargetError
-from llava_lab.models.layout import (
-    connector_of,
-    feature_layers,
-    language_layers,
-    language_model,
-    last_feature_state,
-    require_patch_tokens,
-    require_tower_attention,
-    used_vision_layers,
-    vision_layers,
-)
+from llava_lab.models import Lab, layout
 from llava_lab.replay.score import read_scores
 from llava_lab.replay.targets import Targets, image_values, predicting_rows, segment_mass, target_rows
 from llava_lab.results import Run, Target
-
-if TYPE_CHECKING:
-    from llava_lab.models import Lab
 
 STREAMS = 8  # gradients taken through a layer together; more need more memory and win nothing
 IN_CACHE = 2**18  # numbers worked on at once (1 MB), so that the passes over them stay in the processor's cache
@@ -84,13 +71,13 @@ def relevancy(
     variant: Literal["chefer", "lvlm-interpret"] = "chefer",
 ) -> Maps:
     if vision:
-        require_tower_attention(lab.model, "vision=True")
-        require_patch_tokens(lab.model, "vision=True")
+        layout.require_tower_attention(lab.model, "vision=True")
+        layout.require_patch_tokens(lab.model, "vision=True")
     plan = _plan(run, targets, variant, vision)
     inputs = inputs_until(lab, run, plan.at)
-    layers = language_layers(lab.model)
-    tower = used_vision_layers(lab.model) if vision else []
-    with undisturbed(lab.model), keep_calls([*layers, *tower], connector_of(lab.model)) as calls:
+    layers = layout.language_layers(lab.model)
+    tower = layout.used_vision_layers(lab.model) if vision else []
+    with undisturbed(lab.model), keep_calls([*layers, *tower], layout.connector_of(lab.model)) as calls:
         keep = torch.tensor(plan.at, device=inputs["input_ids"].device)
         logits = lab.model(**inputs, use_cache=False, logits_to_keep=keep).logits
         down = _through_language(lab, [calls[layer] for layer in layers], logits, plan, further=vision)
@@ -178,7 +165,7 @@ def _head_gradient(
     alone = len(set(used)) == len(used)  # no position is shared, so one pass gives all of them
     with torch.enable_grad():
         rows = states[:, at].requires_grad_()
-        again = model.get_output_embeddings()(language_model(model).norm(rows))
+        again = model.get_output_embeddings()(layout.language_model(model).norm(rows))
         scores = read_scores(again, at, plan.streams, score="logit")[0]
         wanted = [scores.sum()] if alone else list(scores)
         found = [torch.autograd.grad(score, rows, retain_graph=True)[0][0].float() for score in wanted]
@@ -198,7 +185,7 @@ def _through_vision(
 ) -> tuple[Float[Tensor, "N P"], list[float]]:
     """On from the image tokens to the patches the tower was given; and the share that ends on its class token."""
     start, stop = run.segments["image"]
-    connector = calls[connector_of(lab.model)]
+    connector = calls[layout.connector_of(lab.model)]
     wanted = _at_features(connector, down.gradient[:, start:stop])
     seen = down.relevance[:, :, start:stop]
     if not tower:
@@ -207,9 +194,9 @@ def _through_vision(
     first = tokens - (stop - start)  # 1 with a class token, 0 without
     if first not in (0, 1):
         raise LabError(f"expected {stop - start} patches and at most one class token in the vision tower, got {tokens} positions")
-    count = len(vision_layers(lab.model)) + 1  # states: the embedding, then one after each layer
-    states = [number % count for number in feature_layers(lab.model.config)]
-    assert max(states) == len(tower) == last_feature_state(lab.model.config, count - 1)
+    count = len(layout.vision_layers(lab.model)) + 1  # states: the embedding, then one after each layer
+    states = [number % count for number in layout.feature_layers(lab.model.config)]
+    assert max(states) == len(tower) == layout.last_feature_state(lab.model.config, count - 1)
     inside = Descent(seen.new_zeros(len(seen), tokens, width), torch.nn.functional.pad(seen, (first, 0)))
     for number in reversed(range(len(tower))):
         for state, part in zip(states, wanted.chunk(len(states), -1), strict=True):

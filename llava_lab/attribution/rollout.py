@@ -28,7 +28,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -39,18 +39,9 @@ from llava_lab.attribution.method import Fusion, Maps, Window, method
 from llava_lab.capture import LayerByLayer, Norms, undisturbed, watch_attention
 from llava_lab.checks import layer_window, shown
 from llava_lab.errors import LabError, OptionError
-from llava_lab.models.layout import (
-    language_layers,
-    require_patch_tokens,
-    require_tower_attention,
-    used_vision_layers,
-    vision_tower,
-)
+from llava_lab.models import Lab, layout
 from llava_lab.replay.targets import Targets, image_values, segment_mass, target_rows, view_values
 from llava_lab.results import Run
-
-if TYPE_CHECKING:
-    from llava_lab.models import Lab
 
 BLOCK = 64  # rows at a time; a causal block only needs the rows above it
 FLOOR = 1e-12  # added to both sides of the log-ratio; far below any share that can matter
@@ -96,11 +87,11 @@ def rollout(
     null: Literal["none", "causal"] = "causal",
     through_vision: bool = False,
 ) -> Maps:
-    decoder = language_layers(lab.model)
+    decoder = layout.language_layers(lab.model)
     window = slice(*layer_window(layers, len(decoder)))
     if through_vision:
-        require_tower_attention(lab.model, "through_vision=True")
-        require_patch_tokens(lab.model, "through_vision=True")
+        layout.require_tower_attention(lab.model, "through_vision=True")
+        layout.require_patch_tokens(lab.model, "through_vision=True")
         if run.views:
             raise OptionError("through_vision=True follows one square through the tower, and this picture was seen in several")
     inputs = lab.inputs(run, tiles=True)
@@ -110,7 +101,7 @@ def rollout(
     with undisturbed(lab.model), ExitStack() as watching:
         watching.enter_context(watch_attention(decoder[window], language.reducer()))
         if through_vision:
-            watching.enter_context(watch_attention(used_vision_layers(lab.model), tower.reducer()))
+            watching.enter_context(watch_attention(layout.used_vision_layers(lab.model), tower.reducer()))
         lab.model(**inputs, use_cache=False, logits_to_keep=1)
     total, total_uniform = language.totals
     seen = target_rows(total, range(len(total)), targets)
@@ -138,10 +129,10 @@ def rollout(
     control=True,
 )
 def vision(lab: Lab, run: Run, targets: Targets, *, fusion: Fusion = "mean") -> Maps:
-    require_patch_tokens(lab.model, "method 'vision'")
+    layout.require_patch_tokens(lab.model, "method 'vision'")
     tower = TowerRollout(causal=False, residual=HALF, null=False, fusion=fusion)
-    with undisturbed(lab.model), watch_attention(used_vision_layers(lab.model), tower.reducer()):
-        vision_tower(lab.model)(lab.inputs(run)["pixel_values"])
+    with undisturbed(lab.model), watch_attention(layout.used_vision_layers(lab.model), tower.reducer()):
+        layout.vision_tower(lab.model)(lab.inputs(run)["pixel_values"])
     total, _ = tower.totals
     first = _class_tokens(len(total), run.map.rows * run.map.cols)
     seen = total[first:].mean(0)

@@ -32,7 +32,7 @@ import heapq
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -42,12 +42,10 @@ from torch import Tensor
 from llava_lab.attribution.method import At, Count, Fill, Maps, Seed, at_least, captum_for, method
 from llava_lab.checks import Sweep, one_of
 from llava_lab.errors import OptionError
+from llava_lab.models import Lab
 from llava_lab.replay.alter import Altered, open_altered
 from llava_lab.replay.targets import Targets
 from llava_lab.results import Run, Target
-
-if TYPE_CHECKING:
-    from llava_lab.models import Lab
 
 SHAPES = ("color", "grid")
 PLACE = 0.5  # weight of a whole side of the grid beside a colour channel of the range 0 to 1

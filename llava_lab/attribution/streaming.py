@@ -17,7 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -31,13 +31,11 @@ from llava_lab.attribution.rollout import FLOOR, TowerRollout, Weight, as_column
 from llava_lab.capture import AnswerRows, watch_attention
 from llava_lab.checks import entry, known, layer_window
 from llava_lab.errors import LabError, OptionError
+from llava_lab.models import Lab
 from llava_lab.models.layout import language_layers
+from llava_lab.models.pictures import Shown
 from llava_lab.replay.targets import Targets, Wanted, image_values, resolve_targets, segment_mass, target_rows
 from llava_lab.results import Relevance, Run
-
-if TYPE_CHECKING:
-    from llava_lab.models import Lab
-    from llava_lab.models.pictures import Shown
 
 LATER = "made by ll.attribute(lab, run, ...) after the answer"
 

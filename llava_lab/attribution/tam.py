@@ -24,7 +24,7 @@ Source: Li et al. 2025, "Token Activation Map to Visually Explain Multimodal LLM
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -34,13 +34,11 @@ from llava_lab.attribution.method import Maps, method
 from llava_lab.capture import undisturbed
 from llava_lab.capture.residual import watch_stream
 from llava_lab.errors import OptionError
+from llava_lab.models import Lab
 from llava_lab.models.layout import language_layers
 from llava_lab.replay.targets import Targets
 from llava_lab.replay.words import final_norm, token_logits
 from llava_lab.results import Run
-
-if TYPE_CHECKING:
-    from llava_lab.models import Lab
 
 SHOWN = 5  # earlier tokens named in the extras
 

@@ -44,7 +44,7 @@ def fuse_heads(
     return fused / fused.sum(-1, keepdim=True).clamp_min(torch.finfo(fused.dtype).tiny)
 
 
-class _Collected(Reducer):
+class Collected(Reducer):
     """Blocks of rows, filled up to every column, until the layer closes."""
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class _Collected(Reducer):
         return torch.nn.functional.pad(part, (0, self._keys - part.shape[-1]))
 
 
-class Full(_Collected):
+class Full(Collected):
     """Everything: ``layers x B x H x S x S``. For small models and for tests; 1.6 GB at LLaVA-1.5-7B."""
 
     norms = True
@@ -77,7 +77,7 @@ class Full(_Collected):
         self.layer_norms[layer] = norms
 
 
-class PickedRows(_Collected):
+class PickedRows(Collected):
     """Head-fused attention of a few query rows, ``L x B x rows x K``: 50 kB a row at LLaVA-1.5-7B."""
 
     def __init__(self, rows: Sequence[int], *, fusion: str = "mean", heads: Sequence[int] | None = None) -> None:
@@ -93,7 +93,7 @@ class PickedRows(_Collected):
         self.layers[layer] = torch.cat(self._parts, 1)
 
 
-class HeadRows(_Collected):
+class HeadRows(Collected):
     """Every head's attention of a few query rows over some columns, ``L x B x H x N x columns``.
 
     `mix` (N, rows) replaces the rows by N weighted sums of them, for example one mean per target: 2.4 MB

@@ -18,14 +18,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llava_lab.capture.watch import Norms, Reducer, attention_module, hooked
+from llava_lab.capture.reducers import Collected
+from llava_lab.capture.watch import Norms, attention_module, hooked
 from llava_lab.errors import LabError
 
 HeadFold = Callable[[int, Float[Tensor, "H Q K"], Float[Tensor, "H K D"]], None]  # layer, weights, values
 StateFold = Callable[[int, Tensor], None]  # number, what the module gave
 
 
-class HeadSources(Reducer):
+class HeadSources(Collected):
     """Attention of a few query rows beside the values it mixes: ``fold(layer, weights, values)`` once per layer.
 
     weights (heads, rows, K) are float32, the rows sorted and each once; values (heads, K, D) are in the model's
@@ -34,14 +35,10 @@ class HeadSources(Reducer):
     """
 
     def __init__(self, rows: Sequence[int], fold: HeadFold) -> None:
+        super().__init__()
         self.rows = tuple(sorted(set(rows)))
         self._fold = fold
         self._value: Tensor | None = None
-        self._parts: list[Tensor] = []
-        self._keys = 0
-
-    def open(self, layer: int, keys: int) -> None:
-        self._parts, self._value, self._keys = [], None, keys
 
     def values(self, layer: int, value: Tensor) -> None:
         if len(value) != 1:
@@ -49,7 +46,7 @@ class HeadSources(Reducer):
         self._value = value[0].detach()
 
     def add(self, layer: int, rows: slice | Tensor, attention: Tensor) -> None:
-        self._parts.append(nn.functional.pad(attention[0], (0, self._keys - attention.shape[-1])))
+        self._parts.append(self._whole(attention[0]))
 
     def close(self, layer: int, norms: Norms | None) -> None:
         assert self._value is not None

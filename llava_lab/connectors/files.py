@@ -25,22 +25,19 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llava_lab.checks import entry, regular_file
 from llava_lab.errors import CheckpointError, OptionError
-from llava_lab.models import connectors, folders
+from llava_lab.models import Lab, connectors, folders
 from llava_lab.models.connectors import Connector
 from llava_lab.models.formats import foreign
 from llava_lab.models.swap import swapped, trained_beside
 from llava_lab.models.weights import require_finite
 from llava_lab.results import whole_file
-
-if TYPE_CHECKING:
-    from llava_lab.models import Lab
 
 MARK = "mm_projector."
 PLAIN_PREFIX, LORA_PREFIX = "model.", "base_model.model.model."

@@ -19,7 +19,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,14 +29,12 @@ from torch import Tensor
 from llava_lab.capture import undisturbed
 from llava_lab.checks import Sweep, entry
 from llava_lab.errors import DataError, OptionError
+from llava_lab.models import Lab
 from llava_lab.models.layout import read_connector
 from llava_lab.models.pictures import PictureLike, read_picture
 from llava_lab.models.swap import trained_beside
 from llava_lab.results import Linearized
 from llava_lab.stats import cluster_bootstrap, percentiles
-
-if TYPE_CHECKING:
-    from llava_lab.models import Lab
 
 Drawn = PictureLike | Callable[[], Any]  # a picture, or what draws one when it is needed
 

@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,12 +27,9 @@ from llava_lab.capture import hooked, undisturbed
 from llava_lab.checks import entry
 from llava_lab.connectors.linearize import Drawn, random_map, split_pictures, tokens_of
 from llava_lab.errors import OptionError
-from llava_lab.models import connectors
+from llava_lab.models import Lab, connectors
 from llava_lab.models.layout import connector_of
 from llava_lab.results import Linearized, LocalLinearity
-
-if TYPE_CHECKING:
-    from llava_lab.models import Lab
 
 ROWS = 256  # outputs whose gradients are taken together
 STRAIGHT = 0.99  # R^2 from which a unit counts as a line

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,13 +45,11 @@ from llava_lab.evaluation.scoring import BATCH, LONGEST, UNCHANGED, Change, answ
 from llava_lab.interventions.knockout import Cut, cutting
 from llava_lab.interventions.plan import Positions
 from llava_lab.interventions.steering import find_direction, mean_difference, moving
+from llava_lab.models import Lab
 from llava_lab.models.generation import Contrast
 from llava_lab.models.layout import language_layers
 from llava_lab.results import BenchmarkScores
 from llava_lab.results.table import figure
-
-if TYPE_CHECKING:
-    from llava_lab.models import Lab
 
 STEPS = 1000  # of the diffusion
 SEEN = 12  # training pictures, clear and under grain

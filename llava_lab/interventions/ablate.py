@@ -45,7 +45,7 @@ from llava_lab.interventions.plan import (
     read_patches,
     states_before,
 )
-from llava_lab.models import read_picture
+from llava_lab.models import Lab, read_picture
 from llava_lab.models.layout import language_layers
 from llava_lab.replay.fills import BLUR
 from llava_lab.replay.fills import FILLS as COVERS
@@ -56,7 +56,6 @@ from llava_lab.results import Effect, Run
 from llava_lab.worlds import picturebook
 
 if TYPE_CHECKING:
-    from llava_lab.models import Lab
     from llava_lab.remote import BlackBox
 
 FILLS = ("mean", "zero", "noise", "shuffle", "other", "drop")

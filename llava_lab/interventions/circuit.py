@@ -44,7 +44,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,6 +56,7 @@ from llava_lab.capture import undisturbed
 from llava_lab.checks import Sweep, entry, is_list, whole_number
 from llava_lab.errors import DataError, LabError, OptionError
 from llava_lab.interventions.patching import corrupted_pixels
+from llava_lab.models import Lab
 from llava_lab.models.layout import language_layers, language_model
 from llava_lab.replay.prefix import Prefix, embedded, image_tokens
 from llava_lab.replay.score import read_scores
@@ -63,9 +64,6 @@ from llava_lab.replay.targets import predicting_rows, resolve_targets
 from llava_lab.results import Circuit, Run, Target
 from llava_lab.stats import same_answer, spearman
 from llava_lab.worlds.twins import Twins, twins
-
-if TYPE_CHECKING:
-    from llava_lab.models import Lab
 
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # of edges, MIB's
 TOLD = 40  # edges named

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,14 +34,12 @@ from llava_lab.capture.watch import NAME, attention_module
 from llava_lab.checks import Sweep, entry, layer_window, one_of, whole_number
 from llava_lab.errors import LabError, OptionError
 from llava_lab.interventions.plan import DRAWS, Plan, Positions, carry_out, first_position, positions_of
+from llava_lab.models import Lab
 from llava_lab.models.layout import language_layers
 from llava_lab.replay.prefix import Prefix
 from llava_lab.replay.score import LOGODDS, LOGPROB, NAMES, SCORES, Reader
 from llava_lab.replay.targets import Wanted, resolve_targets
 from llava_lab.results import Effect, FlowSweep, Run
-
-if TYPE_CHECKING:
-    from llava_lab.models import Lab
 
 FLOWS = (("image", "question"), ("question", "last"), ("image", "last"))
 WIDTH = 9  # layers of the paper's 32- and 40-layer models

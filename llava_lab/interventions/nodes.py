@@ -26,7 +26,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,14 +40,12 @@ from llava_lab.checks import Sweep, entry, one_of, whole_number
 from llava_lab.errors import LabError
 from llava_lab.interventions.patching import CORRUPTIONS, corrupted_pixels, places_of
 from llava_lab.interventions.plan import Positions, parts
+from llava_lab.models import Lab
 from llava_lab.models.layout import language_layers
 from llava_lab.replay.prefix import Prefix, embedded, image_tokens
 from llava_lab.replay.score import read_scores
 from llava_lab.replay.targets import Targets, Wanted, predicting_rows, resolve_targets
 from llava_lab.results import NodeScores, Run
-
-if TYPE_CHECKING:
-    from llava_lab.models import Lab
 
 SITES = ("image", "question", "cue", "last")
 EVERY = "positions"  # each position from the picture on is a site of its own

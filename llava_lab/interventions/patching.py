@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,16 +25,13 @@ from llava_lab.checks import Sweep, entry, one_of, whole_number
 from llava_lab.errors import LabError, OptionError
 from llava_lab.interventions.knockout import windows_around
 from llava_lab.interventions.plan import COMPONENTS, Change, Positions, changing, parts, positions_of
-from llava_lab.models import read_picture
+from llava_lab.models import Lab, read_picture
 from llava_lab.models.layout import language_layers
 from llava_lab.replay.fills import fill_pixels
 from llava_lab.replay.prefix import Prefix, image_tokens
 from llava_lab.replay.score import LOGODDS, SCORES, Reader, noise_floor
 from llava_lab.replay.targets import Wanted, resolve_targets
 from llava_lab.results import PatchGrid, Run
-
-if TYPE_CHECKING:
-    from llava_lab.models import Lab
 
 CORRUPTIONS = ("grey", "blur", "noise")
 SITES = ("image", "question", "cue", "last")

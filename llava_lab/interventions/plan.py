@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from llava_lab.capture import hooked, undisturbed
 from llava_lab.capture.watch import attention_module
 from llava_lab.checks import Sweep, is_list, is_whole, one_of, patches_of, shown
 from llava_lab.errors import LabError, OptionError
+from llava_lab.models import Lab
 from llava_lab.models.generation import generate, log_probs
 from llava_lab.models.layout import language_layers
 from llava_lab.models.text import decode
@@ -43,9 +44,6 @@ from llava_lab.replay.prefix import AGREE, Prefix
 from llava_lab.replay.score import LOGODDS, SCORES, noise_floor
 from llava_lab.replay.targets import Targets
 from llava_lab.results import Effect, Run, Target
-
-if TYPE_CHECKING:
-    from llava_lab.models import Lab
 
 DRAWS = 20  # random controls
 OPEN = ("last", "answer", "all")

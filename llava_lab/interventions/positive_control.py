@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,12 +25,10 @@ from llava_lab.checks import Sweep, entry, one_of, whole_number
 from llava_lab.errors import OptionError
 from llava_lab.interventions.ablate import FILLS, Remove, remover, token_layer
 from llava_lab.interventions.plan import answer_under, positions_of_patches
+from llava_lab.models import Lab
 from llava_lab.results import ControlRates, Run
 from llava_lab.stats import exact_match, wilson
 from llava_lab.worlds import picturebook, redcell
-
-if TYPE_CHECKING:
-    from llava_lab.models import Lab
 
 TASKS = ("picturebook", "redcell")
 COVERED = 0.01  # of a patch: from there it belongs to the thing

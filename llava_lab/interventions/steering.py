@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,14 +40,12 @@ from llava_lab.interventions.plan import (
     positions_of,
     states_before,
 )
+from llava_lab.models import Lab
 from llava_lab.models.layout import language_layers
 from llava_lab.replay.score import LOGODDS, read_scores
 from llava_lab.replay.targets import Wanted, resolve_targets
 from llava_lab.replay.words import output_head
 from llava_lab.results import Effect, Run
-
-if TYPE_CHECKING:
-    from llava_lab.models import Lab
 
 OTHERS = ("What is in the picture?", "How many things are there?", "Is there a car?")  # asked beside, when none are given
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -21,12 +21,10 @@ from llava_lab.checks import Sweep, entry, known, whole_number
 from llava_lab.errors import LabError, OptionError
 from llava_lab.judging.faithfulness import BATCH, FEWEST_FILLS, SCALES, SEEDS, STEPS, Judge, allowed_fills
 from llava_lab.judging.ground_truth import deciding_share, ground_truth
+from llava_lab.models import Lab
 from llava_lab.replay.targets import Wanted, resolve_targets
 from llava_lab.results import Comparison, Faithfulness, GroundTruth, Relevance, Run, mean_of_known
 from llava_lab.stats import spearman, top_overlap
-
-if TYPE_CHECKING:
-    from llava_lab.models import Lab
 
 logger = logging.getLogger(__name__)
 

@@ -34,7 +34,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import torch
@@ -45,6 +45,7 @@ from llava_lab.checks import Sweep, entry, whole_number
 from llava_lab.errors import DataError, OptionError
 from llava_lab.judging.compare import Options, chosen_methods, compare
 from llava_lab.judging.faithfulness import BATCH, FEWEST_FILLS, SCALES, Judge, allowed_fills
+from llava_lab.models import Lab
 from llava_lab.models.folders import ABLATE, NAMES, SHIP
 from llava_lab.results import Ablation, Comparison, Faithfulness, Leaderboard, Run, Target, area, mean_of_known, only_writer
 from llava_lab.results.scores import COST, DIGITS, FAITHFUL, TRUE
@@ -52,9 +53,6 @@ from llava_lab.shipped import ABLATION, PHOTO_COMPARISON
 from llava_lab.stats import cluster_bootstrap, exact_match, percentiles, wilson
 from llava_lab.worlds import picturebook
 from llava_lab.worlds.photo_names import Outlined, accepted, read_outlined, with_article
-
-if TYPE_CHECKING:
-    from llava_lab.models import Lab
 
 MEASURES = (*FAITHFUL, *TRUE, *COST)
 SHARES = ("better", "object", "pointing")  # yes or no on each picture
@@ -70,6 +68,7 @@ COMPARISON = ABLATION / "ablation.npz"
 COMMAND = "llava-lab compare --model {name} --data picturebook --n 200 --methods all --save leaderboard.npz"
 
 Record = Mapping[str, Any]
+Kept = TypeVar("Kept")
 
 
 @entry
@@ -127,8 +126,7 @@ def leaderboard(
     measured = {"steps": steps, "seeds": seeds, "scale": scale, "batch": batch, "options": given}
     start = time.perf_counter()
     alone = nullcontext() if out is None else only_writer(out, folder=False)
-    sweep = Sweep("leaderboard", total=n, unit="picture", least=0, show=progress)
-    with alone, _Lines(out, settings) as lines, sweep as done:
+    with alone, _Lines(out, settings) as lines, Sweep("leaderboard", total=n, unit="picture", least=0, show=progress) as done:
         missing = [index for index in range(n) if index not in lines.records]
         done.step(n - len(missing))
         piece = partial(_picture, subject_of=subject_of, seed=seed, chosen=chosen, measured=measured)
@@ -404,8 +402,6 @@ def _packed(lab: Lab) -> dict[str, Any]:
 def _unpacked(parts: dict[str, Any]) -> Lab:
     from transformers import LlavaForConditionalGeneration
 
-    from llava_lab.models import Lab
-
     model = LlavaForConditionalGeneration._from_config(
         parts["config"], dtype=parts["dtype"], attn_implementation=parts["attention"]
     )
@@ -537,15 +533,19 @@ def shipped_leaderboard(lab: Lab) -> Leaderboard:
     >>> ll.shipped_leaderboard(lab).about["model"]
     'tiny'
     """
-    path = NAMES[lab.name] / FILE if lab.name in NAMES else None
-    again = f"compute one with: {COMMAND.format(name=lab.name)}"
+    return shipped(lab, FILE, Leaderboard.load, lambda board: board.about.get("fingerprint"), f"compute one with: {COMMAND}")
+
+
+def shipped(lab: Lab, file: str, read: Callable[[Path], Kept], made_by: Callable[[Kept], Any], again: str) -> Kept:
+    """What `read` makes of the `file` that ships beside the loaded model, if its weights are those that it was `made_by`."""
+    path, what = NAMES[lab.name] / file if lab.name in NAMES else None, Path(file).stem
+    again = again.format(name=lab.name)
     if path is None or not path.is_file():
-        raise DataError(f"no leaderboard ships with {lab.name!r}; {again}")
-    board = Leaderboard.load(path)
-    made_by = board.about.get("fingerprint")
-    if made_by != lab.fingerprint:
-        raise DataError(f"the shipped leaderboard is of weights {made_by}, and {lab.name!r} now has {lab.fingerprint}; {again}")
-    return board
+        raise DataError(f"no {what} ships with {lab.name!r}; {again}")
+    result = read(path)
+    if (of := made_by(result)) != lab.fingerprint:
+        raise DataError(f"the shipped {what} is of weights {of}, and {lab.name!r} now has {lab.fingerprint}; {again}")
+    return result
 
 
 @entry

@@ -19,7 +19,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -31,24 +31,14 @@ from llava_lab.checks import Sweep, entry, whole_number
 from llava_lab.errors import DataError, OptionError
 from llava_lab.interventions import ablate_tokens
 from llava_lab.interventions.ablate import remover, token_layer
-from llava_lab.interventions.plan import DRAWS, Positions, answer_under, read_patches
-from llava_lab.models.folders import NAMES
-from llava_lab.models.layout import (
-    language_layers,
-    language_model,
-    require_patch_tokens,
-    require_tower_attention,
-    used_vision_layers,
-    vision_tower,
-)
+from llava_lab.interventions.plan import DRAWS, answer_under, positions_of_patches
+from llava_lab.judging.leaderboard import shipped
+from llava_lab.models import Lab, layout
 from llava_lab.replay.score import LOGODDS
 from llava_lab.replay.targets import Wanted
 from llava_lab.results import Effect, Pruning, Relevance, Run
 from llava_lab.stats import best_first, exact_match
 from llava_lab.worlds import picturebook
-
-if TYPE_CHECKING:
-    from llava_lab.models import Lab
 
 FASTV, VISIONZIP, TRUTH, RANDOM = "fastv", "visionzip", "truth", "random"
 RANKINGS = (FASTV, VISIONZIP, "attention", "rollout", "gradient_input", TRUTH, RANDOM)
@@ -115,9 +105,9 @@ def ranking(lab: Lab, run: Run, by: Any, *, at: str | int = AT, seed: int = 0) -
 
 def class_attention(lab: Lab, run: Run) -> np.ndarray:
     """Attention of the tower's class token to each patch in the layer LLaVA reads, mean over heads, float (rows, cols)."""
-    require_tower_attention(lab.model, f"ranking {VISIONZIP!r}")
-    require_patch_tokens(lab.model, f"ranking {VISIONZIP!r}")
-    layers = used_vision_layers(lab.model)
+    layout.require_tower_attention(lab.model, f"ranking {VISIONZIP!r}")
+    layout.require_patch_tokens(lab.model, f"ranking {VISIONZIP!r}")
+    layers = layout.used_vision_layers(lab.model)
     last: list[np.ndarray] = []
 
     def fold(layer: int, attention: Any, _: Any) -> None:
@@ -125,7 +115,7 @@ def class_attention(lab: Lab, run: Run) -> np.ndarray:
             last.append(attention[0].float().cpu().numpy())
 
     with undisturbed(lab.model), watch_attention(layers, LayerByLayer(fold)):
-        vision_tower(lab.model)(lab.inputs(run)["pixel_values"])
+        layout.vision_tower(lab.model)(lab.inputs(run)["pixel_values"])
     patches = run.map.rows * run.map.cols
     if len(last[0]) == patches:
         raise OptionError(f"ranking {VISIONZIP!r} needs a class token in the vision tower, and this one has none")
@@ -176,8 +166,7 @@ def prune_sweep(
     full: list[bool] = []
     pictures: list[str] = []
     tokens = 0
-    sweep = Sweep("pruning", total=n, unit="question", least=0, show=progress)
-    with sweep as done:
+    with Sweep("pruning", total=n, unit="question", least=0, show=progress) as done:
         for index in range(n):
             scene = picturebook.scene(split, index, seed=seed)
             rng = np.random.default_rng((picturebook.SPLITS[split], seed, index, 7))
@@ -207,7 +196,7 @@ def prune_sweep(
         if done.interrupted:
             raise KeyboardInterrupt
         raise DataError(f"none of {n} pictures of split {split} has a question that something in it decides; ask for more")
-    count = len(language_layers(lab.model))
+    count = len(layout.language_layers(lab.model))
     return Pruning(
         rankings=names,
         keeps=np.array(wanted, np.int64),
@@ -239,23 +228,12 @@ def shipped_pruning(lab: Lab) -> Pruning:
     >>> ll.shipped_pruning(lab).tokens
     144
     """
-    path = NAMES[lab.name] / FILE if lab.name in NAMES else None
-    if path is None or not path.is_file():
-        raise DataError(f"no pruning ships with {lab.name!r}; measure it with: {COMMAND.format(name=lab.name)}")
-    result = Pruning.load(path)
-    if result.fingerprint != lab.fingerprint:
-        raise DataError(
-            f"the shipped pruning is of weights {result.fingerprint}, and {lab.name!r} now has {lab.fingerprint}; "
-            f"measure it with: {COMMAND.format(name=lab.name)}"
-        )
-    return result
+    return shipped(lab, FILE, Pruning.load, lambda found: found.fingerprint, f"measure it with: {COMMAND}")
 
 
 def _answer(lab: Lab, run: Run, layer: int, dropped: list[tuple[int, int]]) -> str:
-    start, cols = run.segments["image"][0], run.map.cols
-    inside = tuple(sorted(start + row * cols + col for row, col in read_patches(run, dropped)))
-    place = Positions("dropped", inside, len(run.token_ids))
-    answer, interrupted = answer_under(lab, run, partial(remover(lab, run, "drop", layer), place, None))
+    remove = partial(remover(lab, run, "drop", layer), positions_of_patches(run, dropped), None)
+    answer, interrupted = answer_under(lab, run, remove)
     if interrupted:
         raise KeyboardInterrupt
     return answer
@@ -267,7 +245,7 @@ def prefill_share(lab: Lab, tokens: int, dropped: int, layer: int) -> float:
     A layer over n positions: two operations for each weight of its matrices and position, and 4 n² times the width of its heads
     for attention (FastV's formula, counted by weights).
     """
-    layers, config = language_layers(lab.model), language_model(lab.model).config
+    layers, config = layout.language_layers(lab.model), layout.language_model(lab.model).config
     weights = sum(parameter.numel() for parameter in layers[0].parameters() if parameter.ndim == 2)
     width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 

@@ -26,23 +26,22 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import nn
 
+from llava_lab.attribution.attention import ask_instead
 from llava_lab.attribution.registry import attribute
 from llava_lab.checks import Sweep, entry, one_picture, whole_number
 from llava_lab.errors import OptionError
+from llava_lab.models import Lab
 from llava_lab.models.layout import connector_of, language_layers, vision_tower
 from llava_lab.models.text import pieces
 from llava_lab.models.weights import weights_put_back
 from llava_lab.replay.targets import Targets, Wanted, resolve_targets
 from llava_lab.results import Relevance, Run, Sanity
 from llava_lab.stats import spearman, top_overlap
-
-if TYPE_CHECKING:
-    from llava_lab.models import Lab
 
 TESTS = ("model", "question")
 OTHERS = ("How many things are there?", "What is the weather like?", "Who took this picture?")  # one is asked instead
@@ -164,17 +163,11 @@ def with_question(lab: Lab, run: Run, question: str) -> Run:
     question = question.strip()
     if not question:
         raise OptionError("expected a question to ask instead, got empty text")
-    sequence = lab.asked_instead(run, question)
-    start, stop = run.segments["answer"]
-    token_ids = np.concatenate([sequence.token_ids, run.token_ids[start:stop]])
-    moved = len(sequence.token_ids) - start
+    other = ask_instead(lab, run, question)
+    moved = other.segments["answer"][0] - run.segments["answer"][0]
     return replace(
-        run,
-        question=question,
-        prompt=sequence.text,
-        token_ids=token_ids,
-        tokens=pieces(lab.tokenizer, token_ids),
-        segments={**sequence.segments, "answer": (start + moved, stop + moved)},
+        other,
+        tokens=pieces(lab.tokenizer, other.token_ids),
         words=tuple(replace(word, start=word.start + moved, stop=word.stop + moved) for word in run.words),
         logprobs=np.full_like(run.logprobs, np.nan),
     )

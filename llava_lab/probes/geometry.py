@@ -17,19 +17,17 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import product
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from llava_lab.checks import Sweep, entry, whole_number
 from llava_lab.errors import OptionError
+from llava_lab.models import Lab
 from llava_lab.models.layout import connector_of, language_layers, vision_tower
 from llava_lab.models.weights import weights_put_back
 from llava_lab.probes.linear import BEFORE, QUESTION, Stage, held_out_classes, read_stages, stage_name, stages, subset
 from llava_lab.results import TokenGeometry
-
-if TYPE_CHECKING:
-    from llava_lab.models import Lab
 
 BY_CHANCE = 0.01  # outliers expected in a picture whose log norms are normally distributed
 ROBUST = 1.4826  # median deviation to standard deviation, for a normal distribution

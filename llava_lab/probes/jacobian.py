@@ -34,7 +34,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -44,12 +44,10 @@ from torch import Tensor
 from llava_lab.capture import hooked, undisturbed
 from llava_lab.checks import Sweep, entry, one_of, whole_number
 from llava_lab.errors import CheckpointError, LabError, OptionError
+from llava_lab.models import Lab
 from llava_lab.models.layout import language_layers
 from llava_lab.replay.words import output_head, state_window
 from llava_lab.results import Run, Saved, Table
-
-if TYPE_CHECKING:
-    from llava_lab.models import Lab
 
 TARGETS = ("text", "later")
 

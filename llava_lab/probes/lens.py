@@ -32,7 +32,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -44,6 +44,7 @@ from llava_lab.capture import undisturbed
 from llava_lab.capture.residual import watch_stream
 from llava_lab.checks import PATIENCE, Sweep, entry, number, one_of, whole_number
 from llava_lab.errors import DataError, OptionError
+from llava_lab.models import Lab
 from llava_lab.models.layout import language_layers
 from llava_lab.models.text import pieces
 from llava_lab.probes.jacobian import JacobianLens, check_lens, fit_jacobian
@@ -54,9 +55,6 @@ from llava_lab.stats import RESAMPLES, calibration, cluster_bootstrap, percentil
 from llava_lab.worlds.photo_names import accepted, read_outlined
 from llava_lab.worlds.picturebook import ask_about, scene
 from llava_lab.worlds.scenes import COLOR_NAMES, KIND_NAMES
-
-if TYPE_CHECKING:
-    from llava_lab.models import Lab
 
 BATCH = 256  # tokens a step of training
 ASKED = "What do you see?"  # of each scene whose tokens are tried with names

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,13 +40,11 @@ from llava_lab.capture import hooked, undisturbed
 from llava_lab.capture.residual import watch_stream
 from llava_lab.checks import PATIENCE, Sweep, array_of, entry, is_list, number, one_of, whole_number
 from llava_lab.errors import CheckpointError, OptionError
+from llava_lab.models import Lab
 from llava_lab.models.layout import connector_of, language_layers, require_patch_tokens
 from llava_lab.models.pictures import read_picture
 from llava_lab.results import ProbeScores
 from llava_lab.worlds.scenes import COLOR_NAMES, KIND_NAMES, SIZE, Scene
-
-if TYPE_CHECKING:
-    from llava_lab.models import Lab
 
 QUESTION = "What is in the picture?"
 BEFORE, AFTER = "before", "after"

@@ -15,7 +15,7 @@ Sources: Neo et al. 2024 (arXiv 2410.07149) and LatentLens (arXiv 2602.00462) fo
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,13 +26,11 @@ from llava_lab.capture import undisturbed
 from llava_lab.capture.residual import watch_stream
 from llava_lab.checks import entry, one_of, whole_number
 from llava_lab.errors import LabError, OptionError
+from llava_lab.models import Lab
 from llava_lab.models.layout import language_layers
 from llava_lab.models.text import pieces
 from llava_lab.replay.words import COLUMNS, output_head
 from llava_lab.results import NearestWords, Run
-
-if TYPE_CHECKING:
-    from llava_lab.models import Lab
 
 SPACES = ("input", "output")
 SHORTEST_WORD = 3  # letters; shorter tokens are mostly pieces

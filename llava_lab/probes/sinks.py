@@ -30,7 +30,7 @@ import time
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,12 +41,10 @@ from llava_lab.capture import Reducer, undisturbed, watch_attention
 from llava_lab.capture.residual import watch_stream
 from llava_lab.checks import Sweep, entry, is_list, number
 from llava_lab.errors import OptionError
+from llava_lab.models import Lab
 from llava_lab.models.layout import has_tower_attention, language_layers, patch_grid, used_vision_layers
 from llava_lab.models.weights import weights_put_back
 from llava_lab.results import Run, Sinks
-
-if TYPE_CHECKING:
-    from llava_lab.models import Lab
 
 ATTENDED = 4.0  # times an even share
 LONG = 3.0  # times the length of the middle patch's state

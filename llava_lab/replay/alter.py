@@ -31,7 +31,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import singledispatch
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -42,15 +42,13 @@ from torch.nn import functional
 from llava_lab.capture import undisturbed
 from llava_lab.checks import has_picture, one_of
 from llava_lab.errors import LabError, OptionError
+from llava_lab.models import Lab
 from llava_lab.models.layout import connector_of, read_connector, require_patch_tokens
 from llava_lab.replay.fills import EVERY_FILL, fill_picture, fill_pixels, inpaint, mean_fill, noise_fill
 from llava_lab.replay.prefix import ROWS, Prefix, agree, embedded
 from llava_lab.replay.score import LOGPROB, NAMES, SCORES, Reader, target_score
 from llava_lab.replay.targets import Targets
 from llava_lab.results import Run
-
-if TYPE_CHECKING:
-    from llava_lab.models import Lab
 
 LEVELS = ("pixels", "vision", "projector")
 PLACES = {"pixels": "the pixels", "vision": "the vision tower's output", "projector": "the connector's output"}

@@ -12,8 +12,6 @@ Source of the neighbours' fill: the pull-push scheme of Gortler et al. 1996 (The
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
@@ -22,9 +20,7 @@ from torch.nn import functional
 
 from llava_lab.errors import OptionError
 from llava_lab.geometry import PictureMap
-
-if TYPE_CHECKING:
-    from llava_lab.models import Lab
+from llava_lab.models import Lab
 
 FILLS = ("grey", "mean", "blur")  # plain enough to be shown on the picture itself
 SQUARES = (*FILLS, "noise")  # one square whatever is taken away

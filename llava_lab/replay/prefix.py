@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -31,13 +31,11 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from llava_lab.capture import hooked
 from llava_lab.errors import LabError
+from llava_lab.models import Lab
 from llava_lab.models.layout import language_layers, read_connector
 from llava_lab.replay.score import LOGPROB, Reader
 from llava_lab.replay.targets import Targets
 from llava_lab.results import Run
-
-if TYPE_CHECKING:
-    from llava_lab.models import Lab
 
 ROWS = 256  # positions in one pass: enough to keep the matmuls busy, few enough to stay small
 # Noise floors by which packed and plain scores may differ. Measured on `tiny`: at most 0.41 in float32, float16 and bfloat16;

@@ -24,18 +24,15 @@ against all other tokens where none is named.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from llava_lab.models import Lab
 from llava_lab.models.generation import log_probs, precise
 from llava_lab.replay.targets import Targets, predicting_rows
 from llava_lab.results import Run
-
-if TYPE_CHECKING:
-    from llava_lab.models import Lab
 
 Score = Callable[[Float[Tensor, "B 3 Y X"]], Float[Tensor, "B N"]]  # pictures -> score of each target
 

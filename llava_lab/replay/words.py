@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,12 +25,10 @@ from torch import Tensor, nn
 
 from llava_lab.checks import layer_window
 from llava_lab.errors import LabError, OptionError
+from llava_lab.models import Lab
 from llava_lab.models.generation import precise
 from llava_lab.models.layout import language_model
 from llava_lab.models.text import pieces
-
-if TYPE_CHECKING:
-    from llava_lab.models import Lab
 
 ROWS = 64  # states at a time through the whole vocabulary: 8 MB of float32 at 32,000 words
 EXACT = {torch.float32: 1e-4, torch.float64: 1e-6}  # agreement asked of a norm re-stated by hand; 16-bit types get ROUGH

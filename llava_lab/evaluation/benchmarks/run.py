@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -29,11 +29,9 @@ from llava_lab.evaluation.benchmarks.judged import by_rule
 from llava_lab.evaluation.benchmarks.registry import BENCHMARKS, DIFFERENCES, PUBLISHED
 from llava_lab.evaluation.items import Item
 from llava_lab.evaluation.scoring import BATCH, LONGEST, answer_all, blinded, shuffled
+from llava_lab.models import Lab
 from llava_lab.models.folders import ASSETS
 from llava_lab.results import BenchmarkScores
-
-if TYPE_CHECKING:
-    from llava_lab.models import Lab
 
 TWIN = "picturebook"
 TWIN_PICTURES = 200

@@ -7,7 +7,7 @@ loss, greedy = continuation(lab, [picture], "What is it?", "a car")
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,14 +15,11 @@ import torch
 from llava_lab.capture import evaluating
 from llava_lab.checks import entry
 from llava_lab.errors import OptionError
-from llava_lab.models import layout
+from llava_lab.models import Lab, layout
 from llava_lab.models.generation import log_probs
 from llava_lab.models.pictures import read_pictures
 from llava_lab.models.text import IMAGE
-
-if TYPE_CHECKING:
-    from llava_lab.models import Lab
-    from llava_lab.results import Run
+from llava_lab.results import Run
 
 # Settings of generation that change nothing at these values; others are refused, for a score made otherwise is another score.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {"num_beams": (1,), "do_sample": (False, True), "use_cache": (True, False)}
