@@ -374,7 +374,7 @@ def test_a_call_interrupted_at_random_lines_leaves_everything_as_it_was(
     tiny_random: Any, calls: dict[str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, lines: int
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys.modules["llava_lab.interventions.positive_control"], "exact_match", lambda *given: True)
+    monkeypatch.setattr(sys.modules["llava_lab.interventions.ablate"], "exact_match", lambda *given: True)
     _interrupted(tiny_random, name, calls, tmp_path, lines=lines)
 
 
@@ -780,7 +780,7 @@ def test_pairs_of_public_calls_on_one_lab_get_what_each_gets_alone(
 ) -> None:
     """Every call beside four others and beside itself, each pair begun at the same moment."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys.modules["llava_lab.interventions.positive_control"], "exact_match", lambda *given: True)
+    monkeypatch.setattr(sys.modules["llava_lab.interventions.ablate"], "exact_match", lambda *given: True)
     start, places = threading.Barrier(2), itertools.count()
 
     def outcome(called: str, beside: bool) -> Any:

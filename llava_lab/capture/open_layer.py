@@ -17,7 +17,7 @@ The idea is gradient checkpointing (Chen et al. 2016, arXiv 1604.06174), cut at 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,12 +80,11 @@ def keep_calls(layers: Sequence[nn.Module], *others: nn.Module) -> Iterator[dict
             raise LabError(f"expected {type(module).__name__} to be called with its input first, got names {sorted(kwargs)} only")
         calls[module] = Call(module, args[0].detach(), args[1:], kwargs)
 
-    with ExitStack() as stack:
-        stack.callback(calls.clear)
-        stack.enter_context(routed([attention_module(layer) for layer in layers]))
-        for module in (*layers, *others):
-            stack.enter_context(hooked(module, before=keep, with_kwargs=True))
-        yield calls
+    try:
+        with routed([attention_module(layer) for layer in layers]), hooked(*layers, *others, before=keep, with_kwargs=True):
+            yield calls
+    finally:
+        calls.clear()
 
 
 def open_layer(call: Call) -> OpenLayer:

@@ -456,13 +456,12 @@ def random_states_kept() -> Iterator[None]:
 
 @contextmanager
 def hooked(
-    module: nn.Module,
-    *,
+    *modules: nn.Module,
     before: Callable[..., Any] | None = None,
     after: Callable[..., Any] | None = None,
     with_kwargs: bool = False,
 ) -> Iterator[None]:
-    """Call `before` and `after` around every forward of `module` inside the block; they are off on leaving, whatever happens.
+    """Call `before` and `after` around every forward of `modules` inside the block; they are off on leaving, whatever happens.
 
     The signatures are torch's own: ``before(module, args)`` may give new arguments back, ``after(module, args, output)``
     a new output; with `with_kwargs` the keyword arguments come after `args`. This is the only place that registers hooks.
@@ -476,8 +475,9 @@ def hooked(
     """
     handles: list[Any] = []
     with undoing(lambda: [handle.remove() for handle in handles]):
-        if before is not None:
-            handles.append(module.register_forward_pre_hook(before, with_kwargs=with_kwargs))
-        if after is not None:
-            handles.append(module.register_forward_hook(after, with_kwargs=with_kwargs))
+        for module in modules:
+            if before is not None:
+                handles.append(module.register_forward_pre_hook(before, with_kwargs=with_kwargs))
+            if after is not None:
+                handles.append(module.register_forward_hook(after, with_kwargs=with_kwargs))
         yield

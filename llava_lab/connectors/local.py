@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -133,10 +133,8 @@ class Slopes:
     @contextmanager
     def watched(self, connector: nn.Module) -> Iterator[Slopes]:
         """Count while the connector runs inside the block; no hook is left."""
-        with ExitStack() as stack:
-            for part in connector.modules():
-                if type(part).__name__.upper().startswith("GELU"):
-                    stack.enter_context(hooked(part, after=self._count))
+        gelus = [part for part in connector.modules() if type(part).__name__.upper().startswith("GELU")]
+        with hooked(*gelus, after=self._count):
             yield self
 
     def _count(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:

@@ -1,11 +1,10 @@
 """Change the model to see what an answer rests on; each intervention proves that it took effect."""
 
-from llava_lab.interventions.ablate import ablate_tokens, ablated, ask_without
+from llava_lab.interventions.ablate import ablate_tokens, ablated, ask_without, positive_control
 from llava_lab.interventions.circuit import circuit
 from llava_lab.interventions.knockout import knocked_out, knockout, knockout_sweep
 from llava_lab.interventions.nodes import attribution_patch, patch_nodes
 from llava_lab.interventions.patching import patch, patched
-from llava_lab.interventions.positive_control import positive_control
 from llava_lab.interventions.steering import erase, erased, mean_difference, steer, steered
 
 __all__ = [

@@ -13,17 +13,24 @@ of the model's square.
 
     without = ask_without(lab, run, [(4, 2), (4, 3)])
 
-Sources: Neo et al. 2024 (arXiv 2410.07149) for mean ablation of object tokens; Chen et al. 2024 (arXiv 2403.06764) for
-dropping tokens after a layer.
+`positive_control`: where the right place is known, taking it away must change the answer far more often than chance. Questions
+of the picture book (their deciding things are known) or pictures of `llava_lab.worlds.redcell`; only those that the model
+answers rightly count: a wrong answer has no place that made it right.
+
+Sources: Neo et al. 2024 (arXiv 2410.07149) for mean ablation of object tokens, with a buffer, against equally many random ones;
+Chen et al. 2024 (arXiv 2403.06764) for dropping tokens after a layer.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,19 +39,10 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from llava_lab.capture import undisturbed
-from llava_lab.checks import entry, one_of, same_model, whole_number
+from llava_lab.checks import Sweep, entry, one_of, same_model, whole_number
 from llava_lab.errors import LabError, OptionError
+from llava_lab.interventions import plan
 from llava_lab.interventions.knockout import Cut, cutting, proving
-from llava_lab.interventions.plan import (
-    DRAWS,
-    Plan,
-    Positions,
-    carry_out,
-    entering,
-    positions_of_patches,
-    read_patches,
-    states_before,
-)
 from llava_lab.models import Lab, read_picture
 from llava_lab.models.layout import language_layers
 from llava_lab.replay.fills import BLUR
@@ -52,11 +50,9 @@ from llava_lab.replay.fills import FILLS as COVERS
 from llava_lab.replay.prefix import image_tokens
 from llava_lab.replay.score import LOGODDS
 from llava_lab.replay.targets import Wanted, resolve_targets
-from llava_lab.results import Effect, Run
-from llava_lab.worlds import picturebook
-
-if TYPE_CHECKING:
-    from llava_lab.remote import BlackBox
+from llava_lab.results import ControlRates, Effect, Run
+from llava_lab.stats import exact_match, wilson
+from llava_lab.worlds import picturebook, redcell
 
 FILLS = ("mean", "zero", "noise", "shuffle", "other", "drop")
 MEAN_PICTURES = 16  # of the picture book, when none are given
@@ -84,7 +80,7 @@ def ablated(
     'The car is red.'
     """
     lab.inputs(run)
-    place, layer = positions_of_patches(run, patches), token_layer(lab, at)
+    place, layer = plan.positions_of_patches(run, patches), token_layer(lab, at)
     with remover(lab, run, fill, layer, pictures=pictures, other=other, seed=seed)(place, None):
         yield lab
 
@@ -101,7 +97,7 @@ def ablate_tokens(
     score: str = LOGODDS,
     pictures: Sequence[Any] | None = None,
     other: Any = None,
-    draws: int = DRAWS,
+    draws: int = plan.DRAWS,
     seed: int = 0,
     answer: bool = True,
 ) -> Effect:
@@ -122,7 +118,7 @@ def ablate_tokens(
     targets = resolve_targets(lab, run, metric)
     draws, seed = whole_number("draws", draws), whole_number("seed", seed)
     lab.inputs(run)
-    place, layer = positions_of_patches(run, patches), token_layer(lab, at)
+    place, layer = plan.positions_of_patches(run, patches), token_layer(lab, at)
     remove = remover(lab, run, fill, layer, pictures=pictures, other=other, seed=seed)
     count, every = len(place.positions), np.arange(*run.segments["image"])
     others, name = [], "none"
@@ -142,21 +138,21 @@ def ablate_tokens(
             )
 
     where = "the connector's output" if layer == 0 else f"the stream after {layer} layers"
-    plan = Plan(
+    change = plan.Plan(
         name="ablate_tokens",
         what=f"{place.name} at {where}: {fill}.",
         options={"fill": fill, "at": at, "patches": count, "positions": list(place.positions)},
         start=min([place.positions[0], *(positions[0] for positions in others)]),
         enter=partial(remove, place, None),
         prove=prove,
-        controls=[partial(remove, Positions(name, positions, place.length), None) for positions in others],
+        controls=[partial(remove, plan.Positions(name, positions, place.length), None) for positions in others],
         control_name=name,
     )
-    return carry_out(lab, run, targets, plan, seed=seed, answer=answer, score=score)
+    return plan.carry_out(lab, run, targets, change, seed=seed, answer=answer, score=score)
 
 
 # Takes the tokens of a place away inside its block; with a proof to fill, one forward inside is checked.
-Remove = Callable[[Positions, dict[str, float] | None], AbstractContextManager[Any]]
+Remove = Callable[[plan.Positions, dict[str, float] | None], AbstractContextManager[Any]]
 
 
 def remover(lab: Lab, run: Run, fill: str, layer: int, *, pictures: Any = None, other: Any = None, seed: int = 0) -> Remove:
@@ -169,9 +165,9 @@ def remover(lab: Lab, run: Run, fill: str, layer: int, *, pictures: Any = None, 
     table, begin = _table(lab, run, fill, layer, pictures, other, seed), run.segments["image"][0]
 
     @contextmanager
-    def remove(place: Positions, proof: dict[str, float] | None) -> Iterator[None]:
+    def remove(place: plan.Positions, proof: dict[str, float] | None) -> Iterator[None]:
         values = shuffled(table, [position - begin for position in place.positions], seed) if fill == "shuffle" else table
-        with entering(lab, layer, place, lambda states, at: values[at - begin]) as changes:
+        with plan.entering(lab, layer, place, lambda states, at: values[at - begin]) as changes:
             yield
         if proof is not None:
             proof["states"], proof["largest_change"] = float(changes.states), changes.largest
@@ -180,9 +176,9 @@ def remover(lab: Lab, run: Run, fill: str, layer: int, *, pictures: Any = None, 
 
 
 @contextmanager
-def _dropped(lab: Lab, run: Run, layer: int, place: Positions, proof: dict[str, float] | None) -> Iterator[None]:
+def _dropped(lab: Lab, run: Run, layer: int, place: plan.Positions, proof: dict[str, float] | None) -> Iterator[None]:
     """Nobody else reads the tokens from `layer` on; what they make of themselves is read by nobody."""
-    everyone = Positions("all", tuple(range(len(run.token_ids))), len(run.token_ids), True)
+    everyone = plan.Positions("all", tuple(range(len(run.token_ids))), len(run.token_ids), True)
     cut, window = Cut(place, everyone), (layer, len(language_layers(lab.model)))
     with cutting(lab, cut, window), nullcontext() if proof is None else proving(lab, cut, window, proof):
         yield
@@ -218,7 +214,7 @@ def _tokens(lab: Lab, run: Run, layer: int, picture: Any) -> Tokens:
         inputs["pixel_values"] = lab.pixels(read_picture(picture), run.map.mode)
     if layer == 0:
         return image_tokens(lab, run, inputs["pixel_values"])[0]
-    return states_before(lab, layer, inputs)[slice(*run.segments["image"])]
+    return plan.states_before(lab, layer, inputs)[slice(*run.segments["image"])]
 
 
 def shuffled(table: Tokens, chosen: list[int], seed: int) -> Tokens:
@@ -254,7 +250,7 @@ Patches = Iterable[tuple[int, int]]
 
 
 @entry
-def ask_without(lab: Lab | BlackBox, run: Run, patches: Patches, *, fill: str = COVERS[0], history: Any = ()) -> Run:
+def ask_without(lab: Any, run: Run, patches: Patches, *, fill: str = COVERS[0], history: Any = ()) -> Run:
     """The same question, asked the same way, about the run's picture with `patches` (row, col) covered.
 
     `fill`: ``grey``, ``mean`` (the picture's own mean colour) or ``blur``. A run that came with earlier turns
@@ -281,7 +277,7 @@ def cover(run: Run, patches: Patches, *, fill: str = COVERS[0]) -> np.ndarray:
     one_of("fill", fill, COVERS)
     rows, cols = run.map.rows, run.map.cols
     grid = np.zeros((rows, cols), np.float32)
-    for cell in read_patches(run, patches):
+    for cell in plan.read_patches(run, patches):
         grid[cell] = 1
     covered = run.map.project(grid) == 1  # not a number, so never equal, where the model does not look
     if fill == "blur":
@@ -290,3 +286,125 @@ def cover(run: Run, patches: Patches, *, fill: str = COVERS[0]) -> np.ndarray:
     else:
         filling = (np.full(3, GREY) if fill == "grey" else run.picture.mean((0, 1)).round()).astype(np.uint8)
     return np.where(covered[:, :, None], filling, run.picture)
+
+
+# -- where the right place is known -------------------------------------------------------
+
+TASKS = ("picturebook", "redcell")
+COVERED = 0.01  # of a patch: from there it belongs to the thing
+MOST = 20  # questions tried for each one wanted
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question and the pixels that decide it."""
+
+    picture: np.ndarray
+    question: str
+    right: str
+    deciding: np.ndarray  # bool (height, width)
+
+
+@entry
+def positive_control(
+    lab: Lab,
+    *,
+    task: str = TASKS[0],
+    n: int = 200,
+    fill: str = FILLS[0],
+    at: str | int = "projector",
+    buffer: int = 0,
+    split: str = "test",
+    seed: int = 0,
+) -> ControlRates:
+    """How often the answer changes without the deciding patches, and without equally many random others, over `n` questions.
+
+    `buffer` patches around the deciding ones are taken too. `fill`, `at` as in `ablate_tokens` (not ``other``). Questions
+    the model answers wrongly are passed over, as are those whose deciding things leave too few other patches. Ctrl-C gives
+    the questions that are done.
+
+    Raises OptionError when no question can be used.
+
+    >>> rates = ll.positive_control(lab, n=2, fill="zero")
+    >>> rates.n, rates.changed.shape
+    (2, (2, 2))
+    """
+    began = time.perf_counter()
+    one_of("task", task, TASKS)
+    one_of("fill", fill, [name for name in FILLS if name != "other"])
+    n, buffer, seed = whole_number("n", n), whole_number("buffer", buffer), whole_number("seed", seed)
+    layer, rng = token_layer(lab, at), np.random.default_rng((seed, 47))
+    changed: list[tuple[bool, bool]] = []  # without the deciding patches, without others
+    counts: list[int] = []  # of patches taken away
+    asked = 0
+    remove: Remove | None = None
+    with undisturbed(lab.model), Sweep("positive control", total=n, unit="question") as sweep:
+        for item in _items(lab, task, split, seed):
+            if len(changed) >= n or asked >= MOST * max(n, 1):
+                break
+            asked += 1
+            run = lab.ask(item.picture, item.question, max_new_tokens=48)
+            places = places_of(run, item, buffer, rng) if exact_match(run.answer, item.right) else None
+            if places is None:
+                continue
+            # the mean and zero are the same for every picture
+            if remove is None or layer or fill not in ("mean", "zero"):
+                remove = remover(lab, run, fill, layer, seed=seed)
+            first, second = (
+                plan.answer_under(lab, run, partial(remove, plan.positions_of_patches(run, place), None))[0] != run.answer
+                for place in places
+            )
+            changed.append((first, second))
+            counts.append(int(places[0].sum()))
+            sweep.step()
+    if not changed:
+        raise OptionError(f"expected questions that {lab.name!r} answers rightly, got none of {asked}; try another task or split")
+    deciding, random = (sum(column) for column in zip(*changed, strict=True))
+    return ControlRates(
+        task=task,
+        options={"fill": fill, "at": at, "buffer": buffer, "split": split},
+        n=len(changed),
+        asked=asked,
+        deciding=deciding / len(changed),
+        random=random / len(changed),
+        changed=np.array(changed, bool),
+        deciding_interval=wilson(deciding, len(changed)),
+        random_interval=wilson(random, len(changed)),
+        patches=np.array(counts, np.int64),
+        model=lab.name,
+        fingerprint=lab.fingerprint,
+        seed=seed,
+        seconds=time.perf_counter() - began,
+        interrupted=sweep.interrupted,
+    )
+
+
+def _items(lab: Lab, task: str, split: str, seed: int) -> Iterator[Asked]:
+    side = lab.grid[0]
+    # patches a cell: the smallest number that divides the grid and leaves at most 12 cells a side
+    per_cell = next(number for number in range(1, side + 1) if side % number == 0 and side // number <= 12)
+    for index in count():
+        if task == "redcell":
+            cells = redcell.scene(split, index, rows=side // per_cell, seed=seed)
+            yield Asked(np.asarray(cells.picture()), cells.question, cells.answer, cells.mask()[0])
+        else:
+            drawn: Any = picturebook.scene(split, index, seed=seed)
+            masks = drawn.masks()
+            for question in picturebook.ask_about(drawn, np.random.default_rng((picturebook.SPLITS[split], seed, index, 5)), 4):
+                if question.deciding:
+                    mask = masks[list(question.deciding)].any(0)
+                    yield Asked(np.asarray(drawn.picture()), question.text, question.answer, mask)
+
+
+def places_of(run: Run, item: Asked, buffer: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray] | None:
+    """The deciding patches and as many others, bool (rows, cols); None where there are not enough others."""
+    inside = run.map.mask_to_patches(item.deciding) > COVERED
+    grid = torch.from_numpy(inside)[None, None].float()
+    if buffer:
+        inside = torch.nn.functional.max_pool2d(grid, 2 * buffer + 1, 1, buffer)[0, 0].numpy() > 0
+    free = np.flatnonzero(~inside & (run.map.coverage() > 0))
+    if not inside.any() or len(free) < inside.sum():
+        return None
+    other = np.zeros(inside.size, bool)
+    other[rng.choice(free, int(inside.sum()), replace=False)] = True
+    return inside, other.reshape(inside.shape)

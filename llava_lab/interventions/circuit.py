@@ -160,11 +160,8 @@ def circuit(
         notes.append(f"Interrupted after {len(faithful)} of {len(judged)} pairs.")
     top = order[:TOLD]
     in_image = np.zeros(len(shape.live), bool)
-    begin = 0
-    for block in shape.blocks:
-        size = int(np.prod(block))
-        in_image[begin : begin + size].reshape(block)[..., GROUPS.index("image")] = True
-        begin += size
+    for block in shape.in_blocks(in_image):
+        block[..., GROUPS.index("image")] = True
     assert total is not None  # there is a pair
     return Circuit(
         shares=np.array(sizes),
@@ -286,20 +283,22 @@ class Shape:
             shapes.append((1, self.before(layer) + self.heads, len(GROUPS)))
         return [*shapes, (1, self.senders, len(GROUPS))]
 
+    def in_blocks(self, edges: np.ndarray) -> list[np.ndarray]:
+        """Views of `edges`, one value for each, in the shape of every block."""
+        ends = np.cumsum([np.prod(shape) for shape in self.blocks])
+        return [part.reshape(shape) for part, shape in zip(np.split(edges, ends[:-1]), self.blocks, strict=True)]
+
     @property
     def live(self) -> np.ndarray:
         """Edges that can matter: not from the text's tokens, the same in both readings, nor to what no answer position reads."""
-        parts = []
-        for number, shape in enumerate(self.blocks):
-            alive = np.ones(shape, bool)
+        every, last = np.ones(sum(map(np.prod, self.blocks)), bool), self.layers - 1
+        for number, alive in enumerate(self.in_blocks(every)):
             alive[:, 0, 1] = False
-            last = self.layers - 1
             if number == 2 * last:
                 alive[: self.heads, :, 0] = False  # queries of the last layer at image positions
             elif number > 2 * last:
                 alive[..., 0] = False
-            parts.append(alive.ravel())
-        return np.concatenate(parts)
+        return every
 
     def name(self, edge: int) -> str:
         """An edge in words, by its number among all."""
@@ -405,7 +404,9 @@ class Graph:
         readers: list[Tensor] | None = None,
     ) -> Float[Tensor, ""]:
         """The score; `keep` gets what each sender gives, `readers` what each block of readers is given, (R, T, D)."""
-        kept = None if edges is None else self._split(edges)
+        kept: list[Tensor] | None = None
+        if edges is not None:
+            kept = [torch.from_numpy(block.astype(np.float32)).to(self.clean_tokens) for block in self.shape.in_blocks(edges)]
         stream, gave = tokens, [tokens]
         baseline = None if kept is None else self._corrupt[0]  # the corrupted reading's stream
 
@@ -461,12 +462,3 @@ class Graph:
         future = torch.ones(weights.shape[1:], dtype=torch.bool, device=weights.device).triu(1)
         mixed = weights.masked_fill(future, torch.finfo(weights.dtype).min).softmax(-1) @ value
         return torch.einsum("htw,dhw->htd", mixed, part.o_proj.weight.view(-1, heads, width))
-
-    def _split(self, edges: np.ndarray) -> list[Tensor]:
-        parts, begin = [], 0
-        for shape in self.shape.blocks:
-            size = int(np.prod(shape))
-            block = torch.from_numpy(edges[begin : begin + size].reshape(shape).astype(np.float32))
-            parts.append(block.to(self.clean_tokens))
-            begin += size
-        return parts

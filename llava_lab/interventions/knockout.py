@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -88,9 +88,7 @@ def cutting(lab: Lab, cut: Cut, window: tuple[int, int]) -> Iterator[None]:
             return None  # nothing to cut: the very kernel that would have run
         return args, {**kwargs, "attention_mask": _masked(kwargs.get("attention_mask"), blocked, states)}
 
-    with ExitStack() as stack:
-        for layer in language_layers(lab.model)[slice(*window)]:
-            stack.enter_context(hooked(attention_module(layer), before=before, with_kwargs=True))
+    with hooked(*map(attention_module, language_layers(lab.model)[slice(*window)]), before=before, with_kwargs=True):
         yield
 
 
@@ -103,12 +101,7 @@ def proving(lab: Lab, cut: Cut, window: tuple[int, int], proof: dict[str, float]
     layers = language_layers(lab.model)[slice(*window)]
     eager = _implementation(lab) == "eager"
     seen = _Seen(cut, lab.dtype if eager else torch.float32)
-    with ExitStack() as stack:
-        if eager:
-            for layer in layers:
-                stack.enter_context(hooked(attention_module(layer), after=seen.after))
-        else:
-            stack.enter_context(watch_attention(layers, seen))
+    with hooked(*map(attention_module, layers), after=seen.after) if eager else watch_attention(layers, seen):
         yield
     if seen.layers != len(layers):
         raise LabError(f"expected the attention of {len(layers)} layers to prove the cut, got {seen.layers}; run one forward")

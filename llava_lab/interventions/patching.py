@@ -14,17 +14,19 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from llava_lab.capture import hooked, undisturbed
+from llava_lab.capture import undisturbed
+from llava_lab.capture.residual import watch_outputs
 from llava_lab.checks import Sweep, entry, one_of, whole_number
 from llava_lab.errors import LabError, OptionError
 from llava_lab.interventions.knockout import windows_around
-from llava_lab.interventions.plan import COMPONENTS, Change, Positions, changing, parts, positions_of
+from llava_lab.interventions.plan import COMPONENTS, Positions, changing, parts, positions_of
 from llava_lab.models import Lab, read_picture
 from llava_lab.models.layout import language_layers
 from llava_lab.replay.fills import fill_pixels
@@ -147,18 +149,13 @@ def patched(
     modules, attentions = parts(lab, component), parts(lab, "attention")
     changes = []
 
-    def clean_states(layer: int) -> Change:
-        states = states_of[component][layer]
-
-        def change(now: Tensor, at: Tensor) -> Tensor:
-            inside = at - first < len(states)  # what is generated later has no clean state
-            return torch.where(inside[:, None], states[(at - first).clamp_max(len(states) - 1)], now)
-
-        return change
+    def put_back(states: Tensor, now: Tensor, at: Tensor) -> Tensor:
+        inside = at - first < len(states)  # what is generated later has no clean state
+        return torch.where(inside[:, None], states[(at - first).clamp_max(len(states) - 1)], now)
 
     with ExitStack() as stack:
         for layer in range(*window):
-            change = clean_states(layer)
+            change = partial(put_back, states_of[component][layer])
             changes.append(stack.enter_context(changing([modules[layer]], [attentions[layer]], place, change)))
         yield len(changes)
     if not all(layer.states for layer in changes):
@@ -169,14 +166,9 @@ def patched(
 def keeping(lab: Lab, components: Sequence[str]) -> Iterator[dict[str, list[Tensor]]]:
     """What each layer's components give in the forward inside, lists over layers of (T, D)."""
     states_of: dict[str, list[Tensor]] = {name: [] for name in components}
-
-    def keep(name: str, output: Any) -> None:
-        states_of[name].append((output[0] if isinstance(output, tuple) else output)[0].detach())
-
     with ExitStack() as stack:
-        for name in components:
-            for module in parts(lab, name):
-                stack.enter_context(hooked(module, after=lambda module, args, output, name=name: keep(name, output)))
+        for name, kept in states_of.items():
+            stack.enter_context(watch_outputs(parts(lab, name), lambda _, output, kept=kept: kept.append(output[0])))
         yield states_of
 
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence, Set
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -287,11 +287,8 @@ def changing(
         if put and put[-1][0] is module and states is not put.pop()[1]:
             raise LabError("expected the changed states to go on, got others; another hook on this layer undoes the change")
 
-    with ExitStack() as stack:
-        for module, attention in zip(modules, attentions, strict=True):
-            stack.enter_context(hooked(attention, before=note_position, with_kwargs=True))
-            stack.enter_context(hooked(module, after=replace))
-            stack.enter_context(hooked(module, after=check))
+    noting = hooked(*attentions, before=note_position, with_kwargs=True)
+    with noting, hooked(*modules, after=replace), hooked(*modules, after=check):
         yield changes
 
 

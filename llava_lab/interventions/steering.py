@@ -27,19 +27,7 @@ from torch import Tensor
 from llava_lab.capture import undisturbed
 from llava_lab.checks import array_of, entry, layer_window, number, shown, whole_number
 from llava_lab.errors import LabError, OptionError
-from llava_lab.interventions.plan import (
-    DRAWS,
-    Changes,
-    Enter,
-    Plan,
-    Positions,
-    answer_under,
-    carry_out,
-    changing,
-    parts,
-    positions_of,
-    states_before,
-)
+from llava_lab.interventions import plan
 from llava_lab.models import Lab
 from llava_lab.models.layout import language_layers
 from llava_lab.replay.score import LOGODDS, read_scores
@@ -62,7 +50,7 @@ def steer(
     metric: Wanted = None,
     score: str = LOGODDS,
     others: Sequence[str] = OTHERS,
-    draws: int = DRAWS,
+    draws: int = plan.DRAWS,
     seed: int = 0,
     answer: bool = True,
 ) -> Effect:
@@ -97,7 +85,7 @@ def erase(
     metric: Wanted = None,
     score: str = LOGODDS,
     others: Sequence[str] = OTHERS,
-    draws: int = DRAWS,
+    draws: int = plan.DRAWS,
     seed: int = 0,
     answer: bool = True,
 ) -> Effect:
@@ -126,7 +114,7 @@ def steered(
     """
     lab.inputs(run)
     unit, _ = find_direction(lab, direction)
-    with moving(lab, positions_of(run, where, option="where"), _window(lab, layers), "steer", unit, alpha):
+    with moving(lab, plan.positions_of(run, where, option="where"), _window(lab, layers), "steer", unit, alpha):
         yield lab
 
 
@@ -143,7 +131,7 @@ def erased(
     """
     lab.inputs(run)
     unit, _ = find_direction(lab, direction)
-    with moving(lab, positions_of(run, where, option="where"), _window(lab, layers), "erase", unit, strength):
+    with moving(lab, plan.positions_of(run, where, option="where"), _window(lab, layers), "erase", unit, strength):
         yield lab
 
 
@@ -187,10 +175,11 @@ def mean_difference(lab: Lab, runs: Sequence[Run], others: Sequence[Run], *, lay
         raise OptionError(f"layer must be from 0 to {count - 1}, got {layer}")
 
     def mean(group: Sequence[Run]) -> Tensor:
-        states = [
-            states_before(lab, layer, lab.inputs(run))[list(positions_of(run, where, option="where").positions)] for run in group
-        ]
-        return torch.stack([rows.float().mean(0) for rows in states]).mean(0)
+        means = []
+        for run in group:
+            rows = list(plan.positions_of(run, where, option="where").positions)
+            means.append(plan.states_before(lab, layer, lab.inputs(run))[rows].float().mean(0))
+        return torch.stack(means).mean(0)
 
     with undisturbed(lab.model):
         return (mean(runs) - mean(others)).cpu().numpy()
@@ -217,13 +206,13 @@ def _measure(
     if isinstance(others, str) or not all(isinstance(question, str) and question.strip() for question in others):
         raise OptionError(f"others must be a list of questions, got {others!r}")
     draws, seed = whole_number("draws", draws), whole_number("seed", seed)
-    place, window = positions_of(run, where, option="where"), _window(lab, layers)
+    place, window = plan.positions_of(run, where, option="where"), _window(lab, layers)
     unit, name = find_direction(lab, direction)
     (amount,) = size.values()
     generator = torch.Generator().manual_seed(seed)
     random_directions = [torch.randn(unit.shape, generator=generator).to(unit.device) for _ in range(draws)]
 
-    def enter(along: Tensor, at: Positions = place) -> Enter:
+    def enter(along: Tensor, at: plan.Positions = place) -> plan.Enter:
         return partial(moving, lab, at, window, kind, along / along.norm(), amount)
 
     @contextmanager
@@ -234,7 +223,7 @@ def _measure(
         if not changes.states:
             raise LabError(f"expected states at {place.name} to change, got none; run one whole forward")
 
-    plan = Plan(
+    moved = plan.Plan(
         name=kind,
         what=f"{'added' if kind == 'steer' else 'erased'}: {name}, at {place.name}, layers {window[0]} to {window[1] - 1}.",
         options={"layers": list(window), "where": place.name, **size, "direction": name},
@@ -245,10 +234,10 @@ def _measure(
         control_name="random directions of the same length" if draws else "none",
         side=lambda: _side(lab, run, others, where, lambda at: enter(unit, at)),
     )
-    return carry_out(lab, run, targets, plan, seed=seed, answer=answer, score=score)
+    return plan.carry_out(lab, run, targets, moved, seed=seed, answer=answer, score=score)
 
 
-def _side(lab: Lab, run: Run, others: Sequence[str], where: Any, enter: Callable[[Positions], Enter]) -> dict[str, Any]:
+def _side(lab: Lab, run: Run, others: Sequence[str], where: Any, enter: Callable[[plan.Positions], plan.Enter]) -> dict[str, Any]:
     """Other questions about the picture: answers before and after, and what happened to the old answer's log-probability."""
     rows: dict[str, Any] = {"questions": [], "before": [], "after": [], "change": []}
     names = ("max_new_tokens", "prompt", "fit")
@@ -257,7 +246,7 @@ def _side(lab: Lab, run: Run, others: Sequence[str], where: Any, enter: Callable
         asked = lab.ask(run.picture, question, **chosen)
         if asked.segments["answer"][0] == asked.segments["answer"][1]:
             continue  # nothing said, nothing to compare
-        changed = enter(positions_of(asked, where, option="where"))
+        changed = enter(plan.positions_of(asked, where, option="where"))
         targets = resolve_targets(lab, asked)
         at = targets[0].positions
         model: Any = lab.model
@@ -265,7 +254,7 @@ def _side(lab: Lab, run: Run, others: Sequence[str], where: Any, enter: Callable
         with changed():
             logits = model(**lab.inputs(asked), use_cache=False, logits_to_keep=keep).logits
         change = float(read_scores(logits, at, targets)[0, 0]) - float(asked.logprobs.sum())
-        new_answer, _ = answer_under(lab, asked, changed)
+        new_answer, _ = plan.answer_under(lab, asked, changed)
         for key, value in zip(rows, (question, asked.answer, new_answer, change), strict=True):
             rows[key].append(value)
     return rows
@@ -273,8 +262,8 @@ def _side(lab: Lab, run: Run, others: Sequence[str], where: Any, enter: Callable
 
 @contextmanager
 def moving(
-    lab: Lab, place: Positions, window: tuple[int, int], kind: str, unit: Tensor, amount: float, *, check: bool = False
-) -> Iterator[Changes]:
+    lab: Lab, place: plan.Positions, window: tuple[int, int], kind: str, unit: Tensor, amount: float, *, check: bool = False
+) -> Iterator[plan.Changes]:
     """Add ("steer") or erase `unit` in what each layer of the window gives on; with `check`, see that an erasure leaves none."""
 
     def change(states: Tensor, at: Tensor) -> Tensor:
@@ -289,8 +278,8 @@ def moving(
                 raise LabError(f"expected nothing of the direction to be left, got {float(left.max()):.3g}; use float32")
         return new
 
-    modules, attentions = parts(lab, "residual")[slice(*window)], parts(lab, "attention")[slice(*window)]
-    with changing(modules, attentions, place, change) as changes:
+    modules, attentions = plan.parts(lab, "residual")[slice(*window)], plan.parts(lab, "attention")[slice(*window)]
+    with plan.changing(modules, attentions, place, change) as changes:
         yield changes
 
 

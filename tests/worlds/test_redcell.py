@@ -11,7 +11,7 @@ import pytest
 
 from llava_lab.errors import DataError, OptionError
 from llava_lab.interventions import positive_control
-from llava_lab.interventions.positive_control import Asked, places_of
+from llava_lab.interventions.ablate import Asked, places_of
 from llava_lab.models import Lab
 from llava_lab.worlds import redcell
 from llava_lab.worlds.drawing import COLORS

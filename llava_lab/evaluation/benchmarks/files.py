@@ -10,6 +10,7 @@ import json
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -106,16 +107,23 @@ def maybe(data: Path, *patterns: str) -> Path | None:
     return only(folder, *patterns) if any(any(folder.glob(pattern)) for pattern in patterns) else None
 
 
-def read_json(path: Path) -> Any:
-    """A whole JSON file."""
+@contextmanager
+def _reading(path: Path, what: str) -> Iterator[None]:
+    """A file that is not there, or is no `what`, as one line of ours."""
     try:
-        return json.loads(regular_file(path).read_text("utf-8-sig"))
+        yield
     except DataError:
         raise
     except FileNotFoundError:
         raise DataError(f"no such file: {path}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON ({one_line(error)})") from None
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
+        raise DataError(f"{path} is not {what} ({one_line(error)})") from None
+
+
+def read_json(path: Path) -> Any:
+    """A whole JSON file."""
+    with _reading(path, "JSON"):
+        return json.loads(regular_file(path).read_text("utf-8-sig"))
 
 
 def rows_of(path: Path, values: Any) -> list[Row]:
@@ -128,12 +136,8 @@ def rows_of(path: Path, values: Any) -> list[Row]:
 def read_lines(path: Path) -> list[Row]:
     """A file with one JSON object a line, blank lines left out."""
     rows = []
-    try:
+    with _reading(path, "text"):
         lines = regular_file(path).read_text("utf-8-sig").split("\n")
-    except FileNotFoundError:
-        raise DataError(f"no such file: {path}") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is not text ({one_line(error)})") from None
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
@@ -150,12 +154,8 @@ def read_table(path: Path) -> list[Row]:
     """A table with tabs and a line of headings; empty cells, in all the spellings that pandas knows, are None."""
     limit = csv.field_size_limit(sys.maxsize)  # a cell may hold a picture
     try:
-        with regular_file(path).open(encoding="utf-8-sig", newline="") as file:
+        with _reading(path, "a table with tabs"), regular_file(path).open(encoding="utf-8-sig", newline="") as file:
             read = list(csv.DictReader(file, delimiter="\t"))
-    except FileNotFoundError:
-        raise DataError(f"no such file: {path}") from None
-    except (OSError, ValueError, csv.Error) as error:
-        raise DataError(f"{path} is not a table with tabs ({one_line(error)})") from None
     finally:
         csv.field_size_limit(limit)
     if not read:
