@@ -28,7 +28,6 @@ from llava_lab.attribution import (
     relevancy,
     rollout,
     shapley,
-    tam,
 )
 from llava_lab.attribution.method import REGISTERED, Maps, Method
 from llava_lab.capture.watch import MEND
@@ -38,7 +37,7 @@ from llava_lab.models import connectors
 from llava_lab.replay.targets import Targets, Wanted, resolve_targets
 from llava_lab.results import Relevance, Run
 
-FAMILIES = (rollout, attention, heads, max_flow, occlusion, shapley, gradients, relevancy, logits, tam, controls)
+FAMILIES = (rollout, attention, heads, max_flow, occlusion, shapley, gradients, relevancy, logits, controls)
 UNPLACED = (
     "The connector's tokens have no place in the picture: where something was hidden in the pixels the map is a place, "
     "otherwise its cells are numbers of tokens."

@@ -1,9 +1,9 @@
 """What ships of a comparison of connectors: its numbers, one small model of each of linear and MLP, and cards.
 
 `ship_ablation` reads a finished comparison and trains nothing. It takes the first seed, with stage 1, at equal samples;
-keeps it as a compact folder (`pack`); and measures what keeping it so has changed, on test questions that the result has
-answers to: a folder that answers otherwise than the result says is another run's, and is refused. The cards say what was
-run, every arm's score, every verdict and the limits, from the result alone. Of a comparison on photographs `ship_photos`
+keeps it as a compact folder (`models.formats.compact`); and measures what keeping it so has changed, on test questions that the
+result has answers to: a folder that answers otherwise than the result says is another run's, and is refused. The cards say what
+was run, every arm's score, every verdict and the limits, from the result alone. Of a comparison on photographs `ship_photos`
 writes the numbers and a card, and no model.
 
     ship_ablation("runs/ablation")  # writes llava_lab/assets/ablation
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,9 +22,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
-from llava_lab.comparison import pack
-from llava_lab.comparison.photos import PHOTO_ABLATION
+from llava_lab.comparison.photos import PHOTO_ABLATION, PhotoRecipe
 from llava_lab.comparison.plan import ABLATION as RECIPE
 from llava_lab.comparison.plan import BUDGETS
 from llava_lab.comparison.run import Finished, Job
@@ -31,9 +33,12 @@ from llava_lab.errors import CheckpointError, DataError, OptionError
 from llava_lab.evaluation import answer_all, load_items
 from llava_lab.evaluation.items import PHOTOS
 from llava_lab.models import Lab, folders, load
+from llava_lab.models.card import weights_fingerprint
 from llava_lab.models.folders import ABLATE
+from llava_lab.models.formats import compact
 from llava_lab.results import ALL, MANY, Ablation
 from llava_lab.shipped import ABLATION, PHOTO_COMPARISON
+from llava_lab.training.recipe import Recipe
 
 CONNECTORS = ("linear", "mlp2x_gelu")  # whose first seed ships
 SHIPPED_AS = {"linear": "tiny-linear", "mlp2x_gelu": "tiny-mlp"}
@@ -99,7 +104,7 @@ def ship_ablation(
         _save_small(result, part)
         changes = {}
         for name, job in jobs.items():
-            pack.write(out / "models" / job.id, part / name)
+            write_compact(out / "models" / job.id, part / name)
             (part / name / CARD).write_text(of_model(result, job), encoding="utf-8")
             changes[name] = measure(out / "models" / job.id, part / name, result, name, pictures=pictures, progress=progress)
         words = {name: change.in_words() for name, change in changes.items()}
@@ -317,39 +322,28 @@ def of_photos(result: Ablation) -> str:
 def photo_command(result: Ablation | None) -> str:
     """What made a result on photographs; None stands for the defaults."""
     line = f"llava-lab ablate --data {PHOTOS} --pictures train --test-pictures everyday --out runs/photos"
-    if result is not None:
-        line += "".join(f" --connector {name}" for name in dict.fromkeys(result.connectors))
-        line += f" --rates {','.join(f'{rate:g}' for rate in result.sweep_rates)} --seeds {len(result.seeds)}"
-        line += f" --stage1 {_stages(result)} --budget {_budget(result)}"
-        line += f" --validation {result.pictures[1]} --test {result.pictures[2]} --seed {result.seed}"
-        scale = result.recipe["instruct"]["steps"] / PHOTO_ABLATION.instruct.steps
-        line += f" --steps-scale {scale:g}" if scale != 1 else ""
-    return f"{line} --save runs/photos/{RESULT}"
+    options = "" if result is None else _options(result, PHOTO_ABLATION)
+    return f"{line}{options} --save runs/photos/{RESULT}"
 
 
-def _stages(result: Ablation) -> str:
+def _options(result: Ablation, recipe: Recipe | PhotoRecipe) -> str:
+    """All of a comparison's options but what it trains on and where it writes; `recipe` is that data's own."""
+    line = "".join(f" --connector {name}" for name in dict.fromkeys(result.connectors))
+    line += f" --rates {','.join(f'{rate:g}' for rate in result.sweep_rates)} --seeds {len(result.seeds)}"
     stages = {bool(aligned) for aligned in result.stage1}
-    return "both" if len(stages) == 2 else "with" if True in stages else "without"
-
-
-def _budget(result: Ablation) -> str:
-    return "both" if set(result.budgets) == set(BUDGETS) else result.budgets[0]
+    line += f" --stage1 {'both' if len(stages) == 2 else 'with' if True in stages else 'without'}"
+    line += f" --budget {'both' if set(result.budgets) == set(BUDGETS) else result.budgets[0]}"
+    line += f" --validation {result.pictures[1]} --test {result.pictures[2]} --seed {result.seed}"
+    scale = result.recipe["instruct"]["steps"] / recipe.instruct.steps
+    return line + (f" --steps-scale {scale:g}" if scale != 1 else "")
 
 
 def commands(result: Ablation, *, fused: bool) -> list[str]:
     """What made the result, and what made the shipped folder of it."""
     out = "runs/ablation"
-    connectors = "".join(f" --connector {name}" for name in dict.fromkeys(result.connectors))
-    scale = result.recipe["instruct"]["steps"] / RECIPE.instruct.steps
-    rates = ",".join(f"{rate:g}" for rate in result.sweep_rates)
-    line = f"llava-lab ablate --start {result.model} --out {out}{connectors} --rates {rates} --seeds {len(result.seeds)}"
-    line += (
-        f" --stage1 {_stages(result)} --budget {_budget(result)} --validation {result.pictures[1]} --test {result.pictures[2]}"
-    )
-    line += f" --seed {result.seed}" + (f" --steps-scale {scale:g}" if scale != 1 else "") + (" --compile" if fused else "")
-    name = f"{out}/ablation.npz"
+    line = f"llava-lab ablate --start {result.model} --out {out}{_options(result, RECIPE)}{' --compile' if fused else ''}"
     ship = f"python -c \"from llava_lab.comparison.ship import ship_ablation as ship; ship('{out}')\""
-    return [f"llava-lab train tiny --out {result.model}", f"{line} --save {name}", ship]
+    return [f"llava-lab train tiny --out {result.model}", f"{line} --save {out}/ablation.npz", ship]
 
 
 def _made(result: Ablation) -> list[str]:
@@ -443,3 +437,69 @@ def _span(interval: tuple[float, float]) -> str:
 
 def _percent(value: float) -> str:
     return f"{100 * value:.1f}%" if value == value else "-"
+
+
+# -- compact folders ----------------------------------------------------------------------
+
+LEVELS = 127  # of int8 on either side of 0; -128 is not used
+SMALL_FILES = (
+    *("config.json", "generation_config.json", "chat_template.jinja", "chat_template.json", "processor_config.json"),
+    *("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
+    *("added_tokens.json", "README.md"),
+)
+
+
+def write_compact(source: str | os.PathLike, out: str | os.PathLike, *, tower: str = compact.TOWER) -> Path:
+    """Write the checkpoint in folder `source` as a compact folder `out`, and return its path.
+
+    `tower` is the shipped model whose vision tower it shares: `source`'s, rounded to that one's dtype, must be it bit for
+    bit. Written under another name first, so `out` is there whole or not at all. Raises CheckpointError for another tower
+    or weights that are not finite, OptionError when `out` is there already.
+    """
+    out = Path(out)
+    folder = folders.find(source).path
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise OptionError(f"{out} is there already; remove it or give another folder")
+    weights: dict[str, Tensor] = {}
+    for file in folders.weight_files(folder):
+        weights |= compact.read_tensors(file)[0]
+    own = {name: value for name, value in weights.items() if name.startswith(compact.TOWERS)}
+    shared = compact.tower_weights(tower)
+    _same_tower(own, shared, folder, tower)
+    metadata = {"format": "pt", "compact": compact.FORMAT, "tower": tower, "tower_fingerprint": weights_fingerprint(shared)}
+    with folders.whole_folder(out) as part:
+        for name in SMALL_FILES:
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, part / name)
+        save_file(pack({name: weights[name] for name in weights.keys() - own.keys()}), part / compact.FILE, metadata=metadata)
+        (part / compact.FILE).chmod(0o644)
+    return out
+
+
+def pack(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Matrices as int8 with their row scales, the rest in float32. Raises CheckpointError for what is not finite."""
+    packed: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        exact = value.detach().float()
+        if not bool(torch.isfinite(exact).all()):
+            raise CheckpointError(f"{name} holds numbers that are not finite; a diverged model cannot be kept as bytes")
+        if exact.ndim != 2:
+            packed[name] = exact.contiguous()
+            continue
+        scale = exact.abs().amax(1) / LEVELS
+        steps = exact / torch.where(scale > 0, scale, torch.ones_like(scale))[:, None]  # a row of zeros stays one
+        packed[name] = steps.round().clamp(-LEVELS, LEVELS).to(torch.int8)
+        packed[name + compact.SCALE] = scale
+    return packed
+
+
+def _same_tower(own: Mapping[str, Tensor], shared: Mapping[str, Tensor], source: Path, name: str) -> None:
+    """Refuse a tower that is not the shared one: names, shapes, fingerprint and every bit, after rounding to its dtype."""
+    odd = sorted(set(own) ^ set(shared)) or [key for key in own if own[key].shape != shared[key].shape]
+    rounded = {} if odd else {key: own[key].to(shared[key].dtype) for key in own}
+    odd = odd or [key for key in rounded if not torch.equal(rounded[key], shared[key])]
+    if not shared or odd or weights_fingerprint(rounded) != weights_fingerprint(shared):
+        raise CheckpointError(
+            f"the vision tower in {source} is not that of {name!r} ({len(odd)} of {len(shared)} weights differ, e.g. "
+            f"{odd[0] if odd else 'none'}); only a model trained behind that frozen tower can leave it out"
+        )

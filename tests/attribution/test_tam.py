@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llava_lab.attribution import attribute
-from llava_lab.attribution.tam import rank_filter, without_context
+from llava_lab.attribution.logits import rank_filter, without_context
 from llava_lab.models import Lab
 from llava_lab.results import Run
 from tests.support.closeness import TERMS, close

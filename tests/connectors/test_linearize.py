@@ -12,8 +12,7 @@ import pytest
 import torch
 
 import llava_lab as ll
-from llava_lab.connectors.linearize import Sums, random_map
-from llava_lab.connectors.local import Slopes, gelu_slope, jacobian
+from llava_lab.connectors.linearize import Slopes, Sums, gelu_slope, jacobian, random_map
 from llava_lab.errors import DataError, OptionError
 from llava_lab.models import Lab, layout
 from tests.support.leftovers import state_of

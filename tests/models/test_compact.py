@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import llava_lab as ll
-from llava_lab.comparison import pack
+from llava_lab.comparison import ship
 from llava_lab.errors import CheckpointError, OptionError
 from llava_lab.models import folders, layout
 from llava_lab.models.formats import compact
@@ -42,12 +42,12 @@ def linear(tiny_folder: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def packed(tiny_folder: Path, tmp_path: Path, shelf: Path) -> Path:
     """The random checkpoint itself, which has the stock connector."""
-    return pack.write(tiny_folder, tmp_path / "packed")
+    return ship.write_compact(tiny_folder, tmp_path / "packed")
 
 
 @pytest.fixture
 def packed_linear(linear: Path, shelf: Path) -> Path:
-    return pack.write(linear, shelf / "linear")
+    return ship.write_compact(linear, shelf / "linear")
 
 
 def edit(folder: Path, change: Any) -> None:
@@ -60,14 +60,14 @@ def edit(folder: Path, change: Any) -> None:
 
 def test_a_row_is_within_half_a_step_of_what_it_was_and_its_largest_value_is_kept() -> None:
     rows = torch.tensor([[1.27, -0.634, 0.0049], [0.0, 0.0, 0.0], [-254.0, 2.9, 1.0]])
-    packed = pack.pack({"a.weight": rows, "a.bias": torch.tensor([0.1, 0.2, 0.3])})
+    packed = ship.pack({"a.weight": rows, "a.bias": torch.tensor([0.1, 0.2, 0.3])})
     assert packed["a.weight"].tolist() == [[127, -63, 0], [0, 0, 0], [-127, 1, 0]]  # by hand: steps of 0.01, -, 2
     torch.testing.assert_close(packed["a.weight" + compact.SCALE], torch.tensor([0.01, 0.0, 2.0]))
     back = compact.unpack(packed)
     assert torch.equal(back["a.bias"], torch.tensor([0.1, 0.2, 0.3]))
     torch.testing.assert_close(back["a.weight"], torch.tensor([[1.27, -0.63, 0.0], [0, 0, 0], [-254, 2, 0]]))
     many = torch.randn(50, 40, generator=torch.Generator().manual_seed(0))
-    error = (compact.unpack(pack.pack({"m": many}))["m"] - many).abs()
+    error = (compact.unpack(ship.pack({"m": many}))["m"] - many).abs()
     assert bool((error <= many.abs().amax(1, keepdim=True) / 127 / 2 * 1.0001).all())
 
 
@@ -104,7 +104,7 @@ def test_the_lab_is_whole_card_answer_and_generation(linear: Path, packed_linear
 
 
 def test_a_stock_connector_loads_by_path_and_can_be_saved_whole(tiny_folder: Path, shelf: Path, tmp_path: Path) -> None:
-    lab = ll.load(pack.write(tiny_folder, tmp_path / "small"), dtype="bfloat16")
+    lab = ll.load(ship.write_compact(tiny_folder, tmp_path / "small"), dtype="bfloat16")
     assert (lab.card.connector, lab.card.dtype) == ("mlp2x_gelu", "bfloat16")
     assert ll.load(ll.save(lab, tmp_path / "again"), dtype="bfloat16").fingerprint == lab.fingerprint
 
@@ -120,7 +120,7 @@ def test_another_tower_is_refused_when_written_and_when_read(
 ) -> None:
     other = build_llava(tmp_path / "other", seed=5)
     with pytest.raises(CheckpointError, match=r"vision tower in .* is not that of 'tiny' \(\d+ of \d+ weights differ"):
-        pack.write(other, tmp_path / "small")
+        ship.write_compact(other, tmp_path / "small")
     assert [path.name for path in tmp_path.iterdir() if "small" in path.name] == []  # nor a part of it
     monkeypatch.setattr(folders, "NAMES", MappingProxyType({"tiny": other}))
     assert "was written beside a tower" in refused(packed)
@@ -132,7 +132,7 @@ def test_a_tower_that_differs_in_one_bit_is_another_tower(linear: Path, shelf: P
     weights[name][1, 2] += 1e-3  # most likely not among the values a fingerprint looks at
     save_file(weights, linear / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=rf"1 of \d+ weights differ, e\.g\. {name}"):
-        pack.write(linear, tmp_path / "small")
+        ship.write_compact(linear, tmp_path / "small")
 
 
 def test_a_truncated_file_is_named(packed: Path) -> None:
@@ -174,10 +174,10 @@ def test_what_cannot_be_kept_leaves_nothing_behind(linear: Path, shelf: Path, tm
     weights[name].view(-1)[0] = torch.nan
     save_file(weights, linear / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="not finite"):
-        pack.write(linear, tmp_path / "small")
+        ship.write_compact(linear, tmp_path / "small")
     assert not (tmp_path / "small").exists()
     with pytest.raises(OptionError, match="is there already"):
-        pack.write(linear, linear)
+        ship.write_compact(linear, linear)
     assert (linear / "model.safetensors").is_file()
 
 

@@ -4,7 +4,7 @@ Several models that differ in what was trained after a frozen tower need not car
 config.json, tokenizer and image processor as any other, and ``compact.safetensors``: matrices as int8 with a float32
 scale per row (``max|row| / 127``, rounded to nearest), everything else in float32. Its metadata names the tower's model
 and the tower's fingerprint. Reading makes float32 matrices again and takes the tower from there; what does not fit is
-one line. `llava_lab.comparison.pack` writes such folders; what rounding does to answers is measured where one is made
+one line. `write_compact` writes such folders; what rounding does to answers is measured where one is made
 (`llava_lab.comparison.ship`).
 
     weights = read(NAMES["tiny-linear"])
