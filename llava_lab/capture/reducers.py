@@ -138,15 +138,10 @@ class LayerByLayer(Reducer):
     allowed: Bool[Tensor, "S S"] | None = None
 
     def __init__(
-        self,
-        fold: Callable[[int, Float[Tensor, "S S"], Norms | None], None],
-        *,
-        fusion: str = "mean",
-        heads: Sequence[int] | None = None,
-        norms: bool = False,
+        self, fold: Callable[[int, Float[Tensor, "S S"], Norms | None], None], *, fusion: str = "mean", norms: bool = False
     ) -> None:
         self.norms = norms
-        self._fold, self._fusion, self._heads = fold, fusion, heads
+        self._fold, self._fusion = fold, fusion
         self._matrix: Tensor | None = None
         self._keys = 0
 
@@ -162,7 +157,7 @@ class LayerByLayer(Reducer):
         self._keys = keys
 
     def add(self, layer: int, rows: slice | Tensor, attention: Tensor) -> None:
-        fused = fuse_heads(attention, self._fusion, self._heads)
+        fused = fuse_heads(attention, self._fusion)
         if len(fused) != 1:
             raise OptionError(f"expected one sequence at a time, got a batch of {len(fused)}")
         if self._matrix is None or len(self._matrix) != self._keys:
@@ -187,12 +182,10 @@ class AnswerRows(Reducer):
     half precision, 9 MB a layer at 2,916. With ``norms`` the norms at all of these are kept.
     """
 
-    def __init__(
-        self, prompt: int, *, fusion: str = "mean", heads: Sequence[int] | None = None, whole: bool = False, norms: bool = False
-    ) -> None:
+    def __init__(self, prompt: int, *, fusion: str = "mean", whole: bool = False, norms: bool = False) -> None:
         self.norms, self.mixes = norms, whole
         self.first = prompt - 1  # the position that predicts the first token
-        self._fusion, self._heads, self._whole = fusion, heads, whole
+        self._fusion, self._whole = fusion, whole
         self._scaling = 1.0
         self._waiting: dict[int, list[Float[Tensor, "1 H 1 D"]]] = {}  # queries of the newest tokens
         self._keys: dict[int, Float[Tensor, "1 G K D"]] = {}  # of the newest token and all before it
@@ -227,7 +220,7 @@ class AnswerRows(Reducer):
     def add(self, layer: int, rows: slice | Tensor, attention: Tensor) -> None:
         """The prompt's rows, with ``whole``."""
         assert isinstance(rows, slice)
-        kept = fuse_heads(attention, self._fusion, self._heads)[0]
+        kept = fuse_heads(attention, self._fusion)[0]
         self._prompt[layer].append((rows, kept if self.first < EXACT else kept.mul_(SCALE).half()))
 
     def close(self, layer: int, norms: Norms | None) -> None:
@@ -239,7 +232,7 @@ class AnswerRows(Reducer):
         """The rows that wait."""
         query = torch.cat(self._waiting[layer], 2)
         ((_, attention),) = attention_rows(query, self._keys[layer], None, self._scaling, causal=True, newest=True)
-        return fuse_heads(attention, self._fusion, self._heads)[0]
+        return fuse_heads(attention, self._fusion)[0]
 
     def count(self, layers: int) -> int:
         """Rows that all `layers` have; a forward that was interrupted leaves some layers one more."""

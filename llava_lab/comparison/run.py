@@ -148,17 +148,6 @@ def loss_of(model: nn.Module, connector: nn.Module, item: Item, image_id: int) -
     return apart_loss(model, words, tokens, image_id)[0]
 
 
-def stamp(item: Item) -> int:
-    """A number for exactly this batch, words and pictures: two runs that read the same have the same stamps."""
-    _, words, features = item
-    number = zlib.crc32(features[:, 0].contiguous().numpy().tobytes())
-    for name in ("prefix", "ids", "labels"):
-        part = getattr(words, name, None)
-        if part is not None:
-            number = zlib.crc32(part.numpy().tobytes(), number)
-    return number
-
-
 Advance = Callable[[int], None]  # steps done since the last call
 
 
@@ -241,7 +230,14 @@ class Material:
         return loss_of(self.start.lab.model, module, item, self.image_id)
 
     def stamp(self, item: Any) -> int:
-        return stamp(item)
+        """A number for exactly this batch, words and pictures: two runs that read the same have the same stamps."""
+        _, words, features = item
+        number = zlib.crc32(features[:, 0].contiguous().numpy().tobytes())
+        for name in ("prefix", "ids", "labels"):
+            part = getattr(words, name, None)
+            if part is not None:
+                number = zlib.crc32(part.numpy().tobytes(), number)
+        return number
 
     def sit(self, module: nn.Module, name: str) -> tuple[np.ndarray, float]:
         """Which answers of an exam are right, bool (Q,), and the mean loss per labelled token, nats (nan: not measured)."""

@@ -58,7 +58,7 @@ def measure_scope(lab: Lab, *, progress: bool = True) -> Familiar:
         "unseen, test split": _drawn("test", JUDGE),
         "unseen, compositions": _drawn("compositions", JUDGE // 2),
         "photographs of scikit-image": photographs(),
-        "drawings of easy-VQA": (read_picture(path) for path in _easy_pictures(200)),
+        "drawings of easy-VQA": map(read_picture, islice(dict.fromkeys(one.picture for one in easy_vqa.questions("test")), 200)),
     }
     measured = {name: _beyond(known, read(pictures)) for name, pictures in others.items()}
     return Familiar(**{**vars(known), "measured": measured})
@@ -137,7 +137,7 @@ def _questions(type_: str, per_way: int) -> Iterable[tuple[Item, Any]]:
             form = next(f for f, first in enumerate(firsts) if ask_in(question, int(first)))
             if have[form] < per_way:
                 have[form] += 1
-                draw = partial(_picture, index)
+                draw = partial(_picture, "test", index)
                 yield Item(drawn.name, draw, question.text, question.answer, question.short, type_), question
         index += 1
 
@@ -158,16 +158,12 @@ def _right(
     return np.array([same_answer(known[key], item.answer) for key, (item, _) in zip(keys, rows, strict=True)])
 
 
-def _picture(index: int) -> np.ndarray:
-    return np.asarray(scene("test", index).picture())
+def _picture(split: str, index: int) -> np.ndarray:
+    return np.asarray(scene(split, index).picture())
 
 
 def _drawn(split: str, n: int) -> Iterable[np.ndarray]:
-    return (np.asarray(scene(split, index).picture()) for index in range(n))
-
-
-def _easy_pictures(n: int) -> list[Path]:
-    return list(islice(dict.fromkeys(question.picture for question in easy_vqa.questions("test")), n))
+    return (_picture(split, index) for index in range(n))
 
 
 def _features(lab: Lab, pictures: Iterable[np.ndarray]) -> Float[np.ndarray, "N F"]:

@@ -56,11 +56,7 @@ FEWEST_FILLS = 2
 SIGMAS = 2.5  # spreads of random maps that a map must lie above them
 STEPS, SEEDS, BATCH = 8, 10, 8
 SCALES = ("probability", "logprob", "logodds")
-MATTERS = {
-    "probability": 0.02,
-    "logprob": 0.1,
-    "logodds": 0.1,
-}  # filling everything must lower the score by this much, or nothing can be told
+MATTERS = {"probability": 0.02, "logprob": 0.1, "logodds": 0.1}  # what filling everything must lower the score by, to tell
 CLAIMING = 200  # random maps that say how often marking the right thing is chance; they need no model
 
 

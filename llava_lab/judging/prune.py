@@ -47,8 +47,6 @@ LONGEST = 48  # tokens an answer may take
 FILE = "pruning.npz"
 COMMAND = "llava-lab prune --model {name} --data picturebook --n 40 --save pruning.npz"
 
-By = str | Relevance | np.ndarray
-
 
 @entry
 def prune(

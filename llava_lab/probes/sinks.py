@@ -169,7 +169,8 @@ def sinks(
             sweep.step()
     if sweep.interrupted:
         notes.append(f"Interrupted after {len(cells)} of {len(every)} runs; the control of mixed weights was not taken.")
-    drawn, length, top = np.stack(cells, 1).astype(np.float32).reshape(3, len(cells), len(names), *_grid(every[0]))
+    grid = every[0].map.rows, every[0].map.cols
+    drawn, length, top = np.stack(cells, 1).astype(np.float32).reshape(3, len(cells), len(names), *grid)
     readings = len(cells) * len(language_layers(lab.model))
     return Sinks(
         layers=tuple(names),
@@ -262,10 +263,6 @@ def _read(part: Watched, run: Run, rule: Rule) -> _Read:
         others=np.stack([found.sum(1), np.full(len(found), counted.sum())], -1),
         words=words,
     )
-
-
-def _grid(run: Run) -> tuple[int, int]:
-    return run.map.rows, run.map.cols
 
 
 def _reads_patches(lab: Lab) -> bool:

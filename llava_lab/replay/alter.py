@@ -52,7 +52,6 @@ from llava_lab.results import Run
 
 LEVELS = ("pixels", "vision", "projector")
 PLACES = {"pixels": "the pixels", "vision": "the vision tower's output", "projector": "the connector's output"}
-PATIENCE = 2.0  # seconds before a progress bar appears
 
 Result = TypeVar("Result")
 

@@ -36,7 +36,7 @@ from llava_lab.results import Run
 
 Score = Callable[[Float[Tensor, "B 3 Y X"]], Float[Tensor, "B N"]]  # pictures -> score of each target
 
-LOGODDS, LOGPROB, LOGIT = "logodds", "logprob", "logit"
+LOGODDS, LOGPROB = "logodds", "logprob"
 SCORES = (LOGODDS, LOGPROB)
 NAMES = {LOGODDS: "log-odds", LOGPROB: "log-probability"}
 

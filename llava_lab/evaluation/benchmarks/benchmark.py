@@ -10,6 +10,7 @@ interval and the difference from a control come from one definition: the publish
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,6 +113,17 @@ class Tally:
             return 100 * divide(weights @ top, weights @ bottom)
 
         return Measure(name, of, count, int((bottom > 0).sum()), whole)
+
+
+def in_groups(questions: Sequence[Question], right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which question is the first of its group, and of these in which all are right: bool (Q,) each."""
+    groups: dict[str, list[int]] = defaultdict(list)
+    for place, one in enumerate(questions):
+        groups[one.group].append(place)
+    first, every = np.zeros(len(right), bool), np.zeros(len(right), bool)
+    for places in groups.values():
+        first[places[0]], every[places[0]] = True, right[places].all()
+    return first, every
 
 
 def added(name: str, parts: Sequence[Measure], *, count: int, mean: bool = False) -> Measure:

@@ -34,18 +34,8 @@ from pathlib import Path
 import numpy as np
 
 from llava_lab.errors import DataError, WriteError
-from llava_lab.evaluation.benchmarks.benchmark import MC, SW, Measure, Question, Tally, added, divide, question
-from llava_lab.evaluation.benchmarks.files import (
-    Pictures,
-    Row,
-    only,
-    read_json,
-    read_lines,
-    read_table,
-    rows_of,
-    write_json,
-    write_workbook,
-)
+from llava_lab.evaluation.benchmarks import files
+from llava_lab.evaluation.benchmarks.benchmark import MC, SW, Measure, Question, Tally, added, divide, in_groups, question
 from llava_lab.models.pictures import read_picture
 from llava_lab.results import whole_file
 
@@ -59,17 +49,17 @@ SAID = re.compile(r"The answer is ([A-Z]).")
 
 def read_scienceqa(data: Path) -> list[Question]:
     """``problems.json`` and ``pid_splits.json`` with ``images/test``: the problems of the test split that have a picture."""
-    path = only(data, "problems.json")
-    problems, splits = Row(read_json(path), str(path)), path.with_name("pid_splits.json")
-    found = []
-    for key in Row(read_json(splits), str(splits)).texts("test"):
-        row = Row(problems[key], f"{path} problem {key}")
+    path = files.only(data, "problems.json")
+    problems, folder, found = files.read_object(path), path.parent, []
+    for key in files.read_object(folder / "pid_splits.json").texts("test"):
+        row = files.Row(problems[key], f"{path} problem {key}")
         if not row.get("image"):
             continue
         name, choices = row.text("image"), row.texts("choices")
         if len(choices) > len(LETTERS) or row["answer"] not in range(len(choices)):
             raise row.refuse(f"expected up to {len(LETTERS)} choices and the place of the right one, got {row['answer']!r}")
-        draw = Pictures(path.parent / "images" / "test" / key, path.parent / "test" / key, path.parent / key).find(row, name)
+        places = (folder / "images" / "test" / key, folder / "test" / key, folder / key)
+        draw = files.Pictures(*places).find(row, name)
         text = scienceqa_prompt(row.text("question"), choices, row.get("hint") or "")
         found.append(question(key, f"{key}/{name}", draw, text, (LETTERS[row["answer"]],), options=tuple(choices)))
     return found
@@ -111,10 +101,10 @@ PLACE = 6  # of the column that is put in
 
 def read_mmbench(data: Path, *, chinese: bool = False) -> list[Question]:
     """``mmbench_dev_20230712.tsv``, or ``mmbench_dev_cn_20231003.tsv``; its pictures stand in the table."""
-    path = only(data, *(["mmbench*cn*.tsv"] if chinese else ["mmbench_dev_2*.tsv", "mmbench*.tsv"]))
+    path = files.only(data, *(["mmbench*cn*.tsv"] if chinese else ["mmbench_dev_2*.tsv", "mmbench*.tsv"]))
     found: list[Question] = []
     inside: dict[str, Callable[[], np.ndarray]] = {}
-    for row in read_table(path):
+    for row in files.read_table(path):
         index = row.text("index")
         if not index.isdecimal():
             raise row.refuse(f"'index' must be a whole number, got {index!r}")
@@ -145,7 +135,7 @@ def _unpacked(packed: str, where: str) -> np.ndarray:
     try:
         return read_picture(base64.b64decode(packed, validate=True))
     except binascii.Error:
-        raise Row({}, where).refuse("'image' is not a picture in base64") from None
+        raise files.Row({}, where).refuse("'image' is not a picture in base64") from None
 
 
 def mmbench_prompt(asked: str, options: Sequence[str], *, chinese: bool = False) -> str:
@@ -173,12 +163,7 @@ def score_mmbench(questions: Sequence[Question], answers: Sequence[str]) -> list
     tally = Tally(questions)
     letters = [parse_mmbench(answer, one.options) for one, answer in zip(questions, answers, strict=True)]
     right = np.array([letter in one.accepted for one, letter in zip(questions, letters, strict=True)])
-    groups: dict[str, list[int]] = defaultdict(list)
-    for place, one in enumerate(questions):
-        groups[one.group].append(place)
-    first, every = np.zeros(len(right), bool), np.zeros(len(right), bool)
-    for places in groups.values():
-        first[places[0]], every[places[0]] = True, right[places].all()
+    first, every = in_groups(questions, right)
     by_row, unread = tally.share("rows alone", right), tally.share("no letter", [not letter for letter in letters])
     return [tally.share("accuracy", every, first), by_row, unread]
 
@@ -191,7 +176,7 @@ def submit_mmbench(questions: Sequence[Question], answers: Sequence[str], path: 
     for one, answer in zip(questions, answers, strict=True):
         cells = {**one.extra["row"], "prediction": answer, "index": int(one.id)}
         rows.append([cells[name] for name in columns])
-    write_workbook(path, columns, rows)
+    files.write_workbook(path, columns, rows)
 
 
 # -- SEED -----------------------------------------------------------------------------------
@@ -199,12 +184,12 @@ def submit_mmbench(questions: Sequence[Question], answers: Sequence[str], path: 
 
 def read_seed(data: Path) -> list[Question]:
     """``SEED-Bench.json`` with ``SEED-Bench-image`` and, one frame from the middle each, ``SEED-Bench-video-image``."""
-    path = only(data, "SEED-Bench.json")
-    whole, folder = Row(read_json(path), str(path)), path.parent
-    kinds = {number: name for name, number in Row(whole["question_type"], str(path)).items()}
-    shelves = {name: Pictures(folder / f"SEED-Bench-{part}") for name, part in (("image", "image"), ("video", "video-image"))}
+    path = files.only(data, "SEED-Bench.json")
+    whole, folder = files.read_object(path), path.parent
+    kinds = {number: name for name, number in files.Row(whole["question_type"], str(path)).items()}
+    shelves = {"image": files.Pictures(folder / "SEED-Bench-image"), "video": files.Pictures(folder / "SEED-Bench-video-image")}
     found = []
-    for row in rows_of(path, whole["questions"]):
+    for row in files.rows_of(path, whole["questions"]):
         medium, key, name = row.one_of("data_type", ("image", "video")), str(row["question_id"]), str(row["data_id"])
         choices = [row.text(f"choice_{letter}") if isinstance(row[f"choice_{letter}"], str) else str(row[f"choice_{letter}"])
                    for letter in "abcd"]  # fmt: skip
@@ -230,7 +215,7 @@ def score_seed(questions: Sequence[Question], answers: Sequence[str]) -> list[Me
 def submit_seed(questions: Sequence[Question], answers: Sequence[str], path: Path) -> None:
     """What SEED's leaderboard takes: a line each of ``{"question_id": "1", "prediction": "A"}``."""
     rows = [{"question_id": one.id, "prediction": answer} for one, answer in zip(questions, answers, strict=True)]
-    write_json(path, rows, lines=True)
+    files.write_json(path, rows, lines=True)
 
 
 # -- yes or no ------------------------------------------------------------------------------
@@ -245,16 +230,16 @@ YES_OR_NO = "Please answer yes or no."
 
 def read_pope(data: Path) -> list[Question]:
     """``coco_pope_random.json``, ``_popular`` and ``_adversarial`` (or one of them), with COCO's ``val2014`` beside."""
-    files = sorted(data.glob("*pope_*.json")) if data.is_dir() else [data]
-    if not files:
+    paths = sorted(data.glob("*pope_*.json")) if data.is_dir() else [data]
+    if not paths:
         raise DataError(f"{data} holds no coco_pope_{{{','.join(SPLITS)}}}.json")
-    pictures = Pictures(files[0].parent / "val2014", files[0].parent.parent / "val2014", files[0].parent / "images")
-    found = []
-    for path in files:
+    folder, found = paths[0].parent, []
+    pictures = files.Pictures(folder / "val2014", folder.parent / "val2014", folder / "images")
+    for path in paths:
         split = path.stem.rpartition("_")[2]
         if split not in SPLITS:
             raise DataError(f"{path}: its name must end in {', '.join(SPLITS)}, as coco_pope_random.json does")
-        for row in read_lines(path):
+        for row in files.read_lines(path):
             name, label = row.text("image"), row.one_of("label", ("yes", "no"))
             text = f"{row.text('text')}\n{SW}"
             identity = f"{split}/{row['question_id']}"
@@ -311,7 +296,7 @@ def read_mme(data: Path) -> list[Question]:
     root, found = nested if nested.is_dir() else data, []
     for subtask in (*PERCEPTION, *COGNITION):
         folder = root / subtask
-        texts, pictures = folder / "questions_answers_YN", Pictures(folder / "images", folder)
+        texts, pictures = folder / "questions_answers_YN", files.Pictures(folder / "images", folder)
         for path in sorted((texts if texts.is_dir() else folder).glob("*.txt")) if folder.is_dir() else ():
             found += _mme_pair(subtask, path, pictures)
     if not found:
@@ -319,14 +304,14 @@ def read_mme(data: Path) -> list[Question]:
     return found
 
 
-def _mme_pair(subtask: str, path: Path, pictures: Pictures) -> list[Question]:
+def _mme_pair(subtask: str, path: Path, pictures: files.Pictures) -> list[Question]:
     lines = [line for line in path.read_text("utf-8-sig").split("\n") if line.strip()]
     if len(lines) != 2:
         raise DataError(f"{path} holds {len(lines)} questions, expected 2, one that is answered yes and one no")
     pair = []
     for number, line in enumerate(lines, 1):
         asked, tab, answer = line.strip().rpartition("\t")
-        row = Row({"answer": answer.strip().lower()}, f"{path} row {number}")
+        row = files.Row({"answer": answer.strip().lower()}, f"{path} row {number}")
         if not tab or not asked.strip():
             raise row.refuse("expected a question, a tab and yes or no")
         label = row.one_of("answer", ("yes", "no"))
@@ -347,12 +332,7 @@ def score_mme(questions: Sequence[Question], answers: Sequence[str]) -> list[Mea
     """Perception and cognition as sums, then each subtask."""
     tally = Tally(questions)
     right = np.array([parse_mme(answer) == one.accepted[0] for one, answer in zip(questions, answers, strict=True)])
-    groups: dict[str, list[int]] = defaultdict(list)
-    for place, one in enumerate(questions):
-        groups[one.group].append(place)
-    both, first = np.zeros(len(right), bool), np.zeros(len(right), bool)
-    for places in groups.values():
-        first[places[0]], both[places[0]] = True, right[places].all()
+    first, both = in_groups(questions, right)
     subtasks: dict[str, Measure] = {}
     for subtask in (*PERCEPTION, *COGNITION):
         inside = np.array([one.kind == subtask for one in questions])

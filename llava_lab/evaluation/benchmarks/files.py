@@ -126,6 +126,11 @@ def read_json(path: Path) -> Any:
         return json.loads(regular_file(path).read_text("utf-8-sig"))
 
 
+def read_object(path: Path) -> Row:
+    """A JSON file of named values."""
+    return Row(read_json(path), str(path))
+
+
 def rows_of(path: Path, values: Any) -> list[Row]:
     """A list from a JSON file as rows."""
     if not isinstance(values, list) or not values:

@@ -23,7 +23,7 @@ import numpy as np
 
 from llava_lab.errors import DataError
 from llava_lab.evaluation.benchmarks.benchmark import Judge, Measure, Question, Tally, question
-from llava_lab.evaluation.benchmarks.files import Pictures, Row, maybe, only, read_json, read_lines, write_json
+from llava_lab.evaluation.benchmarks.files import Pictures, Row, maybe, only, read_json, read_lines, read_object, write_json
 
 OWN_WORDS = "The judge was told its task in our words. Put {} into the folder of the data to tell it in the authors'."
 UNREAD = -1.0  # LLaVA's mark for a review without two numbers; it goes into the means as it is
@@ -48,7 +48,7 @@ def read_wild(data: Path) -> list[Question]:
     contexts = {row.text("image"): row for row in read_lines(only(folder, "context.jsonl"))}
     references = {str(row["question_id"]): row.text("text") for row in read_lines(only(folder, "answers_gpt4.jsonl"))}
     rules = maybe(folder, "rule.json")
-    told = Row(read_json(rules), str(rules)) if rules else None
+    told = read_object(rules) if rules else None
     pictures, found = Pictures(folder / "images", folder), []
     for row in read_lines(path):
         key, name, kind = str(row["question_id"]), row.text("image"), row.one_of("category", WILD_KINDS)

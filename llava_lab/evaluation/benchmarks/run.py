@@ -27,7 +27,6 @@ from llava_lab.evaluation.benchmarks.benchmark import Benchmark, Judge, Measure,
 from llava_lab.evaluation.benchmarks.files import read_lines, write_json
 from llava_lab.evaluation.benchmarks.judged import by_rule
 from llava_lab.evaluation.benchmarks.registry import BENCHMARKS, DIFFERENCES, PUBLISHED
-from llava_lab.evaluation.items import Item
 from llava_lab.evaluation.scoring import BATCH, LONGEST, answer_all, blinded, shuffled
 from llava_lab.models import Lab
 from llava_lab.models.folders import ASSETS
@@ -76,7 +75,8 @@ def benchmark(
     judge = _judge(chosen, judge, drawn)
     questions = load_questions(name, data, n=n, split=split, seed=seed)
     if submission is not None and chosen.submit is None:
-        raise OptionError(f"{chosen.title} has no file to send; --submission belongs to {', '.join(_submitted())}")
+        able = ", ".join(one.name for one in BENCHMARKS.values() if one.submit)
+        raise OptionError(f"{chosen.title} has no file to send; --submission belongs to {able}")
     limit = LONGEST if drawn and limit is None else limit
     options: dict[str, Any] = {"prompt": prompt, "batch": batch, "limit": limit, "progress": progress}
     said: dict[str, Sequence[str]] = {"": answer_benchmark(lab, name, questions, **options)}
@@ -89,7 +89,8 @@ def benchmark(
     if controls:
         items = [one.item for one in questions]
         for label, changed in (("blind", blinded(items)), ("shuffled", shuffled(items, seed))):
-            said[label] = answer_benchmark(lab, name, _shown(questions, changed), label=label, **options)
+            asked = [replace(one, item=item) for one, item in zip(questions, changed, strict=True)]
+            said[label] = answer_benchmark(lab, name, asked, label=label, **options)
     about = {"prompt": prompt or lab.prompt, "split": split} if drawn else {"prompt": prompt or lab.prompt}
     return score_benchmark(
         name,
@@ -297,10 +298,6 @@ def _chosen(name: str) -> Benchmark:
     return BENCHMARKS[known("benchmark", name, BENCHMARKS)]
 
 
-def _submitted() -> list[str]:
-    return [name for name, one in BENCHMARKS.items() if one.submit]
-
-
 def _judge(chosen: Benchmark, judge: Judge | None, drawn: bool) -> Judge | None:
     if chosen.grade is None:
         if judge is not None:
@@ -311,10 +308,6 @@ def _judge(chosen: Benchmark, judge: Judge | None, drawn: bool) -> Judge | None:
             f"{chosen.title} needs a judge: --judge NAME --judge-url ADDRESS, or --judge rule to try without a model"
         )
     return judge or by_rule()
-
-
-def _shown(questions: Sequence[Question], items: Sequence[Item]) -> list[Question]:
-    return [replace(one, item=item) for one, item in zip(questions, items, strict=True)]
 
 
 def _grades(

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from llava_lab.evaluation.benchmarks import files
 from llava_lab.evaluation.benchmarks.benchmark import SW, Measure, Question, Tally, question
-from llava_lab.evaluation.benchmarks.files import Pictures, Row, maybe, only, read_json, read_lines, rows_of, write_json
 from llava_lab.stats import NUMBER_WORDS
 
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
@@ -106,18 +106,18 @@ KINDS = ("yes/no", "number", "other")  # of answers
 
 def read_vqav2(data: Path) -> list[Question]:
     """``v2_OpenEnded_mscoco_*_questions.json``, its annotations where they are public, and the folder of COCO pictures."""
-    path = only(data, "*OpenEnded*questions.json")
-    whole = Row(read_json(path), str(path))
+    path = files.only(data, "*OpenEnded*questions.json")
+    whole = files.read_object(path)
     annotations = path.with_name(path.name.replace("OpenEnded_", "").replace("questions.json", "annotations.json"))
     people: dict[Any, tuple[str, list[str]]] = {}
     if annotations != path and annotations.is_file():
-        for row in rows_of(annotations, Row(read_json(annotations), str(annotations))["annotations"]):
-            said = [Row(answer, row.where).text("answer") for answer in row["answers"]]
+        for row in files.rows_of(annotations, files.read_object(annotations)["annotations"]):
+            said = [files.Row(answer, row.where).text("answer") for answer in row["answers"]]
             people[row["question_id"]] = row.one_of("answer_type", KINDS), said
     split = "test2015" if "test" in whole.get("data_subtype", path.name) else whole.get("data_subtype", "val2014")
-    pictures = Pictures(path.parent / split, path.parent / "images", path.parent)
+    pictures = files.Pictures(path.parent / split, path.parent / "images", path.parent)
     found = []
-    for row in rows_of(path, whole["questions"]):
+    for row in files.rows_of(path, whole["questions"]):
         name = f"COCO_{split}_{int(row['image_id']):012d}.jpg"
         kind, said = people.get(row["question_id"], ("", []))
         text, draw = f"{row.text('question')}\n{SW}", pictures.find(row, name)
@@ -135,7 +135,7 @@ def score_vqav2(questions: Sequence[Question], answers: Sequence[str]) -> list[M
 def submit_vqav2(questions: Sequence[Question], answers: Sequence[str], path: Path) -> None:
     """What EvalAI takes: ``[{"question_id": 1, "answer": "red"}]``, every answer through the processor."""
     pairs = zip(questions, answers, strict=True)
-    write_json(path, [{"question_id": _number(one.id), "answer": normalise(answer)} for one, answer in pairs])
+    files.write_json(path, [{"question_id": _number(one.id), "answer": normalise(answer)} for one, answer in pairs])
 
 
 def _softly(questions: Sequence[Question], answers: Sequence[str]) -> np.ndarray:
@@ -151,12 +151,12 @@ def _number(text: str) -> int | str:
 
 def read_vizwiz(data: Path) -> list[Question]:
     """``val.json`` or ``test.json`` with the folder of pictures of that name beside it."""
-    path = only(data, "val.json", "test.json")
-    pictures = Pictures(path.parent / path.stem, path.parent / "images", path.parent)
+    path = files.only(data, "val.json", "test.json")
+    pictures = files.Pictures(path.parent / path.stem, path.parent / "images", path.parent)
     found = []
-    for row in rows_of(path, read_json(path)):
+    for row in files.rows_of(path, files.read_json(path)):
         name = row.text("image")
-        people = [Row(said, row.where).text("answer") for said in row["answers"]] if "answers" in row else []
+        people = [files.Row(said, row.where).text("answer") for said in row["answers"]] if "answers" in row else []
         text = f"{row.text('question')}\n{UNANSWERABLE}\n{SW}"
         kind = "answerable" if row.get("answerable", 1) else "unanswerable"
         found.append(question(name, name, pictures.find(row, name), text, people, kind=kind))
@@ -173,7 +173,7 @@ def score_vizwiz(questions: Sequence[Question], answers: Sequence[str]) -> list[
 def submit_vizwiz(questions: Sequence[Question], answers: Sequence[str], path: Path) -> None:
     """What EvalAI takes: ``[{"image": "VizWiz_test_1.jpg", "answer": "red"}]``, every answer through the processor."""
     pairs = zip(questions, answers, strict=True)
-    write_json(path, [{"image": one.id, "answer": normalise(answer)} for one, answer in pairs])
+    files.write_json(path, [{"image": one.id, "answer": normalise(answer)} for one, answer in pairs])
 
 
 # -- TextVQA --------------------------------------------------------------------------------
@@ -181,10 +181,10 @@ def submit_vizwiz(questions: Sequence[Question], answers: Sequence[str], path: P
 
 def read_textvqa(data: Path) -> list[Question]:
     """``TextVQA_0.5.1_val.json`` and ``train_images``; OCR tokens from LLaVA's question file or from TextVQA's Rosetta file."""
-    path = only(data, "TextVQA_[0-9]*_val.json")
-    folder, rows = path.parent, rows_of(path, Row(read_json(path), str(path))["data"])
+    path = files.only(data, "TextVQA_[0-9]*_val.json")
+    folder, rows = path.parent, files.rows_of(path, files.read_object(path)["data"])
     prompts, tokens = _llava_prompts(folder), _rosetta(folder)
-    pictures = Pictures(folder / "train_images", folder / "images", folder)
+    pictures = files.Pictures(folder / "train_images", folder / "images", folder)
     found = []
     for row in rows:
         name, asked = row.text("image_id"), row.text("question")
@@ -200,16 +200,16 @@ def read_textvqa(data: Path) -> list[Question]:
 
 def _llava_prompts(folder: Path) -> dict[tuple[str, str], str]:
     """LLaVA's own file, ``llava_textvqa_val_v051_ocr.jsonl``: whole prompts by picture and question."""
-    path = maybe(folder, "llava_textvqa*ocr.jsonl")
-    rows = read_lines(path) if path else []
+    path = files.maybe(folder, "llava_textvqa*ocr.jsonl")
+    rows = files.read_lines(path) if path else []
     return {(str(row["question_id"]), row.text("text").split("\n")[0].lower()): row.text("text") for row in rows}
 
 
 def _rosetta(folder: Path) -> dict[str, list[str]] | None:
-    path = maybe(folder, "TextVQA_Rosetta_OCR*val.json")
+    path = files.maybe(folder, "TextVQA_Rosetta_OCR*val.json")
     if path is None:
         return None
-    return {row.text("image_id"): list(row["ocr_tokens"]) for row in rows_of(path, Row(read_json(path), str(path))["data"])}
+    return {row.text("image_id"): list(row["ocr_tokens"]) for row in files.rows_of(path, files.read_object(path)["data"])}
 
 
 def score_textvqa(questions: Sequence[Question], answers: Sequence[str]) -> list[Measure]:
@@ -223,16 +223,16 @@ def score_textvqa(questions: Sequence[Question], answers: Sequence[str]) -> list
 
 def read_gqa(data: Path) -> list[Question]:
     """``testdev_balanced_questions.json`` (or another split's) and the folder ``images``."""
-    path = only(data, "testdev_balanced_questions.json", "*_balanced_questions.json")
-    whole = read_json(path)
-    if not isinstance(whole, dict) or not whole:
-        raise Row(whole, str(path)).refuse("expected questions by their id")
-    pictures = Pictures(path.parent / "images", path.parent.parent / "images", path.parent)
+    path = files.only(data, "testdev_balanced_questions.json", "*_balanced_questions.json")
+    whole = files.read_object(path)
+    if not whole:
+        raise whole.refuse("expected questions by their id")
+    pictures = files.Pictures(path.parent / "images", path.parent.parent / "images", path.parent)
     found = []
     for number, (key, value) in enumerate(whole.items(), 1):
-        row = Row(value, f"{path} row {number} ({key})")
+        row = files.Row(value, f"{path} row {number} ({key})")
         name, text = str(row["imageId"]), f"{row.text('question')}\n{SW}"
-        kind = "open" if Row(row.get("types", {}), row.where).get("structural") == "query" else "binary"
+        kind = "open" if files.Row(row.get("types", {}), row.where).get("structural") == "query" else "binary"
         accepted = [row.text("answer")] if "answer" in row else []
         found.append(question(key, name, pictures.find(row, name), text, accepted, kind=kind))
     return found
@@ -254,4 +254,4 @@ def score_gqa(questions: Sequence[Question], answers: Sequence[str]) -> list[Mea
 def submit_gqa(questions: Sequence[Question], answers: Sequence[str], path: Path) -> None:
     """What GQA's ``eval.py`` reads: ``[{"questionId": "1", "prediction": "red"}]``."""
     pairs = zip(questions, answers, strict=True)
-    write_json(path, [{"questionId": one.id, "prediction": parse_gqa(answer)} for one, answer in pairs])
+    files.write_json(path, [{"questionId": one.id, "prediction": parse_gqa(answer)} for one, answer in pairs])
