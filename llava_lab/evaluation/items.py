@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -84,12 +84,20 @@ def load_items(
     raise DataError(f"data must be {', '.join((*WORLDS, PHOTOS))} or a .json file in LLaVA's format (or .jsonl), got {data!r}")
 
 
-def _picturebook(split: str, n: int, seed: int) -> list[Item]:
-    items = []
+Drawn = tuple[picturebook.Scene, Callable[[], np.ndarray], np.random.Generator]
+
+
+def scenes(split: str, n: int, seed: int, salt: int) -> Iterator[Drawn]:
+    """Scenes of the picture book, each with what draws it, the same for all of its questions, and random numbers of its own."""
     for index in range(n):
         scene = picturebook.scene(split, index, seed=seed)
-        rng = np.random.default_rng((picturebook.SPLITS[split], seed, index, 5))
-        draw = partial(_draw, scene)  # one for all of its questions, so that it is drawn once
+        rng = np.random.default_rng((picturebook.SPLITS[split], seed, index, salt))
+        yield scene, partial(_draw, scene), rng
+
+
+def _picturebook(split: str, n: int, seed: int) -> list[Item]:
+    items = []
+    for scene, draw, rng in scenes(split, n, seed, 5):
         for q in picturebook.ask_about(scene, rng, PER_PICTURE):
             items.append(Item(scene.name, draw, q.text, q.answer, q.short, q.type))
     return items

@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from itertools import combinations
 
 import numpy as np
@@ -28,6 +28,7 @@ from llava_lab.evaluation.benchmarks.benchmark import SW, Measure, Question, Tal
 from llava_lab.evaluation.benchmarks.choice import APART, SPLITS, mmbench_prompt, scienceqa_prompt
 from llava_lab.evaluation.benchmarks.judged import VET_TASK, WILD_TASK
 from llava_lab.evaluation.benchmarks.short import UNANSWERABLE, normalise
+from llava_lab.evaluation.items import Drawn, scenes
 from llava_lab.worlds import picturebook
 from llava_lab.worlds.drawing import COLORS, KINDS
 from llava_lab.worlds.questions import DIRECTIONS, MARGIN, NUMBERS, OPPOSITE, PLACES, article, names_for, plural
@@ -38,18 +39,6 @@ DESCRIBE = "Describe the picture."
 LETTERS = "ABCD"
 
 Thing = tuple[str, str]  # colour and kind
-Drawn = tuple[picturebook.Scene, Callable[[], np.ndarray], np.random.Generator]
-
-
-def _scenes(split: str, n: int, seed: int, salt: int) -> Iterator[Drawn]:
-    for index in range(n):
-        scene = picturebook.scene(split, index, seed=seed)
-        rng = np.random.default_rng((picturebook.SPLITS[split], seed, index, salt))
-        yield scene, partial(_draw, scene), rng
-
-
-def _draw(scene: picturebook.Scene) -> np.ndarray:
-    return np.asarray(scene.picture())
 
 
 def _things(scene: picturebook.Scene) -> list[Thing]:
@@ -77,7 +66,7 @@ def pope(split: str, n: int, seed: int) -> list[Question]:
     alone, together = frequencies()
     every = sorted(alone)
     found: dict[str, list[Question]] = {name: [] for name in SPLITS}
-    for scene, draw, rng in _scenes(split, n, seed, 61):
+    for scene, draw, rng in scenes(split, n, seed, 61):
         present = _things(scene)
         absent = [thing for thing in every if thing not in present]
         mixed = [absent[i] for i in rng.permutation(len(absent))]  # so that equal counts are in random order
@@ -100,7 +89,7 @@ def pope(split: str, n: int, seed: int) -> list[Question]:
 def mme(split: str, n: int, seed: int) -> list[Question]:
     """Up to four pairs about each scene."""
     found = []
-    for scene, draw, rng in _scenes(split, n, seed, 62):
+    for scene, draw, rng in scenes(split, n, seed, 62):
         makers = {"existence": _existence, "count": _more, "position": _beside, "color": _color}
         for subtask, make in makers.items():
             pair = make(scene, rng)
@@ -158,7 +147,7 @@ def _beside(scene: picturebook.Scene, rng: np.random.Generator) -> Pair:
 
 def _asked(split: str, n: int, seed: int, salt: int, types: tuple[str, ...] = ()) -> Iterator[tuple[Drawn, str, str, str, str]]:
     """Questions of the world: what was drawn, text, short answer, whole answer, type."""
-    for drawn in _scenes(split, n, seed, salt):
+    for drawn in scenes(split, n, seed, salt):
         for one in picturebook.ask_about(drawn[0], drawn[2], 2, types):
             yield drawn, one.text, one.short, one.answer, one.type
 
@@ -185,7 +174,7 @@ def vqav2(split: str, n: int, seed: int) -> list[Question]:
 def vizwiz(split: str, n: int, seed: int) -> list[Question]:
     """One question that can be answered about each scene, and one for the colour of what is not there."""
     found = []
-    for scene, draw, rng in _scenes(split, n, seed, 64):
+    for scene, draw, rng in scenes(split, n, seed, 64):
         asked = [(one.text, one.short, "answerable") for one in picturebook.ask_about(scene, rng, 1)]
         others = [kind for kind in KINDS if all(thing.kind != kind for thing in scene.things)]
         asked.append((f"What color is the {rng.choice(others)}?", "unanswerable", "unanswerable"))
@@ -254,7 +243,7 @@ def seed(split: str, n: int, seed: int) -> list[Question]:
 def wild(split: str, n: int, seed: int) -> list[Question]:
     """A question and a description for each scene; the reference is the world's own answer, the context its description."""
     found = []
-    for scene, draw, rng in _scenes(split, n, seed, 68):
+    for scene, draw, rng in scenes(split, n, seed, 68):
         caption = picturebook.caption(scene)
         context = picturebook.description(scene, rng)
         asked = [(one.text, one.answer, "conv") for one in picturebook.ask_about(scene, rng, 1)]
@@ -267,7 +256,7 @@ def wild(split: str, n: int, seed: int) -> list[Question]:
 def vet(split: str, n: int, seed: int) -> list[Question]:
     """What is there, as a list with <AND>, and a question about places; skills are named as MM-Vet's."""
     found = []
-    for scene, draw, rng in _scenes(split, n, seed, 69):
+    for scene, draw, rng in scenes(split, n, seed, 69):
         asked = [(DESCRIBE, "<AND>".join(" ".join(thing) for thing in _things(scene)), ["rec"])]
         for one in picturebook.ask_about(scene, rng, 1, ("place", "relation")):
             asked.append((one.text, one.short, ["rec", "spat"]))
@@ -286,10 +275,9 @@ _THING = re.compile(rf"\b({'|'.join(COLORS)}) ({'|'.join(KINDS)})(?:e?s)?\b")
 
 def chair(split: str, n: int, seed: int) -> list[Question]:
     """A description of each scene; `accepted` are the things that stand there, "red car"."""
-    scenes = _scenes(split, n, seed, 70)
     return [
         question(scene.name, scene.name, draw, DESCRIBE, [" ".join(thing) for thing in _things(scene)])
-        for scene, draw, _ in scenes
+        for scene, draw, _ in scenes(split, n, seed, 70)
     ]
 
 
