@@ -3,8 +3,7 @@
 from llava_lab.attribution.heads import find_localization_heads, head_maps
 from llava_lab.attribution.image_share import ImageShare, image_share
 from llava_lab.attribution.method import Maps, Method
-from llava_lab.attribution.registry import METHODS, attribute
-from llava_lab.attribution.streaming import ask_and_attribute
+from llava_lab.attribution.registry import METHODS, ask_and_attribute, attribute
 
 __all__ = [
     "ImageShare",

@@ -14,8 +14,7 @@ from llava_lab.capture import hooked, undisturbed
 from llava_lab.cli import main as cli
 from llava_lab.errors import LabError, OptionError
 from llava_lab.interventions.circuit import Graph, Pair, Shape
-from llava_lab.interventions.nodes import reading_nodes
-from llava_lab.interventions.patching import corrupted_pixels
+from llava_lab.interventions.patching import corrupted_pixels, reading_nodes
 from llava_lab.models import Lab
 from llava_lab.models.layout import language_layers
 from llava_lab.replay.prefix import Prefix, image_tokens

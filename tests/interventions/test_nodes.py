@@ -12,7 +12,7 @@ import llava_lab as ll
 from llava_lab.capture import hooked, undisturbed
 from llava_lab.errors import LabError, OptionError
 from llava_lab.interventions.circuit import drawn_pairs, parting
-from llava_lab.interventions.nodes import reading_nodes, replacing
+from llava_lab.interventions.patching import reading_nodes, replacing
 from llava_lab.models import Lab
 from llava_lab.models.layout import language_layers
 from llava_lab.results import NodeScores, Run
