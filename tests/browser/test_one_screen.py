@@ -6,12 +6,20 @@ import pytest
 from playwright.sync_api import Browser, Locator
 
 from tests.support.all_widgets import EVERY
+from tests.support.compare_examples import heads_example, methods_example
+from tests.support.widget_examples import make_run
 from tests.support.widget_page import WidgetPage
+from widgets import CompareView, HeadGrid
 
 HIGH = 780  # CSS pixels: a laptop's browser without its bars
 WIDE = (1440, 1024)
 NARROW = (620, 420, 320)
 SEEN = ("CompareView", "HeadGrid", "PatchExplorer", "TokenLens")
+# With so much to show that only its limit keeps it on one screen: fifteen methods, forty words.
+FULL = {
+    "CompareView": lambda: CompareView(*methods_example()),
+    "HeadGrid": lambda: HeadGrid(*heads_example(make_run(" ".join(["The car is red."] * 10)))),
+}
 OUTPUT = 0.84  # of the window's width that JupyterLab leaves to an output
 # What is chosen by, and what it changes
 TOGETHER = {
@@ -61,7 +69,7 @@ def size(node: Locator) -> dict[str, float]:
 @pytest.mark.parametrize("name", SEEN)
 def test_control_and_effect_are_on_one_screen(chromium: Browser, name: str, width: int) -> None:
     page = WidgetPage(chromium, viewport={"width": width, "height": HIGH})
-    shown = page.mount(EVERY[name]())
+    shown = page.mount(FULL.get(name, EVERY[name])())
     for share in (1.0, OUTPUT):  # a window of its own, and an output beside JupyterLab's margins
         page.page.evaluate("(share) => { document.querySelector('main').style.width = `${100 * share}%`; }", share)
         page.settle()
@@ -75,6 +83,17 @@ def test_control_and_effect_are_on_one_screen(chromium: Browser, name: str, widt
         assert canvas["width"] >= 220
         assert shown.evaluate("(node) => node.scrollWidth <= node.clientWidth + 1")
     assert page.errors == []
+    page.close()
+
+
+@pytest.mark.parametrize("width", WIDE)
+@pytest.mark.parametrize("name", FULL)
+def test_without_its_limit_it_would_be_found_too_high(chromium: Browser, name: str, width: int) -> None:
+    page = WidgetPage(chromium, viewport={"width": width, "height": HIGH})
+    shown = page.mount(FULL[name]())
+    page.page.add_style_tag(content=".lab-screen .lab-card { max-height: none !important }")
+    page.settle()
+    assert size(shown)["height"] > HIGH
     page.close()
 
 
