@@ -410,8 +410,8 @@ def superpixels(run: Run, regions: int, *, shape: str = SHAPES[0]) -> np.ndarray
     if regions < 2:
         raise OptionError(f"regions must be a whole number of at least 2, got {regions}")
     covered = run.map.coverage() > 0
-    labels = _rectangles(covered, regions) if shape == "grid" else _merged(_features(run), covered, regions)
-    return _in_reading_order(labels)
+    labels = _rectangles(covered, regions) if shape == "grid" else merged(_features(run), covered, regions)
+    return in_reading_order(labels)
 
 
 def _features(run: Run) -> np.ndarray:
@@ -425,7 +425,7 @@ def _features(run: Run) -> np.ndarray:
     return np.concatenate([colors, PLACE * y[..., None] / side, PLACE * x[..., None] / side], -1)
 
 
-def _merged(features: np.ndarray, covered: np.ndarray, regions: int) -> np.ndarray:
+def merged(features: np.ndarray, covered: np.ndarray, regions: int) -> np.ndarray:
     """Merge neighbours by Ward's rule until `regions` are left, or until what is left does not touch."""
     rows, cols = covered.shape
     name = np.arange(rows * cols).reshape(rows, cols)
@@ -484,7 +484,7 @@ def _rectangles(covered: np.ndarray, regions: int) -> np.ndarray:
     return np.where(covered, labels, -1)
 
 
-def _in_reading_order(labels: np.ndarray) -> np.ndarray:
+def in_reading_order(labels: np.ndarray) -> np.ndarray:
     """The same regions, numbered by their first patch."""
     flat = labels.ravel()
     order = list(dict.fromkeys(flat[flat >= 0].tolist()))

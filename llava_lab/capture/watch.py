@@ -203,7 +203,7 @@ def watch_attention(
     if not layers:
         raise LabError("expected at least one layer to watch, got none")
     attentions = [attention_module(layer) for layer in layers]
-    if any(module in _HANDLERS for module in attentions) or len(set(attentions)) < len(attentions):
+    if any(module in HANDLERS for module in attentions) or len(set(attentions)) < len(attentions):
         raise LabError("expected layers that nobody watches, got one that is watched already; leave the other block first")
     session = _Session(reducer, {module: i for i, module in enumerate(attentions)}, chunk, [0] * len(attentions))
     with ExitStack() as stack:
@@ -329,7 +329,7 @@ def _scores(query: Float[Tensor, "B H q D"], key: Float[Tensor, "B G k D"]) -> F
     return (grouped @ key.transpose(2, 3)).reshape(batch, heads, rows, key.shape[2])
 
 
-_HANDLERS: dict[nn.Module, Handler] = {}  # attention module -> who takes part in its attention; empty outside `handled`
+HANDLERS: dict[nn.Module, Handler] = {}  # attention module -> who takes part in its attention; empty outside `handled`
 
 
 @contextmanager
@@ -356,8 +356,8 @@ def routed(attentions: Sequence[nn.Module]) -> Iterator[None]:
 @contextmanager
 def handled(handlers: Mapping[nn.Module, Handler]) -> Iterator[None]:
     """Inside the block these routed attention modules ask their handler for their output."""
-    with undoing(lambda: [_HANDLERS.pop(module, None) for module in handlers]):
-        _HANDLERS.update(handlers)
+    with undoing(lambda: [HANDLERS.pop(module, None) for module in handlers]):
+        HANDLERS.update(handlers)
         yield
 
 
@@ -372,7 +372,7 @@ def _attend(
 ) -> tuple[Tensor, Tensor | None]:
     """sdpa, past the module's handler if it has one."""
     plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    handler = _HANDLERS.get(module)
+    handler = HANDLERS.get(module)
     if handler is None:
         return plain(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     unknown = [name for name in CHANGES_SCORES if kwargs.get(name) is not None]

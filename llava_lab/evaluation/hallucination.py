@@ -102,7 +102,7 @@ def hallucination(
     pope = [one for one in pope if one.kind == ASKED]
     shown = [grained([one.item for one in asked], grain, seed=seed) for asked in (pope, chair)]
     clear = _toward_clear(lab, grain or GRAIN, seed=seed)
-    arms = _arms(lab, clear, alpha=alpha, beta=beta, noise=noise, push=push, seed=seed, draws=draws)
+    arms = arms_of(lab, clear, alpha=alpha, beta=beta, noise=noise, push=push, seed=seed, draws=draws)
     changes: dict[str, tuple[Change, ...]] = {"as it is": (UNCHANGED,)}
     for arm in arms:
         changes |= {arm.name: (arm.change,), arm.control: arm.controlled}
@@ -175,7 +175,7 @@ def noised(pixels: Float[Tensor, "N 3 S S"], step: int, *, seed: int = 0) -> Flo
     return left**0.5 * pixels + (1 - left) ** 0.5 * random
 
 
-def _arms(lab: Lab, clear: Tensor, *, alpha: float, beta: float, noise: int, push: float, seed: int, draws: int) -> list[Arm]:
+def arms_of(lab: Lab, clear: Tensor, *, alpha: float, beta: float, noise: int, push: float, seed: int, draws: int) -> list[Arm]:
     alpha, push = number("alpha", alpha), number("push", push)
     if not 0 < number("beta", beta) <= 1:
         raise OptionError(f"beta must be above 0 and at most 1, got {beta!r}")
@@ -184,7 +184,7 @@ def _arms(lab: Lab, clear: Tensor, *, alpha: float, beta: float, noise: int, pus
     layers = len(language_layers(lab.model))
     third = max(1, layers // 3)
     unit, _ = find_direction(lab, ("no", "yes"))
-    steered = partial(_push, window=(0, layers), amount=push)
+    steered = partial(pushing, window=(0, layers), amount=push)
     random = tuple(Change(around=partial(steered, unit=_random_like(unit, seed + draw))) for draw in range(draws))
     return [
         Arm(
@@ -195,9 +195,9 @@ def _arms(lab: Lab, clear: Tensor, *, alpha: float, beta: float, noise: int, pus
         ),
         Arm(
             "knockout: late layers",
-            Change(around=partial(_blindfold, window=(layers - third, layers))),
+            Change(around=partial(blindfold, window=(layers - third, layers))),
             "knockout: early layers",
-            (Change(around=partial(_blindfold, window=(0, third))),),
+            (Change(around=partial(blindfold, window=(0, third))),),
         ),
         Arm("steering: toward no", Change(around=partial(steered, unit=unit)), "steering: random direction", random),
         Arm("steering: toward clear", Change(around=partial(steered, unit=clear)), "steering: random direction", random),
@@ -229,11 +229,11 @@ def _answering(end: int) -> Positions:
     return Positions("last", (end - 1,), end, open=True)
 
 
-def _blindfold(lab: Lab, image: tuple[int, int], end: int, *, window: tuple[int, int]) -> AbstractContextManager[Any]:
+def blindfold(lab: Lab, image: tuple[int, int], end: int, *, window: tuple[int, int]) -> AbstractContextManager[Any]:
     return cutting(lab, Cut(Positions("image", tuple(range(*image)), end), _answering(end)), window)
 
 
-def _push(
+def pushing(
     lab: Lab, image: tuple[int, int], end: int, *, window: tuple[int, int], unit: Tensor, amount: float
 ) -> AbstractContextManager[Any]:
     return moving(lab, _answering(end), window, "steer", unit, amount)

@@ -93,11 +93,11 @@ def evaluate(
         result["controls"] = {
             "blind": _answered(lab, items, blinded(items), prompt, equal, "blind", progress),
             "shuffled": _answered(lab, items, shuffled(items, seed), prompt, equal, "shuffled", progress),
-            "majority": _scores(items, _majority(items, data, seed)),
+            "majority": scores_of(items, majority_of(items, data, seed)),
         }
     if data == PHOTOS and hasattr(layout.vision_tower(lab.model), "head"):
         named = [item for item in items if item.type == "naming" or item.quarter is not None]
-        ceiling = _scores(named, _tower_names(lab, named))["by_type"]
+        ceiling = scores_of(named, _tower_names(lab, named))["by_type"]
         result["ceiling"] = ceiling["naming"] | {"by_type": ceiling}
     about = {"model": lab.name, "data": data, "split": split, "seed": seed, "pictures": n, "prompt": prompt}
     about |= {"normalised": True} if normalise else {}
@@ -122,10 +122,10 @@ def answer_all(
     4
     """
     options: dict[str, Any] = {"limit": max_new_tokens, "batch": batch, "label": label, "progress": progress}
-    return [text for text, _ in _generated(lab, items, prompt=prompt, change=change, **options)]
+    return [text for text, _ in answers_and_confidence(lab, items, prompt=prompt, change=change, **options)]
 
 
-def _generated(
+def answers_and_confidence(
     lab: Lab,
     items: Sequence[Item],
     *,
@@ -179,9 +179,9 @@ def _answered(
     lab: Lab, items: list[Item], shown: list[Item], prompt: str, equal: Callable[[str, str], bool], label: str, progress: bool
 ) -> dict[str, Any]:
     """Scores of the answers given to `shown`, against what `items` expect, and how sure the model was of them."""
-    given = _generated(lab, shown, prompt=prompt, label=label, progress=progress)
+    given = answers_and_confidence(lab, shown, prompt=prompt, label=label, progress=progress)
     right = np.array([item.right(answer, equal) for (answer, _), item in zip(given, items, strict=True)])
-    scores = _scores(items, right)
+    scores = scores_of(items, right)
     sure = np.array([chance for _, chance in given])
     for name, row in {"": scores, **scores["by_type"]}.items():
         rows = np.array([not name or item.type == name for item in items])
@@ -206,7 +206,7 @@ def _tower_names(lab: Lab, items: list[Item]) -> np.ndarray:
     return np.array(right)
 
 
-def _scores(items: list[Item], right: np.ndarray) -> dict[str, Any]:
+def scores_of(items: list[Item], right: np.ndarray) -> dict[str, Any]:
     cluster = np.array([item.picture for item in items])
     by_type = defaultdict(list)
     for i, item in enumerate(items):
@@ -237,7 +237,7 @@ def shuffled(items: list[Item], seed: int) -> list[Item]:
     return [item if item.draw is None else replace(item, draw=draw[follower[item.picture]]) for item in items]
 
 
-def _majority(items: list[Item], data: str, seed: int) -> np.ndarray:
+def majority_of(items: list[Item], data: str, seed: int) -> np.ndarray:
     common = _trained_on(data, seed, MAJORITY_PICTURES) if data in WORLDS else _commonest(items)
     return np.array([item.short == common.get(item.type) for item in items])
 

@@ -113,7 +113,7 @@ def leaderboard(
     elif data == "photos" and pictures is not None:
         photographs = read_outlined(Path(pictures))
         n, split = min(n, len(photographs)), Path(pictures).name
-        subject_of = partial(_photographed, photographs=photographs)
+        subject_of = partial(photographed, photographs=photographs)
     else:
         raise DataError(
             "a leaderboard needs to know what decides each question: data must be picturebook, or photos with pictures=, "
@@ -210,7 +210,7 @@ def _says(run: Run, *, question: picturebook.Question) -> Told | None:
     return (answer_target(run, question.short), tuple(question.deciding)) if right else None
 
 
-def _photographed(index: int, *, photographs: Sequence[Outlined]) -> Subject:
+def photographed(index: int, *, photographs: Sequence[Outlined]) -> Subject:
     """A photograph: what is in it, and whether there is each of the things that are there, the largest first."""
     photo = photographs[index]
     masks, names_of = photo.masks(), np.array(photo.names)

@@ -18,9 +18,9 @@ from llava_lab.attribution.shapley import (
     LeastSquares,
     Path,
     RegionGame,
-    _in_reading_order,
-    _merged,
     fit,
+    in_reading_order,
+    merged,
     open_game,
     search,
     superpixels,
@@ -335,8 +335,8 @@ def test_a_plain_picture_is_cut_by_place(planted: Lab) -> None:
 def test_neighbours_are_merged_by_what_their_union_costs() -> None:
     """Three patches of 0 and one of 1 would be mixed for 3/4 of a square of 1, 1 and 2.1 for 1/2 of one of 1.1."""
     row = np.array([0, 0, 0, 1, 2.1])[None, :, None]
-    assert _in_reading_order(_merged(row, np.ones((1, 5), bool), 2)).tolist() == [[0, 0, 0, 1, 1]]
-    assert _in_reading_order(_merged(row, np.array([[True, True, False, True, True]]), 2)).tolist() == [[0, 0, -1, 1, 1]]
+    assert in_reading_order(merged(row, np.ones((1, 5), bool), 2)).tolist() == [[0, 0, 0, 1, 1]]
+    assert in_reading_order(merged(row, np.array([[True, True, False, True, True]]), 2)).tolist() == [[0, 0, -1, 1, 1]]
 
 
 def test_same_picture_same_regions(planted: Lab) -> None:

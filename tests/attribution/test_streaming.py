@@ -122,7 +122,7 @@ def test_nothing_is_left_behind(lab: Lab, stop: type[BaseException]) -> None:
 
     def state() -> tuple[Any, ...]:
         hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in lab.model.modules()]
-        return hooks, lab.model.config.text_config._attn_implementation, dict(watch._HANDLERS)
+        return hooks, lab.model.config.text_config._attn_implementation, dict(watch.HANDLERS)
 
     handle = lab.model.model.language_model.layers[1].register_forward_pre_hook(interrupt)
     before = state()
@@ -155,7 +155,7 @@ def test_interrupted_it_gives_the_answer_so_far_with_its_maps(lab: Lab) -> None:
     assert said == 2
     assert np.array_equal(run.token_ids, whole.token_ids[: len(run.token_ids)])
     close(found.values, attribute(lab, run, **PLAIN).values, terms=TERMS)
-    assert not watch._HANDLERS
+    assert not watch.HANDLERS
 
 
 def test_a_long_answer_is_kept_in_several_blocks(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from llava_lab.attribution.relevancy import attention_backward
 from llava_lab.capture.open_layer import keep_calls, open_layer, position_wise
-from llava_lab.capture.watch import _HANDLERS
+from llava_lab.capture.watch import HANDLERS
 from llava_lab.errors import LabError
 from llava_lab.models import Lab
 from llava_lab.models.layout import language_layers, used_vision_layers
@@ -79,4 +79,4 @@ def test_a_layer_that_does_not_attend_is_refused(tiny_random: Lab, run: Run, mon
             LabError, match="LlamaDecoderLayer to attend once through transformers' attention interface, got 0 times"
         ):
             open_layer(calls[layer])
-    assert not _HANDLERS
+    assert not HANDLERS

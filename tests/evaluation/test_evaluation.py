@@ -12,7 +12,7 @@ from PIL import Image
 
 from llava_lab.errors import DataError
 from llava_lab.evaluation import Item, answer_all, evaluate, load_items
-from llava_lab.evaluation.scoring import _generated, _majority, _scores, blinded, shuffled
+from llava_lab.evaluation.scoring import answers_and_confidence, blinded, majority_of, scores_of, shuffled
 
 
 def test_batched_answers_equal_single_questions(tiny_random) -> None:
@@ -41,7 +41,7 @@ def _few_training_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_majority_comes_from_the_training_split() -> None:
     items = load_items("picturebook", n=200)
-    share = _majority(items, "picturebook", 0).mean()
+    share = majority_of(items, "picturebook", 0).mean()
     assert 0.15 < share < 0.55
 
 
@@ -60,7 +60,7 @@ def test_evaluate_reports_what_json_promises(tiny_random) -> None:
 
 def test_the_confidence_of_a_batch_is_that_of_the_run(tiny_random) -> None:
     items = load_items("picturebook", n=1)
-    given = _generated(tiny_random, items, prompt=None, limit=6, label="", progress=False)
+    given = answers_and_confidence(tiny_random, items, prompt=None, limit=6, label="", progress=False)
     for item, (answer, sure) in zip(items, given, strict=True):
         assert item.draw is not None
         run = tiny_random.ask(item.draw(), item.question, max_new_tokens=6)
@@ -74,7 +74,7 @@ def test_intervals_resample_pictures_and_not_questions() -> None:
 
     def scores(questions: int) -> dict[str, Any]:
         items = [Item(str(picture), partial(np.zeros, 3), "", "", "", "color") for picture in range(40) for _ in range(questions)]
-        return _scores(items, np.repeat(right, questions))
+        return scores_of(items, np.repeat(right, questions))
 
     assert scores(8)["by_type"]["color"]["interval"] == scores(1)["by_type"]["color"]["interval"]
     once, often = scores(1)["interval"], scores(8)["interval"]

@@ -11,7 +11,7 @@ import torch
 import llava_lab as ll
 from llava_lab.errors import OptionError
 from llava_lab.evaluation import Item, answer_all
-from llava_lab.evaluation.hallucination import _arms, _blindfold, _push, grained, hallucination, noised
+from llava_lab.evaluation.hallucination import arms_of, blindfold, grained, hallucination, noised, pushing
 from llava_lab.evaluation.scoring import Change
 from llava_lab.models.generation import Contrast
 from llava_lab.models.layout import language_layers
@@ -26,9 +26,9 @@ def items() -> list[Item]:
     return [Item(str(i), draw, text, "", "", "all") for i, draw in enumerate(draws) for text in QUESTIONS]
 
 
-def _arms_of(lab, draws: int):
+def arms_with(lab, draws: int):
     clear = torch.eye(lab.model.config.text_config.hidden_size)[0]
-    return _arms(lab, clear, alpha=1, beta=0.1, noise=5, push=0.1, seed=0, draws=draws)
+    return arms_of(lab, clear, alpha=1, beta=0.1, noise=5, push=0.1, seed=0, draws=draws)
 
 
 def test_a_contrast_by_hand() -> None:
@@ -66,7 +66,7 @@ def test_a_contrast_keeps_a_cache_of_its_own(tiny_random, items) -> None:
 
 def test_a_cut_in_a_batch_is_the_cut_of_single_questions(tiny_random, items) -> None:
     window = (1, 3)
-    changed = Change(around=partial(_blindfold, window=window))
+    changed = Change(around=partial(blindfold, window=window))
     batched = answer_all(tiny_random, items, max_new_tokens=6, batch=5, progress=False, change=changed)
     single = []
     for item in items:
@@ -80,7 +80,7 @@ def test_a_cut_in_a_batch_is_the_cut_of_single_questions(tiny_random, items) -> 
 def test_a_push_in_a_batch_is_the_push_of_single_questions(tiny_random, items) -> None:
     direction = np.random.default_rng(1).normal(size=tiny_random.model.config.text_config.hidden_size).astype(np.float32)
     unit, layers = torch.from_numpy(direction / np.linalg.norm(direction)), len(language_layers(tiny_random.model))
-    changed = Change(around=partial(_push, window=(0, layers), unit=unit, amount=0.8))
+    changed = Change(around=partial(pushing, window=(0, layers), unit=unit, amount=0.8))
     batched = answer_all(tiny_random, items[:4], max_new_tokens=4, progress=False, change=changed)
     single = []
     for item in items[:4]:
@@ -105,7 +105,7 @@ def test_noise_takes_the_picture_away_step_by_step() -> None:
 def test_each_change_stands_beside_its_control(tiny_random) -> None:
     weights = tiny_random.fingerprint
     scores = hallucination(tiny_random, n=2, draws=2, grain=60, progress=False)
-    arms = _arms_of(tiny_random, draws=2)
+    arms = arms_with(tiny_random, draws=2)
     assert scores.controls == tuple(dict.fromkeys(name for arm in arms for name in (arm.name, arm.control)))
     assert [len(arm.controlled) for arm in arms] == [2, 1, 2, 2]
     assert len(scores.about["against"]) == 4 * len(scores.measures)
@@ -120,12 +120,12 @@ def test_each_change_stands_beside_its_control(tiny_random) -> None:
 
 
 def test_controls_by_lot_differ_from_draw_to_draw(tiny_random) -> None:
-    *_, steering = _arms_of(tiny_random, draws=3)
+    *_, steering = arms_with(tiny_random, draws=3)
     units = [change.around.keywords["unit"] for change in steering.controlled]
     assert [float(unit.norm()) for unit in units] == pytest.approx([1.0, 1.0, 1.0])
     assert all(abs(float(one @ other)) < 0.9 for one, other in ((units[0], units[1]), (units[1], units[2])))
     assert float(steering.change.around.keywords["unit"][0]) == 1.0  # the last arm steers along what it was given
-    contrast, *_ = _arms_of(tiny_random, draws=2)
+    contrast, *_ = arms_with(tiny_random, draws=2)
     pixels = torch.arange(3.0)[:, None, None, None].expand(3, 3, 2, 2)
     others = [change.contrast(pixels).pixel_values[:, 0, 0, 0].tolist() for change in contrast.controlled]
     assert others == [[2.0, 0.0, 1.0], [1.0, 2.0, 0.0]]

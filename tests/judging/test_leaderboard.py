@@ -16,7 +16,7 @@ import llava_lab as ll
 from llava_lab.cli import main as cli
 from llava_lab.errors import DataError, OptionError
 from llava_lab.judging import leaderboard
-from llava_lab.judging.leaderboard import MEASURES, Asked, _photographed, answer_target, economical, spread, tabulate
+from llava_lab.judging.leaderboard import MEASURES, Asked, answer_target, economical, photographed, spread, tabulate
 from llava_lab.models import Lab
 from llava_lab.results import Leaderboard
 from llava_lab.results.scores import COST, FAITHFUL, TRUE
@@ -97,7 +97,7 @@ def test_every_short_answer_of_the_picture_book_is_found() -> None:
 
 
 def test_a_photograph_is_asked_what_it_shows_and_the_named_thing_decides(tiny_random: Lab, outlined: Path) -> None:
-    fruit = _photographed(1, photographs=read_outlined(outlined))
+    fruit = photographed(1, photographs=read_outlined(outlined))
     assert [asked.text for asked in fruit.questions] == [
         "Is there an orange in the picture?",  # the largest first
         "Is there a bowl in the picture?",

@@ -177,7 +177,7 @@ def byte_tokenizer(sentences: tuple[str, ...] = SENTENCES, size: int = 400) -> P
         show_progress=False,
     )
     core.train_from_iterator(sentences, trainer)
-    return _wrap(core)
+    return wrap(core)
 
 
 def sentencepiece_tokenizer(sentences: tuple[str, ...] = SENTENCES) -> PreTrainedTokenizerFast:
@@ -199,10 +199,10 @@ def sentencepiece_tokenizer(sentences: tuple[str, ...] = SENTENCES) -> PreTraine
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     core.add_special_tokens([UNK, BOS, EOS, IMAGE, PAD])
-    return _wrap(core, unk_token=UNK)
+    return wrap(core, unk_token=UNK)
 
 
-def _wrap(core: Tokenizer, **special: str) -> PreTrainedTokenizerFast:
+def wrap(core: Tokenizer, **special: str) -> PreTrainedTokenizerFast:
     bos = core.token_to_id(BOS)
     core.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, bos)]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 import llava_lab
-from llava_lab.capture.watch import _HANDLERS
+from llava_lab.capture.watch import HANDLERS
 
 PACKAGE = str(Path(llava_lab.__file__).parent)
 
@@ -40,7 +40,7 @@ def state_of(lab: Any) -> dict[str, Any]:
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return {
         "attention": [config._attn_implementation for config in configs],
-        "handlers": len(_HANDLERS),
+        "handlers": len(HANDLERS),
         "hooks": [len(getattr(module, kind)) for module, kind in itertools.product(modules, hooks)],
         "training": [module.training for module in modules],
         "gradients": [(parameter.requires_grad, parameter.grad is None) for parameter in lab.model.parameters()],

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from tests.support.checkpoints import BOS, EOS, SENTENCES, UNK, _wrap, build_llama_model, llava_config
+from tests.support.checkpoints import BOS, EOS, SENTENCES, UNK, build_llama_model, llava_config, wrap
 
 WORDS, ROWS = 400, 448  # 400 words and 2 new ones, filled up to a multiple of 64
 IMAGE_ID, PAD_ID = 400, 401
@@ -46,7 +46,7 @@ def original_tokenizer(marks: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     options: dict[str, Any] = {"special_tokens": [UNK, BOS, EOS], "initial_alphabet": alphabet, "show_progress": False}
     core.train_from_iterator(SENTENCES * 2, trainers.BpeTrainer(vocab_size=WORDS - len(marks), **options))
-    wrapped = _wrap(core, unk_token=UNK)
+    wrapped = wrap(core, unk_token=UNK)
     content = json.loads(wrapped.backend_tokenizer.to_str())
     content["added_tokens"] = [entry for entry in content["added_tokens"] if entry["id"] < WORDS - len(marks)]
     plain = PreTrainedTokenizerFast(

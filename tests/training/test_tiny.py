@@ -25,7 +25,7 @@ from llava_lab.training.smol.make import train_smol
 from llava_lab.training.text import IGNORE, encode
 from llava_lab.training.tiny.batches import apart, apart_loss, joined, joined_loss
 from llava_lab.training.tiny.language import statements
-from llava_lab.training.tiny.make import _tokenizer, _Work
+from llava_lab.training.tiny.make import Work, tokenizer_of_run
 from llava_lab.training.tiny.model import build_config, build_model, build_processor, build_tokenizer
 from llava_lab.training.tiny.pictures import NOTHING, OTHER_COLORS, OTHER_KINDS, make_pool, retold, truth_of
 from llava_lab.training.tiny.sight import FORMS, InstructData
@@ -56,7 +56,7 @@ def losses(folder: Path, stage: str) -> list[float]:
 
 
 def test_every_stage_changes_its_own_parts_bitwise_and_nothing_else(folder: Path) -> None:
-    work = _Work(QUICK, folder, 1.0)
+    work = Work(QUICK, folder, 1.0)
     after: dict[str, torch.Tensor] = {k: v.clone() for k, v in work.model.state_dict().items()}
     for stage in QUICK.stages:
         before = dict(after)
@@ -276,9 +276,9 @@ def test_a_tokenizer_half_written_is_made_again(tmp_path: Path, monkeypatch: pyt
     with monkeypatch.context() as patch:
         patch.setattr(PreTrainedTokenizerFast, "save_pretrained", killed)
         with pytest.raises(KeyboardInterrupt):
-            _tokenizer(tmp_path / "tokenizer", 300)
+            tokenizer_of_run(tmp_path / "tokenizer", 300)
     assert list(tmp_path.iterdir()) == []
-    assert len(_tokenizer(tmp_path / "tokenizer", 300)) > 256
+    assert len(tokenizer_of_run(tmp_path / "tokenizer", 300)) > 256
 
 
 @pytest.mark.parametrize("entry", ["train", "train_smol", "train_stage", "compare_connectors", "leaderboard", "write_dataset"])

@@ -66,7 +66,7 @@ def train(
         recipe = replace(recipe, seed=seed)
     own = loop.own_folder(folder, STAGES, chosen=stages, steps_scale=steps_scale, resume=resume)
     with own, streams.fused(fused):
-        work = _Work(recipe, folder, steps_scale)
+        work = Work(recipe, folder, steps_scale)
         for stage in recipe.stages:
             if stages is None or stage.name in stages:
                 work.load(STAGES[: STAGES.index(stage.name)])
@@ -74,13 +74,13 @@ def train(
         return work.finish()
 
 
-class _Work:
+class Work:
     """The model under way, the pool, and how each stage uses them."""
 
     def __init__(self, recipe: Recipe, folder: Path, scale: float) -> None:
         self.recipe, self.folder, self.scale = recipe, folder, scale
         arch, side = recipe.architecture, recipe.architecture.image
-        self.tokenizer = _tokenizer(folder / "tokenizer", arch.vocabulary)
+        self.tokenizer = tokenizer_of_run(folder / "tokenizer", arch.vocabulary)
         self.config = build_config(arch, self.tokenizer)
         self.model: LlavaForConditionalGeneration = build_model(self.config, seed=recipe.seed)
         # stock sdpa is slower than eager on a CPU when gradients are wanted
@@ -155,7 +155,7 @@ class _Work:
         return target
 
 
-def _tokenizer(folder: Path, vocabulary: int) -> PreTrainedTokenizerFast:
+def tokenizer_of_run(folder: Path, vocabulary: int) -> PreTrainedTokenizerFast:
     """Built once for a run: a resumed run must not read its words by other numbers."""
     if not folder.exists():
         with whole_folder(folder) as part:
