@@ -39,6 +39,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from llava_lab.errors import CheckpointError, DataError, LabError, OptionError, foreign_line, one_line
+from llava_lab.options import by_our_names, nearest
 
 if TYPE_CHECKING:
     from llava_lab.results import Run
@@ -60,11 +61,13 @@ def one_of(name: str, value: Any, choices: Sequence[Any]) -> Any:
 
 
 def known(kind: str, name: Any, names: Iterable[str]) -> Any:
-    """`name` if it is one of `names`. Raises OptionError: "no method 'x'; the methods are a, b"."""
+    """`name` if it is one of `names`. Raises OptionError: "no method 'x'; the methods are a, b", with the one most like it."""
     names = tuple(names)
     for one in _equal(name, names):
         return one
-    raise OptionError(f"no {kind} {shown(name)}; the {kind}s are {', '.join(names)}")
+    near = nearest(name, names) if isinstance(name, str) else None
+    meant = f"; did you mean {near!r}?" if near else ""
+    raise OptionError(f"no {kind} {shown(name)}; the {kind}s are {', '.join(names)}{meant}")
 
 
 def _equal(value: Any, choices: Iterable[Any]) -> list[Any]:
@@ -304,6 +307,23 @@ def held(lock: Any) -> Iterator[None]:
 
 
 @contextmanager
+def reading(path: Path, mode: str = "rb", **how: Any) -> Iterator[Any]:
+    """A file open to be read, closed when the block is left, also by an interrupt between any two lines.
+
+    ``with path.open()`` leaves it then to Python, which closes it and warns of it.
+    """
+    files: list[Any] = []
+
+    def undo() -> None:
+        for file in files:
+            file.close()
+
+    with undoing(undo):
+        files.append(path.open(mode, **how))
+        yield files[0]
+
+
+@contextmanager
 def warnings_kept() -> Iterator[None]:
     """What Python warns of may be set inside the block; on leaving it is as the caller had it, also after an interrupt."""
     block, filters = warnings.catch_warnings(), warnings.filters
@@ -390,11 +410,13 @@ def entry(function: Callable[Given, Answer]) -> Callable[Given, Answer]:
     another library or of the system comes out as one line of ours, with the original behind it; our own bugs, Ctrl-C and
     errors in the caller's own code pass as they are (`foreign_line`).
     Arguments are checked by their annotations, as far as `EXPECTED` knows them, and an option given as None has its default.
-    Below ``@contextmanager`` only what stands before the ``yield`` is guarded: the block is the caller's.
+    One that is missing, or has a name that is not ours, is told in one line; the names of other libraries are taken
+    (`by_our_names`). Below ``@contextmanager`` only what stands before the ``yield`` is guarded: the block is the caller's.
 
     Given a lab, it waits for its turn on the model (`Turn`); a context manager keeps it to the end of the block.
     """
-    checked, name = _arguments_of(function), function.__qualname__.rpartition("<locals>.")[2].removesuffix(".__init__")
+    name = function.__qualname__.rpartition("<locals>.")[2].removesuffix(".__init__")
+    checked = _arguments_of(function, name)
     if inspect.isgeneratorfunction(inspect.unwrap(function)):
         opening = contextmanager(cast("Callable[Given, Iterator[Any]]", function))
 
@@ -568,7 +590,7 @@ def is_text(value: str) -> bool:
     return True
 
 
-def _arguments_of(function: Callable[..., Any]) -> Callable[[Any, Any], Any]:
+def _arguments_of(function: Callable[..., Any], who: str) -> Callable[[Any, Any], Any]:
     """What checks a call's arguments and gives them back; None where a default stands becomes the default."""
     parameters = inspect.signature(function).parameters
     kinds = {name: kind for name, parameter in parameters.items() if (kind := _kind(name, str(parameter.annotation)))}
@@ -586,13 +608,45 @@ def _arguments_of(function: Callable[..., Any]) -> Callable[[Any, Any], Any]:
         more = _too_large(value) if "whole" in kinds[name][0] else ""
         raise OptionError(f"{name} must be {kinds[name][0]}{more}, got {shown(value)}")
 
+    named = _names_of(parameters, who)
+
     def check(args: Any, options: Any) -> Any:
         return (
             (*map(checked, order, args), *args[len(order) :]),
-            {name: checked(name, value) for name, value in options.items()},
+            {name: checked(name, value) for name, value in named(args, options).items()},
         )
 
     return check
+
+
+def _names_of(parameters: Mapping[str, inspect.Parameter], who: str) -> Callable[[Any, Any], dict[str, Any]]:
+    """What checks that a call gives each argument once and no other, and gives its options back by our names."""
+    every = list(parameters.values())
+    kinds = {parameter.kind for parameter in every}
+    order = [parameter.name for parameter in every if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    itself = order[:1] == ["self"]
+    by_name = [*order[itself:], *(parameter.name for parameter in every if parameter.kind is parameter.KEYWORD_ONLY)]
+    ours = {name: name for name in by_name}
+    needed = [name for name in by_name if parameters[name].default is inspect.Parameter.empty]
+
+    def named(args: Any, options: Any) -> dict[str, Any]:
+        placed = order[: len(args)]
+        found = by_our_names(who, options, ours, before=placed, more=inspect.Parameter.VAR_KEYWORD in kinds)
+        if twice := [name for name in placed if name in found]:
+            raise OptionError(f"{who} was given {twice[0]} twice: by its place and as {twice[0]}=...; leave one out")
+        if missing := [name for name in needed if name not in placed and name not in found]:
+            others = ", ".join(name for name in found if name not in ours)
+            got = f", got {others}" if others else ""
+            raise OptionError(f"{who} needs {' and '.join(missing)}{got}; it is called as {who}({', '.join(needed)}, ...)")
+        if len(args) > len(order) and inspect.Parameter.VAR_POSITIONAL not in kinds:
+            rest = ", ".join(f"{name}=..." for name in by_name[len(order) - itself :]) or "nothing more"
+            raise OptionError(
+                f"{who} takes {', '.join(order[itself:]) or 'nothing'} by place and the rest by name, {rest}; "
+                f"got {len(args) - itself} values without a name"
+            )
+        return found
+
+    return named
 
 
 def _kind(name: str, annotation: str) -> Kind | None:
@@ -613,6 +667,8 @@ def _one_kind(part: str, name: str) -> Kind | None:
     if part in EXPECTED:
         return EXPECTED[part]
     holder, inner = match.groups() if (match := _INNER.fullmatch(part)) else ("", "")
+    if holder == "Callable" and inner.startswith("["):
+        return _function_of(inner[1:].partition("]")[0])
     if holder != "Sequence":
         return EXPECTED.get(holder)
     if name == "pictures":
@@ -621,6 +677,21 @@ def _one_kind(part: str, name: str) -> Kind | None:
         return None
     each, fits = kind
     return f"a list, each {each}", lambda value: is_list(value) and all(map(fits, value))
+
+
+def _function_of(arguments: str) -> Kind:
+    """A function that can be called with these, as ``int, Tensor``; one that does not say what it takes is taken."""
+
+    def takes(value: Any) -> bool:
+        try:
+            inspect.signature(value).bind(*filter(None, arguments.split(", ")))
+        except TypeError:  # also of what is no function
+            return False
+        except ValueError:
+            return callable(value)
+        return True
+
+    return f"a function that is called with ({arguments})", takes
 
 
 def is_list(value: Any) -> TypeGuard[Sequence[Any]]:

@@ -47,6 +47,7 @@ from llava_lab.checks import (
     number,
     one_of,
     patches_of,
+    reading,
     whole_number,
 )
 from llava_lab.errors import LabError, OptionError, PictureError, WriteError
@@ -219,6 +220,32 @@ def test_an_interrupt_at_any_line_leaves_what_python_warns_of_and_how_pictures_a
             assert other.submit(pictures._DECODING.acquire, timeout=5).result(), f"line {line} of {count[0]}: {error.value!r}"
             other.submit(pictures._DECODING.release).result()
     assert count[0] > 50
+
+
+def test_an_interrupt_at_any_line_closes_a_file_that_is_read(tmp_path: Path) -> None:
+    opened: list[Any] = []
+
+    class Noted(type(tmp_path)):  # type: ignore[misc]
+        def open(self, *args: Any, **how: Any) -> Any:
+            opened.append(super().open(*args, **how))
+            return opened[-1]
+
+    path = Noted(tmp_path / "words.txt")
+    path.write_text("car", "utf-8")
+
+    def look() -> str:
+        with reading(path, "r", encoding="utf-8") as file:
+            return str(file.read())
+
+    files = (contextlib.__file__, PACKAGE)
+    with interrupted_at(0, *files) as count:
+        assert entry(look)() == "car"
+    for line in range(1, count[0]):  # the last one is outside
+        with suppress(KeyboardInterrupt), interrupted_at(line, *files):
+            entry(look)()
+        assert [file for file in opened if not file.closed] == [], f"line {line} of {count[0]}"
+    assert count[0] > 30
+    assert len(opened) > 10
 
 
 FOREIGN = {

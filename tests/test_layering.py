@@ -28,6 +28,7 @@ LONGEST_CELL = 20
 # Each row may import itself and the rows before it.
 ORDER = (
     {"errors", "shipped"},
+    {"options"},
     {"geometry", "checks", "stats", "bridge"},
     {"results"},
     {"capture"},

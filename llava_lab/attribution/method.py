@@ -25,6 +25,7 @@ import numpy as np
 from llava_lab.checks import as_python, number, one_of, whole_number
 from llava_lab.errors import LabError, OptionError, TargetError
 from llava_lab.models import layout
+from llava_lab.options import by_our_names
 from llava_lab.replay.fills import EVERY_FILL, FILLS, SQUARES
 from llava_lab.replay.targets import Targets
 from llava_lab.results import Run
@@ -112,15 +113,15 @@ class Method:
         """The options that say what is put where something is hidden."""
         return tuple(name for name, check in self.checks.items() if isinstance(check, FillOf))
 
-    def with_defaults(self, given: Mapping[str, Any]) -> dict[str, Any]:
+    def with_defaults(self, given: Mapping[str, Any], beside: Sequence[str] = ()) -> dict[str, Any]:
         """`given`, checked, and filled up with the defaults. Raises OptionError on what is not known.
+
+        `beside`: names that stand beside the options where they are given, and may have been misspelt.
 
         None stands for the default of a number that cannot be None; what an option takes as None, such as no filter, stays.
         """
-        unknown = [name for name in given if name not in self.options]
-        if unknown:
-            known = ", ".join(f"{name}={default!r}" for name, default in self.options.items()) or "none"
-            raise OptionError(f"method {self.name!r} has no option {unknown[0]!r}; its options are {known}")
+        ours = {name: f"{name}={default!r}" for name, default in self.options.items()}
+        given = by_our_names(f"method {self.name!r}", given, ours, beside=beside)
         given = {name: as_python(value) for name, value in given.items()}
         every = {**self.options, **{name: value for name, value in given.items() if not self._left_open(name, value)}}
         return {name: self.checks[name](name, value) if name in self.checks else value for name, value in every.items()}

@@ -78,7 +78,7 @@ def attribute(lab: Any, run: Run, *, method: str = "rollout", target: Wanted = N
     """
     card = METHODS[known("method", method, METHODS)]
     refuse_unable(lab, card)
-    chosen = card.with_defaults(options)
+    chosen = card.with_defaults(options, beside=("method", "target"))
     weights = same_model(lab, run)
     targets = resolve_targets(lab, run, target)
     start = time.perf_counter()

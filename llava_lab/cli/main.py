@@ -19,6 +19,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ from typing import Any, NoReturn
 from llava_lab.cli import ask, judge, serve, train
 from llava_lab.cli.common import Add, Reply, Uses, positive, program, refuse_overwriting, say
 from llava_lab.errors import LabError, OptionError, foreign_line, is_out_of_memory, one_line, printable, readable
+from llava_lab.options import instead_of, nearest
 from llava_lab.shipped import MODELS
 
 DEFAULT_MODEL = "tiny"
@@ -101,6 +103,20 @@ class _Parser(argparse.ArgumentParser):
         if self.below is not None:
             self.formatter_class, self.epilog = argparse.RawDescriptionHelpFormatter, self.below()
         return super().format_help()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Refuses an option that a command does not have, with the one that was meant; argparse would name the option alone."""
+        known, rest = super().parse_known_args(args, namespace)
+        if rest and rest[0].startswith("--"):
+            given = rest[0].partition("=")[0]
+            name = given.removeprefix("--").replace("-", "_")
+            ours = {option.removeprefix("--").replace("-", "_"): option for option in self._option_string_actions}
+            if instead := instead_of(name, ours):
+                here = re.sub(r"(\w+)=\.\.\.", lambda named: ours.get(named[1], named[0]), instead)
+                self.error(f"no option {given}: {here}")
+            if near := nearest(name, ours):
+                self.error(f"no option {given}; did you mean {ours[near]}?")
+        return known, rest
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{readable(f'llava-lab: {message}; see `{self.prog} --help`')}\n")

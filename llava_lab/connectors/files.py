@@ -86,6 +86,8 @@ def read_projector(lab: Lab, path: str | os.PathLike, *, kind: str | None = None
     'mlp2x_gelu'
     """
     path = Path(path)
+    if kind is None and options:
+        raise OptionError(f"{', '.join(options)}: options are those of a kind of connector; give kind=... too")
     stored = _tensors(path)
     record = _record(path.with_suffix(".json"))
     if kind is None and record:

@@ -43,6 +43,7 @@ from llava_lab.models.lab import Lab
 from llava_lab.models.placement import Placement, choose_device
 from llava_lab.models.scope import scope_of
 from llava_lab.models.weights import require_finite
+from llava_lab.options import nearest
 from llava_lab.shipped import MODELS
 
 if TYPE_CHECKING:
@@ -54,31 +55,8 @@ Quantization = Any  # what transformers takes as quantization_config: an object,
 
 # Names with a prefix belong to another room; it is imported when one is given, and its `open_black_box` opens the name.
 ELSEWHERE = {"openai:": "llava_lab.remote"}
-# What transformers and LLaVA call an option of ours.
-RENAMED = MappingProxyType(
-    {"torch_dtype": "dtype", "attn_implementation": "attention", "model_base": "base", "vision_tower": "vision"}
-)
+# What transformers and LLaVA call weights of 8 or 4 bits; their other names are in `llava_lab.options`.
 BITS = MappingProxyType({"load_in_4bit": 4, "load_4bit": 4, "load_in_8bit": 8, "load_8bit": 8})
-# What they have and we have not, and what to do instead; a value of None or False asks for nothing and is left out.
-INSTEAD = MappingProxyType(
-    {
-        "trust_remote_code": "nothing that comes with a checkpoint is run",
-        "use_flash_attention_2": "use attention='flash_attention_2'",
-        "cache_dir": "set the environment variable HF_HUB_CACHE",
-        "local_files_only": "set the environment variable HF_HUB_OFFLINE=1",
-        "token": "set the environment variable HF_TOKEN, or log in with `hf auth login`",
-        "use_auth_token": "set the environment variable HF_TOKEN, or log in with `hf auth login`",
-        "output_attentions": "attention is read while it is needed: ll.head_maps, ll.attribute(method='attention')",
-        "output_hidden_states": "hidden states are read while they are needed: ll.logit_lens, llava_lab.capture",
-        "low_cpu_mem_usage": "weights are never held twice",
-        "use_safetensors": "safetensors are read where there are any",
-        "use_fast": "tokenizers are the fast ones, pictures are prepared as LLaVA did",
-        "max_memory": "give device_map as a dictionary",
-        "offload_folder": "give a smaller dtype, or device_map",
-        "subfolder": "give the folder itself",
-        "conv_mode": "use prompt= when you ask",
-    }
-)
 _LISTED = 5  # names shown of a long list
 
 
@@ -126,8 +104,8 @@ def load(
     tower and `base` that of the language model, None: as their config names them. `device_map` ("auto") and
     `quantization_config` (8 or 4 bits, with bitsandbytes) go to transformers as they are; methods that need gradients
     or plain weights say so before they start. `revision` pins a hub id to a commit, tag or branch, as
-    "llava-hf/llava-1.5-7b-hf@a272c74" does wherever a name is taken. The names that transformers
-    and LLaVA have for these are taken too (`RENAMED`, `BITS`): ``torch_dtype``, ``attn_implementation``, ``load_in_4bit``, ...
+    "llava-hf/llava-1.5-7b-hf@a272c74" does wherever a name is taken. The names that transformers and LLaVA have for
+    these are taken too (`llava_lab.options`): ``torch_dtype``, ``attn_implementation``, ``load_in_4bit``, ...
     "openai:MODEL" with `base_url` is a closed model behind a server; its options are those of `open_black_box`.
     Raises CheckpointError (one line) for anything that cannot be loaded exactly as it was saved, OptionError.
 
@@ -140,16 +118,14 @@ def load(
                 raise OptionError(f"device and dtype are the server's own for {name!r}; leave them out")
             box: BlackBox = import_module(room).open_black_box(str(name).removeprefix(prefix), base_url, **options)
             return box
-    ours: dict[str, Any] = {"device": device, "dtype": dtype, "attention": attention, "vision": vision, "base": base}
-    ours |= {"device_map": device_map, "quantization_config": quantization_config, "revision": revision}
-    if elsewhere := [option for option in options if option in {*RENAMED, *BITS, *INSTEAD}]:
-        rest = {option: value for option, value in options.items() if option not in elsewhere}
-        return load(name, **_by_our_names(ours, {option: options[option] for option in elsewhere}), **rest)
+    ours = ("device", "dtype", "attention", "vision", "base", "device_map", "quantization_config", "revision")
+    quantization_config = _packed(quantization_config, {name: options.pop(name) for name in BITS if name in options})
     if base_url is not None or options:
-        given = ", ".join(["base_url"] * (base_url is not None) + list(options))
+        given = ["base_url"] * (base_url is not None) + list(options)
+        near = nearest(given[-1], ours)
         raise OptionError(
-            f"{given} belong to a model behind a server, {' or '.join(ELSEWHERE)}MODEL; got {str(name)!r}, "
-            f"whose options are {', '.join(ours)}"
+            f"{', '.join(given)} belong to a model behind a server, {' or '.join(ELSEWHERE)}MODEL; got {str(name)!r}, "
+            f"whose options are {', '.join(ours)}{f'; did you mean {near!r}?' if near else ''}"
         )
     wanted = _Wanted(device, dtype, _known_attention(attention), device_map, quantization_config)
     if str(name) in MODELS and MODELS[str(name)].parts:  # tower and language model come from packages (`models.formats`)
@@ -182,26 +158,15 @@ def load(
     return lab
 
 
-def _by_our_names(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
-    """`ours` with what was given under others' names. Raises OptionError for what is not ours, or given twice."""
-    given = dict(ours)
-    for name, value in theirs.items():
-        if value is None or value is False:
-            continue
-        if name in INSTEAD:
-            raise OptionError(f"load has no {name}: {INSTEAD[name]}; leave it out")
-        option = RENAMED.get(name, "quantization_config")
-        if given[option] not in (None, "sdpa"):
-            raise OptionError(f"{name} and {option} say the same; use {option}=... alone")
-        given[option] = _packed(name) if name in BITS else value
-    return given
+def _packed(config: Quantization | None, bits: dict[str, Any]) -> Quantization | None:
+    """`config`, or what bitsandbytes is told for weights of the `bits` that are asked for."""
+    for name in (name for name, wanted in bits.items() if wanted):
+        if config is not None:
+            raise OptionError(f"{name} and quantization_config say the same; use quantization_config=... alone")
+        from transformers import BitsAndBytesConfig
 
-
-def _packed(name: str) -> Any:
-    """What bitsandbytes is told for weights of 8 or 4 bits."""
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(**{f"load_in_{BITS[name]}bit": True})
+        config = BitsAndBytesConfig(**{f"load_in_{BITS[name]}bit": True})
+    return config
 
 
 @dataclass(frozen=True)
@@ -342,6 +307,10 @@ def build(
         if asked := sorted({"device_map", "quantization_config"} & set(options)):
             given = " and ".join(f"{name}={shown(options[name])}" for name in asked)
             raise OptionError(f"{given} cannot be used here ({one_line(error)})") from None
+        if hasattr(config, "quantization_config"):
+            raise CheckpointError(
+                f"{folder} is packed by quantization, as its config.json says, and cannot be unpacked here ({one_line(error)})"
+            ) from None
         raise OptionError(f"attention={attention!r} cannot be used here ({one_line(error)})") from None
     except (OSError, ValueError, RuntimeError, KeyError, EOFError) as error:
         raise CheckpointError(f"{folder} cannot be loaded ({one_line(error)})") from None

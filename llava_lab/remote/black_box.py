@@ -46,6 +46,7 @@ from llava_lab.evaluation.benchmarks import Judge
 from llava_lab.geometry import PictureMap
 from llava_lab.models import text as prompts
 from llava_lab.models.pictures import Shown, read_pictures
+from llava_lab.options import by_our_names
 from llava_lab.remote.client import Endpoint
 from llava_lab.remote.replies import Reply, ReplyCache, token_id
 from llava_lab.results import Run, cut_notes
@@ -353,9 +354,7 @@ def open_black_box(model: str, base_url: str | None, **options: Any) -> BlackBox
     """A `BlackBox` with its options; nothing is sent. Raises OptionError on a missing address or an unknown option."""
     parameters = inspect.signature(BlackBox).parameters
     known = [name for name, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
-    unknown = [name for name in options if name not in known]
-    if unknown:
-        raise OptionError(f"a closed model has no option {unknown[0]!r}; its options are base_url, {', '.join(known)}")
+    options = by_our_names("a closed model", options, {name: name for name in ("base_url", *known)})
     return BlackBox(model, base_url or "", **options)
 
 

@@ -76,7 +76,7 @@ def estimate(lab: BlackBox, run: Run, *, method: str = "occlusion", target: Any 
         raise OptionError("an estimate is for closed models; a model of your own costs nothing but time")
     card = METHODS[known("method", method, METHODS)]
     refuse_unable(lab, card)
-    chosen = card.with_defaults(options)
+    chosen = card.with_defaults(options, beside=("method", "target"))
     targets = resolve_targets(lab, run, target)
     return _counted(lab, run, lambda session: card.compute(session, run, targets, chosen))
 

@@ -41,6 +41,35 @@ def test_wrong_usage_is_one_line_and_exit_2(argv: list[str], capsys: pytest.Capt
 LOADING = ("ask", "explain", "chat", "lens", "naming", "knockout", "compare", "sanity", "evaluate", "train")
 
 
+@pytest.mark.parametrize(
+    ("argv", "meant"),
+    [
+        (["ask", "a", "b", "--max-tokens", "5"], "--max-tokens; did you mean --max-new-tokens?"),
+        (["ask", "a", "b", "--max_new_tokens=5"], "--max_new_tokens; did you mean --max-new-tokens?"),
+        (["ask", "a", "b", "--temprature", "0"], "did you mean --temperature?"),
+        (["ask", "a", "b", "--top-p", "0.9"], "no option --top-p: "),
+        (["ask", "a", "b", "--num-beams=3"], "without beams"),
+        (["ask", "a", "b", "--system", "x"], "--prompt"),
+        (["ask", "a", "b", "--random-seed", "1"], "did you mean --seed?"),
+        (["ask", "a", "b", "--stream"], "no option --stream: "),
+        (["explain", "a", "b", "--methods", "rollout"], "did you mean --method?"),
+        (["explain", "a", "b", "--targets", "car"], "did you mean --target?"),
+        (["explain", "a", "b", "--options", "x=1"], "did you mean --option?"),
+        (["explain", "a", "b", "--outt", "x.png"], "did you mean --out?"),
+        (["evaluate", "--batchsize", "3"], "--batchsize"),
+        (["ask", "a", "b", "--qqqq"], "unrecognized arguments: --qqqq"),
+    ],
+)
+def test_an_unknown_option_is_told_with_the_one_that_was_meant(
+    argv: list[str], meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(argv)
+    said = capsys.readouterr().err
+    assert (stopped.value.code, said.count("\n")) == (2, 1)
+    assert meant in said
+
+
 def test_a_command_takes_the_options_that_act_in_it_and_no_others() -> None:
     parser = cli.build_parser()
     commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
