@@ -230,6 +230,18 @@ def test_damaged_files_are_refused_in_one_line_and_what_loads_works(kind: type[S
     assert any(lines)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"logprobs": np.linspace(-1, 0.5, 5, dtype=np.float32)}, "log-probabilities are at most 0, got 0.5"),
+        ({"words": (Word("red", 10, 11), Word("car", 9, 10))}, "its words must stand in the order of the answer, got red, car"),
+    ],
+)
+def test_an_answer_that_cannot_be_is_refused(run: Run, tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        Run.load(replace(run, **changes).save(tmp_path / "run.npz"))
+
+
 def test_hostile_files_are_refused_before_they_take_memory(run: Run, relevance: Relevance, tmp_path: Path) -> None:
     bad = tmp_path / "bad.npz"
     for what, raw in damaged.hostile(relevance.save(tmp_path / "good.npz")):

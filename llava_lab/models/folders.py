@@ -37,6 +37,7 @@ from llava_lab.checks import regular_file
 from llava_lab.errors import CheckpointError, LabError, OptionError, WriteError, one_line
 from llava_lab.models import layout
 from llava_lab.models.formats import foreign
+from llava_lab.options import nearest
 from llava_lab.shipped import ASSETS, MODELS
 
 NAMES = MappingProxyType({name: shipped.folder for name, shipped in MODELS.items() if not shipped.parts})  # whole folders
@@ -44,7 +45,9 @@ ABLATE = "llava-lab ablate --start runs/tiny --out runs/ablation --save runs/abl
 SHIP = "llava_lab.comparison.ship.ship_ablation('runs/ablation')"  # makes ABLATION of what ABLATE leaves
 EXAMPLE = "llava-hf/llava-1.5-7b-hf"
 
+CHANNELS = 3  # of a picture
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+_HUB_PAGE = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([\w][\w.-]*/[\w][\w.-]*)")
 _SMALL_FILES = [
     "*.json",
     "*.jinja",
@@ -72,13 +75,13 @@ def find(name: str | os.PathLike, revision: str | None = None) -> Folder:
     """
     text = os.fspath(name)
     repo, _, pinned = text.partition("@")
-    local = text in NAMES or Path(text).expanduser().exists()
+    local = bool(text) and (text in NAMES or Path(text).expanduser().exists())
     if revision is not None and (local or not _HUB_ID.fullmatch(repo) or pinned not in ("", revision)):
         raise OptionError(no_revision(text))
     if text in NAMES:
         return _shipped(text)
     path = Path(text).expanduser()
-    if path.is_dir():
+    if text and path.is_dir():
         foreign.check_files(path)
         return Folder(path, text, f"folder {path}")
     if path.is_file():
@@ -86,7 +89,9 @@ def find(name: str | os.PathLike, revision: str | None = None) -> Folder:
     if _HUB_ID.fullmatch(repo):
         return _from_hub(repo, revision or pinned or None)
     known = ", ".join(repr(known) for known in MODELS)
-    raise CheckpointError(f"no model {text!r}: it is neither {known}, nor a folder here, nor a hub id such as {EXAMPLE!r}")
+    meant = hub[1] if (hub := _HUB_PAGE.match(text)) else nearest(repo, MODELS)
+    hint = f"; did you mean {meant!r}?" if meant else ""
+    raise CheckpointError(f"no model {text!r}: it is neither {known}, nor a folder here, nor a hub id such as {EXAMPLE!r}{hint}")
 
 
 def is_shipped(path: Path) -> bool:
@@ -377,6 +382,8 @@ def image_processor(folder: Path) -> Any:
             isinstance(value, (int, float)) and math.isfinite(value) and (value or name == "image_mean") for value in numbers
         ):
             raise CheckpointError(f"{folder} has an image processor with {name} {str(numbers)[:60]}; expected numbers")
+        if isinstance(said, list) and len(said) != CHANNELS:
+            raise CheckpointError(f"{folder} has an image processor with {name} {str(said)[:60]}; expected one for each colour")
     kind = str(settings.get("image_processor_type") or settings.get("feature_extractor_type") or "")
     kind = kind.removesuffix("Pil").removesuffix("Fast")
     if not settings:

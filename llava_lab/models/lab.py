@@ -285,7 +285,8 @@ class Lab:
         text.refuse_special_text(self.tokenizer, question)
         after = self._after_question(run.options.get("prompt", self.prompt))
         at = text.question_start(run.prompt, run.question, after)
-        assert at >= 0, (run.question, run.prompt)
+        if at < 0:
+            raise CheckpointError("this run is damaged: its prompt does not hold its question; ask again with this lab")
         start, stop = run.segments["image"]
         return text.encode(
             self.tokenizer,
@@ -327,13 +328,28 @@ class Lab:
                 f"this run was answered by {run.model!r} with weights {run.fingerprint}; "
                 f"{self.name!r} now has {mine}; ask again with this lab"
             )
-        count = self.image_tokens(run.picture) if run.pictures else 0
-        layout.image_spans(run.token_ids, self.image_id, count, len(run.pictures))
+        self._check_fit(run)
         if picture is not None and np.shape(picture) != run.picture.shape:
             raise PictureError(f"the other picture must be {run.picture.shape} like the run's, got {np.shape(picture)}")
         ids = torch.from_numpy(run.token_ids)[None].to(self.device)
         pictures = [picture if picture is not None and own is run.picture else own for own in run.pictures]
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **self._all_shown(pictures, run.map.mode)}
+
+    def _check_fit(self, run: Run) -> None:
+        """Raises CheckpointError for a run that cannot be this model's: its file was changed since it was saved."""
+        count = self.image_tokens(run.picture) if run.pictures else 0
+        spans = layout.image_spans(run.token_ids, self.image_id, count, len(run.pictures))
+        most = self.model.get_input_embeddings().num_embeddings - 1
+        least, largest = int(run.token_ids.min()), int(run.token_ids.max())
+        if least < 0 or largest > most:
+            wrong = f"token ids of 0 to {most}, got {least} to {largest}"
+        elif spans and run.segments["image"] != (spans[0][0], spans[-1][1]):
+            wrong = f"its image tokens at {spans[0][0]} to {spans[-1][1]}, got the segment {run.segments['image']}"
+        elif spans and self.one_square and (run.map.rows, run.map.cols) != self.grid:
+            wrong = f"a grid of {self.grid[0]}x{self.grid[1]} patches, got {run.map.rows}x{run.map.cols}"
+        else:
+            return
+        raise CheckpointError(f"this run is damaged: expected {wrong}; ask again with this lab")
 
     def pixels(self, picture: np.ndarray, fit: str | None = None) -> Tensor:
         """A picture as the vision tower takes it: (1, 3, size, size) in the model's dtype, on its device."""

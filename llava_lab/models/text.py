@@ -161,6 +161,11 @@ def read_messages(messages: Any) -> list[Message]:
     for number, message in enumerate(messages):
         writer = _writer(message)
         expected = (HUMAN, MODEL)[number % 2]
+        if writer is None:
+            raise OptionError(
+                f"turn {number} does not say who it is from: expected {' or '.join(WRITERS)} with {' or '.join(CONTENTS)}, "
+                f"got {shown(list(message))}"
+            )
         if writer not in expected:
             raise OptionError(
                 f"turn {number} is from {shown(writer)}, expected {expected[0]!r}: human and gpt (user and assistant) must "
@@ -292,7 +297,8 @@ def _checked(text: str, what: str) -> str:
         several = "; one question at a time here, lab.ask_many(pictures, questions) asks several" * isinstance(text, list | tuple)
         raise OptionError(f"{what} must be text, got {shown(text)}{several}")
     if not text.strip():
-        raise OptionError(f"{what} is empty; ask something, for example 'What is in the picture?'")
+        mend = "ask something, for example 'What is in the picture?'" if "question" in what else "leave that turn out"
+        raise OptionError(f"{what} is empty; {mend}")
     for mark in (IMAGE, END_OF_TURN):
         if mark in text:
             raise OptionError(f"{what} holds {mark!r}, which the prompt adds itself; leave it out")

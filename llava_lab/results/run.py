@@ -13,6 +13,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from numbers import Integral
 from typing import Any, ClassVar
 
@@ -37,6 +38,7 @@ PLAIN = frozenset(
 )
 CUT = ("length", "interrupted")  # reasons in ``options["stopped"]`` for which an answer is not whole
 CUT_MARK = "… [cut]"
+ROUNDING = 1e-3  # that the logarithm of a probability of 1 may be off by
 OLD_CONTROLS = ("random", "center", "edges", "inverse", "vision")  # of files written before `control` was kept
 
 
@@ -136,6 +138,10 @@ class Run(Saved):
         start, stop = self.segments["answer"]
         if len(self.logprobs) != stop - start:
             raise DataError(f"its answer has {stop - start} tokens and {len(self.logprobs)} log-probabilities")
+        if (self.logprobs > ROUNDING).any():
+            raise DataError(f"log-probabilities are at most 0, got {self.logprobs.max():g}")
+        if any(one.start > other.start for one, other in pairwise(self.words)):
+            raise DataError(f"its words must stand in the order of the answer, got {', '.join(word.text for word in self.words)}")
         within("words", [(word.start, word.stop - 1) for word in self.words], start, stop)
         within("views", [view.start for view in self.views], 0, len(self.tokens))
         if self.others:

@@ -105,6 +105,9 @@ def test_any_value_anywhere_in_config_json_is_one_line_or_loads(copy: Path) -> N
         ("image_mean", [{}, 1, 1], "expected numbers"),
         ("image_std", [0, 1, 1], "expected numbers"),
         ("rescale_factor", "a", "expected numbers"),
+        ("image_mean", [0.5, 0.5], "expected one for each colour"),
+        ("image_std", [], "expected one for each colour"),
+        ("image_std", [0.5] * 4, "expected one for each colour"),
         ("size", {"shortest_edge": 10**30}, "which no model has"),
     ],
 )

@@ -520,3 +520,44 @@ def test_a_temperature_of_another_kind_is_the_same_number(tiny_random: Lab, pict
     wanted, got = (tiny_random.ask(picture, QUESTION, max_new_tokens=3, temperature=one, seed=1) for one in (0.5, value))
     assert got.options == wanted.options
     assert got.logprobs.tobytes() == wanted.logprobs.tobytes()
+
+
+def moved(run: Run, by: int) -> Run:
+    start, stop = run.segments["image"]
+    return replace(run, segments={**run.segments, "image": (start + by, stop + by)})
+
+
+def with_token(run: Run, place: int, token: int) -> Run:
+    ids = run.token_ids.copy()
+    ids[place] = token
+    return replace(run, token_ids=ids)
+
+
+DAMAGED: dict[str, tuple[Any, str]] = {
+    "the picture's place moved on": (lambda run: moved(run, 1), "expected its image tokens at"),
+    "the picture's place moved back": (lambda run: moved(run, -1), "expected its image tokens at"),
+    "a shorter place": (lambda run: replace(run, segments={**run.segments, "image": (1, 3)}), "expected its image tokens at"),
+    "a token beyond the words": (lambda run: with_token(run, -1, 10**6), "expected token ids of 0 to"),
+    "a token before the answer": (lambda run: with_token(run, 0, 10**6), "expected token ids of 0 to"),
+    "a token below zero": (lambda run: with_token(run, -1, -5), "expected token ids of 0 to"),
+    "a token far below zero": (lambda run: with_token(run, 0, -(2**62)), "expected token ids of 0 to"),
+    "an image token too many": (lambda run: with_token(run, -1, run.token_ids[run.segments["image"][0]]), "image tokens"),
+    "an image token too few": (lambda run: with_token(run, run.segments["image"][0], 5), "image tokens"),
+    "a larger grid": (lambda run: replace(run, map=replace(run.map, rows=5)), "expected a grid of 4x4 patches, got 5x4"),
+    "a smaller grid": (lambda run: replace(run, map=replace(run.map, rows=2, cols=2)), "expected a grid of 4x4 patches, got 2x2"),
+    "a flat grid": (lambda run: replace(run, map=replace(run.map, rows=1, cols=16)), "expected a grid of 4x4 patches, got 1x16"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+def test_a_run_that_was_changed_in_its_file_is_refused_before_it_is_explained(tiny_random: Lab, run: Run, what: str) -> None:
+    change, words = DAMAGED[what]
+    for work in (tiny_random.inputs, lambda damaged: ll.attribute(tiny_random, damaged)):
+        with pytest.raises(CheckpointError, match=words) as error:
+            work(change(run))
+        assert "\n" not in str(error.value)
+
+
+def test_another_question_cannot_be_put_where_the_prompt_does_not_hold_the_first(tiny_random: Lab, run: Run) -> None:
+    with pytest.raises(CheckpointError, match="its prompt does not hold its question; ask again"):
+        tiny_random.asked_instead(replace(run, prompt="x"), "Why?")

@@ -168,6 +168,32 @@ def test_what_others_have_and_we_have_not_is_answered_with_ours(tiny_folder: Pat
     assert words in refused(tiny_folder, OptionError, **options)
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("Tiny", "tiny"),
+        ("tiny ", "tiny"),
+        ("tinny", "tiny"),
+        ("tiny@main", "tiny"),
+        ("TINY_MLP", "tiny-mlp"),
+        ("tiny linear", "tiny-linear"),
+        ("smoll", "smol"),
+        ("https://huggingface.co/llava-hf/llava-1.5-7b-hf", "llava-hf/llava-1.5-7b-hf"),
+        ("https://huggingface.co/llava-hf/llava-1.5-7b-hf/tree/main", "llava-hf/llava-1.5-7b-hf"),
+        ("huggingface.co/liuhaotian/llava-v1.5-7b", "liuhaotian/llava-v1.5-7b"),
+        ("hf.co/llava-hf/llava-1.5-7b-hf", "llava-hf/llava-1.5-7b-hf"),
+        ("", None),
+        (" ", None),
+        ("gpt-4o", None),
+        ("a/b/c/d", None),
+    ],
+)
+def test_a_name_that_is_none_is_told_with_the_one_that_was_meant(name: str, meant: str | None) -> None:
+    with pytest.raises(CheckpointError, match="^no model '.*': it is neither") as error:
+        load(name)
+    assert str(error.value).endswith(f"; did you mean {meant!r}?" if meant else "'llava-hf/llava-1.5-7b-hf'")
+
+
 @pytest.mark.parametrize("layer", [-6, 5, 99, [-2, 9], [], "last", 1.5, None, True])
 def test_a_feature_layer_outside_the_tower_is_refused_at_load(copy: Path, layer: Any) -> None:
     edit_json(copy / "config.json", vision_feature_layer=layer)
