@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llava_lab.checks import reading
 from llava_lab.errors import CheckpointError
 from llava_lab.models import layout
 from llava_lab.models.connectors import Connector, spec
@@ -128,7 +129,7 @@ def readme_head(folder: Path) -> dict[str, str]:
     readme = folder / "README.md"
     if not readme.is_file():
         return {}
-    with readme.open(encoding="utf-8", errors="replace") as file:
+    with reading(readme, "r", encoding="utf-8", errors="replace") as file:
         first, *lines = file.read(HEAD).splitlines() or [""]
     stop = next((number for number, line in enumerate(lines) if line.startswith("---")), 0)
     entries: dict[str, str] = {}

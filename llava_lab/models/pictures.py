@@ -58,7 +58,7 @@ from jaxtyping import Float
 from PIL import Image, ImageFile, ImageOps, JpegImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from llava_lab.checks import array_of, held, undoing, warnings_kept
+from llava_lab.checks import array_of, held, reading, undoing, warnings_kept
 from llava_lab.errors import CheckpointError, LabError, OptionError, PictureError, one_line
 from llava_lab.geometry import MODES, Mode, PictureMap
 
@@ -173,7 +173,7 @@ def _from_path(text: str) -> np.ndarray:
             raise PictureError(f"{name} is a folder; give the path of a picture in it")
         if not stat.S_ISREG(kind):
             raise PictureError(f"{name} is a pipe or a device; give the path of a picture file, or its bytes")
-        with path.open("rb") as file:
+        with reading(path) as file:
             return _from_file(file, name, path.stat().st_size)
     except LabError:
         raise

@@ -39,7 +39,7 @@ from typing import Any, ClassVar, Self, TypeVar
 import numpy as np
 from filelock import FileLock, Timeout
 
-from llava_lab.checks import regular_file, shown
+from llava_lab.checks import reading, regular_file, shown
 from llava_lab.errors import DataError, OptionError, WriteError, one_line
 from llava_lab.results.schema import check_arrays, from_json, hints_of, is_array, is_arrays
 from llava_lab.results.table import Table, plain
@@ -105,7 +105,7 @@ def _new_beside(path: Path) -> Path:
 
 def file_hash(path: str | os.PathLike) -> str:
     """The hash of a file's bytes, 32 hexadecimal digits; what a state file is held against before it is used."""
-    with Path(path).open("rb") as file:
+    with reading(Path(path)) as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
@@ -283,7 +283,7 @@ def save_npz(path: str | os.PathLike, kind: str, header: Mapping[str, Any], arra
 def load_npz(path: str | os.PathLike, kind: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Read what `save_npz` wrote. Raises DataError with one line on anything else."""
     try:
-        with regular_file(path).open("rb") as raw, zipfile.ZipFile(raw) as archive:
+        with reading(regular_file(path)) as raw, zipfile.ZipFile(raw) as archive:
             arrays = _read_arrays(archive, size=os.fstat(raw.fileno()).st_size)
         text = arrays.pop("header")
         if text.nbytes > HEADER:

@@ -39,7 +39,7 @@ import numpy as np
 from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
 
-from llava_lab.checks import is_list, number, shown
+from llava_lab.checks import is_list, number, reading, shown
 from llava_lab.errors import DataError, OptionError, PictureError, one_line
 from llava_lab.models.pictures import read_picture
 from llava_lab.models.text import read_row
@@ -260,7 +260,7 @@ def build_index(
     bar = tqdm(
         total=source.path.stat().st_size, unit="B", unit_scale=True, desc=f"checking {source.path.name}", disable=not progress
     )
-    with whole_file(out) as temporary, temporary.open("wb") as file, source.path.open("rb") as rows, bar:
+    with whole_file(out) as temporary, temporary.open("wb") as file, reading(source.path) as rows, bar:
         records: list[tuple[int, int, int, int, int]] = []
         for number, (start, stop) in enumerate(row_spans(source.path)):
             bar.update(stop - bar.n)
@@ -324,7 +324,7 @@ class LlavaData(Dataset):
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         source, record = self._record(number)
-        with source.path.open("rb") as file:
+        with reading(source.path) as file:
             file.seek(int(record["start"]))
             raw = file.read(int(record["size"]))
         try:

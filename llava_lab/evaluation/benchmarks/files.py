@@ -18,7 +18,7 @@ from xml.sax.saxutils import escape
 
 import numpy as np
 
-from llava_lab.checks import regular_file
+from llava_lab.checks import reading, regular_file
 from llava_lab.errors import DataError, one_line
 from llava_lab.models.pictures import read_picture
 from llava_lab.results import whole_file
@@ -159,7 +159,7 @@ def read_table(path: Path) -> list[Row]:
     """A table with tabs and a line of headings; empty cells, in all the spellings that pandas knows, are None."""
     limit = csv.field_size_limit(sys.maxsize)  # a cell may hold a picture
     try:
-        with _reading(path, "a table with tabs"), regular_file(path).open(encoding="utf-8-sig", newline="") as file:
+        with _reading(path, "a table with tabs"), reading(regular_file(path), "r", encoding="utf-8-sig", newline="") as file:
             read = list(csv.DictReader(file, delimiter="\t"))
     finally:
         csv.field_size_limit(limit)

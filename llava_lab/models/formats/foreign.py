@@ -28,7 +28,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from llava_lab.checks import regular_file
+from llava_lab.checks import reading, regular_file
 from llava_lab.errors import CheckpointError, one_line
 
 CHILD = Path(__file__).with_name("in_child.py")
@@ -238,7 +238,7 @@ def check_gguf(file: Path) -> None:
     """
     size = regular_file(file, CheckpointError).stat().st_size
     try:
-        with file.open("rb") as data:
+        with reading(file) as data:
             magic, version, tensors, entries = struct.unpack("<4sIQQ", data.read(24))
             if magic != b"GGUF" or version not in (2, 3):
                 raise ValueError("it is no GGUF of version 2 or 3")

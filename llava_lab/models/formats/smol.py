@@ -31,7 +31,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProces
 from transformers.models.clip.modeling_clip import CLIPVisionModel
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
-from llava_lab.checks import regular_file
+from llava_lab.checks import reading, regular_file
 from llava_lab.errors import CheckpointError, one_line
 from llava_lab.models import folders, layout
 from llava_lab.models.formats import foreign
@@ -88,7 +88,7 @@ def default_folder() -> Path:
 
 def _digest(file: Path) -> str:
     try:
-        with regular_file(file, CheckpointError).open("rb") as data:
+        with reading(regular_file(file, CheckpointError)) as data:
             return hashlib.file_digest(data, "sha256").hexdigest()[:16]
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error.strerror or error})") from None
