@@ -354,13 +354,13 @@ def tam(
     filter: int | None = 3,  # noqa: A002, its name is what users write
 ) -> Maps:
     size = _filter_size(filter, min(run.map.rows, run.map.cols))
-    book = _read(lab, run, targets)
+    logits = _read(lab, run, targets)
     values, extras = [], []
     for target in targets:
-        said = _target_map(book, run, target.positions, target.token_ids, correction, clip, size)
-        other = _target_map(book, run, target.positions, target.against_ids, correction, clip, size)
-        values.append(said.map - other.map if target.against_ids else said.map)
-        extras.append({"factor": said.factor, "removed_share": said.removed, "earlier": said.earlier})
+        said, about = _target_map(logits, run, target.positions, target.token_ids, correction, clip, size)
+        other, _ = _target_map(logits, run, target.positions, target.against_ids, correction, clip, size)
+        values.append(said - other if target.against_ids else said)
+        extras.append(about)
     notes = [_note(correction, clip, size)]
     empty = [target.text for target, value in zip(targets, values, strict=True) if not np.any(value)]
     if empty:
@@ -369,16 +369,8 @@ def tam(
     return Maps(np.stack(values).astype(np.float32), {"forward": 1}, tuple(notes), {"correction": extras})
 
 
-@dataclass(frozen=True)
-class _Table:
-    """Every logit the method needs, read once, float32."""
-
-    column: dict[int, int]  # token id -> column
-    image: np.ndarray  # (P, N): logits at the image positions
-    text: np.ndarray  # (T, N): logits at every position
-
-
-def _read(lab: Lab, run: Run, targets: Targets) -> _Table:
+def _read(lab: Lab, run: Run, targets: Targets) -> dict[int, np.ndarray]:
+    """Every logit the method needs, read once: by token id, at every position (T,)."""
     layers = language_layers(lab.model)
     kept: list[Tensor] = []
 
@@ -386,49 +378,38 @@ def _read(lab: Lab, run: Run, targets: Targets) -> _Table:
         if number == len(layers):
             kept.append(state[0])
 
-    image = slice(*run.segments["image"])
     text = {int(i) for name, (a, b) in run.segments.items() if name != "image" for i in run.token_ids[a:b]}
     ids = sorted(text | {i for target in targets for i in (*target.token_ids, *target.against_ids)})
     with undisturbed(lab.model), watch_stream(layers, keep):
         lab.model(**lab.inputs(run), use_cache=False, logits_to_keep=1)
     with undisturbed(lab.model):
         logits: Float[Tensor, "T N"] = words.token_logits(lab, words.final_norm(lab)(kept[0]), ids)
-    table = logits.cpu().numpy().astype(np.float64)
-    return _Table({token: i for i, token in enumerate(ids)}, table[image], table)
-
-
-@dataclass(frozen=True)
-class _One:
-    """The map of one target's tokens, averaged over them."""
-
-    map: np.ndarray
-    factor: float
-    removed: float  # share of the raw map's power that earlier tokens explained
-    earlier: list[dict[str, Any]]
+    return dict(zip(ids, logits.cpu().numpy().astype(np.float64).T, strict=True))
 
 
 def _target_map(
-    book: _Table, run: Run, positions: tuple[int, ...], ids: tuple[int, ...], correction: str, clip: bool, size: int
-) -> _One:
-    grid = run.map.rows, run.map.cols
+    logits: dict[int, np.ndarray], run: Run, at: tuple[int, ...], ids: tuple[int, ...], correction: str, clip: bool, size: int
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """The mean map of one target's tokens, and what earlier tokens explained of it, as a share of the raw map's power."""
+    grid, image = (run.map.rows, run.map.cols), slice(*run.segments["image"])
     total, factors, raw_power, power = np.zeros(grid), [], 0.0, 0.0
     weight_of: dict[int, float] = {}
-    for position, token in zip(positions, ids, strict=False):
-        raw = _clipped(book.image[:, book.column[token]], clip)
+    for position, token in zip(at, ids, strict=False):
+        raw = _clipped(logits[token][image], clip)
         earlier = _earlier(run, position, token, correction)
-        weights = np.array([book.text[read_at, book.column[token]] for _, read_at in earlier])
-        others = np.array([_clipped(book.image[:, book.column[int(run.token_ids[at])]], clip) for at, _ in earlier])
+        weights = np.array([logits[token][read_at] for _, read_at in earlier])
+        others = np.array([_clipped(logits[int(run.token_ids[stands])][image], clip) for stands, _ in earlier])
         left, factor = without_context(raw, others, weights) if earlier else (raw, 0.0)
         factors.append(factor)
         raw_power, power = raw_power + float(raw @ raw), power + float(left @ left)
-        for (at, _), weight in zip(earlier, np.clip(weights, 0, None), strict=True):
-            weight_of[at] = weight_of.get(at, 0.0) + float(weight)
+        for (stands, _), weight in zip(earlier, np.clip(weights, 0, None), strict=True):
+            weight_of[stands] = weight_of.get(stands, 0.0) + float(weight)
         one = _clipped(left, clip).reshape(grid)
         total += (rank_filter(one, size) if size > 1 else one) / len(ids)
-    top = sorted(weight_of, key=lambda at: -weight_of[at])[:SHOWN]
-    shown = [{"position": at, "token": run.tokens[at], "weight": weight_of[at]} for at in top if weight_of[at] > 0]
+    top = sorted(weight_of, key=lambda stands: -weight_of[stands])[:SHOWN]
+    shown = [{"position": i, "token": run.tokens[i], "weight": weight_of[i]} for i in top if weight_of[i] > 0]
     removed = 1 - power / raw_power if raw_power > 0 else 0.0
-    return _One(total, float(np.mean(factors)) if factors else 0.0, removed, shown)
+    return total, {"factor": float(np.mean(factors)) if factors else 0.0, "removed_share": removed, "earlier": shown}
 
 
 def _earlier(run: Run, position: int, token: int, correction: str) -> list[tuple[int, int]]:

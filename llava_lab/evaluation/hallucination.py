@@ -55,6 +55,7 @@ STEPS = 1000  # of the diffusion
 SEEN = 12  # training pictures, clear and under grain
 GRAIN = 120.0  # grey levels; on clear pictures of its own world a model makes up next to nothing, and nothing can be changed
 ASKED = "adversarial"  # of POPE's three samplings
+POPE = ("F1", *(f"{name} {ASKED}" for name in ("precision", "recall", "yes ratio")))  # its measures that are kept
 SHOWN = ("F1", "CHAIRi kinds")  # of each change against its control, in the notes
 
 
@@ -113,7 +114,8 @@ def hallucination(
         for change in several:
             options: dict[str, Any] = {"max_new_tokens": LONGEST, "batch": batch, "label": name, "progress": progress}
             said, told = (answer_all(lab, items, change=change, **options) for items in shown)
-            drawn[-1].append([*_pope_measures(pope, said), *score_chair(chair, told)])
+            of_pope = [one for one in score_pope(pope, said) if one.name in POPE]
+            drawn[-1].append([*of_pope, *score_chair(chair, told)])
             described.setdefault(name, told)
     measured = [_mean(sides) for sides in drawn]
     against, pictures, order = [], len(chair), list(changes)
@@ -191,7 +193,7 @@ def arms_of(lab: Lab, clear: Tensor, *, alpha: float, beta: float, noise: int, p
             "contrast: noised picture",
             Change(contrast=lambda pixels: Contrast(noised(pixels, noise, seed=seed), alpha, beta)),
             "contrast: another picture",
-            tuple(Change(contrast=partial(_another, alpha=alpha, beta=beta, step=step + 1)) for step in range(draws)),
+            tuple(Change(contrast=lambda p, step=step: Contrast(p.roll(step + 1, 0), alpha, beta)) for step in range(draws)),
         ),
         Arm(
             "knockout: late layers",
@@ -215,10 +217,6 @@ def _toward_clear(lab: Lab, grain: float, *, seed: int) -> Tensor:
     return torch.from_numpy(direction / np.linalg.norm(direction)).to(next(lab.model.parameters()).device)
 
 
-def _another(pixels: Tensor, *, alpha: float, beta: float, step: int) -> Contrast:
-    return Contrast(pixels.roll(step, 0), alpha, beta)
-
-
 def _random_like(unit: Tensor, seed: int) -> Tensor:
     random = torch.randn(unit.shape, generator=torch.Generator().manual_seed(seed)).to(unit)
     return random / random.norm()
@@ -237,11 +235,6 @@ def pushing(
     lab: Lab, image: tuple[int, int], end: int, *, window: tuple[int, int], unit: Tensor, amount: float
 ) -> AbstractContextManager[Any]:
     return moving(lab, _answering(end), window, "steer", unit, amount)
-
-
-def _pope_measures(questions: Sequence[Any], answers: Sequence[str]) -> list[Measure]:
-    kept = ("F1", *(f"{name} {ASKED}" for name in ("precision", "recall", "yes ratio")))
-    return [one for one in score_pope(questions, answers) if one.name in kept]
 
 
 def _mean(draws: Sequence[Sequence[Measure]]) -> list[Measure]:

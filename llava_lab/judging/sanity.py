@@ -79,13 +79,15 @@ def sanity(
     >>> found.verdict["question"]
     'unchanged'
     """
-    tests = _tests(tests)
+    chosen = (tests,) if isinstance(tests, str) else tuple(tests)
+    if not chosen or any(test not in TESTS for test in chosen):
+        raise OptionError(f"tests must be some of {', '.join(map(repr, TESTS))}, got {tests!r}")
     groups, seed = whole_number("groups", groups, least=1), whole_number("seed", seed)
     targets = resolve_targets(lab, run, target)
     start = time.perf_counter()
-    texts = _questions(run, questions, seed) if "question" in tests else ()
+    texts = _questions(run, questions, seed) if "question" in chosen else ()
     others = [(text, *_instead(lab, run, targets, text)) for text in texts]
-    steps = parts_from_top(lab.model, groups) if "model" in tests else []
+    steps = parts_from_top(lab.model, groups) if "model" in chosen else []
 
     def explain(asked: Run, wanted: Targets) -> Relevance:
         relevance = attribute(lab, asked, method=method, target=list(wanted), **dict(options or {}))
@@ -196,13 +198,6 @@ def _questions(run: Run, given: str | Sequence[str] | None, seed: int) -> tuple[
     while mixed == words:
         mixed = [words[i] for i in rng.permutation(len(words))]
     return " ".join(mixed), other
-
-
-def _tests(tests: str | Sequence[str]) -> tuple[str, ...]:
-    chosen = (tests,) if isinstance(tests, str) else tuple(tests)
-    if not chosen or any(test not in TESTS for test in chosen):
-        raise OptionError(f"tests must be some of {', '.join(map(repr, TESTS))}, got {tests!r}")
-    return chosen
 
 
 def parts_from_top(model: nn.Module, groups: int) -> list[tuple[str, list[nn.Parameter]]]:
