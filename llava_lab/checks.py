@@ -215,6 +215,12 @@ def same_model(lab: Any, run: Run) -> str:
     return weights
 
 
+def made_by(of: Any, began: float) -> dict[str, Any]:
+    """What every result tells of its making: the model and the weights of a lab or a run, and the seconds since `began`."""
+    name = of.name if hasattr(of, "name") else of.model
+    return {"model": name, "fingerprint": of.fingerprint, "seconds": time.perf_counter() - began}
+
+
 def has_picture(run: Run) -> None:
     """Raises OptionError for a question that was asked without a picture: nothing there has a place on one."""
     if not run.picture.size:

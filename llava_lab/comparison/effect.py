@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from llava_lab.capture import undisturbed
-from llava_lab.checks import PATIENCE, entry
+from llava_lab.checks import PATIENCE, entry, made_by
 from llava_lab.connectors.linearize import CONTROLS, FIT, random_map
 from llava_lab.connectors.plug import connector, linear_connector, new_connector, shuffled_tokens
 from llava_lab.errors import DataError, OptionError
@@ -31,11 +31,11 @@ from llava_lab.evaluation.items import Item, load_items
 from llava_lab.evaluation.scoring import answer_all
 from llava_lab.models import Lab
 from llava_lab.replay.score import divergence
+from llava_lab.replay.words import spelt_inside
 from llava_lab.results import LinearEffect, Linearized
 from llava_lab.stats import exact_match, resampled_means
 
 ALL = "all"
-BEFORE = "a"  # an answer stands after something, so that its first token carries the space it has there
 
 
 @entry
@@ -95,9 +95,7 @@ def linear_effect(
         data=data,
         split=split,
         seed=seed,
-        model=lab.name,
-        fingerprint=lab.fingerprint,
-        seconds=time.perf_counter() - began,
+        **made_by(lab, began),
         notes=("Intervals resample pictures; where no picture differs from another they have no width.",),
     )
 
@@ -136,8 +134,7 @@ def _stand_in(lab: Lab, fit: Linearized, name: str, seed: int) -> Any:
 
 def _finished(lab: Lab, item: Item, answer: str, prompt: str | None) -> tuple[np.ndarray, int]:
     """The prompt with the answer behind it, (T,) token ids, and how many positions predict the answer and its end."""
-    alone, both = (lab.tokenizer.encode(text, add_special_tokens=False) for text in (BEFORE, f"{BEFORE} {answer}"))
-    ids = np.array(both[len(alone) :], np.int64)
+    ids = np.array(spelt_inside(lab.tokenizer, answer), np.int64)
     return np.concatenate([lab.sequence(item.question, prompt=prompt).token_ids, ids]), len(ids) + 1
 
 

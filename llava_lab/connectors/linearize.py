@@ -37,7 +37,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from llava_lab.capture import hooked, undisturbed
-from llava_lab.checks import Sweep, entry
+from llava_lab.checks import Sweep, entry, made_by
 from llava_lab.errors import DataError, OptionError
 from llava_lab.models import Lab, connectors
 from llava_lab.models.layout import connector_of, read_connector
@@ -110,9 +110,7 @@ def linearize(
         connector=lab.card.connector,
         language=beside["language"],
         vision=beside["vision"],
-        model=lab.name,
-        fingerprint=lab.fingerprint,
-        seconds=time.perf_counter() - began,
+        **made_by(lab, began),
         notes=_notes(sums, scores),
     )
     return fit if rank is None else fit.at_rank(rank)
@@ -372,9 +370,7 @@ def local_linearity(
         **slopes.found(),
         tolerance=tolerance,
         tokens=seen,
-        model=lab.name,
-        fingerprint=lab.fingerprint,
-        seconds=time.perf_counter() - began,
+        **made_by(lab, began),
         notes=notes,
     )
 

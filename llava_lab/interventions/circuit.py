@@ -53,7 +53,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, apply_rotary_pos_emb
 
 from llava_lab.capture import undisturbed
-from llava_lab.checks import Sweep, entry, is_list, whole_number
+from llava_lab.checks import Sweep, entry, is_list, made_by, whole_number
 from llava_lab.errors import DataError, LabError, OptionError
 from llava_lab.interventions.patching import corrupted_pixels
 from llava_lab.models import Lab
@@ -179,9 +179,7 @@ def circuit(
         checked=len(lost),
         variable=variable if pairs is None else "given pairs",
         steps=steps,
-        model=lab.name,
-        fingerprint=lab.fingerprint,
-        seconds=time.perf_counter() - began,
+        **made_by(lab, began),
         interrupted=sweep.interrupted,
         notes=tuple(notes),
     )

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from llava_lab.capture import Reducer, hooked, undisturbed, watch_attention
 from llava_lab.capture.watch import NAME, attention_module
-from llava_lab.checks import Sweep, entry, layer_window, one_of, whole_number
+from llava_lab.checks import Sweep, entry, layer_window, made_by, one_of, whole_number
 from llava_lab.errors import LabError, OptionError
 from llava_lab.interventions.plan import DRAWS, Plan, Positions, carry_out, first_position, positions_of
 from llava_lab.models import Lab
@@ -347,10 +347,8 @@ def knockout_sweep(
         before=before,
         after=after,
         proof=proof,
-        model=run.model,
-        fingerprint=run.fingerprint,
+        **made_by(run, began),
         passes={"forward": passes},
-        seconds=time.perf_counter() - began,
         interrupted=sweep.interrupted,
         notes=notes,
         score=score,

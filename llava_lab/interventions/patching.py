@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from llava_lab.capture import hooked, undisturbed
 from llava_lab.capture.residual import joined_by, watch_outputs
 from llava_lab.capture.watch import attention_module
-from llava_lab.checks import Sweep, entry, one_of, whole_number
+from llava_lab.checks import Sweep, entry, made_by, one_of, whole_number
 from llava_lab.errors import LabError, OptionError
 from llava_lab.interventions.knockout import windows_around
 from llava_lab.interventions.plan import COMPONENTS, Positions, changing, parts, positions_of
@@ -148,10 +148,8 @@ def patch(
         clean_answer=word(clean_logits),
         corrupt_answer=word(corrupt_logits),
         proof={"states": float(states)},
-        model=clean.model,
-        fingerprint=clean.fingerprint,
+        **made_by(clean, began),
         passes={"forward": reading.passes + 3},
-        seconds=time.perf_counter() - began,
         interrupted=sweep.interrupted,
         notes=notes,
         score=score,
@@ -328,10 +326,8 @@ def attribution_patch(
         corruption=corruption,
         clean=before,
         corrupt=after,
-        model=clean.model,
-        fingerprint=clean.fingerprint,
+        **made_by(clean, began),
         passes={"forward": 1 + len(along) + bool(steps), "backward": len(along)},
-        seconds=time.perf_counter() - began,
         notes=("An estimate of first order; `patch_nodes` measures, and `agreement` compares the two.",),
     )
 
@@ -409,10 +405,8 @@ def patch_nodes(
         corruption=corruption,
         clean=ends["clean"],
         corrupt=ends["corrupt"],
-        model=clean.model,
-        fingerprint=clean.fingerprint,
+        **made_by(clean, began),
         passes={"forward": sum(one.passes for one in readings.values()), "backward": 0},
-        seconds=time.perf_counter() - began,
         interrupted=sweep.interrupted,
         notes=notes,
     )

@@ -27,7 +27,7 @@ from llava_lab.attribution import attribute
 from llava_lab.attribution.registry import METHODS
 from llava_lab.capture import undisturbed, watch_attention
 from llava_lab.capture.reducers import LayerByLayer
-from llava_lab.checks import Sweep, entry, whole_number
+from llava_lab.checks import Sweep, entry, made_by, whole_number
 from llava_lab.errors import DataError, OptionError
 from llava_lab.interventions import ablate_tokens
 from llava_lab.interventions.ablate import remover, token_layer
@@ -205,9 +205,7 @@ def prune_sweep(
         tokens=total,
         at=layer,
         split=split,
-        model=lab.name,
-        fingerprint=lab.fingerprint,
-        seconds=time.perf_counter() - begin,
+        **made_by(lab, begin),
         interrupted=done.interrupted,
         notes=(
             f"Tokens are dropped after {layer} of {count} layers; with all {total} of them {np.mean(full):.0%} are right.",

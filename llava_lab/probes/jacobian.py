@@ -42,7 +42,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from llava_lab.capture import hooked, undisturbed
-from llava_lab.checks import Sweep, entry, one_of, whole_number
+from llava_lab.checks import Sweep, entry, made_by, one_of, whole_number
 from llava_lab.errors import CheckpointError, LabError, OptionError
 from llava_lab.models import Lab
 from llava_lab.models.layout import language_layers
@@ -145,9 +145,7 @@ def fit_jacobian(
         targets=targets,
         layers=count,
         prompts=sweep.count,
-        model=lab.name,
-        fingerprint=lab.fingerprint,
-        seconds=time.perf_counter() - begin,
+        **made_by(lab, begin),
         interrupted=sweep.interrupted,
     )
 
@@ -218,7 +216,7 @@ def _agreement(halves: Sequence[Sequence[np.ndarray]]) -> Float32[np.ndarray, "2
 def check_lens(lab: Lab, fitted: Any) -> None:
     """Raise CheckpointError when a tuned or Jacobian lens is of other weights than the lab's."""
     if fitted is not None and fitted.fingerprint != lab.fingerprint:
-        made_by = "fit_jacobian" if isinstance(fitted, JacobianLens) else "train_lens"
+        maker = "fit_jacobian" if isinstance(fitted, JacobianLens) else "train_lens"
         raise CheckpointError(
-            f"this {fitted.KIND} was made for {fitted.model!r} with other weights; make it anew with `{made_by}`"
+            f"this {fitted.KIND} was made for {fitted.model!r} with other weights; make it anew with `{maker}`"
         )

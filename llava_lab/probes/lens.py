@@ -42,7 +42,7 @@ from tqdm.auto import tqdm
 
 from llava_lab.capture import undisturbed
 from llava_lab.capture.residual import watch_stream
-from llava_lab.checks import PATIENCE, Sweep, entry, number, one_of, whole_number
+from llava_lab.checks import PATIENCE, Sweep, entry, made_by, number, one_of, whole_number
 from llava_lab.errors import DataError, OptionError
 from llava_lab.models import Lab
 from llava_lab.models.layout import language_layers
@@ -128,9 +128,7 @@ def logit_lens(
         pieces=texts,
         vocabulary=vocabulary,
         map=run.map,
-        model=run.model,
-        fingerprint=run.fingerprint,
-        seconds=time.perf_counter() - begin,
+        **made_by(run, begin),
         lens=_lens_name(fitted),
         notes=(_note(states, fitted), *notes),
         read_as=tuple(pieces(lab.tokenizer, np.array(ids, np.int64))),
@@ -162,9 +160,7 @@ def activation_map(
         word_ids=ids,
         states=states,
         map=run.map,
-        model=run.model,
-        fingerprint=run.fingerprint,
-        seconds=time.perf_counter() - begin,
+        **made_by(run, begin),
         notes=(_note(states, fitted), *notes),
     )
 
@@ -454,9 +450,7 @@ def naming_share(
         top=top,
         split=split,
         pictures=n,
-        model=lab.name,
-        fingerprint=lab.fingerprint,
-        seconds=time.perf_counter() - begin,
+        **made_by(lab, begin),
         lens=_lens_name(fitted),
         notes=notes,
     )

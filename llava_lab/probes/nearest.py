@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from llava_lab.capture import undisturbed
 from llava_lab.capture.residual import watch_stream
-from llava_lab.checks import entry, one_of, whole_number
+from llava_lab.checks import entry, made_by, one_of, whole_number
 from llava_lab.errors import LabError, OptionError
 from llava_lab.models import Lab
 from llava_lab.models.layout import language_layers
@@ -89,9 +89,7 @@ def nearest_words(
         space=space,
         centered=centered,
         map=run.map,
-        model=run.model,
-        fingerprint=run.fingerprint,
-        seconds=time.perf_counter() - begin,
+        **made_by(run, begin),
         notes=(_note(space, centered),),
     )
 

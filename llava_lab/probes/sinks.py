@@ -39,7 +39,7 @@ from torch import Tensor
 
 from llava_lab.capture import Reducer, undisturbed, watch_attention
 from llava_lab.capture.residual import watch_stream
-from llava_lab.checks import Sweep, entry, is_list, number
+from llava_lab.checks import Sweep, entry, is_list, made_by, number
 from llava_lab.errors import OptionError
 from llava_lab.models import Lab
 from llava_lab.models.layout import has_tower_attention, language_layers, patch_grid, used_vision_layers
@@ -185,9 +185,7 @@ def sinks(
         others=others,
         words={text: count / readings for text, count in words.most_common(TOLD)},
         map=every[0].map,
-        model=lab.name,
-        fingerprint=lab.fingerprint,
-        seconds=time.perf_counter() - began,
+        **made_by(lab, began),
         interrupted=sweep.interrupted,
         notes=tuple(notes),
     )

@@ -163,7 +163,7 @@ def word_tokens(lab: Lab, words: Sequence[str]) -> tuple[tuple[str, ...], tuple[
     for word in wanted:
         if not isinstance(word, str) or not word.strip():
             raise OptionError(f"expected words to look for, got {word!r}")
-        spelt = _spelling(lab.tokenizer, word.strip())
+        spelt = spelt_inside(lab.tokenizer, word.strip())
         if not spelt or spelt[0] == lab.tokenizer.unk_token_id:
             raise OptionError(f"the tokenizer of {lab.name!r} has no token for {word!r}; choose another word")
         parts = pieces(lab.tokenizer, np.array(spelt))
@@ -199,8 +199,8 @@ def state_window(layers: Any, count: int) -> tuple[int, int]:
     return layer_window(layers, count + 1)
 
 
-def _spelling(tokenizer: Any, word: str) -> list[int]:
-    """The tokens of `word` as it stands inside a sentence."""
+def spelt_inside(tokenizer: Any, word: str) -> list[int]:
+    """The tokens of `word`, or of several, as it stands inside a sentence."""
     alone = tokenizer.encode(BEFORE, add_special_tokens=False)
     after = tokenizer.encode(f"{BEFORE} {word}", add_special_tokens=False)
     return after[len(alone) :] if after[: len(alone)] == alone else tokenizer.encode(word, add_special_tokens=False)
