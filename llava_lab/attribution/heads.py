@@ -38,7 +38,7 @@ from torch import Tensor
 from llava_lab.attribution.method import Count, Heads, Maps, Window, at_least, method, refuse_contrast
 from llava_lab.capture import HeadRows, PickedRows, fuse_heads, undisturbed, watch_attention
 from llava_lab.capture.watch import attention_module
-from llava_lab.checks import Sweep, entry, is_list, is_whole, layer_window, same_model, shown, whole_number
+from llava_lab.checks import Sweep, entry, is_list, is_whole, layer_window, made_by, same_model, shown, whole_number
 from llava_lab.errors import OptionError
 from llava_lab.models import Lab
 from llava_lab.models.layout import language_layers
@@ -151,7 +151,7 @@ def head_maps(lab: Lab, run: Run, *, target: Wanted = "words") -> HeadMaps:
     >>> maps.values.shape[0], maps.values.shape[3:]
     (1, (12, 12))
     """
-    weights = same_model(lab, run)
+    same_model(lab, run)
     targets = resolve_targets(lab, run, target)
     refuse_contrast("head_maps", targets)
     start = time.perf_counter()
@@ -160,9 +160,7 @@ def head_maps(lab: Lab, run: Run, *, target: Wanted = "words") -> HeadMaps:
         values=np.ascontiguousarray(values),
         targets=targets,
         map=run.map,
-        model=lab.name,
-        fingerprint=weights,
-        seconds=time.perf_counter() - start,
+        **made_by(lab, start),
         notes=("Attention of the positions that predict each word, mean over its tokens; head by head, nothing weighed in.",),
     )
 

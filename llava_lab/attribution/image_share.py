@@ -38,7 +38,7 @@ from torch import Tensor
 from llava_lab.attribution.registry import METHODS, attribute
 from llava_lab.attribution.shapley import Game
 from llava_lab.capture import undisturbed
-from llava_lab.checks import Sweep, entry, one_of, same_model, whole_number
+from llava_lab.checks import Sweep, entry, made_by, one_of, same_model, whole_number
 from llava_lab.errors import LabError, OptionError, TargetError
 from llava_lab.models import Lab
 from llava_lab.replay.fills import FILLS, fill_pixels
@@ -148,9 +148,7 @@ def image_share(
         players=describe(run, players),
         orders=done,
         options=options,
-        model=lab.name,
-        fingerprint=run.fingerprint,
-        seconds=time.perf_counter() - start,
+        **made_by(lab, start),
         passes={"forward": 3 + game.forwards + spent["forward"], "backward": spent["backward"]},
         notes=tuple(notes),
     )

@@ -39,7 +39,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from llava_lab.capture import undisturbed
-from llava_lab.checks import Sweep, entry, one_of, same_model, whole_number
+from llava_lab.checks import Sweep, entry, made_by, one_of, same_model, whole_number
 from llava_lab.errors import LabError, OptionError
 from llava_lab.interventions import plan
 from llava_lab.interventions.knockout import Cut, cutting, proving
@@ -371,10 +371,8 @@ def positive_control(
         deciding_interval=wilson(deciding, len(changed)),
         random_interval=wilson(random, len(changed)),
         patches=np.array(counts, np.int64),
-        model=lab.name,
-        fingerprint=lab.fingerprint,
+        **made_by(lab, began),
         seed=seed,
-        seconds=time.perf_counter() - began,
         interrupted=sweep.interrupted,
     )
 

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from llava_lab.capture import hooked, undisturbed
 from llava_lab.capture.watch import attention_module
-from llava_lab.checks import Sweep, is_list, is_whole, one_of, patches_of, shown
+from llava_lab.checks import Sweep, is_list, is_whole, made_by, one_of, patches_of, shown
 from llava_lab.errors import LabError, OptionError
 from llava_lab.models import Lab
 from llava_lab.models.generation import generate, log_probs
@@ -179,11 +179,9 @@ def carry_out(
         proof=proof,
         side=side,
         map=run.map,
-        model=run.model,
-        fingerprint=run.fingerprint,
+        **made_by(run, began),
         seed=seed,
         passes={"forward": tail.passes + 1},
-        seconds=time.perf_counter() - began,
         interrupted=interrupted,
         notes=notes,
         score=score,

@@ -33,7 +33,7 @@ from torch import nn
 
 from llava_lab.attribution.attention import ask_instead
 from llava_lab.attribution.registry import attribute
-from llava_lab.checks import Sweep, entry, one_picture, whole_number
+from llava_lab.checks import Sweep, entry, made_by, one_picture, whole_number
 from llava_lab.errors import OptionError
 from llava_lab.models import Lab
 from llava_lab.models.layout import connector_of, language_layers, vision_tower
@@ -144,11 +144,9 @@ def sanity(
         top=top,
         chance=top / int(seen.sum()),
         map=run.map,
-        model=original.model,
-        fingerprint=original.fingerprint,
+        **made_by(original, start),
         seed=seed,
         passes={name: sum(relevance.passes.get(name, 0) for relevance in every) for name in original.passes},
-        seconds=time.perf_counter() - start,
         interrupted=done.interrupted,
         notes=tuple(notes),
     )

@@ -217,6 +217,4 @@ def check_lens(lab: Lab, fitted: Any) -> None:
     """Raise CheckpointError when a tuned or Jacobian lens is of other weights than the lab's."""
     if fitted is not None and fitted.fingerprint != lab.fingerprint:
         maker = "fit_jacobian" if isinstance(fitted, JacobianLens) else "train_lens"
-        raise CheckpointError(
-            f"this {fitted.KIND} was made for {fitted.model!r} with other weights; make it anew with `{maker}`"
-        )
+        raise CheckpointError(f"this {fitted.KIND} was made for {fitted.model!r} with other weights; make it anew with `{maker}`")

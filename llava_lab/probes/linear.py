@@ -93,8 +93,6 @@ def linear_probe(
     wanted = stages(lab, at)
     whole_number("folds", folds, least=2)
     whole_number("shuffles", shuffles, least=1)
-    if per_picture is not None:
-        whole_number("per_picture", per_picture, least=1)
     if len(pictures) < folds:
         raise OptionError(f"expected at least one picture per fold, got {len(pictures)} pictures for {folds} folds")
     table, names = _classes(labels, len(pictures), lab.grid)
