@@ -37,7 +37,7 @@ from llava_lab.attribution.method import REGISTERED, Maps, Method
 from llava_lab.attribution.rollout import FLOOR, TowerRollout, Weight, as_column, rollout_notes
 from llava_lab.capture import AnswerRows, watch_attention
 from llava_lab.capture.watch import MEND
-from llava_lab.checks import as_python, entry, is_list, known, layer_window, same_model
+from llava_lab.checks import as_python, entry, is_list, known, layer_window, made_by, same_model
 from llava_lab.errors import LabError, OptionError
 from llava_lab.models import Lab, connectors
 from llava_lab.models.layout import language_layers
@@ -79,21 +79,12 @@ def attribute(lab: Any, run: Run, *, method: str = "rollout", target: Wanted = N
     card = METHODS[known("method", method, METHODS)]
     refuse_unable(lab, card)
     chosen = card.with_defaults(options, beside=("method", "target"))
-    weights = same_model(lab, run)
+    same_model(lab, run)
     targets = resolve_targets(lab, run, target)
     start = time.perf_counter()
     maps = compute_maps(lab, run, targets, card, chosen)
     notes = (*maps.notes, in_views(run, bool(maps.views))) if run.views else maps.notes
-    return result_of(
-        replace(maps, notes=notes),
-        card,
-        chosen,
-        run,
-        targets,
-        model=lab.name,
-        weights=weights,
-        seconds=time.perf_counter() - start,
-    )
+    return result_of(replace(maps, notes=notes), card, chosen, run, targets, **made_by(lab, start))
 
 
 @singledispatch
@@ -129,18 +120,8 @@ def _each_picture(maps: Maps, lab: Any, run: Run, targets: Targets, method: Meth
     return replace(maps, passes=passes, views=views, interrupted=any(one.interrupted for one in every))
 
 
-def result_of(
-    maps: Maps,
-    method: Method,
-    options: Mapping[str, Any],
-    run: Run,
-    targets: Targets,
-    *,
-    model: str,
-    weights: str,
-    seconds: float,
-) -> Relevance:
-    """What a method gave, as the result that is kept."""
+def result_of(maps: Maps, method: Method, options: Mapping[str, Any], run: Run, targets: Targets, **made: Any) -> Relevance:
+    """What a method gave, as the result that is kept; `made` is `made_by`'s."""
     if count := int((~np.isfinite(maps.values)).sum()):
         raise LabError(
             f"expected finite values of method {method.name!r}, got NaN or infinity in {count} of {maps.values.size}; {MEND}"
@@ -153,9 +134,7 @@ def result_of(
         method=method.name,
         options={name: _plain(value) for name, value in options.items()},
         map=run.map,
-        model=model,
-        fingerprint=weights,
-        seconds=seconds,
+        **made,
         passes={"forward": 0, "backward": 0, **maps.passes},
         notes=maps.notes,
         extras=maps.extras,
@@ -243,8 +222,7 @@ def ask_and_attribute(
     card.refuse(lab, targets)
     maps = watching.maps(run, targets, count)
     maps = replace(maps, notes=(*maps.notes, "Taken while the answer was made; the seconds are those after it."))
-    seconds = time.perf_counter() - start
-    return run, result_of(maps, card, chosen, run, targets, model=lab.name, weights=run.fingerprint, seconds=seconds)
+    return run, result_of(maps, card, chosen, run, targets, **made_by(lab, start))
 
 
 class WatchedAttention:
