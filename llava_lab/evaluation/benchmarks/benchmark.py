@@ -10,7 +10,6 @@ interval and the difference from a control come from one definition: the publish
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,12 +116,9 @@ class Tally:
 
 def in_groups(questions: Sequence[Question], right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Which question is the first of its group, and of these in which all are right: bool (Q,) each."""
-    groups: dict[str, list[int]] = defaultdict(list)
-    for place, one in enumerate(questions):
-        groups[one.group].append(place)
+    _, starts, group = np.unique([one.group for one in questions], return_index=True, return_inverse=True)
     first, every = np.zeros(len(right), bool), np.zeros(len(right), bool)
-    for places in groups.values():
-        first[places[0]], every[places[0]] = True, right[places].all()
+    first[starts], every[starts] = True, np.bincount(group, right) == np.bincount(group)
     return first, every
 
 
