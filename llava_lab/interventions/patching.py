@@ -185,9 +185,13 @@ def patched(
 def keeping(lab: Lab, components: Sequence[str]) -> Iterator[dict[str, list[Tensor]]]:
     """What each layer's components give in the forward inside, lists over layers of (T, D)."""
     states_of: dict[str, list[Tensor]] = {name: [] for name in components}
+
+    def keep(name: str, number: int, output: Tensor) -> None:
+        states_of[name].append(output[0])
+
     with ExitStack() as stack:
-        for name, kept in states_of.items():
-            stack.enter_context(watch_outputs(parts(lab, name), lambda _, output, kept=kept: kept.append(output[0])))
+        for name in components:
+            stack.enter_context(watch_outputs(parts(lab, name), partial(keep, name)))
         yield states_of
 
 
