@@ -183,6 +183,10 @@ def arms_of(lab: Lab, clear: Tensor, *, alpha: float, beta: float, noise: int, p
         raise OptionError(f"beta must be above 0 and at most 1, got {beta!r}")
     if whole_number("noise", noise) >= STEPS:
         raise OptionError(f"noise must be a step from 0 to {STEPS - 1}, got {noise}")
+
+    def another(step: int, pixels: Tensor) -> Contrast:
+        return Contrast(pixels.roll(step, 0), alpha, beta)
+
     layers = len(language_layers(lab.model))
     third = max(1, layers // 3)
     unit, _ = find_direction(lab, ("no", "yes"))
@@ -193,7 +197,7 @@ def arms_of(lab: Lab, clear: Tensor, *, alpha: float, beta: float, noise: int, p
             "contrast: noised picture",
             Change(contrast=lambda pixels: Contrast(noised(pixels, noise, seed=seed), alpha, beta)),
             "contrast: another picture",
-            tuple(Change(contrast=lambda p, step=step: Contrast(p.roll(step + 1, 0), alpha, beta)) for step in range(draws)),
+            tuple(Change(contrast=partial(another, step + 1)) for step in range(draws)),
         ),
         Arm(
             "knockout: late layers",
