@@ -5,20 +5,11 @@
  */
 
 import { blankCanvas, contextOf, groundsOf, paintHeat, paintScene } from "./shared/canvas.js";
-import { make, segmented, setText, slider } from "./shared/dom.js";
+import { carded, make, segmented, setText, slider, whenResized } from "./shared/dom.js";
 import { ARROWS, patchUnder } from "./shared/gestures.js";
 import { patchName } from "./shared/grid.js";
-import {
-  NEGLIGIBLE,
-  bytesOf,
-  colorTable,
-  formatNumber,
-  formatPercent,
-  levelsOf,
-  readMaps,
-  readPalettes,
-  valueOf,
-} from "./shared/maps.js";
+import { bytesOf, colorTable, formatNumber, formatPercent, levelsOf, NEGLIGIBLE } from "./shared/maps.js";
+import { position, readMaps, readPalettes, valueOf } from "./shared/maps.js";
 import { Panel, shows } from "./shared/panel.js";
 import { told } from "./shared/parts.js";
 
@@ -72,9 +63,8 @@ class Bench extends Panel {
     this.base = this.ground = this.heat;
     this.dot = 1;
     this.tiles = [0, 1, 2].map((place) => this.tile(place));
-    this.resized = new ResizeObserver(() => this.resize());
     this.open(this.build(), el);
-    this.resized.observe(this.tiles[0].canvas);
+    whenResized(this.tiles[0].canvas, () => this.resize(), this.stop.signal);
     this.load();
   }
 
@@ -84,8 +74,7 @@ class Bench extends Panel {
     this.sentence = make("p", "lab-caption lab-bench-sentence");
     const row = make("div", "lab-bench-tiles", this.tiles.map(({ root }) => root));
     const parts = [make("div", "lab-head", [about]), asked, ...told(this.spec), this.controls(), row, this.sentence, this.live];
-    const card = make("div", "lab-card", parts, { role: "group", "aria-label": "Two connectors compared" });
-    return make("div", "lab-widget lab-bench", [card]);
+    return carded("lab-widget lab-bench", "Two connectors compared", parts);
   }
 
   controls() {
@@ -220,11 +209,11 @@ class Bench extends Panel {
   colors(place, index) {
     const { lo, hi } = this.spec;
     if (place === 2 && this.change) {
-      return [this.change.levels, colorTable(this.palettes.diverging, -MIDDLE, 1, -127, 127)];
+      return [this.change.levels, colorTable(this.palettes.diverging, (level) => position(level - MIDDLE, -127, 127))];
     }
     const [offset, step] = this.maps.scales.subarray(2 * index, 2 * index + 2);
     const palette = this.palettes[lo < 0 ? "diverging" : "sequential"];
-    return [levelsOf(this.maps, index), colorTable(palette, offset, step, lo, hi)];
+    return [levelsOf(this.maps, index), colorTable(palette, (level) => position(offset + level * step, lo, hi))];
   }
 
   /** What a map, or the difference of both, must reach to be more than rounding; 0 where nobody knows it.
@@ -255,11 +244,8 @@ class Bench extends Panel {
 
   close() {
     super.close();
-    this.resized.disconnect();
     this.picture?.close();
   }
 }
-
-
 
 export const renderBench = shows(Bench);

@@ -12,16 +12,13 @@ import { choices, make, opacitySlider, section, segmented, setText, slider } fro
 import { MapPanel, STAGE } from "./shared/map_panel.js";
 import { isNegligible, NEGLIGIBLE, readMaps } from "./shared/maps.js";
 import { shows } from "./shared/panel.js";
-import { readout, topList, wordChips } from "./shared/parts.js";
+import { chipText, readout, topList, wordChips } from "./shared/parts.js";
 import { saveCanvas } from "./shared/surface.js";
 import { summary } from "./shared/view.js";
-import { ALIKE, alikeText, formatScore, orderOf, scoreOf, Tiles, tilesOf, whatOf } from "./compare_maps.js";
+import { ALIKE, alikeText, formatScore, orderOf, scoreOf, Tiles, tilesOf } from "./compare_maps.js";
 
 /**
- * @typedef {import("./compare_maps.js").CompareSpec} CompareSpec
- * @typedef {import("./compare_maps.js").CompareDisplay} CompareDisplay
- * @typedef {import("./compare_maps.js").Tile} Tile
- * @typedef {import("./shared/view.js").MapView} MapView
+ * @import { CompareDisplay, CompareSpec, Tile, TilesView } from "./compare_maps.js"
  * @typedef {ReturnType<Compare["view"]>} CompareState
  * @typedef {{tiles: Tile[], stage: number}} StageView
  */
@@ -110,11 +107,6 @@ class Compare extends MapPanel {
     };
   }
 
-  close() {
-    super.close();
-    this.tiles.close();
-  }
-
   /** @param {string} name @param {any} value */
   choose(name, value) {
     this.peek = { target: -1 };
@@ -136,7 +128,7 @@ class Compare extends MapPanel {
     const stage = Math.max(0, spec.methods.map((method) => method.name).indexOf(name));
     const sort = /** @type {string} */ (this.model.get("sort"));
     const { shown, palette, method } = tiles[stage];
-    const what = whatOf(spec, chip);
+    const what = chipText(spec.chips[chip]);
     return {
       ...{ tiles, stage, sort, what, chip, word: this.model.get("target"), display, map: spec.map, shown, palette },
       order: orderOf(spec, tiles, sort, this.worstFirst, stage),
@@ -258,7 +250,7 @@ function ticks(spec, values, stage) {
   });
 }
 
-/** @param {import("./compare_maps.js").CompareSpec} spec @param {import("./compare_maps.js").TilesView} view
+/** @param {CompareSpec} spec @param {TilesView} view
  * @param {Record<string, Uint8Array>} palettes @param {CanvasImageSource} picture */
 export function paintSheet(spec, view, palettes, picture) {
   const { margin, side, gap, columns, under, head } = SHEET;

@@ -9,18 +9,16 @@
  */
 
 import { blankCanvas, contextOf, groundsOf, paintHeat, paintLights, paintScene } from "./shared/canvas.js";
-import { make, setText } from "./shared/dom.js";
+import { make, setText, whenResized } from "./shared/dom.js";
 import { patchUnder } from "./shared/gestures.js";
 import { clipToPicture, patchBox, patchName } from "./shared/grid.js";
 import { colorTable, findMap, formatNumber, isNegligible, levelsOf, linearMap, mapText } from "./shared/maps.js";
 import { position, rangeOf, strongest, valueOf } from "./shared/maps.js";
-import { chipText } from "./shared/parts.js";
 import { doubtful, paletteOf } from "./shared/view.js";
 
 /**
- * @typedef {import("./shared/maps.js").Shown} Shown
- * @typedef {import("./shared/maps.js").Maps} Maps
- * @typedef {import("./shared/maps.js").Method & {scores: Record<string, (number | null)[]>}} ScoredMethod
+ * @import { Found, Maps, Method, Shown } from "./shared/maps.js"
+ * @typedef {Method & {scores: Record<string, (number | null)[]>}} ScoredMethod
  * @typedef {{name: string, group: string, lower: boolean}} Score
  * @typedef {{question: string, answer: string, model: string, seed: number, map: import("./shared/grid.js").PictureMap,
  *   chips: {text: string, kind: string, p: number | null}[], methods: ScoredMethod[], scores: Score[], picture: string,
@@ -53,8 +51,8 @@ export function tilesOf(spec, maps, chip, display) {
   });
 }
 
-/** @param {Maps} maps @param {ScoredMethod} method @param {import("./shared/maps.js").Found} found
- * @param {CompareDisplay} display @returns {Shown} */
+/** @param {Maps} maps @param {ScoredMethod} method @param {Found} found @param {CompareDisplay} display
+ * @returns {Shown} */
 function shownAs(maps, method, { index, target }, { byRank, ownScale, range }) {
   const floor = method.floors?.[target] ?? 0;
   if (byRank) return rankedMap(maps, index, range, floor);
@@ -96,14 +94,10 @@ export function ranksOf(levels) {
 
 /** @param {Uint8Array} palette @param {Float64Array} ranks @param {number} share */
 function rankTable(palette, ranks, share) {
-  const steps = Uint8Array.from(ranks, (rank) => Math.round(255 * position(rank, 1 - share, 1)));
-  const plain = new Uint8Array(colorTable(palette, 0, 1, 0, 255).buffer);
-  const table = new Uint8Array(4 * 256);
-  steps.forEach((step, level) => {
-    table.set(plain.subarray(4 * step, 4 * step + 4), 4 * level);
-    if (ranks[level] < 1 - share) table[4 * level + 3] = 0; // the picture itself
-  });
-  return new Uint32Array(table.buffer);
+  const table = colorTable(palette, (level) => position(ranks[level], 1 - share, 1));
+  const bytes = new Uint8Array(table.buffer);
+  ranks.forEach((rank, level) => rank < 1 - share && (bytes[4 * level + 3] = 0)); // the picture itself
+  return table;
 }
 
 /** A tile's score, or null where it has none.
@@ -191,12 +185,6 @@ export function alikeText(spec, stage) {
   return others.length < 3 ? `Most alike: ${most}.` : `Most alike: ${most}; least: ${say(others[others.length - 1])}.`;
 }
 
-/** What is said of the shown target above the maps.
- * @param {CompareSpec} spec @param {number} chip */
-export function whatOf(spec, chip) {
-  return chipText(spec.chips[chip]);
-}
-
 /** @param {number | null} value */
 export function formatScore(value) {
   if (value === null) return "–";
@@ -222,8 +210,8 @@ export class Tiles {
     this.dot = 1;
     this.lit = "";
     this.listen(host, signal);
-    this.resized = new ResizeObserver(() => this.resize());
-    this.resized.observe(this.root);
+    whenResized(this.root, () => this.resize(), signal);
+    signal.addEventListener("abort", () => (this.picture = null));
   }
 
   /** @param {TilesHost} host @param {AbortSignal} signal */
@@ -257,11 +245,6 @@ export class Tiles {
   show(picture) {
     this.picture = picture;
     this.resize();
-  }
-
-  close() {
-    this.resized.disconnect();
-    this.picture = null;
   }
 
   resize() {

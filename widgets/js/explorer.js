@@ -18,14 +18,10 @@ import { chipText, methodList, readout, topList, wordChips, wordContent } from "
 import { doubtful, paletteOf } from "./shared/view.js";
 
 /**
- * @typedef {import("./shared/view.js").Spec} Spec
- * @typedef {import("./shared/view.js").Reply} Reply
- * @typedef {import("./shared/view.js").View} View
- * @typedef {import("./shared/view.js").Part} Part
- * @typedef {import("./shared/view.js").Display} Display
- * @typedef {import("./shared/panel.js").Model} Model
+ * @import { Display, Part, Reply, Spec, View } from "./shared/view.js"
+ * @import { Model } from "./shared/panel.js"
+ * @import { Word } from "./shared/parts.js"
  * @typedef {{strongest: () => void, random: () => void, clear: () => void, ask: () => void}} SelectionActions
- * @typedef {import("./shared/parts.js").Word} Word
  */
 
 const PICTURE = 410; // CSS pixels: words, picture and what asks again are on one screen
@@ -45,7 +41,8 @@ class Explorer extends MapPanel {
     this.fallback = make("p", "lab-fallback");
     this.answers = answers(this.spec, this.stop.signal);
     this.open(this.build(), el);
-    this.clock = setInterval(() => this.pending && this.refresh(), 1000);
+    const clock = setInterval(() => this.pending && this.refresh(), 1000);
+    this.stop.signal.addEventListener("abort", () => clearInterval(clock));
   }
 
   build() {
@@ -64,11 +61,6 @@ class Explorer extends MapPanel {
     const body = make("div", "lab-body", [this.figure([this.fallback], readout(), PICTURE), side]);
     const text = { class: "lab-explorer", label: "Patch explorer", about: this.patchesText };
     return this.card(text, [words, body, bar, this.answers.root]);
-  }
-
-  close() {
-    super.close();
-    clearInterval(this.clock);
   }
 
   /** Choose what is shown: Python hears of it, and so does a screen reader.

@@ -5,7 +5,7 @@
  */
 
 import { blankCanvas, contextOf } from "./shared/canvas.js";
-import { choices, make, segmented, setText } from "./shared/dom.js";
+import { carded, choices, make, segmented, setText } from "./shared/dom.js";
 import { bytesOf, readPalette } from "./shared/maps.js";
 import { Panel, shows } from "./shared/panel.js";
 import { Plot } from "./shared/plot.js";
@@ -13,9 +13,7 @@ import { cellsOf, curvesOf, cutSentence, flowText, nextSpot, patchSentence, reac
 import { cellFrame, cellsHeight, frameOf, nearestMark, paintCells, paintCurves, shareColor, spotAt } from "./flow_plots.js";
 
 /**
- * @typedef {import("./flow_data.js").Spot} Spot
- * @typedef {import("./flow_data.js").FlowSpec} FlowSpec
- * @typedef {import("./flow_data.js").GridSpec} GridSpec
+ * @import { FlowSpec, GridSpec, Spot, SweepSpec } from "./flow_data.js"
  */
 
 const CURVES_HEIGHT = 322;
@@ -35,7 +33,6 @@ class FlowView extends Panel {
     this.colors = readPalette(this.spec.diverging);
     this.own = { relative: false, open: (this.spec.sweep?.flows ?? []).map(() => true) };
     this.over = { flow: /** @type {Spot | null} */ (null), cell: /** @type {Spot | null} */ (null) };
-    this.plots = /** @type {Plot[]} */ ([]);
     this.painters = /** @type {(() => void)[]} */ ([]);
     this.picture = URL.createObjectURL(new Blob([bytesOf(model.get("picture")).slice()], { type: this.spec.picture }));
     this.open(this.build(), el);
@@ -49,8 +46,7 @@ class FlowView extends Panel {
     const list = make("ul", "lab-notes", notes.map((text) => make("li", "", [text])));
     const all = [make("div", "lab-head", [make("span", "lab-about", [`${spec.model} · seed ${spec.seed}`])]), this.top()];
     all.push(this.targets(), body, list, this.live);
-    const card = make("div", "lab-card", all, { role: "group", "aria-label": "Flow of information" });
-    return make("div", "lab-widget lab-flow", [card]);
+    return carded("lab-widget lab-flow", "Flow of information", all);
   }
 
   top() {
@@ -74,7 +70,7 @@ class FlowView extends Panel {
 
   sweepHalf() {
     const { signal } = this.stop;
-    const sweep = /** @type {import("./flow_data.js").SweepSpec} */ (this.spec.sweep);
+    const sweep = /** @type {SweepSpec} */ (this.spec.sweep);
     const units = ["Log-probability", "Probability, %"];
     const unit = segmented("Unit", units, (i) => this.set(this.own, { relative: i === 1 }), signal);
     const toggles = flowToggles(sweep.flows, this.spec.colors, (i) => this.toggle(i), signal);
@@ -90,7 +86,6 @@ class FlowView extends Panel {
     };
     const name = `Change of the score when a flow is cut, ${sweep.flows.length} flows by ${sweep.windows.length} windows. `;
     const plot = new Plot("lab-flow-curves", name + CURVES_HELP, host, signal);
-    this.plots.push(plot);
     this.painters.push(() => {
       const view = this.curveView();
       const { plain } = this.spec.chips[this.target];
@@ -109,7 +104,7 @@ class FlowView extends Panel {
 
   gridHalf() {
     const { signal } = this.stop;
-    const grid = /** @type {import("./flow_data.js").GridSpec} */ (this.spec.grid);
+    const grid = /** @type {GridSpec} */ (this.spec.grid);
     const [tall, wide] = [grid.sites.length, grid.windows.length];
     const names = grid.components.map((one) => COMPONENTS[one] ?? one);
     const component = segmented("Component", names, (i) => this.choose("component", i), signal);
@@ -125,7 +120,6 @@ class FlowView extends Panel {
     };
     const name = `Share brought back, ${tall} places by ${wide} windows of layers. ${CELLS_HELP}`;
     const plot = new Plot("lab-flow-cells", name, host, signal);
-    this.plots.push(plot);
     this.painters.push(() => {
       const at = this.model.get("component");
       component.show(at, -1);
@@ -225,7 +219,6 @@ class FlowView extends Panel {
 
   close() {
     super.close();
-    for (const plot of this.plots) plot.close();
     URL.revokeObjectURL(this.picture);
   }
 }

@@ -294,10 +294,7 @@ function paintHole({ ctx, ink }, x, y, wide, high) {
   ctx.strokeStyle = ink;
   ctx.lineWidth = 1;
   ctx.strokeRect(x + 0.5, y + 0.5, wide - 1, high - 1);
-  ctx.beginPath();
-  ctx.moveTo(x, y + high);
-  ctx.lineTo(x + wide, y);
-  ctx.stroke();
+  strokePath(ctx, [[x, y + high], [x + wide, y]]);
   ctx.globalAlpha = 1;
 }
 

@@ -10,14 +10,14 @@
 import { blankCanvas, contextOf } from "./shared/canvas.js";
 import { button, make, opacitySlider, segmented, setText } from "./shared/dom.js";
 import { MapPanel, STAGE } from "./shared/map_panel.js";
+import { shareText } from "./shared/maps.js";
 import { shows } from "./shared/panel.js";
 import { readout, wordChips } from "./shared/parts.js";
-import { headMap, headName, layerMeans, Matrix, onWhat, readHeads } from "./heads_matrix.js";
-import { shareText, spentOn, topHeads, wordName } from "./heads_matrix.js";
+import { headMap, headName, layerMeans, Matrix, mean, onWhat, readHeads } from "./heads_matrix.js";
+import { spentOn, topHeads, wordName } from "./heads_matrix.js";
 
 /**
- * @typedef {import("./heads_matrix.js").HeadsSpec} HeadsSpec
- * @typedef {import("./heads_matrix.js").At} At
+ * @import { At, HeadsSpec } from "./heads_matrix.js"
  * @typedef {ReturnType<HeadGrid["view"]>} HeadsState
  * @typedef {{best: (At & {value: number})[], words: {share: number, best: At & {value: number}}[], chip: number, on: string,
  *   what: string}} ListsView
@@ -104,11 +104,6 @@ class HeadGrid extends MapPanel {
     };
   }
 
-  close() {
-    super.close();
-    this.matrix.close();
-  }
-
   /** @returns {At} */
   get at() {
     return { layer: this.model.get("layer"), head: this.model.get("head") };
@@ -159,7 +154,7 @@ class HeadGrid extends MapPanel {
     const top = display.ownScale ? 0 : this.highest(word);
     const words = spent.map((one) => {
       const [best] = topHeads(one, spec.heads, 1);
-      return { share: one.reduce((a, b) => a + b, 0) / one.length, best };
+      return { share: mean(one), best };
     });
     return {
       ...{ map: spec.map, display, palette: "sequential", mean: this.surface.mean, focus, selected, at, words, high, said: "" },

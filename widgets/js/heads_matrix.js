@@ -6,9 +6,9 @@
  */
 
 import { blankCanvas, contextOf } from "./shared/canvas.js";
-import { make } from "./shared/dom.js";
+import { make, whenResized } from "./shared/dom.js";
 import { ARROWS, spotGestures } from "./shared/gestures.js";
-import { bytesOf, formatPercent, formatValue, position } from "./shared/maps.js";
+import { bytesOf, colorTable, formatValue, position } from "./shared/maps.js";
 import { chipText } from "./shared/parts.js";
 
 /**
@@ -43,11 +43,6 @@ export function readHeads(levels, scales, { chips, layers, heads, map }) {
   return { levels: bytesOf(levels), peaks: both.subarray(0, half), shares: both.subarray(half), ...rest };
 }
 
-/** @param {Heads} all @param {number} word @param {number} layer @param {number} head */
-function indexOf(all, word, layer, head) {
-  return (word * all.layers + layer) * all.heads + head;
-}
-
 /** The attention of one head, or of a layer's heads on average, to every patch.
  * @param {Heads} all @param {number} word @param {At} at @returns {Float32Array} */
 export function headValues(all, word, { layer, head }) {
@@ -55,7 +50,7 @@ export function headValues(all, word, { layer, head }) {
   const from = head === MEAN ? 0 : head;
   const to = head === MEAN ? all.heads : head + 1;
   for (let h = from; h < to; h++) {
-    const index = indexOf(all, word, layer, h);
+    const index = (word * all.layers + layer) * all.heads + h;
     const scale = all.peaks[index] / (to - from);
     for (let i = 0, start = index * all.cells; i < all.cells; i++) out[i] += scale * SQUARE[all.levels[start + i]];
   }
@@ -79,19 +74,8 @@ export function headMap(all, word, at, top) {
     ends: ["0", "", formatValue(high, high / 255)],
     value: (cell) => values[cell],
     at: (cell) => position(values[cell], 0, high),
-    table: (palette) => squareTable(palette, peak, high),
+    table: (palette) => colorTable(palette, (level) => position(peak * SQUARE[level], 0, high)),
   };
-}
-
-/** The colour of each level of a map whose value is peak * (level / 255)².
- * @param {Uint8Array} palette @param {number} peak @param {number} high */
-export function squareTable(palette, peak, high) {
-  const table = new Uint8Array(4 * 256);
-  for (let level = 0; level < 256; level++) {
-    const color = Math.round(255 * position(peak * SQUARE[level], 0, high));
-    table.set(palette.subarray(4 * color, 4 * color + 4), 4 * level);
-  }
-  return new Uint32Array(table.buffer);
 }
 
 /** What each head of each layer spends on some patches, on the whole picture where none is named; layers x heads.
@@ -134,11 +118,6 @@ export function headName({ layer, head }) {
   return head === MEAN ? `layer ${layer}, mean of its heads` : `layer ${layer}, head ${head}`;
 }
 
-/** A share of attention. @param {number} share */
-export function shareText(share) {
-  return share > 0 ? formatPercent(share) : "0%";
-}
-
 /** What the matrix counts: attention on the whole picture, on one patch, or on those selected.
  * @param {number[]} patches @param {boolean} pointed */
 export function onWhat(patches, pointed) {
@@ -169,12 +148,7 @@ export class Matrix {
     const find = (/** @type {number} */ x, /** @type {number} */ y) => cellAt(this.layout, x, y);
     const next = (/** @type {string} */ key) => nextCell(key, host.kept(), layers, heads);
     spotGestures(this.canvas, { ...host, find, next }, signal);
-    this.resized = new ResizeObserver(() => this.resize());
-    this.resized.observe(this.canvas);
-  }
-
-  close() {
-    this.resized.disconnect();
+    whenResized(this.canvas, () => this.resize(), signal);
   }
 
   resize() {

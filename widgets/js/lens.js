@@ -20,10 +20,8 @@ import { spokenState, sureQuantity, topPieces, valueText, wordQuantity, wordStat
 import { LensCurve, lensTable, nearList, wordField } from "./lens_parts.js";
 
 /**
- * @typedef {import("./lens_data.js").LensSpec} LensSpec
- * @typedef {import("./lens_data.js").FoundWord} FoundWord
+ * @import { FoundWord, Lens, LensSpec, Quantity } from "./lens_data.js"
  * @typedef {ReturnType<TokenLens["view"]>} LensState
- * @typedef {import("./lens_data.js").Lens} Lens
  * @typedef {{locked: () => number, lock: (patch: number) => void, point: (change: {hover?: number, cursor?: number}) => void,
  *   say: (patch: number) => void}} LockHost -1 is no patch
  */
@@ -140,11 +138,6 @@ class TokenLens extends MapPanel {
       else this.lock(-1);
     };
     this.root?.addEventListener("keydown", press, { signal });
-  }
-
-  close() {
-    super.close();
-    this.curve.close();
   }
 
   get locked() {
@@ -265,7 +258,7 @@ class TokenLens extends MapPanel {
     return value.toFixed(2);
   }
 
-  /** @param {import("./lens_data.js").Quantity} quantity @param {number} state @param {number} kept @param {number} patch */
+  /** @param {Quantity} quantity @param {number} state @param {number} kept @param {number} patch */
   curveView(quantity, state, kept, patch) {
     const { lens } = this;
     const at = (/** @type {number} */ index) => quantity.values[index * lens.cells + patch];
@@ -281,7 +274,7 @@ class TokenLens extends MapPanel {
   }
 
   /** The map at a state, made once while it is shown.
-   * @param {import("./lens_data.js").Quantity} quantity @param {number} state */
+   * @param {Quantity} quantity @param {number} state */
   mapOf(quantity, state) {
     const key = [quantity.key, state, this.display.ownScale].join();
     if (key !== this.shown.key) this.shown = { key, map: lensMap(this.lens, quantity, state, this.display.ownScale) };
@@ -365,7 +358,7 @@ export function lensReadout(lens) {
   const [place, value] = [make("span", "lab-place"), make("strong", "lab-value lab-lens-value")];
   return {
     root: make("div", "lab-readout", [place, value]),
-    /** @param {{focus: number, locked: number, quantity: import("./lens_data.js").Quantity, state: number}} view */
+    /** @param {{focus: number, locked: number, quantity: Quantity, state: number}} view */
     update({ focus, locked, quantity, state }) {
       const patch = focus >= 0 ? focus : locked;
       const name = patch < 0 ? "Point at a patch to read it; click to lock it." : patchName(lens.spec.map, patch);

@@ -5,7 +5,7 @@
  */
 
 import { patchName } from "./shared/grid.js";
-import { bytesOf, formatPercent, position } from "./shared/maps.js";
+import { bytesOf, position, shareText } from "./shared/maps.js";
 
 /**
  * @typedef {import("./shared/maps.js").Shown} Shown
@@ -171,7 +171,7 @@ export function wordQuantity(lens, found) {
   const { word, values, best } = found;
   const rest = { values, lo: 0, hi: values[best], curve: perState(lens, values, true), most: true, found };
   const left = found.kind === "asked" ? "0%" : `not in the top ${lens.top}`; // what is not kept need not be nothing
-  return { key: `word ${word}`, name: `“${word}”`, ...rest, text: (value) => (value > 0 ? chanceText(value) : left) };
+  return { key: `word ${word}`, name: `“${word}”`, ...rest, text: (value) => (value > 0 ? shareText(value) : left) };
 }
 
 /** How undecided each patch is, in nats. @param {Lens} lens @returns {Quantity} */
@@ -191,7 +191,7 @@ export function sureQuantity(lens) {
 /** @param {Lens} lens @param {string} name @param {Float32Array} values @returns {Quantity} */
 function plainQuantity(lens, name, values) {
   const hi = values.reduce((a, b) => Math.max(a, b), 0);
-  return { key: name, name, values, lo: 0, hi, curve: perState(lens, values, false), most: false, found: null, text: chanceText };
+  return { key: name, name, values, lo: 0, hi, curve: perState(lens, values, false), most: false, found: null, text: shareText };
 }
 
 /** The highest patch of each state, or the mean over its patches.
@@ -231,20 +231,10 @@ export function nearPieces(lens, patch) {
   });
 }
 
-/** @param {number} p */
-export function chanceText(p) {
-  return p > 0 ? formatPercent(p) : "0%";
-}
-
 /** A state by its number, in the words of the library.
  * @param {number} state */
 export function stateName(state) {
   return state === 0 ? "what the connector gives" : `after ${state} layer${state === 1 ? "" : "s"}`;
-}
-
-/** @param {Lens} lens */
-export function countPlaces(lens) {
-  return grouped(lens.states * lens.cells);
 }
 
 /** @param {number} count */
@@ -257,22 +247,20 @@ export function grouped(count) {
 export function wordStatus(lens, found) {
   if (!found) return { text: "Type a word to see where, and at which state, the picture's tokens say it.", closest: [] };
   const { word, kind, best, places } = found;
-  if (kind === "none") return { text: neverText(lens, word), closest: closestTexts(word, knownTexts(lens), SUGGESTED) };
+  if (kind === "none") {
+    const never = `“${word}” is never among the top ${lens.top}, at no patch and no state.`;
+    const text = `${never} Words that the lens was asked for are known everywhere.`;
+    return { text, closest: closestTexts(word, knownTexts(lens), SUGGESTED) };
+  }
   const patch = best % lens.cells;
   const state = lens.spec.states[Math.floor(best / lens.cells)];
   const rank = kind === "asked" ? `, rank ${grouped(rankAt(lens, found, best))}` : "";
-  const most = `likeliest at state ${state}, ${patchName(lens.spec.map, patch)}: ${chanceText(found.values[best])}${rank}`;
+  const most = `likeliest at state ${state}, ${patchName(lens.spec.map, patch)}: ${shareText(found.values[best])}${rank}`;
   if (kind === "asked") return { text: `“${word}” is ${most}. Its probability is known everywhere.`, closest: [] };
   const several = found.pieces.size > 1 ? ` (${found.pieces.size} tokens read so; summed)` : "";
   const partly = `only where it is among the top ${lens.top}`;
-  const count = `${grouped(places)} of ${countPlaces(lens)} places`;
+  const count = `${grouped(places)} of ${grouped(lens.states * lens.cells)} places`;
   return { text: `“${word}”${several} is shown ${partly}: ${count}, ${most}.`, closest: [] };
-}
-
-/** @param {Lens} lens @param {string} word */
-function neverText(lens, word) {
-  const ask = "Words that the lens was asked for are known everywhere.";
-  return `“${word}” is never among the top ${lens.top}, at no patch and no state. ${ask}`;
 }
 
 /** Texts that can be looked for: words the lens was asked for, then all pieces it kept.
@@ -298,14 +286,14 @@ export function valueText(lens, quantity, state, patch) {
   if (found.kind === "asked") return `${said}, rank ${grouped(rankAt(lens, found, at))} of ${grouped(lens.spec.vocabulary)}`;
   if (quantity.values[at] > 0) return said;
   const last = topPieces(lens, state, patch)[lens.top - 1].value;
-  return `at most ${chanceText(last)}: not in the top ${lens.top}`;
+  return `at most ${shareText(last)}: not in the top ${lens.top}`;
 }
 
 /** A patch at a state, for a screen reader.
  * @param {Lens} lens @param {number} patch @param {number} state index @param {boolean} locked */
 export function spokenPatch(lens, patch, state, locked) {
   const words = topPieces(lens, state, patch).slice(0, SPOKEN);
-  const said = words.map(({ piece, value }) => `${lens.texts[piece]} ${chanceText(value)}`).join(", ");
+  const said = words.map(({ piece, value }) => `${lens.texts[piece]} ${shareText(value)}`).join(", ");
   const norm = lens.norms.length ? ` Norm ${lens.norms[patch].toFixed(1)}.` : "";
   const where = patchName(lens.spec.map, patch) + (locked ? ", locked" : "");
   return `${where}. State ${lens.spec.states[state]}: ${said}.${norm}`;

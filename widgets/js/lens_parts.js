@@ -6,8 +6,9 @@
  */
 
 import { contextOf } from "./shared/canvas.js";
-import { button, make, setText } from "./shared/dom.js";
-import { chanceText, commonestNear, nearPieces, stateName } from "./lens_data.js";
+import { button, make, setText, whenResized } from "./shared/dom.js";
+import { shareText } from "./shared/maps.js";
+import { commonestNear, knownTexts, nearPieces, stateName } from "./lens_data.js";
 
 /**
  * @typedef {{key: string, curve: Float32Array, line: Float32Array | null, hi: number, state: number, kept: number, said: string,
@@ -52,12 +53,7 @@ export class LensCurve {
     this.canvas.addEventListener("pointerleave", () => peek(-1), { signal });
     this.key = "";
     this.dot = 1;
-    this.resized = new ResizeObserver(() => this.resize());
-    this.resized.observe(this.canvas);
-  }
-
-  close() {
-    this.resized.disconnect();
+    whenResized(this.canvas, () => this.resize(), signal);
   }
 
   resize() {
@@ -104,7 +100,11 @@ export class LensCurve {
     ctx.globalAlpha = 1;
     this.trace(ctx, curve, x, y, accent, []);
     ctx.fillStyle = accent;
-    curve.forEach((value, i) => disc(ctx, x(i), y(value), i === kept ? 4.5 : 2.5));
+    curve.forEach((value, i) => {
+      ctx.beginPath();
+      ctx.arc(x(i), y(value), i === kept ? 4.5 : 2.5, 0, 2 * Math.PI);
+      ctx.fill();
+    });
     if (line) this.trace(ctx, line, x, y, style.color, [4, 3]);
     ctx.strokeStyle = style.color;
     ctx.globalAlpha = 0.55;
@@ -139,13 +139,6 @@ export function curveX(index, width, count) {
 export function curveIndex(x, width, count) {
   const along = (x - EDGE) / Math.max(1, width - 2 * EDGE);
   return Math.min(count - 1, Math.max(0, Math.round(along * (count - 1))));
-}
-
-/** @param {CanvasRenderingContext2D} ctx @param {number} x @param {number} y @param {number} radius */
-function disc(ctx, x, y, radius) {
-  ctx.beginPath();
-  ctx.arc(x, y, radius, 0, 2 * Math.PI);
-  ctx.fill();
 }
 
 /** @param {import("./lens_data.js").Lens} lens @param {(index: number) => void} pick @param {(index: number) => void} peek
@@ -215,7 +208,7 @@ function fillRow(lens, row, said, view, index) {
   row.cells.forEach((cell, i) => {
     const one = said[i];
     setText(cell.text, one ? lens.texts[one.piece] : "");
-    setText(cell.share, one ? chanceText(one.value) : "");
+    setText(cell.share, one ? shareText(one.value) : "");
     cell.fill.style.transform = `scaleX(${one ? one.value : 0})`; // costs no layout
     const hit = Boolean(one) && view.hits.has(one.piece);
     if (hit !== cell.hit) cell.root.classList.toggle("lab-lens-hit", hit);
@@ -229,7 +222,11 @@ export function nearList(lens) {
   const about = lens.spec.near;
   if (!about) return null;
   const space = about.space === "output" ? "output head" : "input embeddings";
-  const lines = Array.from({ length: about.top }, nearLine);
+  const lines = Array.from({ length: about.top }, () => {
+    const [text, fill, value] = ["lab-lens-text", "lab-fill", "lab-value"].map((kind) => make("span", kind));
+    const bar = make("span", "lab-bar", [fill], { "aria-hidden": "true" });
+    return { root: make("li", "lab-lens-near-line", [text, bar, value]), text, value, fill };
+  });
   const [title, norm, caption] = [make("h3", "lab-lens-title"), make("p", "lab-lens-norm"), make("p", "lab-caption")];
   setText(caption, `Cosines with the ${space}${about.centered ? ", each less the mean of its kind" : ", as they are"}.`);
   const sorted = lens.norms.slice().sort();
@@ -246,7 +243,7 @@ export function nearList(lens) {
       lines.forEach(({ root, text, value, fill }, i) => {
         root.classList.toggle("lab-empty", !said[i]);
         setText(text, said[i] ? lens.texts[said[i].piece] : "–");
-        setText(value, said[i] ? (patch < 0 ? chanceText(said[i].value) : said[i].value.toFixed(2).replace("-", "−")) : "");
+        setText(value, said[i] ? (patch < 0 ? shareText(said[i].value) : said[i].value.toFixed(2).replace("-", "−")) : "");
         fill.style.transform = `scaleX(${said[i] ? Math.max(0, said[i].value) : 0})`;
       });
       setText(norm, normText(lens.norms, sorted, patch));
@@ -262,12 +259,6 @@ export function normText(norms, sorted, patch) {
   if (patch < 0) return `Norms ${say(sorted[0])} to ${say(sorted[sorted.length - 1])}, median ${middle}`;
   const longer = norms.reduce((count, one) => count + Number(one > norms[patch]), 0);
   return `Norm ${say(norms[patch])}, rank ${longer + 1} of ${norms.length}; median ${middle}`;
-}
-
-function nearLine() {
-  const [text, fill, value] = ["lab-lens-text", "lab-fill", "lab-value"].map((kind) => make("span", kind));
-  const bar = make("span", "lab-bar", [fill], { "aria-hidden": "true" });
-  return { root: make("li", "lab-lens-near-line", [text, bar, value]), text, value, fill };
 }
 
 /** @param {import("./lens_data.js").Lens} lens @param {(word: string) => void} type @param {(word: string) => void} enter
@@ -305,7 +296,10 @@ export function wordField(lens, type, enter, signal) {
       shown = word;
       if (said === last) return;
       last = said;
-      for (const node of asked) markPressed(node, node.textContent === word);
+      for (const node of asked) {
+        node.setAttribute("aria-pressed", String(node.textContent === word));
+        node.classList.toggle("lab-shown", node.textContent === word);
+      }
       setText(status, said.text);
       status.classList.toggle("lab-lens-partly", partly);
       closest.hidden = !said.closest.length;
@@ -313,10 +307,4 @@ export function wordField(lens, type, enter, signal) {
       closest.replaceChildren(make("span", "lab-lens-soft", ["Closest known:"]), ...near);
     },
   };
-}
-
-/** @param {HTMLElement} node @param {boolean} on */
-function markPressed(node, on) {
-  node.setAttribute("aria-pressed", String(on));
-  node.classList.toggle("lab-shown", on);
 }

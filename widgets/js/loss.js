@@ -3,7 +3,7 @@
  * LossPlot in the page: loss by step for each curve, the time left, one step read off, and a stop button.
  */
 
-import { button, make, setText } from "./shared/dom.js";
+import { button, carded, make, setText } from "./shared/dom.js";
 import { bytesOf, formatNumber } from "./shared/maps.js";
 import { Panel, shows } from "./shared/panel.js";
 import { Plot, plotText } from "./shared/plot.js";
@@ -84,9 +84,8 @@ class LossView extends Panel {
     this.status = make("span", "lab-loss-status", [], { role: "status" });
     this.press = button("Stop", () => this.keep("stopped", true), signal);
     const head = make("div", "lab-loss-head", [this.legend, this.status, this.press]);
-    const card = make("div", "lab-card", [head, this.plot.canvas, this.live], { role: "group", "aria-label": "Training loss" });
     this.curves = /** @type {LossCurve[]} */ ([]);
-    this.open(make("div", "lab-widget lab-loss", [card]), el);
+    this.open(carded("lab-widget lab-loss", "Training loss", [head, this.plot.canvas, this.live]), el);
   }
 
   /** @param {string} key */
@@ -173,11 +172,6 @@ class LossView extends Panel {
       if (end >= 0 && Number.isFinite(turn(losses[end]))) ctx.fillRect(x(steps[end]) - 2, y(losses[end]) - 2, 4, 4);
     });
   }
-
-  close() {
-    super.close();
-    this.plot.close();
-  }
 }
 
 /** @param {ArrayLike<number>} steps @param {number} step */
@@ -194,7 +188,5 @@ export function lossSaid({ name, steps, losses }, step) {
   const value = Number.isFinite(losses[place]) ? losses[place].toFixed(3) : "not a number";
   return step < 0 ? `${name} ${value}` : `${name} ${value} at ${Math.round(steps[place])}`;
 }
-
-
 
 export const renderLoss = shows(LossView);

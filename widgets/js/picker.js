@@ -6,7 +6,7 @@
  * megabytes, and a larger one is lost without a word). Python is sent `picture`, a PNG or JPEG, with its `name`.
  */
 
-import { button, choices, make, setText } from "./shared/dom.js";
+import { button, carded, choices, make, setText } from "./shared/dom.js";
 import { Panel, shows } from "./shared/panel.js";
 
 /**
@@ -47,11 +47,8 @@ class Picker extends Panel {
     }));
     const pick = (/** @type {number} */ index) => this.choose(index);
     this.gallery = choices({ label: "Pictures to try", className: "lab-gallery", items, pick, signal });
-    const card = make("div", "lab-card lab-picker-card", [zone, this.problem, this.gallery.root, this.live], {
-      role: "group",
-      "aria-label": "Choose a picture",
-    });
-    const root = make("div", "lab-widget lab-picker", [card]);
+    const parts = [zone, this.problem, this.gallery.root, this.live];
+    const root = carded("lab-widget lab-picker", "Choose a picture", parts, "lab-card lab-picker-card");
     this.receive(root, zone);
     this.open(root, el);
   }
@@ -78,10 +75,8 @@ class Picker extends Panel {
   /** @param {number} index of the gallery */
   choose(index) {
     setText(this.problem, "");
-    this.model.set("chosen", index);
-    this.model.save_changes();
+    this.keep("chosen", index);
     this.say(`${this.spec.gallery[index].name} is chosen.`);
-    this.refresh();
   }
 
   /** Read a file, make it smaller, send it. @param {File | undefined} file */
@@ -101,10 +96,8 @@ class Picker extends Panel {
       const bytes = await /** @type {Blob} */ (blob).arrayBuffer();
       this.model.set("name", file.name);
       this.model.set("chosen", -1);
-      this.model.set("picture", new DataView(bytes));
-      this.model.save_changes();
+      this.keep("picture", new DataView(bytes));
       this.say(`${file.name} is chosen.`);
-      this.refresh();
     } catch {
       setText(this.problem, `“${file.name}” cannot be read as a picture.`);
     }
@@ -128,11 +121,8 @@ class CodeBox extends Panel {
     const copy = button("Copy the code of this", () => this.copy(), this.stop.signal, "lab-button");
     this.told = make("span", "lab-copied", [], { role: "status" });
     const pre = make("pre", "lab-code", [this.code], { tabindex: "0", "aria-label": "The same in Python" });
-    const card = make("div", "lab-card lab-code-card", [make("div", "lab-head", [copy, this.told]), pre], {
-      role: "group",
-      "aria-label": "Code",
-    });
-    this.open(make("div", "lab-widget", [card]), el);
+    const parts = [make("div", "lab-head", [copy, this.told]), pre];
+    this.open(carded("lab-widget", "Code", parts, "lab-card lab-code-card"), el);
   }
 
   async copy() {

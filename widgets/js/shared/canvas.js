@@ -8,8 +8,7 @@ import { clipToPicture, modelSquare, outline, patchBox } from "./grid.js";
 import { smoothLevels } from "./maps.js";
 
 /**
- * @typedef {import("./grid.js").PictureMap} PictureMap
- * @typedef {import("./grid.js").Box} Box
+ * @import { Box, PictureMap } from "./grid.js"
  * @typedef {{map: PictureMap, base: HTMLCanvasElement, ground: HTMLCanvasElement,
  *   heat: HTMLCanvasElement | null, smooth: boolean, spotlight: boolean, opacity: number,
  *   selected: Set<number>, dragging: number[], hover: number, cursor: number}} Scene

@@ -35,6 +35,20 @@ export function setText(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }
 
+/** Call when an element changes its size, until the signal. @param {Element} node @param {() => void} call
+ * @param {AbortSignal} signal */
+export function whenResized(node, call, signal) {
+  const watch = new ResizeObserver(call);
+  watch.observe(node);
+  signal.addEventListener("abort", () => watch.disconnect());
+}
+
+/** A whole widget: one card with a name. @param {string} kind its classes @param {string} label @param {Node[]} parts
+ * @param {string} [own] the card's classes */
+export function carded(kind, label, parts, own = "lab-card") {
+  return make("div", kind, [make("div", own, parts, { role: "group", "aria-label": label })]);
+}
+
 /** @param {string} title @param {Node[]} children */
 export function section(title, children) {
   return make("section", "lab-section", [make("h3", "lab-label", [title]), ...children]);

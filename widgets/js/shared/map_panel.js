@@ -4,7 +4,7 @@
  * the view, a figure to save. A widget says what is to be seen (`view`) and builds its own parts round the canvas.
  */
 
-import { button, make } from "./dom.js";
+import { button, carded, make } from "./dom.js";
 import { keyboardGestures, pointerGestures } from "./gestures.js";
 import { bytesOf, readPalettes } from "./maps.js";
 import { Panel } from "./panel.js";
@@ -26,7 +26,7 @@ export class MapPanel extends Panel {
     /** @type {any} each widget's own; all have a question, the picture's map and colours */
     this.spec = model.get("spec");
     this.palettes = readPalettes(this.spec.palettes);
-    this.surface = new Surface(this.spec.map, this.palettes, this.refresh);
+    this.surface = new Surface(this.spec.map, this.palettes, this.refresh, this.stop.signal);
     this.parts = /** @type {AnyPart[]} */ ([]);
   }
 
@@ -48,11 +48,6 @@ export class MapPanel extends Panel {
     };
     pointerGestures(this.surface.canvas, this.spec.map, host, this.stop.signal);
     keyboardGestures(this.surface.canvas, this.spec.map, host, this.stop.signal);
-  }
-
-  close() {
-    super.close();
-    this.surface.close();
   }
 
   /** What is to be seen; each widget has its own. @returns {any} */
@@ -81,8 +76,7 @@ export class MapPanel extends Panel {
     const head = make("div", "lab-head", [make("span", "lab-about", [about]), save]);
     const asked = [spec.question, ...(text.tail ?? [])];
     const question = make("div", "lab-question", asked, { role: "heading", "aria-level": "2" });
-    const card = make("div", "lab-card", [head, question, ...told(spec), ...parts, this.live], { role: "group", "aria-label": text.label });
-    return make("div", `lab-widget ${text.class}`, [card]);
+    return carded(`lab-widget ${text.class}`, text.label, [head, question, ...told(spec), ...parts, this.live]);
   }
 
   /** "12 × 12 patches" */

@@ -90,11 +90,11 @@ export function position(value, lo, hi) {
 }
 
 /** The colour of each of a map's 256 levels, so that painting is one look-up per cell.
- * @param {Uint8Array} palette @param {number} offset @param {number} step @param {number} lo @param {number} hi */
-export function colorTable(palette, offset, step, lo, hi) {
+ * @param {Uint8Array} palette @param {(level: number) => number} along where a level lies on the scale, 0..1 */
+export function colorTable(palette, along) {
   const table = new Uint8Array(4 * 256);
   for (let level = 0; level < 256; level++) {
-    const color = Math.round(255 * position(offset + level * step, lo, hi));
+    const color = Math.round(255 * along(level));
     table.set(palette.subarray(4 * color, 4 * color + 4), 4 * level);
   }
   return new Uint32Array(table.buffer);
@@ -115,7 +115,7 @@ export function linearMap(maps, index, lo, hi, signed, floor = 0) {
     ends: [formatValue(lo, (hi - lo) / 255), signed ? "0" : "", formatValue(hi, (hi - lo) / 255)],
     value,
     at: (cell) => position(value(cell), lo, hi),
-    table: (palette) => colorTable(palette, offset, step, lo, hi),
+    table: (palette) => colorTable(palette, (level) => position(offset + level * step, lo, hi)),
   };
 }
 
@@ -172,6 +172,11 @@ export const NEGLIGIBLE = "No patch here reaches the noise floor: the effect is 
  * @param {Shown | null} shown */
 export function isNegligible(shown) {
   return shown !== null && shown.floor > 0 && shown.levels.every((_, cell) => mapText(shown, cell) === "negligible");
+}
+
+/** A share of attention, or a probability that may be nothing. @param {number} share */
+export function shareText(share) {
+  return share > 0 ? formatPercent(share) : "0%";
 }
 
 /** @param {number | null} p */

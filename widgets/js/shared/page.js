@@ -16,7 +16,8 @@ const CHIPS = ["word", "target"]; // each view's name for what of the answer is 
 
 /** @param {Stored} stored @param {Record<string, (host: Host) => void>} entries */
 export function openPage(stored, entries) {
-  const blobs = Object.fromEntries(Object.entries(stored.blobs).map(([name, text]) => [name, fromBase64(text)]));
+  const bytes = (/** @type {string} */ text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+  const blobs = Object.fromEntries(Object.entries(stored.blobs).map(([name, text]) => [name, bytes(text)]));
   const models = stored.views.map(({ state, data }) =>
     standIn({ ...state, ...Object.fromEntries(Object.entries(data).map(([name, blob]) => [name, blobs[blob]])) }),
   );
@@ -34,7 +35,7 @@ export function standIn(values) {
   return {
     get: (name) => values[name],
     set(name, value) {
-      if (same(values[name], value)) return;
+      if (JSON.stringify(values[name]) === JSON.stringify(value)) return;
       values[name] = value;
       for (const call of heard[`change:${name}`] ?? []) call();
     },
@@ -69,14 +70,4 @@ function follow(to, name, from) {
     const known = (to.get("spec").methods ?? []).some((/** @type {{name: string}} */ method) => method.name === value);
     if (known) to.set("method", value);
   } else if (to.get(name) !== undefined) to.set(name, value);
-}
-
-/** @param {any} a @param {any} b */
-function same(a, b) {
-  return JSON.stringify(a) === JSON.stringify(b);
-}
-
-/** @param {string} text */
-function fromBase64(text) {
-  return Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
 }

@@ -11,10 +11,8 @@ import { clipToPicture, onPicture, patchBox, patchName } from "./grid.js";
 import { formatPercent, strongest, mapText } from "./maps.js";
 
 /**
- * @typedef {import("./view.js").MapView} MapView
+ * @import { MapView, Part, Spec } from "./view.js"
  * @typedef {{root: HTMLElement, update: (view: MapView) => void}} MapPart
- * @typedef {import("./view.js").Spec} Spec
- * @typedef {import("./view.js").Part} Part
  * @typedef {{text: string, p: number | null}} Word
  */
 

@@ -5,7 +5,7 @@
  */
 
 import { contextOf } from "./canvas.js";
-import { make } from "./dom.js";
+import { make, whenResized } from "./dom.js";
 import { spotGestures } from "./gestures.js";
 
 /**
@@ -24,8 +24,7 @@ export class Plot {
     this.dot = 1;
     this.width = 1;
     spotGestures(this.canvas, host, signal);
-    this.resized = new ResizeObserver(() => this.resize());
-    this.resized.observe(this.canvas);
+    whenResized(this.canvas, () => this.resize(), signal);
   }
 
   resize() {
@@ -50,10 +49,6 @@ export class Plot {
     ctx.setTransform(this.dot, 0, 0, this.dot, 0, 0);
     const height = this.canvas.height / this.dot;
     return { ctx, width: this.width, height, ink: style.color, paper: style.backgroundColor, font: style.fontFamily };
-  }
-
-  close() {
-    this.resized.disconnect();
   }
 }
 

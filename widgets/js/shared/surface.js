@@ -5,11 +5,11 @@
 
 import { blankCanvas, contextOf, groundsOf, meanColor, paintBase } from "./canvas.js";
 import { paintFigure, paintGround, paintHeat, paintScene } from "./canvas.js";
-import { make } from "./dom.js";
+import { make, whenResized } from "./dom.js";
 
 /**
- * @typedef {import("./view.js").MapView} View
- * @typedef {import("./gestures.js").Pointing} Pointing
+ * @import { MapView as View } from "./view.js"
+ * @import { Pointing } from "./gestures.js"
  */
 
 const TALLEST = 460; // CSS pixels; a tall picture gets narrower rather than longer
@@ -18,8 +18,8 @@ const HELP = "Arrow keys move, space selects, shift with arrows selects a block,
 
 export class Surface {
   /** @param {import("./grid.js").PictureMap} map @param {Record<string, Uint8Array>} palettes
-   * @param {() => void} changed called when the view must be painted again */
-  constructor(map, palettes, changed) {
+   * @param {() => void} changed called when the view must be painted again @param {AbortSignal} signal */
+  constructor(map, palettes, changed, signal) {
     this.map = map;
     this.palettes = palettes;
     this.changed = changed;
@@ -30,8 +30,8 @@ export class Surface {
     this.heatKey = "";
     this.mean = "#ffffff";
     this.dot = 1;
-    this.resized = new ResizeObserver(() => this.resize());
-    this.resized.observe(this.canvas);
+    whenResized(this.canvas, () => this.resize(), signal);
+    signal.addEventListener("abort", () => this.close());
   }
 
   /** @param {Blob} file */
@@ -41,7 +41,6 @@ export class Surface {
   }
 
   close() {
-    this.resized.disconnect();
     this.picture?.close();
     this.picture = null;
   }
