@@ -52,12 +52,11 @@ PAGE = """<!doctype html>
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
+{head}<title>{title}</title>
 <style>{css}</style>
 </head>
 <body>
-<main>{body}</main>
-<script type="application/json" id="lab-state">{state}</script>
+{body}
 <script type="module">{module}</script>
 </body>
 </html>
@@ -122,13 +121,27 @@ def page(title: str, scripts: Sequence[str], css: str, views: Sequence[View], *,
     entries = ", ".join(sorted({view.entry for view in views}))
     script = "\n".join([bundle(*scripts, "shared/page.js"), BOOT.format(entries=entries)])
     sheet = css + PAGE_CSS.format(width=width)
+    body = body or "".join(f'<div id="{place(index)}"></div>' for index in range(len(views)))
+    state = f'<script type="application/json" id="lab-state">{embed(_stored(views))}</script>'
+    return document(title, sheet, f"<main>{body}</main>\n{state}", script)
+
+
+def document(title: str, css: str, body: str, module: str, *, head: str = "", allowed: str = "") -> str:
+    """A page of one style sheet and one script; its policy names both by their hashes, and what else a script is `allowed`."""
     policy = (
-        f"default-src 'none'; script-src '{csp_hash(script)}'; style-src '{csp_hash(sheet)}'; "
+        f"default-src 'none'; script-src '{_csp_hash(module)}'{allowed}; style-src '{_csp_hash(css)}'; "
         "img-src blob: data:; base-uri 'none'; form-action 'none'"
     )
-    body = body or "".join(f'<div id="{place(index)}"></div>' for index in range(len(views)))
-    state = embed(_stored(views))
-    return PAGE.format(title=html.escape(title), policy=policy, css=sheet, body=body, state=state, module=script)
+    return PAGE.format(title=html.escape(title), policy=policy, head=head, css=css, body=body, module=module)
+
+
+def write_text(path: str | os.PathLike, text: str) -> Path:
+    """Write a page, whole or not at all."""
+    from llava_lab.results import whole_file
+
+    with whole_file(path) as temporary:
+        temporary.write_text(text, "utf-8")
+    return Path(path)
 
 
 def embed(value: Any) -> str:
@@ -147,7 +160,7 @@ def _stored(views: Sequence[View]) -> dict[str, Any]:
     return {"views": stored, "blobs": blobs}
 
 
-def csp_hash(text: str) -> str:
+def _csp_hash(text: str) -> str:
     """A script's or style sheet's text as a content security policy names it."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
 
@@ -217,10 +230,7 @@ class RunWidget(LabWidget):
         """One interactive HTML file that needs nothing else; written to `path` when given."""
         text = page(title or self.run.question, [self.script], self._css, [self.view()], width=self.width)
         if path is not None:
-            from llava_lab.results import whole_file
-
-            with whole_file(path) as temporary:
-                temporary.write_text(text, "utf-8")
+            write_text(path, text)
         return text
 
 

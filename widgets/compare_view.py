@@ -114,10 +114,11 @@ class CompareView(PictureWidget):
         return f"CompareView({self.run.question!r} → {self.run.answer_shown!r}; {', '.join(self.data.maps)})"
 
     def _spec(self, packed: Packed) -> dict[str, Any]:
-        scores = scores_of(self.data)
+        scores, chips = scores_of(self.data), packed.spec["chips"]
         return {
             **packed.spec,
-            "chips": [{**chip, "text": _asked(chip)} for chip in packed.spec["chips"]],
+            # a contrast is a question: why this word and not that one
+            "chips": [{**chip, "text": "why " * (chip["kind"] == "contrast") + chip["text"]} for chip in chips],
             "methods": [{**method, "scores": scores[method["name"]]} for method in packed.spec["methods"]],
             "scores": described(self.data.scores),
             "agreement": table_of(self.data),
@@ -131,25 +132,14 @@ class CompareView(PictureWidget):
     def _valid_target(self, proposal: dict) -> int:
         return within("target", proposal["value"], len(self.spec["chips"]))
 
-    @traitlets.validate("method")
-    def _valid_method(self, proposal: dict) -> str:
-        return _one_of("method", proposal["value"], list(self.data.maps))
-
-    @traitlets.validate("sort")
-    def _valid_sort(self, proposal: dict) -> str:
-        return _one_of("sort", proposal["value"], self.orders)
-
-
-def _one_of(what: str, value: str, choices: list[str]) -> str:
-    if value not in choices:
-        names = ", ".join(choice or "'' (as given)" for choice in choices)
-        raise traitlets.TraitError(f"{what} must be one of {names}, got {value!r}")
-    return value
-
-
-def _asked(chip: Mapping[str, Any]) -> str:
-    """A contrast is a question: why this word and not that one."""
-    return f"why {chip['text']}" if chip["kind"] == "contrast" else chip["text"]
+    @traitlets.validate("method", "sort")
+    def _valid_name(self, proposal: dict) -> str:
+        what, value = proposal["trait"].name, proposal["value"]
+        choices = list(self.data.maps) if what == "method" else self.orders
+        if value not in choices:
+            names = ", ".join(choice or "'' (as given)" for choice in choices)
+            raise traitlets.TraitError(f"{what} must be one of {names}, got {value!r}")
+        return value
 
 
 def _first_target(run: Run, target: int | str | None, spec: Mapping[str, Any]) -> int:

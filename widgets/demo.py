@@ -15,37 +15,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from widgets.base import bundle, csp_hash, embed, styles
+from widgets.base import bundle, document, embed, styles, write_text
 from widgets.pack import palettes
 
 LIMIT = 20_000_000  # bytes of the whole file: what a phone opens without complaint
 SHEETS = ("base.css", "explorer.css")
 
-POLICY = (
-    "default-src 'none'; script-src '{script}' 'wasm-unsafe-eval'; style-src '{style}'; img-src blob: data:; "
-    "base-uri 'none'; form-action 'none'"
-)
 BOOT = "\nopenDemo(ort);\n"
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<main id="lab-demo"></main>
+HEAD = '<meta name="color-scheme" content="light dark">\n'
+BODY = """<main id="lab-demo"></main>
 <noscript>{noscript}</noscript>
 <script type="text/plain" id="lab-licence">{licence}</script>
 <script type="application/json" id="lab-spec">{spec}</script>
-{parts}
-<script type="module">{script}</script>
-</body>
-</html>
-"""
+{parts}"""
 NOSCRIPT = "This page runs a model in the browser and needs its script."
 
 
@@ -65,29 +47,21 @@ def write(
 
     Raises ValueError where the file would be larger than `limit` bytes.
     """
-    from llava_lab.results import whole_file
-
     script = runtime + bundle(*map(str, scripts)) + BOOT
     if "</script" in script.lower():
         raise ValueError("a script holds its own end tag, which would end it early in the page")
     style = styles(*SHEETS, *map(str, sheets))
-    policy = POLICY.format(script=csp_hash(script), style=csp_hash(style))
-    text = PAGE.format(
-        policy=policy,
-        title=html.escape(title),
-        style=style,
+    body = BODY.format(
         noscript=NOSCRIPT,
         licence=licence.replace("</", "<\\/"),
         spec=embed({**spec, "palettes": palettes()}),
         parts="\n".join(_part(name, raw) for name, raw in parts.items()),
-        script=script,
     )
+    text = document(title, style, body, script, head=HEAD, allowed=" 'wasm-unsafe-eval'")
     size = len(text.encode())
     if size > limit:
         raise ValueError(f"the page would be {size / 1e6:.1f} MB, over {limit / 1e6:.0f} MB; give it a smaller model")
-    with whole_file(path) as temporary:
-        temporary.write_text(text, "utf-8")
-    return Path(path)
+    return write_text(path, text)
 
 
 def _part(name: str, raw: bytes) -> str:

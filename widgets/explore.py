@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import logging
 import threading
 import time
@@ -24,6 +23,7 @@ import ipywidgets as ipw
 import numpy as np
 from PIL import Image
 
+from widgets.pack import image_bytes
 from widgets.patch_explorer import PatchExplorer
 from widgets.picture_picker import CodeBox, PicturePicker
 
@@ -257,9 +257,7 @@ class Explore(ipw.VBox):
     def _preview(self) -> ipw.HTML:
         image = Image.fromarray(self.shown.picture)
         image.thumbnail((PREVIEW, PREVIEW))
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        data, name = base64.b64encode(buffer.getvalue()).decode("ascii"), html.escape(self.shown.name)
+        data, name = base64.b64encode(image_bytes(image)).decode("ascii"), html.escape(self.shown.name)
         return ipw.HTML(f'<img alt="{name}" width="{image.width}" src="data:image/png;base64,{data}">')
 
     # -- in a saved notebook ------------------------------------------------------------------------

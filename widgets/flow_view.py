@@ -13,7 +13,6 @@ measured. What was measured on another checkpoint or answer is refused, as are t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,13 +58,12 @@ class FlowView(RunWidget):
         **unknown: Any,
     ) -> None:
         self.refuse(unknown)
-        packed = pack_flow(run, sweep, grid)
-        self.run, self.sweep, self.grid, self.targets = run, sweep, grid, packed.targets
-        names = [own.text for own in packed.targets]
+        spec, data, self.targets = pack_flow(run, sweep, grid)
+        self.run, self.sweep, self.grid = run, sweep, grid
+        names = [own.text for own in self.targets]
         super().__init__(
-            spec=packed.spec,
-            picture=packed.picture,
-            data=packed.data,
+            spec=spec,
+            **data,
             target=_place("target", target, names),
             component=_place("component", component, list(grid.components) if grid else [""]),
             selected=selected or {},
@@ -135,18 +133,14 @@ def _place(option: str, choice: int | str, names: list[str]) -> int:
 # -- packing ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class PackedFlow:
-    """What the page is given; `targets` are those of sweep and grid together, in the order of the page's chooser."""
+def pack_flow(
+    run: Run, sweep: FlowSweep | None, grid: PatchGrid | None
+) -> tuple[dict[str, Any], dict[str, bytes], tuple[Target, ...]]:
+    """Check that both belong to the run, and pack them: the page's spec, its data, and the targets in its chooser's order.
 
-    spec: dict[str, Any]
-    picture: bytes
-    data: bytes  # little-endian float32: sweep before, after; grid clean, corrupt, scores
-    targets: tuple[Target, ...]
-
-
-def pack_flow(run: Run, sweep: FlowSweep | None, grid: PatchGrid | None) -> PackedFlow:
-    """Check that both belong to the run, and pack them."""
+    The targets are those of sweep and grid together. ``data`` is little-endian float32: sweep before, after; grid clean,
+    corrupt, scores.
+    """
     from llava_lab.plots import palette
 
     if sweep is None and grid is None:
@@ -174,7 +168,7 @@ def pack_flow(run: Run, sweep: FlowSweep | None, grid: PatchGrid | None) -> Pack
         "colors": list(palette.FLOWS),
     }
     data = b"".join(np.ascontiguousarray(table, "<f4").tobytes() for table in tables)
-    return PackedFlow(spec, picture, data, targets)
+    return spec, {"picture": picture, "data": data}, targets
 
 
 def check_result(run: Run, name: str, result: Any, kind: str, made_by: str) -> None:

@@ -15,8 +15,6 @@ a score, so it has no noise floor and nothing here is called negligible.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -66,16 +64,14 @@ class HeadGrid(PictureWidget):
         self.refuse(unknown)
         if not megabytes > 0:
             raise ValueError(f"megabytes must be more than 0, got {megabytes}")
-        packed = pack_heads(run, maps, megabytes=megabytes)
-        self.run, self.head_maps, self.kept = run, maps, packed.kept
+        spec, data, kept = pack_heads(run, maps, megabytes=megabytes)
+        self.run, self.head_maps, self.kept = run, maps, kept
         first = self._first_word(run, word)
-        share = maps.image_share[packed.kept[first]]
+        share = maps.image_share[kept[first]]
         row = int(share.max(1).argmax()) if layer is None else within("layer", layer, len(share))
         super().__init__(
-            spec={**packed.spec, "opacity": checked_opacity(opacity)},
-            picture=packed.picture,
-            maps=packed.maps,
-            scales=packed.scales,
+            spec={**spec, "opacity": checked_opacity(opacity)},
+            **data,
             word=first,
             layer=row,
             head=int(share[row].argmax()) if head is None else head,
@@ -111,54 +107,41 @@ class HeadGrid(PictureWidget):
 
     # -- checks on what Python or the page sets ------------------------------------------------
 
-    @traitlets.validate("word")
-    def _valid_word(self, proposal: dict) -> int:
-        return within("word", proposal["value"], len(self.spec["chips"]))
-
-    @traitlets.validate("layer")
-    def _valid_layer(self, proposal: dict) -> int:
-        return within("layer", proposal["value"], self.spec["layers"])
-
-    @traitlets.validate("head")
-    def _valid_head(self, proposal: dict) -> int:
-        value = proposal["value"]
-        return value if value == MEAN else within("head", value, self.spec["heads"])
+    @traitlets.validate("word", "layer", "head")
+    def _valid_place(self, proposal: dict) -> int:
+        name, value = proposal["trait"].name, proposal["value"]
+        counts = {"word": len(self.spec["chips"]), "layer": self.spec["layers"], "head": self.spec["heads"]}
+        return value if (name, value) == ("head", MEAN) else within(name, value, counts[name])
 
 
 # -- packing ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class PackedHeads:
-    """What the page is given, and which of the targets are in it."""
+def pack_heads(run: Run, maps: HeadMaps, *, megabytes: float) -> tuple[dict[str, Any], dict[str, bytes], tuple[int, ...]]:
+    """Check that the maps belong to the run, choose the words there is room for, and pack them: spec, data and words kept.
 
-    spec: dict[str, Any]
-    picture: bytes
-    maps: bytes  # uint8 (words, layers, heads, patches)
-    scales: bytes  # little-endian float32: (words, layers, heads) peaks, then as many shares
-    kept: tuple[int, ...]
-
-
-def pack_heads(run: Run, maps: HeadMaps, *, megabytes: float) -> PackedHeads:
-    """Check that the maps belong to the run, choose the words there is room for, and pack them."""
+    Of the data ``maps`` is uint8 (words, layers, heads, patches), ``scales`` little-endian float32: (words, layers, heads)
+    peaks, then as many shares.
+    """
     check_fits(run, "head maps", maps)
     shares = maps.image_share
     kept = roomy(maps.values[0].size, shares, megabytes)
     levels, peaks = square_root_levels(maps.values[list(kept)])
     picture, kind = encode_picture(run.picture)
     chips = [chip_of(run, target) for target in maps.targets]
-    left = [chips[i]["text"] for i in range(len(chips)) if i not in kept]
+    left = ", ".join(chip["text"] for i, chip in enumerate(chips) if i not in kept)
+    why = f"Left out for want of room: {left}; the words kept are those whose heads look at the picture most."
     spec = {
         **head_of(run),
         "chips": [chips[i] for i in kept],
         "layers": maps.values.shape[1],
         "heads": maps.values.shape[2],
-        "notes": [*maps.notes, *_left_out(left)],
+        "notes": [*maps.notes, *([why] if left else [])],
         "picture": kind,
         "palettes": palettes(),
     }
     scales = np.concatenate([peaks.ravel(), shares[list(kept)].ravel()]).astype("<f4")
-    return PackedHeads(spec, picture, levels.tobytes(), scales.tobytes(), kept)
+    return spec, {"picture": picture, "maps": levels.tobytes(), "scales": scales.tobytes()}, kept
 
 
 def roomy(size: int, shares: np.ndarray, megabytes: float) -> tuple[int, ...]:
@@ -176,9 +159,3 @@ def square_root_levels(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     peaks = values.max((-2, -1)).astype(np.float32)
     safe = np.where(peaks > 0, peaks, 1)[..., None, None]
     return np.rint(LEVELS * np.sqrt(values.astype(np.float32) / safe)).astype(np.uint8), peaks
-
-
-def _left_out(words: Sequence[str]) -> list[str]:
-    if not words:
-        return []
-    return [f"Left out for want of room: {', '.join(words)}; the words kept are those whose heads look at the picture most."]

@@ -169,13 +169,15 @@ def encode_picture(picture: np.ndarray) -> tuple[bytes, str]:
     image = Image.fromarray(picture)
     if max(image.size) > PICTURE_SIDE:
         image.thumbnail((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.LANCZOS)
+    raw = image_bytes(image, optimize=True)
+    return (raw, "image/png") if len(raw) <= PNG_LIMIT else (image_bytes(image, "JPEG", quality=90), "image/jpeg")
+
+
+def image_bytes(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    """An image as a file."""
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    if buffer.tell() <= PNG_LIMIT:
-        return buffer.getvalue(), "image/png"
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=90)
-    return buffer.getvalue(), "image/jpeg"
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
 
 
 def palettes() -> dict[str, str]:

@@ -18,6 +18,7 @@ import traitlets
 from PIL import Image
 
 from widgets.base import LabWidget
+from widgets.pack import image_bytes
 
 LONGEST = 1344  # pixels of the longer side that is sent
 MOST_BYTES = 8_000_000
@@ -68,9 +69,7 @@ class PicturePicker(LabWidget):
         sheet = Image.new("RGB", (960, THUMB + 32), "white")
         for place, (_, picture) in enumerate(self.gallery[:6]):
             sheet.paste(_thumb(picture), (16 + place * (THUMB + 12), 16))
-        buffer = io.BytesIO()
-        sheet.save(buffer, "PNG")
-        return buffer.getvalue()
+        return image_bytes(sheet)
 
     def __repr__(self) -> str:
         return f"PicturePicker({', '.join(name for name, _ in self.gallery) or 'no gallery'})"
@@ -91,9 +90,7 @@ class CodeBox(LabWidget):
 
     def draw_png(self) -> bytes:
         """An empty strip: the lines are the widget's text."""
-        buffer = io.BytesIO()
-        Image.new("RGB", (960, 8), "white").save(buffer, "PNG")
-        return buffer.getvalue()
+        return image_bytes(Image.new("RGB", (960, 8), "white"))
 
     def __repr__(self) -> str:
         return f"CodeBox({self.code!r})"
@@ -120,6 +117,4 @@ def _thumb(picture: np.ndarray) -> Image.Image:
 
 
 def _data_url(picture: np.ndarray) -> str:
-    buffer = io.BytesIO()
-    _thumb(picture).save(buffer, "PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+    return f"data:image/png;base64,{base64.b64encode(image_bytes(_thumb(picture), optimize=True)).decode('ascii')}"

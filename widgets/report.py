@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from widgets.base import PictureWidget, page, place, styles
+from widgets.base import PictureWidget, page, place, styles, write_text
 from widgets.compare_view import CompareView, from_comparison, is_comparison, score_names
 from widgets.head_grid import MEGABYTES, HeadGrid
 from widgets.pack import answer_words, encode_picture, plain_value
@@ -67,15 +67,11 @@ def write(
     `versions` is listed beside those of the libraries here. Raises ValueError when something belongs to another
     run, or when the file would be larger than 5 MB.
     """
-    from llava_lab.results import whole_file
-
     if comparison is not None and not is_comparison(comparison):
         raise TypeError(f"comparison must be what llava_lab.compare gives, got {type(comparison).__name__}")
     shown = views(run, maps, comparison)
     text = _fitting(run, shown, heads, comparison, title or run.question, {**(versions or {}), **library_versions()})
-    with whole_file(path) as temporary:
-        temporary.write_text(text, "utf-8")
-    return Path(path)
+    return write_text(path, text)
 
 
 def views(run: Run, maps: Mapping[str, Relevance] | None, comparison: Any) -> dict[str, PictureWidget]:
@@ -87,7 +83,9 @@ def views(run: Run, maps: Mapping[str, Relevance] | None, comparison: Any) -> di
     pointed_at = maps or (comparison.maps if comparison is not None else None)
     if pointed_at:
         known = {} if side_by_side is None else side_by_side.data.beats
-        beats = {name: known[name] for name in pointed_at if name in known and _same(pointed_at[name], side_by_side, name)}
+        # a map given beside a comparison has its verdict only if it explains the same targets
+        other = {} if side_by_side is None else side_by_side.data.maps
+        beats = {name: known[name] for name, rel in pointed_at.items() if name in known and other[name].targets == rel.targets}
         shown["explorer"] = PatchExplorer(run, pointed_at, beats_random=beats)
     if side_by_side is not None:
         shown["compare"] = side_by_side
@@ -106,11 +104,6 @@ def library_versions() -> dict[str, str]:
 
 
 # -- private ----------------------------------------------------------------------------------
-
-
-def _same(rel: Any, view: CompareView | None, name: str) -> bool:
-    """A map given beside a comparison has its verdict only if it explains the same targets."""
-    return view is not None and view.data.maps[name].targets == rel.targets
 
 
 def _fitting(
@@ -227,7 +220,8 @@ def method_table(maps: Mapping[str, Any]) -> str:
     for name, rel in maps.items():
         options = ", ".join(f"{key} {plain_value(value)}" for key, value in rel.options.items()) or "none"
         passes = ", ".join(f"{count} {kind}" for kind, count in rel.passes.items() if count) or "none"
-        rows.append([name, rel.method, options, passes, _seconds(rel.seconds), " ".join(rel.notes)])
+        time = "under 10 ms" if rel.seconds < 0.01 else f"{rel.seconds:.2g} s"
+        rows.append([name, rel.method, options, passes, time, " ".join(rel.notes)])
     table = table_of(["map", "method", "options", "passes", "time", "to know before reading it"], rows)
     return f'<section id="methods"><h2>The maps</h2>{table}</section>'
 
@@ -267,10 +261,6 @@ def _cell(cell: Cell, tag: str) -> str:
     text, kind = (cell, "") if isinstance(cell, str) else cell
     mark = f' class="{kind}"' if kind else ""
     return f"<{tag}{mark}>{html.escape(text)}</{tag.split()[0]}>"
-
-
-def _seconds(seconds: float) -> str:
-    return "under 10 ms" if seconds < 0.01 else f"{seconds:.2g} s"
 
 
 def _facts(facts: Mapping[str, str]) -> str:

@@ -15,7 +15,6 @@ vocabulary's. Ids count into the pieces of all lenses and the nearest words, who
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -69,7 +68,7 @@ class TokenLens(PictureWidget):
     ) -> None:
         self.refuse(unknown)
         given: list[Any] = list(lens) if isinstance(lens, (list, tuple)) else [lens]
-        packed = pack_lens(run, given, near)
+        spec, picture, maps = pack_lens(run, given, near)
         self.run, self.near = run, near
         self.lenses: dict[str, LogitLens] = {each.lens: each for each in given}
         kind = self._known_kind(given[0].lens if kind is None else kind)
@@ -77,9 +76,9 @@ class TokenLens(PictureWidget):
         if state is None:
             state = shown.states[int(shown.probability_of(word).max(1).argmax()) if shown.knows(word) else -1]
         super().__init__(
-            spec={**packed.spec, "opacity": checked_opacity(opacity)},
-            picture=packed.picture,
-            maps=packed.data,
+            spec={**spec, "opacity": checked_opacity(opacity)},
+            picture=picture,
+            maps=maps,
             word=word,
             state=state,
             kind=kind,
@@ -161,17 +160,11 @@ class TokenLens(PictureWidget):
 # -- packing ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class PackedLens:
-    """What the page is given: `spec` says where each part of `data` lies, its number type and its length."""
+def pack_lens(run: Run, lenses: Sequence[LogitLens], near: NearestWords | None) -> tuple[dict[str, Any], bytes, bytes]:
+    """Check that lenses and nearest words are of this run, and pack them: the page's spec, the picture, all parts in one buffer.
 
-    spec: dict[str, Any]
-    picture: bytes
-    data: bytes
-
-
-def pack_lens(run: Run, lenses: Sequence[LogitLens], near: NearestWords | None) -> PackedLens:
-    """Check that lenses and nearest words are of this run, and pack them; parts of all lenses but the first end in ``@kind``."""
+    The spec says where each part lies, its number type and its length; parts of all lenses but the first end in ``@kind``.
+    """
     if not lenses:
         raise ValueError("expected at least one lens, what llava_lab.logit_lens gives, got none")
     for each in lenses:
@@ -209,7 +202,7 @@ def pack_lens(run: Run, lenses: Sequence[LogitLens], near: NearestWords | None) 
         "palettes": palettes(),
         "parts": places,
     }
-    return PackedLens(spec, picture, data)
+    return spec, picture, data
 
 
 def check_alike(lenses: Sequence[LogitLens]) -> None:

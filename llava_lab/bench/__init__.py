@@ -2,7 +2,4 @@
 
 from llava_lab.bench.harness import BENCHES, run
 
-__all__ = [
-    "BENCHES",
-    "run",
-]
+__all__ = ["BENCHES", "run"]

@@ -82,7 +82,8 @@ def _stock(lab: Lab, new: int) -> Maps:
     return np.zeros((0, 0))
 
 
-def _plain(lab: Lab, new: int) -> Maps:
+def plain_answer(lab: Lab, new: int) -> Maps:
+    """The answer alone; no maps."""
     lab.ask(noise_picture(), QUESTION, max_new_tokens=new)
     return np.zeros((0, 0))
 
@@ -134,7 +135,7 @@ def _after(method: str, **options: Any) -> Callable[[Lab, int], Maps]:
 COMPARISON = Comparison(
     name="capture",
     ways={
-        FLOOR: _plain,
+        FLOOR: plain_answer,
         STOCK: _stock,
         KEPT: _kept,
         "ours: attention while answering": _during("attention"),

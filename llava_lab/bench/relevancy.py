@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llava_lab.bench.capture import plain_answer
 from llava_lab.bench.harness import QUESTION, Call, Comparison, bench_lab, noise_picture, side_by_side, table
 
 if TYPE_CHECKING:
@@ -46,11 +47,6 @@ def prepare(model: str, way: str) -> Call:
         lab.model.set_attn_implementation("eager")
         lab.model.requires_grad_(way == PEER)
     return Call(lab, (lab, NEW_TOKENS), first=(lab, 1))
-
-
-def _plain(lab: Lab, new: int) -> Maps:
-    lab.ask(noise_picture(), QUESTION, max_new_tokens=new)
-    return np.zeros((0, 0))
 
 
 def _ours(target: Callable[[int], Any], **options: Any) -> Callable[[Lab, int], Maps]:
@@ -112,7 +108,7 @@ def _their_rules(attentions: tuple[Tensor, ...], earlier: list[Tensor]) -> Tenso
 COMPARISON = Comparison(
     name="relevancy",
     ways={
-        FLOOR: _plain,
+        FLOOR: plain_answer,
         WHOLE: _ours(lambda new: "answer"),
         EXACT: _ours(lambda new: list(range(new))),
         "ours: one map per token, its maps": _ours(lambda new: list(range(new)), variant="lvlm-interpret"),

@@ -9,9 +9,7 @@ their requests written beforehand, so that they take a part of the machine too.
 from __future__ import annotations
 
 import atexit
-import base64
 import http.client
-import io
 import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -79,10 +77,10 @@ def served(clients: int, server: Server, bodies: list[bytes]) -> Values:
 def _body(model: str, picture: np.ndarray) -> bytes:
     from PIL import Image
 
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG")
-    address = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-    content = [{"type": "image_url", "image_url": {"url": address}}, {"type": "text", "text": QUESTION}]
+    from llava_lab.results.table import png_address
+
+    address = {"url": png_address(Image.fromarray(picture))}
+    content = [{"type": "image_url", "image_url": address}, {"type": "text", "text": QUESTION}]
     asked = {"messages": [{"role": "user", "content": content}], "max_tokens": NEW_TOKENS, "logprobs": True}
     return json.dumps({"model": model, **asked}).encode()
 

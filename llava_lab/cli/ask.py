@@ -187,9 +187,8 @@ def naming(args: argparse.Namespace) -> Reply:
 
     options = {"n": args.n, "split": args.split, "top": args.top, "seed": args.seed, "pictures": args.pictures}
     lab = common.load(args)
-    result = naming_share(lab, **options, fitted=_fitted(args, lab, args.pictures, args.n), progress=not args.json)
-    common.save(result, args.save)
-    return Reply(result.to_dict(), str(result.table()))
+    fitted = _fitted(args, lab, args.pictures, args.n)
+    return common.finished(args, naming_share(lab, **options, fitted=fitted, progress=not args.json))
 
 
 def _fitted(args: argparse.Namespace, lab: Any, pictures: str | None = None, after: int = 0) -> Any:
@@ -202,16 +201,8 @@ def _fitted(args: argparse.Namespace, lab: Any, pictures: str | None = None, aft
             return TunedLens.load(args.lens)
         except DataError:
             return JacobianLens.load(args.lens)
-    fitted = lens_by_name(
-        lab,
-        args.lens,
-        prompts=args.prompts,
-        targets=args.targets,
-        pictures=pictures,
-        after=after,
-        seed=args.seed,
-        progress=not args.json,
-    )
+    options = {"prompts": args.prompts, "targets": args.targets, "seed": args.seed, "progress": not args.json}
+    fitted = lens_by_name(lab, args.lens, pictures=pictures, after=after, **options)
     if fitted is not None:
         common.save(fitted, args.save_lens)
     return fitted
@@ -256,10 +247,7 @@ def knockout(args: argparse.Namespace) -> Reply:
         options: dict[str, Any] = {"layers": layers, "metric": metric, "score": args.score}
         options |= {"draws": args.draws, "seed": args.seed}
         result = interventions.knockout(lab, run, source=source, target=to, **options)
-    common.save(result, args.save)
-    return Reply(
-        {"answer": run.answer, "cut": run.cut, **result.to_dict()}, str(result.table()), code=130 if result.interrupted else 0
-    )
+    return common.finished(args, result, answer=run.answer, cut=run.cut)
 
 
 def read_place(text: str) -> Any:
@@ -381,12 +369,7 @@ def circuit(args: argparse.Namespace) -> Reply:
     common.check_figure(args.figure)
     options = {name: getattr(args, name) for name in ("variable", "n", "held", "steps", "draws", "checked", "split", "seed")}
     result = ll.circuit(common.load(args), **options, progress=not args.json)
-    common.save(result, args.save)
-    if args.figure:
-        from llava_lab import plots
-
-        common.save_figure(plots.circuit(result).figure, args.figure)
-    return Reply(result.to_dict(), str(result.table()), code=130 if result.interrupted else 0)
+    return common.finished(args, result, lambda plots: plots.circuit(result).figure)
 
 
 def sinks(args: argparse.Namespace) -> Reply:
@@ -397,13 +380,8 @@ def sinks(args: argparse.Namespace) -> Reply:
     lab = common.load(args)
     runs = drawn_runs(args, lab) if picture is None else [common.ask(args, lab, picture, show=False)]
     result = ll.sinks(lab, runs, attended=args.attended, long=args.long, seed=args.seed, progress=not args.json)
-    common.save(result, args.save)
-    if args.figure:
-        from llava_lab import plots
-
-        common.save_figure(plots.sinks(result).figure, args.figure)
     answer = {"answer": runs[0].answer} if picture is not None else {}
-    return Reply({**answer, **result.to_dict()}, str(result.table()), code=130 if result.interrupted else 0)
+    return common.finished(args, result, lambda plots: plots.sinks(result).figure, **answer)
 
 
 def drawn_runs(args: argparse.Namespace, lab: Any) -> list[Run]:

@@ -45,6 +45,7 @@ class Add(Protocol):
 
 
 Written = TypeVar("Written")
+Draw = Callable[[Any], Any]  # given `llava_lab.plots`, a figure
 CLOSED = "openai:"
 PATIENCE = 20.0  # seconds that a program we started has to end in order
 SERVER_OPTIONS = ("base_url", "max_requests", "key_variable", "price")
@@ -236,11 +237,12 @@ def load(args: argparse.Namespace) -> Any:
     if args.device or args.dtype:
         raise OptionError(f"--device and --dtype are the server's own for {args.model}; leave them out")
     if "price" in server:
-        server["price"] = _read_price(server["price"])
+        server["price"] = read_price(server["price"])
     return ll.load(args.model, **{"base_url": "", **server})
 
 
-def _read_price(text: str) -> tuple[float, float]:
+def read_price(text: str) -> tuple[float, float]:
+    """``2.5,10`` as numbers. Raises OptionError for anything else."""
     try:
         read, written = (float(part) for part in text.split(","))
     except ValueError:
@@ -294,6 +296,17 @@ def save(result: Any, path: str | None) -> None:
     """Keep a result where ``--save`` says, if it does."""
     if path:
         write(result.save, path)
+
+
+def finished(args: argparse.Namespace, result: Any, draw: Draw | None = None, *, text: str | None = None, **told: Any) -> Reply:
+    """Keep a result where ``--save`` says and draw it where ``--figure`` does; `told` goes before what it says itself."""
+    save(result, args.save)
+    if draw is not None and args.figure:
+        from llava_lab import plots
+
+        save_figure(draw(plots), args.figure)
+    code = 130 if getattr(result, "interrupted", False) else 0
+    return Reply({**told, **result.to_dict()}, str(result.table()) if text is None else text, code)
 
 
 def save_bytes(data: bytes, path: str) -> None:

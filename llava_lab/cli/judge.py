@@ -128,14 +128,9 @@ def _compare_one(args: argparse.Namespace) -> Reply:
     lab = common.load(args)
     run = common.ask(args, lab, picture, show=False)
     result = ll.compare(lab, run, methods, target=common.read_target(args.target), seed=args.seed, **_numbers(args))
-    common.save(result, args.save)
-    if args.figure:
-        from llava_lab.plots import scores as plots
-
-        common.save_figure(plots.comparison(result), args.figure)
     common.save(run, args.save_run)
-    data = {"answer": run.answer, "cut": run.cut, **result.to_dict(), "model": run.model}
-    return Reply(data, _under_answer(run, result), code=130 if result.interrupted else 0)
+    told = {"text": _under_answer(run, result), "answer": run.answer, "cut": run.cut, "model": run.model}
+    return common.finished(args, result, lambda plots: plots.comparison(result), **told)
 
 
 def _compare_many(args: argparse.Namespace) -> Reply:
@@ -269,8 +264,7 @@ def _benchmark(args: argparse.Namespace) -> Reply:
         kept = {option: getattr(args, option) for option in ("batch", "answers", "submission") if getattr(args, option)}
         controls = not args.no_controls
         result = benchmarks.benchmark(common.load(args), name, data=args.data, judge=judge, controls=controls, **drawn, **kept)
-    common.save(result, args.save)
-    return Reply(result.to_dict(), str(result.table()))
+    return common.finished(args, result)
 
 
 def _read_judge(args: argparse.Namespace) -> Any:
@@ -304,20 +298,14 @@ def prune(args: argparse.Namespace) -> Reply:
         options: dict[str, Any] = {"n": args.n, "split": args.split, "at": at, "seed": args.seed, "progress": not args.json}
         options |= {"by": names} if names else {}
         result = ll.prune_sweep(common.load(args), keeps=keeps, **options)
-        common.save(result, args.save)
-        if args.figure:
-            from llava_lab.plots import scores as plots
-
-            common.save_figure(plots.pruning(result).figure, args.figure)
-        return Reply(result.to_dict(), str(result.table()), code=130 if result.interrupted else 0)
+        return common.finished(args, result, lambda plots: plots.pruning(result).figure)
     if args.question is None or keeps is None or len(keeps) != 1 or (names and len(names) != 1):
         raise OptionError("of one picture prune wants a question, one number after --keep, and one name after --by")
     picture = common.read_picture(args)
     lab = common.load(args)
     run = common.ask(args, lab, picture, show=False)
     effect = ll.prune(lab, run, keep=keeps[0], by=names[0] if names else "fastv", at=at, seed=args.seed)
-    common.save(effect, args.save)
-    return Reply({"answer": run.answer, **effect.to_dict()}, _under_answer(run, effect))
+    return common.finished(args, effect, text=_under_answer(run, effect), answer=run.answer)
 
 
 def _whole_numbers(text: str | None) -> tuple[int, ...] | None:

@@ -168,28 +168,11 @@ def _train_stage(args: argparse.Namespace) -> Reply:
     recipe, sources = _read_recipe(args, stages[0]), [read_source(text) for text in args.data]
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     lab = ll.load(args.model or "tiny", device="cpu" if several else args.device, dtype=args.dtype)  # each process moves its own
-    running = Running(
-        seed=args.seed,
-        bf16=args.bf16,
-        device_batch=args.device_batch,
-        checkpointing=args.checkpointing,
-        report_to=args.report_to,
-        save_every=args.save_every,
-        workers=args.workers,
-    )
-    done = train_stage(
-        lab,
-        sources,
-        stages[0],
-        args.out,
-        recipe=recipe,
-        steps=args.steps,
-        resume=args.resume,
-        skip_bad=args.skip_bad,
-        cut_long=args.cut_long,
-        cache=False if args.no_cache else args.cache or True,
-        running=running,
-    )
+    names = ("seed", "bf16", "device_batch", "checkpointing", "report_to", "save_every", "workers")
+    running = Running(**{name: getattr(args, name) for name in names})
+    options = {name: getattr(args, name) for name in ("steps", "resume", "skip_bad", "cut_long")}
+    options["cache"] = False if args.no_cache else args.cache or True
+    done = train_stage(lab, sources, stages[0], args.out, recipe=recipe, running=running, **options)
     if several:
         from accelerate import PartialState
 
@@ -247,25 +230,10 @@ def ablate(args: argparse.Namespace) -> Reply:
         options["connectors"] = args.connector
     if args.budget != "both":
         options["budgets"] = (args.budget,)
-    result = ll.compare_connectors(
-        data=args.data,
-        pictures=args.pictures,
-        test_pictures=args.test_pictures,
-        start=args.start or args.model,
-        language=args.language,
-        out=args.out,
-        seeds=args.seeds,
-        stage1=STAGES[args.stage1],
-        steps_scale=args.steps_scale,
-        validation=args.validation,
-        test=args.test,
-        keep=not args.no_keep,
-        fused=args.compile,
-        seed=args.seed,
-        **options,
-    )
-    common.save(result, args.save)
-    return Reply(result.to_dict(), str(result.table()))
+    named = ("data", "pictures", "test_pictures", "language", "out", "seeds", "steps_scale", "validation", "test", "seed")
+    options |= {name: getattr(args, name) for name in named}
+    options |= {"start": args.start or args.model, "stage1": STAGES[args.stage1]}
+    return common.finished(args, ll.compare_connectors(keep=not args.no_keep, fused=args.compile, **options))
 
 
 def _read_rates(text: str) -> tuple[float, ...]:
@@ -374,21 +342,9 @@ def generate(args: argparse.Namespace) -> Reply:
 def check_pays(args: argparse.Namespace) -> Reply:
     from llava_lab import instructions
 
-    result = instructions.check_pays(
-        lie=args.lie,
-        n=args.n,
-        seeds=args.seeds,
-        steps=args.steps,
-        batch=args.batch,
-        arms=[name.strip() for name in args.arms.split(",")],
-        kinds=[name.strip() for name in args.kinds.split(",")],
-        start=args.start or args.model,
-        test=args.test,
-        out=args.out,
-        seed=args.seed,
-    )
-    common.save(result, args.save)
-    return Reply(result.to_dict(), str(result.table()))
+    options = {name: getattr(args, name) for name in ("lie", "n", "seeds", "steps", "batch", "test", "out", "seed")}
+    options |= {name: [part.strip() for part in getattr(args, name).split(",")] for name in ("arms", "kinds")}
+    return common.finished(args, instructions.check_pays(start=args.start or args.model, **options))
 
 
 def read_contexts(args: argparse.Namespace) -> Any:
@@ -425,15 +381,6 @@ def read_teacher(args: argparse.Namespace) -> Any:
         return LocalTeacher(args.teacher, terms=args.terms, **warm)
     if args.name is None or args.max_requests is None:
         raise OptionError("--teacher with an address wants --name, the model's name there, and --max-requests, the budget")
-    options: dict[str, Any] = {"price": _price(args.price), "terms": args.terms, "key_variable": args.key_variable} | warm
+    price = None if args.price is None else common.read_price(args.price)
+    options: dict[str, Any] = {"price": price, "terms": args.terms, "key_variable": args.key_variable} | warm
     return ServerTeacher(args.name, args.teacher, max_requests=args.max_requests, parallel=args.parallel, **options)
-
-
-def _price(text: str | None) -> tuple[float, float] | None:
-    if text is None:
-        return None
-    try:
-        read, written = (float(part) for part in text.split(","))
-    except ValueError:
-        raise OptionError(f"--price wants two numbers, per million tokens read and written, got {text!r}") from None
-    return read, written

@@ -164,7 +164,7 @@ def has_class_token(model: nn.Module) -> bool:
 def image_token_count(model: nn.Module) -> int:
     """How many tokens the model makes of one picture, from its configuration."""
     grid = connectors.token_grid(model.config)
-    return grid[0] * grid[1] if grid else _vision_tokens(model)[1]
+    return grid[0] * grid[1] if grid else vision_tokens(model)[1]
 
 
 def patch_grid(model: nn.Module) -> tuple[int, int]:
@@ -173,7 +173,7 @@ def patch_grid(model: nn.Module) -> tuple[int, int]:
     Raises CheckpointError when tokens are not patches.
     """
     config: LlavaConfig = model.config
-    side, count = _vision_tokens(model)
+    side, count = vision_tokens(model)
     if count != side * side:
         strategy = config.vision_feature_select_strategy
         raise CheckpointError(
@@ -183,7 +183,7 @@ def patch_grid(model: nn.Module) -> tuple[int, int]:
     return connectors.token_grid(config) or (side, side)
 
 
-def _vision_tokens(model: nn.Module) -> tuple[int, int]:
+def vision_tokens(model: nn.Module) -> tuple[int, int]:
     """Patches along a side of the picture, and the tokens that the tower passes on: the patches, with a class token or not."""
     config: LlavaConfig = model.config
     side = config.vision_config.image_size // config.vision_config.patch_size

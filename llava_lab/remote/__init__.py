@@ -3,9 +3,4 @@
 from llava_lab.remote.black_box import BlackBox, open_black_box, open_judge
 from llava_lab.remote.explain import estimate
 
-__all__ = [
-    "BlackBox",
-    "estimate",
-    "open_black_box",
-    "open_judge",
-]
+__all__ = ["BlackBox", "estimate", "open_black_box", "open_judge"]

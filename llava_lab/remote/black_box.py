@@ -23,10 +23,8 @@ same judge is answered from the cache, so a run that was stopped goes on.
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import inspect
-import io
 import json
 import os
 import threading
@@ -50,26 +48,17 @@ from llava_lab.options import by_our_names
 from llava_lab.remote.client import Endpoint
 from llava_lab.remote.replies import Reply, ReplyCache, token_id
 from llava_lab.results import Run, cut_notes
+from llava_lab.results.table import png_address
 
 PREFIX = "openai:"
 SCORINGS = ("auto", "top", "prefill", "agreement")
 MOST_LISTED = 20  # tokens OpenAI and vLLM list at each place
 LARGEST_GRID = 64  # cells a side
 INSIDE = frozenset(  # what a Lab has and a closed model has not
-    {
-        "model",
-        "processor",
-        "tokenizer",
-        "connector",
-        "preprocessing",
-        "swap",
-        "inputs",
-        "sequence",
-        "asked_instead",
-        "pixels",
-        "measure",
-    }
-    | {"image_id", "eos_ids", "card", "dtype", "context"}
+    (
+        *("model", "processor", "tokenizer", "connector", "preprocessing", "swap", "inputs", "sequence", "asked_instead"),
+        *("pixels", "measure", "image_id", "eos_ids", "card", "dtype", "context"),
+    )
 )
 
 
@@ -150,11 +139,8 @@ class BlackBox:
         if not isinstance(model, str) or not model.strip():
             raise OptionError(f"expected {PREFIX}MODEL with the name the server knows, got {PREFIX + model!r}")
         self.model_name, self.name = model, f"{PREFIX}{model}"
-        self.grid, self.scoring, self.floor = (
-            _grid(grid),
-            one_of("scoring", scoring, SCORINGS),
-            number("floor", floor, least=-1000),
-        )
+        self.grid, self.scoring = _grid(grid), one_of("scoring", scoring, SCORINGS)
+        self.floor = number("floor", floor, least=-1000)
         self.repeats, self.parallel = whole_number("repeats", repeats, least=1), whole_number("parallel", parallel, least=1)
         self.longest, self.price = whole_number("longest", longest, least=1), _price(price)
         if not -1000 <= self.floor < 0:
@@ -275,11 +261,8 @@ class BlackBox:
         return Estimate(requests, known, self.endpoint.left, tokens, None if tokens is None else self._cost(tokens))
 
     def _fetch(self, key: str, look: Look, stop: threading.Event) -> None:
-        buffer = io.BytesIO()
-        Image.fromarray(look.picture).save(buffer, "PNG")
-        address = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
         try:
-            reply = self.endpoint.ask(self._body(look, address), stop)
+            reply = self.endpoint.ask(self._body(look, png_address(Image.fromarray(look.picture))), stop)
         except EndpointError:
             # told here, not by who waits: this thread would take the next request before the other hears of it
             stop.set()

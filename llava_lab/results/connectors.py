@@ -159,13 +159,8 @@ class LinearEffect(Saved):
 
     KIND: ClassVar[str] = "effect of a linear connector"
     GAPS: ClassVar[tuple[str, ...]] = (
-        "kl",
-        "kl_interval",
-        "flipped",
-        "flipped_interval",
-        "accuracy_change",
-        "accuracy_interval",
-        "original_accuracy",
+        *("kl", "kl_interval", "flipped", "flipped_interval"),
+        *("accuracy_change", "accuracy_interval", "original_accuracy"),
     )
 
     variants: tuple[str, ...]  # V: "linear", "rank k", then controls
@@ -230,22 +225,8 @@ class Ablation(Saved):
 
     KIND: ClassVar[str] = "connector ablation"
     GAPS: ClassVar[tuple[str, ...]] = (
-        "sweep_loss",
-        "sweep_accuracy",
-        "losses",
-        "accuracy",
-        "accuracy_sd",
-        "accuracy_interval",
-        "effect",
-        "picture_interval",
-        "seed_sd",
-        "seed_interval",
-        "p",
-        "p_adjusted",
-        "mcnemar_p",
-        "seeds_needed",
-        "pictures_needed",
-        "detectable",
+        *("sweep_loss", "sweep_accuracy", "losses", "accuracy", "accuracy_sd", "accuracy_interval", "effect", "picture_interval"),
+        *("seed_sd", "seed_interval", "p", "p_adjusted", "mcnemar_p", "seeds_needed", "pictures_needed", "detectable"),
     )
 
     # arms
@@ -284,9 +265,8 @@ class Ablation(Saved):
     gained: Int64[np.ndarray, "compared splits types"]  # answers that only the second has right, all seeds
     lost: Int64[np.ndarray, "compared splits types"]  # only the first
     mcnemar_p: Float64[np.ndarray, "compared splits types"]  # exact, on those; of these models
-    seeds_needed: Float64[
-        np.ndarray, "compared splits types"
-    ]  # to find a true difference of `stated`, at 80% power and Holm's level
+    # to find a true difference of `stated`, at 80% power and Holm's level
+    seeds_needed: Float64[np.ndarray, "compared splits types"]
     pictures_needed: Float64[np.ndarray, "compared splits types"]  # the same for pictures' noise
     detectable: Float64[np.ndarray, "compared splits types"]  # smallest true difference that these seeds find at 80% power
     verdict: Int64[np.ndarray, "compared splits types"]  # 1 better, -1 worse, 0 not distinguishable

@@ -71,18 +71,8 @@ class Generated(Saved):
             counts = [int(values[at].sum()) for values in (self.asked, self.kept, self.passing)]
             shares = self.shares(None if name == "all" else name)
             rows.append((name, *map(str, counts), str(int(self.claims[at].sum())), *map(percent, shares.values())))
-        headings = (
-            "kind",
-            "asked",
-            "kept",
-            "nothing false",
-            "claims",
-            "true %",
-            "false %",
-            "not told %",
-            "CHAIR_i %",
-            "CHAIR_s %",
-        )
+        headings: tuple[str, ...] = ("kind", "asked", "kept", "nothing false", "claims")
+        headings += ("true %", "false %", "not told %", "CHAIR_i %", "CHAIR_s %")
         title = f"{self.rows} rows by {self.teacher}" + ("" if self.finished else " so far; another worker is at the rest")
         return Table(headings, tuple(rows), title=title, below=(self._by_type(), self._rejections()))
 

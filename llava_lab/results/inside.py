@@ -97,18 +97,10 @@ class Sinks(Saved):
                  f"{there} of {seen}", f"{self.first[number, 0]:.1f}", f"{self.first[number, 1]:.1f}",
                  f"{self.first[number, 2]:.0%}")
             )  # fmt: skip
-        names: tuple[str, ...] = (
-            "layer",
-            "most drawn",
-            "attended",
-            "by chance",
-            "mixed",
-            "longest",
-            "outliers",
-            "mixed",
-            "sinks",
+        names = (
+            *("layer", "most drawn", "attended", "by chance", "mixed", "longest", "outliers", "mixed", "sinks"),
+            *("other positions", "first: drawn", "length", "in one dimension"),
         )
-        names += ("other positions", "first: drawn", "length", "in one dimension")
         runs, total = len(self.drawn), int(self.found.sum())
         title = f"{self.model}, {runs} run{'s' * (runs > 1)}: {total} sinks among image tokens, over all layers"
         rule = f"rule: {pairs(self.limits)}; drawn is times an even share, length times the median patch's"

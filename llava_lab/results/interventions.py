@@ -15,11 +15,11 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int64, Shaped
 
-from llava_lab.errors import DataError, OptionError
+from llava_lab.errors import DataError
 from llava_lab.geometry import PictureMap
 from llava_lab.results.run import Target, above_noise
 from llava_lab.results.save import Saved
-from llava_lab.results.schema import filled
+from llava_lab.results.schema import filled, place_of
 from llava_lab.results.table import NEGLIGIBLE, Table, figure, pairs, plain
 from llava_lab.stats import resampled_means, wilson
 
@@ -198,9 +198,7 @@ class FlowSweep(Noisy, Saved):
 
     def flow(self, name: str) -> np.ndarray:
         """The change of one flow, (windows, targets)."""
-        if name not in self.flows:
-            raise OptionError(f"no flow {name!r} here; there is {', '.join(self.flows)}")
-        return self.change[self.flows.index(name)]
+        return self.change[place_of("flow", name, self.flows)]
 
     def table(self) -> Table:
         """Change of the first target, a row for each window and a column for each flow."""
@@ -361,7 +359,7 @@ class Pruning(Saved):
         """95% interval over pictures of `accuracy`, or of its difference from the ranking `against`, (rankings, keeps, 2)."""
         values = self.right
         if against is not None:
-            values = values - values[_index(against, self.rankings)]
+            values = values - values[place_of("ranking", against, self.rankings)]
         intervals = resampled_means(values, np.arange(len(self.pictures)))[0]
         if against is None:
             for cell in zip(*np.nonzero((self.accuracy == 0) | (self.accuracy == 1)), strict=True):
@@ -397,9 +395,3 @@ class Pruning(Saved):
 def _told(change: float, floor: float) -> str:
     """A change as a table writes it: a word for what rounding alone may do."""
     return NEGLIGIBLE if abs(change) < floor else f"{change:.3f}"
-
-
-def _index(name: str, names: tuple[str, ...]) -> int:
-    if name not in names:
-        raise OptionError(f"no ranking {name!r} here; there is {', '.join(names)}")
-    return names.index(name)

@@ -23,19 +23,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import AbstractArray
 
-from llava_lab.errors import DataError
+from llava_lab.errors import DataError, OptionError
 
 DEEPEST = 32  # levels of lists and dicts in what may hold anything
 LARGEST = 2**63  # whole numbers beyond it belong to no count, seed or position
 
 
+@cache
 def hints_of(kind: Any) -> dict[str, Any]:
     """The annotations of a dataclass's fields, resolved."""
-    return _resolved(kind)
-
-
-@cache
-def _resolved(kind: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(kind)
     return {field.name: hints[field.name] for field in fields(kind)}
 
@@ -109,6 +105,13 @@ def filled(**values: Any) -> None:
     for name, value in values.items():
         if not len(value):
             raise DataError(f"{name} must not be empty")
+
+
+def place_of(what: str, name: str, names: tuple[str, ...]) -> int:
+    """Where a name stands among those of a result. Raises OptionError for one that is not there."""
+    if name not in names:
+        raise OptionError(f"no {what} {name!r} here; there is {', '.join(names)}")
+    return names.index(name)
 
 
 def _of_class(kind: type, value: dict[str, Any], where: str) -> Any:

@@ -17,11 +17,11 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int64
 
-from llava_lab.errors import DataError, OptionError
+from llava_lab.errors import DataError
 from llava_lab.geometry import PictureMap
 from llava_lab.results.run import Relevance, Target, target_index
 from llava_lab.results.save import Saved
-from llava_lab.results.schema import filled
+from llava_lab.results.schema import filled, place_of
 from llava_lab.results.table import Table, figure, map_row, plain
 
 # What is measured of a map: faithful to the model, true to the picture, and the cost. `better` is the share of pictures
@@ -153,7 +153,7 @@ class GroundTruth(Saved):
         filled(targets=self.targets, draws=self.random)
 
     def value(self, measure: str, target: int | str = 0) -> float:
-        return float(self.values[target_index(self.targets, target), _index("measure", measure, self.measures)])
+        return float(self.values[target_index(self.targets, target), place_of("measure", measure, self.measures)])
 
     @property
     def expected(self) -> np.ndarray:
@@ -286,15 +286,15 @@ class Leaderboard(Saved):
 
     def at(self, method: str, measure: str, kind: str = "all") -> dict[str, Any]:
         """One cell with its interval, its paired difference from random, and the number of pictures behind it."""
-        where = _index("method", method, self.methods), _index("type", kind, self.types)
-        cell = (*where, _index("measure", measure, self.measures))
+        where = place_of("method", method, self.methods), place_of("type", kind, self.types)
+        cell = (*where, place_of("measure", measure, self.measures))
         parts = {"mean": self.mean, "against": self.against, "n": self.counts}
         numbers = {name: part[cell].item() for name, part in parts.items()}
         return numbers | {"interval": self.interval[cell].tolist(), "against_interval": self.against_interval[cell].tolist()}
 
     def order(self, measure: str, kind: str = "all") -> tuple[str, ...]:
         """Methods by the mean of a measure, highest first, unmeasured last."""
-        values = self.mean[:, _index("type", kind, self.types), _index("measure", measure, self.measures)]
+        values = self.mean[:, place_of("type", kind, self.types), place_of("measure", measure, self.measures)]
         return tuple(self.methods[i] for i in np.argsort(np.where(np.isnan(values), np.inf, -values), kind="stable"))
 
     def table(self) -> Table:
@@ -373,12 +373,6 @@ def _interval(edges: Any) -> str:
 
 def _refusals(refused: dict[str, str]) -> list[str]:
     return [f"{name} refused: {reason}" for name, reason in refused.items()]
-
-
-def _index(what: str, name: str, names: tuple[str, ...]) -> int:
-    if name not in names:
-        raise OptionError(f"no {what} {name!r} here; there is {', '.join(names)}")
-    return names.index(name)
 
 
 @dataclass(frozen=True)

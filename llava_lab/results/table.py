@@ -144,7 +144,11 @@ def _map(name: str, values: np.ndarray) -> str:
 
 
 def _img(image: Image.Image, name: str) -> str:
+    return f'<img alt="{html.escape(name)}" width="{image.width}" height="{image.height}" src="{png_address(image)}">'
+
+
+def png_address(image: Image.Image) -> str:
+    """A picture as a PNG that is its own address, ``data:image/png;base64,...``."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return f'<img alt="{html.escape(name)}" width="{image.width}" height="{image.height}" src="data:image/png;base64,{data}">'
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -466,10 +466,7 @@ def _picture_shape(lab: Lab, features: FeatureCache | None) -> tuple[tuple[int, 
     vision = config.vision_config
     if features is None:
         return (3, vision.image_size, vision.image_size), torch.float32
-    tokens = (vision.image_size // vision.patch_size) ** 2
-    if config.vision_feature_select_strategy != "default":
-        tokens += int(layout.has_class_token(lab.model))
-    return (tokens, vision.hidden_size * len(layout.feature_layers(config))), features.dtype
+    return (layout.vision_tokens(lab.model)[1], vision.hidden_size * len(layout.feature_layers(config))), features.dtype
 
 
 def _save(lab: Lab, trainer: LlavaTrainer, folder: Path) -> None:

@@ -203,9 +203,7 @@ def _tokens(lab: Lab, connector: Any) -> int:
     """Image tokens a connector makes."""
     kind = getattr(connector, "kind", None)
     if kind is None or not (entry := architectures.architecture(kind)).mixes:
-        config: Any = lab.model.config
-        side = config.vision_config.image_size // config.vision_config.patch_size
-        return side * side + (config.vision_feature_select_strategy != "default" and layout.has_class_token(lab.model))
+        return layout.vision_tokens(lab.model)[1]
     rows, cols = entry.tokens(architectures.sizes_of(lab.model.config), connector.options)
     return rows * cols
 

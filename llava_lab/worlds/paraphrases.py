@@ -31,12 +31,8 @@ _FORMS: dict[str, list[tuple[str, tuple[str, ...]]]] = {
         (
             r"(?:What color is|Which color does|Can you tell me the color of) the (?P<a>.+?)(?: have)?\?",
             (
-                *(
-                    "what colour is the {a}?",
-                    "What's the color of the {a}?",
-                    "Tell me the colour of the {a}.",
-                    "{a}: which color?",
-                ),
+                *("what colour is the {a}?", "What's the color of the {a}?"),
+                *("Tell me the colour of the {a}.", "{a}: which color?"),
                 *("I'd like to know what color the {a} is.", "So what color would you say the {a} is?", "the {a} is what color?"),
                 *("In which colour is the {a} painted?", "hey, what color's that {a}", "Name the color of the {a}, please."),
             ),
@@ -50,12 +46,8 @@ _FORMS: dict[str, list[tuple[str, tuple[str, ...]]]] = {
         (
             r"(?:What is|What kind of thing is|Can you name) the (?P<a>.+)\?",
             (
-                *(
-                    "what's the {a}?",
-                    "What do you call the {a}?",
-                    "Tell me what the {a} is.",
-                    "the {a}, what is it supposed to be?",
-                ),
+                *("what's the {a}?", "What do you call the {a}?"),
+                *("Tell me what the {a} is.", "the {a}, what is it supposed to be?"),
                 *("What object is the {a}?", "I see a {a}. What is it?", "Could you identify the {a}?"),
             ),
         ),
@@ -73,12 +65,8 @@ _FORMS: dict[str, list[tuple[str, tuple[str, ...]]]] = {
         (
             r"(?:Where is|Where can I find|In which part of the picture is) the (?P<a>.+)\?",
             (
-                *(
-                    "where's the {a}?",
-                    "Whereabouts is the {a}?",
-                    "Tell me where the {a} is.",
-                    "I'm looking for the {a}. Where is it?",
-                ),
+                *("where's the {a}?", "Whereabouts is the {a}?"),
+                *("Tell me where the {a} is.", "I'm looking for the {a}. Where is it?"),
                 *("What is the position of the {a}?", "Point me to the {a}.", "where should I look to see the {a}?"),
             ),
         )
@@ -87,12 +75,8 @@ _FORMS: dict[str, list[tuple[str, tuple[str, ...]]]] = {
         (
             r"(?:How many (?P<a>.+?) (?:are there|do you see)\?|Count the (?P<b>.+)\.)",
             (
-                *(
-                    "how many {a} can you count?",
-                    "What is the number of {a}?",
-                    "Tell me how many {a} there are.",
-                    "number of {a}?",
-                ),
+                *("how many {a} can you count?", "What is the number of {a}?"),
+                *("Tell me how many {a} there are.", "number of {a}?"),
                 *("How many {a} are in this image?", "Could you count the {a} for me?", "how many {a} does the picture have?"),
             ),
         )
@@ -110,10 +94,8 @@ _FORMS: dict[str, list[tuple[str, tuple[str, ...]]]] = {
         (
             r"(?:What is|Which thing is) (?P<rel>left of|right of|above|below) the (?P<b>.+)\?",
             (
-                "what's {rel} the {b}?",
-                "Name the thing {rel} the {b}.",
-                "Tell me what stands {rel} the {b}.",
-                "{rel} the {b} is what?",
+                *("what's {rel} the {b}?", "Name the thing {rel} the {b}."),
+                *("Tell me what stands {rel} the {b}.", "{rel} the {b} is what?"),
             ),
         ),
         (
@@ -196,12 +178,8 @@ WAYS: dict[str, tuple[tuple[str, ...], ...]] = {
             *("What colour is the {a}?", "what color is the {a}", "WHAT COLOR IS THE {A}?", "What's the color of the {a}?"),
             *("what colour's the {a}?", "Which colour does the {a} have?", "hey, what color is the {a}?"),
             *("Can you tell me the colour of the {a}, please?", "What color is the {a}??", "please, what colour is the {a}"),
-            *(
-                "Tell me the color of the {a}.",
-                "What is the {a}'s color?",
-                "The {a} is what color?",
-                "Name the color of the {a}.",
-            ),
+            *("Tell me the color of the {a}.", "What is the {a}'s color?"),
+            *("The {a} is what color?", "Name the color of the {a}."),
             *("Of what color is the {a}?", "What color does the {a} have?", "What color would you call the {a}?"),
             *("In what color is the {a}?", "I want to know the color of the {a}.", "Do you know the color of the {a}?"),
         ),
@@ -209,53 +187,26 @@ WAYS: dict[str, tuple[tuple[str, ...], ...]] = {
     "kind": (
         (
             *("what's {spot}?", "what is {spot}", "WHAT IS {SPOT}?", "So, what do you see {spot}?", "Which object is {spot}?"),
-            *(
-                "Tell me what is {spot}.",
-                "What can you see {spot}?",
-                "{Spot} is what?",
-                "Name the thing {spot}.",
-                "What is there {spot}?",
-            ),
+            *("Tell me what is {spot}.", "What can you see {spot}?", "{Spot} is what?"),
+            *("Name the thing {spot}.", "What is there {spot}?"),
         ),
         (
-            *(
-                "what's the {a}?",
-                "what is the {a}",
-                "WHAT IS THE {A}?",
-                "What kind of object is the {a}?",
-                "Please, can you name the {a}?",
-            ),
+            *("what's the {a}?", "what is the {a}", "WHAT IS THE {A}?"),
+            *("What kind of object is the {a}?", "Please, can you name the {a}?"),
             *("Tell me what the {a} is.", "The {a} is what?", "What sort of thing is the {a}?", "Which thing is the {a}?"),
             *("What do you call the {a}?",),
         ),
     ),
     "size": (
         (
-            *(
-                "how big is the {a}",
-                "HOW BIG IS THE {A}?",
-                "How big's the {a}?",
-                "hey, what size is the {a}?",
-                "Is the {a} large or small?",
-            ),
-            *(
-                "Is the {a} big or small?",
-                "What size is the {a}, please?",
-                "Is the {a} little or large?",
-                "what size is the {a}??",
-            ),
-            *(
-                "please, how big is the {a}?",
-                "Tell me the size of the {a}.",
-                "What is the size of the {a}?",
-                "What is the {a}'s size?",
-            ),
-            *(
-                "How large is the {a}?",
-                "Of what size is the {a}?",
-                "Say whether the {a} is small or large.",
-                "The {a} is what size?",
-            ),
+            *("how big is the {a}", "HOW BIG IS THE {A}?", "How big's the {a}?"),
+            *("hey, what size is the {a}?", "Is the {a} large or small?"),
+            *("Is the {a} big or small?", "What size is the {a}, please?"),
+            *("Is the {a} little or large?", "what size is the {a}??"),
+            *("please, how big is the {a}?", "Tell me the size of the {a}."),
+            *("What is the size of the {a}?", "What is the {a}'s size?"),
+            *("How large is the {a}?", "Of what size is the {a}?"),
+            *("Say whether the {a} is small or large.", "The {a} is what size?"),
             *("Which size does the {a} have?", "Can you tell me the size of the {a}?", "Do you know how big the {a} is?"),
         ),
     ),
@@ -263,12 +214,8 @@ WAYS: dict[str, tuple[tuple[str, ...], ...]] = {
         (
             *("where's the {a}?", "wheres the {a}", "WHERE IS THE {A}?", "where is the {a}", "Where is the {a}, please?"),
             *("hey, where is the {a}?", "In which part of the image is the {a}?", "In which part of the photo is the {a}?"),
-            *(
-                "Where can I find the {a}, please?",
-                "where can i find the {a}",
-                "Tell me where the {a} is.",
-                "Where do you see the {a}?",
-            ),
+            *("Where can I find the {a}, please?", "where can i find the {a}"),
+            *("Tell me where the {a} is.", "Where do you see the {a}?"),
             *("What is the place of the {a}?", "In what part of the picture is the {a}?", "Can you tell me where the {a} is?"),
             *("The {a} is where?", "Where in the picture is the {a}?", "Can you find the {a}?", "Where can I see the {a}?"),
             *("At which place is the {a}?",),
@@ -276,35 +223,21 @@ WAYS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "count": (
         (
-            *(
-                "how many {a} are there",
-                "HOW MANY {A} ARE THERE?",
-                "how many {a} do you see",
-                "Count the {a}",
-                "count the {a}, please",
-            ),
+            *("how many {a} are there", "HOW MANY {A} ARE THERE?", "how many {a} do you see"),
+            *("Count the {a}", "count the {a}, please"),
             *("Please count the {a}.", "How many {a} do you spot?", "hey, how many {a} are there?", "How many {a} are there??"),
             *("So how many {a} do you see?", "How many {a} can you see?", "How many {a} can you find?", "Can you count the {a}?"),
             *("How many {a} are in the picture?", "How many {a} does the picture have?", "What is the number of {a}?"),
-            *(
-                "Tell me how many {a} there are.",
-                "There are how many {a}?",
-                "Do you see {a}, and how many?",
-                "How many are the {a}?",
-            ),
+            *("Tell me how many {a} there are.", "There are how many {a}?"),
+            *("Do you see {a}, and how many?", "How many are the {a}?"),
         ),
     ),
     "existence": (
         (
             *("is there {a}", "IS THERE {A}?", "Do you spot {a}?", "do you see {a}", "Can you find {a} in the image?"),
             *("Can you find {a} in the photo?", "hey, is there {a}?", "Is there {a}, please?", "can you find {a} in the picture"),
-            *(
-                "So do you see {a}?",
-                "Is there {a} in the picture?",
-                "Can you see {a}?",
-                "Can you find {a}?",
-                "Do you see {a} in the picture?",
-            ),
+            *("So do you see {a}?", "Is there {a} in the picture?", "Can you see {a}?"),
+            *("Can you find {a}?", "Do you see {a} in the picture?"),
             *("Does the picture have {a}?", "Tell me whether there is {a}.", "There is {a}?", "Is {a} in the picture?"),
             *("Is {a} there?", "Do you find {a}?"),
         ),
@@ -316,12 +249,8 @@ WAYS: dict[str, tuple[tuple[str, ...], ...]] = {
             *("What can you see {rel} the {b}?", "Name the thing {rel} the {b}.", "What kind of thing is {rel} the {b}?"),
         ),
         (
-            *(
-                "is the {a} {rel} the {b}",
-                "IS THE {A} {REL} THE {B}?",
-                "can you see the {a} {rel} the {b}",
-                "So, is the {a} {rel} the {b}?",
-            ),
+            *("is the {a} {rel} the {b}", "IS THE {A} {REL} THE {B}?"),
+            *("can you see the {a} {rel} the {b}", "So, is the {a} {rel} the {b}?"),
             *("Is the {a} {rel} the {b}, please?", "Do you see the {a} {rel} the {b}?", "The {a} is {rel} the {b}?"),
             *(
                 "Would you say the {a} is {rel} the {b}?",

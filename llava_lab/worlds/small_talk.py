@@ -24,12 +24,8 @@ ABSENT = (
     *("apple", "banana", "hat", "shoe", "key", "lamp", "guitar", "dragon", "robot", "castle", "bridge", "cow", "duck", "cloud"),
 )
 DESCRIBE = (
-    *(
-        "Describe the picture in detail.",
-        "What's going on in this image?",
-        "what am I looking at?",
-        "Tell me about this picture.",
-    ),
+    *("Describe the picture in detail.", "What's going on in this image?"),
+    *("what am I looking at?", "Tell me about this picture."),
     *("Please describe what you see.", "Give me a description of the image.", "Can you explain what is shown here?"),
     *("I cannot see the picture. What does it show?", "What does this drawing show?", "describe this", "what's in the pic?"),
 )
