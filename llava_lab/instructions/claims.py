@@ -47,7 +47,7 @@ RELATION = re.compile(
     r"\b(?:to the |on the )?(left|right) of (?!the (?:picture|image|photo|scene)\b)|\b(above|below|under|beneath)\b"
 )
 UNTOLD = re.compile(r"\b(behind|in front of|next to|beside|between|inside|near|on top of)\b")
-ATTRIBUTES = ("color", "size")
+SUPERLATIVES = word_set("furthest farthest further closest closer nearest")
 LONGEST_PHRASE = 5  # words between a determiner and its noun
 
 
@@ -211,9 +211,8 @@ class _Sentence:
             return
         is_subject = self._subject(asked)
         if is_subject is not None and self._is_predicate(phrase):  # "It is a car": the thing asked about is one
-            together = is_subject.with_(kind=phrase.wanted.kind)
             if phrase.wanted.kind is not None:
-                word = Wanted(together.kind, together.color, together.size, together.place, phrase.wanted.word)
+                word = is_subject.with_(kind=phrase.wanted.kind, word=phrase.wanted.word)
                 yield self._claim("kind", f"it is {_name(phrase.bare)}", facts.exists(word))
             return
         base = phrase.bare
@@ -222,16 +221,12 @@ class _Sentence:
             yield self._claim(kind, _name(base), verdict)
             if verdict is False:
                 return
-        for color in phrase.colors:
-            verdict = facts.exists(base.with_(color=color))
-            yield self._claim("color", _name(base.with_(color=color)), verdict)
-            if verdict is not False:
-                base = base.with_(color=color)
-        if phrase.wanted.size:
-            verdict = facts.exists(base.with_(size=phrase.wanted.size))
-            yield self._claim("size", _name(base.with_(size=phrase.wanted.size)), verdict)
-            if verdict is not False:
-                base = base.with_(size=phrase.wanted.size)
+        said = [*(("color", color) for color in phrase.colors), ("size", phrase.wanted.size)]
+        for name, value in said if phrase.wanted.size else said[:-1]:
+            more = base.with_(**{name: value})
+            verdict = facts.exists(more)
+            yield self._claim(name, _name(more), verdict)
+            base = base if verdict is False else more
         phrase.wanted = base.with_(place=phrase.wanted.place)
         if phrase.number:
             yield self._claim("number", f"{phrase.number} {_name(base)}", facts.is_number(base, phrase.number))
@@ -284,21 +279,11 @@ class _Sentence:
         """(word it begins at, place, word after it) of every place on the picture."""
         for match in PLACE.finditer(self.joined):
             vertical = {"top": "top", "upper": "top", "bottom": "bottom", "lower": "bottom"}.get(match["v"] or "")
-            parts = [
-                part
-                for part in (vertical, match["h"], "middle" if match["m"] and not (match["v"] or match["h"]) else None)
-                if part
-            ]
+            middle = "middle" if match["m"] and not (match["v"] or match["h"]) else None
+            parts = [part for part in (vertical, match["h"], middle) if part]
             after = self.joined[match.end() :].strip()
             begin = len(self.joined[: match.start()].split())
-            superlative = begin > 0 and self.words[begin - 1] in (
-                "furthest",
-                "farthest",
-                "further",
-                "closest",
-                "closer",
-                "nearest",
-            )
+            superlative = begin > 0 and self.words[begin - 1] in SUPERLATIVES
             if parts and not superlative and not after.startswith("of "):
                 yield begin, " ".join(parts), begin + len(match[0].split())
 
@@ -311,9 +296,7 @@ class _Sentence:
             if before and not between:
                 owner: Phrase | None = before[-1]
             elif subject is not None and not before:
-                yield self._claim(
-                    "place", f"{_name(subject)} at the {place}", self.facts.exists(_without_place(subject).with_(place=place))
-                )
+                yield self._claim("place", f"{_name(subject)} at the {place}", self.facts.exists(subject.with_(place=place)))
                 continue
             else:
                 owner = after[0] if after else None
@@ -446,10 +429,6 @@ def _declarative(question: str) -> str:
 
 def _told(wanted: Wanted) -> int:
     return sum(value is not None for value in (wanted.kind, wanted.color, wanted.size))
-
-
-def _without_place(wanted: Wanted) -> Wanted:
-    return Wanted(wanted.kind, wanted.color, wanted.size, None, wanted.word)
 
 
 def _name(wanted: Wanted) -> str:

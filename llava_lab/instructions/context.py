@@ -35,7 +35,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -127,11 +127,6 @@ def of_scene(scene: picturebook.Scene) -> Context:
     boxes = tuple(Box(thing.kind, *thing.box(1)) for thing in (scene.things[i] for i in scene.left_to_right))
     image = f"images/{scene.name}.png"
     return Context((picturebook.caption(scene),), boxes, scene.name, image, tuple(scene.kinds), scene)
-
-
-def without_scene(context: Context) -> Context:
-    """The same context as a teacher's model may see it: what the world knows beyond captions and boxes is gone."""
-    return replace(context, scene=None)
 
 
 # -- kinds of rows --------------------------------------------------------------------------

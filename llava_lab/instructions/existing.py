@@ -15,21 +15,18 @@ import os
 import sqlite3
 import tempfile
 import time
-from collections import Counter, defaultdict
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm.auto import tqdm
 
 from llava_lab.checks import PATIENCE, entry
 from llava_lab.errors import DataError
 from llava_lab.instructions.claims import TYPES
-from llava_lab.instructions.generate import check_readers, check_turns
+from llava_lab.instructions.generate import Tally, check_readers, check_turns
 from llava_lab.models.text import read_row
 from llava_lab.results import Generated
-from llava_lab.results.generated import VERDICTS
 from llava_lab.training.rows import row_spans
 
 REASONS = ("text alone", "no context")  # why a row could not be checked
@@ -46,10 +43,7 @@ def check_rows(data: str | os.PathLike, contexts: Any, *, progress: bool = True)
     """
     check_readers(contexts)
     begun, path = time.perf_counter(), Path(data)
-    claims: dict[str, np.ndarray] = defaultdict(lambda: np.zeros((len(TYPES), len(VERDICTS)), np.int64))
-    chair: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(4, np.int64))
-    asked, kept, turns, passing = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
-    bare: Counter[str] = Counter()
+    tally = Tally()
     with tempfile.TemporaryDirectory() as folder, closing(sqlite3.connect(Path(folder) / "rows.db")) as rows:
         rows.executescript(
             "pragma journal_mode = off; pragma synchronous = off; create table rows (image text, start int, stop int);"
@@ -57,9 +51,9 @@ def check_rows(data: str | os.PathLike, contexts: Any, *, progress: bool = True)
         with path.open("rb") as file:
             for number, (start, stop) in enumerate(row_spans(path)):
                 kind, _, image = _read(file, start, stop, path, number)
-                asked[kind] += 1
+                tally.asked[kind] += 1
                 if image is None:
-                    bare[kind] += 1
+                    tally.rejected[kind]["text alone"] += 1
                 else:
                     rows.execute("insert into rows values (?, ?, ?)", (_name(image), start, stop))
             rows.execute("create index by_image on rows (image)")
@@ -72,34 +66,18 @@ def check_rows(data: str | os.PathLike, contexts: Any, *, progress: bool = True)
                     kind, pairs, _ = _read(file, start, stop, path, 0)
                     found = check_turns(pairs, context)
                     for name, counts in found["claims"].items():
-                        claims[kind][TYPES.index(name)] += counts
-                    chair[kind] += found["chair"]
-                    kept[kind] += 1
-                    turns[kind] += len(pairs)
-                    passing[kind] += not found["false"]
-    if not asked:
+                        tally.claims[kind][TYPES.index(name)] += counts
+                    tally.chair[kind] += found["chair"]
+                    tally.rows[kind] += 1
+                    tally.turns[kind] += len(pairs)
+                    tally.passing[kind] += not found["false"]
+    if not tally.asked:
         raise DataError(f"{path} holds no rows")
-    kinds = tuple(asked)
-    return Generated(
-        folder=str(path.parent),
-        teacher=path.name,
-        terms="as its authors say",
-        source=dict(contexts.source),
-        kinds=kinds,
-        asked=np.array([asked[kind] for kind in kinds]),
-        kept=np.array([kept[kind] for kind in kinds]),
-        turns=np.array([turns[kind] for kind in kinds]),
-        passing=np.array([passing[kind] for kind in kinds]),
-        reasons=REASONS,
-        rejected=np.array([[bare[kind], asked[kind] - bare[kind] - kept[kind]] for kind in kinds]),
-        types=TYPES,
-        claims=np.stack([claims[kind] for kind in kinds]),
-        chair=np.stack([chair[kind] for kind in kinds]),
-        used=(0, 0),
-        seed=0,
-        finished=True,
-        seconds=time.perf_counter() - begun,
-    )
+    for kind, asked in tally.asked.items():
+        tally.rejected[kind]["no context"] = asked - tally.rows[kind] - tally.rejected[kind]["text alone"]
+    about: dict[str, Any] = {"folder": str(path.parent), "teacher": path.name, "terms": "as its authors say"}
+    about |= {"source": dict(contexts.source), "used": (0, 0), "seed": 0, "finished": True}
+    return tally.result(tuple(tally.asked), REASONS, seconds=time.perf_counter() - begun, **about)
 
 
 def _read(file: Any, start: int, stop: int, path: Path, number: int) -> tuple[str, list[tuple[str, str]], str | None]:

@@ -155,9 +155,8 @@ class Facts:
     def _fits(self, thing: Seen, wanted: Wanted) -> Verdict:
         kind: Verdict = wanted.kind in (None, thing.kind)
         if kind and wanted.kind is not None and not self.words.get(wanted.word or wanted.kind, ("", True))[1]:
-            kind = (
-                True if wanted == Wanted(wanted.kind, word=wanted.word) else None
-            )  # a person is there; whether a man is, a box cannot say
+            # a person is there; whether a man is, a box cannot say
+            kind = True if wanted == Wanted(wanted.kind, word=wanted.word) else None
         color: Verdict = True if wanted.color is None else _equal(thing.color, same_color(wanted.color))
         size: Verdict = True if wanted.size is None else _equal(thing.size, wanted.size)
         place: Verdict = True if wanted.place is None else at_place(thing.x, thing.y, wanted.place)

@@ -169,14 +169,8 @@ class _Work:
     def __init__(
         self, contexts: Contexts, out: Path, teacher: Teacher, kinds: Mapping[str, Kind], drop_false: bool, seed: int
     ) -> None:
-        self.contexts, self.out, self.teacher, self.kinds, self.drop_false, self.seed = (
-            contexts,
-            out,
-            teacher,
-            kinds,
-            drop_false,
-            seed,
-        )
+        self.contexts, self.out, self.teacher, self.kinds = contexts, out, teacher, kinds
+        self.drop_false, self.seed = drop_false, seed
         self.settings = {
             "contexts": dict(contexts.source),
             "teacher": teacher.settings,
@@ -234,7 +228,8 @@ class _Work:
         asked = kind.questions[int(rng.integers(len(kind.questions)))] if kind.questions else ""
         first = bool(rng.random() < 0.5)  # the picture before the question, or after it, as LLaVA has both
         told = self._told(context, kind, cache)
-        mark = f"{kind.hash}-{context.hash}-{_short_hash(self.teacher.settings)}"
+        settings = json.dumps(self.teacher.settings, sort_keys=True).encode()
+        mark = f"{kind.hash}-{context.hash}-{hashlib.blake2b(settings, digest_size=4).hexdigest()}"
         record: dict[str, Any] = {"id": f"{context.id}-{kind.name}", "image": context.image, "kind": kind.name, "made_by": mark}
         record |= {"teacher": self.teacher.name, "used": told.used, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         turns, faults, claims = sift(kind, context, told, asked, drop_false=self.drop_false)
@@ -299,8 +294,8 @@ def check_turns(turns: Sequence[Turn], context: Context) -> dict[str, Any]:
 
 
 @dataclass
-class _Tally:
-    """What is counted while chunks are joined."""
+class Tally:
+    """What is counted of rows, by their kind."""
 
     rows: Counter[str] = field(default_factory=Counter)
     turns: Counter[str] = field(default_factory=Counter)
@@ -314,10 +309,19 @@ class _Tally:
     said: Counter[str] = field(default_factory=Counter)
     used: list[int] = field(default_factory=lambda: [0, 0])
 
+    def result(self, kinds: tuple[str, ...], reasons: tuple[str, ...], **about: Any) -> Generated:
+        """The counts of these kinds and reasons, with what `about` says of the run."""
+        counters = {"asked": self.asked, "kept": self.rows, "turns": self.turns, "passing": self.passing}
+        counts = {name: np.array([counter[kind] for kind in kinds]) for name, counter in counters.items()}
+        rejected = np.array([[self.rejected[kind][reason] for reason in reasons] for kind in kinds])
+        claims, chair = (np.stack([found[kind] for kind in kinds]) for found in (self.claims, self.chair))
+        about |= {"kinds": kinds, "reasons": reasons, "rejected": rejected, "types": TYPES, "claims": claims, "chair": chair}
+        return Generated(**counts, **about)
+
 
 def _join(work: _Work, total: int, finished: bool, begun: float) -> Generated:
     """Read the chunks in order, take out what only all rows together show, and write the files where all are there."""
-    out, tally = work.out, _Tally()
+    out, tally = work.out, Tally()
     with ExitStack() as files:
         names = (ROWS, PROVENANCE, REJECTED) if finished else ()
         paths = {name: files.enter_context(whole_file(out / name)) for name in names}
@@ -338,14 +342,9 @@ def _join(work: _Work, total: int, finished: bool, begun: float) -> Generated:
                     for reason, question, answer in _settle(record, seen, tally):
                         tally.rejected[record["kind"]][reason] += 1
                         if finished:
-                            about = {
-                                "id": record["id"],
-                                "kind": record["kind"],
-                                "reason": reason,
-                                "question": question,
-                                "answer": answer,
-                            }
-                            lines[REJECTED].write(json.dumps(about, ensure_ascii=False) + "\n")
+                            thrown = {"id": record["id"], "kind": record["kind"], "reason": reason}
+                            thrown |= {"question": question, "answer": answer}
+                            lines[REJECTED].write(json.dumps(thrown, ensure_ascii=False) + "\n")
                     if record["turns"] and finished:
                         first = sum(tally.rows.values()) == 1
                         lines[ROWS].write(("\n" if first else ",\n") + json.dumps(as_row(record), ensure_ascii=False))
@@ -353,7 +352,15 @@ def _join(work: _Work, total: int, finished: bool, begun: float) -> Generated:
         if finished:
             lines[ROWS].write("\n]\n")
     (out / "work" / "seen.db").unlink(missing_ok=True)
-    result = _result(work, tally, finished, begun)
+    teacher, used = work.teacher, (tally.used[0], tally.used[1])
+    about: dict[str, Any] = {
+        "folder": str(out),
+        "teacher": teacher.name,
+        "terms": teacher.terms,
+        "source": dict(work.contexts.source),
+    }
+    about |= {"used": used, "seed": work.seed, "finished": finished, "seconds": time.perf_counter() - begun}
+    result = tally.result(tuple(work.kinds), REASONS, **about)
     if finished:
         result.save(out / TRUTH)
         with whole_file(out / CARD) as temporary:
@@ -361,7 +368,7 @@ def _join(work: _Work, total: int, finished: bool, begun: float) -> Generated:
     return result
 
 
-def _settle(record: dict[str, Any], seen: sqlite3.Connection, tally: _Tally) -> list[list[str]]:
+def _settle(record: dict[str, Any], seen: sqlite3.Connection, tally: Tally) -> list[list[str]]:
     """Count a row; what is thrown away of it comes back, and `record["turns"]` keeps the rest."""
     kind, faults = record["kind"], record["faults"]
     tally.asked[kind] += 1
@@ -409,34 +416,6 @@ def as_row(record: Mapping[str, Any]) -> dict[str, Any]:
 def _provenance(record: Mapping[str, Any], work: _Work) -> dict[str, Any]:
     names = ("id", "image", "kind", "made_by", "teacher", "used", "time", "claims", "false", "chair")
     return {name: record[name] for name in names} | {"terms": work.teacher.terms, "seed": work.seed}
-
-
-def _result(work: _Work, tally: _Tally, finished: bool, begun: float) -> Generated:
-    kinds = tuple(work.kinds)
-    return Generated(
-        folder=str(work.out),
-        teacher=work.teacher.name,
-        terms=work.teacher.terms,
-        source=dict(work.contexts.source),
-        kinds=kinds,
-        asked=np.array([tally.asked[kind] for kind in kinds]),
-        kept=np.array([tally.rows[kind] for kind in kinds]),
-        turns=np.array([tally.turns[kind] for kind in kinds]),
-        passing=np.array([tally.passing[kind] for kind in kinds]),
-        reasons=REASONS,
-        rejected=np.array([[tally.rejected[kind][reason] for reason in REASONS] for kind in kinds]),
-        types=TYPES,
-        claims=np.stack([tally.claims[kind] for kind in kinds]),
-        chair=np.stack([tally.chair[kind] for kind in kinds]),
-        used=(tally.used[0], tally.used[1]),
-        seed=work.seed,
-        finished=finished,
-        seconds=time.perf_counter() - begun,
-    )
-
-
-def _short_hash(settings: Mapping[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=4).hexdigest()
 
 
 # -- the data card --------------------------------------------------------------------------
