@@ -29,9 +29,13 @@ DEEPEST = 32  # levels of lists and dicts in what may hold anything
 LARGEST = 2**63  # whole numbers beyond it belong to no count, seed or position
 
 
-@cache
 def hints_of(kind: Any) -> dict[str, Any]:
     """The annotations of a dataclass's fields, resolved."""
+    return _resolved(kind)
+
+
+@cache
+def _resolved(kind: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(kind)
     return {field.name: hints[field.name] for field in fields(kind)}
 
