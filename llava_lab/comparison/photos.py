@@ -134,7 +134,7 @@ class PhotoMaterial(Material):
             assert self.some is not None
             make.start_at_classes(connector, layout.vision_tower(self.start.lab.model), self.embeddings, self.some)
         patches = self.batches(self.stages[0], seed)
-        hidden, wanted = (torch.cat(rows) for rows in zip(*(patches[FIT + i] for i in range(16)), strict=True))
+        hidden, wanted, _ = (torch.cat(rows) for rows in zip(*(patches[FIT + i] for i in range(16)), strict=True))
         for number in range(1, connector.count):
             hidden = connector.act(getattr(connector, f"linear_{number}")(hidden))
         make.fit_layer(getattr(connector, f"linear_{connector.count}"), hidden, wanted)

@@ -402,11 +402,12 @@ def _square(sizes: Sizes, options: Mapping[str, Any]) -> Grid:
 
 
 def _mlp(layers: int) -> Architecture:
-    def make(sizes: Sizes) -> Connector:
-        return Chain(sizes, (sizes.vision, *[sizes.language] * layers), gelu=True)
+    def make(sizes: Sizes, *, width: int | None) -> Connector:
+        hidden = [width or sizes.language] * (layers - 1)
+        return Chain(sizes, (sizes.vision, *hidden, sizes.language), gelu=True)
 
     truth = "One linear layer in a list." if layers == 1 else f"{layers} linear layers with GELU between them."
-    return Architecture(f"mlp{layers}x_gelu", truth, "LLaVA-1.5 (N=2)", make)
+    return Architecture(f"mlp{layers}x_gelu", truth, "LLaVA-1.5 (N=2)", make, {"width": None})
 
 
 def _linear(sizes: Sizes) -> Connector:

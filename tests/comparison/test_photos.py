@@ -69,15 +69,16 @@ def little(parts: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
 def first_loss(material: PhotoMaterial, connector: str) -> float:
     """Squared error at the start on patches it was not fitted on, 1 for the mean of all."""
     module = material.fresh(connector, 0)
-    features, wanted = (torch.cat(rows) for rows in zip(*(material.batches(FEW.align, 0)[i] for i in range(16)), strict=True))
+    rows = zip(*(material.batches(FEW.align, 0)[i] for i in range(16)), strict=True)
+    features, wanted, likely = (torch.cat(row) for row in rows)
     with torch.no_grad():
-        return float(make.words_loss(module, (features, wanted), spread=wanted.var(0).mean())[0])
+        return float(make.words_loss(module, (features, wanted, likely), spread=wanted.var(0).mean())[0])
 
 
 def test_every_connector_starts_at_its_best_last_layer(material: PhotoMaterial) -> None:
     """The linear one's is the ridge solution, here by least squares with a row for each weight."""
     batches = material.batches(FEW.align, 0)
-    read, wanted = (torch.cat(rows).double() for rows in zip(*(batches[photos.FIT + i] for i in range(16)), strict=True))
+    read, wanted, _ = (torch.cat(rows).double() for rows in zip(*(batches[photos.FIT + i] for i in range(16)), strict=True))
     centre, mean = read.mean(0), wanted.mean(0)
     small = (1e-2 * ((read - centre) ** 2).sum(0).mean()).sqrt() * torch.eye(read.shape[1], dtype=torch.float64)
     rows, goals = torch.cat([read - centre, small]), torch.cat([wanted - mean, torch.zeros(len(small), wanted.shape[1])])

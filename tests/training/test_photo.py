@@ -195,7 +195,7 @@ def _patches(assembled: Any, batch: int) -> make.Patches:
 
 def test_patches_are_mixed_and_moved_and_wanted_is_what_the_classifier_then_says(assembled: Any) -> None:
     tower, patches = layout.vision_tower(assembled[0]), _patches(assembled, 400)
-    features, wanted = patches[0]
+    features, wanted, likely = patches[0]
     pool, head = patches.pool.float(), 1280
     rows = np.random.default_rng((0, 48, 0)).integers(500, size=(2, 400))
     own, other = pool[rows[0]], pool[rows[1]]
@@ -208,9 +208,10 @@ def test_patches_are_mixed_and_moved_and_wanted_is_what_the_classifier_then_says
     alone = [step for step in steps if (step / step.norm() @ patches.towards.T).max() > 0.999]
     assert len(alone) > 40
     assert max(float(step.norm()) for step in alone) < make.MOVED
-    said = (make.SHARP * tower.classes(features)).softmax(-1) @ patches.embeddings
+    torch.testing.assert_close(likely, (make.SHARP * tower.classes(features)).softmax(-1))
+    said = likely @ patches.embeddings
     mean = patches.embeddings.mean(0)
-    expected = mean + make.STRETCH * (said - mean) + make.PLACE * features[:, list(make.AXES)] @ patches.directions
+    expected = mean + make.STRETCH * (said - mean) + features[:, list(make.AXES)] * torch.tensor(make.PLACE) @ patches.directions
     torch.testing.assert_close(wanted, expected)
     assert torch.equal(patches[0][0], features)
     assert not torch.equal(patches[1][0], features)
@@ -247,14 +248,52 @@ def test_every_step_of_the_later_stages_reads_patches_too(assembled: Any, pictur
     assert isinstance(batch, make.PhotoBatch)
     assert batch.patches is not None
     given = torch.zeros((), requires_grad=True)
-    alone, _ = make.words_loss(connector, batch.patches, spread=torch.tensor(2.0))
-    both, facts = make.anchored(lambda batch: (given + 1, {"tokens": 3}), connector, torch.tensor(2.0), batch)
+    words = partial(make.words_loss, connector, spread=torch.tensor(2.0))
+    alone, _ = words(batch.patches)
+    both, facts = make.anchored(lambda batch: (given + 1, {"tokens": 3}), words, batch)
     torch.testing.assert_close(both, alone + 1)
     assert facts == {"tokens": 3, "words": pytest.approx(alone.item(), abs=1e-5)}
     both.backward()
     assert connector.linear_1.weight.grad.abs().sum() > 0
     connector.requires_grad_(False).zero_grad()
-    assert make.anchored(lambda batch: (given, {}), connector, torch.tensor(2.0), text) == (given, {})
+    assert make.anchored(lambda batch: (given, {}), words, text) == (given, {})
+
+
+def test_names_are_told_by_angle_and_not_by_place(assembled: Any) -> None:
+    """A token at a class's name, however far it goes and wherever it lies, names that class; by hand for one pair."""
+    patches = _patches(assembled, 8)
+    embeddings, places = patches.embeddings, patches.directions
+    names, mean = make.Names(embeddings, places), embeddings.mean(0)
+    own = torch.tensor([3, 500, 998])
+    tokens = mean + 3 * (embeddings[own] - mean) + torch.tensor([[4.0, 0], [0, -4], [2, 2]]) @ places
+    logits = names(tokens)
+    assert logits.shape == (3, 1000)
+    assert logits.argmax(1).tolist() == own.tolist()
+    torch.testing.assert_close(logits, names(embeddings[own]))
+
+    def bare(token: Tensor) -> Tensor:
+        token = token - mean
+        return token - places.T @ torch.linalg.lstsq(places.T, token[:, None]).solution[:, 0]
+
+    angle = torch.cosine_similarity(bare(embeddings[3]), bare(embeddings[7]), dim=0)
+    torch.testing.assert_close(logits[0, 7], angle / make.ANGLE, atol=1e-3, rtol=1e-3)
+
+
+def test_naming_the_right_class_lowers_the_loss_of_words(assembled: Any) -> None:
+    patches = _patches(assembled, 8)
+    embeddings = patches.embeddings
+    names = make.Names(embeddings, patches.directions)
+    likely, zeros = torch.eye(1000)[:4], torch.zeros(4, 1)
+
+    def loss(classes: list[int], **options: Any) -> float:
+        said = embeddings[classes]
+        connector: Any = lambda features: said[None]  # noqa: E731
+        return float(make.words_loss(connector, (zeros, said, likely), spread=torch.tensor(1.0), **options)[0])
+
+    assert loss([0, 1, 2, 3]) == loss([5, 6, 7, 8]) == 0
+    assert loss([0, 1, 2, 3], names=names) < loss([0, 1, 2, 8], names=names) < loss([5, 6, 7, 8], names=names)
+    cross = -names(embeddings[:4]).log_softmax(-1).diagonal().mean()
+    assert loss([0, 1, 2, 3], names=names) == pytest.approx(make.NAMED * float(cross), rel=1e-5)
 
 
 def test_cuts_are_named_as_the_tower_names_them_and_kept(language: Path, pictures: Path, tmp_path: Path) -> None:
