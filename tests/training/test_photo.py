@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch import Tensor
 
 from llava_lab.cli import main as cli
 from llava_lab.errors import DataError, OptionError
@@ -33,6 +36,14 @@ RECIPE = replace(
     instruct=replace(PHOTO.instruct, steps=3, batch=2),
 )
 TEXTS = [[9, 30, 12, 55, 7, 2]] * 3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def narrow() -> Iterator[None]:
+    """A connector as narrow as the little language model; at its own width the few steps here end before Muon finds its way."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(photo, "HIDDEN", 64)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +83,8 @@ def whole(run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 def test_the_first_stage_learns_what_the_tower_would_call_each_patch(whole: Path) -> None:
     losses = torch.load(whole.parent / "words.pt", weights_only=True)["losses"]
-    assert losses[0] < 1  # it starts from a closed form
+    knows_nothing = 1 + make.NAMED * math.log(1000)
+    assert losses[0] < 0.7 * knows_nothing  # it starts from a closed form
     assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
 
 
@@ -239,6 +251,20 @@ def test_a_hidden_unit_starts_with_the_rows_of_classes_alike(assembled: Any) -> 
     connector.load_state_dict(kept)
 
 
+def test_where_there_is_room_every_class_has_a_unit_of_its_own(language: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(photo, "HIDDEN", 1024)
+        model, processor = photo.assemble(language=language)
+    tower, patches = layout.vision_tower(model), _patches((model, processor), 8)
+    layer = layout.connector_of(model).linear_1
+    drawn = layer.weight[1000:1008].clone()
+    make.start_at_classes(layout.connector_of(model), tower, patches.embeddings, patches.pool.float())
+    angle = torch.nn.functional.normalize(layer.weight[:1000, :1280]) @ torch.nn.functional.normalize(tower.head.weight).T
+    assert sorted(angle.argmax(1).tolist()) == list(range(1000))
+    assert angle.max(1).values.min() > 0.9999
+    assert torch.equal(layer.weight[1000:1008], drawn)  # what is left over stays as drawn
+
+
 def test_every_step_of_the_later_stages_reads_patches_too(assembled: Any, pictures: Path) -> None:
     model, processor = assembled
     data = PhotoData(Chat(processor.tokenizer, 144), read_photos(pictures), stage=RECIPE.instruct, number=2, seed=0)
@@ -287,7 +313,7 @@ def test_naming_the_right_class_lowers_the_loss_of_words(assembled: Any) -> None
 
     def loss(classes: list[int], **options: Any) -> float:
         said = embeddings[classes]
-        connector: Any = lambda features: said[None]  # noqa: E731
+        connector: Any = lambda features: said[None]
         return float(make.words_loss(connector, (zeros, said, likely), spread=torch.tensor(1.0), **options)[0])
 
     assert loss([0, 1, 2, 3]) == loss([5, 6, 7, 8]) == 0
