@@ -96,6 +96,8 @@ def read_projector(lab: Lab, path: str | os.PathLike, *, kind: str | None = None
     sizes = connectors.sizes_of(lab.model.config)
     if _has_layers(kind):
         sizes = replace(sizes, bias=any(name.endswith("bias") for name in stored))
+    if kind.startswith("mlp") and "width" not in options:
+        options = _width(stored, sizes)
     with torch.random.fork_rng(devices=[]):
         made = connectors.build(kind, sizes, options)
     require_finite(stored.items(), str(path))
@@ -167,6 +169,14 @@ def _kind_of(stored: dict[str, Tensor], path: Path) -> str:
     )
 
 
+def _width(stored: dict[str, Tensor], sizes: connectors.Sizes) -> dict[str, int]:
+    """The option of an MLP that reads what the tower gives and has another hidden width than the language model."""
+    first = stored.get("0.weight")
+    if first is None or first.ndim != 2 or first.shape[1] != sizes.vision or first.shape[0] == sizes.language:
+        return {}
+    return {"width": len(first)} if "2.weight" in stored else {}
+
+
 def _has_layers(kind: str) -> bool:
     return kind == "linear" or kind.startswith("mlp")
 
@@ -219,8 +229,8 @@ def save(lab: Lab, folder: str | os.PathLike) -> Path:
 def export(lab: Lab, folder: str | os.PathLike) -> Path:
     """Write a folder that stock ``LlavaForConditionalGeneration.from_pretrained`` loads, giving the same numbers.
 
-    Possible for linear, mlp1x_gelu, mlp2x_gelu, linear2x and identity; raises OptionError for the others. The lab is
-    left as it is.
+    Possible for linear, mlp1x_gelu, mlp2x_gelu (as wide as the language model), linear2x and identity; raises OptionError for
+    the others. The lab is left as it is.
 
     >>> sorted(path.suffix for path in ll.export(lab, tmp / "stock").glob("model*"))
     ['.safetensors']
@@ -230,6 +240,11 @@ def export(lab: Lab, folder: str | os.PathLike) -> Path:
         return save(lab, folder)
     if module.kind not in EXPORTED:
         raise OptionError(f"stock transformers has no {module.kind!r}; can be exported: {', '.join(EXPORTED)}")
+    if width := module.options.get("width"):
+        raise OptionError(
+            f"stock transformers' connector has a hidden layer as wide as the language model, {module.sizes.language}; "
+            f"this one has {width}; save keeps it"
+        )
     stock = _as_stock(module, lab)
     stock.trained_with = {}  # type: ignore[assignment]
     with swapped(lab, stock):

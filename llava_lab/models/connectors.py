@@ -311,6 +311,8 @@ def build(kind: str, sizes: Sizes, options: Mapping[str, Any] | None = None) -> 
             raise OptionError(f"option {name} of connector {kind!r} must be at most {DEEPEST}, got {value!r}")
     entry.tokens(sizes, options)  # refuses what does not divide the grid
     module = entry.make(sizes, **options)
+    if _MLP.fullmatch(kind) and options["width"] is None:
+        del options["width"]  # nothing to say: config.json and fingerprints are those of a model without the entry
     # a module may have put a number where None stood
     module.kind, module.options = kind, {**options, **module.options}
     return module

@@ -83,7 +83,7 @@ def test_every_connector_starts_at_its_best_last_layer(material: PhotoMaterial) 
     small = (1e-2 * ((read - centre) ** 2).sum(0).mean()).sqrt() * torch.eye(read.shape[1], dtype=torch.float64)
     rows, goals = torch.cat([read - centre, small]), torch.cat([wanted - mean, torch.zeros(len(small), wanted.shape[1])])
     best = torch.linalg.lstsq(rows, goals, driver="gelsd").solution
-    features, asked = (torch.cat(rows).double() for rows in zip(*(batches[i] for i in range(16)), strict=True))
+    features, asked, _ = (torch.cat(rows).double() for rows in zip(*(batches[i] for i in range(16)), strict=True))
     floor = float((((features - centre) @ best + mean - asked) ** 2).mean() / asked.var(0).mean())
     assert first_loss(material, "linear") == pytest.approx(floor, abs=1e-3)
     assert first_loss(material, "linear") == first_loss(material, CLOSED_FORM)

@@ -27,6 +27,7 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
     ("mlp3x_gelu", {}),
     ("linear2x", {}),
     ("bottleneck", {}),
+    ("mlp2x_gelu", {"width": 24}),
     ("gated", {"width": 24}),
     ("fused", {}),
     ("avgpool", {"side": 2}),
@@ -76,6 +77,24 @@ def test_every_connector_saves_and_loads_bit_for_bit(
     assert snapshot(tiny_random) == before
     assert monkey_patching.get_patch_mapping() == {}
     assert modeling_llava.LlavaMultiModalProjector is connectors.STOCK
+
+
+def test_a_wide_mlp_says_so_and_one_as_wide_as_the_language_model_says_nothing(tiny_random: Lab) -> None:
+    """Its config.json and fingerprint are those from before there was a choice."""
+    assert dict(ll.CONNECTORS["mlp2x_gelu"].options) == {"width": None}
+    assert ll.new_connector(tiny_random, "mlp3x_gelu").options == {}
+    wide = ll.new_connector(tiny_random, "mlp3x_gelu", width=24)
+    sizes = connectors.sizes_of(tiny_random.model.config)
+    assert [tuple(layer.weight.shape) for layer in wide.modules() if isinstance(layer, torch.nn.Linear)] == [
+        (24, sizes.vision),
+        (24, 24),
+        (sizes.language, 24),
+    ]
+    with ll.connector(tiny_random, wide) as lab:
+        assert lab.card.connector == "mlp3x_gelu(width=24)"
+        assert lab.model.config.mm_projector_options == {"width": 24}
+    with pytest.raises(OptionError, match="option width of connector 'mlp2x_gelu' must be a whole number from 1, got 0"):
+        ll.new_connector(tiny_random, "mlp2x_gelu", width=0)
 
 
 def test_a_hub_mlp_loads_into_ours_unchanged(tiny_random: Lab, pixels: torch.Tensor) -> None:
