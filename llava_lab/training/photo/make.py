@@ -80,7 +80,7 @@ CHECKED, CHECK_EVERY = 16, 80
 
 WORDS = Stage("words", ("connector",), steps=1500, batch=2048, rate=1e-3, matrix_rate=0.03, warmup=0.05)
 ALIGN = Stage("align", ("connector",), steps=60, batch=2, rate=3e-4, warmup=0.1)
-INSTRUCT = Stage("instruct", ("connector", "lora"), steps=1000, batch=2, rate=1e-3)
+INSTRUCT = Stage("instruct", ("connector", "lora"), steps=750, batch=2, rate=1e-3)
 ANCHOR = 256  # patches of `words` in every step of the later stages
 CONNECTOR_RATE = 1e-4  # of `instruct`: what `words` learned of a thousand classes is not to be forgotten
 
