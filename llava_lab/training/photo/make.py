@@ -28,6 +28,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -82,6 +83,7 @@ WORDS = Stage("words", ("connector",), steps=1500, batch=2048, rate=1e-3, matrix
 ALIGN = Stage("align", ("connector",), steps=60, batch=2, rate=3e-4, warmup=0.1)
 INSTRUCT = Stage("instruct", ("connector", "lora"), steps=750, batch=2, rate=1e-3)
 ANCHOR = 256  # patches of `words` in every step of the later stages
+NUMBERS = 7_450_000  # written, connector and adapters: 15 MB in bfloat16; what is over is left out where it matters least
 CONNECTOR_RATE = 1e-4  # of `instruct`: what `words` learned of a thousand classes is not to be forgotten
 
 
@@ -347,6 +349,35 @@ def start_at_classes(connector: Any, tower: Any, embeddings: Tensor, features: T
 
 
 @torch.no_grad()
+def trimmed(lora: nn.ModuleDict, numbers: int) -> nn.ModuleDict:
+    """The adapters in at most `numbers` weights (one component a layer stays in any case).
+
+    Each layer's change is taken apart into singular components; of all layers' those stay that change most for what they take.
+    """
+    parts, worth = {}, []
+    for name, pair in lora.items():
+        up, down = (torch.linalg.qr(weight) for weight in (pair["up"].weight, pair["down"].weight.T))
+        left, sizes, right = torch.linalg.svd(up.R @ down.R.T)
+        parts[name] = up.Q @ left * sizes.sqrt(), sizes.sqrt()[:, None] * right @ down.Q.T
+        takes = len(up.Q) + len(down.Q)
+        worth += [(number == 0, float(size) ** 2 / takes, takes, name) for number, size in enumerate(sizes)]
+    kept: Counter[str] = Counter()
+    for first, _, takes, name in sorted(worth, reverse=True):
+        numbers -= takes
+        if first or numbers >= 0:
+            kept[name] += 1
+    made = nn.ModuleDict()
+    for name, (up, down) in parts.items():
+        rank = kept[name]
+        made[name] = nn.ModuleDict(
+            {"down": nn.Linear(down.shape[1], rank, bias=False), "up": nn.Linear(rank, up.shape[0], bias=False)}
+        )
+        made[name]["down"].weight.copy_(down[:rank])
+        made[name]["up"].weight.copy_(up[:, :rank])
+    return made
+
+
+@torch.no_grad()
 def fit_layer(layer: nn.Linear, read: Tensor, wanted: Tensor, *, ridge: float = 1e-2) -> None:
     """The layer that best gives `wanted` (N, D) of what it reads (N, W), by ridge regression.
 
@@ -513,5 +544,7 @@ def train_photo(
             loop.train(scaled, modules, data, loss, folder=folder, workers=1, **options)
         lora = modules.get("lora")
         assert lora is None or isinstance(lora, nn.ModuleDict)
+        if lora is not None:
+            lora = trimmed(lora, NUMBERS - sum(value.numel() for value in connector.state_dict().values()))
         settings = {"rank": recipe.rank, "scale": recipe.scale, "seed": recipe.seed, "photographs": len(photos)}
         return write_weights(folder, photo.NAME, connector, lora, settings)
