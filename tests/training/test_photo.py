@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from llava_lab.cli import main as cli
 from llava_lab.errors import DataError, OptionError
@@ -303,6 +303,29 @@ def test_names_are_told_by_angle_and_not_by_place(assembled: Any) -> None:
 
     angle = torch.cosine_similarity(bare(embeddings[3]), bare(embeddings[7]), dim=0)
     torch.testing.assert_close(logits[0, 7], angle / make.ANGLE, atol=1e-3, rtol=1e-3)
+
+
+def test_adapters_are_cut_where_it_matters_least() -> None:
+    """One layer's change is of rank 2 and large, the other's of rank 1 and small; by hand."""
+    draw = torch.Generator().manual_seed(0)
+    lora, wanted = nn.ModuleDict(), {}
+    for name, sizes in (("large", (5.0, 4.0, 0.1)), ("small", (1.0, 0.01, 0.001))):
+        up, down = (torch.linalg.qr(torch.randn(width, 3, generator=draw)).Q for width in (6, 10))
+        turn = torch.randn(3, 3, generator=draw)  # the same product in other factors
+        pair = nn.ModuleDict({"down": nn.Linear(10, 3, bias=False), "up": nn.Linear(3, 6, bias=False)}).requires_grad_(False)
+        pair["up"].weight.copy_(up * torch.tensor(sizes) @ turn)
+        pair["down"].weight.copy_(torch.linalg.inv(turn) @ down.T)
+        lora[name], wanted[name] = pair, (up, torch.tensor(sizes), down)
+
+    def change(pair: Any) -> Tensor:
+        return pair["up"].weight @ pair["down"].weight
+
+    for room, ranks in ((6 * 16, (3, 3)), (5 * 16 + 15, (3, 2)), (3 * 16, (2, 1)), (2 * 16, (1, 1)), (0, (1, 1))):
+        cut: Any = make.trimmed(lora, room)
+        for (name, (up, sizes, down)), rank in zip(wanted.items(), ranks, strict=True):
+            assert cut[name]["up"].weight.shape == (6, rank)
+            assert cut[name]["down"].weight.shape == (rank, 10)
+            torch.testing.assert_close(change(cut[name]), (up[:, :rank] * sizes[:rank]) @ down[:, :rank].T, atol=2e-5, rtol=1e-4)
 
 
 def test_naming_the_right_class_lowers_the_loss_of_words(assembled: Any) -> None:
