@@ -369,5 +369,5 @@ def test_vision_knows_neither_the_question_nor_the_answer(tiny_random: Lab, run:
 
 def test_a_tower_that_is_not_the_grid_is_refused(tiny_random: Lab, run: Run) -> None:
     wrong = replace(run, map=replace(run.map, rows=3))
-    with pytest.raises(LabError, match="expected 12 patches and at most one CLS token in the vision tower, got 17 positions"):
+    with pytest.raises(LabError, match="expected a grid of 4x4 patches, got 3x4"):
         attribute(tiny_random, wrong, method="vision")
