@@ -135,7 +135,7 @@ def document(title: str, css: str, body: str, module: str, *, head: str = "", al
     return PAGE.format(title=html.escape(title), policy=policy, head=head, css=css, body=body, module=module)
 
 
-def write_text(path: str | os.PathLike, text: str) -> Path:
+def write_page(path: str | os.PathLike, text: str) -> Path:
     """Write a page, whole or not at all."""
     from llava_lab.results import whole_file
 
@@ -230,7 +230,7 @@ class RunWidget(LabWidget):
         """One interactive HTML file that needs nothing else; written to `path` when given."""
         text = page(title or self.run.question, [self.script], self._css, [self.view()], width=self.width)
         if path is not None:
-            write_text(path, text)
+            write_page(path, text)
         return text
 
 

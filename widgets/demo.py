@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from widgets.base import bundle, document, embed, styles, write_text
+from widgets.base import bundle, document, embed, styles, write_page
 from widgets.pack import palettes
 
 LIMIT = 20_000_000  # bytes of the whole file: what a phone opens without complaint
@@ -61,7 +61,7 @@ def write(
     size = len(text.encode())
     if size > limit:
         raise ValueError(f"the page would be {size / 1e6:.1f} MB, over {limit / 1e6:.0f} MB; give it a smaller model")
-    return write_text(path, text)
+    return write_page(path, text)
 
 
 def _part(name: str, raw: bytes) -> str:

@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from widgets.base import PictureWidget, page, place, styles, write_text
+from widgets.base import PictureWidget, page, place, styles, write_page
 from widgets.compare_view import CompareView, from_comparison, is_comparison, score_names
 from widgets.head_grid import MEGABYTES, HeadGrid
 from widgets.pack import answer_words, encode_picture, plain_value
@@ -71,7 +71,7 @@ def write(
         raise TypeError(f"comparison must be what llava_lab.compare gives, got {type(comparison).__name__}")
     shown = views(run, maps, comparison)
     text = _fitting(run, shown, heads, comparison, title or run.question, {**(versions or {}), **library_versions()})
-    return write_text(path, text)
+    return write_page(path, text)
 
 
 def views(run: Run, maps: Mapping[str, Relevance] | None, comparison: Any) -> dict[str, PictureWidget]:
