@@ -129,8 +129,8 @@ def _compare_one(args: argparse.Namespace) -> Reply:
     run = common.ask(args, lab, picture, show=False)
     result = ll.compare(lab, run, methods, target=common.read_target(args.target), seed=args.seed, **_numbers(args))
     common.save(run, args.save_run)
-    told = {"text": _under_answer(run, result), "answer": run.answer, "cut": run.cut, "model": run.model}
-    return common.finished(args, result, lambda plots: plots.comparison(result), **told)
+    told = {"answer": run.answer, "cut": run.cut, "model": run.model}
+    return common.finished(args, result, lambda plots: plots.comparison(result), text=_under_answer(run, result), **told)
 
 
 def _compare_many(args: argparse.Namespace) -> Reply:

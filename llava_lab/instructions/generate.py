@@ -312,11 +312,11 @@ class Tally:
     def result(self, kinds: tuple[str, ...], reasons: tuple[str, ...], **about: Any) -> Generated:
         """The counts of these kinds and reasons, with what `about` says of the run."""
         counters = {"asked": self.asked, "kept": self.rows, "turns": self.turns, "passing": self.passing}
-        counts = {name: np.array([counter[kind] for kind in kinds]) for name, counter in counters.items()}
+        about |= {name: np.array([counter[kind] for kind in kinds]) for name, counter in counters.items()}
         rejected = np.array([[self.rejected[kind][reason] for reason in reasons] for kind in kinds])
         claims, chair = (np.stack([found[kind] for kind in kinds]) for found in (self.claims, self.chair))
         about |= {"kinds": kinds, "reasons": reasons, "rejected": rejected, "types": TYPES, "claims": claims, "chair": chair}
-        return Generated(**counts, **about)
+        return Generated(**about)
 
 
 def _join(work: _Work, total: int, finished: bool, begun: float) -> Generated:

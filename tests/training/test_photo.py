@@ -309,13 +309,13 @@ def test_adapters_are_cut_where_it_matters_least() -> None:
     """One layer's change is of rank 2 and large, the other's of rank 1 and small; by hand."""
     draw = torch.Generator().manual_seed(0)
     lora, wanted = nn.ModuleDict(), {}
-    for name, sizes in (("large", (5.0, 4.0, 0.1)), ("small", (1.0, 0.01, 0.001))):
+    for name, given in (("large", (5.0, 4.0, 0.1)), ("small", (1.0, 0.01, 0.001))):
         up, down = (torch.linalg.qr(torch.randn(width, 3, generator=draw)).Q for width in (6, 10))
         turn = torch.randn(3, 3, generator=draw)  # the same product in other factors
         pair = nn.ModuleDict({"down": nn.Linear(10, 3, bias=False), "up": nn.Linear(3, 6, bias=False)}).requires_grad_(False)
-        pair["up"].weight.copy_(up * torch.tensor(sizes) @ turn)
+        pair["up"].weight.copy_(up * torch.tensor(given) @ turn)
         pair["down"].weight.copy_(torch.linalg.inv(turn) @ down.T)
-        lora[name], wanted[name] = pair, (up, torch.tensor(sizes), down)
+        lora[name], wanted[name] = pair, (up, torch.tensor(given), down)
 
     def change(pair: Any) -> Tensor:
         return pair["up"].weight @ pair["down"].weight
