@@ -160,15 +160,46 @@ class Method:
 REGISTERED: dict[str, Method] = {}  # every method whose file was imported; read it as `METHODS`
 
 
-def method(**card: Any) -> Callable[[Callable[..., Maps]], Callable[..., Maps]]:
-    """Make a function ``(lab, run, targets, *, options) -> Maps`` an attribution method of its own name.
-
-    `card` are the fields of `Method` from `truth` on that the function does not tell by itself.
-    """
+def method(
+    *,
+    truth: str,
+    source: str,
+    cost: str,
+    blind_to: str,
+    needs: Needs | None = None,
+    reach: Reach = "inside",
+    contrast: bool = True,
+    control: bool = False,
+    equation: str = "",
+    paper: str = "",
+    economy: Mapping[str, Any] | None = None,
+    mass: Mapping[str, Any] | None = None,
+    streams: Mapping[str, Any] | None = None,
+) -> Callable[[Callable[..., Maps]], Callable[..., Maps]]:
+    """Make a function ``(lab, run, targets, *, options) -> Maps`` an attribution method of its own name; see `Method`."""
 
     def register(function: Callable[..., Maps]) -> Callable[..., Maps]:
-        options, checks = map(MappingProxyType, _options_of(function))
-        REGISTERED[function.__name__] = Method(name=function.__name__, function=function, options=options, checks=checks, **card)
+        options, checks = _options_of(function)
+        entry = Method(
+            name=function.__name__,
+            truth=truth,
+            source=source,
+            cost=cost,
+            blind_to=blind_to,
+            function=function,
+            options=MappingProxyType(options),
+            checks=MappingProxyType(checks),
+            needs=needs,
+            reach=reach,
+            contrast=contrast,
+            control=control,
+            equation=equation,
+            paper=paper,
+            economy=MappingProxyType(dict(economy or {})),
+            mass=mass,
+            streams=streams,
+        )
+        REGISTERED[entry.name] = entry
         return function
 
     return register

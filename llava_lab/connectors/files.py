@@ -97,7 +97,7 @@ def read_projector(lab: Lab, path: str | os.PathLike, *, kind: str | None = None
     if _has_layers(kind):
         sizes = replace(sizes, bias=any(name.endswith("bias") for name in stored))
     if kind.startswith("mlp") and "width" not in options:
-        options = _width(stored, sizes)
+        options = {**options, **_width(stored, sizes)}
     with torch.random.fork_rng(devices=[]):
         made = connectors.build(kind, sizes, options)
     require_finite(stored.items(), str(path))

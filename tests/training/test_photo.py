@@ -305,7 +305,7 @@ def test_names_are_told_by_angle_and_not_by_place(assembled: Any) -> None:
     torch.testing.assert_close(logits[0, 7], angle / make.ANGLE, atol=1e-3, rtol=1e-3)
 
 
-def test_adapters_are_cut_where_it_matters_least() -> None:
+def test_adapters_are_cut_where_it_matters_least(caplog: pytest.LogCaptureFixture) -> None:
     """One layer's change is of rank 2 and large, the other's of rank 1 and small; by hand."""
     draw = torch.Generator().manual_seed(0)
     lora, wanted = nn.ModuleDict(), {}
@@ -321,7 +321,15 @@ def test_adapters_are_cut_where_it_matters_least() -> None:
         return pair["up"].weight @ pair["down"].weight
 
     for room, ranks in ((6 * 16, (3, 3)), (5 * 16 + 15, (3, 2)), (3 * 16, (2, 1)), (2 * 16, (1, 1)), (0, (1, 1))):
-        cut: Any = make.trimmed(lora, room)
+        caplog.clear()
+        with caplog.at_level("INFO", logger=make.__name__):
+            cut: Any = make.trimmed(lora, room)
+        squares = [
+            (sizes[:rank].square().sum(), sizes.square().sum())
+            for (_, sizes, _), rank in zip(wanted.values(), ranks, strict=True)
+        ]
+        share = sum(some for some, _ in squares) / sum(every for _, every in squares)
+        assert f"{sum(ranks)} of the adapters' 6 components, {100 * share:.1f}%" in caplog.text
         for (name, (up, sizes, down)), rank in zip(wanted.items(), ranks, strict=True):
             assert cut[name]["up"].weight.shape == (6, rank)
             assert cut[name]["down"].weight.shape == (rank, 10)
