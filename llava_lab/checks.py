@@ -552,11 +552,49 @@ def _autocast_depth() -> int:
 
 # What an annotation says of a value, in words and as a test; a name counts before an annotation.
 Kind = tuple[str, Callable[[Any], bool]]
+# Results that are shown and judged: the class, what a saved file calls it, and what gives one.
+GIVEN_BY = MappingProxyType(
+    {
+        "Ablation": ("connector ablation", "compare_connectors"),
+        "Circuit": ("circuit", "circuit"),
+        "Comparison": ("comparison", "compare"),
+        "Faithfulness": ("faithfulness", "faithfulness"),
+        "FlowSweep": ("flow sweep", "knockout_sweep"),
+        "HeadMaps": ("head maps", "head_maps"),
+        "Leaderboard": ("leaderboard", "leaderboard"),
+        "LogitLens": ("logit lens", "logit_lens"),
+        "NearestWords": ("nearest words", "nearest_words"),
+        "PatchGrid": ("patch grid", "patch"),
+        "Pruning": ("pruning", "prune_sweep"),
+        "Sanity": ("sanity", "sanity"),
+        "Sinks": ("sinks", "sinks"),
+    }
+)
+
+
+def is_result(value: Any, saved_as: str) -> bool:
+    """Whether it is a result of the kind that a saved file calls so, such as "run" or "flow sweep"."""
+    return not isinstance(value, type) and getattr(value, "KIND", None) == saved_as
+
+
+def _result_of(saved_as: str, maker: str) -> Kind:
+    return f"a result of ll.{maker}", lambda value: is_result(value, saved_as)
+
+
+def _are_axes(value: Any) -> bool:
+    """Whether it is one Axes or an array or list of them, nested as ``pyplot.subplots`` gives them."""
+    return all(map(_are_axes, value)) if is_list(value) else hasattr(value, "imshow") and hasattr(value, "figure")
+
+
+def _is_range(value: Any) -> bool:
+    return is_list(value) and len(value) == 2 and all(_is_real(as_python(end)) for end in value) and value[0] < value[1]
+
+
 EXPECTED: Mapping[str, Kind] = MappingProxyType(
     {
         "lab": ("a loaded model (ll.load gives one)", lambda value: hasattr(value, "ask")),
-        "Run": ("a run (lab.ask gives one)", lambda value: hasattr(value, "token_ids") and hasattr(value, "segments")),
-        "Relevance": ("a map (ll.attribute gives one)", lambda value: hasattr(value, "values") and hasattr(value, "targets")),
+        "Run": ("a run (lab.ask gives one)", lambda value: is_result(value, "run")),
+        "Relevance": ("a map (ll.attribute gives one)", lambda value: is_result(value, "relevance")),
         "Linearized": (
             "a linear fit (ll.linearize gives one)",
             lambda value: hasattr(value, "weight") and hasattr(value, "full"),
@@ -564,6 +602,11 @@ EXPECTED: Mapping[str, Kind] = MappingProxyType(
         "TunedLens": ("a tuned lens (ll.train_lens gives one)", lambda value: hasattr(value, "biases")),
         "JacobianLens": ("a Jacobian lens (ll.fit_jacobian gives one)", lambda value: hasattr(value, "agreement")),
         "Scene": ("a scene of the picture book", lambda value: hasattr(value, "things")),
+        **{name: _result_of(*given) for name, given in GIVEN_BY.items()},
+        "PictureMap": ("the map of a picture (run.map is one)", lambda value: hasattr(value, "patch_box")),
+        "Axes": ("Axes of matplotlib", lambda value: not is_list(value) and _are_axes(value)),
+        "Sequence[Axes]": ("a list of Axes of matplotlib", _are_axes),
+        "Scale": ("(lowest, highest), two finite numbers", _is_range),
         "np.ndarray": ("an array", lambda value: is_list(value)),
         "bool": ("True or False", lambda value: isinstance(value, (Integral, np.bool_)) and value in (0, 1)),
         "int": ("a whole number", lambda value: is_whole(value) and value < LARGEST),
@@ -675,6 +718,10 @@ def _one_kind(part: str, name: str) -> Kind | None:
     holder, inner = match.groups() if (match := _INNER.fullmatch(part)) else ("", "")
     if holder == "Callable" and inner.startswith("["):
         return _function_of(inner[1:].partition("]")[0])
+    if holder in ("Mapping", "dict"):
+        words, fits = EXPECTED[holder]
+        kind = _kind("", inner.partition(", ")[2])
+        return (words, fits) if kind is None else _each_of(words, fits, kind)
     if holder != "Sequence":
         return EXPECTED.get(holder)
     if name == "pictures":
@@ -683,6 +730,11 @@ def _one_kind(part: str, name: str) -> Kind | None:
         return None
     each, fits = kind
     return f"a list, each {each}", lambda value: is_list(value) and all(map(fits, value))
+
+
+def _each_of(words: str, is_dictionary: Callable[[Any], bool], of: Kind) -> Kind:
+    each, fits = of
+    return f"{words}, each value {each}", lambda value: is_dictionary(value) and all(map(fits, value.values()))
 
 
 def _function_of(arguments: str) -> Kind:

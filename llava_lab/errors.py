@@ -11,12 +11,13 @@ import re
 import sys
 from collections.abc import Iterator
 
-OURS = "llava_lab"
+OURS = ("llava_lab", "widgets")  # what computes and what shows
 # What may raise for us: a picture that breaks off, a text no tokenizer reads, memory that a graphics card does not have.
 LIBRARIES = frozenset(
     {
         *("PIL", "accelerate", "captum", "gguf", "huggingface_hub", "jinja2", "matplotlib", "numpy", "peft", "safetensors"),
         *("scipy", "sentencepiece", "tokenizers", "torch", "tqdm", "transformers"),
+        *("anywidget", "ipywidgets", "traitlets"),
         *("beartype", "jaxtyping"),  # stand between ours and ours while tests run
     }
 )
@@ -110,24 +111,24 @@ def foreign_line(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.strerror:
         where = f" {error.filename}" if error.filename is not None else ""
         return f"cannot read or write{where} ({error.strerror})"
-    raiser, maker = homes[-1] if homes else OURS, type(error).__module__.partition(".")[0]
+    raiser, maker = homes[-1] if homes else OURS[0], type(error).__module__.partition(".")[0]
     kinds = (OSError, EOFError, ValueError, RuntimeError, OverflowError, FloatingPointError)
     said_of_input = isinstance(error, kinds) or type(error) is Exception
     said_of_input |= "TextInputSequence" in str(error)  # a tokenizer's TypeError for text that cannot be encoded
-    if raiser != OURS:
+    if raiser not in OURS:
         said_of_input |= isinstance(error, (ImportError, SyntaxError))
     if maker in LIBRARIES or (maker != "builtins" and maker in sys.stdlib_module_names) or said_of_input:
-        return f"{'this input cannot be used' if raiser == OURS else f'{raiser} cannot go on'} ({one_line(error)})"
+        return f"{'this input cannot be used' if raiser in OURS else f'{raiser} cannot go on'} ({one_line(error)})"
     return None
 
 
 def _homes(error: BaseException) -> Iterator[str]:
-    """For every frame an exception passed, the outermost first: our package, a library's or Python's; "" for the caller's."""
+    """For every frame an exception passed, the outermost first: our packages, a library's or Python's; "" for the caller's."""
     trace = error.__traceback__
     while trace is not None:
         module = str(trace.tb_frame.f_globals.get("__name__", "<generated>"))
         package = module.partition(".")[0]
-        known = package == OURS or package in LIBRARIES or package in sys.stdlib_module_names or module.startswith("<")
+        known = package in (*OURS, *LIBRARIES) or package in sys.stdlib_module_names or module.startswith("<")
         if package != "__main__" and known:
             yield package
         else:

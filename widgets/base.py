@@ -1,7 +1,8 @@
 """What every widget of the lab shares: one module from plain files, a file of its own, a picture for saved notebooks.
 
-`LabWidget` joins the sources a widget names, refuses misspelt options, and asks for a still picture. `RunWidget` shows
-one run and writes itself as one HTML file; `PictureWidget` adds patches to select and point at.
+`LabWidget` joins the sources a widget names, and asks for a still picture. `RunWidget` shows one run and writes itself as one
+HTML file; `PictureWidget` adds patches to select and point at. Above every constructor stands the guard of all public functions,
+`llava_lab.checks.entry`.
 
 anywidget loads one ES module from a string, where a relative import cannot work, so `bundle` joins the files. A page
 of its own works from disk and asks nobody for anything: its content security policy names the module and the styles
@@ -12,10 +13,8 @@ share, such as the picture, are stored once. What is selected or pointed at in o
 from __future__ import annotations
 
 import base64
-import difflib
 import hashlib
 import html
-import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import anywidget
 import numpy as np
 import traitlets
+
+from llava_lab.checks import entry
+from llava_lab.errors import OptionError
 
 if TYPE_CHECKING:
     import os
@@ -168,13 +170,17 @@ def _csp_hash(text: str) -> str:
 # -- widgets ----------------------------------------------------------------------------------
 
 
+class TraitRefused(OptionError, traitlets.TraitError):
+    """A value that a widget cannot show; also an error of traitlets, which then keeps the value there was."""
+
+
 class LabWidget(anywidget.AnyWidget):
-    """A widget whose saved form is a PNG and whose misspelt options are errors.
+    """A widget whose saved form is a PNG.
 
     A subclass names its script and the function in it that shows the widget; what the script imports is joined to it.
     """
 
-    entry: ClassVar[str]
+    render: ClassVar[str]
     script: ClassVar[str]
     sheets: ClassVar[tuple[str, ...]]
 
@@ -182,7 +188,7 @@ class LabWidget(anywidget.AnyWidget):
 
     def __init_subclass__(cls, **options: Any) -> None:
         if "script" in cls.__dict__:
-            cls._esm = bundle(cls.script, entry=cls.entry)
+            cls._esm = bundle(cls.script, entry=cls.render)
             cls._css = styles(*cls.sheets)
         super().__init_subclass__(**options)
 
@@ -202,19 +208,7 @@ class LabWidget(anywidget.AnyWidget):
         names = [name for name in self.trait_names(sync=True) if name not in foreign and not name.startswith("_")]
         values = {name: getattr(self, name) for name in sorted(names)}
         data = {name: value for name, value in values.items() if isinstance(value, bytes)}
-        return View(self.entry, {name: value for name, value in values.items() if name not in data}, data)
-
-    @classmethod
-    def refuse(cls, unknown: dict[str, Any]) -> None:
-        """Raise TypeError for options that do not exist, naming those that do."""
-        if not unknown:
-            return
-        parameters = inspect.signature(cls.__init__).parameters.values()
-        options = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
-        name = next(iter(unknown))
-        near = difflib.get_close_matches(name, options, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise TypeError(f"{cls.__name__} has no option {name!r}{hint} Its options are {', '.join(options)}")
+        return View(self.render, {name: value for name, value in values.items() if name not in data}, data)
 
 
 class RunWidget(LabWidget):
@@ -226,6 +220,7 @@ class RunWidget(LabWidget):
 
     picture = traitlets.Bytes().tag(sync=True)
 
+    @entry
     def to_html(self, path: str | os.PathLike | None = None, *, title: str | None = None) -> str:
         """One interactive HTML file that needs nothing else; written to `path` when given."""
         text = page(title or self.run.question, [self.script], self._css, [self.view()], width=self.width)
@@ -263,19 +258,19 @@ class PictureWidget(RunWidget):
         cells = self.run.map.rows * self.run.map.cols
         wrong = [index for index in proposal["value"] if not 0 <= index < cells]
         if wrong:
-            raise traitlets.TraitError(f"selected patches must lie in 0..{cells - 1}, got {wrong[0]}")
+            raise TraitRefused(f"selected patches must lie in 0..{cells - 1}, got {wrong[0]}")
         return sorted(set(proposal["value"]))
 
 
 def within(name: str, value: int, count: int) -> int:
-    """`value` if it is an index into `count` things, else a TraitError."""
+    """`value` if it is an index into `count` things. Raises TraitRefused."""
     if not 0 <= value < count:
-        raise traitlets.TraitError(f"{name} must lie in 0..{count - 1}, got {value}")
+        raise TraitRefused(f"{name} must lie in 0..{count - 1}, got {value}")
     return value
 
 
 def checked_opacity(opacity: float) -> float:
-    """`opacity` if a map can have it, else a ValueError."""
+    """`opacity` if a map can have it. Raises OptionError."""
     if not 0 <= opacity <= 1:
-        raise ValueError(f"opacity must lie in 0..1, got {opacity}")
+        raise OptionError(f"opacity must lie in 0..1, got {opacity}")
     return float(opacity)

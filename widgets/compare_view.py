@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import traitlets
 
-from widgets.base import PictureWidget, checked_opacity, within
-from widgets.pack import Packed, as_layers, known, pack, per_target
+from llava_lab.checks import array_of, as_python, entry, shown
+from llava_lab.errors import OptionError
+from widgets.base import PictureWidget, TraitRefused, checked_opacity, within
+from widgets.pack import Packed, as_layers, known, named, pack, per_target
 
 if TYPE_CHECKING:
     from llava_lab.results import Relevance, Run
@@ -54,18 +56,19 @@ class CompareView(PictureWidget):
     that orders the maps ("" for the order given, "agreement" for likeness to the enlarged map).
     """
 
-    entry, script, sheets = "renderCompare", "compare.js", ("base.css", "compare.css")
+    render, script, sheets = "renderCompare", "compare.js", ("base.css", "compare.css")
 
     target = traitlets.Int(0).tag(sync=True)
     method = traitlets.Unicode().tag(sync=True)
     sort = traitlets.Unicode().tag(sync=True)
 
+    @entry
     def __init__(
         self,
         run: Run,
         maps: Mapping[str, Relevance] | Any,
         *,
-        scores: Mapping[str, Mapping[str, Any]] | None = None,
+        scores: Scores | None = None,
         beats_random: Mapping[str, Any] | None = None,
         agreement: Any = None,
         target: int | str | None = None,
@@ -73,9 +76,7 @@ class CompareView(PictureWidget):
         sort: str | None = None,
         opacity: float = 0.85,
         smooth: bool = False,
-        **unknown: Any,
     ) -> None:
-        self.refuse(unknown)
         self.run, self.data = run, compared(maps, scores, beats_random, agreement)
         packed = pack(run, self.data.maps, beats_random=self.data.beats)
         names = score_names(self.data.scores)
@@ -138,7 +139,7 @@ class CompareView(PictureWidget):
         choices = list(self.data.maps) if what == "method" else self.orders
         if value not in choices:
             names = ", ".join(choice or "'' (as given)" for choice in choices)
-            raise traitlets.TraitError(f"{what} must be one of {names}, got {value!r}")
+            raise TraitRefused(f"{what} must be one of {names}, got {value!r}")
         return value
 
 
@@ -173,12 +174,13 @@ def compared(maps: Any, scores: Scores | None, beats_random: Mapping[str, Any] |
     """Maps by name with what was given of them, or a Comparison with what it holds."""
     if is_comparison(maps):
         if scores is not None or beats_random is not None or agreement is not None:
-            raise TypeError("a Comparison brings its own scores; give scores, beats_random and agreement with maps by name")
+            raise OptionError("a Comparison brings its own scores; give scores, beats_random and agreement with maps by name")
         return from_comparison(maps)
-    table = None if agreement is None else np.asarray(agreement, np.float64)
-    if table is not None and table.shape != (len(maps), len(maps)):
-        raise ValueError(f"agreement must be {len(maps)} x {len(maps)}, one row and column per map, got {table.shape}")
-    return Compared(maps, scores or {}, beats_random or {}, table)
+    count, table = len(named(maps)), None if agreement is None else array_of("agreement", agreement)
+    if table is not None and (table.shape != (count, count) or table.dtype.kind not in "biuf"):
+        raise OptionError(f"agreement must be {count} x {count} numbers, one row and column per map, got {table.shape}")
+    given = {} if scores is None else known(scores, maps, "scores")
+    return Compared(maps, given, beats_random or {}, None if table is None else table.astype(np.float64))
 
 
 def is_comparison(result: Any) -> bool:
@@ -203,7 +205,7 @@ def score_names(scores: Scores) -> list[str]:
     """Every score some method has, group by group, then the rest as given."""
     for own in scores.values():
         if not isinstance(own, Mapping):
-            raise TypeError(f'scores must be numbers by name for each method, as {{"rollout": {{"gain": 0.3}}}}, got {own!r}')
+            raise OptionError(f'scores must be numbers by name for each method, as {{"rollout": {{"gain": 0.3}}}}, got {own!r}')
     names = list(dict.fromkeys(name for own in scores.values() for name in own))
     grouped = [name for group in GROUPS.values() for name in group if name in names]
     return grouped + [name for name in names if name not in grouped]
@@ -217,7 +219,6 @@ def described(scores: Scores) -> list[dict[str, Any]]:
 
 def scores_of(data: Compared) -> dict[str, dict[str, list[float | None]]]:
     """Scores by method and name, one per target; what was not measured or is not finite is None."""
-    known(data.scores, data.maps, "scores")
     out: dict[str, dict[str, list[float | None]]] = {}
     for method, rel in data.maps.items():
         layers = as_layers(method, rel)
@@ -256,4 +257,7 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _finite(value: Any) -> float | None:
-    return None if value is None or not np.isfinite(value) else float(value)
+    number = as_python(value)
+    if number is None or isinstance(number, (bool, int, float)):
+        return float(number) if number is not None and np.isfinite(number) else None
+    raise OptionError(f"a score must be a number, or None where it was not measured, got {shown(value)}")

@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import traitlets
 
-from widgets.base import PictureWidget
+from llava_lab.checks import as_python, entry, is_list, is_result, is_whole, shown
+from llava_lab.errors import OptionError
+from widgets.base import PictureWidget, TraitRefused
 from widgets.pack import answer_words, encode_picture, head_of, palettes, quantize, whole_probability
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ class Seen:
     floor: float = 0.0
 
 
+@entry
 def seen(
     name: str, run: Run, relevance: Relevance, *, target: int = -1, words: Sequence[Any] = (), r2: float | None = None
 ) -> Seen:
@@ -53,23 +56,32 @@ def seen(
     `words` is what `llava_lab.nearest_words` gives, or for each patch, row by row, pairs of a word and its cosine.
     """
     if relevance.map != run.map:
-        raise ValueError(f"the map of {name!r} was made on another picture geometry than its run's; attribute this run")
+        raise OptionError(f"the map of {name!r} was made on another picture geometry than its run's; attribute this run")
     if not -len(relevance.values) <= target < len(relevance.values):
-        raise ValueError(f"target must be one of the {len(relevance.values)} maps of {name!r}, got {target}")
+        raise OptionError(f"target must be one of the {len(relevance.values)} maps of {name!r}, got {target}")
     near = tuple(tuple((str(word), float(cosine)) for word, cosine in patch) for patch in pairs_of(words))
     values, floor = np.asarray(relevance.drawn[target], np.float32), float(relevance.noise_floor[target])
     return Seen(name, run, values, near, None if r2 is None else float(r2), floor)
 
 
 def pairs_of(words: Any) -> Sequence[Any]:
-    """Nearest words of a result, known by its shape, as pairs by patch; pairs as they are."""
-    if not hasattr(words, "top_ids"):
+    """Nearest words of a result as pairs by patch; pairs as they are. Raises OptionError for anything else."""
+    if not is_result(words, "nearest words"):
+        if not is_list(words) or not all(is_list(patch) and all(map(_is_pair, patch)) for patch in words):
+            raise OptionError(
+                "words must be what ll.nearest_words gives, or for each patch a list of (word, cosine) pairs; got " + shown(words)
+            )
         return words
     pieces = dict(zip(words.piece_ids.tolist(), words.pieces, strict=True))
     return [
         [(pieces[piece], cosine) for piece, cosine in zip(ids, cosines, strict=True)]
         for ids, cosines in zip(words.top_ids.tolist(), words.cosines.tolist(), strict=True)
     ]
+
+
+def _is_pair(value: Any) -> bool:
+    """Whether it is a word and its cosine."""
+    return is_list(value) and len(value) == 2 and isinstance(value[0], str) and isinstance(as_python(value[1]), (int, float))
 
 
 class ConnectorBench(PictureWidget):
@@ -82,10 +94,11 @@ class ConnectorBench(PictureWidget):
         'edges'
     """
 
-    entry, script, sheets = "renderBench", "bench.js", ("base.css", "connector.css")
+    render, script, sheets = "renderBench", "bench.js", ("base.css", "connector.css")
 
     rank = traitlets.Int(0).tag(sync=True)
 
+    @entry
     def __init__(
         self,
         one: Seen,
@@ -93,12 +106,13 @@ class ConnectorBench(PictureWidget):
         *,
         ranks: Mapping[int, Seen] | None = None,
         rank: int | None = None,
-        **unknown: Any,
     ) -> None:
-        self.refuse(unknown)
+        for side in (one, *([] if two is None else [two]), *(ranks or {}).values()):
+            if not isinstance(side, Seen):
+                raise OptionError(f"a connector's side must be what widgets.seen gives, got {shown(side)}")
+        if wrong := [number for number in ranks or {} if not is_whole(number) or number < 1]:
+            raise OptionError(f"ranks must be 1 or more, got {shown(wrong[0])}")
         self.one, self.two, self.ranks, self.run = one, two, dict(sorted((ranks or {}).items())), one.run
-        if any(number < 1 for number in self.ranks):
-            raise ValueError(f"ranks must be 1 or more, got {min(self.ranks)}")
         spec, data = pack_bench(one, two, self.ranks)
         first = 0 if two is not None else max(self.ranks)
         super().__init__(spec=spec, rank=first if rank is None else rank, **data)
@@ -125,7 +139,7 @@ class ConnectorBench(PictureWidget):
     def _valid_rank(self, proposal: dict) -> int:
         choices = [*([0] if self.two is not None else []), *self.ranks]
         if proposal["value"] not in choices:
-            raise traitlets.TraitError(f"rank must be one of {', '.join(map(str, choices))}, got {proposal['value']}")
+            raise TraitRefused(f"rank must be one of {', '.join(map(str, choices))}, got {proposal['value']}")
         return proposal["value"]
 
 
@@ -136,7 +150,7 @@ def pack_bench(one: Seen, two: Seen | None, ranks: Mapping[int, Seen]) -> tuple[
     """The page's spec, and its picture, maps and scales."""
     sides = [one, *([two] if two else []), *ranks.values()]
     if len(sides) < 2:
-        raise ValueError("there is nothing to compare: give a second connector, ranks of a linear fit, or both")
+        raise OptionError("there is nothing to compare: give a second connector, ranks of a linear fit, or both")
     for other in sides:
         check_same(one, other)
     levels, scales, lo, hi = quantize(np.stack([side.values for side in sides]))
@@ -158,15 +172,15 @@ def check_same(one: Seen, other: Seen) -> None:
     """Refuse what another picture or question gave, and tables that do not fit the grid."""
     run, name = other.run, other.name
     if run.question != one.run.question:
-        raise ValueError(f"{name!r} was asked {run.question!r}, {one.name!r} {one.run.question!r}; ask both the same")
+        raise OptionError(f"{name!r} was asked {run.question!r}, {one.name!r} {one.run.question!r}; ask both the same")
     if run.map != one.run.map or not np.array_equal(run.picture, one.run.picture):
-        raise ValueError(f"{name!r} saw another picture or grid than {one.name!r}; show both the same, on one grid")
+        raise OptionError(f"{name!r} saw another picture or grid than {one.name!r}; show both the same, on one grid")
     if other.values.shape != (run.map.rows, run.map.cols):
-        raise ValueError(f"the map of {name!r} must be {run.map.rows} x {run.map.cols}, got {other.values.shape}")
+        raise OptionError(f"the map of {name!r} must be {run.map.rows} x {run.map.cols}, got {other.values.shape}")
     if not np.isfinite(other.values).all():
-        raise ValueError(f"the map of {name!r} holds values that are not finite; a map cannot be drawn from them")
+        raise OptionError(f"the map of {name!r} holds values that are not finite; a map cannot be drawn from them")
     if other.words and len(other.words) != run.map.rows * run.map.cols:
-        raise ValueError(
+        raise OptionError(
             f"{name!r} has words for {len(other.words)} of {run.map.rows * run.map.cols} patches; give one list each"
         )
 

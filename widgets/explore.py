@@ -23,6 +23,8 @@ import ipywidgets as ipw
 import numpy as np
 from PIL import Image
 
+from llava_lab.checks import entry, shown
+from llava_lab.errors import OptionError
 from widgets.pack import image_bytes
 from widgets.patch_explorer import PatchExplorer
 from widgets.picture_picker import CodeBox, PicturePicker
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SESSION, PICTURE = ("name", "knows", "methods", "gallery", "ask", "explain"), ("name", "picture", "questions")
 EVERY = 0.08  # seconds between two looks at a growing answer
 PREVIEW = 420  # pixels of the longer side of a picture that was not asked about yet
 SOFT = "color: var(--jp-content-font-color2, #5b6270)"
@@ -51,7 +54,12 @@ class Explore(ipw.VBox):
     >>> widget.pick(widget.gallery[0]); widget.ask("What color is the car?"); widget.join()
     """
 
+    @entry
     def __init__(self, session: Any, picture: Any = None) -> None:
+        if not all(hasattr(session, name) for name in SESSION):
+            raise OptionError(f"session must be a session with a model, which ll.explore() opens, got {shown(session)}")
+        if picture is not None and not all(hasattr(picture, name) for name in PICTURE):
+            raise OptionError(f"picture must be one that session.given(...) made, got {shown(picture)}")
         self.session, self.gallery = session, session.gallery()
         self.shown: Any = None  # the picture asked about
         self.run: Run | None = None

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import traitlets
 
-from widgets.base import RunWidget, within
+from llava_lab.checks import entry
+from llava_lab.errors import OptionError
+from widgets.base import RunWidget, TraitRefused, within
 from widgets.pack import chip_of, encode_picture, head_of
 
 if TYPE_CHECKING:
@@ -39,13 +41,14 @@ class FlowView(RunWidget):
         ['image -> question', 'question -> last', 'image -> last']
     """
 
-    entry, script, sheets = "renderFlow", "flow.js", ("base.css", "flow.css")
+    render, script, sheets = "renderFlow", "flow.js", ("base.css", "flow.css")
 
     data = traitlets.Bytes().tag(sync=True)
     target = traitlets.Int(0).tag(sync=True)
     component = traitlets.Int(0).tag(sync=True)
     selected = traitlets.Dict().tag(sync=True)
 
+    @entry
     def __init__(
         self,
         run: Run,
@@ -55,9 +58,7 @@ class FlowView(RunWidget):
         target: int | str = 0,
         component: int | str = 0,
         selected: dict[str, Any] | None = None,
-        **unknown: Any,
     ) -> None:
-        self.refuse(unknown)
         spec, data, self.targets = pack_flow(run, sweep, grid)
         self.run, self.sweep, self.grid = run, sweep, grid
         names = [own.text for own in self.targets]
@@ -111,11 +112,9 @@ class FlowView(RunWidget):
         out = {}
         for name, value in proposal["value"].items():
             if name not in sizes:
-                raise traitlets.TraitError(f"selected may hold {' and '.join(map(repr, sizes))} here, got {name!r}")
+                raise TraitRefused(f"selected may hold {' and '.join(map(repr, sizes))} here, got {name!r}")
             if not isinstance(value, (list, tuple)) or len(value) != 2 or not all(type(place) is int for place in value):
-                raise traitlets.TraitError(
-                    f"selected[{name!r}] must be [{KINDS[name]}, window], two whole numbers, got {value!r}"
-                )
+                raise TraitRefused(f"selected[{name!r}] must be [{KINDS[name]}, window], two whole numbers, got {value!r}")
             rows = within(f"selected {KINDS[name]}", value[0], sizes[name][0])
             out[name] = [rows, within("selected window", value[1], sizes[name][1])]
         return out
@@ -126,7 +125,7 @@ def _place(option: str, choice: int | str, names: list[str]) -> int:
     if not isinstance(choice, str):
         return choice
     if choice not in names:
-        raise ValueError(f"{option} must be one of {', '.join(repr(name) for name in names)}, got {choice!r}")
+        raise OptionError(f"{option} must be one of {', '.join(repr(name) for name in names)}, got {choice!r}")
     return names.index(choice)
 
 
@@ -144,7 +143,7 @@ def pack_flow(
     from llava_lab.plots import palette
 
     if sweep is None and grid is None:
-        raise ValueError("there is nothing to show: give sweep (of llava_lab.knockout_sweep), grid (of llava_lab.patch), or both")
+        raise OptionError("there is nothing to show: give sweep (of ll.knockout_sweep), grid (of ll.patch), or both")
     if sweep is not None:
         check_result(run, "sweep", sweep, "flow sweep", "knockout_sweep")
         check_shapes("sweep", sweep_shapes(sweep))
@@ -174,24 +173,24 @@ def pack_flow(
 def check_result(run: Run, name: str, result: Any, kind: str, made_by: str) -> None:
     """Refuse what is no such result, what another checkpoint gave, and targets this run does not say."""
     if getattr(result, "KIND", None) != kind:
-        raise TypeError(f"{name} must be what llava_lab.{made_by} gives, got {type(result).__name__}")
+        raise OptionError(f"{name} must be what llava_lab.{made_by} gives, got {type(result).__name__}")
     if result.fingerprint != run.fingerprint:
-        raise ValueError(
+        raise OptionError(
             f"{name} was measured on another checkpoint ({result.model}) than the run's ({run.model}); measure this run"
         )
     if not result.targets:
-        raise ValueError(f"{name} has no target; there is nothing to show")
+        raise OptionError(f"{name} has no target; there is nothing to show")
     for target in result.targets:
         tokens = [int(run.token_ids[at + 1]) if at + 1 < len(run.token_ids) else -1 for at in target.positions]
         if tuple(tokens) != target.token_ids:
-            raise ValueError(f"{name} was measured for {target.text!r}, which this run does not say there; measure this run")
+            raise OptionError(f"{name} was measured for {target.text!r}, which this run does not say there; measure this run")
 
 
 def check_shapes(name: str, tables: dict[str, tuple[np.ndarray, tuple[int, ...]]]) -> None:
     """Refuse a table that does not have one number for each of its names."""
     for field, (table, shape) in tables.items():
         if table.shape != shape:
-            raise ValueError(f"{name}.{field} must have the shape {shape}, got {table.shape}")
+            raise OptionError(f"{name}.{field} must have the shape {shape}, got {table.shape}")
 
 
 def sweep_shapes(sweep: FlowSweep) -> dict[str, tuple[np.ndarray, tuple[int, ...]]]:

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import traitlets
 
+from llava_lab.checks import entry
+from llava_lab.errors import OptionError
 from widgets.base import PictureWidget, checked_opacity, within
 from widgets.pack import LEVELS, check_fits, chip_of, encode_picture, head_of, palettes
 
@@ -43,12 +45,13 @@ class HeadGrid(PictureWidget):
         (12, 12)
     """
 
-    entry, script, sheets = "renderHeads", "heads.js", ("base.css", "heads.css")
+    render, script, sheets = "renderHeads", "heads.js", ("base.css", "heads.css")
 
     word = traitlets.Int(0).tag(sync=True)
     layer = traitlets.Int(0).tag(sync=True)
     head = traitlets.Int(0).tag(sync=True)
 
+    @entry
     def __init__(
         self,
         run: Run,
@@ -59,11 +62,9 @@ class HeadGrid(PictureWidget):
         head: int | None = None,
         opacity: float = 0.85,
         megabytes: float = MEGABYTES,
-        **unknown: Any,
     ) -> None:
-        self.refuse(unknown)
         if not megabytes > 0:
-            raise ValueError(f"megabytes must be more than 0, got {megabytes}")
+            raise OptionError(f"megabytes must be more than 0, got {megabytes}")
         spec, data, kept = pack_heads(run, maps, megabytes=megabytes)
         self.run, self.head_maps, self.kept = run, maps, kept
         first = self._first_word(run, word)
@@ -102,7 +103,7 @@ class HeadGrid(PictureWidget):
             return within("word", word, len(targets))
         wanted = run.target(word)
         if wanted not in targets:
-            raise ValueError(f"no head maps of {word!r} here; there are {', '.join(repr(target.text) for target in targets)}")
+            raise OptionError(f"no head maps of {word!r} here; there are {', '.join(repr(target.text) for target in targets)}")
         return targets.index(wanted)
 
     # -- checks on what Python or the page sets ------------------------------------------------

@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 import traitlets
 
+from llava_lab.checks import entry, shown
+from llava_lab.errors import OptionError
 from widgets.base import LabWidget
 
 MOST_POINTS = 1000  # a curve's in the page; longer ones are averaged over equal runs of steps
@@ -38,15 +40,15 @@ class LossPlot(LabWidget):
         LossPlot(align: 2.500 at step 1)
     """
 
-    entry, script, sheets = "renderLoss", "loss.js", ("base.css", "loss.css")
+    render, script, sheets = "renderLoss", "loss.js", ("base.css", "loss.css")
 
     data = traitlets.Bytes().tag(sync=True)
     stopped = traitlets.Bool(False).tag(sync=True)
     selected = traitlets.List().tag(sync=True)
     pointed = traitlets.Int(-1).tag(sync=True)
 
-    def __init__(self, name: str = "loss", *, total: int | None = None, log: bool = False, **unknown: Any) -> None:
-        self.refuse(unknown)
+    @entry
+    def __init__(self, name: str = "loss", *, total: int | None = None, log: bool = False) -> None:
         self.logarithmic, self.curves = bool(log), {}
         self._totals: dict[str, int | None] = {}
         self._seconds: dict[str, float] = {}
@@ -59,12 +61,13 @@ class LossPlot(LabWidget):
     current: str  # the curve that is told
     state: str  # of the current curve: waiting, running, finished, stopped or failed
 
+    @entry
     def curve(self, name: str, *, total: int | None = None) -> LossPlot:
         """Begin another curve, of another stage or connector; what is told next belongs to it."""
         if total is not None and total < 1:
-            raise ValueError(f"total must be 1 or more steps, got {total}")
+            raise OptionError(f"total must be 1 or more steps, got {total}")
         if self.curves.get(name):
-            raise ValueError(f"there is a curve {name!r} already; give this one another name")
+            raise OptionError(f"there is a curve {name!r} already; give this one another name")
         if self.curves and not self.curves[self.current]:
             del self.curves[self.current]  # never begun
         self.current = name
@@ -75,9 +78,11 @@ class LossPlot(LabWidget):
 
     def told(self, row: Mapping[str, Any]) -> None:
         """Add a logged step. Raises KeyboardInterrupt once Stop was pressed: the training ends as at an interrupt."""
+        if not isinstance(row, Mapping):
+            raise OptionError(f"a logged step is a dictionary with 'step' and 'loss', got {shown(row)}")
         missing = [key for key in ("step", "loss") if key not in row]
         if missing:
-            raise ValueError(f"a logged step needs 'step' and 'loss', got {', '.join(map(repr, row)) or 'nothing'}")
+            raise OptionError(f"a logged step needs 'step' and 'loss', got {', '.join(map(repr, row)) or 'nothing'}")
         name, step = self.current, int(row["step"])
         self.curves[name].append((step, float(row["loss"])))
         self._begun.setdefault(name, time.monotonic())
@@ -109,8 +114,10 @@ class LossPlot(LabWidget):
         A lab that trains beside the kernel refuses other work in one line until that has ended.
         """
         future: Future[Any] = Future()
+        if not callable(call):
+            raise OptionError(f"what is started must be a function without arguments, got {shown(call)}")
         if self.running:
-            raise RuntimeError("a training is running already; stop it or wait for its result()")
+            raise OptionError("a training is running already; stop it or wait for its result()")
         self.running, self.stopped, self._asked = True, False, False
 
         def run() -> None:

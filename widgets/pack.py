@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from llava_lab.checks import is_list, is_result, is_whole, shown
+from llava_lab.errors import OptionError
+
 if TYPE_CHECKING:
     from llava_lab.results import Relevance, Run, Target
 
@@ -48,8 +51,8 @@ def pack(
 
     `beats_random`: by method, one bool or one per target; None where it was not measured.
     """
-    methods = {name: as_layers(name, given) for name, given in _named(relevance).items()}
-    beats = known(beats_random or {}, methods, "beats_random")
+    methods = {name: as_layers(name, given) for name, given in named(relevance).items()}
+    beats = known({} if beats_random is None else beats_random, methods, "beats_random")
     for name, layers in methods.items():
         for _, rel in layers:
             check_fits(run, name, rel)
@@ -58,7 +61,7 @@ def pack(
     for name, layers in methods.items():
         values = np.stack([rel.drawn for _, rel in layers]).astype(np.float64)  # layers, targets, rows, cols
         levels, scale, lo, hi = quantize(values)
-        verdicts = [None if one is None else bool(one) for one in per_target(name, layers, beats.get(name), "beats_random")]
+        verdicts = [_verdict(name, one) for one in per_target(name, layers, beats.get(name), "beats_random")]
         described.append({**_method(name, layers, chips, first, lo, hi), "beats": verdicts})
         parts.append(levels.tobytes())
         scales.append(scale.astype("<f4").tobytes())
@@ -77,29 +80,31 @@ def pack(
 def check_fits(run: Run, name: str, result: Any) -> None:
     """Refuse a result of another checkpoint, picture or answer, one with holes, and an empty one."""
     if result.fingerprint != run.fingerprint:
-        raise ValueError(
+        raise OptionError(
             f"{name!r} explains another checkpoint ({result.model}) than the run's ({run.model}); attribute this run"
         )
     if result.map != run.map:
-        raise ValueError(f"{name!r} was made on another picture geometry than the run's; attribute this run")
+        raise OptionError(f"{name!r} was made on another picture geometry than the run's; attribute this run")
     if not np.isfinite(result.values).all():
-        raise ValueError(f"{name!r} holds values that are not finite; a map cannot be drawn from them")
+        raise OptionError(f"{name!r} holds values that are not finite; a map cannot be drawn from them")
     if not result.targets:
-        raise ValueError(f"{name!r} explains no target; a map cannot be drawn from it")
+        raise OptionError(f"{name!r} explains no target; a map cannot be drawn from it")
     for target in result.targets:
         if target.kind != "contrast" and not _said(run, target):
-            raise ValueError(f"{name!r} explains {target.text!r}, which this run does not say there; attribute this run")
+            raise OptionError(f"{name!r} explains {target.text!r}, which this run does not say there; attribute this run")
 
 
 def as_layers(name: str, given: Relevance | Sequence[tuple[str, Relevance]]) -> Layers:
     """One relevance, or (layer label, relevance) pairs, always as pairs."""
-    if hasattr(given, "values") and hasattr(given, "targets"):
+    if is_result(given, "relevance"):
         return [("", given)]  # type: ignore[list-item]
-    pairs = [(str(label), rel) for label, rel in given]  # type: ignore[union-attr]
+    if not is_list(given) or not all(is_list(pair) and len(pair) == 2 and is_result(pair[1], "relevance") for pair in given):
+        raise OptionError(f"{name!r} must be a map (ll.attribute gives one) or a list of (layer label, map), got {shown(given)}")
+    pairs = [(str(label), rel) for label, rel in given]
     if not pairs:
-        raise ValueError(f"{name!r} has no layers; give a Relevance or a list of (layer label, Relevance)")
+        raise OptionError(f"{name!r} has no layers; give a Relevance or a list of (layer label, Relevance)")
     if len({rel.targets for _, rel in pairs}) > 1:
-        raise ValueError(f"the layers of {name!r} explain different targets; explain the same ones in every layer")
+        raise OptionError(f"the layers of {name!r} explain different targets; explain the same ones in every layer")
     return pairs
 
 
@@ -127,10 +132,12 @@ def head_of(run: Run) -> dict[str, Any]:
 
 
 def known(given: Mapping[str, Any], methods: Mapping[str, Any], what: str) -> Mapping[str, Any]:
-    """`given` by method, refused where it names a method that has no map."""
+    """`given` by method, refused where it is none, and where it names a method that has no map."""
+    if not isinstance(given, Mapping):
+        raise OptionError(f"{what} must be a dictionary by method, got {shown(given)}")
     for name in given:
         if name not in methods:
-            raise ValueError(f"{what} names {name!r}, which has no map; the maps are {', '.join(methods)}")
+            raise OptionError(f"{what} names {name!r}, which has no map; the maps are {', '.join(methods)}")
     return given
 
 
@@ -139,7 +146,7 @@ def per_target(name: str, layers: Layers, given: Any, what: str) -> list[Any]:
     count = len(layers[0][1].targets)
     if isinstance(given, (Sequence, np.ndarray)) and not isinstance(given, str):
         if len(given) != count:
-            raise ValueError(f"{what} has {len(given)} values for the {count} targets of {name!r}; give one for each, or one")
+            raise OptionError(f"{what} has {len(given)} values for the {count} targets of {name!r}; give one for each, or one")
         return list(given)
     return [given] * count
 
@@ -165,7 +172,9 @@ def quantize(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, float]:
 
 
 def encode_picture(picture: np.ndarray) -> tuple[bytes, str]:
-    """The picture as a file no longer than `PICTURE_SIDE` on a side, and its media type."""
+    """The picture as a file no longer than `PICTURE_SIDE` on a side, and its media type. Raises OptionError for none."""
+    if not picture.size:
+        raise OptionError("this question was asked without a picture, so there is none to point at; ask it with one")
     image = Image.fromarray(picture)
     if max(image.size) > PICTURE_SIDE:
         image.thumbnail((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.LANCZOS)
@@ -216,14 +225,25 @@ def plain_value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def named(relevance: Any) -> Mapping[str, Any]:
+    """`relevance` if it is a dictionary of something by names. Raises OptionError."""
+    if not isinstance(relevance, Mapping) or not relevance:
+        got = "an empty mapping" if isinstance(relevance, Mapping) else type(relevance).__name__
+        raise OptionError(f'expected the maps by name, as {{"rollout": rel}}, got {got}')
+    if not all(isinstance(name, str) for name in relevance):
+        raise OptionError(f"maps are named by text, got {shown(list(relevance))}")
+    return relevance
+
+
 # -- private ----------------------------------------------------------------------------------
 
 
-def _named(relevance: Any) -> Mapping[str, Any]:
-    if not isinstance(relevance, Mapping) or not relevance:
-        got = "an empty mapping" if isinstance(relevance, Mapping) else type(relevance).__name__
-        raise TypeError(f'expected the maps by name, as {{"rollout": rel}}, got {got}')
-    return relevance
+def _verdict(name: str, given: Any) -> bool | None:
+    if given is None or isinstance(given, (bool, np.bool_)):
+        return None if given is None else bool(given)
+    if is_whole(given) and given in (0, 1):
+        return bool(given)
+    raise OptionError(f"beats_random of {name!r} must be True, False, or None for unknown, got {shown(given)}")
 
 
 def _said(run: Run, target: Target) -> bool:

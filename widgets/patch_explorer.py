@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import traitlets
 
-from widgets.base import Patch, PictureWidget, View, checked_opacity, within
+from llava_lab.checks import entry
+from llava_lab.errors import OptionError
+from widgets.base import Patch, PictureWidget, TraitRefused, View, checked_opacity, within
 from widgets.pack import answer_words, as_layers, is_control, pack, whole_probability
 
 if TYPE_CHECKING:
@@ -52,13 +54,14 @@ class PatchExplorer(PictureWidget):
         [(0, 0), (1, 1)]
     """
 
-    entry, script, sheets, width = "renderExplorer", "explorer.js", ("base.css", "explorer.css"), 900
+    render, script, sheets, width = "renderExplorer", "explorer.js", ("base.css", "explorer.css"), 900
 
     word = traitlets.Int(0).tag(sync=True)
     method = traitlets.Unicode().tag(sync=True)
     layer = traitlets.Int(0).tag(sync=True)
     reply = traitlets.Dict().tag(sync=True)
 
+    @entry
     def __init__(
         self,
         run: Run,
@@ -69,11 +72,9 @@ class PatchExplorer(PictureWidget):
         opacity: float = 0.85,
         smooth: bool = False,
         beats_random: Mapping[str, bool | Sequence[bool | None] | None] | None = None,
-        **unknown: Any,
     ) -> None:
-        self.refuse(unknown)
         if ask is not None and not callable(ask):
-            raise TypeError(f"ask must be a function of the selected patches, got {type(ask).__name__}")
+            raise OptionError(f"ask must be a function of the selected patches, got {type(ask).__name__}")
         packed = pack(run, relevance, beats_random=beats_random)
         self.run, self.ask = run, ask
         self.relevance = {name: as_layers(name, given) for name, given in relevance.items()}
@@ -126,7 +127,7 @@ class PatchExplorer(PictureWidget):
     @traitlets.validate("method")
     def _valid_method(self, proposal: dict) -> str:
         if proposal["value"] not in self.relevance:
-            raise traitlets.TraitError(f"method must be one of {', '.join(self.relevance)}, got {proposal['value']!r}")
+            raise TraitRefused(f"method must be one of {', '.join(self.relevance)}, got {proposal['value']!r}")
         return proposal["value"]
 
     # -- asking again --------------------------------------------------------------------------
@@ -158,14 +159,14 @@ def read_answer(given: Any) -> dict[str, Any]:
             "p": whole_probability(given),
         }
     if not (isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], str)):
-        raise TypeError(f"ask must return a Run or (answer, probabilities per word), got {type(given).__name__}")
+        raise OptionError(f"ask must return a Run or (answer, probabilities per word), got {type(given).__name__}")
     answer, probabilities = given
     words = answer.split()
     if probabilities is None:
         return {"answer": answer, "words": [{"text": word, "p": None} for word in words], "p": None}
     known = [float(p) for p in probabilities]
     if len(known) != len(words):
-        raise ValueError(f"ask returned {len(known)} probabilities for {len(words)} words")
+        raise OptionError(f"ask returned {len(known)} probabilities for {len(words)} words")
     paired = [{"text": word, "p": p} for word, p in zip(words, known, strict=True)]
     return {"answer": answer, "words": paired, "p": float(np.prod(known))}
 

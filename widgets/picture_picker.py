@@ -17,6 +17,8 @@ import numpy as np
 import traitlets
 from PIL import Image
 
+from llava_lab.checks import entry
+from llava_lab.errors import PictureError
 from widgets.base import LabWidget
 from widgets.pack import image_bytes
 
@@ -34,7 +36,7 @@ class PicturePicker(LabWidget):
     >>> picker = PicturePicker([("blue car", picture)], on_pick=print)
     """
 
-    entry, script, sheets = "renderPicker", "picker.js", ("base.css", "picker.css")
+    render, script, sheets = "renderPicker", "picker.js", ("base.css", "picker.css")
 
     # the file that was chosen last, as the page made it; what comes from a page is a view of memory, which is made bytes here
     picture = traitlets.CBytes().tag(sync=True)
@@ -44,8 +46,8 @@ class PicturePicker(LabWidget):
     selected = traitlets.List().tag(sync=True)
     pointed = traitlets.Int(-1).tag(sync=True)
 
-    def __init__(self, gallery: Sequence[Named] = (), *, on_pick: Callable[[str, np.ndarray], Any], **unknown: Any) -> None:
-        self.refuse(unknown)
+    @entry
+    def __init__(self, gallery: Sequence[Named] = (), *, on_pick: Callable[[str, np.ndarray], Any]) -> None:
         self.gallery, self.on_pick = list(gallery), on_pick
         shown = [{"name": name, "image": _data_url(picture)} for name, picture in self.gallery]
         super().__init__(spec={"gallery": shown, "longest": LONGEST, "kinds": list(KINDS.values())})
@@ -78,14 +80,14 @@ class PicturePicker(LabWidget):
 class CodeBox(LabWidget):
     """Lines of code and a button that copies them."""
 
-    entry, script, sheets = "renderCode", "picker.js", ("base.css", "picker.css")
+    render, script, sheets = "renderCode", "picker.js", ("base.css", "picker.css")
 
     code = traitlets.Unicode().tag(sync=True)
     selected = traitlets.List().tag(sync=True)
     pointed = traitlets.Int(-1).tag(sync=True)
 
-    def __init__(self, code: str = "", **unknown: Any) -> None:
-        self.refuse(unknown)
+    @entry
+    def __init__(self, code: str = "") -> None:
         super().__init__(code=code)
 
     def draw_png(self) -> bytes:
@@ -97,16 +99,16 @@ class CodeBox(LabWidget):
 
 
 def read_upload(raw: bytes) -> np.ndarray:
-    """A file from the page as uint8 (height, width, 3). Raises ValueError with one line for anything that is no small picture."""
+    """A file from the page as uint8 (height, width, 3). Raises PictureError, one line, for anything that is no small picture."""
     if len(raw) > MOST_BYTES:
-        raise ValueError(f"the picture has {len(raw) / 1e6:.1f} MB, more than {MOST_BYTES / 1e6:.0f} MB; choose a smaller one")
+        raise PictureError(f"the picture has {len(raw) / 1e6:.1f} MB, more than {MOST_BYTES / 1e6:.0f} MB; choose a smaller one")
     try:
         with Image.open(io.BytesIO(raw), formats=list(KINDS)) as image:
             if max(image.size) > 2 * LONGEST:
-                raise ValueError(f"the picture is {image.size[0]}x{image.size[1]}, more than {2 * LONGEST} pixels a side")
+                raise PictureError(f"the picture is {image.size[0]}x{image.size[1]}, more than {2 * LONGEST} pixels a side")
             return np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"this file cannot be read as a picture ({type(error).__name__})") from None
+        raise PictureError(f"this file cannot be read as a picture ({type(error).__name__})") from None
 
 
 def _thumb(picture: np.ndarray) -> Image.Image:

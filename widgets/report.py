@@ -15,6 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llava_lab.checks import entry
+from llava_lab.errors import OptionError
 from widgets.base import PictureWidget, page, place, styles, write_page
 from widgets.compare_view import CompareView, from_comparison, is_comparison, score_names
 from widgets.head_grid import MEGABYTES, HeadGrid
@@ -50,6 +52,7 @@ TITLES = {
 SAFE = "This page needs nothing else: it asks no server, and works from disk."
 
 
+@entry
 def write(
     path: str | os.PathLike,
     run: Run,
@@ -64,11 +67,11 @@ def write(
 
     `maps` are shown in the explorer, side by side where there are several; a `llava_lab.compare` result brings
     its maps, scores and verdicts; `heads` are `llava_lab.head_maps`, as many words of them as there is room for.
-    `versions` is listed beside those of the libraries here. Raises ValueError when something belongs to another
+    `versions` is listed beside those of the libraries here. Raises OptionError when something belongs to another
     run, or when the file would be larger than 5 MB.
     """
     if comparison is not None and not is_comparison(comparison):
-        raise TypeError(f"comparison must be what llava_lab.compare gives, got {type(comparison).__name__}")
+        raise OptionError(f"comparison must be what llava_lab.compare gives, got {type(comparison).__name__}")
     shown = views(run, maps, comparison)
     text = _fitting(run, shown, heads, comparison, title or run.question, {**(versions or {}), **library_versions()})
     return write_page(path, text)
@@ -117,7 +120,7 @@ def _fitting(
         text = _render(run, shown, comparison, title, versions, stills=False)
     size = len(text.encode())
     if size > LIMIT:
-        raise ValueError(f"the report would be {size / 1e6:.1f} MB, over {LIMIT / 1e6:.0f} MB; give it fewer maps or targets")
+        raise OptionError(f"the report would be {size / 1e6:.1f} MB, over {LIMIT / 1e6:.0f} MB; give it fewer maps or targets")
     whole = _render(run, shown, comparison, title, versions, stills=True)
     return whole if len(whole.encode()) <= LIMIT else text
 

@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import traitlets
 
-from widgets.base import Patch, PictureWidget, checked_opacity
+from llava_lab.checks import as_python, entry, is_list, is_whole, shown
+from llava_lab.errors import OptionError
+from widgets.base import Patch, PictureWidget, TraitRefused, checked_opacity
 from widgets.pack import encode_picture, head_of, palettes
 
 if TYPE_CHECKING:
@@ -47,12 +49,13 @@ class TokenLens(PictureWidget):
         (12, 12)
     """
 
-    entry, script, sheets = "renderLens", "lens.js", ("base.css", "lens.css")
+    render, script, sheets = "renderLens", "lens.js", ("base.css", "lens.css")
 
     word = traitlets.Unicode("").tag(sync=True)
     state = traitlets.Int(0).tag(sync=True)
     kind = traitlets.Unicode("logit").tag(sync=True)
 
+    @entry
     def __init__(
         self,
         run: Run,
@@ -64,10 +67,8 @@ class TokenLens(PictureWidget):
         patch: Patch | None = None,
         kind: str | None = None,
         opacity: float = 0.85,
-        **unknown: Any,
     ) -> None:
-        self.refuse(unknown)
-        given: list[Any] = list(lens) if isinstance(lens, (list, tuple)) else [lens]
+        given: list[Any] = list(lens) if is_list(lens) else [lens]
         spec, picture, maps = pack_lens(run, given, near)
         self.run, self.near = run, near
         self.lenses: dict[str, LogitLens] = {each.lens: each for each in given}
@@ -115,12 +116,12 @@ class TokenLens(PictureWidget):
 
     def _index(self, patch: Patch) -> int:
         rows, cols = self.run.map.rows, self.run.map.cols
-        try:
-            row, col = (int(one) for one in patch)
-        except (TypeError, ValueError):
-            raise ValueError(f"patch must be a pair (row, column), got {patch!r}") from None
+        place = [as_python(one) for one in patch] if is_list(patch) else []
+        if len(place) != 2 or not all(map(is_whole, place)):
+            raise OptionError(f"patch must be a pair (row, column), got {shown(patch)}")
+        row, col = place
         if not (0 <= row < rows and 0 <= col < cols):
-            raise ValueError(f"patch must lie in the {rows}x{cols} grid, rows and columns from 0, got ({row}, {col})")
+            raise OptionError(f"patch must lie in the {rows}x{cols} grid, rows and columns from 0, got ({row}, {col})")
         return row * cols + col
 
     # -- checks on what Python or the page sets ------------------------------------------------
@@ -129,7 +130,7 @@ class TokenLens(PictureWidget):
     def _valid_word(self, proposal: dict) -> str:
         word = proposal["value"].strip()
         if len(word) > LONGEST_WORD or len(word.splitlines()) > 1:
-            raise traitlets.TraitError(f"word must be one line of at most {LONGEST_WORD} signs, got {word[:20]!r}…")
+            raise TraitRefused(f"word must be one line of at most {LONGEST_WORD} signs, got {word[:20]!r}…")
         return word
 
     @traitlets.validate("kind")
@@ -138,7 +139,7 @@ class TokenLens(PictureWidget):
 
     def _known_kind(self, kind: str) -> str:
         if kind not in self.lenses:
-            raise traitlets.TraitError(f"kind must be one of the lenses given, {', '.join(self.lenses)}; got {kind!r}")
+            raise TraitRefused(f"kind must be one of the lenses given, {', '.join(self.lenses)}; got {kind!r}")
         return kind
 
     @traitlets.validate("state")
@@ -146,14 +147,14 @@ class TokenLens(PictureWidget):
         states = self.lens.states
         if proposal["value"] not in states:
             choices = f"one of {states[0]} to {states[-1]}" if len(states) > 1 else f"{states[0]}"
-            raise traitlets.TraitError(f"state must be {choices}, which this lens read, got {proposal['value']}")
+            raise TraitRefused(f"state must be {choices}, which this lens read, got {proposal['value']}")
         return proposal["value"]
 
     @traitlets.validate("selected")
     def _valid_selection(self, proposal: dict) -> list[int]:
         locked = super()._valid_selection(proposal)
         if len(locked) > 1:
-            raise traitlets.TraitError(f"one patch can be locked at a time, got {len(locked)}")
+            raise TraitRefused(f"one patch can be locked at a time, got {len(locked)}")
         return locked
 
 
@@ -166,7 +167,7 @@ def pack_lens(run: Run, lenses: Sequence[LogitLens], near: NearestWords | None) 
     The spec says where each part lies, its number type and its length; parts of all lenses but the first end in ``@kind``.
     """
     if not lenses:
-        raise ValueError("expected at least one lens, what llava_lab.logit_lens gives, got none")
+        raise OptionError("expected at least one lens, what llava_lab.logit_lens gives, got none")
     for each in lenses:
         check_lens(run, each, near)
     lens = lenses[0]
@@ -209,12 +210,12 @@ def check_alike(lenses: Sequence[LogitLens]) -> None:
     """Refuse two lenses of one kind, and lenses that were not read of the same states with the same words and top."""
     kinds = [lens.lens for lens in lenses]
     if len(set(kinds)) < len(kinds):
-        raise ValueError(f"expected lenses of different kinds, got {', '.join(kinds)}")
+        raise OptionError(f"expected lenses of different kinds, got {', '.join(kinds)}")
     for name in ("states", "words", "top"):
         read = {lens.lens: lens.top_ids.shape[2] if name == "top" else getattr(lens, name) for lens in lenses}
         if len(set(read.values())) > 1:
             told = ", ".join(f"{kind} {value}" for kind, value in read.items())
-            raise ValueError(f"expected lenses with the same {name}, got {told}")
+            raise OptionError(f"expected lenses with the same {name}, got {told}")
 
 
 def check_lens(run: Run, lens: Any, near: Any) -> None:
@@ -226,16 +227,16 @@ def check_lens(run: Run, lens: Any, near: Any) -> None:
         if result is None and name == "near":
             continue
         if getattr(result, "KIND", None) != kind:
-            raise TypeError(f"{name} must be what llava_lab.{made_by} gives, got {type(result).__name__}")
+            raise OptionError(f"{name} must be what llava_lab.{made_by} gives, got {type(result).__name__}")
         if result.fingerprint != run.fingerprint:
-            raise ValueError(
+            raise OptionError(
                 f"{name} was read from another checkpoint ({result.model}) than the run ({run.model}); read this run"
             )
         if result.map != run.map:
-            raise ValueError(f"{name} was read through another picture geometry than the run's; read this run")
+            raise OptionError(f"{name} was read through another picture geometry than the run's; read this run")
     tables = [lens.top_probs, lens.entropy, lens.probs, *([] if near is None else [near.cosines, near.norms])]
     if not all(np.isfinite(table).all() for table in tables):
-        raise ValueError("lens or near holds values that are not finite; they cannot be shown")
+        raise OptionError("lens or near holds values that are not finite; they cannot be shown")
 
 
 def root_levels(probs: np.ndarray) -> np.ndarray:

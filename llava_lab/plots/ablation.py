@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from llava_lab.checks import entry
 from llava_lab.errors import OptionError
 from llava_lab.plots.axes import AS_TEXT, named_rows, new_axes, open_frame
 from llava_lab.plots.palette import BLUE, LINES, MARKERS, ORANGE, VERDICTS
@@ -28,6 +29,7 @@ _APART, _WITHIN = 0.17, 0.07  # rows: between the two stage settings, and betwee
 _GAP = 0.9  # rows between two groups of differences
 
 
+@entry
 def accuracies(result: Ablation, *, split: str | None = None, type: str = ALL, ax: Axes | None = None) -> Axes:  # noqa: A002
     """Percent right of every connector, with and without stage 1 side by side, at the result's first budget.
 
@@ -69,6 +71,7 @@ def accuracies(result: Ablation, *, split: str | None = None, type: str = ALL, a
     return ax
 
 
+@entry
 def differences(result: Ablation, *, split: str | None = None, type: str = ALL, ax: Axes | None = None) -> Axes:  # noqa: A002
     """Every two connectors under the same stages: second minus first in percent points, at the result's first budget.
 
@@ -121,6 +124,7 @@ def differences(result: Ablation, *, split: str | None = None, type: str = ALL, 
     return ax
 
 
+@entry
 def sweep(result: Ablation, *, ax: Axes | None = None) -> Axes:
     """Validation loss against the connector's peak rate, at the result's first budget; a ring marks the rate that was chosen.
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llava_lab.checks import array_of, entry, has_picture, is_list, is_whole, shown
 from llava_lab.errors import OptionError
 from llava_lab.geometry import PictureMap
 from llava_lab.plots.axes import AS_TEXT, figure_of, new_axes, open_frame, panels
@@ -33,11 +34,14 @@ TOP, BOTTOM = 3.15, 0.85  # heights at which the two rows are centred
 INK, SOFT = "#2b303a", "#6a7280"
 BOX_COLOR, PAD_COLOR = "#eef1f5", 0.88
 PATCH_PIXELS, GAP_PIXELS, FINER = 20, 5, 3
+MOST_DIGITS = 9
+LARGEST_MATRIX = 64  # rows and columns of which each number can be written
 ARROW = {"arrowstyle": "-|>", "color": SOFT, "linewidth": 1.2, "shrinkA": 0, "shrinkB": 0}
 
 Box = tuple[float, float, float, float]  # left, right, bottom, top
 
 
+@entry
 def journey(run: Run, *, widths: tuple[int, int] | None = None, ax: Axes | None = None) -> Axes:
     """Picture -> patches -> image tokens -> answer, with this run's own counts.
 
@@ -47,9 +51,12 @@ def journey(run: Run, *, widths: tuple[int, int] | None = None, ax: Axes | None 
     >>> "12 × 12 patches" in texts
     True
     """
-    if not run.picture.size:
-        raise OptionError("this question was asked without a picture, so there is no way from one to draw")
-    ax = ax or _canvas(SIZE)
+    has_picture(run)
+    if widths is not None and not (
+        is_list(widths) and len(widths) == 2 and all(is_whole(width) and width > 0 for width in widths)
+    ):
+        raise OptionError(f"widths must be two whole numbers from 1, of a patch's and a token's vector, got {shown(widths)}")
+    ax = _canvas(SIZE) if ax is None else ax
     ax.set(xlim=(0, SIZE[0]), ylim=(0, SIZE[1]), aspect="equal")
     ax.axis("off")
     rows, cols = run.map.rows, run.map.cols
@@ -76,6 +83,7 @@ def journey(run: Run, *, widths: tuple[int, int] | None = None, ax: Axes | None 
     return ax
 
 
+@entry
 def matrices(
     given: Mapping[str, np.ndarray], *, labels: Sequence[str] = (), ax: Sequence[Axes] | None = None, digits: int = 2
 ) -> Figure:
@@ -87,19 +95,27 @@ def matrices(
     """
     if not given:
         raise OptionError("expected at least one matrix to draw, got none")
-    shape = np.shape(next(iter(given.values())))
-    shown = panels(ax, len(given), (0.62 * shape[-1] + 0.75, 0.62 * shape[0] + 0.6))
-    for panel, (title, values) in zip(shown, given.items(), strict=True):
-        _matrix(panel, np.asarray(values, float), title, labels, digits)
-    return figure_of(shown[0])
+    numbers = {name: _numbers(name, values) for name, values in given.items()}
+    if not 0 <= digits <= MOST_DIGITS:
+        raise OptionError(f"digits must be from 0 to {MOST_DIGITS}, got {digits}")
+    high, wide = next(iter(numbers.values())).shape
+    drawn = panels(ax, len(numbers), (0.62 * wide + 0.75, 0.62 * high + 0.6))
+    for panel, (title, values) in zip(drawn, numbers.items(), strict=True):
+        _matrix(panel, values, title, labels, digits)
+    return figure_of(drawn[0])
 
 
+@entry
 def patch_mosaic(picture: np.ndarray, where: PictureMap) -> np.ndarray:
     """The model's square as its patches with white gaps, float (height, width, 3) in 0..1; padding is light grey.
 
     >>> plots.patch_mosaic(run.picture, run.map).shape  # 12 patches of 20 pixels, with gaps of 5
     (295, 295, 3)
     """
+    picture = array_of("picture", picture)
+    if picture.shape != (where.height, where.width, 3) or not picture.size or picture.dtype.kind not in "uif":
+        wanted = f"({where.height}, {where.width}, 3)"
+        raise OptionError(f"picture must be that of the map, numbers of the shape {wanted}, got {picture.shape}")
     height, width = picture.shape[:2]
     fine = PATCH_PIXELS * FINER
     y = ((np.arange(where.rows * fine) + 0.5) * where.size / (where.rows * fine) - where.offset_y) / where.scale_y
@@ -112,6 +128,15 @@ def patch_mosaic(picture: np.ndarray, where: PictureMap) -> np.ndarray:
     mosaic = np.ones((where.rows, step, where.cols, step, 3))
     mosaic[:, :PATCH_PIXELS, :, :PATCH_PIXELS] = patches
     return mosaic.reshape(where.rows * step, where.cols * step, 3)[:-GAP_PIXELS, :-GAP_PIXELS]
+
+
+def _numbers(name: Any, values: Any) -> np.ndarray:
+    """A small matrix as floats. Raises OptionError."""
+    array = array_of(f"the matrix {name!r}", values)
+    if array.ndim != 2 or not array.size or array.dtype.kind not in "biuf" or max(array.shape) > LARGEST_MATRIX:
+        wanted = f"rows and columns of numbers, at most {LARGEST_MATRIX} of each"
+        raise OptionError(f"the matrix {name!r} must have {wanted}, got {array.dtype} of the shape {array.shape}")
+    return array.astype(float)
 
 
 def _canvas(size: tuple[float, float]) -> Axes:
@@ -181,6 +206,7 @@ def _under(ax: Axes, x: float, y: float, text: str) -> None:
 # -- sinks and circuits ---------------------------------------------------------------------
 
 
+@entry
 def sinks(result: Sinks, *, ax: Axes | None = None) -> Axes:
     """By layer: what the most attended patch draws (blue) and how long the longest state is (red), beside the first position.
 
@@ -207,6 +233,7 @@ def sinks(result: Sinks, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
+@entry
 def circuit(result: Circuit, *, ax: Axes | None = None) -> Axes:
     """Faithfulness against the share of edges kept, with its 95% interval over pairs; grey are random circuits, a line a draw.
 
@@ -232,6 +259,7 @@ def circuit(result: Circuit, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
+@entry
 def mark_sinks(ax: Axes, run: Run, result: Sinks, *, number: int = 0, part: str = "language") -> Axes:
     """Mark on a map drawn by `overlay` what draws attention in a part: rings are sinks, small crosses attended and no outlier.
 

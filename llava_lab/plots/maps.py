@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llava_lab.checks import entry, has_picture
 from llava_lab.errors import OptionError
 from llava_lab.plots.axes import AS_TEXT, figure_of, new_axes, open_frame, panels
 from llava_lab.plots.palette import OTHER, SEGMENTS, colormap
@@ -37,6 +38,7 @@ SCORED = {"logodds": "log-odds", "logprob": "log-probability"}
 Scale = tuple[float, float]
 
 
+@entry
 def overlay(
     run: Run,
     rel: Relevance,
@@ -62,7 +64,7 @@ def overlay(
     if not 0 < opacity <= 1:
         raise OptionError(f"opacity must be above 0 and at most 1, got {opacity!r}")
     ax = _axes(ax, run)
-    scale = scale or color_scale([rel])
+    scale = color_scale([rel]) if scale is None else scale
     colors, norm = _colors(scale, cmap, opacity)
     height, width = run.picture.shape[:2]
     extent = (0, width, height, 0)
@@ -76,6 +78,7 @@ def overlay(
     return ax
 
 
+@entry
 def words_figure(
     run: Run,
     rel: Relevance,
@@ -105,6 +108,7 @@ def words_figure(
     return figure
 
 
+@entry
 def compare_figure(
     run: Run,
     maps: Mapping[str, Relevance],
@@ -123,6 +127,8 @@ def compare_figure(
     """
     if not maps:
         raise OptionError("expected at least one map to compare, got none")
+    for rel in maps.values():
+        _check(run, rel, target)
     shown = _grid(run, len(maps), columns, ax, beside=0.8)
     for panel, (name, rel) in zip(shown, maps.items(), strict=True):
         overlay(run, rel, target=target, ax=panel, opacity=opacity, smooth=smooth, title=name)
@@ -133,6 +139,7 @@ def compare_figure(
     return figure
 
 
+@entry
 def segment_bars(run: Run, rel: Relevance, *, ax: Axes | None = None) -> Axes:
     """Where each target's attention mass lies in the sequence, and, when known, where it would lie by the mask alone.
 
@@ -140,6 +147,7 @@ def segment_bars(run: Run, rel: Relevance, *, ax: Axes | None = None) -> Axes:
     >>> ax.get_xlabel()
     'share of the row'
     """
+    _check(run, rel, 0)
     shares = [*rel.extras.get("mass", [None]), *(rel.extras.get("null_mass") or ())[:1]]
     if not all(isinstance(part, dict) and all(isinstance(share, (int, float)) for share in part.values()) for part in shares):
         raise OptionError(f"expected a map with mass per segment (rollout, attention), got one by {rel.method!r}")
@@ -164,6 +172,7 @@ def segment_bars(run: Run, rel: Relevance, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
+@entry
 def color_scale(maps: Sequence[Relevance]) -> Scale:
     """(lowest, highest) for colours over all targets of `maps`: from 0 when nothing is negative, else symmetric about 0.
 
@@ -171,7 +180,9 @@ def color_scale(maps: Sequence[Relevance]) -> Scale:
     >>> low, high > 0
     (0.0, True)
     """
-    values = np.concatenate([rel.values.ravel() for rel in maps])
+    values = np.concatenate([np.zeros(0), *(rel.values.ravel() for rel in maps)])
+    if not values.size:
+        raise OptionError("expected at least one map for the colours, got none")
     top = float(np.percentile(np.abs(values), CLIP)) or float(np.abs(values).max()) or 1.0
     return (-top, top) if (values < 0).any() else (0.0, top)
 
@@ -185,8 +196,11 @@ def _short(text: str, width: int = 90) -> str:
 
 
 def _check(run: Run, rel: Relevance, target: int) -> None:
+    has_picture(run)
     if rel.map != run.map or rel.fingerprint != run.fingerprint:
         raise OptionError("expected a map of this run, got one made for another picture or by another checkpoint")
+    if not rel.targets:
+        raise OptionError("expected a map of at least one target, got one of none")
     if not 0 <= target < len(rel.targets):
         raise OptionError(f"targets run from 0 to {len(rel.targets) - 1}, got {target}")
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llava_lab.checks import array_of, entry, shown
 from llava_lab.errors import OptionError
 from llava_lab.plots.axes import AS_TEXT, figure_of, named_rows, new_axes, open_frame, panels
 from llava_lab.plots.palette import BAND, BLUE, GREY, LINES, RED, colormap, ink_on
@@ -43,9 +44,11 @@ WORDS = {
     "seconds": "seconds",
 }
 UNSURE = 0.45  # opacity of a number that is not told apart from random
+ROUNDING = 1e-6  # that the end of an interval may be off by
 QUICKEST = 1e-3  # seconds; what is quicker is drawn here, since a logarithm needs an end
 
 
+@entry
 def dots(
     board: Leaderboard, measure: str = "gain", *, kind: str = "all", ax: Axes | None = None, sort: str | None = None
 ) -> Axes:
@@ -80,8 +83,13 @@ def dots(
     return ax
 
 
+@entry
 def leaderboard(
-    board: Leaderboard, measures: Sequence[str] = ("gain", "pointing", "seconds"), *, kind: str = "all", ax: Any = None
+    board: Leaderboard,
+    measures: Sequence[str] = ("gain", "pointing", "seconds"),
+    *,
+    kind: str = "all",
+    ax: Axes | Sequence[Axes] | None = None,
 ) -> Figure:
     """Several measures beside one another, methods in the order of the first. Each is its own axis: they are never combined.
 
@@ -89,17 +97,20 @@ def leaderboard(
     >>> len(figure.axes)
     2
     """
-    shown = panels(ax, len(measures), (3.4, 1.0 + 0.26 * len(board.methods)))
-    for number, (panel, measure) in enumerate(zip(shown, measures, strict=True)):
+    if not len(measures):
+        raise OptionError(f"expected at least one measure, got none; there are {', '.join(board.measures)}")
+    drawn = panels(ax, len(measures), (3.4, 1.0 + 0.26 * len(board.methods)))
+    for number, (panel, measure) in enumerate(zip(drawn, measures, strict=True)):
         dots(board, measure, kind=kind, ax=panel, sort=measures[0])
         if number:
             panel.set_yticklabels([])
     if ax is None:
         note = "| random on the same pictures    grey: not told apart from it    red: worse    lines: 95% over pictures"
-        figure_of(shown[0]).supxlabel(note, fontsize=7, color="0.35")
-    return figure_of(shown[0])
+        figure_of(drawn[0]).supxlabel(note, fontsize=7, color="0.35")
+    return figure_of(drawn[0])
 
 
+@entry
 def by_type(board: Leaderboard, measure: str = "gain", *, ax: Axes | None = None) -> Axes:
     """Methods by types of question, each cell the mean; pale numbers where it does not differ from random.
 
@@ -117,6 +128,7 @@ def by_type(board: Leaderboard, measure: str = "gain", *, ax: Axes | None = None
     return ax
 
 
+@entry
 def agreement(result: Comparison | Leaderboard, which: str = "spearman", *, ax: Axes | None = None) -> Axes:
     """How far every two methods agree, methods by methods. `which`: ``spearman``, or for one example ``overlap``.
 
@@ -135,6 +147,7 @@ def agreement(result: Comparison | Leaderboard, which: str = "spearman", *, ax: 
     return ax
 
 
+@entry
 def curve(
     score: Faithfulness, kind: str = "deletion", *, target: int = 0, fill: str | None = None, ax: Axes | None = None
 ) -> Axes:
@@ -146,8 +159,7 @@ def curve(
     """
     if kind not in KINDS:
         raise OptionError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    if not 0 <= target < len(score.targets):
-        raise OptionError(f"targets run from 0 to {len(score.targets) - 1}, got {target}")
+    _check_target(target, score.targets)
     if fill is not None and fill not in score.fills:
         raise OptionError(f"fill must be one of {', '.join(score.fills)}, got {fill!r}")
     ax = ax if ax is not None else new_axes((4.2, 3.2))
@@ -182,19 +194,21 @@ def curve(
     return ax
 
 
-def curves(score: Faithfulness, *, target: int = 0, fill: str | None = None, ax: Any = None) -> Figure:
+@entry
+def curves(score: Faithfulness, *, target: int = 0, fill: str | None = None, ax: Axes | Sequence[Axes] | None = None) -> Figure:
     """Deletion and insertion side by side.
 
     >>> relevance = ll.attribute(lab, run, method="attention", target="car")
     >>> len(plots.curves(ll.faithfulness(lab, run, relevance, steps=2, seeds=2)).axes)
     2
     """
-    shown = panels(ax, 2, (4.0, 3.2), sharey=True)
-    for panel, kind in zip(shown, KINDS, strict=True):
+    drawn = panels(ax, 2, (4.0, 3.2), sharey=True)
+    for panel, kind in zip(drawn, KINDS, strict=True):
         curve(score, kind, target=target, fill=fill, ax=panel)
-    return figure_of(shown[0])
+    return figure_of(drawn[0])
 
 
+@entry
 def sanity(score: Sanity, *, target: int = 0, ax: Axes | None = None) -> Axes:
     """How alike the map stays while the model is randomised from the top down, and (diamonds) after other questions.
 
@@ -204,8 +218,7 @@ def sanity(score: Sanity, *, target: int = 0, ax: Axes | None = None) -> Axes:
     >>> plots.sanity(check).get_ylabel()
     'rank correlation with the first map'
     """
-    if not 0 <= target < len(score.targets):
-        raise OptionError(f"targets run from 0 to {len(score.targets) - 1}, got {target}")
+    _check_target(target, score.targets)
     ax = ax if ax is not None else new_axes((4.2, 3.2))
     steps, asked = len(score.steps), len(score.questions)
     at, others = np.arange(steps + 1), steps + 1.0 + np.arange(asked)
@@ -230,31 +243,35 @@ def sanity(score: Sanity, *, target: int = 0, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def sanities(scores: Sequence[Sanity], *, target: int = 0, ax: Any = None) -> Figure:
+@entry
+def sanities(scores: Sequence[Sanity], *, target: int = 0, ax: Axes | Sequence[Axes] | None = None) -> Figure:
     """Several methods' sanity checks side by side, the legend in the first.
 
     >>> checks = [ll.sanity(lab, run, name, groups=1) for name in ("attention", "center")]
     >>> len(plots.sanities(checks).axes)
     2
     """
-    shown = panels(ax, len(scores), (3.1, 3.5), sharey=True)
-    for panel, score in zip(shown, scores, strict=True):
+    _check_all(scores, target)
+    drawn = panels(ax, len(scores), (3.1, 3.5), sharey=True)
+    for panel, score in zip(drawn, scores, strict=True):
         sanity(score, target=target, ax=panel)
-        panel.set_ylabel(panel.get_ylabel() if panel is shown[0] else "")
-    shown[0].legend(fontsize=7, framealpha=0.8, edgecolor="none")
-    return figure_of(shown[0])
+        panel.set_ylabel(panel.get_ylabel() if panel is drawn[0] else "")
+    drawn[0].legend(fontsize=7, framealpha=0.8, edgecolor="none")
+    return figure_of(drawn[0])
 
 
-def sanity_maps(scores: Sequence[Sanity], *, target: int = 0, ax: Any = None) -> Figure:
+@entry
+def sanity_maps(scores: Sequence[Sanity], *, target: int = 0, ax: Axes | Sequence[Axes] | None = None) -> Figure:
     """A row per method: its map, its maps when half of the layers and when all are random, and after another question.
 
     >>> figure = plots.sanity_maps([ll.sanity(lab, run, "attention", groups=2)])
     >>> figure.axes[0].get_title()
     'attention'
     """
-    shown = panels(ax, 4 * len(scores), (1.7, 1.8), columns=4)
+    _check_all(scores, target)
+    drawn = panels(ax, 4 * len(scores), (1.7, 1.8), columns=4)
     for number, score in enumerate(scores):
-        row, maps = shown[4 * number : 4 * number + 4], {score.method: score.original[target]}
+        row, maps = drawn[4 * number : 4 * number + 4], {score.method: score.original[target]}
         if len(score.steps):
             half = len(score.steps) // 2
             maps |= {f"to {score.steps[half]}": score.maps[half, target], "all random": score.maps[-1, target]}
@@ -266,20 +283,22 @@ def sanity_maps(scores: Sequence[Sanity], *, target: int = 0, ax: Any = None) ->
             panel.set_title(title, fontsize=9, **AS_TEXT)
         for panel in row:
             panel.axis("off")
-    return figure_of(shown[0])
+    return figure_of(drawn[0])
 
 
-def comparison(result: Comparison, *, target: int = 0, ax: Any = None) -> Figure:
+@entry
+def comparison(result: Comparison, *, target: int = 0, ax: Axes | Sequence[Axes] | None = None) -> Figure:
     """One example: each method's gain with its interval against random, and how far the methods agree.
 
     >>> figure = plots.comparison(ll.compare(lab, run, ["attention", "center"], target="car", steps=2, seeds=2))
     >>> [label.get_text() for label in figure.axes[0].get_yticklabels()] != []
     True
     """
+    _check_target(target, result.targets)
     size = (max(1.8 + 0.36 * len(result.methods), 4.2), max(1.4 + 0.34 * len(result.methods), 3.0))
-    shown = panels(ax, 2, size)
+    drawn = panels(ax, 2, size)
     rows = result.rows(target)[::-1]
-    left = shown[0]
+    left = drawn[0]
     for height, row in enumerate(rows):
         color = BLUE if row["beats_random"] else GREY
         if row["interval"][0] == row["interval"][0]:
@@ -290,8 +309,20 @@ def comparison(result: Comparison, *, target: int = 0, ax: Any = None) -> Figure
     left.set_xlabel("gain, and its 95% interval against one random map\n(grey: not told apart from random)", fontsize=8)
     left.tick_params(axis="x", labelsize=8)
     open_frame(left)
-    agreement(result, ax=shown[1])
+    agreement(result, ax=drawn[1])
     return figure_of(left)
+
+
+def _check_target(target: int, targets: Sequence[Any]) -> None:
+    if not 0 <= target < len(targets):
+        raise OptionError(f"targets run from 0 to {len(targets) - 1}, got {target}")
+
+
+def _check_all(scores: Sequence[Sanity], target: int) -> None:
+    if not len(scores):
+        raise OptionError("expected at least one sanity check, got none")
+    for score in scores:
+        _check_target(target, score.targets)
 
 
 def _verdicts(score: Sanity) -> str:
@@ -320,10 +351,10 @@ def _matrix(
     ax: Axes, values: np.ndarray, rows: Sequence[str], columns: Sequence[str], scale: tuple[float, float], sure: np.ndarray
 ) -> None:
     """Coloured cells with their numbers; `sure` says which numbers are printed in full."""
-    shown = ax.imshow(np.ma.masked_invalid(values), colormap(scale[0] < 0), vmin=scale[0], vmax=scale[1], aspect="auto")
+    image = ax.imshow(np.ma.masked_invalid(values), colormap(scale[0] < 0), vmin=scale[0], vmax=scale[1], aspect="auto")
     for (row, column), value in np.ndenumerate(values):
         if value == value:
-            color, alpha = ink_on(shown.to_rgba(value)), 1 if sure[row, column] else UNSURE
+            color, alpha = ink_on(image.to_rgba(value)), 1 if sure[row, column] else UNSURE
             ax.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=6, color=color, alpha=alpha)
     ax.set_xticks(range(len(columns)), list(columns), fontsize=7, rotation=60, ha="right", rotation_mode="anchor", **AS_TEXT)
     ax.set_yticks(range(len(rows)), list(rows), fontsize=7, **AS_TEXT)
@@ -331,6 +362,7 @@ def _matrix(
     ax.spines[:].set_visible(False)
 
 
+@entry
 def mean_sweep(sweeps: Sequence[FlowSweep], *, target: int = 0, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(mean, low, high) of `FlowSweep.relative` over questions, each (flows, windows), with a 95% interval by resampling them.
 
@@ -341,11 +373,13 @@ def mean_sweep(sweeps: Sequence[FlowSweep], *, target: int = 0, seed: int = 0) -
     >>> mean.shape == (len(sweep.flows), len(sweep.windows))
     True
     """
-    if not sweeps:
+    if not len(sweeps):
         raise OptionError("expected at least one sweep, got none")
     first = sweeps[0]
     if any(sweep.flows != first.flows or not np.array_equal(sweep.windows, first.windows) for sweep in sweeps):
         raise OptionError("expected sweeps of the same flows and windows; sweep every question with the same options")
+    for one in sweeps:
+        _check_target(target, one.targets)
     values = np.stack([sweep.relative[..., target] for sweep in sweeps]).astype(float)
     if np.isnan(values).any():
         raise OptionError("expected whole sweeps of a target with a probability, got cells that are not a number")
@@ -357,7 +391,8 @@ def mean_sweep(sweeps: Sequence[FlowSweep], *, target: int = 0, seed: int = 0) -
     return values.mean(0), interval[..., 0], interval[..., 1]
 
 
-def flows(sweeps: Sequence[FlowSweep], *, target: int = 0, ax: Any = None) -> Figure:
+@entry
+def flows(sweeps: Sequence[FlowSweep], *, target: int = 0, ax: Axes | Sequence[Axes] | None = None) -> Figure:
     """One panel per flow: relative change of the answer's probability, mean and 95% interval over questions.
 
     >>> figure = plots.flows([ll.knockout_sweep(lab, run, metric="car")])
@@ -379,17 +414,26 @@ def flows(sweeps: Sequence[FlowSweep], *, target: int = 0, ax: Any = None) -> Fi
     return figure_of(axes[0])
 
 
+@entry
 def stays(shares: Mapping[str, Sequence[Sequence[float]]], *, xlabel: str = "", ax: Axes | None = None) -> Axes:
     """How often the answer stays, one line per name; each point is (share, low, high), 0 to 1, at 0, 1, 2 ... along x.
 
     >>> plots.stays({"half of the layers": [(0.5, 0.25, 0.75), (1.0, 0.8, 1.0)]}).get_ylabel()
     'answer stays, %'
     """
+    lines = {name: array_of(f"the points of {name!r}", points) for name, points in shares.items()}
+    for name, points in lines.items():
+        whole = points.ndim == 2 and points.shape[1] == 3 and len(points) and points.dtype.kind in "biuf"
+        if not whole or not ((points[:, 1] - ROUNDING <= points[:, 0]) & (points[:, 0] <= points[:, 2] + ROUNDING)).all():
+            got = shown(points.tolist())
+            raise OptionError(f"the points of {name!r} must be (share, low, high) each, low <= share <= high; got {got}")
+    if not lines:
+        raise OptionError("expected the points of at least one line, got none")
     ax = ax if ax is not None else new_axes((5.0, 2.9))
-    for number, (name, points) in enumerate(shares.items()):
-        mean, low, high = 100 * np.asarray(points, float).T
+    for number, (name, points) in enumerate(lines.items()):
+        mean, low, high = 100 * points.T.astype(float)
         at = np.arange(len(mean)) + 0.06 * (number - (len(shares) - 1) / 2)  # aside, so that intervals do not cover each other
-        bars = (mean - low, high - mean)
+        bars = np.maximum((mean - low, high - mean), 0)
         ax.errorbar(at, mean, bars, color=LINES[number % len(LINES)], marker="o", capsize=3, label=name)
     ax.set(xlabel=xlabel, ylabel="answer stays, %", ylim=(-5, 105))
     ax.legend(frameon=False, fontsize=9)
@@ -397,6 +441,7 @@ def stays(shares: Mapping[str, Sequence[Sequence[float]]], *, xlabel: str = "", 
     return ax
 
 
+@entry
 def pruning(result: Pruning, *, ax: Axes | None = None) -> Axes:
     """Right answers against the number of image tokens kept, one line a ranking, with 95% intervals over pictures.
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import traitlets
 
+from llava_lab.errors import OptionError
 from tests.support.compare_examples import METHODS, comparison_example, methods_example
 from tests.support.widget_examples import make_run
 from widgets import CompareView
@@ -106,10 +107,10 @@ def test_contrasts_are_asked_as_a_question_and_only_some_methods_answer() -> Non
         ({"target": "house"}, ValueError, "the answer has no word 'house'"),
         ({"scores": {"rise": {"gain": 1}}}, ValueError, "scores names 'rise', which has no map; the maps are rollout, attention"),
         ({"beats_random": {"rise": True}}, ValueError, "beats_random names 'rise', which has no map"),
-        ({"scores": {"rollout": 0.3}}, TypeError, "scores must be numbers by name for each method"),
-        ({"agreement": np.eye(3)}, ValueError, r"agreement must be 2 x 2, one row and column per map, got \(3, 3\)"),
+        ({"scores": {"rollout": 0.3}}, OptionError, "scores must be numbers by name for each method"),
+        ({"agreement": np.eye(3)}, ValueError, r"agreement must be 2 x 2 numbers, one row and column per map, got \(3, 3\)"),
         ({"opacity": 2}, ValueError, r"opacity must lie in 0\.\.1, got 2"),
-        ({"beat_random": {}}, TypeError, r"no option 'beat_random'; did you mean 'beats_random'\?"),
+        ({"beat_random": {}}, OptionError, r"no option 'beat_random'; did you mean 'beats_random'\?"),
     ],
 )
 def test_wrong_options_say_what_is_right(options: dict, error: type[Exception], message: str) -> None:
@@ -119,7 +120,7 @@ def test_wrong_options_say_what_is_right(options: dict, error: type[Exception], 
 
 
 def test_a_comparison_takes_no_scores_beside_its_own() -> None:
-    with pytest.raises(TypeError, match="a Comparison brings its own scores"):
+    with pytest.raises(OptionError, match="a Comparison brings its own scores"):
         CompareView(*comparison_example(), beats_random={"rollout": True})
 
 

@@ -10,6 +10,7 @@ import pytest
 import traitlets
 from PIL import Image
 
+from llava_lab.errors import OptionError
 from tests.support.bench_examples import bench_example, one_seen
 from tests.support.widget_examples import make_relevance
 from widgets import ConnectorBench, seen
@@ -61,5 +62,5 @@ def test_what_cannot_be_compared_is_refused() -> None:
         one_seen("x", place=9)
     with pytest.raises(traitlets.TraitError, match="rank must be one of 0, 1, 4, 16, got 2"):
         ConnectorBench(one, two, ranks=ranks, rank=2)
-    with pytest.raises(TypeError, match="no option 'rankz'"):
+    with pytest.raises(OptionError, match="no option 'rankz'"):
         ConnectorBench(one, two, rankz={})

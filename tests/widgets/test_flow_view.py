@@ -12,6 +12,7 @@ import pytest
 import traitlets
 from PIL import Image
 
+from llava_lab.errors import OptionError
 from llava_lab.plots.palette import FLOWS
 from tests.support.flow_examples import grid_example, sweep_example, two
 from tests.support.widget_examples import make_run
@@ -68,7 +69,7 @@ def test_tables_of_a_wrong_shape_and_other_answers_are_refused() -> None:
         FlowView(run, grid=replace(grid, answers=grid.answers[..., 0]))
     with pytest.raises(ValueError, match="'red.', which this run does not say there"):
         FlowView(replace(run, token_ids=run.token_ids + 1), sweep)
-    with pytest.raises(TypeError, match=r"sweep must be what llava_lab.knockout_sweep gives, got PatchGrid"):
+    with pytest.raises(OptionError, match=r"sweep must be a result of ll.knockout_sweep or None, got PatchGrid"):
         FlowView(run, grid)  # type: ignore[arg-type]
 
 
@@ -91,7 +92,7 @@ def test_what_is_chosen_is_checked() -> None:
         FlowView(run, sweep, selected={"cell": [0, 0]})
     with pytest.raises(ValueError, match="target must be one of 'red.', 'red, not blue', got 'blue'"):
         FlowView(run, sweep, target="blue")
-    with pytest.raises(TypeError, match="no option 'componnet'; did you mean 'component'"):
+    with pytest.raises(OptionError, match="no option 'componnet'; did you mean 'component'"):
         FlowView(run, sweep, componnet=1)
 
 

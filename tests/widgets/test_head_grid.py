@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import traitlets
 
+from llava_lab.errors import OptionError
 from llava_lab.results import HeadMaps
 from tests.support.compare_examples import heads_example
 from tests.support.widget_examples import make_run
@@ -96,7 +97,7 @@ def test_selection_is_sorted_unique_and_inside_the_grid() -> None:
         ({"head": 9}, traitlets.TraitError, r"head must lie in 0\.\.3, got 9"),
         ({"megabytes": 0}, ValueError, "megabytes must be more than 0, got 0"),
         ({"opacity": -1}, ValueError, r"opacity must lie in 0\.\.1, got -1"),
-        ({"laier": 3}, TypeError, r"no option 'laier'; did you mean 'layer'\?"),
+        ({"laier": 3}, OptionError, r"no option 'laier'; did you mean 'layer'\?"),
     ],
 )
 def test_wrong_options_say_what_is_right(options: dict, error: type[Exception], message: str) -> None:

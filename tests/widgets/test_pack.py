@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from llava_lab.errors import OptionError
 from llava_lab.plots.palette import diverging, light, sequential
 from llava_lab.results import Relevance, Target
 from tests.support.widget_examples import example, make_relevance, make_run, many, spots
@@ -124,7 +125,7 @@ def test_maps_that_would_mislead_are_refused(broken, message: str) -> None:  # t
 
 @pytest.mark.parametrize("given", [{}, None, 3])
 def test_maps_come_by_name(given: object) -> None:
-    with pytest.raises(TypeError, match="expected the maps by name"):
+    with pytest.raises(OptionError, match="expected the maps by name"):
         pack(make_run(), given)  # type: ignore[arg-type]
 
 

@@ -11,6 +11,7 @@ import pytest
 import traitlets
 from PIL import Image
 
+from llava_lab.errors import OptionError
 from tests.support.lens_examples import CAR, ONCE, SPOT, STATES, VOCABULARY, big, example, lens_of, three
 from tests.support.widget_examples import make_run
 from widgets import TokenLens
@@ -104,7 +105,7 @@ def test_states_are_called_by_their_own_numbers() -> None:
         ({"patch": (12, 0)}, ValueError, r"patch must lie in the 12x12 grid, rows and columns from 0, got \(12, 0\)"),
         ({"patch": 7}, ValueError, r"patch must be a pair \(row, column\), got 7"),
         ({"opacity": 2}, ValueError, r"opacity must lie in 0\.\.1, got 2"),
-        ({"wrod": "car"}, TypeError, r"no option 'wrod'; did you mean 'word'\?"),
+        ({"wrod": "car"}, OptionError, r"no option 'wrod'; did you mean 'word'\?"),
     ],
 )
 def test_wrong_options_say_what_is_right(options: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -131,12 +132,12 @@ def test_what_is_of_another_run_or_of_another_kind_is_refused() -> None:
         "lens was read through another picture geometry": (replace(lens, map=moved), near),
         "near was read through another picture geometry": (lens, replace(near, map=moved)),
         "values that are not finite": (replace(lens, entropy=np.full_like(lens.entropy, np.nan)), near),
-        "lens must be what llava_lab.logit_lens gives, got NearestWords": (near, lens),
-        "near must be what llava_lab.nearest_words gives, got LogitLens": (lens, lens),
-        "lens must be what llava_lab.logit_lens gives, got dict": ({}, None),
+        "lens must be a result of ll.logit_lens or a list, each a result of ll.logit_lens, got NearestWords": (near, lens),
+        "near must be a result of ll.nearest_words or None, got LogitLens": (lens, lens),
+        "lens must be a result of ll.logit_lens or a list, each a result of ll.logit_lens, got {}": ({}, None),
     }
     for message, given in wrong.items():
-        with pytest.raises((ValueError, TypeError), match=message):
+        with pytest.raises(OptionError, match=message):
             TokenLens(run, *given)
 
 
