@@ -42,11 +42,12 @@ import transformers
 
 from llava_lab.attribution.registry import METHODS
 from llava_lab.checks import Sweep, entry, whole_number
-from llava_lab.errors import DataError, OptionError
+from llava_lab.errors import DataError, LabError, OptionError
 from llava_lab.judging.compare import Options, chosen_methods, compare
 from llava_lab.judging.faithfulness import BATCH, FEWEST_FILLS, SCALES, Judge, allowed_fills
 from llava_lab.models import Lab
 from llava_lab.models.folders import ABLATE, NAMES, SHIP
+from llava_lab.models.layout import connector_of, replace_connector
 from llava_lab.results import Ablation, Comparison, Faithfulness, Leaderboard, Run, Target, area, mean_of_known, only_writer
 from llava_lab.results.scores import COST, DIGITS, FAITHFUL, TRUE
 from llava_lab.shipped import ABLATION, PHOTO_COMPARISON
@@ -393,6 +394,7 @@ def _packed(lab: Lab) -> dict[str, Any]:
         "attention": model.config._attn_implementation,
         "dtype": model.dtype,
         "weights": model.state_dict(),
+        "connector": connector_of(model),  # the config does not rebuild every kind
         "processor": lab.processor,
         "name": lab.name,
         "card": lab.card,
@@ -405,6 +407,7 @@ def _unpacked(parts: dict[str, Any]) -> Lab:
     model = LlavaForConditionalGeneration._from_config(
         parts["config"], dtype=parts["dtype"], attn_implementation=parts["attention"]
     )
+    replace_connector(model, parts["connector"])
     model.load_state_dict(parts["weights"])
     return Lab(model.eval(), parts["processor"], name=parts["name"], card=parts["card"])
 
@@ -413,10 +416,16 @@ def _settle(parts: dict[str, Any], piece: Piece, threads: int, level: int) -> No
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     torch.set_num_threads(threads)
     logging.getLogger("llava_lab").setLevel(level)
-    _here.update(lab=_unpacked(parts), piece=piece)
+    try:
+        _here.update(lab=_unpacked(parts), piece=piece)
+    except Exception as error:  # noqa: BLE001  a worker that dies here is started again without end
+        said = (str(error).strip().splitlines() or [""])[-1].strip()
+        _here["failed"] = f"a worker cannot build this model again ({type(error).__name__}: {said}); leave workers at 1"
 
 
 def _work(index: int) -> tuple[int, Any]:
+    if "failed" in _here:
+        raise LabError(_here["failed"])
     return index, _here["piece"](_here["lab"], index)
 
 

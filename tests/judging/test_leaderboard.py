@@ -14,7 +14,7 @@ import torch
 
 import llava_lab as ll
 from llava_lab.cli import main as cli
-from llava_lab.errors import DataError, OptionError
+from llava_lab.errors import DataError, LabError, OptionError
 from llava_lab.judging import leaderboard
 from llava_lab.judging.leaderboard import MEASURES, Asked, answer_target, economical, photographed, spread, tabulate
 from llava_lab.models import Lab
@@ -393,6 +393,28 @@ def test_several_processes_find_what_one_finds(tiny_random: Lab) -> None:
     assert {pid for pid, _ in alone.values()} == {os.getpid()}
     assert os.getpid() not in {pid for pid, _ in shared.values()}
     assert {i: text for i, (_, text) in shared.items()} == {i: text for i, (_, text) in alone.items()}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("kind", "options"), [("mlp2x_gelu", {"width": 40}), ("linear", {}), ("c_abstractor", {})])
+def test_several_processes_have_the_connector_that_was_put_in(tiny_random: Lab, kind: str, options: dict[str, Any]) -> None:
+    with ll.connector(tiny_random, ll.new_connector(tiny_random, kind, seed=1, **options)):
+        alone = dict(spread(tiny_random, _answered, range(2)))
+        shared = dict(spread(tiny_random, _answered, range(2), workers=2))
+    assert shared == alone
+
+
+def _answered(lab: Lab, index: int) -> tuple[str, str]:
+    return lab.fingerprint, lab.ask(np.full((60, 60, 3), 40 * index, np.uint8), "What is it?", max_new_tokens=3).answer
+
+
+def test_a_worker_that_cannot_build_the_model_says_so(tiny_random: Lab) -> None:
+    tiny_random.model.extra = torch.nn.Parameter(torch.ones(1))  # what no config knows of
+    try:
+        with pytest.raises(LabError, match="cannot build this model again .RuntimeError: .*extra.*; leave workers at 1"):
+            list(spread(tiny_random, _piece, range(2), workers=2))
+    finally:
+        del tiny_random.model.extra
 
 
 @pytest.mark.long
