@@ -418,7 +418,7 @@ def _settle(parts: dict[str, Any], piece: Piece, threads: int, level: int) -> No
     logging.getLogger("llava_lab").setLevel(level)
     try:
         _here.update(lab=_unpacked(parts), piece=piece)
-    except Exception as error:  # noqa: BLE001  a worker that dies here is started again without end
+    except Exception as error:  # a worker that dies here is started again without end
         said = (str(error).strip().splitlines() or [""])[-1].strip()
         _here["failed"] = f"a worker cannot build this model again ({type(error).__name__}: {said}); leave workers at 1"
 
