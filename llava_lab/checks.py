@@ -206,12 +206,14 @@ def not_finite(values: Any) -> int:
 def same_model(lab: Any, run: Run) -> str:
     """The fingerprint of the weights that made `run`, if `lab` holds them. Raises CheckpointError, OptionError without a picture.
 
-    `lab` is anything with a `name` and a `fingerprint`.
+    `lab` is anything with a `name` and a `fingerprint`; where it can `check` a run, what a changed file says is refused too.
     """
     has_picture(run)
     weights: str = lab.fingerprint
     if run.fingerprint != weights:
         raise CheckpointError(f"expected a run made by {lab.name!r}, got one by {run.model!r} with other weights; ask again")
+    if hasattr(lab, "check"):
+        lab.check(run)
     return weights
 
 

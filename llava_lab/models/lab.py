@@ -306,11 +306,13 @@ class Lab:
 
     def _after_question(self, form: str) -> str:
         """What a prompt of this form writes behind its last question."""
-        return self._after_chat_question if form == "chat" else text.AFTER
+        return self._around_chat_question[1] if form == "chat" else text.AFTER
 
     @cached_property
-    def _after_chat_question(self) -> str:
-        return self._chat(text.STAND_IN, (), 1).rpartition(text.STAND_IN)[2]
+    def _around_chat_question(self) -> tuple[str, str]:
+        """What the chat template writes between a picture and its question, and behind it."""
+        before, _, after = self._chat(text.STAND_IN, (), 1).rpartition(text.STAND_IN)
+        return before.rpartition(text.IMAGE)[2], after
 
     @entry
     def inputs(self, run: Run, *, picture: np.ndarray | None = None, tiles: bool = False) -> dict[str, Tensor]:
@@ -328,14 +330,14 @@ class Lab:
                 f"this run was answered by {run.model!r} with weights {run.fingerprint}; "
                 f"{self.name!r} now has {mine}; ask again with this lab"
             )
-        self._check_fit(run)
+        self.check(run)
         if picture is not None and np.shape(picture) != run.picture.shape:
             raise PictureError(f"the other picture must be {run.picture.shape} like the run's, got {np.shape(picture)}")
         ids = torch.from_numpy(run.token_ids)[None].to(self.device)
         pictures = [picture if picture is not None and own is run.picture else own for own in run.pictures]
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **self._all_shown(pictures, run.map.mode)}
 
-    def _check_fit(self, run: Run) -> None:
+    def check(self, run: Run) -> None:
         """Raises CheckpointError for a run that cannot be this model's: its file was changed since it was saved."""
         count = self.image_tokens(run.picture) if run.pictures else 0
         spans = layout.image_spans(run.token_ids, self.image_id, count, len(run.pictures))
@@ -348,8 +350,46 @@ class Lab:
         elif spans and self.one_square and (run.map.rows, run.map.cols) != self.grid:
             wrong = f"a grid of {self.grid[0]}x{self.grid[1]} patches, got {run.map.rows}x{run.map.cols}"
         else:
-            return
-        raise CheckpointError(f"this run is damaged: expected {wrong}; ask again with this lab")
+            wrong = self._untrue(run, count)
+        if wrong:
+            raise CheckpointError(f"this run is damaged: expected {wrong}; ask again with this lab")
+
+    def _untrue(self, run: Run, count: int) -> str:
+        """What of a run's texts is not what its token ids say, which are all that is explained; empty where all is.
+
+        A file can say one thing in words and another in ids, and only a tokenizer can tell. `count`: image tokens of a picture.
+        """
+        start, stop = run.segments["answer"]
+        if run.prompt.count(text.IMAGE) != len(run.pictures):
+            return f"a prompt with {len(run.pictures)} times {text.IMAGE}, got {run.prompt.count(text.IMAGE)}"
+        short = np.array(text.tokenize(self.tokenizer, run.prompt)["input_ids"], np.int64)
+        ids = layout.expand_image(short, self.image_id, count, len(run.pictures))
+        if not np.array_equal(ids, run.token_ids[:start]):
+            return f"the prompt that its token ids spell, got {shown(run.prompt)}"
+        if not self._asks(run):
+            return f"the question that its prompt asks, got {shown(run.question)}"
+        answer = decode(self.tokenizer, run.token_ids[start:stop].tolist()).strip()
+        if answer != run.answer:
+            return f"the answer that its token ids spell, {shown(answer)}, got {shown(run.answer)}"
+        at = 0
+        for word in run.words:
+            at = answer.find(word.text, at)
+            if at < 0:
+                return f"the words of its answer, {shown(answer)}, got {shown(word.text)}"
+            at += len(word.text)
+        return ""
+
+    def _asks(self, run: Run) -> bool:
+        """Whether a run's prompt asks its question, and that whole: "the car?" too ends "What color is the car?"."""
+        form = str(run.options.get("prompt", self.prompt))
+        after = self._after_question(form)
+        at = text.question_start(run.prompt, run.question, after)
+        if at < 0 or not run.question or run.prompt[at + len(run.question) :] != after:
+            return False
+        before, first = run.prompt[:at], "history" not in run.segments
+        if form == "chat":
+            return not first or len(run.pictures) != 1 or before.endswith(text.IMAGE + self._around_chat_question[0])
+        return before == self._text(run.question, form, (), len(run.pictures))[:at] if first else before.endswith(text.BEFORE)
 
     def pixels(self, picture: np.ndarray, fit: str | None = None) -> Tensor:
         """A picture as the vision tower takes it: (1, 3, size, size) in the model's dtype, on its device."""

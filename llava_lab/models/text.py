@@ -43,6 +43,7 @@ IMAGE = "<image>"
 END_OF_TURN = "</s>"
 CUE = "ASSISTANT:"  # the model answers after it; no space follows
 AFTER = f" {CUE}"  # what stands behind the last question in our own forms
+BEFORE = "USER: "  # what stands before it where turns were said before
 STAND_IN = "the question stands here"  # to see what a chat template writes behind a question
 
 SYSTEM = (
@@ -104,8 +105,8 @@ def build_prompt(question: str, form: str = "llava-1.5", history: History = (), 
     *earlier, (last, _) = turns(question, history)
     questions = [question for question, _ in earlier] + [last]
     shown = f"{IMAGE}\n" * pictures
-    parts = [f"USER: {shown}{questions[0]} {CUE}"]
-    parts += [f" {answer}{END_OF_TURN}USER: {after} {CUE}" for (_, answer), after in zip(earlier, questions[1:], strict=True)]
+    parts = [f"{BEFORE}{shown}{questions[0]} {CUE}"]
+    parts += [f" {answer}{END_OF_TURN}{BEFORE}{after} {CUE}" for (_, answer), after in zip(earlier, questions[1:], strict=True)]
     return (f"{SYSTEM} " if form == "llava-1.5" else "") + "".join(parts)
 
 
@@ -335,8 +336,7 @@ def encode(
     first = question_start(text, question, after)
     if first < 0:
         raise CheckpointError(f"the chat template does not write the question as it is asked: {text!r}")
-    has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-    coded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not has_bos)
+    coded = tokenize(tokenizer, text)
     short = np.array(coded["input_ids"], np.int64)
     ids = layout.expand_image(short, image_id, image_tokens, pictures)
     spans = layout.image_spans(ids, image_id, image_tokens, pictures)
@@ -355,6 +355,12 @@ def encode(
         segments["history"] = (stop, asked)
     segments |= {"question": (asked, cue), "cue": (cue, len(ids))}
     return Prompt(text, ids, segments)
+
+
+def tokenize(tokenizer: Any, text: str) -> Any:
+    """``input_ids`` and ``offset_mapping`` of a whole prompt, the token that begins a sequence in it once."""
+    has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+    return tokenizer(text, return_offsets_mapping=True, add_special_tokens=not has_bos)
 
 
 def decode(tokenizer: Decoder, token_ids: Sequence[int]) -> str:

@@ -38,7 +38,7 @@ import numpy as np
 from PIL import Image
 
 from llava_lab.attribution.registry import works_at
-from llava_lab.checks import entry, number, one_of, whole_number
+from llava_lab.checks import entry, is_list, number, one_of, shown, whole_number
 from llava_lab.errors import BudgetError, CheckpointError, EndpointError, OptionError
 from llava_lab.evaluation.benchmarks import Judge
 from llava_lab.geometry import PictureMap
@@ -217,6 +217,12 @@ class BlackBox:
         """Raises CheckpointError for a run that another model, address or system text gave."""
         if run.fingerprint != self.fingerprint:
             raise CheckpointError(f"expected a run made by {self.name!r} at its address, got one by {run.model!r}; ask again")
+        # what is asked again are the turns; a file that was changed may show another question
+        turns = run.options.get("turns")
+        asked = [turn[0] for turn in turns if is_list(turn) and len(turn) == 2] if is_list(turns) else []
+        told, spelt = f"{prompts.IMAGE}\n{run.question}", run.token_ids[run.segments["question"][0]]
+        if asked[-1:] != [run.question] or run.prompt != told or spelt != token_id(run.question.encode()):
+            raise CheckpointError(f"this run is damaged: it did not ask {shown(run.question)}; ask again with this lab")
 
     def shrunk(self, picture: np.ndarray) -> np.ndarray:
         """The picture as it is sent: at most `longest` pixels on its longer side."""
@@ -276,8 +282,8 @@ class BlackBox:
         messages: list[dict[str, Any]] = [{"role": "system", "content": self.system}] if self.system else []
         place = {"url": address} | ({"detail": self.detail} if self.detail else {})
         for turn, (question, answer) in enumerate(look.turns):
-            shown = [{"type": "image_url", "image_url": place}] if turn == 0 else []
-            messages.append({"role": "user", "content": [*shown, {"type": "text", "text": question}]})
+            seen = [{"type": "image_url", "image_url": place}] if turn == 0 else []
+            messages.append({"role": "user", "content": [*seen, {"type": "text", "text": question}]})
             if answer is not None:
                 messages.append({"role": "assistant", "content": answer})
         if look.begun:

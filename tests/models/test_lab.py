@@ -19,7 +19,7 @@ from llava_lab.errors import CheckpointError, LabError, OptionError, PictureErro
 from llava_lab.models import Lab, layout, load
 from llava_lab.models import lab as lab_module
 from llava_lab.models.text import decode
-from llava_lab.results import Run
+from llava_lab.results import Run, load_npz, save_npz
 from tests.support.answers import probabilities_check_out
 from tests.support.closeness import close
 from tests.support.leftovers import state_of
@@ -556,6 +556,89 @@ def test_a_run_that_was_changed_in_its_file_is_refused_before_it_is_explained(ti
         with pytest.raises(CheckpointError, match=words) as error:
             work(change(run))
         assert "\n" not in str(error.value)
+
+
+def _said(header: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {**header, **changes}
+
+
+def _instead(header: dict[str, Any], field: str, old: str, new: str) -> dict[str, Any]:
+    assert old in header[field]
+    return {**header, field: header[field].replace(old, new)}
+
+
+def _first_word(header: dict[str, Any], text: str) -> dict[str, Any]:
+    first, *rest = header["words"]
+    return {**header, "words": [{**first, "text": text}, *rest]}
+
+
+# what is changed in the file of a run, and what is said when it is used
+EDITED: dict[str, tuple[Any, str]] = {
+    "another question": (lambda file: _said(file, question="What color is the dog?"), "the question that its prompt asks"),
+    "the end of the question": (lambda file: _said(file, question="the car?"), "the question that its prompt asks"),
+    "the question in capitals": (lambda file: _said(file, question=QUESTION.upper()), "the question that its prompt asks"),
+    "a sign less in the question": (lambda file: _said(file, question=QUESTION[:-1]), "the question that its prompt asks"),
+    "no question": (lambda file: _said(file, question=""), "the question that its prompt asks"),
+    "the model's name for a question": (lambda file: _said(file, question="ASSISTANT"), "the question that its prompt asks"),
+    "a word of the prompt": (lambda file: _instead(file, "prompt", "car", "dog"), "the prompt that its token ids spell"),
+    "question and prompt alike": (
+        lambda file: _instead(_instead(file, "prompt", "car", "dog"), "question", "car", "dog"),
+        "the prompt that its token ids spell",
+    ),
+    "a sign less in the prompt": (lambda file: _instead(file, "prompt", "?", ""), "the prompt that its token ids spell"),
+    "more in the prompt": (lambda file: _instead(file, "prompt", "?", "? Be brief."), "the prompt that its token ids spell"),
+    "no prompt": (lambda file: _said(file, prompt="<image>"), "the prompt that its token ids spell"),
+    "two pictures in the prompt": (
+        lambda file: _instead(file, "prompt", "<image>", "<image><image>"),
+        "a prompt with 1 times <image>, got 2",
+    ),
+    "no picture in the prompt": (lambda file: _instead(file, "prompt", "<image>", ""), "a prompt with 1 times <image>, got 0"),
+    "another answer": (lambda file: _said(file, answer="The zebra is blue."), "the answer that its token ids spell"),
+    "no answer": (lambda file: _said(file, answer=""), "the answer that its token ids spell"),
+    "another word of the answer": (lambda file: _first_word(file, "zebra"), "the words of its answer"),
+    "another form of prompt": (
+        lambda file: _said(
+            file, options={**file["options"], "prompt": "hf" if "chat between" in file["prompt"] else "llava-1.5"}
+        ),
+        "the question that its prompt asks",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", EDITED)
+def test_a_run_whose_texts_were_changed_in_its_file_loads_and_is_refused_where_it_is_used(
+    tiny_random: Lab, run: Run, tmp_path: Path, what: str
+) -> None:
+    """The reader knows no tokenizer; the lab that explains the ids under these words does."""
+    change, words = EDITED[what]
+    header, arrays = load_npz(run.save(tmp_path / "run.npz"), Run.KIND)
+    damaged = Run.load(save_npz(tmp_path / "changed.npz", Run.KIND, change(header), arrays))
+    for use in (
+        tiny_random.inputs,
+        lambda damaged: ll.attribute(tiny_random, damaged),
+        lambda damaged: ll.attribute(tiny_random, damaged, method="center"),
+        lambda damaged: ll.ask_without(tiny_random, damaged, [(0, 0)]),
+    ):
+        with pytest.raises(CheckpointError, match=f"this run is damaged: expected {words}") as error:
+            use(damaged)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("form", ["llava-1.5", "hf", "chat"])
+@pytest.mark.parametrize("history", [(), (("Is it red?", "Yes, the car."), ("And the sky?", "Blue."))])
+@pytest.mark.parametrize("question", [QUESTION, "  Is it the car?\nOr USER: a   dog? ", "ASSISTANT?", "é 雪 🙂"])
+def test_a_run_as_it_was_saved_is_its_lab_s_own(
+    tiny_random: Lab, picture: np.ndarray, tmp_path: Path, form: str, history: Any, question: str
+) -> None:
+    for shown in (picture, None) if form != "chat" else (picture,):
+        made = tiny_random.ask(shown, question, prompt=form, history=history, max_new_tokens=3)
+        tiny_random.check(Run.load(made.save(tmp_path / "run.npz")))
+
+
+def test_the_end_of_a_question_is_none_after_earlier_turns(tiny_random: Lab, picture: np.ndarray) -> None:
+    made = tiny_random.ask(picture, QUESTION, history=[("Is it red?", "Yes.")], max_new_tokens=2)
+    with pytest.raises(CheckpointError, match="the question that its prompt asks"):
+        tiny_random.check(replace(made, question="the car?"))
 
 
 def test_another_question_cannot_be_put_where_the_prompt_does_not_hold_the_first(tiny_random: Lab, run: Run) -> None:
