@@ -18,6 +18,7 @@ rows are kept in half precision (`AnswerRows`).
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -42,6 +43,7 @@ from llava_lab.errors import LabError, OptionError
 from llava_lab.models import Lab, connectors
 from llava_lab.models.layout import language_layers
 from llava_lab.models.pictures import Shown
+from llava_lab.options import by_our_names
 from llava_lab.replay.targets import Targets, Wanted, image_values, resolve_targets, segment_mass, target_rows
 from llava_lab.results import Relevance, Run
 
@@ -171,6 +173,7 @@ def _plain(value: Any) -> Any:
 
 # -- maps from the forwards that make the answer ------------------------------------------
 
+ASKING = {name: name for name in inspect.signature(Lab.ask).parameters if name not in ("self", "picture", "question")}
 LATER = "made by ll.attribute(lab, run, ...) after the answer"
 
 
@@ -201,6 +204,7 @@ def ask_and_attribute(
         streaming = ", ".join(sorted(name for name, other in METHODS.items() if other.streams is not None))
         raise OptionError(f"while answering, method must be one of {streaming}, got {method!r}; its map is {LATER}")
     chosen = card.with_defaults(options or {})
+    asking = by_our_names("Lab.ask", asking, ASKING, beside=("method", "target", "options"))
     for name, value in card.streams.items():
         if chosen[name] != value:
             raise OptionError(f"while answering, {name} must be {value!r}, got {chosen[name]!r}; that map is {LATER}")

@@ -37,6 +37,7 @@ from llava_lab.models.connectors import Connector
 from llava_lab.models.formats import foreign
 from llava_lab.models.swap import swapped, trained_beside
 from llava_lab.models.weights import require_finite
+from llava_lab.options import nearest
 from llava_lab.results import whole_file
 
 MARK = "mm_projector."
@@ -87,7 +88,9 @@ def read_projector(lab: Lab, path: str | os.PathLike, *, kind: str | None = None
     """
     path = Path(path)
     if kind is None and options:
-        raise OptionError(f"{', '.join(options)}: options are those of a kind of connector; give kind=... too")
+        near = nearest(next(iter(options)), ("path", "kind"))
+        meant = f"; did you mean {near!r}?" if near else ""
+        raise OptionError(f"{', '.join(options)}: options are those of a kind of connector; give kind=... too{meant}")
     stored = _tensors(path)
     record = _record(path.with_suffix(".json"))
     if kind is None and record:
@@ -99,7 +102,7 @@ def read_projector(lab: Lab, path: str | os.PathLike, *, kind: str | None = None
     if kind.startswith("mlp") and "width" not in options:
         options = {**options, **_width(stored, sizes)}
     with torch.random.fork_rng(devices=[]):
-        made = connectors.build(kind, sizes, options)
+        made = connectors.build(kind, sizes, options, beside=("kind",))
     require_finite(stored.items(), str(path))
     tensors = {_ours(name, kind): value for name, value in stored.items()}
     _check_fit(made, tensors, path, kind)

@@ -125,7 +125,7 @@ def new_connector(lab: Lab, kind: str, *, init: str = "llava", seed: int = 0, **
     _check(init)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        made = connectors.build(kind, connectors.sizes_of(lab.model.config), options)
+        made = connectors.build(kind, connectors.sizes_of(lab.model.config), options, beside=("kind", "init", "seed"))
         if init == "transformers":
             _draw(made.modules(), STD)
     made.trained_with = {}

@@ -22,7 +22,7 @@ from __future__ import annotations
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -39,6 +39,7 @@ from transformers.models.llava import modeling_llava
 
 from llava_lab.checks import held, undoing
 from llava_lab.errors import OptionError
+from llava_lab.options import by_our_names, nearest
 
 TYPE, OPTIONS = "mm_projector_type", "mm_projector_options"  # in config.json; the first is LLaVA's own key, the second ours
 STOCK = modeling_llava.LlavaMultiModalProjector
@@ -291,19 +292,21 @@ def architecture(name: str) -> Architecture:
         return CONNECTORS[name]
     if (match := _MLP.fullmatch(str(name))) and len(match[1]) < 4 and int(match[1]) <= DEEPEST:
         return _mlp(int(match[1]))
+    near = nearest(str(name)[:60], list(CONNECTORS))
     raise OptionError(
         f"a connector is one of {', '.join(CONNECTORS)} or mlp{{N}}x_gelu, N from 1 to {DEEPEST} layers, got {str(name)[:60]!r}"
+        + (f"; did you mean {near!r}?" if near else "")
     )
 
 
-def build(kind: str, sizes: Sizes, options: Mapping[str, Any] | None = None) -> Connector:
-    """The connector with torch's own fresh weights. Raises OptionError (one line) for what does not fit."""
+def build(kind: str, sizes: Sizes, options: Mapping[str, Any] | None = None, *, beside: Collection[str] = ()) -> Connector:
+    """The connector with torch's own fresh weights. Raises OptionError (one line) for what does not fit.
+
+    `beside`: names that stand beside the options where they are given, and may have been misspelt.
+    """
     entry = architecture(kind)
-    options = dict(options or {})
-    if unknown := sorted(set(options) - set(entry.options)):
-        takes = ", ".join(entry.options) or "no options"
-        raise OptionError(f"connector {kind!r} takes {takes}; got {', '.join(unknown)}")
-    options = {**entry.options, **options}
+    ours = {name: f"{name}={default!r}" for name, default in entry.options.items()}
+    options = {**entry.options, **by_our_names(f"connector {kind!r}", options or {}, ours, beside=beside)}
     for name, value in options.items():
         if not isinstance(value, bool) and value is not None and (not isinstance(value, int) or value < 1):
             raise OptionError(f"option {name} of connector {kind!r} must be a whole number from 1, got {value!r}")

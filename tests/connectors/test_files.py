@@ -97,7 +97,7 @@ def test_a_hidden_layer_of_another_width_comes_back_and_is_not_exported(tiny_ran
         assert (again.kind, again.options) == ("mlp2x_gelu", {"width": 24})
         assert all(torch.equal(value, made.state_dict()[name]) for name, value in again.state_dict().items())
         path.with_suffix(".json").unlink(missing_ok=True)
-    with pytest.raises(OptionError, match="connector 'mlp2x_gelu' takes width; got depth"):
+    with pytest.raises(OptionError, match="connector 'mlp2x_gelu' has no option 'depth'; did you mean 'width'"):
         ll.read_projector(tiny_random, path, kind="mlp2x_gelu", depth=3)
 
 

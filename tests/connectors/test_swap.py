@@ -250,7 +250,7 @@ def test_the_two_initialisations_differ_as_they_should(tiny_random: Lab) -> None
     [
         ("qformer", {}, r"one of linear, mlp2x_gelu, .* or mlp\{N\}x_gelu, N from 1 to 64 layers, got 'qformer'"),
         ("mlp0x_gelu", {}, "got 'mlp0x_gelu'"),
-        ("linear", {"side": 2}, "'linear' takes no options; got side"),
+        ("linear", {"side": 2}, "connector 'linear' has no option 'side'; its options are none"),
         ("avgpool", {"side": 3}, "side must divide the 4x4 patches, so one of 1, 2, 4; got 3"),
         ("avgpool", {"side": 0}, "whole number from 1, got 0"),
         ("pixel_shuffle", {"factor": 3}, "factor must divide the 4x4 patches, got 3"),
