@@ -55,7 +55,11 @@ SERVER_FLAGS = [
     *("--no-browser", "--ServerApp.ip=127.0.0.1", "--ServerApp.port_retries=0", "--ServerApp.answer_yes=True"),
     *("--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"),
     "--LabApp.extension_manager=readonly",  # the default one asks a registry
+    "--LabApp.custom_css=True",
 ]
+# A lesson is read in a panel that may be narrow: long lines of code go on below, and printed words are not cut in two.
+WRAPPED = {"codeCellConfig": {"lineWrap": True}}
+STYLE = ".jp-OutputArea-output pre { word-break: normal; overflow-wrap: anywhere; }\n"
 # JupyterLab writes what a kernel says of its language into every notebook it opens. With the number of its Python left out,
 # that is what the lessons are stored with, so a look at one is no change of it.
 STARTUP = """kernel = getattr(get_ipython(), "kernel", None)
@@ -227,17 +231,23 @@ def _environment() -> dict[str, str]:
 
 
 def _write_settings(folder: Path) -> None:
-    """No news pop-up and no update check, and kernels under which looking at a lesson is no change of it.
+    """No news pop-up and no update check, lines that fit, and kernels under which looking at a lesson is no change of it.
 
-    The first is written once, so that a reader's own choice later stays.
+    Settings are written once, so that a reader's own choice later stays.
     """
-    file = folder / "jupyterlab_settings_dir/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
-    if not file.exists():
+    quiet = {"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True}
+    for name, settings in (("apputils-extension/notification", quiet), ("notebook-extension/tracker", WRAPPED)):
+        file = folder / f"jupyterlab_settings_dir/@jupyterlab/{name}.jupyterlab-settings"
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(settings), "utf-8")
+    for name, text in (
+        ("ipythondir/profile_default/startup/00-llava-lab.py", STARTUP),
+        ("jupyter_config_dir/custom/custom.css", STYLE),
+    ):
+        file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True}), "utf-8")
-    file = folder / "ipythondir/profile_default/startup/00-llava-lab.py"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(STARTUP, "utf-8")
+        file.write_text(text, "utf-8")
 
 
 def _free_port(asked: int | None) -> int:

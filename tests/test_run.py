@@ -277,6 +277,8 @@ def test_jupyter_gets_its_own_folders_no_reports_and_no_news(checkout: Path) -> 
     run._write_settings(run.JUPYTER)
     file = next((checkout / ".venv").rglob("notification.jupyterlab-settings"))
     assert json.loads(file.read_text("utf-8"))["fetchNews"] == "false"
+    lines = next((checkout / ".venv").rglob("tracker.jupyterlab-settings"))
+    assert json.loads(lines.read_text("utf-8"))["codeCellConfig"]["lineWrap"] is True
     file.write_text("{}", "utf-8")
     run._write_settings(run.JUPYTER)
     assert file.read_text("utf-8") == "{}"  # a choice made in JupyterLab stays

@@ -106,6 +106,23 @@ def test_a_look_at_a_lesson_changes_nothing(lab: LabPage) -> None:
         assert lab.save().read_bytes() == path.read_bytes(), path.name
 
 
+LONG_LINES = """
+name = "a line of code that is longer than a narrow panel is wide, " + "and goes on " + "and on " + "to its end"  # and a remark
+print("Words that are printed on one line stay whole " + "where the line has to go on below, " * 4)
+"""
+
+
+def test_no_line_of_code_and_no_printed_word_is_cut_in_a_narrow_panel(lab: LabPage) -> None:
+    notebook = shown(lab, LONG_LINES)
+    lab.page.set_viewport_size({"width": 760, "height": 800})
+    code, printed = notebook.locator(".cm-content").first, notebook.locator(".jp-OutputArea-output pre").first
+    printed.wait_for()
+    assert code.evaluate("(node) => node.closest('.cm-scroller').scrollWidth <= node.closest('.cm-scroller').clientWidth")
+    assert printed.evaluate("(node) => getComputedStyle(node).wordBreak") == "normal"
+    assert printed.evaluate("(node) => node.scrollWidth <= node.clientWidth")
+    lab.page.set_viewport_size({"width": 1280, "height": 1000})
+
+
 def test_patch_explorer(lab: LabPage, tmp_path: Path) -> None:
     explorer = shown(lab, EXPLORER, "w").locator(".lab-explorer")
     canvas = explorer.locator("canvas.lab-canvas")

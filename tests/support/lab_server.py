@@ -107,7 +107,7 @@ class LabServer:
         flags = [f"--ServerApp.port={self.url.rsplit(':', 1)[1]}", f"--ServerApp.root_dir={self.root}"]
         flags += [f"--IdentityProvider.token={self.token}", "--LabApp.expose_app_in_browser=True"]  # for tests only
         flags += ["--no-browser", "--ServerApp.ip=127.0.0.1", "--ServerApp.port_retries=0", "--ServerApp.answer_yes=True"]
-        flags += ["--LabApp.extension_manager=readonly", "--LabApp.news_url="]
+        flags += ["--LabApp.extension_manager=readonly", "--LabApp.news_url=", "--LabApp.custom_css=True"]
         flags += ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
         with self.log.open("wb") as log:
             command = [sys.executable, "-m", "jupyterlab", *flags]
