@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from llava_lab.interventions import circuit as circuit
     from llava_lab.interventions import erase as erase
     from llava_lab.interventions import erased as erased
+    from llava_lab.interventions import interchange as interchange
     from llava_lab.interventions import knocked_out as knocked_out
     from llava_lab.interventions import knockout as knockout
     from llava_lab.interventions import knockout_sweep as knockout_sweep
@@ -89,6 +90,7 @@ if TYPE_CHECKING:
     from llava_lab.results import GroundTruth as GroundTruth
     from llava_lab.results import HallucinationCheck as HallucinationCheck
     from llava_lab.results import HeadMaps as HeadMaps
+    from llava_lab.results import Interchange as Interchange
     from llava_lab.results import Leaderboard as Leaderboard
     from llava_lab.results import LinearEffect as LinearEffect
     from llava_lab.results import Linearized as Linearized
@@ -155,6 +157,7 @@ _HOMES = {
     "patch_nodes": "llava_lab.interventions",
     "attribution_patch": "llava_lab.interventions",
     "circuit": "llava_lab.interventions",
+    "interchange": "llava_lab.interventions",
     "steer": "llava_lab.interventions",
     "erase": "llava_lab.interventions",
     "knocked_out": "llava_lab.interventions",
@@ -171,6 +174,7 @@ _HOMES = {
     "FlowSweep": "llava_lab.results",
     "NodeScores": "llava_lab.results",
     "Circuit": "llava_lab.results",
+    "Interchange": "llava_lab.results",
     "PatchGrid": "llava_lab.results",
     "ControlRates": "llava_lab.results",
     "Faithfulness": "llava_lab.results",

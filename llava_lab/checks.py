@@ -563,6 +563,7 @@ GIVEN_BY = MappingProxyType(
         "Faithfulness": ("faithfulness", "faithfulness"),
         "FlowSweep": ("flow sweep", "knockout_sweep"),
         "HeadMaps": ("head maps", "head_maps"),
+        "Interchange": ("interchange", "interchange"),
         "Leaderboard": ("leaderboard", "leaderboard"),
         "LogitLens": ("logit lens", "logit_lens"),
         "NearestWords": ("nearest words", "nearest_words"),

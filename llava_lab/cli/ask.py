@@ -1,4 +1,5 @@
-"""The commands about one picture: ask, explain, lens, knockout, chat; and what looks inside over many: naming, sinks, circuit.
+"""The commands about one picture: ask, explain, lens, knockout, chat; and what looks inside over many: naming, sinks,
+circuit, interchange.
 
 ``ask`` and ``explain`` also take a closed model, ``--model openai:NAME --base-url URL``. What explaining it will ask for
 is said on standard error before it starts; the key is read from the environment.
@@ -9,6 +10,7 @@ is said on standard error before it starts; the key is read from the environment
     llava-lab sinks car.png "What color is the car?"
     llava-lab sinks --data picturebook --n 10 --model smol
     llava-lab circuit --variable color
+    llava-lab interchange --variable color --position thing
 
 ``chat`` asks several questions about one picture, each with what was said before it:
 
@@ -332,7 +334,7 @@ def _next(person: bool) -> str | None:
             return line.strip()
 
 
-# -- sinks, circuit -------------------------------------------------------------------------
+# -- sinks, circuit, interchange ------------------------------------------------------------
 
 
 def add_inside(add: Add) -> None:
@@ -362,6 +364,25 @@ def add_inside(add: Add) -> None:
     common.add_output(command, "--save", "keep the result in one .npz file")
     common.add_output(command, "--figure", "draw faithfulness by size (.png, .svg, .pdf)")
 
+    about = "whether a small subspace of a state carries a variable, and it alone, by layer, beside placebos"
+    command = add("interchange", interchange, about)
+    command.add_argument("--variable", choices=("color", "kind", "place"), default="color", help="default: color")
+    command.add_argument(
+        "--position",
+        choices=("last", "thing"),
+        default="last",
+        help="the prompt's last token or the thing's patches (default: last)",
+    )
+    command.add_argument("--layers", type=int, nargs="+", help="after so many layers, 0 is before the first (default: all)")
+    command.add_argument("--dim", type=positive, default=32, help="dimensions of the subspace (default: 32)")
+    command.add_argument("--n", type=positive, default=16, help="scenes it is learnt in (default: 16)")
+    command.add_argument("--held", type=positive, default=24, help="other scenes, in which it is judged (default: 24)")
+    command.add_argument("--epochs", type=positive, default=8, help="times through the pictures (default: 8)")
+    command.add_argument("--seeds", type=positive, default=1, help="searches from other beginnings (default: 1)")
+    command.add_argument("--split", default="test", help="of the picture book (default: test)")
+    common.add_output(command, "--save", "keep the result in one .npz file")
+    common.add_output(command, "--figure", "draw it by layer (.png, .svg, .pdf)")
+
 
 def circuit(args: argparse.Namespace) -> Reply:
     import llava_lab as ll
@@ -370,6 +391,15 @@ def circuit(args: argparse.Namespace) -> Reply:
     options = {name: getattr(args, name) for name in ("variable", "n", "held", "steps", "draws", "checked", "split", "seed")}
     result = ll.circuit(common.load(args), **options, progress=not args.json)
     return common.finished(args, result, lambda plots: plots.circuit(result).figure)
+
+
+def interchange(args: argparse.Namespace) -> Reply:
+    import llava_lab as ll
+
+    common.check_figure(args.figure)
+    names = ("variable", "position", "layers", "dim", "n", "held", "epochs", "seeds", "split", "seed")
+    result = ll.interchange(common.load(args), **{name: getattr(args, name) for name in names}, progress=not args.json)
+    return common.finished(args, result, lambda plots: plots.interchange(result).figure)
 
 
 def sinks(args: argparse.Namespace) -> Reply:

@@ -2,6 +2,7 @@
 
 from llava_lab.interventions.ablate import ablate_tokens, ablated, ask_without, positive_control
 from llava_lab.interventions.circuit import circuit
+from llava_lab.interventions.interchange import interchange
 from llava_lab.interventions.knockout import knocked_out, knockout, knockout_sweep
 from llava_lab.interventions.patching import attribution_patch, patch, patch_nodes, patched
 from llava_lab.interventions.steering import erase, erased, mean_difference, steer, steered
@@ -14,6 +15,7 @@ __all__ = [
     "circuit",
     "erase",
     "erased",
+    "interchange",
     "knocked_out",
     "knockout",
     "knockout_sweep",

@@ -1,7 +1,7 @@
 """Figures drawn from results with matplotlib, one function each."""
 
 from llava_lab.plots.ablation import accuracies, differences, sweep
-from llava_lab.plots.diagrams import Box, circuit, journey, mark_sinks, matrices, patch_mosaic, sinks
+from llava_lab.plots.diagrams import Box, circuit, interchange, journey, mark_sinks, matrices, patch_mosaic, sinks
 from llava_lab.plots.maps import Scale, color_scale, compare_figure, overlay, segment_bars, words_figure
 from llava_lab.plots.scores import (
     agreement,
@@ -35,6 +35,7 @@ __all__ = [
     "differences",
     "dots",
     "flows",
+    "interchange",
     "journey",
     "leaderboard",
     "mark_sinks",

@@ -1,4 +1,4 @@
-"""Figures of what goes on inside a model: how it works, from the numbers of one real run, and its sinks and circuits.
+"""Figures of what goes on inside a model: how it works, from the numbers of one real run, and its sinks, circuits and subspaces.
 
 `journey` follows a picture through the three parts of a LLaVA to its answer; `matrices` shows small
 matrices with their numbers, for arithmetic done by hand. What such a drawing needs beyond the run is given as plain numbers.
@@ -6,7 +6,7 @@ matrices with their numbers, for arithmetic done by hand. What such a drawing ne
     journey(run, widths=(1024, 4096))
     matrices({"A": np.eye(2)}, labels=("the", "car"))
 
-`sinks`, `circuit` and `mark_sinks` draw results. Each takes ``ax=`` and returns its Axes. No model and no torch.
+`sinks`, `circuit`, `interchange` and `mark_sinks` draw results. Each takes ``ax=`` and returns its Axes. No model and no torch.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from llava_lab.checks import array_of, entry, has_picture, is_list, is_whole, sh
 from llava_lab.errors import OptionError
 from llava_lab.geometry import PictureMap
 from llava_lab.plots.axes import AS_TEXT, figure_of, new_axes, open_frame, panels
-from llava_lab.plots.palette import BLUE, OTHER, RED, SEGMENTS, colormap, ink_on
-from llava_lab.results import Circuit, Run, Sinks
+from llava_lab.plots.palette import BLUE, GREY, MARKERS, ORANGE, OTHER, RED, SEGMENTS, colormap, ink_on
+from llava_lab.results import Circuit, Interchange, Run, Sinks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -203,7 +203,7 @@ def _under(ax: Axes, x: float, y: float, text: str) -> None:
     ax.text(x, y, text, ha="center", va="top", fontsize=9, color=SOFT, linespacing=1.25)
 
 
-# -- sinks and circuits ---------------------------------------------------------------------
+# -- sinks, circuits, subspaces -------------------------------------------------------------
 
 
 @entry
@@ -254,6 +254,34 @@ def circuit(result: Circuit, *, ax: Axes | None = None) -> Axes:
         ax.axhline(level, color="0.8", linewidth=0.8, zorder=0)
     ax.set_xscale("log")
     ax.set(xlabel=f"edges kept, % of {result.edges}", ylabel="faithfulness (1: the whole model)", title=result.variable)
+    ax.legend(frameon=False, fontsize=8)
+    open_frame(ax)
+    return ax
+
+
+@entry
+def interchange(result: Interchange, *, ax: Axes | None = None) -> Axes:
+    """How often the answer becomes the source's, by layer, for the subspace that was found (blue) and beside it its placebos.
+
+    Dashed: how often the answer about the other variable stays, with the found subspace. Bands are 95% intervals over pairs.
+
+    >>> found = ll.interchange(lab, layers=[4], n=2, held=2, epochs=1, progress=False)
+    >>> plots.interchange(found).get_xlabel()
+    'after so many layers'
+    """
+    ax = ax if ax is not None else new_axes((5.0, 3.2))
+    edges = result.interval()
+    for arm, (name, color) in enumerate(zip(result.ARMS, (BLUE, GREY, ORANGE, RED, SOFT), strict=True)):
+        label = {"found": f"{result.dim} dimensions, found", "whole": f"whole state, {result.width}"}.get(name, name)
+        style: dict[str, Any] = {"linestyle": ":", "zorder": 1} if name == "whole" else {}
+        ax.plot(result.layers, result.iia[:, arm], color=color, marker=MARKERS[arm], markersize=4, label=label, **style)
+        if name == "found":
+            ax.fill_between(result.layers, *edges[:, arm].T, color=color, alpha=0.2, linewidth=0)
+            kept = result.alone[:, arm]
+            ax.plot(result.layers, kept, color=color, linestyle="--", linewidth=1, label=f"found: the {result.beside} stays")
+    ax.set_xticks(result.layers)
+    ax.set_ylim(-0.03, 1.03)
+    ax.set(xlabel="after so many layers", ylabel="share of answers", title=f"{result.variable}, at {result.position}")
     ax.legend(frameon=False, fontsize=8)
     open_frame(ax)
     return ax

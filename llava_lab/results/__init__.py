@@ -3,7 +3,7 @@
 from llava_lab.results.benchmarks import BenchmarkScores
 from llava_lab.results.connectors import ALL, MANY, WORDS, Ablation, LinearEffect, Linearized, LocalLinearity, in_words
 from llava_lab.results.generated import CheckPays, Generated
-from llava_lab.results.inside import Circuit, NodeScores, Sinks
+from llava_lab.results.inside import Circuit, Interchange, NodeScores, Sinks
 from llava_lab.results.interventions import ControlRates, Effect, FlowSweep, PatchGrid, Pruning
 from llava_lab.results.probes import (
     HallucinationCheck,
@@ -46,6 +46,7 @@ __all__ = [
     "GroundTruth",
     "HallucinationCheck",
     "HeadMaps",
+    "Interchange",
     "Leaderboard",
     "LinearEffect",
     "Linearized",

@@ -1,4 +1,5 @@
-"""What goes on inside: `Sinks` draw attention for what they are, `NodeScores` are of heads, `Circuit` of edges; with controls.
+"""What goes on inside, with controls: `Sinks` draw attention for what they are, `NodeScores` are of heads, `Circuit` of edges,
+`Interchange` of subspaces.
 
 Frozen dataclasses over numpy arrays; each saves to one ``.npz`` file and loads again without torch or the model.
 
@@ -18,9 +19,9 @@ from llava_lab.errors import DataError, OptionError
 from llava_lab.geometry import PictureMap
 from llava_lab.results.run import Target
 from llava_lab.results.save import Saved
-from llava_lab.results.schema import filled
+from llava_lab.results.schema import filled, place_of
 from llava_lab.results.table import Table, figure, pairs, plain
-from llava_lab.stats import resampled_means, spearman
+from llava_lab.stats import resampled_means, spearman, wilson
 
 LIMITS = ("attended", "long", "peak")
 
@@ -288,3 +289,86 @@ class Circuit(Saved):
 def _area(shares: np.ndarray, values: np.ndarray, at_zero: float) -> float:
     """Trapezoids from (0, `at_zero`) on."""
     return float(np.trapezoid(np.concatenate([[at_zero], values]), np.concatenate([[0.0], shares])))
+
+
+@dataclass(frozen=True)
+class Interchange(Saved):
+    """How often an answer becomes the source's when a subspace of a state is exchanged, by layer, beside placebos.
+
+    `iia` is how often the answer about the variable becomes what the source's value demands, `alone` how often the answer about
+    the second variable, in which the source differs too, stays the base's, `both` how often both are so for one pair: each
+    (layers, arms), 0 to 1. The untrained model has no answer of its own to keep, and the whole state carries everything over.
+    """
+
+    KIND: ClassVar[str] = "interchange"
+    GAPS: ClassVar[tuple[str, ...]] = ("kept",)
+    ARMS: ClassVar[tuple[str, ...]] = ("found", "random", "shuffled", "untrained", "whole")
+    MEASURES: ClassVar[tuple[str, ...]] = ("iia", "alone", "both")
+
+    layers: Int64[np.ndarray, " layers"]
+    changed: Float32[np.ndarray, "layers 5 seeds pairs"]  # 1 where the answer became the source's; arms as in `ARMS`
+    kept: Float32[np.ndarray, "layers 5 seeds pairs"]  # 1 where the other answer stayed the base's; NaN for the untrained model
+    variable: str
+    beside: str  # the second variable
+    position: str
+    dim: int
+    width: int  # of the state
+    learnt_on: int  # pairs
+    model: str
+    fingerprint: str
+    seconds: float
+    interrupted: bool = False
+    notes: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        filled(layers=self.layers, pairs=self.changed.T)
+
+    @property
+    def iia(self) -> np.ndarray:
+        return self._by_pair("iia").mean(-1)
+
+    @property
+    def alone(self) -> np.ndarray:
+        return self._by_pair("alone").mean(-1)
+
+    @property
+    def both(self) -> np.ndarray:
+        return self._by_pair("both").mean(-1)
+
+    def interval(self, measure: str = "iia") -> np.ndarray:
+        """95% interval of a measure over pairs, each of its own scene, (layers, arms, 2); Wilson's where all are 0 or all 1."""
+        rates = self._by_pair(measure)
+        count = rates.shape[-1]
+        edges = resampled_means(rates, np.arange(count))[0]
+        edges[(rates == 0).all(-1)], edges[(rates == 1).all(-1)] = wilson(0, count), wilson(count, count)
+        return edges
+
+    def _by_pair(self, measure: str) -> np.ndarray:
+        """Mean over searches, float64 (layers, arms, pairs)."""
+        place_of("measure", measure, self.MEASURES)
+        values = {"iia": self.changed, "alone": self.kept, "both": self.changed * self.kept}[measure]
+        return values.astype(np.float64).mean(2)
+
+    def table(self) -> Table:
+        """IIA by layer and arm, with the interval of the subspace that was found; below, the same for the other measures."""
+        parts = []
+        for measure in self.MEASURES:
+            rows = []
+            for layer, means, edges in zip(self.layers, getattr(self, measure), self.interval(measure), strict=True):
+                cells = [f"{figure(mean, '.2f')} ({low:.2f} to {high:.2f})" if mean == mean else "-"
+                         for mean, (low, high) in zip(means, edges, strict=True)]  # fmt: skip
+                rows.append((str(layer), *cells))
+            parts.append(Table(("layer", *self.ARMS), tuple(rows), title=""))
+        size = f"{self.dim} of {self.width} dimensions"
+        title = f"{self.model}: the {self.variable} exchanged at {self.position}, {size}: the answer becomes the source's (95%)"
+        names = (f"the answer about the {self.beside} stays the base's", "both, of the same pair")
+        below = tuple(part.titled(name) for part, name in zip(parts[1:], names, strict=True))
+        return Table(parts[0].headings, parts[0].rows, title=title, below=below, notes=self.notes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``llava-lab interchange --json`` prints."""
+        names = ("variable", "beside", "position", "dim", "width", "layers", "learnt_on", "model")
+        about = {name: getattr(self, name) for name in names} | {"arms": self.ARMS, "pairs": self.changed.shape[-1]}
+        about |= {name: getattr(self, name) for name in self.MEASURES} | {"searches": self.changed.shape[2]}
+        about |= {f"{name}_interval": self.interval(name) for name in self.MEASURES}
+        return plain(about | {"interrupted": self.interrupted, "notes": self.notes, "seconds": self.seconds})

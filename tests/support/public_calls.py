@@ -145,6 +145,8 @@ def public_calls(lab: Any, folder: Path) -> dict[str, dict[str, Any]]:
         | {"metric": None, "seed": 0, "progress": False},
         "circuit": {"lab": lab, "pairs": [(run, other, None)] * 2, "variable": "color", "n": 1, "held": 1, "steps": 1}
         | {"shares": (0.1, 1.0), "draws": 1, "checked": 1, "split": "test", "seed": 0, "progress": False},
+        "interchange": {"lab": lab, "variable": "color", "position": "last", "layers": [0], "dim": 2, "n": 1, "held": 1}
+        | {"epochs": 1, "rate": 0.01, "seeds": 1, "split": "test", "seed": 0, "progress": False},
         "steer": {**acting, **pushed, "alpha": 1.0, "others": ["What?"]},
         "erase": {**acting, **pushed, "strength": 1.0, "others": ["What?"]},
         "knocked_out": {**asked, **cut, "layers": None},

@@ -104,7 +104,12 @@ def _inside(run: results.Run) -> list[Saved]:
         np.array([0.1, 1.0]), np.array([3, 30]), kept, chance, np.array([0.5, 0.4], np.float32), 30, 12,
         (NASTY, "MLP 0 -> output"), np.array([2.0, -1.0], np.float32), 0.9, 5, "color", 0, seconds=1.0, **ABOUT
     )  # fmt: skip
-    return [sinks, nodes, circuit]
+    changed, stays = np.zeros((2, 2, 5, 1, 4), np.float32)
+    changed[:, 0, 0, :3], changed[:, 4], stays[:, :3, 0, 1:], stays[:, 3] = 1, 1, 1, np.nan
+    interchange = results.Interchange(
+        np.array([0, 3]), changed, stays, "color", "kind", "last", 8, 256, 32, seconds=1.0, **ABOUT
+    )  # fmt: skip
+    return [sinks, nodes, circuit, interchange]
 
 
 def _probes(run: results.Run) -> list[Saved]:

@@ -72,6 +72,7 @@ def shown_calls() -> dict[str, dict[str, Any]]:
         "patch_mosaic": {"picture": run.picture, "where": run.map},
         "sinks": {"result": every[results.Sinks], "ax": None},
         "circuit": {"result": every[results.Circuit], "ax": None},
+        "interchange": {"result": every[results.Interchange], "ax": None},
         "mark_sinks": {"ax": pyplot.subplots()[1], "run": replace(run, fingerprint="f"), "result": every[results.Sinks]}
         | {"number": 0, "part": "language"},
         "overlay": {**look, "target": 0, "scale": (0.0, 1.0), "colorbar": True, "title": "t"},
