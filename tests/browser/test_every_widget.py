@@ -174,6 +174,16 @@ def test_it_fits_its_page_and_text_stands_out(chromium: Browser, name: str, sche
     assert page.errors == []
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_button_that_waits_for_something_can_be_read(chromium: Browser, scheme: str) -> None:
+    page = WidgetPage(chromium, color_scheme=scheme)
+    ask = page.mount(EVERY["PatchExplorer"]()).get_by_role("button", name="Ask again without these patches")
+    assert ask.is_disabled()
+    assert ask.evaluate("(node) => getComputedStyle(node).opacity") == "1"
+    assert ask.evaluate_all(CONTRAST, ".lab-primary") >= 4.5  # on its own ground
+    page.close()
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", BIG)
 def test_at_7b_size_a_hover_is_seen_within_frames_and_loads_nothing(widget_page: WidgetPage, name: str) -> None:

@@ -97,6 +97,26 @@ def test_without_its_limit_it_would_be_found_too_high(chromium: Browser, name: s
     page.close()
 
 
+FADES = "(node) => getComputedStyle(node).getPropertyValue('--lab-more')"
+
+
+@pytest.mark.parametrize(("name", "column"), [("PatchExplorer", ".lab-side"), ("CompareView", ".lab-maps")])
+def test_a_column_that_goes_on_below_fades_at_its_edge_until_its_end(chromium: Browser, name: str, column: str) -> None:
+    page = WidgetPage(chromium, viewport={"width": WIDE[0], "height": HIGH})
+    node = page.mount(FULL.get(name, EVERY[name])()).locator(column)
+    node.evaluate("(node) => { node.style.maxHeight = '200px'; }")
+    page.settle()
+    assert node.evaluate("(node) => node.scrollHeight > node.clientHeight")
+    assert node.evaluate(FADES) == "36px"
+    node.evaluate("(node) => { node.scrollTop = node.scrollHeight; }")
+    page.settle()
+    assert node.evaluate(FADES) == "0px"
+    node.evaluate("(node) => { node.style.maxHeight = '4000px'; }")
+    page.settle()
+    assert node.evaluate(FADES) == "0px", "all of it is seen"
+    page.close()
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_labels_never_lie_on_one_another(chromium: Browser, name: str) -> None:
     page = WidgetPage(chromium, viewport={"width": NARROW[0], "height": HIGH})
