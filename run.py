@@ -59,7 +59,7 @@ SERVER_FLAGS = [
 ]
 # A lesson is read in a panel that may be narrow: long lines of code go on below, and printed words are not cut in two.
 WRAPPED = {"codeCellConfig": {"lineWrap": True}}
-STYLE = ".jp-OutputArea-output pre { word-break: normal; overflow-wrap: anywhere; }\n"
+STYLE = ".jp-OutputArea-output pre { word-break: normal !important; overflow-wrap: anywhere !important; }\n"
 # JupyterLab writes what a kernel says of its language into every notebook it opens. With the number of its Python left out,
 # that is what the lessons are stored with, so a look at one is no change of it.
 STARTUP = """kernel = getattr(get_ipython(), "kernel", None)
