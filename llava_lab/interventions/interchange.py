@@ -6,21 +6,28 @@ the source's coordinates along k orthogonal directions and keeps its own along a
 
     h = base + (source - base) Q Q'
 
-The directions are learnt by gradient on some pairs, so that the answer becomes what the source's value demands. On other pairs,
-of other scenes, it is counted how often the whole answer does (interchange intervention accuracy, IIA), and how often the answer
+The directions are learnt by gradient on some pictures, so that the answer becomes what the source's value demands. On pictures
+of other scenes it is counted how often the whole answer does (interchange intervention accuracy, IIA), and how often the answer
 about the second variable, in which the source differs too, stays the base's. What carries the variable alone does both.
 
-    found = interchange(lab, variable="color", position="last", dim=8)
+    found = interchange(lab, variable="color", position="last")
     found.table()
 
 Beside it stand four placebos and bounds: a random subspace of the same size; the same search where the values asked for are
-permuted among the pairs; the same search in the model with the values inside each weight in random order, which has learnt
+permuted among the pictures; the same search in the model with the values inside each weight in random order, which has learnt
 nothing; and the whole state exchanged, which carries everything over. A search that succeeds where there is nothing to find has
 found its own strength.
 
+Measured on `tiny` (the call above, and ``position="thing", layers=[1]``; 24 scenes): at the prompt's last token the colour comes
+late. The whole state carries nothing up to three layers, 0.17 after four and 0.88 after five; there 32 of 256 dimensions carry
+0.79 and leave the kind alone in 0.83 (random and untrained 0.00, shuffled 0.17; the whole state leaves it in 0.08). At the thing
+after one layer they carry 0.96 and leave the kind alone in 0.62 (0.00, 0.00, 0.21; the whole state in none). So the variables are
+not cleanly apart; fewer scenes to learn from, or fewer dimensions, carry less and leave more alone.
+
 States lie in the residual stream, `layers` l after l layers, 0 being what the first layer is given. Questions ask for a single
-word and name the thing by its size; only pairs are taken that the model answers rightly. The labels are the model's own answers.
-Memory: keys and values of every pair before the first changed position, 2.3 MB a pair and question on `tiny`.
+word and name the thing by its size; only what the model answers rightly is taken, and its own answers are the labels. A default
+call takes a minute on one core, a layer at the thing a minute and a half by itself. Memory: keys and values of every picture up
+to the first exchanged position, 2.4 MB a picture and question on `tiny`.
 
 Sources: Geiger et al. 2023 (arXiv 2303.02536, distributed alignment search), 2021 (arXiv 2106.02997, IIA); Wu et al. 2024 (arXiv
 2403.07809, pyvene); what placebos are for: Makelov et al. 2023 (arXiv 2311.17030), Sutter et al. 2025 (arXiv 2507.08802).
@@ -47,7 +54,7 @@ from llava_lab.capture.residual import watch_stream
 from llava_lab.checks import Sweep, entry, made_by, number, one_of, whole_number
 from llava_lab.errors import DataError, LabError, OptionError
 from llava_lab.models import Lab
-from llava_lab.models.layout import language_layers, read_connector
+from llava_lab.models.layout import is_offloaded, is_quantized, language_layers, read_connector
 from llava_lab.models.weights import weights_put_back
 from llava_lab.replay.prefix import embedded
 from llava_lab.results import Interchange, Run
@@ -107,9 +114,14 @@ def interchange(
         raise OptionError(f"layers must be numbers from 0 to {count - 1}, or None for all; got {layers}")
     if whole_number("dim", dim, least=1) > width:
         raise OptionError(f"dim must be at most the model's width of {width}, got {dim}")
-    drawn = {"split": split, "seed": seed, "progress": progress}
+    if is_quantized(lab.model) or is_offloaded(lab.model):
+        raise OptionError(
+            "the untrained model is made by mixing the weights, and these are packed or elsewhere; load it as it is"
+        )
+    drawn: dict[str, Any] = {"split": split, "seed": seed, "progress": progress}
     learnt_on = answered(lab, variable, n=n, count=VARIANTS, **drawn)
     judged_on = answered(lab, variable, n=held, count=2, begin=learnt_on[-1].index + 1, **drawn)
+    lab.inputs(learnt_on[0].beside)  # refuses a model that sees a picture in several squares
     ending = sorted(lab.eos_ids)
     pictures = [run for family in learnt_on for run in family.runs]
     labels = label_rows(pictures, ending[0]).to(lab.device)
@@ -118,7 +130,6 @@ def interchange(
     where = [family.patches for family in learnt_on for _ in family.runs] if position == "thing" else None
     where_judged = [family.patches for family in judged_on] if position == "thing" else None
     sources_of = _sources(learnt_on, position)
-    every = np.arange(held)
     changed, kept = np.full((2, len(chosen), len(Interchange.ARMS), seeds, held), np.nan, np.float32)
 
     def read(runs: Sequence[Run], at: Sequence[np.ndarray] | None) -> Readings:
@@ -134,8 +145,8 @@ def interchange(
         rng = np.random.default_rng((draw, 97))
 
         def loss(batch: Batch, basis: Tensor) -> Tensor:
-            drawn = np.array([rng.choice(sources_of[number]) for number in batch.numbers])
-            return batch.loss(labels[drawn], layer, learn.at(layer, drawn), basis)
+            sources = np.array([rng.choice(sources_of[number]) for number in batch.numbers])
+            return batch.loss(labels[sources], layer, learn.at(layer, sources), basis)
 
         return find_subspace(
             [partial(loss, batch) for batch in learn.batches], width, dim, epochs=epochs, rate=rate, seed=draw, device=lab.device
@@ -144,7 +155,7 @@ def interchange(
     def right(test: tuple[Readings, Readings], labels: Tensor, layer: int, basis: Tensor | None) -> np.ndarray:
         hits = np.zeros(held, np.float32)
         for batch in test[0].batches:
-            states = test[1].at(layer, every[batch.numbers])
+            states = test[1].at(layer, batch.numbers)
             hits[batch.numbers] = batch.right(labels[batch.numbers], layer, states, basis, ending).cpu().numpy()
         return hits
 
@@ -158,8 +169,8 @@ def interchange(
             learn, test = read(pictures, where), judged(0)
             for at, layer in enumerate(chosen):
                 for turn, draw in enumerate(draws):
-                    basis = search(learn, labels, layer, draw)
-                    changed[at, Interchange.ARMS.index("untrained"), turn] = right(test, demanded, layer, basis)
+                    untrained = search(learn, labels, layer, draw)
+                    changed[at, Interchange.ARMS.index("untrained"), turn] = right(test, demanded, layer, untrained)
                 sweep.step()
         learn, test, others = read(pictures, where), judged(0), judged(1)
         for at, layer in enumerate(chosen):

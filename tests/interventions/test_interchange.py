@@ -271,6 +271,14 @@ def test_what_cannot_be_is_refused(tiny_random: Lab, options: dict[str, Any], er
         ll.interchange(tiny_random, progress=False, **options)
 
 
+def test_packed_weights_are_refused_since_the_untrained_control_would_be_none(
+    tiny_random: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MODULE, "is_quantized", lambda model: True)
+    with pytest.raises(OptionError, match="without quantization"):
+        ll.interchange(tiny_random, progress=False)
+
+
 def test_rates_and_intervals_by_hand() -> None:
     """Of four pairs three became the source's and three kept the other answer, two of them both."""
     found = examples()[Interchange]

@@ -1,4 +1,4 @@
-"""Lesson 12 says what is so: no sinks, a head by hand, an estimate that follows, a circuit of few edges, its exercises.
+"""Lesson 12 says what is so: no sinks, a head by hand, an estimate that follows, a circuit of few edges, directions, exercises.
 
 Other weights may turn some of these round; then the prose under the figures must change, not this test alone.
 """
@@ -51,6 +51,17 @@ def test_the_best_edges_are_values_and_outputs(found: dict[str, Any]) -> None:
     assert any("tokens ->" in name and name.endswith("image") for name in found["best"])
     assert any("-> output" in name for name in found["best"])
     assert found["one by one"] > 0.8
+
+
+def test_a_few_directions_carry_the_colour_first_at_the_thing_and_late_at_the_last_token(found: dict[str, Any]) -> None:
+    assert found["by hand"] == [4, 6, 3]
+    early, late, first, behind = found["exchanged"]
+    for one in (early, behind):
+        assert one["iia"]["whole"] > one["iia"]["found"] > 0.4
+        assert max(one["iia"][name] for name in ("random", "shuffled", "untrained")) < 0.25
+        assert one["alone"]["found"] > 0.6 > 0.2 > one["alone"]["whole"]
+    assert late["iia"]["whole"] < 0.5
+    assert first["iia"]["whole"] == 0
 
 
 def test_the_exercises_accept_what_is_right_and_name_the_mistake(found: dict[str, Any]) -> None:

@@ -12,6 +12,8 @@ from matplotlib.axes import Axes
 from llava_lab.errors import OptionError
 from llava_lab.geometry import PictureMap
 from llava_lab.plots import diagrams
+from llava_lab.results import Interchange
+from tests.support.result_examples import examples
 from tests.support.stand_in import finished_run
 
 
@@ -75,3 +77,15 @@ def test_given_axes_are_used_and_too_few_are_refused() -> None:
 def test_a_run_with_earlier_turns_shows_them() -> None:
     segments = {"system": (0, 1), "image": (1, 5), "history": (5, 6), "question": (6, 7), "cue": (7, 8), "answer": (8, 10)}
     assert "history" in _said(diagrams.journey(replace(finished_run(), segments=segments)))
+
+
+def test_a_subspace_is_drawn_by_layer_beside_its_placebos_and_the_whole_state() -> None:
+    found = examples()[Interchange]
+    assert isinstance(found, Interchange)
+    ax = diagrams.interchange(found)
+    lines = {line.get_label(): np.asarray(line.get_ydata()).tolist() for line in ax.lines}
+    assert lines["8 dimensions, found"] == [0.75, 0.75]
+    assert lines["found: the kind stays"] == [0.75, 0.75]
+    assert lines["whole state, 256"] == [1, 1]
+    assert {"random", "shuffled", "untrained"} < set(lines)
+    assert [int(tick) for tick in ax.get_xticks()] == [0, 3]

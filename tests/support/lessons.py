@@ -335,6 +335,11 @@ print(_json.dumps({
     "edges": found.edges,
     "best": list(found.names[:10]),
     "one by one": found.agreement,
+    "exchanged": [
+        {name: dict(zip(result.ARMS, getattr(result, name)[row].tolist())) for name in ("iia", "alone")}
+        for result, row in ((thing, 0), (thing, -1), (last, 0), (last, -1))
+    ],
+    "by hand": (base + (source - base) @ direction @ direction.T).tolist(),
     "share": [_try(one, check_share) for one in (0.02, 0.05, 0.01, 0.5)],
     "cmd": [_try(one, check_cmd) for one in (_cmd, lambda s, k: np.trapezoid(1 - k, s), lambda s, k: 1 - _cmd(s, k))],
 }))
