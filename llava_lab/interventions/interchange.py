@@ -116,7 +116,8 @@ def interchange(
         raise OptionError(f"dim must be at most the model's width of {width}, got {dim}")
     if is_quantized(lab.model) or is_offloaded(lab.model):
         raise OptionError(
-            "the untrained model is made by mixing the weights, and these are packed or elsewhere; load it as it is"
+            f"the untrained control mixes the weights, and those of {lab.name!r} are packed or wait off the device; load it "
+            "without quantization, on a device that holds it whole"
         )
     drawn: dict[str, Any] = {"split": split, "seed": seed, "progress": progress}
     learnt_on = answered(lab, variable, n=n, count=VARIANTS, **drawn)
