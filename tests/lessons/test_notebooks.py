@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 import statistics
@@ -33,6 +35,24 @@ def test_every_lesson_is_probed_and_run_by_its_own_file() -> None:
     tests = {path.stem: path.read_text("utf-8") for path in Path(__file__).parent.glob("test_lesson_*.py")}
     assert set(tests) == {f"test_lesson_{path.stem[:2]}" for path in LESSONS}
     assert [name for name, text in tests.items() if "lesson.check()" not in text] == []
+
+
+READ = re.compile(r"colour bar|beside the colours of")  # where a lesson has the reader read the numbers of a figure
+NARROW = 760  # pixels: a panel beside the list of files has some 600 at 1,024, and what is much wider is shrunk to it
+
+
+def test_a_figure_whose_numbers_are_to_be_read_is_not_shrunk_in_a_narrow_panel() -> None:
+    found = 0
+    for path in LESSONS:
+        widths: list[int] = []
+        for cell in nbformat.read(path, as_version=4).cells:
+            if cell.cell_type == "code":
+                drawn = [output.get("data", {}).get("image/png") for output in cell.outputs]
+                widths = [Image.open(io.BytesIO(base64.b64decode(image))).width for image in drawn if image]
+            elif widths and READ.search(cell.source):
+                assert max(widths) <= NARROW, f"{path.stem}: {cell.source[:80]}"
+                found += 1
+    assert found >= 3
 
 
 @every_lesson
