@@ -3,7 +3,7 @@
 from llava_lab.instructions.claims import Claim, false_sentences, read_claims
 from llava_lab.instructions.context import KINDS, TAUGHT, Box, Context, Kind, of_scene, read_kinds
 from llava_lab.instructions.existing import check_rows
-from llava_lab.instructions.experiment import check_pays
+from llava_lab.instructions.experiment import check_pays, shipped_check_pays
 from llava_lab.instructions.facts import Facts, Wanted
 from llava_lab.instructions.generate import Plan, estimate_generation, generate
 from llava_lab.instructions.readers import Coco, World, read_folder, read_jsonl
@@ -37,4 +37,5 @@ __all__ = [
     "read_folder",
     "read_jsonl",
     "read_kinds",
+    "shipped_check_pays",
 ]

@@ -53,6 +53,7 @@ from llava_lab.instructions.generate import sift
 from llava_lab.instructions.rules import RuleTeacher
 from llava_lab.models import layout
 from llava_lab.results import CheckPays, Saved, only_writer
+from llava_lab.shipped import ASSETS
 from llava_lab.training import loop
 from llava_lab.training.recipe import TINY, Stage
 from llava_lab.training.tiny.batches import apart
@@ -65,6 +66,7 @@ ARMS = ("all", "passed", "random", "truthful")
 PAIRS = (("passed", "all"), ("passed", "random"), ("truthful", "all"), ("truthful", "passed"))  # the first minus the second
 CONNECTOR, RATE = "mlp2x_gelu", 3e-3  # the rate is the shipped comparison's choice for it
 FEWEST = 20  # rows that an arm needs
+SHIPPED = ASSETS / "tiny" / "check_pays.npz"
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,15 @@ def check_pays(
                         run.save(path)
                     runs[arm, number] = run
     return _result(tuple(arms), runs, exam, np.stack(known), setup, begun)
+
+
+@entry
+def shipped_check_pays() -> CheckPays:
+    """The experiment as it ships, made with `tiny` by ``llava-lab check-pays`` (the command stands on `tiny`'s card).
+
+    shipped_check_pays().verdict
+    """
+    return CheckPays.load(SHIPPED)
 
 
 def make_rows(pool: Pool, teacher: RuleTeacher, kinds: Sequence[str], seed: int) -> tuple[dict[str, list[Row]], np.ndarray]:

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llava_lab.comparison.start import load_start
 from llava_lab.errors import DataError, OptionError
-from llava_lab.instructions import check_pays, experiment
+from llava_lab.instructions import check_pays, experiment, read_kinds, shipped_check_pays
 from llava_lab.results import CheckPays
 
 FEW: dict[str, Any] = {"lie": 0.1, "n": 60, "seeds": 2, "steps": 2, "batch": 3, "test": 4, "progress": False}
@@ -73,3 +74,11 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
     rows = {"lying": [experiment.Row(0, (("q", "a"),), False)] * 5, "truthful": []}
     with pytest.raises(DataError, match="only 0 of 5 rows pass the check"):
         experiment.choose("passed", rows, 0)
+
+
+def test_the_shipped_experiment_is_of_the_shipped_weights_and_kinds() -> None:
+    shipped = shipped_check_pays()
+    assert shipped.setup["start"] == load_start("tiny").fingerprints
+    assert shipped.setup["prompts"] == {name: kind.hash for name, kind in read_kinds(shipped.setup["kinds"]).items()}
+    assert len(shipped.seeds) == 5
+    assert dict(zip(shipped.pairs, shipped.effect, strict=True))["passed - random"] > 0
