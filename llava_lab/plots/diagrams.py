@@ -226,6 +226,8 @@ def sinks(result: Sinks, *, ax: Axes | None = None) -> Axes:
         ax.axhline(result.limits[limit], color=color, linestyle=":", linewidth=1)
     ax.set_yscale("symlog", linthresh=1)
     ax.set_ylim(0, None)
+    ticks = [tick for tick in (0, *(step * 10**power for power in range(6) for step in (1, 2, 5))) if tick <= ax.get_ylim()[1]]
+    ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.set_xticks(at, [name.replace("language", "LM") for name in result.layers], rotation=90, fontsize=7)
     ax.set_ylabel("times even share; times median", fontsize=8)
     ax.legend(frameon=False, fontsize=7)

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from llava_lab.errors import OptionError
 from llava_lab.geometry import PictureMap
 from llava_lab.plots import diagrams
-from llava_lab.results import Interchange
+from llava_lab.results import Interchange, Sinks
 from tests.support.result_examples import examples
 from tests.support.stand_in import finished_run
 
@@ -89,3 +89,12 @@ def test_a_subspace_is_drawn_by_layer_beside_its_placebos_and_the_whole_state() 
     assert lines["whole state, 256"] == [1, 1]
     assert {"random", "shuffled", "untrained"} < set(lines)
     assert [int(tick) for tick in ax.get_xticks()] == [0, 3]
+
+
+def test_the_axis_of_sinks_has_numbers_a_reader_can_tell_a_height_by() -> None:
+    sinks = examples()[Sinks]
+    assert isinstance(sinks, Sinks)
+    ax = diagrams.sinks(replace(sinks, drawn=np.full_like(sinks.drawn, 130.0)))
+    ax.figure.canvas.draw()
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["0", "1", "2", "5", "10", "20", "50", "100"]
+    pyplot.close("all")
