@@ -46,11 +46,11 @@ from llava_lab.errors import DataError, LabError, OptionError
 from llava_lab.judging.compare import Options, chosen_methods, compare
 from llava_lab.judging.faithfulness import BATCH, FEWEST_FILLS, SCALES, Judge, allowed_fills
 from llava_lab.models import Lab
-from llava_lab.models.folders import ABLATE, NAMES, SHIP
+from llava_lab.models.folders import ABLATE, SHIP
 from llava_lab.models.layout import connector_of, replace_connector
 from llava_lab.results import Ablation, Comparison, Faithfulness, Leaderboard, Run, Target, area, mean_of_known, only_writer
 from llava_lab.results.scores import COST, DIGITS, FAITHFUL, TRUE
-from llava_lab.shipped import ABLATION, PHOTO_COMPARISON
+from llava_lab.shipped import ABLATION, MODELS, PHOTO_COMPARISON
 from llava_lab.stats import cluster_bootstrap, exact_match, percentiles, wilson
 from llava_lab.worlds import picturebook
 from llava_lab.worlds.photo_names import Outlined, accepted, read_outlined, with_article
@@ -547,7 +547,7 @@ def shipped_leaderboard(lab: Lab) -> Leaderboard:
 
 def shipped(lab: Lab, file: str, read: Callable[[Path], Kept], made_by: Callable[[Kept], Any], again: str) -> Kept:
     """What `read` makes of the `file` that ships beside the loaded model, if its weights are those that it was `made_by`."""
-    path, what = NAMES[lab.name] / file if lab.name in NAMES else None, Path(file).stem
+    path, what = MODELS[lab.name].folder / file if lab.name in MODELS else None, Path(file).stem
     again = again.format(name=lab.name)
     if path is None or not path.is_file():
         raise DataError(f"no {what} ships with {lab.name!r}; {again}")

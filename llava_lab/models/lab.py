@@ -369,7 +369,7 @@ class Lab:
         if not self._asks(run):
             return f"the question that its prompt asks, got {shown(run.question)}"
         answer = decode(self.tokenizer, run.token_ids[start:stop].tolist()).strip()
-        if answer != run.answer:
+        if answer != run.answer.strip():
             return f"the answer that its token ids spell, {shown(answer)}, got {shown(run.answer)}"
         at = 0
         for word in run.words:

@@ -13,6 +13,7 @@ import pytest
 import llava_lab as ll
 from llava_lab.errors import LabError
 from llava_lab.models import Lab
+from llava_lab.shipped import ASSETS, Shipped
 from tests.support.score_examples import example_board
 
 shipped = importlib.import_module("llava_lab.judging.leaderboard")  # the module: its package gives the function of that name
@@ -21,7 +22,7 @@ shipped = importlib.import_module("llava_lab.judging.leaderboard")  # the module
 @pytest.fixture
 def shelf(tiny_random: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that counts as the one `tiny_random` ships in."""
-    monkeypatch.setattr(shipped, "NAMES", MappingProxyType({tiny_random.name: tmp_path}))
+    monkeypatch.setattr(shipped, "MODELS", MappingProxyType({tiny_random.name: Shipped(tmp_path, knows="")}))
     return tmp_path
 
 
@@ -54,6 +55,12 @@ def test_a_model_without_one_hears_how_to_compute_it(tiny_random: Lab, shelf: Pa
         ll.shipped_leaderboard(tiny_random)
 
 
-def test_the_shipped_one_is_of_the_shipped_weights() -> None:
-    lab = ll.load("tiny")
-    assert ll.shipped_leaderboard(lab).about["model"] == "tiny"
+@pytest.mark.parametrize("name", ["tiny", "photo"])
+def test_the_shipped_ones_are_of_the_shipped_weights_and_their_cards_say_what_they_hold(name: str) -> None:
+    board = ll.shipped_leaderboard(ll.load(name))
+    assert board.about["model"] == name
+    card = (ASSETS / name / "README.md").read_text("utf-8")
+    for method in board.methods:
+        gain = board.at(method, "gain")
+        low, high = gain["interval"]
+        assert f"| {method} | {gain['mean']:.2f} ({low:.2f} to {high:.2f}) |" in card, method
