@@ -58,6 +58,7 @@ from llava_lab.worlds.scenes import COLOR_NAMES, KIND_NAMES
 
 BATCH = 256  # tokens a step of training
 ASKED = "What do you see?"  # of each scene whose tokens are tried with names
+FEW = 3  # notes of split names that are told one by one
 MOST = 0.5  # share of a patch that a thing must cover to be what it shows
 
 
@@ -511,19 +512,22 @@ def _spellings(lab: Lab, things: Sequence[Sequence[str]]) -> tuple[list[np.ndarr
 
     The first token of several words does not name a thing, so such names are left out where there is another.
     """
-    spellings, notes = [], dict[str, None]()
+    spellings, notes = [], dict[str, str]()
     for words in things:
         ids = set()
         for word in [word for word in words if " " not in word] or words[:1]:
             _, (inside,), about = word_tokens(lab, word)
-            notes |= dict.fromkeys(about)
+            if about:
+                notes[word] = about[0]
             ids.add(inside)
             for spelt in (word, word.capitalize(), f" {word.capitalize()}"):
                 alone = lab.tokenizer.encode(spelt, add_special_tokens=False)
                 if len(alone) == 1 and alone[0] != lab.tokenizer.unk_token_id:
                     ids.add(alone[0])
         spellings.append(np.array(sorted(ids)))
-    return spellings, tuple(notes)
+    if len(notes) > FEW:
+        return spellings, (f"{len(notes)} names of several tokens are read as their first alone: {', '.join(notes)}.",)
+    return spellings, tuple(notes.values())
 
 
 def _named(top_ids: np.ndarray, names: Names, labels: np.ndarray) -> np.ndarray:

@@ -407,3 +407,13 @@ def test_the_choice_adds_the_spellings_of_a_name_and_is_none_without_two_names()
     assert np.isnan(share[1]).all()
     np.testing.assert_allclose(error[0], [(1 - 0.4 / 0.7 + 0.75) / 2], atol=1e-4)
     assert np.isnan(error[1]).all()
+
+
+def test_many_split_names_are_told_in_one_note(tiny: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = lens.word_tokens
+    monkeypatch.setattr(lens, "word_tokens", lambda lab, word: (*whole(lab, word)[:2], (f"{word!r} is two tokens",)))
+    told = [note for note in naming_share(tiny, n=2, progress=False).notes if "token" in note]
+    assert sum("names of several tokens" in note for note in told) == 2  # of kinds, and of colours
+    assert "12 names" in told[0]
+    assert "star" in told[0]
+    assert not any("is two tokens" in note for note in told)
