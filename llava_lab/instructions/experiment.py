@@ -175,7 +175,9 @@ def check_pays(
 def shipped_check_pays() -> CheckPays:
     """The experiment as it ships, made with `tiny` by ``llava-lab check-pays`` (the command stands on `tiny`'s card).
 
-    shipped_check_pays().verdict
+    >>> from llava_lab.instructions import shipped_check_pays
+    >>> shipped_check_pays().arms
+    ('all', 'passed', 'random', 'truthful')
     """
     return CheckPays.load(SHIPPED)
 

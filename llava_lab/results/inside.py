@@ -313,7 +313,7 @@ class Interchange(Saved):
     position: str
     dim: int
     width: int  # of the state
-    learnt_on: int  # pairs
+    learnt_on: int  # scenes
     model: str
     fingerprint: str
     seconds: float
