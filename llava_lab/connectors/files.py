@@ -99,7 +99,7 @@ def read_projector(lab: Lab, path: str | os.PathLike, *, kind: str | None = None
     sizes = connectors.sizes_of(lab.model.config)
     if _has_layers(kind):
         sizes = replace(sizes, bias=any(name.endswith("bias") for name in stored))
-    if kind.startswith("mlp") and "width" not in options:
+    if (kind.startswith("mlp") or kind == "linear2x") and "width" not in options:
         options = {**options, **_width(stored, sizes)}
     with torch.random.fork_rng(devices=[]):
         made = connectors.build(kind, sizes, options, beside=("kind",))
@@ -173,7 +173,7 @@ def _kind_of(stored: dict[str, Tensor], path: Path) -> str:
 
 
 def _width(stored: dict[str, Tensor], sizes: connectors.Sizes) -> dict[str, int]:
-    """The option of an MLP that reads what the tower gives and has another hidden width than the language model."""
+    """The option of a connector in layers that reads what the tower gives and has another hidden width than the language model."""
     first = stored.get("0.weight")
     if first is None or first.ndim != 2 or first.shape[1] != sizes.vision or first.shape[0] == sizes.language:
         return {}

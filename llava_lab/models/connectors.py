@@ -314,7 +314,7 @@ def build(kind: str, sizes: Sizes, options: Mapping[str, Any] | None = None, *, 
             raise OptionError(f"option {name} of connector {kind!r} must be at most {DEEPEST}, got {value!r}")
     entry.tokens(sizes, options)  # refuses what does not divide the grid
     module = entry.make(sizes, **options)
-    if _MLP.fullmatch(kind) and options["width"] is None:
+    if isinstance(module, Chain) and options.get("width", 0) is None:
         del options["width"]  # nothing to say: config.json and fingerprints are those of a model without the entry
     # a module may have put a number where None stood
     module.kind, module.options = kind, {**options, **module.options}
@@ -407,20 +407,20 @@ def _square(sizes: Sizes, options: Mapping[str, Any]) -> Grid:
 
 
 def _mlp(layers: int) -> Architecture:
+    truth = "One linear layer in a list." if layers == 1 else f"{layers} linear layers with GELU between them."
+    return Architecture(f"mlp{layers}x_gelu", truth, "LLaVA-1.5 (N=2)", _chain(layers, gelu=True), {"width": None})
+
+
+def _chain(layers: int, *, gelu: bool) -> Callable[..., Connector]:
     def make(sizes: Sizes, *, width: int | None) -> Connector:
         hidden = [width or sizes.language] * (layers - 1)
-        return Chain(sizes, (sizes.vision, *hidden, sizes.language), gelu=True)
+        return Chain(sizes, (sizes.vision, *hidden, sizes.language), gelu=gelu)
 
-    truth = "One linear layer in a list." if layers == 1 else f"{layers} linear layers with GELU between them."
-    return Architecture(f"mlp{layers}x_gelu", truth, "LLaVA-1.5 (N=2)", make, {"width": None})
+    return make
 
 
 def _linear(sizes: Sizes) -> Connector:
     return Chain(sizes, (sizes.vision, sizes.language), gelu=False)
-
-
-def _linear2x(sizes: Sizes) -> Connector:
-    return Chain(sizes, (sizes.vision, sizes.language, sizes.language), gelu=False)
 
 
 def _fused(sizes: Sizes) -> Connector:
@@ -435,7 +435,8 @@ _ALL = (
         "linear2x",
         "Two linear layers and nothing between them: the MLP's parameters, the linear's functions.",
         "control",
-        _linear2x,
+        _chain(2, gelu=False),
+        {"width": None},
     ),
     Architecture(
         "bottleneck",

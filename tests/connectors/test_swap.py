@@ -28,6 +28,7 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
     ("linear2x", {}),
     ("bottleneck", {}),
     ("mlp2x_gelu", {"width": 24}),
+    ("linear2x", {"width": 24}),
     ("gated", {"width": 24}),
     ("fused", {}),
     ("avgpool", {"side": 2}),
