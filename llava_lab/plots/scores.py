@@ -355,7 +355,7 @@ def _matrix(
     for (row, column), value in np.ndenumerate(values):
         if value == value:
             color, alpha = ink_on(image.to_rgba(value)), 1 if sure[row, column] else UNSURE
-            ax.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=6, color=color, alpha=alpha)
+            ax.text(column, row, f"{value:z.2f}", ha="center", va="center", fontsize=6, color=color, alpha=alpha)
     ax.set_xticks(range(len(columns)), list(columns), fontsize=7, rotation=60, ha="right", rotation_mode="anchor", **AS_TEXT)
     ax.set_yticks(range(len(rows)), list(rows), fontsize=7, **AS_TEXT)
     ax.tick_params(length=0)

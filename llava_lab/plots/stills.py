@@ -451,7 +451,7 @@ def _patching(ax: Axes, grid: PatchGrid, target: Target, component: int, sites: 
             if np.isfinite(value):
                 color = ink_on(colors((value / reach + 1) / 2))
                 # a dot: nothing that can be told from rounding
-                text = "·" if value == 0 < floor else f"{value:.2f}".replace("-0.00", "0.00")
+                text = "·" if value == 0 < floor else f"{value:z.2f}"
                 ax.text(column, row, text, color=color, fontsize=8, ha="center", va="center")
         if ((values == 0) & (floor > 0)).any():
             ax.text(1, -0.4, f"·  {NEGLIGIBLE}", transform=ax.transAxes, fontsize=8, color=SOFT, ha="right", va="bottom")

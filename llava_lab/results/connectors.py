@@ -138,8 +138,8 @@ class LocalLinearity(Saved):
     def table(self) -> Table:
         """Means over the tokens, then what the units do."""
         rows = (
-            ("cosine of the Jacobian and the fit", f"{self.cosine.mean():.3f}"),
-            ("cosine of a random map", f"{self.random_cosine.mean():.3f}"),
+            ("cosine of the Jacobian and the fit", f"{self.cosine.mean():z.3f}"),
+            ("cosine of a random map", f"{self.random_cosine.mean():z.3f}"),
             ("distance from the fit, times its size", f"{self.distance.mean():.3f}"),
             ("units open, of all units and tokens", f"{self.open_share:.1%}"),
             ("units shut", f"{self.shut_share:.1%}"),
@@ -421,7 +421,7 @@ def in_words(row: dict[str, Any]) -> str:
     """A comparison as one sentence: the verdict, the effect beside the spread, and what would tell."""
     low, high = row["seed_interval"]
     difference = (
-        f"{100 * row['effect']:+.2f} points [{100 * low:+.2f}, {100 * high:+.2f}], "
+        f"{100 * row['effect']:+z.2f} points [{100 * low:+z.2f}, {100 * high:+z.2f}], "
         f"spread of the difference over {row['seeds']} seeds {100 * row['seed_sd']:.2f}"
     )
     if row["verdict"] != WORDS[0]:

@@ -186,7 +186,7 @@ class NodeScores(Saved):
         """The ten nodes that change the score most."""
         whole = self.clean - self.corrupt
         rows = tuple(
-            (site, node, f"{change:+.3f}", figure(change / whole if abs(whole) > 1e-6 else np.nan, ".1%"))
+            (site, node, f"{change:+z.3f}", figure(change / whole if abs(whole) > 1e-6 else np.nan, ".1%"))
             for site, node, change in self.top()
         )
         way = {"clean": "clean values into the corrupted reading", "corrupt": "corrupted values into the clean reading"}
@@ -264,8 +264,8 @@ class Circuit(Saved):
             (f"{share:.1%}", str(count), f"{own:.2f} ({low:.2f} to {high:.2f})", figure(float(drawn), ".2f"), f"{image:.0%}")
             for share, count, own, (low, high), drawn, image in zip(*columns, strict=True)
         )
-        best = tuple((name, f"{score:+.3f}") for name, score in zip(self.names[:10], self.scores[:10], strict=True))
-        title = f"{self.model}, {self.variable}: CPR {self.cpr:.3f} (random {figure(self.random_cpr)}), "
+        best = tuple((name, f"{score:+z.3f}") for name, score in zip(self.names[:10], self.scores[:10], strict=True))
+        title = f"{self.model}, {self.variable}: CPR {self.cpr:z.3f} (random {figure(self.random_cpr)}), "
         title += (
             f"CMD {self.cmd:.3f} (random {figure(self.random_cmd)}); {self.edges} edges, {self.image_edges} of them at the image"
         )

@@ -128,7 +128,7 @@ class Effect(Noisy, Saved):
         rows = [
             (
                 target.text,
-                *(f"{float(part[i]):.3f}" for part in (self.before, self.after)),
+                *(f"{float(part[i]):z.3f}" for part in (self.before, self.after)),
                 _told(float(self.change[i]), float(self.floors[i])),
                 figure(float(self.percentile[i]), ".0f"),
             )
@@ -394,4 +394,4 @@ class Pruning(Saved):
 
 def _told(change: float, floor: float) -> str:
     """A change as a table writes it: a word for what rounding alone may do."""
-    return NEGLIGIBLE if abs(change) < floor else f"{change:.3f}"
+    return NEGLIGIBLE if abs(change) < floor else f"{change:z.3f}"

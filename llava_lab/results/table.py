@@ -85,14 +85,14 @@ def plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (str, int, float)) else str(value)
 
 
-def figure(value: float, form: str = ".3f") -> str:
+def figure(value: float, form: str = "z.3f") -> str:
     """A number as a cell; "-" where there is none."""
     return format(value, form) if value == value else "-"
 
 
 def percent(value: float) -> str:
     """A share as percent with one decimal, without the sign; "-" where there is none."""
-    return figure(100 * value, ".1f")
+    return figure(100 * value, "z.1f")
 
 
 def pairs(options: Mapping[str, Any]) -> str:
