@@ -173,7 +173,7 @@ def _kind_of(stored: dict[str, Tensor], path: Path) -> str:
 
 
 def _width(stored: dict[str, Tensor], sizes: connectors.Sizes) -> dict[str, int]:
-    """The option of a connector in layers that reads what the tower gives and has another hidden width than the language model."""
+    """The option of layers that read what the tower gives, with another hidden width than the language model."""
     first = stored.get("0.weight")
     if first is None or first.ndim != 2 or first.shape[1] != sizes.vision or first.shape[0] == sizes.language:
         return {}
