@@ -99,6 +99,7 @@ def hallucination(
     """
     began = time.perf_counter()
     draws = whole_number("draws", draws, least=1)
+    _check(alpha, beta, noise, push)
     pope, chair = (load_questions(name, n=n, split=split, seed=seed) for name in ("pope", "chair"))
     pope = [one for one in pope if one.kind == ASKED]
     shown = [grained([one.item for one in asked], grain, seed=seed) for asked in (pope, chair)]
@@ -178,12 +179,6 @@ def noised(pixels: Float[Tensor, "N 3 S S"], step: int, *, seed: int = 0) -> Flo
 
 
 def arms_of(lab: Lab, clear: Tensor, *, alpha: float, beta: float, noise: int, push: float, seed: int, draws: int) -> list[Arm]:
-    alpha, push = number("alpha", alpha), number("push", push)
-    if not 0 < number("beta", beta) <= 1:
-        raise OptionError(f"beta must be above 0 and at most 1, got {beta!r}")
-    if whole_number("noise", noise) >= STEPS:
-        raise OptionError(f"noise must be a step from 0 to {STEPS - 1}, got {noise}")
-
     def another(step: int, pixels: Tensor) -> Contrast:
         return Contrast(pixels.roll(step, 0), alpha, beta)
 
@@ -208,6 +203,16 @@ def arms_of(lab: Lab, clear: Tensor, *, alpha: float, beta: float, noise: int, p
         Arm("steering: toward no", Change(around=partial(steered, unit=unit)), "steering: random direction", random),
         Arm("steering: toward clear", Change(around=partial(steered, unit=clear)), "steering: random direction", random),
     ]
+
+
+def _check(alpha: float, beta: float, noise: int, push: float) -> None:
+    """Before anything is drawn or asked."""
+    number("alpha", alpha)
+    number("push", push)
+    if not 0 < number("beta", beta) <= 1:
+        raise OptionError(f"beta must be above 0 and at most 1, got {beta!r}")
+    if whole_number("noise", noise) >= STEPS:
+        raise OptionError(f"noise must be a step from 0 to {STEPS - 1}, got {noise}")
 
 
 def _toward_clear(lab: Lab, grain: float, *, seed: int) -> Tensor:

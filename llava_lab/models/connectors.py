@@ -6,21 +6,21 @@
 Layers are named ``linear_1``, ``linear_2``, ... as transformers names them, so that a hub mlp2x_gelu loads into
 them unchanged. No module here has a buffer: what is not in the checkpoint is computed in the forward.
 
-A model whose config.json says ``mm_projector_type`` (with ``mm_projector_options``) is built through transformers' official patch
-mapping: class, model type, key conversions and ``generate`` stay stock, and what `save_pretrained` writes loads again with no
-missing and no unexpected key. A config without the entry is a stock checkpoint and is never touched. The mapping belongs to the
-whole process and transformers does not put it back after an exception; `patched` does.
+A model whose config.json says ``mm_projector_type`` (with ``mm_projector_options``) is built with `FromConfig` where the stock
+model looks for its connector's class: class, model type, key conversions and ``generate`` stay stock, and what `save_pretrained`
+writes loads again with no missing and no unexpected key. A config without the entry is a stock checkpoint and is never touched.
+The place belongs to the whole process; `patched` puts it back. transformers' own mapping for this (``monkey_patching.py``) looks
+through every name of every loaded module five times a load, two seconds in all, and leaves its class behind after an exception.
 
 Sources: haotian-liu/LLaVA @ c121f04 ``multimodal_projector/builder.py``; TRI-ML/prismatic-vlms @ 874c5bb
 ``util/nn_utils.py`` (fused); DeCo, arXiv 2405.20985 (average pooling); khanrc/honeybee @ 68a8d84
 ``projectors/projectors.py`` (C-Abstractor); Flamingo, arXiv 2204.14198 (Perceiver resampler); nanoVLM @ 4e0c096
-``models/modality_projector.py`` (pixel shuffle); transformers 5.x ``monkey_patching.py``. The code is ours.
+``models/modality_projector.py`` (pixel shuffle). The code is ours.
 """
 
 from __future__ import annotations
 
 import re
-import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,7 +34,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import LlavaConfig, monkey_patching
+from transformers import LlavaConfig
 from transformers.models.llava import modeling_llava
 
 from llava_lab.checks import held, undoing
@@ -48,7 +48,6 @@ SQUEEZE = 4  # a block's channel gate is this much narrower than the block
 DEEPEST = 64  # layers; a config.json of a million would be built one by one
 GROUP = 8  # channels that a block's 3x3 convolution mixes
 
-_PATTERN = f"^{STOCK.__name__}$"  # anchored: VipLlava's class name ends in the same words
 _MLP = re.compile(r"mlp([1-9]\d*)x_gelu")
 _LOCK = threading.RLock()
 
@@ -362,26 +361,17 @@ class FromConfig(nn.Module):
 def patched() -> Iterator[None]:
     """Inside, LLaVA models are built with the connector their config names, by constructor or from_pretrained.
 
-    Afterwards transformers' mapping and classes are what they were, also after an exception.
+    Afterwards the stock class is back, also after an exception.
     """
     with held(_LOCK):
-        before = monkey_patching.get_patch_mapping().get(_PATTERN)
         own = modeling_llava.LlavaMultiModalProjector
 
         def undo() -> None:
-            if before is not None:
-                monkey_patching.register_patch_mapping({_PATTERN: before}, overwrite=True)
-            elif _PATTERN in monkey_patching.get_patch_mapping():
-                monkey_patching.unregister_patch_mapping([_PATTERN])
-            # apply_patches leaves its class behind when an exception passes it
-            for module in list(sys.modules.values()):
-                if getattr(module, "__name__", "").startswith("transformers") and vars(module).get(STOCK.__name__) is FromConfig:
-                    setattr(module, STOCK.__name__, own)
+            modeling_llava.LlavaMultiModalProjector = own
 
         with undoing(undo):
-            monkey_patching.register_patch_mapping({_PATTERN: FromConfig}, overwrite=True)
-            with monkey_patching.apply_patches():
-                yield
+            modeling_llava.LlavaMultiModalProjector = FromConfig
+            yield
 
 
 def _side(sizes: Sizes, options: Mapping[str, Any]) -> Grid:
