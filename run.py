@@ -5,7 +5,7 @@
     lab [--with EXTRA]       the same, then JupyterLab at notebooks/00_start_here.ipynb (Ctrl-C stops it)
     lab --check              the same without staying: server up, notebook run, answer printed, map.png written
     test [pytest arguments]  the suite, with Chromium fetched where apt can; long tests are left out
-    test --all               the long tests too: lessons end to end, many processes, the browser's breadth
+    test --all               the long tests too, lessons end to end among them, with tensor shapes checked at every call
     lint, format             ruff and mypy; format mends what ruff can
     lock                     write requirements.lock again: constraints.txt with the hash of every file
     notebooks [--check]      run the lessons again and store them (or compare with what is stored)

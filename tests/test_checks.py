@@ -55,6 +55,7 @@ from llava_lab.models import pictures
 from llava_lab.models.pictures import read_picture
 from llava_lab.training import LLAVA_15_7B, Running
 from tests.support.defaults import PROMISED, defaults
+from tests.support.families import family
 from tests.support.leftovers import PACKAGE, interrupted_at, state_of, torch_settings
 from tests.support.public_calls import LONG, WRONG, public_calls
 from tests.support.training_rows import write_rows
@@ -90,7 +91,7 @@ SETTINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("method", ["relevancy", "gradient_input", "gradcam", "rollout", "occlusion"])
+@family("method", ["relevancy", "gradient_input", "gradcam", "rollout", "occlusion"], quick=("relevancy", "occlusion"))
 def test_a_caller_s_torch_settings_change_no_bit(tiny_random: Any, picture: np.ndarray, method: str, setting: str) -> None:
     plain = tiny_random.ask(picture, "What is it?", max_new_tokens=3)
     with SETTINGS[setting]():
@@ -119,7 +120,7 @@ def test_what_an_interrupted_block_leaves_set_is_as_the_caller_had_it(caller: st
         assert entry(lambda: (torch.is_grad_enabled(), torch.zeros(1).dtype))() == (True, torch.float32)
 
 
-@pytest.mark.parametrize("caller", ["nothing", *SETTINGS])
+@family("caller", ["nothing", *SETTINGS], quick=("nothing", "inference_mode"))
 def test_an_interrupt_at_any_line_of_the_guard_leaves_settings_states_and_the_turn(caller: str) -> None:
     lab = SimpleNamespace(model=torch.nn.Dropout(), turn=Turn(), ask=None)
 
@@ -354,8 +355,9 @@ REAL: dict[str, dict[str, Any]] = {
     "train_stage": {"stage": "align", "steps": 1, "running": Running(progress=False)},
 }
 
-# a second of work each: with the long tests alone
-SLOW = ("leaderboard", "linear_effect", "positive_control", "prune_sweep", "sanity")
+# what reads, changes, trains, or opens a block: interrupted in every suite; the others with the long tests alone
+OFTEN = ("Lab.ask", "Lab.swap", "attribute", "logit_lens", "knockout", "patch", "linear_probe", "train_stage")
+OFTEN += ("knocked_out", "ablated", "steered", "erased", "connector")
 
 
 def _called(lab: Any, name: str, call: dict[str, Any], asked: dict[str, Any], place: Path) -> Any:
@@ -393,7 +395,7 @@ def _interrupted(lab: Any, name: str, calls: dict[str, dict[str, Any]], folder: 
 @pytest.mark.parametrize(
     ("name", "lines"),
     [
-        *((name, 2) for name in ON_A_LAB if name not in SLOW),
+        *((name, 2) for name in OFTEN),  # the same two lines are among the fifty
         *(pytest.param(name, 50, marks=pytest.mark.long) for name in ON_A_LAB),
     ],
 )
@@ -405,7 +407,7 @@ def test_a_call_interrupted_at_random_lines_leaves_everything_as_it_was(
     _interrupted(tiny_random, name, calls, tmp_path, lines=lines)
 
 
-STRIDE = 7  # not a divisor of the wrong values' number, so that every one of them comes to some argument of some entry
+STRIDE = 13  # not a divisor of the wrong values' number, so that every one of them comes to some argument of some entry
 
 
 def _spoilt(lab: Any, name: str, call: dict[str, Any], places: slice) -> list[str]:

@@ -77,7 +77,7 @@ def test_the_example_is_true(name: str, names: dict[str, Any], tmp_path: Path, m
 
 
 LINES = 50  # at which each call is interrupted
-SOME = {"Lab.ask": 3, "attribute": 3, "knocked_out": 5, "steered": 5, "ablated": 3, "connector": 8, "train_stage": 6}
+SOME = {"Lab.ask": 3, "attribute": 3, "knocked_out": 5, "steered": 5, "ablated": 3, "connector": 8}
 ON_THE_LAB = {"Lab.ask": ll.Lab.ask, **FUNCTIONS}
 ASK = 'lab.ask(picture, "What is it?", max_new_tokens=2)'
 

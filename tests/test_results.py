@@ -19,6 +19,7 @@ from llava_lab.geometry import PictureMap
 from llava_lab.results import Comparison, GroundTruth, Relevance, Run, Saved, Table, Target, Word, load_npz, save_npz
 from llava_lab.results.table import map_row, thumbnail
 from tests.support import damaged
+from tests.support.families import family
 from tests.support.result_examples import NASTY, examples
 
 EXAMPLES = examples()
@@ -217,7 +218,7 @@ def told(kind: type[Saved], path: Path) -> str:
     return ""
 
 
-@each_kind
+@family("kind", KINDS, quick=8, ids=lambda kind: kind.__name__)
 @pytest.mark.filterwarnings("ignore")
 def test_damaged_files_are_refused_in_one_line_and_what_loads_works(kind: type[Saved], tmp_path: Path) -> None:
     good, bad = EXAMPLES[kind].save(tmp_path / "good.npz"), tmp_path / "bad.npz"
@@ -344,7 +345,7 @@ def test_targets_are_the_positions_before_their_tokens(run: Run) -> None:
 def test_a_result_s_target_is_meant_by_number_or_by_its_text(kind: type[Any]) -> None:
     result: Any = EXAMPLES[kind]
     calls: dict[type, Any] = {
-        Relevance: lambda target: (result.top(3, target=target), result.on_picture(target).tolist()),
+        Relevance: lambda target: (result.top(3, target=target), result.on_picture(target).tobytes()),
         GroundTruth: lambda target: result.value(result.measures[0], target),
         Comparison: lambda target: (
             result.rows(target),

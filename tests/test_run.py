@@ -26,6 +26,7 @@ from jupyter_client.manager import start_new_kernel
 
 import run
 from tests import execute
+from tests.support.families import family
 
 SOURCE = Path(run.__file__)
 Calls = list[list[str]]
@@ -351,7 +352,7 @@ def test_the_browser_gets_a_page_that_only_its_user_can_read_and_no_token(
     assert not page.exists()
 
 
-@pytest.mark.parametrize("name", ["SIGINT", *(pytest.param(name, marks=pytest.mark.long) for name in ("SIGTERM", "SIGHUP"))])
+@family("name", ["SIGINT", "SIGTERM", "SIGHUP"], quick=("SIGINT",))
 def test_ctrl_c_and_a_closed_terminal_stop_the_server_and_end_in_order(name: str) -> None:
     # a shell's background jobs inherit ignored signals; a person's terminal does not
     code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
@@ -400,6 +401,7 @@ def _runs(process: int) -> bool:
         return False
 
 
+@pytest.mark.long
 def test_a_server_that_cannot_start_is_one_line_with_its_log(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "PYTHON", sys.executable)
     monkeypatch.setattr(run, "SERVER_FLAGS", ["--ServerApp.ip=256.0.0.1"])

@@ -25,6 +25,7 @@ from llava_lab.models.layout import language_layers, used_vision_layers
 from llava_lab.results import Relevance, Run
 from tests.support.closeness import TERMS, close
 from tests.support.endpoint_server import open_box, serving, weighing
+from tests.support.families import family
 from tests.support.leftovers import as_someone_who_trains_has_it, state_of
 from tests.support.logit_cases import speaking_lab
 from tests.support.next_folders import build_next
@@ -378,7 +379,7 @@ def labs() -> dict[str, Lab]:
     return {"planted": planted_lab(), "speaking": speaking_lab()}
 
 
-@pytest.mark.parametrize("fit", FITS)
+@family("fit", FITS, quick=("crop",))
 @pytest.mark.parametrize(("width", "height", "box"), [(120, 80, (60, 10, 80, 30)), (80, 120, (10, 60, 30, 80))])
 @pytest.mark.parametrize("name", DECIDING)
 def test_the_red_square_lights_up_where_it_is(
@@ -411,7 +412,7 @@ def big(llava15_folder: Path) -> tuple[Lab, Run]:
     return lab, scripted_run(lab, picture, "The car is blue.")
 
 
-@pytest.mark.parametrize("name", LEADERS)
+@family("name", LEADERS, quick=4)
 def test_576_image_tokens_take_the_same_path(big: tuple[Lab, Run], name: str) -> None:
     lab, run = big
     larger = {"block": 6, "stride": 6} if name == "occlusion" else {"orders": 1, "regions": 4} if name == "shapley" else {}

@@ -283,6 +283,7 @@ def test_ctrl_c_gives_the_finished_orders_and_leaves_nothing(
         tiny_random.model.eval()
 
 
+@pytest.mark.long
 def test_576_image_tokens_and_bfloat16(llava15_folder: Path) -> None:
     lab = load(str(llava15_folder))
     run = scripted_run(lab, red_picture(90, 60, (10, 10, 30, 30)), "The car is blue.")

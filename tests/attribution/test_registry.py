@@ -24,6 +24,7 @@ from llava_lab.models import Lab, load
 from llava_lab.replay import fill_pixels
 from llava_lab.results import Relevance, Run
 from tests.support.closeness import close
+from tests.support.families import family
 from tests.support.planted import scripted_run
 
 WINDOW: dict[str, Any] = {"layers": None}
@@ -307,7 +308,7 @@ def two(tiny_random: Lab) -> Run:
     return tiny_random.ask(pictures, "What differs?", max_new_tokens=4)
 
 
-@pytest.mark.parametrize("name", works_at("tokens"))
+@family("name", works_at("tokens"), quick=4)
 def test_several_pictures_have_a_map_each_whichever_comes_first(tiny_random: Lab, two: Run, name: str) -> None:
     options = dict(METHODS[name].economy)
     rel = attribute(tiny_random, two, method=name, **options)

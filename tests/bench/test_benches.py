@@ -20,6 +20,7 @@ from llava_lab.bench import capture, connectors, harness, occlusion, probes, rel
 from llava_lab.models import Lab
 from llava_lab.models.layout import connector_of
 from tests.support.closeness import TERMS, close
+from tests.support.families import family
 
 NEW = 4
 COMPARED = ("capture", "relevancy", "occlusion", "probes", "serve", "connectors")
@@ -31,7 +32,18 @@ MORE = {
     "connectors": ["tokens_per_second", "peak_flops_fraction"],
 }
 
-Facts = dict[str, dict[str, dict[str, Any]]]
+
+class Facts(dict[str, dict[str, dict[str, Any]]]):
+    """By benchmark and way, each benchmark measured when it is first asked for."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__()
+        self.model = model
+
+    def __missing__(self, name: str) -> dict[str, dict[str, Any]]:
+        comparison = import_module(f"llava_lab.bench.{name}").COMPARISON
+        self[name] = {way: harness.measure_way(comparison, self.model, way) for way in comparison.ways}
+        return self[name]
 
 
 @pytest.fixture(scope="module")
@@ -46,18 +58,16 @@ def facts(tiny_folder: Path) -> Iterator[Facts]:
         patch.setattr(occlusion, "STAND_INS", few)
         # collecting a whole test run's garbage before every way would take most of the time
         patch.setattr(harness, "gc", SimpleNamespace(collect=lambda: 0))
-        measured: Facts = {}
-        for name in COMPARED:
-            comparison = import_module(f"llava_lab.bench.{name}").COMPARISON
-            measured[name] = {way: harness.measure_way(comparison, str(tiny_folder), way) for way in comparison.ways}
-        yield measured
+        yield Facts(str(tiny_folder))
 
 
-@pytest.mark.parametrize("name", COMPARED)
+@family("name", COMPARED, quick=("capture", "relevancy", "occlusion"))
 def test_a_benchmark_prints_a_row_for_each_way(facts: Facts, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = facts[name]
+
     def child(body: str, *, way: str = "", **values: Any) -> dict[str, Any]:
         other = {"ranks": {"rise": 0.25}, "curves": {"float32": [1.0], "bfloat16": [1.0]}}
-        return {**facts[name][way], "threads": 1} if way else other
+        return {**measured[way], "threads": 1} if way else other
 
     monkeypatch.setattr(harness, "child", child)
     monkeypatch.setattr(occlusion, "child", child)
@@ -68,7 +78,7 @@ def test_a_benchmark_prints_a_row_for_each_way(facts: Facts, name: str, monkeypa
     assert set(result) == {"device", "threads", "rows", "floor", "peak_flops_fraction"} | rest
     assert all(list(row) == COLUMNS + MORE.get(name, []) for row in result["rows"])
     models = ("tiny: ", f"{probes.WIDE}: ") if name == "probes" else ("",)
-    assert [row["name"] for row in result["rows"]] == [model + way for model in models for way in facts[name]]
+    assert [row["name"] for row in result["rows"]] == [model + way for model in models for way in measured]
     assert all(row["seconds"] > 0 and row["ratio_to_floor"] > 0 for row in result["rows"])
     if name == "occlusion":
         assert [row["rank_correlation"] for row in result["rows"]].count(0.25) == 1
@@ -76,6 +86,7 @@ def test_a_benchmark_prints_a_row_for_each_way(facts: Facts, name: str, monkeypa
         assert not any(row["rank_correlation"] for row in result["rows"]), "random weights cannot tell"
 
 
+@pytest.mark.long
 def test_a_served_answer_is_the_bare_one_for_every_client(facts: Facts) -> None:
     values = {way: np.array(one["values"]) for way, one in facts["serve"].items()}
     assert values[serve.FLOOR].shape == (3, NEW)
@@ -143,6 +154,7 @@ def test_the_lens_gives_the_obvious_way_s_numbers(facts: Facts) -> None:
     close(ours, peer, terms=TERMS)
 
 
+@pytest.mark.long
 def test_every_way_to_train_has_the_frozen_forward_s_gradients(facts: Facts) -> None:
     table = connectors.result({way: [{**one, "threads": 1}] for way, one in facts["connectors"].items()})
     errors = {row["name"]: row["max_error"] for row in table["rows"]}

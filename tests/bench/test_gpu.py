@@ -133,6 +133,7 @@ def test_an_error_of_our_own_is_not_taken_for_a_lack_of_room(where: str, monkeyp
         _small()
 
 
+@pytest.mark.long
 def test_a_slow_way_is_called_once_and_a_quick_one_not_timed_at_first(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     assert gpu._measured(CPU, lambda: calls.append(1), 3)["seconds"] >= 0
@@ -142,6 +143,7 @@ def test_a_slow_way_is_called_once_and_a_quick_one_not_timed_at_first(monkeypatc
     assert len(calls) == 5
 
 
+@pytest.mark.long
 def test_a_device_s_own_memory_is_told_where_it_tells_it(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     telling = SimpleNamespace(

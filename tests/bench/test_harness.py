@@ -86,6 +86,7 @@ def test_each_measurement_is_a_process_of_its_own_and_ways_take_turns(toy: Compa
     assert asked == [("m", "floor"), ("m", "peer"), ("m", "ours")] * 2
 
 
+@pytest.mark.long
 def test_a_way_is_called_once_to_get_ready_and_once_by_the_clock(
     toy: Comparison, calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

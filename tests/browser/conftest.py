@@ -1,4 +1,4 @@
-"""Browser tests share one Chromium, one JupyterLab server and one Lab page; see `tests/support/lab_server.py`."""
+"""Browser tests share one Chromium, one bare page, one JupyterLab server and one Lab page; see `tests/support/lab_server.py`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,17 @@ from tests.support.widget_page import WidgetPage
 __all__ = ["lab", "lab_server"]
 
 
-@pytest.fixture
-def widget_page(chromium: Browser) -> Iterator[WidgetPage]:
-    """A bare page for one widget; what it logged as an error fails the test."""
+@pytest.fixture(scope="module")
+def bare_page(chromium: Browser) -> Iterator[WidgetPage]:
     page = WidgetPage(chromium)
     yield page
     page.close()
-    assert page.errors == []
-    assert page.outside == []
+
+
+@pytest.fixture
+def widget_page(bare_page: WidgetPage) -> Iterator[WidgetPage]:
+    """The bare page, empty again, for one widget; what it logs as an error fails the test."""
+    bare_page.empty()
+    yield bare_page
+    assert bare_page.errors == []
+    assert bare_page.outside == []

@@ -76,6 +76,7 @@ def test_any_score_orders_the_maps_the_best_first_or_the_worst(widget_page: Widg
     assert names(shown) == list(CELLS)
 
 
+@pytest.mark.long
 def test_likeness_orders_by_the_enlarged_map(widget_page: WidgetPage) -> None:
     likes = [[1.0, 0.2, 0.9], [0.2, 1.0, 0.5], [0.9, 0.5, 1.0]]
     shown = widget_page.mount(three(agreement=likes, sort="agreement"))
@@ -105,6 +106,7 @@ def test_what_is_not_better_than_random_is_grey_small_and_large(widget_page: Wid
     expect(shown.locator(".lab-stage-verdict")).to_have_text("beats random")
 
 
+@pytest.mark.long
 def test_a_map_below_its_noise_floor_is_dim_and_called_negligible(widget_page: WidgetPage) -> None:
     run, flat = make_run(picture=GREY), np.full((4, 12, 12), 1e-3)
     floors = {"noise_floor": [0.01] * 4}
@@ -139,6 +141,7 @@ def test_a_click_enlarges_and_says_what_made_the_map(widget_page: WidgetPage) ->
     assert "three" in (shown.locator(".lab-live").text_content() or "")
 
 
+@pytest.mark.long
 def test_what_has_no_map_says_why_and_long_notes_are_folded(widget_page: WidgetPage) -> None:
     run, comparison = comparison_example()
     shown = widget_page.mount(CompareView(run, comparison))
@@ -154,6 +157,7 @@ def test_what_has_no_map_says_why_and_long_notes_are_folded(widget_page: WidgetP
     expect(shown.locator(".lab-remarks li").first).to_be_visible()
 
 
+@pytest.mark.long
 def test_the_contrast_shows_who_can_answer_it(widget_page: WidgetPage) -> None:
     shown = widget_page.mount(CompareView(*methods_example(names=("rollout", "occlusion"))))
     shown.get_by_role("radio", name="why red, not blue").click()
@@ -190,6 +194,7 @@ def test_one_slider_sets_the_colour_range_of_all_maps(widget_page: WidgetPage) -
     assert shown.locator(".lab-high").inner_text() == "0.350"
 
 
+@pytest.mark.long
 def test_by_rank_a_colour_means_the_same_in_every_map(widget_page: WidgetPage) -> None:
     run = make_run(picture=GREY)
     values = np.arange(144, dtype=float).reshape(1, 12, 12).repeat(4, 0)
@@ -218,6 +223,7 @@ def test_selected_patches_are_outlined_and_counted_in_every_map(widget_page: Wid
     assert tile(shown, "two").locator(".lab-tile-line").inner_text() == ""
 
 
+@pytest.mark.long
 def test_scores_stand_on_a_line_with_those_of_the_others(widget_page: WidgetPage) -> None:
     shown = widget_page.mount(three(method="three"))
     gain, deletion = shown.locator(".lab-score").all()
@@ -238,6 +244,7 @@ def test_ranks_count_half_of_equals(widget_page: WidgetPage) -> None:
     assert widget_page.page.evaluate(code, [4, 4, 4]) == [0.5, 0.5, 0.5]
 
 
+@pytest.mark.long
 def test_the_saved_sheet_has_every_map_in_order(widget_page: WidgetPage) -> None:
     shown = widget_page.mount(three())
     with widget_page.page.expect_download() as download:
@@ -252,6 +259,7 @@ def test_the_saved_sheet_has_every_map_in_order(widget_page: WidgetPage) -> None
         assert difference(lit.tolist(), image[y + 245, x + 245].tolist()) > 60, name
 
 
+@pytest.mark.long
 def test_wide_pictures_keep_the_maps_aligned(widget_page: WidgetPage) -> None:
     run = make_run(picture=np.full((200, 400, 3), 200, np.uint8), mode="crop")
     maps = {f"a method with a rather long name {i}": single_cell(run, [i] * 4) for i in range(7)}

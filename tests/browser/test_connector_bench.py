@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pytest
 from playwright.sync_api import expect
 
 from tests.support.bench_examples import bench_example
@@ -32,6 +33,7 @@ def test_the_rank_slider_is_answered_in_the_page(widget_page: WidgetPage) -> Non
     assert widget_page.sent() == []
 
 
+@pytest.mark.long
 def test_what_lies_below_the_noise_floor_is_called_negligible(widget_page: WidgetPage) -> None:
     one, two, _ = bench_example()
     lit, flat = np.zeros_like(one.values), np.zeros_like(one.values)

@@ -9,6 +9,7 @@ import pytest
 from playwright.sync_api import Browser
 
 from tests.support.all_widgets import ATTACK, ATTACKED, BIG, EVERY
+from tests.support.families import family
 from tests.support.measure_widget import hover_times, paint_times
 from tests.support.widget_examples import example
 from tests.support.widget_page import CONTRAST, WidgetPage
@@ -159,7 +160,7 @@ def test_markup_in_any_text_stays_text(widget_page: WidgetPage, name: str) -> No
 
 
 @every_widget
-@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.long)])
+@family("scheme", ["light", "dark"], quick=("light",))
 def test_it_fits_its_page_and_text_stands_out(chromium: Browser, name: str, scheme: str, tmp_path: Path) -> None:
     page = WidgetPage(chromium, color_scheme=scheme, viewport={"width": 1000, "height": 1000})
     shown = page.mount(EVERY[name]())
@@ -174,7 +175,7 @@ def test_it_fits_its_page_and_text_stands_out(chromium: Browser, name: str, sche
     assert page.errors == []
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@family("scheme", ["light", "dark"], quick=("light",))
 def test_a_button_that_waits_for_something_can_be_read(chromium: Browser, scheme: str) -> None:
     page = WidgetPage(chromium, color_scheme=scheme)
     ask = page.mount(EVERY["PatchExplorer"]()).get_by_role("button", name="Ask again without these patches")

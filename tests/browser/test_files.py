@@ -10,6 +10,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from tests.support.compare_examples import comparison_example, heads_example
+from tests.support.families import family
 from tests.support.widget_examples import example, make_relevance, make_run, spots
 from tests.support.widget_page import CONTRAST, SETTLE, come_late
 from widgets import PatchExplorer, report
@@ -184,7 +185,7 @@ def test_without_scripts_the_still_pictures_and_tables_are_there(chromium: Brows
     opened.context.close()
 
 
-@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.long)])
+@family("scheme", ["light", "dark"], quick=("light",))
 def test_text_stands_out_from_its_ground(chromium: Browser, file: Path, scheme: str, tmp_path: Path) -> None:
     opened = Opened(chromium, file, color_scheme=scheme).painted()
     assert opened.page.locator("h1, h2, nav a, .lab-report-about, th, td, dt, dd").evaluate_all(CONTRAST, "html") >= 4.5

@@ -7,6 +7,7 @@ from playwright.sync_api import Browser, Locator
 
 from tests.support.all_widgets import EVERY
 from tests.support.compare_examples import heads_example, methods_example
+from tests.support.families import family
 from tests.support.widget_examples import make_run
 from tests.support.widget_page import WidgetPage
 from widgets import CompareView, HeadGrid
@@ -65,7 +66,7 @@ def size(node: Locator) -> dict[str, float]:
     return dict(box)
 
 
-@pytest.mark.parametrize("width", WIDE)
+@family("width", WIDE, quick=(1024,))
 @pytest.mark.parametrize("name", SEEN)
 def test_control_and_effect_are_on_one_screen(chromium: Browser, name: str, width: int) -> None:
     page = WidgetPage(chromium, viewport={"width": width, "height": HIGH})
@@ -86,8 +87,8 @@ def test_control_and_effect_are_on_one_screen(chromium: Browser, name: str, widt
     page.close()
 
 
-@pytest.mark.parametrize("width", WIDE)
-@pytest.mark.parametrize("name", FULL)
+@family("width", WIDE, quick=(1024,))
+@family("name", FULL, quick=("CompareView",))
 def test_without_its_limit_it_would_be_found_too_high(chromium: Browser, name: str, width: int) -> None:
     page = WidgetPage(chromium, viewport={"width": width, "height": HIGH})
     shown = page.mount(FULL[name]())
@@ -100,7 +101,7 @@ def test_without_its_limit_it_would_be_found_too_high(chromium: Browser, name: s
 FADES = "(node) => getComputedStyle(node).getPropertyValue('--lab-more')"
 
 
-@pytest.mark.parametrize(("name", "column"), [("PatchExplorer", ".lab-side"), ("CompareView", ".lab-maps")])
+@family(("name", "column"), [("PatchExplorer", ".lab-side"), ("CompareView", ".lab-maps")], quick=("PatchExplorer",))
 def test_a_column_that_goes_on_below_fades_at_its_edge_until_its_end(chromium: Browser, name: str, column: str) -> None:
     page = WidgetPage(chromium, viewport={"width": WIDE[0], "height": HIGH})
     node = page.mount(FULL.get(name, EVERY[name])()).locator(column)
@@ -117,7 +118,7 @@ def test_a_column_that_goes_on_below_fades_at_its_edge_until_its_end(chromium: B
     page.close()
 
 
-@pytest.mark.parametrize("name", EVERY)
+@family("name", EVERY, quick=("CompareView", "TokenLens"))
 def test_labels_never_lie_on_one_another(chromium: Browser, name: str) -> None:
     page = WidgetPage(chromium, viewport={"width": NARROW[0], "height": HIGH})
     shown = page.mount(EVERY[name](), painted=name != "LossPlot")

@@ -7,6 +7,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 from playwright.sync_api import expect
 
@@ -146,6 +147,7 @@ def test_asking_again_sends_the_selection_and_shows_the_reply(widget_page: Widge
     assert ask.is_enabled()
 
 
+@pytest.mark.long
 def test_an_earlier_reply_does_not_answer_a_new_question(widget_page: WidgetPage) -> None:
     widget = PatchExplorer(*example(), ask=lambda patches: ("x", None))
     widget.reply = {"id": 1, "state": "done", "selected": [3], "answer": "old", "words": [], "p": None}
@@ -183,6 +185,7 @@ def test_pad_clips_patches_to_the_picture(widget_page: WidgetPage) -> None:
     assert len(widget_page.get("selected")) == 14
 
 
+@pytest.mark.long
 def test_smooth_and_spotlight_repaint(widget_page: WidgetPage) -> None:
     run = make_run(picture=np.full((288, 288, 3), 180, np.uint8))
     shown = widget_page.mount(PatchExplorer(run, {"rollout": single_cell(run, [17, 60, 65, 130])}, word=2))
@@ -205,6 +208,7 @@ def test_opacity_zero_is_the_picture_itself(widget_page: WidgetPage) -> None:
     assert widget_page.pixels([center(130)])[0] == [180, 40, 40, 255]
 
 
+@pytest.mark.long
 def test_pictures_of_any_size_reach_the_page_once_and_small(widget_page: WidgetPage) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (1500, 2200, 3), dtype=np.uint8)
     run = make_run(picture=noise, mode="crop")

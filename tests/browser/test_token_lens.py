@@ -56,6 +56,7 @@ def test_pointing_shows_a_patchs_words_at_every_state_and_leaving_those_of_all(w
     assert widget_page.page.evaluate("() => window.test.saves()") == 0  # Python heard nothing
 
 
+@pytest.mark.long
 def test_nearest_words_and_norm_follow_the_patch(widget_page: WidgetPage) -> None:
     shown = mounted(widget_page)
     near = shown.locator(".lab-lens-near-line")
@@ -67,6 +68,7 @@ def test_nearest_words_and_norm_follow_the_patch(widget_page: WidgetPage) -> Non
     assert shown.locator(".lab-lens-norm").inner_text().startswith("Norm 9, rank 1 of 144; median 1.5")
 
 
+@pytest.mark.long
 def test_without_nearest_words_there_is_no_place_for_them(widget_page: WidgetPage) -> None:
     run, lens, _ = example()
     assert widget_page.mount(TokenLens(run, lens)).locator(".lab-lens-near").count() == 0
@@ -96,6 +98,7 @@ def test_any_other_word_says_plainly_that_it_is_seen_only_among_the_top(widget_p
     assert shown.locator(".lab-ends .lab-low").inner_text() == "not in the top 4"  # not "0%"
 
 
+@pytest.mark.long
 def test_a_word_that_never_appears_says_so_and_offers_the_closest(widget_page: WidgetPage) -> None:
     shown = mounted(widget_page)
     said = find(widget_page, shown, "gras")
@@ -221,12 +224,14 @@ def test_what_python_sets_is_shown(widget_page: WidgetPage) -> None:
     assert shown.locator(".lab-lens-input").input_value() == ""
 
 
+@pytest.mark.long
 def test_the_table_marks_the_word_looked_for(widget_page: WidgetPage) -> None:
     shown = mounted(widget_page, word="grass", patch=(8, 5))
     hits = shown.locator(".lab-lens-hit .lab-lens-text").all_inner_texts()
     assert hits == ["grass"] * STATES
 
 
+@pytest.mark.long
 def test_numbers_read_in_the_page_are_those_of_python(widget_page: WidgetPage) -> None:
     run, lens, near = example()
     widget = TokenLens(run, lens, near)
@@ -245,6 +250,7 @@ def test_numbers_read_in_the_page_are_those_of_python(widget_page: WidgetPage) -
     assert ONCE[0] == 3
 
 
+@pytest.mark.long
 def test_words_are_written_on_the_picture_and_can_be_left_out(widget_page: WidgetPage) -> None:
     shown = mounted(widget_page)
     steps = (-0.02, -0.01, 0.0, 0.01, 0.02)  # where a letter has ink depends on the system's font
@@ -256,6 +262,7 @@ def test_words_are_written_on_the_picture_and_can_be_left_out(widget_page: Widge
     assert sum(any(changed[i : i + len(steps)]) for i in range(0, len(changed), len(steps))) > 100
 
 
+@pytest.mark.long
 def test_one_state_needs_no_slider(widget_page: WidgetPage) -> None:
     run, lens, near = example()
     cut = {name: getattr(lens, name)[2:3] for name in ("top_ids", "top_probs", "entropy", "ranks", "probs")}
@@ -284,5 +291,6 @@ def test_choosing_a_lens_changes_the_words_the_map_and_what_python_hears(widget_
     assert row(shown, 2)[:2] == ["car", "20%"]
 
 
+@pytest.mark.long
 def test_one_lens_has_no_choice_of_lens(widget_page: WidgetPage) -> None:
     assert mounted(widget_page).get_by_role("radiogroup", name="Lens").count() == 0

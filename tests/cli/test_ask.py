@@ -89,6 +89,7 @@ def test_out_draws_one_map_or_one_for_each_word(lab: StandIn, here: Path, target
     assert out.read_text("utf-8").count('<g id="axes_') == panels + 1  # and one for the colour bar
 
 
+@pytest.mark.long
 def test_a_gif_moves_from_word_to_word_and_is_whole(lab: StandIn, here: Path) -> None:
     argv = ["explain", "car.png", "what?", "--target", "words", "--out", str(here / "new" / "map.GIF")]
     assert cli.main(argv) == 0

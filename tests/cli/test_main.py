@@ -269,6 +269,7 @@ def test_lab_starts_run_py_in_a_checkout(monkeypatch: pytest.MonkeyPatch, capsys
     assert cli.main(["lab", "--check"]) == 2
 
 
+@pytest.mark.long
 def test_the_module_is_the_command_and_keeps_standard_output_clean(here: Path, tiny_folder: Path) -> None:
     command = [sys.executable, "-m", "llava_lab.cli", "ask", str(here / "car.png"), "What is it?", "--model", str(tiny_folder)]
     root = Path(__file__).resolve().parents[2]

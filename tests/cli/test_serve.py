@@ -16,6 +16,7 @@ import pytest
 
 from llava_lab.cli import serve
 from llava_lab.errors import LabError, OptionError
+from tests.support.families import family
 from tests.support.serving import messages, send
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,9 +66,7 @@ class Address:
         self.model, self.port, self.token = model, port, token
 
 
-@pytest.mark.parametrize(
-    "ending", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)], ids=["SIGTERM", "Ctrl-C"]
-)
+@family("ending", [signal.SIGTERM, signal.SIGINT], quick=(signal.SIGTERM,), ids=["SIGTERM", "Ctrl-C"])
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 def test_a_real_process_answers_and_stops_cleanly(tiny_folder: Path, tmp_path: Path, ending: signal.Signals) -> None:
     path = tmp_path / "token"

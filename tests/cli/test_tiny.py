@@ -33,6 +33,7 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, picturebo
     return found
 
 
+@pytest.mark.long
 def test_tiny_answers_pictures_it_has_never_seen(asked: list[tuple[str, picturebook.Question]], printed: Printed) -> None:
     answers = [(printed("ask", path, question.text)["answer"], question.answer) for path, question in asked]
     right = sum(said.casefold() == wanted.casefold() for said, wanted in answers)

@@ -90,6 +90,7 @@ def test_every_connector_starts_at_its_best_last_layer(material: PhotoMaterial) 
     assert first_loss(material, "mlp2x_gelu") < 0.9
 
 
+@pytest.mark.long
 def test_the_closed_form_stays_and_the_adapters_go_back(material: PhotoMaterial) -> None:
     start: Any = material.start
     before = material.fresh(CLOSED_FORM, 0).state_dict()
@@ -164,6 +165,7 @@ def test_a_connector_that_mixes_patches_is_refused(material: PhotoMaterial) -> N
         material.fresh("c_abstractor", 0)
 
 
+@pytest.mark.long
 def test_the_best_line_is_asked_about_photographs_too(parts: dict[str, Any], folders: dict[str, Path]) -> None:
     lab = Lab(*photo.assemble(**parts), name="photo")
     lab.swap(ll.new_connector(lab, "linear", seed=1))

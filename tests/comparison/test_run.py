@@ -45,9 +45,22 @@ def start(quick_run: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(start: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ablation]:
-    out = tmp_path_factory.mktemp("out")
-    return out, ll.compare_connectors(SAME, start=start, out=out, **OPTIONS)
+def sat() -> list[str]:
+    """The exams that the runs of `made` sat, one after the other."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def made(start: Path, tmp_path_factory: pytest.TempPathFactory, sat: list[str]) -> tuple[Path, Ablation]:
+    out, real = tmp_path_factory.mktemp("out"), Material.sit
+
+    def noted(self: Material, module: Any, name: str) -> Any:
+        sat.append(name)
+        return real(self, module, name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Material, "sit", noted)
+        return out, ll.compare_connectors(SAME, start=start, out=out, **OPTIONS)
 
 
 def prepared(start: Path, out: Path) -> Material:
@@ -97,6 +110,7 @@ def test_the_same_call_again_trains_nothing(made: tuple[Path, Ablation], start: 
     assert again.rows() == made[1].rows()
 
 
+@pytest.mark.long
 def test_interrupted_and_called_again_it_is_as_if_nothing_had_been(
     made: tuple[Path, Ablation], start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,24 +212,8 @@ def test_two_connectors_read_the_same_batches_and_a_run_that_did_not_is_found(st
         ablation.check_same_batches({jobs[0]: done[jobs[0]], jobs[1]: other})
 
 
-def test_the_sweep_never_sits_the_test_exam(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
-    real = ablation_run.sit
-    monkeypatch.setattr(
-        ablation_run, "sit", lambda model, module, exam, image: asked.append(id(exam)) or real(model, module, exam, image)
-    )
-    exams: dict[str, int] = {}
-    made = ablation.prepare
-
-    def remember(*given: Any, **options: Any) -> Any:
-        material = made(*given, **options)
-        exams.update({name: id(exam) for name, exam in material.exams.items()})
-        return material
-
-    monkeypatch.setattr(ablation, "prepare", remember)
-    ll.compare_connectors(SAME, start=start, out=tmp_path, **OPTIONS)
-    assert asked[:6] == [exams["validation"]] * 6
-    assert asked[6:] == [exams["test"]] * 4
+def test_the_sweep_never_sits_the_test_exam(made: tuple[Path, Ablation], sat: list[str]) -> None:
+    assert sat == ["validation"] * 6 + ["test"] * 4
 
 
 def test_pairs_are_judged_within_one_budget_and_stage() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 
 import numpy as np
@@ -102,7 +103,8 @@ def test_noise_takes_the_picture_away_step_by_step() -> None:
     assert not torch.equal(noised(pixels, 500, seed=1), noised(pixels, 500, seed=2))
 
 
-def test_each_change_stands_beside_its_control(tiny_random) -> None:
+def test_each_change_stands_beside_its_control(tiny_random, monkeypatch) -> None:
+    monkeypatch.setattr(sys.modules["llava_lab.evaluation.hallucination"], "LONGEST", 8)
     weights = tiny_random.fingerprint
     scores = hallucination(tiny_random, n=2, draws=2, grain=60, progress=False)
     arms = arms_with(tiny_random, draws=2)

@@ -97,6 +97,7 @@ def work(out: str, note: str, pause: float) -> None:
     generate(World(PICTURES), out, teacher=Slow(Path(note), pause), kinds=["detail"], progress=False)
 
 
+@pytest.mark.long
 def test_two_workers_and_one_that_was_killed_lose_and_double_nothing(tmp_path: Path) -> None:
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     generate(World(PICTURES), alone, teacher=RuleTeacher(), kinds=["detail"], progress=False)

@@ -225,6 +225,7 @@ def test_ctrl_c_keeps_the_layers_that_are_done_and_is_raised_before(tiny_random:
         assert state_of(tiny_random) == before
 
 
+@pytest.mark.long
 def test_on_tiny_a_few_dimensions_carry_the_colour_and_placebos_do_not() -> None:
     """The finding of the docstring, small: after five layers the prompt's last token carries it."""
     found = ll.interchange(ll.load("tiny"), layers=[5], n=8, held=8, progress=False)

@@ -175,6 +175,7 @@ def test_pairs_are_answered_rightly_and_part_where_the_target_is() -> None:
         assert pair.other.token_ids[position + 1] == pair.target.against_ids[0]
 
 
+@pytest.mark.long
 def test_the_estimate_is_close_on_tiny() -> None:
     """The finding of the README, on one pair and its last position."""
     lab = ll.load("tiny")

@@ -17,6 +17,7 @@ from llava_lab.replay import fill_pixels
 from llava_lab.results import Faithfulness, Run, area, trapezoid
 from tests.support.additive import QUICK, Install, additive_model, everything_tells, judge_of, map_by_hand
 from tests.support.closeness import TERMS, close, tolerance
+from tests.support.families import family
 from tests.support.planted import RED, planted_lab, red_picture, scripted_run
 from tests.support.score_examples import example_score
 
@@ -83,7 +84,7 @@ def test_upside_down_has_the_opposite_gain(tiny_random: Lab, run: Run, monkeypat
     assert two.passes["forward"] == 0  # the same pictures, read backwards
 
 
-@pytest.mark.parametrize("scale", ["probability", "logprob"])
+@family("scale", ["probability", "logprob"], quick=("logprob",))
 @pytest.mark.parametrize("fit", ["pad", "crop"])
 def test_equals_filling_one_picture_after_the_other(
     tiny_random: Lab, fit: str, scale: str, monkeypatch: pytest.MonkeyPatch
@@ -127,9 +128,7 @@ def test_equals_filling_one_picture_after_the_other(
 # -- a cause that was planted ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("width", "height", "box", "fit"), [(96, 64, (40, 16, 52, 28), "crop"), (64, 96, (20, 60, 38, 78), "pad")]
-)
+@family(("width", "height", "box", "fit"), [(96, 64, (40, 16, 52, 28), "crop"), (64, 96, (20, 60, 38, 78), "pad")], quick=1)
 def test_a_planted_cause_is_confirmed_and_chance_is_not(
     width: int, height: int, box: tuple[int, int, int, int], fit: str
 ) -> None:
@@ -237,6 +236,7 @@ def test_random_maps_do_not_beat_random(tiny_random: Lab, run: Run, additive: In
     assert passed <= 2  # of 200; the interval from the mean random map would pass about 100
 
 
+@pytest.mark.long
 def test_flat_maps_do_not_beat_random(tiny_random: Lab, run: Run, additive: Install) -> None:
     weights = np.zeros((1, 4, 4))
     weights[0, 0, :2] = weights[0, 1, :2] = 1  # what a map broken by reading order would find by accident

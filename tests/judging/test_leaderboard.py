@@ -408,6 +408,7 @@ def _answered(lab: Lab, index: int) -> tuple[str, str]:
     return lab.fingerprint, lab.ask(np.full((60, 60, 3), 40 * index, np.uint8), "What is it?", max_new_tokens=3).answer
 
 
+@pytest.mark.long
 def test_a_worker_that_cannot_build_the_model_says_so(tiny_random: Lab) -> None:
     tiny_random.model.extra = torch.nn.Parameter(torch.ones(1))  # what no config knows of
     try:

@@ -95,6 +95,7 @@ def test_the_cost_by_hand(tiny_random: Lab) -> None:
     assert prefill_share(tiny_random, 100, 60, 1) == pytest.approx((one + (count - 1) * few) / (count * one))
 
 
+@pytest.mark.long
 def test_the_truth_keeps_the_answer_where_chance_does_not(tiny: Lab) -> None:
     found = prune_sweep(tiny, n=12, keeps=(9, 36), by=("truth", "random", "fastv"), draws=2, progress=False)
     assert found.full.mean() > 0.8

@@ -43,6 +43,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.long
 def test_two_runs_store_the_same_bytes(stored: Path) -> None:
     first = stored.read_bytes()
     assert execute.main(["store", str(stored)]) == 0
@@ -116,6 +117,7 @@ def test_check_passes_on_what_was_stored_and_names_the_cell_that_changed(
     assert "cell 1: printed text differs" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_the_answer_command_prints_the_answer_and_draws_the_map(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make = """
 import numpy as np
@@ -140,6 +142,7 @@ relevance = Relevance(np.ones((1, 2, 2), np.float32), (run.target(),), "rollout"
     assert not out.exists()  # an old map must not pass for a new one
 
 
+@pytest.mark.long
 def test_progress_bars_leave_no_trace_however_slow_the_machine(tmp_path: Path) -> None:
     path = _lesson(tmp_path / "bar.ipynb", "from tqdm.auto import tqdm\nfor _ in tqdm(range(3)):\n    print('kept')")
     assert execute.main(["store", str(path)]) == 0

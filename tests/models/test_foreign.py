@@ -24,6 +24,7 @@ from llava_lab.models.formats import foreign, smol
 from llava_lab.models.text import chat_messages
 from tests.support.checkpoints import V1_TEMPLATE
 from tests.support.damaged import VALUES
+from tests.support.families import family
 from tests.support.little_language import llama, write_gguf
 
 SPEND = 1  # seconds of computing another process has here
@@ -174,8 +175,10 @@ def test_only_plain_files_are_opened(make: Callable[[Path], None], name: str, co
     assert f"{name} is no regular file" in refusal(copy)
 
 
-@pytest.mark.parametrize(
-    "raw", [b"[" * 100_000, b"\xff\xfe{\0}\0", b"[]", b"null", b'{"a":' * 50_000, b"", b'{"model_type": ["llava"]}', b"{}"]
+@family(
+    "raw",
+    [b"[" * 100_000, b"\xff\xfe{\0}\0", b"[]", b"null", b'{"a":' * 50_000, b"", b'{"model_type": ["llava"]}', b"{}"],
+    quick=3,
 )
 @pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "tokenizer_config.json", "generation_config.json"])
 def test_any_json_file_may_be_damaged(name: str, raw: bytes, copy: Path) -> None:
@@ -222,7 +225,7 @@ TEMPLATES = [
 ]
 
 
-@pytest.mark.parametrize("template", TEMPLATES, ids=lambda template: str(template)[:30])
+@family("template", TEMPLATES, quick=5, ids=lambda template: str(template)[:30])
 @pytest.mark.usefixtures("hurried")
 def test_templates_that_never_end_or_do_what_they_must_not_are_one_line(template: Any) -> None:
     with pytest.raises(CheckpointError, match="chat template") as told:
@@ -266,7 +269,7 @@ TOKENIZERS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("change", TOKENIZERS, ids=lambda change: str(change)[:50])
+@family("change", TOKENIZERS, quick=3, ids=lambda change: str(change)[:50])
 @pytest.mark.usefixtures("hurried")
 def test_a_tokenizer_that_takes_its_process_down_takes_another(change: dict[str, Any], copy: Path) -> None:
     for name, value in change.items():

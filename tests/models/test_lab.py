@@ -22,6 +22,7 @@ from llava_lab.models.text import decode
 from llava_lab.results import Run, load_npz, save_npz
 from tests.support.answers import probabilities_check_out
 from tests.support.closeness import close
+from tests.support.families import family
 from tests.support.leftovers import state_of
 
 QUESTION = "What color is the car?"
@@ -626,7 +627,7 @@ def test_a_run_whose_texts_were_changed_in_its_file_loads_and_is_refused_where_i
 
 @pytest.mark.parametrize("form", ["llava-1.5", "hf", "chat"])
 @pytest.mark.parametrize("history", [(), (("Is it red?", "Yes, the car."), ("And the sky?", "Blue."))])
-@pytest.mark.parametrize("question", [QUESTION, "  Is it the car?\nOr USER: a   dog? ", "ASSISTANT?", "é 雪 🙂"])
+@family("question", [QUESTION, "  Is it the car?\nOr USER: a   dog? ", "ASSISTANT?", "é 雪 🙂"], quick=2)
 def test_a_run_as_it_was_saved_is_its_lab_s_own(
     tiny_random: Lab, picture: np.ndarray, tmp_path: Path, form: str, history: Any, question: str
 ) -> None:

@@ -81,6 +81,7 @@ def test_a_feature_layer_outside_the_tower_is_refused(tiny_random: Lab, chosen: 
         layout.used_vision_layers(tiny_random.model)
 
 
+@pytest.mark.long
 def test_the_fingerprint_is_the_same_in_another_process(tiny_folder: Path, tiny_random: Lab) -> None:
     code = f"import llava_lab as ll; print(ll.load({str(tiny_folder)!r}).fingerprint)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -20,6 +20,7 @@ from llava_lab.models.card import make_card
 from llava_lab.models.formats import efficientnet, photo, smol
 from llava_lab.worlds.photo_names import classes
 from tests.support.closeness import close
+from tests.support.families import family
 from tests.support.little_language import llama, write_gguf
 
 
@@ -45,7 +46,7 @@ def picture() -> np.ndarray:
     return np.asarray(Image.fromarray(noise).resize((400, 300), Image.Resampling.BICUBIC))
 
 
-@pytest.mark.parametrize("side", [260, 288, 384])
+@family("side", [260, 288, 384], quick=(260,))
 def test_the_tower_is_the_packages_own_net(side: int, capsys: pytest.CaptureFixture[str]) -> None:
     from efficientnet_lite_pytorch import EfficientNet
 
@@ -141,7 +142,11 @@ def test_it_is_a_llava_with_a_wide_mlp_that_sees_the_whole_picture(lab: Lab, pic
     assert run.segments["image"][1] - run.segments["image"][0] == 144
 
 
-@pytest.mark.parametrize("method", ["attention", "rollout", "gradcam", "occlusion", "relevancy", "direct_logit"])
+@family(
+    "method",
+    ["attention", "rollout", "gradcam", "occlusion", "relevancy", "direct_logit"],
+    quick=("rollout", "gradcam", "direct_logit"),
+)
 def test_methods_that_do_not_look_inside_the_tower_work(lab: Lab, picture: np.ndarray, method: str) -> None:
     run = lab.ask(picture, "What?", max_new_tokens=2)
     coarse = {"block": 4} if method == "occlusion" else {}  # nine pictures through the tower instead of 144
@@ -188,6 +193,7 @@ def test_any_attention_of_the_language_model_goes_with_the_tower(lab: Lab, atten
     lab.model.set_attn_implementation(before)
 
 
+@pytest.mark.long
 def test_it_answers_in_bfloat16_too() -> None:
     """A batch norm takes its statistics in the type of what it reads."""
     from skimage import data

@@ -94,6 +94,7 @@ def test_words_outside_the_vocabulary_are_named(tiny: Any) -> None:
     assert "b, c, d, e, f and 2 more" in many
 
 
+@pytest.mark.long
 def test_photographs_are_noted_and_its_own_pictures_are_not(tiny: Any) -> None:
     noted = [bool(_notes(tiny, picture)) for picture in photographs()[:8]]
     own = [bool(_notes(tiny, np.asarray(picturebook.scene("test", i, seed=3).picture()))) for i in range(40)]

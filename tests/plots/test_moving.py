@@ -20,8 +20,15 @@ ROOT = Path(__file__).resolve().parents[2]
 RUN = make_run("The car is red .")
 REL = make_relevance(RUN, np.stack([spots(RUN)[i % 5] for i in range(5)]))
 
+Frames = list[tuple[np.ndarray, int]]
 
-def frames(data: bytes) -> list[tuple[np.ndarray, int]]:
+
+@pytest.fixture(scope="module")
+def moving() -> Frames:
+    return frames(moving_words(RUN, REL))
+
+
+def frames(data: bytes) -> Frames:
     """Each frame's pixels (height, width, 3), and its milliseconds."""
     found = []
     with Image.open(io.BytesIO(data)) as image:
@@ -31,8 +38,8 @@ def frames(data: bytes) -> list[tuple[np.ndarray, int]]:
     return found
 
 
-def test_each_word_stands_beside_its_own_map_and_a_full_stop_has_none() -> None:
-    held = [pixels for pixels, milliseconds in frames(moving_words(RUN, REL)) if milliseconds >= module.HELD]
+def test_each_word_stands_beside_its_own_map_and_a_full_stop_has_none(moving: Frames) -> None:
+    held = [pixels for pixels, milliseconds in moving if milliseconds >= module.HELD]
     assert len(held) == 1 + 4  # the question, and four words
     (width, height), scale = fit(RUN, module.SIDE), range_over([REL.values])
     for index, pixels in enumerate(held[1:]):
@@ -45,11 +52,10 @@ def test_each_word_stands_beside_its_own_map_and_a_full_stop_has_none() -> None:
     assert len(set(written)) == len(written)
 
 
-def test_the_question_is_typed_before_anything_is_said_and_the_end_is_held_longest() -> None:
-    every = frames(moving_words(RUN, REL))
-    assert [milliseconds for _, milliseconds in every].index(module.HELD) == module.TYPING
-    assert max(milliseconds for _, milliseconds in every) == every[-1][1] == module.LAST
-    assert all(pixels.shape[1] == module.ACROSS for pixels, _ in every)
+def test_the_question_is_typed_before_anything_is_said_and_the_end_is_held_longest(moving: Frames) -> None:
+    assert [milliseconds for _, milliseconds in moving].index(module.HELD) == module.TYPING
+    assert max(milliseconds for _, milliseconds in moving) == moving[-1][1] == module.LAST
+    assert all(pixels.shape[1] == module.ACROSS for pixels, _ in moving)
 
 
 def test_an_answer_or_a_contrast_stands_beside_the_whole_answer() -> None:

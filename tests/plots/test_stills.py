@@ -21,6 +21,7 @@ from llava_lab.plots import palette, sheet, stills
 from llava_lab.results import Run
 from tests.support import flow_examples, lens_examples
 from tests.support.compare_examples import heads_example
+from tests.support.families import family
 from tests.support.widget_examples import car_picture, example, make_relevance, make_run, spots
 
 RUN, MAPS = example()
@@ -94,7 +95,7 @@ def crowded(run: Run) -> dict[str, Callable[[], Figure]]:
     }
 
 
-@pytest.mark.parametrize("shape", PICTURES)
+@family("shape", PICTURES, quick=1)
 @pytest.mark.parametrize("name", DRAWN)
 def test_every_label_is_whole_on_the_page_and_beside_the_others(name: str, shape: str) -> None:
     figure = crowded(make_run(picture=car_picture(*PICTURES[shape])))[name]()
@@ -114,7 +115,7 @@ def test_every_label_is_whole_on_the_page_and_beside_the_others(name: str, shape
         assert across < 1 or down < 3, (one, other)
 
 
-@pytest.mark.parametrize("name", DRAWN)
+@family("name", DRAWN, quick=3)
 def test_a_still_is_the_same_bytes_whatever_the_reader_s_settings(name: str) -> None:
     first = stills.png(DRAWN[name]())
     with matplotlib.rc_context({"font.size": 20, "axes.facecolor": "black", "figure.dpi": 50, "savefig.bbox": "tight"}):

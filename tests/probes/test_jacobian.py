@@ -248,6 +248,7 @@ def test_the_command_reads_through_the_lens_of_a_file(tmp_path: Path, capsys: py
     assert "lens must be one of 'logit', 'tuned', 'jacobian', got 'other'" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_a_lens_by_name_is_fitted_on_pictures_no_test_shows(tiny_random: Lab, outlined: Path) -> None:
     assert lens_by_name(tiny_random, "logit") is None
     lens = lens_by_name(tiny_random, "jacobian", prompts=1, progress=False)
@@ -261,6 +262,7 @@ def test_a_lens_by_name_is_fitted_on_pictures_no_test_shows(tiny_random: Lab, ou
         lens_by_name(tiny_random, "tuned", prompts=2, pictures=outlined, after=1)
 
 
+@pytest.mark.long
 def test_on_the_shipped_model_image_tokens_say_what_they_show_before_the_logit_lens_can_read_it() -> None:
     """One prompt about a picture of another split and two states are enough; the card has all of it."""
     lab = load("tiny")

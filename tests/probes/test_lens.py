@@ -98,6 +98,7 @@ def test_without_ranks_everything_else_is_the_same(tiny_random: Lab) -> None:
     assert (quick.ranks == 1).all()
 
 
+@pytest.mark.long
 def test_576_patches_and_a_large_vocabulary(llava15_folder: Path, picture: np.ndarray) -> None:
     lab = load(str(llava15_folder))
     run = scripted_run(lab, picture, "red")
@@ -168,6 +169,7 @@ def test_a_word_of_several_tokens_is_read_as_its_first_with_a_letter_and_said(ti
     assert [word["read_as"].strip() for word in found.to_dict()["words"]] == ["x", "blue"]
 
 
+@pytest.mark.long
 def test_tuned_lens_comes_nearer_to_the_end_and_leaves_the_last_state(tiny_random: Lab, run: Run) -> None:
     rng = np.random.default_rng(0)
     pictures = [rng.integers(0, 255, (32, 32, 3), dtype=np.uint8) for _ in range(6)]

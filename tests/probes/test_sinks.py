@@ -139,6 +139,7 @@ def test_what_cannot_be_is_refused(tiny_random: Lab, run: Run, options: dict[str
         ll.sinks(tiny_random, options.pop("runs", run), **options)
 
 
+@pytest.mark.long
 def test_tiny_has_no_sink_among_its_image_tokens() -> None:
     """The finding of the README: attended patches and no outlier, in the tower and in the language model."""
     lab = ll.load("tiny")

@@ -293,6 +293,7 @@ def test_a_stop_finishes_the_answer_that_is_made_and_refuses_the_rest(
         socket.create_connection(("127.0.0.1", server.port), 5).close()
 
 
+@pytest.mark.long
 def test_of_64_clients_at_once_each_gets_its_own_answer(tiny_random: Lab) -> None:
     rng = np.random.default_rng(0)
     pictures = [rng.integers(0, 255, (32, 32, 3), dtype=np.uint8) for _ in range(64)]

@@ -16,6 +16,7 @@ from widgets import PatchExplorer
 from widgets.base import LabWidget
 
 ADDRESS = "http://widget.test/"
+SIZE: Any = {"width": 900, "height": 1100}  # CSS pixels
 
 MOUNT = """async ({ state, data, css }) => {
   const style = document.createElement('style');
@@ -88,8 +89,7 @@ class WidgetPage:
     """One page; `mount` shows a widget in it."""
 
     def __init__(self, browser: Browser, **context: Any) -> None:
-        options = {"viewport": {"width": 900, "height": 1100}, **context}
-        self.context = browser.new_context(**options)
+        self.context = browser.new_context(**{"viewport": SIZE, **context})
         self.page: Page = self.context.new_page()
         self.module = PatchExplorer._esm  # the one `mount` was given, or this for calls of pure helpers
         self.errors: list[str] = []
@@ -100,6 +100,15 @@ class WidgetPage:
         come_late(self.page)
         self.page.route("**/*", self._serve)
         self.page.goto(ADDRESS)
+
+    def empty(self) -> None:
+        """As a page just opened, for the next test: nothing shown, nothing pointed at, nothing noted."""
+        self.page.mouse.move(0, 0)
+        self.page.set_viewport_size(SIZE)
+        self.page.goto(ADDRESS)
+        self.module = PatchExplorer._esm
+        self.errors.clear()
+        self.outside.clear()
 
     def _serve(self, route: Route) -> None:
         name = route.request.url.removeprefix(ADDRESS)

@@ -81,6 +81,7 @@ def whole(run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) ->
     return run(tmp_path_factory.mktemp("whole") / "photo")
 
 
+@pytest.mark.long
 def test_the_first_stage_learns_what_the_tower_would_call_each_patch(whole: Path) -> None:
     losses = torch.load(whole.parent / "words.pt", weights_only=True)["losses"]
     knows_nothing = 1 + make.NAMED * math.log(1000)
@@ -88,6 +89,7 @@ def test_the_first_stage_learns_what_the_tower_would_call_each_patch(whole: Path
     assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
 
 
+@pytest.mark.long
 def test_what_is_written_loads_and_holds_no_part_of_the_packages(whole: Path, language: Path) -> None:
     tensors = load_file(whole / "photo.safetensors")
     assert all(name.startswith(("connector.", "lora.")) for name in tensors)

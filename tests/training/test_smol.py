@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,11 +51,16 @@ def _short_checks() -> Any:
 
 
 @pytest.fixture(scope="module")
-def run(language: Path) -> Callable[..., Path]:
+def run(language: Path) -> Iterator[Callable[..., Path]]:
+    """In this process, where a planted interrupt is heard and nothing has to start."""
+
     def go(out: Path, **options: Any) -> Path:
         return train_smol(out, **{"recipe": RECIPE, "parts": {"language": language}, "texts": TEXTS, **options})
 
-    return go
+    train = loop.train
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train", lambda *args, **options: train(*args, **{**options, "workers": 0}))
+        yield go
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +110,6 @@ def test_a_run_stopped_in_any_stage_goes_on_to_the_same_bits(
         return real(self, step)
 
     monkeypatch.setattr(SmolData, "__getitem__", stops)
-    real_train = loop.train
-    # in this process, where the planted interrupt is heard
-    monkeypatch.setattr(loop, "train", lambda *args, **options: real_train(*args, **{**options, "workers": 0}))
     for _ in range(4):
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "smol", resume=True)

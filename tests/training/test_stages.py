@@ -31,6 +31,7 @@ from llava_lab.training.recipe import LLAVA_15_7B, LLAVA_RECIPES, Lora
 from llava_lab.training.stages import Running, Trained, adapters, shares, train_stage
 from llava_lab.training.trainer import Collate, last_checkpoint, reading_features
 from tests.support.closeness import TERMS, close
+from tests.support.families import family
 from tests.support.interrupts import interrupting
 from tests.support.leftovers import state_of
 from tests.support.training_rows import write_rows
@@ -80,8 +81,10 @@ def test_instruct_changes_connector_and_language_model_and_not_the_tower(train: 
     assert done.logged == (1, 2, 3)
 
 
-@pytest.mark.parametrize(
-    "option", [{"cache": False}, {"running": replace(QUICK, checkpointing=True)}, {"running": replace(QUICK, device_batch=2)}]
+@family(
+    "option",
+    [{"cache": False}, {"running": replace(QUICK, checkpointing=True)}, {"running": replace(QUICK, device_batch=2)}],
+    quick=1,
 )
 def test_cache_checkpointing_and_accumulation_give_the_same_losses(train: Train, option: dict[str, Any]) -> None:
     _, plain = train("instruct")
@@ -89,6 +92,7 @@ def test_cache_checkpointing_and_accumulation_give_the_same_losses(train: Train,
     np.testing.assert_allclose(other.losses, plain.losses, atol=2e-4)
 
 
+@pytest.mark.long
 def test_bfloat16_stays_near_float32(train: Train) -> None:
     _, plain = train("instruct")
     _, half = train("instruct", "b", running=replace(QUICK, bf16=True))
@@ -96,9 +100,10 @@ def test_bfloat16_stays_near_float32(train: Train) -> None:
     np.testing.assert_allclose(half.losses, plain.losses, rtol=3e-2)
 
 
-@pytest.mark.parametrize(
+@family(
     ("stage", "save_every", "options"),
     [("align", 50, {}), ("instruct", 50, {}), ("instruct", 1, {}), ("instruct", 50, {"lora": Lora(rank=4, alpha=8)})],
+    quick=("align",),
     ids=["align", "instruct", "with a checkpoint", "lora"],
 )
 def test_a_run_that_diverges_says_so_and_gives_good_weights_back(
@@ -355,6 +360,7 @@ def _train(folder: Path, out: Path, root: Path, **options: Any) -> Any:
     return train_stage(ll.load(str(folder)), root / "mix.json", "instruct", out, **given)
 
 
+@pytest.mark.long
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_rows(tmp_path)
     whole = _train(tiny_folder, tmp_path / "whole", tmp_path)
@@ -379,7 +385,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path, tiny_folder
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("how", ["signal", "exception"])
+@family("how", ["signal", "exception"], quick=("exception",))
 def test_stopping_keeps_what_is_trained_and_resumes_to_the_same_bits(tmp_path: Path, tiny_folder: Path, how: str) -> None:
     write_rows(tmp_path)
     whole = _train(tiny_folder, tmp_path / "whole", tmp_path)
@@ -440,6 +446,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(
     assert all(torch.equal(made[name], value) for name, value in load_file(run / "model/model.safetensors").items())
 
 
+@pytest.mark.long
 def test_a_resumed_run_reads_the_data_it_was_begun_with(tmp_path: Path, tiny_folder: Path) -> None:
     data = write_rows(tmp_path)
     _train(tiny_folder, tmp_path / "out", tmp_path, steps=2)
@@ -455,6 +462,7 @@ def test_a_resumed_run_reads_the_data_it_was_begun_with(tmp_path: Path, tiny_fol
         _train(tiny_folder, tmp_path / "out", tmp_path, steps=2, resume=True)
 
 
+@pytest.mark.long
 def test_lora_starts_from_the_seed_and_leaves_nothing_not_even_random_states(tmp_path: Path, tiny_folder: Path) -> None:
     write_rows(tmp_path)
     recipe, found = replace(RECIPE, lora=Lora(rank=2, alpha=4, dropout=0.1)), {}
@@ -491,6 +499,7 @@ def test_merging_adapters_is_peft_s_and_an_interrupt_in_the_middle_of_it_waits(t
     assert merged[0] == merged[1]
 
 
+@pytest.mark.long
 def test_without_a_cache_bad_pictures_are_skipped_as_with_one(train: Train, tmp_path: Path) -> None:
     write_rows(tmp_path, text_every=0)
     (tmp_path / "images/1.png").write_bytes(b"no picture")

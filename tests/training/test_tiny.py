@@ -89,6 +89,7 @@ def prepared(folder: Path, out: Path) -> Path:
     return out
 
 
+@pytest.mark.long
 def test_same_seed_same_losses_and_another_seed_others(folder: Path, tmp_path: Path) -> None:
     for name, seed in (("again", 0), ("other", 1)):
         prepared(folder, tmp_path / name)

@@ -15,6 +15,7 @@ from PIL import Image
 import llava_lab as ll
 from llava_lab.training import LLAVA_15_7B, Running, Trained, train_stage
 from llava_lab.training.trainer import last_checkpoint
+from tests.support.families import family
 from tests.support.training_rows import write_rows
 from widgets import LossPlot
 from widgets.loss_plot import MOST_POINTS, thinned
@@ -122,7 +123,7 @@ def test_a_training_in_the_cell_fills_the_plot_and_is_finished(train: Callable[.
     assert plot.spec["state"] == "finished"
 
 
-@pytest.mark.parametrize("beside", [False, True], ids=["in the cell", "beside the kernel"])
+@family("beside", [False, True], quick=(True,), ids=["in the cell", "beside the kernel"])
 def test_a_stopped_training_leaves_a_model_and_goes_on_to_the_same_weights(
     train: Callable[..., Trained], tmp_path: Path, beside: bool
 ) -> None:

@@ -91,12 +91,14 @@ def test_the_picture_is_stored_once_for_all_views(tmp_path: Path) -> None:
     assert len(set(stored["blobs"].values())) == len(stored["blobs"])
 
 
+@pytest.mark.long
 def test_the_same_report_is_the_same_bytes(tmp_path: Path) -> None:
     run, comparison = comparison_example()
     one, two = (report.write(tmp_path / f"{i}.html", run, comparison=comparison).read_bytes() for i in range(2))
     assert one == two
 
 
+@pytest.mark.long
 def test_7b_heads_leave_the_file_under_5_mb(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (900, 1200, 3), dtype=np.uint8)
     run = make_run(" ".join(f"w{i}" for i in range(12)), picture=noise, grid=24, size=336)

@@ -25,6 +25,7 @@ def test_official_split_is_whole_and_disjoint() -> None:
     assert all(q.picture.parts[-3] == "test" and q.picture.is_file() for q in ours)
 
 
+@pytest.mark.long
 def test_validation_is_cut_from_training_by_picture() -> None:
     train, held = easy_vqa.questions("train"), easy_vqa.questions("validation")
     assert len(train) + len(held) == 38_575
@@ -38,6 +39,7 @@ def test_types_follow_the_answer() -> None:
     assert sum(q.type == "yes/no" for q in easy_vqa.questions("test")) == 7136  # as published
 
 
+@pytest.mark.long
 def test_written_conversations_hold_every_question_once(tmp_path: Path) -> None:
     rows = json.loads(easy_vqa.write_dataset(tmp_path, split="test").read_text())
     asked = []
@@ -48,6 +50,7 @@ def test_written_conversations_hold_every_question_once(tmp_path: Path) -> None:
     assert sorted(asked) == sorted((q.text, q.answer, str(q.picture)) for q in easy_vqa.questions("test"))
 
 
+@pytest.mark.long
 def test_captions_say_what_the_questions_say(tmp_path: Path) -> None:
     rows = json.loads(easy_vqa.write_dataset(tmp_path, split="validation", stage="align").read_text())
     told: dict[str, set[str]] = {}
