@@ -34,6 +34,7 @@ from tests.support.endpoint_server import (
     says,
     serving,
 )
+from tests.support.families import family
 
 FINE = says("a red car", own=-0.5)
 
@@ -182,13 +183,13 @@ OK = b"HTTP/1.1 200 OK\r\n"
 CHUNKED = OK + b"Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
-@pytest.mark.parametrize(("first", "again", "pause"), [
+@family(("first", "again", "pause"), [
     (b"", b"H", 0.02), (b"HTTP/1.1 200 ", b"O", 0.02), (b"HTTP/1.1 200 OK\r\nX-Slow: ", b"x", 0.02), (OK, b"X: y\r\n", 0.02),
     (OK + b"\r\n", b" ", 0.02), (OK + b"Content-Length: 9999\r\n\r\n", b" ", 0.02), (CHUNKED, b"1\r\n \r\n", 0.02),
     (CHUNKED, b"0", 0.02), (CHUNKED + b"FFFF\r\n", b" ", 0.02), (CHUNKED + b"2\r\n{}\r\n0\r\n", b"X: y\r\n", 0.0),
     (b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.0), (b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.02),
     (b"HTTP/1.1 100 Continue\r\n", b"X: y\r\n", 0.0), (b"HTTP/1.1 500 Oh\r\n\r\n", b"x", 0.02),
-])  # fmt: skip
+], quick=4)  # fmt: skip
 def test_a_server_that_drips_is_left_after_the_time_allowed(tmp_path: Path, first: bytes, again: bytes, pause: float) -> None:
     """A time-out that starts anew with every byte would wait for ever."""
     with dripping(first, again, pause) as address:
