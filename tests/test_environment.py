@@ -166,7 +166,9 @@ def test_suite_cannot_leave_this_machine() -> None:
         socket.create_connection(server.getsockname(), timeout=5).close()
 
 
+@pytest.mark.long
 def test_shapes_in_signatures_are_checked_while_tests_run() -> None:
+    """Where long tests run too; see `tests/conftest.py`."""
     from llava_lab.replay.targets import target_rows
     from llava_lab.results import Target
 
