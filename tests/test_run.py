@@ -26,7 +26,6 @@ from jupyter_client.manager import start_new_kernel
 
 import run
 from tests import execute
-from tests.support.families import family
 
 SOURCE = Path(run.__file__)
 Calls = list[list[str]]
@@ -352,7 +351,8 @@ def test_the_browser_gets_a_page_that_only_its_user_can_read_and_no_token(
     assert not page.exists()
 
 
-@family("name", ["SIGINT", "SIGTERM", "SIGHUP"], quick=("SIGINT",))
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_ctrl_c_and_a_closed_terminal_stop_the_server_and_end_in_order(name: str) -> None:
     # a shell's background jobs inherit ignored signals; a person's terminal does not
     code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "

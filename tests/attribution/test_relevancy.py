@@ -128,6 +128,7 @@ def test_several_feature_layers_send_their_own_gradient(tmp_path: Path, feature_
     close(maps(lab, run, "blue", vision=True)[0], expected, terms=TERMS)
 
 
+@pytest.mark.long
 def test_576_image_tokens_and_both_fits_take_the_same_path(llava15_folder: Path) -> None:
     lab = load(str(llava15_folder), attention="eager")
     picture = np.random.default_rng(3).integers(0, 255, (120, 90, 3), dtype=np.uint8)

@@ -121,7 +121,7 @@ def test_screen_reader_tree_names_everything(widget_page: WidgetPage, name: str)
         assert line in tree, f"{line} is missing in\n{tree}"
 
 
-@every_widget
+@family("name", EVERY, quick=3)
 def test_keys_do_not_leave_the_widget_and_closing_leaves_nothing_behind(widget_page: WidgetPage, name: str) -> None:
     shown = widget_page.mount(EVERY[name]())
     page = widget_page.page

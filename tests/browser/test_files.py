@@ -119,6 +119,7 @@ def test_word_and_method_go_from_view_to_view(opened: Opened) -> None:
     assert page.locator(".lab-heads").get_by_role("radio", name="car, ").get_attribute("aria-checked") == "true"
 
 
+@pytest.mark.long
 def test_maps_no_better_than_random_are_said_to_be_in_every_view(opened: Opened) -> None:
     page = opened.page
     page.locator(".lab-explorer").get_by_role("radio", name="gradcam").click()
@@ -128,6 +129,7 @@ def test_maps_no_better_than_random_are_said_to_be_in_every_view(opened: Opened)
     assert page.locator("#scores td.lab-report-grey").first.inner_text() == "gradcam"
 
 
+@pytest.mark.long
 def test_scores_options_and_versions_can_be_read(opened: Opened) -> None:
     page = opened.page
     _, comparison = comparison_example()
@@ -162,6 +164,7 @@ def test_attack_strings_stay_text(chromium: Browser, tmp_path: Path) -> None:
     opened.context.close()
 
 
+@pytest.mark.long
 def test_the_policy_lets_no_other_script_run(chromium: Browser, file: Path, tmp_path: Path) -> None:
     text = file.read_text("utf-8")
     policy = re.search(r'content="(default-src[^"]*)"', text)

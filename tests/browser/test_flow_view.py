@@ -91,6 +91,7 @@ def test_what_does_not_reach_the_noise_floor_is_called_negligible_and_its_mark_i
     assert difference(widget_page.pixels([(at["x"] / width, at["y"] / height)], shown.locator(CURVES))[0], empty) > 60
 
 
+@pytest.mark.long
 def test_the_window_under_the_pointer_is_a_band(widget_page: WidgetPage) -> None:
     shown = widget_page.mount(FlowView(*two()))
     canvas = shown.locator(CURVES)
@@ -116,6 +117,7 @@ def test_a_hole_says_not_measured_in_both_halves(widget_page: WidgetPage) -> Non
     assert shown.locator(".lab-flow-now strong").inner_text() == "not measured"
 
 
+@pytest.mark.long
 def test_nothing_to_bring_back_is_said_and_not_drawn(widget_page: WidgetPage) -> None:
     run, _, grid = two()
     shown = widget_page.mount(FlowView(run, grid=replace(grid, corrupt=grid.clean), selected={"cell": [0, 0]}))
@@ -136,6 +138,7 @@ def test_flows_are_put_off_and_on(widget_page: WidgetPage) -> None:
     assert widget_page.pixels(places, canvas)[0][:3] == orange
 
 
+@pytest.mark.long
 def test_the_probability_is_offered_where_there_is_one(widget_page: WidgetPage) -> None:
     shown = widget_page.mount(FlowView(*two()))
     unit = shown.get_by_role("radiogroup", name="Unit")
@@ -166,6 +169,7 @@ def test_a_click_on_a_cell_shows_its_answer_between_the_two_runs(widget_page: Wi
     assert widget_page.get("selected") == {"cell": [0, 1], "flow": [0, 1]}
 
 
+@pytest.mark.long
 def test_zero_is_grey_one_orange_less_blue_and_more_than_one_deeper(widget_page: WidgetPage) -> None:
     widget_page.mount(FlowView(*two()))
     zero, one, less, more = (corner(widget_page, *spot) for spot in ((1, 0), (0, 0), (2, 0), (1, 2)))
@@ -202,6 +206,7 @@ def test_what_python_sets_is_shown(widget_page: WidgetPage) -> None:
     assert lines(shown)[1].startswith("Clean mlp at last, layer 3")
 
 
+@pytest.mark.long
 def test_a_target_that_one_half_lacks_is_said(widget_page: WidgetPage) -> None:
     run, sweep, grid = two()
     shown = widget_page.mount(FlowView(run, sweep, replace(grid, targets=(run.target("car"), grid.targets[1])), target="car"))

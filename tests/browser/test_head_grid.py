@@ -63,6 +63,7 @@ def test_hovering_a_cell_shows_its_map_and_leaving_brings_the_kept_one_back(widg
     assert widget_page.page.evaluate("() => window.test.saves()") == 0  # Python heard nothing
 
 
+@pytest.mark.long
 def test_the_mean_of_a_layer_is_the_last_column(widget_page: WidgetPage) -> None:
     shown = widget_page.mount(HeadGrid(*one_patch_each(), word=0, layer=0, head=0))
     hover_cell(widget_page, 2, -1)
@@ -113,6 +114,7 @@ def test_selected_patches_tell_which_heads_and_words_look_at_them(widget_page: W
     assert shown.locator(".lab-matrix-head .lab-legend-title").inner_text() == "“car” on the picture"
 
 
+@pytest.mark.long
 def test_pointing_at_a_patch_asks_the_same_without_a_click(widget_page: WidgetPage) -> None:
     shown = widget_page.mount(HeadGrid(*one_patch_each(), word=1, layer=0, head=0))
     widget_page.move(*center(patch_of(1, 1, 2)))
@@ -141,6 +143,7 @@ def test_from_patches_back_to_heads_and_words(widget_page: WidgetPage) -> None:
     assert widget_page.get("word") == 1
 
 
+@pytest.mark.long
 def test_the_sum_over_several_patches_is_the_sum_of_their_values(widget_page: WidgetPage) -> None:
     run, maps = heads_example()
     widget = HeadGrid(run, maps, word="car")
@@ -152,6 +155,7 @@ def test_the_sum_over_several_patches_is_the_sum_of_their_values(widget_page: Wi
         assert float(text.removesuffix("%")) == pytest.approx(100 * value, abs=0.06)
 
 
+@pytest.mark.long
 def test_one_scale_for_all_heads_or_each_its_own(widget_page: WidgetPage) -> None:
     shown = widget_page.mount(HeadGrid(*one_patch_each(), word=0, layer=0, head=0))
     own = widget_page.pixels([center(patch_of(0, 0, 0))])[0]
@@ -161,6 +165,7 @@ def test_one_scale_for_all_heads_or_each_its_own(widget_page: WidgetPage) -> Non
     assert shown.locator(".lab-figure .lab-high").inner_text() == "0.90"
 
 
+@pytest.mark.long
 def test_every_cell_is_found_under_its_own_middle(widget_page: WidgetPage) -> None:
     widget_page.module = HeadGrid._esm
     code = """async ([layers, heads, width]) => {

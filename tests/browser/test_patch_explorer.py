@@ -56,6 +56,7 @@ def test_leaving_the_words_brings_the_chosen_one_back(widget_page: WidgetPage) -
     assert widget_page.pixels([center(60)]) == before
 
 
+@pytest.mark.long
 def test_legend_has_the_real_range_over_all_words(widget_page: WidgetPage) -> None:
     run = make_run()
     values = spots(run) * 3.7
@@ -81,6 +82,7 @@ def test_signed_maps_are_centred_on_zero(widget_page: WidgetPage) -> None:
     assert max(zero[:3]) - min(zero[:3]) <= 2  # the grey picture itself
 
 
+@pytest.mark.long
 def test_a_method_without_a_map_for_the_word_says_so(widget_page: WidgetPage) -> None:
     run = make_run()
     whole = make_relevance(run, spots(run).mean(0, keepdims=True), [run.target(None)], method="occlusion")
@@ -199,6 +201,7 @@ def test_smooth_and_spotlight_repaint(widget_page: WidgetPage) -> None:
     assert sum(bright[:3]) > 450
 
 
+@pytest.mark.long
 def test_opacity_zero_is_the_picture_itself(widget_page: WidgetPage) -> None:
     run = make_run(picture=np.full((288, 288, 3), (180, 40, 40), np.uint8))
     shown = widget_page.mount(PatchExplorer(run, {"rollout": single_cell(run, [17, 60, 65, 130])}))
@@ -219,6 +222,7 @@ def test_pictures_of_any_size_reach_the_page_once_and_small(widget_page: WidgetP
     assert widget_page.page.locator("canvas.lab-canvas").evaluate("(c) => Math.round((c.width / c.height) * 100)") == 147
 
 
+@pytest.mark.long
 def test_arrows_choose_words_methods_and_layers(widget_page: WidgetPage) -> None:
     shown = widget_page.mount(PatchExplorer(*example()))
     keyboard = widget_page.page.keyboard
@@ -269,6 +273,7 @@ def test_choosing_a_word_says_its_strongest_patches(widget_page: WidgetPage) -> 
     assert shown.get_by_role("listitem").first.inner_text().split("\n") == [f"row {row}, column {col}", f"{value:.3f}"]
 
 
+@pytest.mark.long
 def test_the_strongest_patches_are_of_the_picture_and_padding_is_counted(widget_page: WidgetPage) -> None:
     run = make_run(picture=car_picture(400, 200), mode="pad")
     values = np.zeros((4, 12, 12))
@@ -314,6 +319,7 @@ def test_a_patch_below_the_noise_floor_is_called_negligible(widget_page: WidgetP
     assert set(shown.locator(".lab-top .lab-value").all_inner_texts()) == {"0.500", "0.001"}
 
 
+@pytest.mark.long
 def test_a_map_that_lies_below_its_noise_floor_says_that_it_is_negligible(widget_page: WidgetPage) -> None:
     run = make_run()
     values = np.zeros((4, 12, 12))

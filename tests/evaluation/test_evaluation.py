@@ -93,6 +93,7 @@ def test_llava_json_items_ask_each_turn_alone(tmp_path) -> None:
     assert items[0].drawn().shape == (288, 288, 3)
 
 
+@pytest.mark.long
 def test_rows_without_a_picture_are_asked_without_one(tmp_path, tiny_random) -> None:
     Image.fromarray(np.full((30, 40, 3), 90, np.uint8)).save(tmp_path / "a.png")
     said = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "red"}]

@@ -118,6 +118,7 @@ def test_a_photograph_is_asked_what_it_shows_and_the_named_thing_decides(tiny_ra
     assert told(what, "An orange and a bowl.") == ("orange", (0, 2))
 
 
+@pytest.mark.long
 def test_a_leaderboard_of_photographs(tiny_random: Lab, outlined: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     everything_tells(monkeypatch)
     monkeypatch.setattr(HOME, "LONGEST", 4)
@@ -143,6 +144,7 @@ def test_photographs_without_outlines_are_refused(tiny_random: Lab, outlined: Pa
 # -- through the model ----------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_interruption_and_resume_give_the_same_table(
     tiny_random: Lab, tmp_path: Path, credulous: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,6 +58,7 @@ def test_the_question_is_typed_before_anything_is_said_and_the_end_is_held_longe
     assert all(pixels.shape[1] == module.ACROSS for pixels, _ in moving)
 
 
+@pytest.mark.long
 def test_an_answer_or_a_contrast_stands_beside_the_whole_answer() -> None:
     word = RUN.target(RUN.words[3])
     contrast = Target("contrast", "red, not blue", word.positions, word.token_ids, (7,))

@@ -235,6 +235,7 @@ def straight_through(lab: Lab) -> JacobianLens:
     return JacobianLens(tuple(range(6)), same, same, agreement, "text", 6, 2, lab.name, lab.fingerprint, 0.1)
 
 
+@pytest.mark.long
 def test_the_command_reads_through_the_lens_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = str(straight_through(load("tiny")).save(tmp_path / "lens.npz"))
     shown = []

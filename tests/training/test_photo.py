@@ -355,6 +355,7 @@ def test_naming_the_right_class_lowers_the_loss_of_words(assembled: Any) -> None
     assert loss([0, 1, 2, 3], names=names) == pytest.approx(make.NAMED * float(cross), rel=1e-5)
 
 
+@pytest.mark.long
 def test_cuts_are_named_as_the_tower_names_them_and_kept(language: Path, pictures: Path, tmp_path: Path) -> None:
     model, _ = photo.assemble(language=language)
     model.requires_grad_(False)

@@ -81,6 +81,7 @@ def test_one_map_is_pointed_at_and_several_are_compared(tmp_path: Path) -> None:
     assert views_in(two) == ["renderExplorer", "renderCompare"]
 
 
+@pytest.mark.long
 def test_the_picture_is_stored_once_for_all_views(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8)
     run, maps = methods_example(make_run(picture=noise), ("rollout", "attention"))

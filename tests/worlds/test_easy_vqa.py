@@ -73,6 +73,7 @@ def test_mistakes_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         easy_vqa.questions("test")
 
 
+@pytest.mark.long
 def test_evaluation_asks_every_question_of_the_first_pictures_on_its_own_for_one_word() -> None:
     items = load_items("easy-vqa", split="test", n=3)
     every = easy_vqa.questions("test")
