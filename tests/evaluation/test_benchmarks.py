@@ -23,7 +23,7 @@ from llava_lab.evaluation.benchmarks import (
     shipped_scores,
 )
 from llava_lab.evaluation.benchmarks.benchmark import MC, SW
-from llava_lab.evaluation.benchmarks.run import score_benchmark
+from llava_lab.evaluation.benchmarks.run import score_benchmark, shipped_place
 from tests.support.benchmark_files import write
 
 TWELVE = [name for name in BENCHMARKS if name != "chair"]
@@ -260,3 +260,17 @@ def test_what_ships_is_of_these_weights_with_intervals_and_controls(tiny) -> Non
     assert dict(zip(again.measures, again.values.tolist(), strict=True)) == pytest.approx(shown, abs=1e-3)
     with pytest.raises(DataError, match="no benchmark scores ship with 'large'"):
         shipped_scores("large")
+
+
+@pytest.mark.parametrize("name", ["smol", "photo"])
+def test_what_ships_with_the_other_models_is_of_them_and_in_their_cards(name: str) -> None:
+    kept = shipped_scores(name)
+    assert kept["fingerprint"] == ll.load(name).fingerprint
+    assert kept["command"].endswith(f"ship {name} 10")
+    assert set(kept["scores"]) - {"hallucination"} == {one for one, benchmark in BENCHMARKS.items() if benchmark.twin}
+    card = (shipped_place(name).parent / "README.md").read_text("utf-8").splitlines()
+    for title, measure in (("POPE", "F1"), ("GQA", "accuracy"), ("LLaVA-Wild", "all")):
+        row = next(row for row in kept["scores"][title.lower()]["measures"] if row["measure"] == measure)
+        cells = next(line for line in card if line.startswith(f"| {title},")).split("|")
+        blind, shuffled = (row["controls"][control]["value"] for control in ("blind", "shuffled"))
+        assert [float(cells[column]) for column in (2, 4, 5)] == pytest.approx([row["value"], blind, shuffled], abs=0.051)
