@@ -760,6 +760,7 @@ SIDE_BY_SIDE: dict[str, Callable[[Any, Any, np.ndarray], Any]] = {
 }
 
 
+@pytest.mark.long
 def test_threads_on_one_lab_get_what_each_gets_alone_and_leave_it_as_it_was(tiny_random: Any, picture: np.ndarray) -> None:
     lab, run = tiny_random, tiny_random.ask(picture, "What is it?", max_new_tokens=3)
     alone = {name: np.asarray(call(lab, run, picture)) for name, call in SIDE_BY_SIDE.items()}

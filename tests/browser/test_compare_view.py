@@ -60,6 +60,7 @@ def test_a_patch_pointed_at_in_one_map_lights_in_all_and_is_read_in_all(widget_p
     assert widget_page.page.evaluate("() => window.test.saves()") == 0  # Python heard nothing
 
 
+@pytest.mark.long
 def test_any_score_orders_the_maps_the_best_first_or_the_worst(widget_page: WidgetPage) -> None:
     shown = widget_page.mount(three())
     assert names(shown) == ["two", "three", "one"]  # by the first score

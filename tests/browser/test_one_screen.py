@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 from playwright.sync_api import Browser, Locator
 
 from tests.support.all_widgets import EVERY
@@ -67,7 +66,7 @@ def size(node: Locator) -> dict[str, float]:
 
 
 @family("width", WIDE, quick=(1024,))
-@pytest.mark.parametrize("name", SEEN)
+@family("name", SEEN, quick=("CompareView", "PatchExplorer"))
 def test_control_and_effect_are_on_one_screen(chromium: Browser, name: str, width: int) -> None:
     page = WidgetPage(chromium, viewport={"width": width, "height": HIGH})
     shown = page.mount(FULL.get(name, EVERY[name])())
@@ -118,7 +117,7 @@ def test_a_column_that_goes_on_below_fades_at_its_edge_until_its_end(chromium: B
     page.close()
 
 
-@family("name", EVERY, quick=("CompareView", "TokenLens"))
+@family("name", EVERY, quick=("CompareView",))
 def test_labels_never_lie_on_one_another(chromium: Browser, name: str) -> None:
     page = WidgetPage(chromium, viewport={"width": NARROW[0], "height": HIGH})
     shown = page.mount(EVERY[name](), painted=name != "LossPlot")

@@ -19,6 +19,7 @@ from llava_lab.evaluation.scoring import answer_all
 PICTURES = [np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8) for i in range(16)]
 
 
+@pytest.mark.long
 def test_effects_are_nothing_for_a_line_and_something_for_the_controls(tiny_folder: Path, tmp_path: Path) -> None:
     lab = ll.load(tiny_folder)
     lab.swap(ll.new_connector(lab, "linear", seed=4))

@@ -223,6 +223,7 @@ def test_numbers_of_an_example_by_hand() -> None:
     assert score.random_hits.tolist() == [0.25, 0.75]
 
 
+@pytest.mark.long
 def test_random_maps_do_not_beat_random(tiny_random: Lab, run: Run, additive: Install) -> None:
     passed = 0
     for model in range(5):

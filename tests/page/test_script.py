@@ -156,6 +156,7 @@ def test_a_picture_becomes_the_very_square_that_python_makes(script: WidgetPage,
     assert run(script, "return m.mapOf(x[0], x[1], 96, 12);", [width, height]) == pytest.approx(map_.to_dict())
 
 
+@pytest.mark.long
 def test_every_thing_is_drawn_as_python_draws_it(script: WidgetPage) -> None:
     w = world()
     body = f"""const drawing = new m.Drawing(x[0], {BYTES}(x[1]));

@@ -236,6 +236,7 @@ def test_the_answer_its_words_and_their_log_probabilities_are_the_models(
     assert theirs.map.to_dict() | {"mode": "pad"} == mine.map.to_dict()  # at 96 px they agree on every number
 
 
+@pytest.mark.long
 def test_occlusion_through_the_endpoint_is_occlusion_of_the_model(
     tiny: Lab, box: BlackBox, asked: tuple[np.ndarray, str]
 ) -> None:
