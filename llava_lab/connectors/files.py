@@ -99,12 +99,12 @@ def read_projector(lab: Lab, path: str | os.PathLike, *, kind: str | None = None
     sizes = connectors.sizes_of(lab.model.config)
     if _has_layers(kind):
         sizes = replace(sizes, bias=any(name.endswith("bias") for name in stored))
+    tensors = {_ours(name, kind): value for name, value in stored.items()}
     if (kind.startswith("mlp") or kind == "linear2x") and "width" not in options:
-        options = {**options, **_width(stored, sizes)}
+        options = {**options, **_width(tensors, sizes)}
     with torch.random.fork_rng(devices=[]):
         made = connectors.build(kind, sizes, options, beside=("kind",))
     require_finite(stored.items(), str(path))
-    tensors = {_ours(name, kind): value for name, value in stored.items()}
     _check_fit(made, tensors, path, kind)
     made.load_state_dict(tensors)
     made.trained_with = record.get("trained_with") if record else None
@@ -172,12 +172,12 @@ def _kind_of(stored: dict[str, Tensor], path: Path) -> str:
     )
 
 
-def _width(stored: dict[str, Tensor], sizes: connectors.Sizes) -> dict[str, int]:
+def _width(tensors: dict[str, Tensor], sizes: connectors.Sizes) -> dict[str, int]:
     """The option of layers that read what the tower gives, with another hidden width than the language model."""
-    first = stored.get("0.weight")
+    first = tensors.get("linear_1.weight")
     if first is None or first.ndim != 2 or first.shape[1] != sizes.vision or first.shape[0] == sizes.language:
         return {}
-    return {"width": len(first)} if "2.weight" in stored else {}
+    return {"width": len(first)} if "linear_2.weight" in tensors else {}
 
 
 def _has_layers(kind: str) -> bool:

@@ -86,19 +86,21 @@ def test_our_own_kinds_come_back_with_their_options(tiny_random: Lab, tmp_path: 
     assert ll.read_projector(tiny_random, path, kind="avgpool", side=1, layers=1).kind == "avgpool"
 
 
-def test_a_hidden_layer_of_another_width_comes_back_and_is_not_exported(tiny_random: Lab, tmp_path: Path) -> None:
-    made = ll.new_connector(tiny_random, "mlp2x_gelu", width=24, seed=1)
+@pytest.mark.parametrize("kind", ["mlp2x_gelu", "linear2x"])
+def test_a_hidden_layer_of_another_width_comes_back_and_is_not_exported(tiny_random: Lab, tmp_path: Path, kind: str) -> None:
+    made = ll.new_connector(tiny_random, kind, width=24, seed=1)
     with ll.connector(tiny_random, made) as lab:
         path = ll.write_projector(lab, tmp_path / "mm_projector.bin")
         with pytest.raises(OptionError, match=r"hidden layer as wide as the language model, 64; this one has 24; save keeps it"):
             ll.export(lab, tmp_path / "stock")
-    for _ in range(2):  # with the record beside the file, and told from the file alone
-        again = ll.read_projector(tiny_random, path)
-        assert (again.kind, again.options) == ("mlp2x_gelu", {"width": 24})
+    # with the record beside the file, and from the file alone, which does not name every kind
+    for given in (None, None if kind == "mlp2x_gelu" else kind):
+        again = ll.read_projector(tiny_random, path, kind=given)
+        assert (again.kind, again.options) == (kind, {"width": 24})
         assert all(torch.equal(value, made.state_dict()[name]) for name, value in again.state_dict().items())
         path.with_suffix(".json").unlink(missing_ok=True)
-    with pytest.raises(OptionError, match="connector 'mlp2x_gelu' has no option 'depth'; did you mean 'width'"):
-        ll.read_projector(tiny_random, path, kind="mlp2x_gelu", depth=3)
+    with pytest.raises(OptionError, match=f"connector '{kind}' has no option 'depth'; did you mean 'width'"):
+        ll.read_projector(tiny_random, path, kind=kind, depth=3)
 
 
 def test_other_tensors_in_a_lora_file_are_left_alone(tiny_random: Lab, tmp_path: Path) -> None:
